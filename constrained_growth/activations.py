@@ -1,0 +1,193 @@
+"""Facts about an activation, found by calling it: derivative at 0, shift that makes it idle.
+
+Every function takes an activation as the user wrote it: an `nn.Module`, a module class, or any
+elementwise function of a tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from constrained_growth.errors import BlockError
+
+Activation = Callable[[Tensor], Tensor]
+
+MAX_AUTOMATIC_SHIFT = 0.1
+"""Largest shift taken without being asked for.
+
+A shifted identity layer is linear until its parameters have moved by about the shift, and the
+multipliers of a linear layer are redundant with those of the next layer. A tenth of the unit
+scale of an activation keeps it near its bend.
+"""
+
+
+class TanhLU(nn.Module):
+    """σ(x) = x for x ≥ ε, and ε(tanh((x − ε)/ε) + 1) below: smooth, with range (0, ∞).
+
+    σ(x + ε) = x + ε for every x in its range, so a *shifted* identity layer after it is exact.
+
+    Args:
+        eps: ε, where the straight part begins. 0.01 in the source.
+
+    Source:
+        Herberg et al., arXiv 2311.15995, the activation TanhLU_shifted of its experiments.
+
+    Example:
+        >>> TanhLU()(torch.tensor([-1.0, 0.01, 2.0]))
+        tensor([0.0000, 0.0100, 2.0000])
+    """
+
+    def __init__(self, eps: float = 0.01) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """σ(x), elementwise."""
+        below = self.eps * (torch.tanh((x.clamp(max=self.eps) - self.eps) / self.eps) + 1)
+        return torch.where(x >= self.eps, x, below)
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+
+def as_activation(activation: object) -> Activation:
+    """The activation as something to call on a tensor.
+
+    Raises:
+        BlockError: `activation` is no module, module class or function, or not elementwise.
+    """
+    if isinstance(activation, type) and issubclass(activation, nn.Module):
+        activation = activation()
+    if not callable(activation):
+        raise BlockError(
+            f"activation={activation!r} cannot be called; give a module such as nn.ReLU() or an "
+            "elementwise function such as torch.tanh."
+        )
+    probe = torch.zeros(2, 4, dtype=torch.float64)
+    try:
+        value = in_double(activation)(probe)
+        fits = isinstance(value, Tensor) and value.shape == probe.shape
+    except Exception as error:
+        raise BlockError(
+            f"activation={activation!r} fails on a float64 tensor of shape (2, 4): {error}"
+        ) from error
+    if not fits:
+        raise BlockError(
+            f"activation={activation!r} is not elementwise: it does not return a tensor of the "
+            "shape it is given."
+        )
+    return activation
+
+
+def in_double(activation: Activation) -> Activation:
+    """The activation on float64, its own parameters too, and never in place."""
+    function = copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation
+    return lambda x: function(x.clone())
+
+
+def derivative(activation: Activation, x: Tensor) -> Tensor:
+    """σ′(x) elementwise, by autograd and so with its convention at kinks."""
+    return vector_jacobian(activation, x, torch.ones_like(x))
+
+
+def slope_at_zero(activation: Activation) -> float:
+    """σ′(0) by autograd's convention (0 for ReLU)."""
+    return derivative(in_double(activation), torch.zeros(1, dtype=torch.float64)).item()
+
+
+def value_at_zero(activation: Activation) -> float:
+    """σ(0)."""
+    with torch.no_grad():
+        return in_double(activation)(torch.zeros(1, dtype=torch.float64)).item()
+
+
+def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Tensor:
+    """Cotangent ⊙ σ′(x), elementwise, by autograd.
+
+    Args:
+        activation: Elementwise function.
+        x: Where to differentiate, any shape.
+        cotangent: Same shape as `x`.
+    """
+    if isinstance(activation, nn.ReLU) or activation in (torch.relu, F.relu):
+        # autograd's own kernel for ReLU without its second and third pass over the data
+        return torch.ops.aten.threshold_backward(cotangent, x, 0)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        (result,) = torch.autograd.grad(activation(leaf.view_as(leaf).clone()), leaf, cotangent)
+    return result
+
+
+def identity_error(activation: Activation, shift: float) -> float:
+    """Largest |σ(x + s) − (x + s)| over the range of σ, relative to max(1, |x|), on a grid."""
+    sigma = in_double(activation)
+    with torch.no_grad():
+        x = sigma(_grid())
+        return ((sigma(x + shift) - (x + shift)).abs() / x.abs().clamp(min=1)).max().item()
+
+
+def identity_shift(activation: Activation) -> float | None:
+    """The smallest s ≥ 0 with σ(x + s) = x + s for every x in the range of σ, if there is one.
+
+    Found by calling σ on a grid in float64, never by its name: 0 for idempotent functions such
+    as ReLU or Hardtanh, ε for `TanhLU(ε)`, 1 for ELU, None for tanh or LeakyReLU.
+
+    Returns:
+        s, or None where no shift makes the layer σ(x + s) − s do nothing.
+    """
+    if identity_error(activation, 0.0) <= _TOLERANCE:
+        return 0.0
+    sigma, grid = in_double(activation), _grid()
+    straight = _is_straight(sigma, grid)
+    if not bool(straight[-1]) or bool(straight.all()):
+        return None
+    last_bent = int(torch.nonzero(~straight).max())
+    begin = _tidy(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
+    with torch.no_grad():
+        shift = begin - sigma(grid).min().item()
+    return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
+
+
+_TOLERANCE = 1e-12
+
+
+def _grid() -> Tensor:
+    """Points in [−64, 64], dense near 0 where activations bend; the same at every call."""
+    near = torch.logspace(-8, 0, 2001, dtype=torch.float64)
+    far = torch.linspace(1, 64, 4001, dtype=torch.float64)
+    positive = torch.cat([near, far])
+    return torch.cat([-positive, torch.zeros(1, dtype=torch.float64), positive]).sort().values
+
+
+def _is_straight(sigma: Activation, x: Tensor) -> Tensor:
+    """Where σ(x) = x and σ′(x) = 1, to the last bits."""
+    slope = derivative(sigma, x)
+    with torch.no_grad():
+        value = sigma(x)
+    eps = torch.finfo(x.dtype).eps
+    return ((value - x).abs() <= 2 * eps * x.abs()) & ((slope - 1).abs() <= 2 * eps)
+
+
+def _bisect(sigma: Activation, low: Tensor, high: Tensor) -> float:
+    """The point between a bent `low` and a straight `high` where σ becomes straight."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        if bool(_is_straight(sigma, middle.reshape(1))):
+            high = middle
+        else:
+            low = middle
+    return high.item()
+
+
+def _tidy(value: float) -> float:
+    """The shortest decimal just above `value`: bisection stops within rounding of 0.01."""
+    for digits in range(1, 12):
+        rounded = float(f"{value:.{digits}g}")
+        if 0 <= rounded - value <= 1e-8 * max(1.0, abs(value)):
+            return rounded
+    return value

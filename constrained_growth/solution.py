@@ -1,0 +1,146 @@
+"""What comes out of a solve: frozen data, nothing that acts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from constrained_growth.errors import CandidateError
+
+if TYPE_CHECKING:
+    from constrained_growth.norms import Norm
+
+
+class Status(Enum):
+    """How the multipliers of a [`Solution`][] are to be read; each value is a sentence."""
+
+    KKT_MULTIPLIERS = (
+        "θ is stationary to the tolerance asked for: λ are the KKT multipliers of the pins, "
+        "and −λ is the slope of the value function."
+    )
+    LEAST_SQUARES_ESTIMATES = (
+        "θ is not stationary: λ are the least-squares multiplier estimates −∇_v L(θ, 0), "
+        "first-order prices at this θ and not yet shadow prices."
+    )
+    STATIONARITY_UNKNOWN = (
+        "‖∇_θ L‖ was not asked for: λ are the least-squares multiplier estimates −∇_v L(θ, 0), "
+        "and whether they are KKT multipliers is not known."
+    )
+    NOT_FINITE = "The loss or a multiplier is NaN or infinite: there is no answer."
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """One pin v = 0 of one parameter of one candidate.
+
+    Attributes:
+        candidate: Name of the candidate.
+        parameter: Name of the pinned parameter inside the candidate's block.
+        shape: Shape of that parameter, and of its multiplier.
+    """
+
+    candidate: str
+    parameter: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How large the multiplier of one candidate is.
+
+    Attributes:
+        value: ‖λ_c‖ over all pinned parameters of the candidate, in `norm`.
+        standard_error: Root-mean-square error of λ_c as an estimate from a sample,
+            √(tr Cov(λ_c)) in the Frobenius norm. Since every norm is 1-Lipschitz in itself, it
+            bounds the standard error of the Frobenius `value`. NaN when it cannot be known
+            (one batch and no per-sample form).
+        num_parameters: How many parameters are pinned.
+        num_new_parameters: How many parameters the model would gain (pinned and free ones).
+        norm: The norm `value` is measured in.
+        baseline: Mean over the layers the network already has of the norm of their own
+            gradients, in `norm`; None when the stationarity was not asked for.
+        site: Qualified name of the module after which the layer would stand.
+    """
+
+    value: float
+    standard_error: float = math.nan
+    num_parameters: int = 0
+    num_new_parameters: int = 0
+    norm: Norm | None = None
+    baseline: float | None = None
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which candidates to insert.
+
+    Attributes:
+        chosen: Names of the candidates; `()` when inserting nothing is the answer.
+        reason: One sentence for the reader.
+    """
+
+    chosen: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A candidate ready to be inserted: its site and its block, on the site's device and dtype."""
+
+    after: str
+    block: nn.Module
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The answer of [`solve`][constrained_growth.solve.solve].
+
+    Attributes:
+        status: How `multipliers` are to be read.
+        loss: L(θ, 0), the mean over all samples.
+        stationarity: ‖∇_θ L(θ, 0)‖₂ over the trainable parameters, or None if not asked for.
+        multipliers: λ = −∇_v L(θ, 0): candidate → pinned parameter → tensor in the shape of
+            the parameter. +λ is the direction of steepest descent of the new parameters.
+        sensitivities: Candidate → how large its multiplier is.
+        decision: What the rule made of the sensitivities.
+        candidates: Candidate → site and block, for `insert`.
+        num_samples: How many samples were read.
+        num_batches: How many batches were read.
+    """
+
+    status: Status
+    loss: float
+    stationarity: float | None
+    multipliers: Mapping[str, Mapping[str, Tensor]]
+    sensitivities: Mapping[str, Sensitivity]
+    decision: Decision
+    candidates: Mapping[str, Planned] = field(repr=False)
+    num_samples: int
+    num_batches: int
+
+    def dual_value(self, constraint: Constraint) -> Tensor:
+        """λ of one pin, in CVXPY's word.
+
+        Args:
+            constraint: One of `problem.constraints`.
+
+        Returns:
+            The multiplier, in the shape of the pinned parameter; the same tensor as
+            `multipliers[constraint.candidate][constraint.parameter]`.
+
+        Raises:
+            CandidateError: The constraint is not one of this solution.
+        """
+        try:
+            return self.multipliers[constraint.candidate][constraint.parameter]
+        except KeyError:
+            raise CandidateError(
+                f"constraint={constraint} is not one of this solution; take it from "
+                "problem.constraints of the problem that was solved."
+            ) from None
