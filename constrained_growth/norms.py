@@ -7,14 +7,15 @@ the right norm is the dual of the one in which the optimizer moves the new layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Norm = Callable[[Mapping[str, Tensor]], "Tensor | float"]
+from constrained_growth.solution import Norm
 
+__all__ = ["Frobenius", "Norm", "PerParameter"]
 
 @dataclass(frozen=True)
 class Frobenius:

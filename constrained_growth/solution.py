@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from constrained_growth.errors import CandidateError
 
-if TYPE_CHECKING:
-    from constrained_growth.norms import Norm
+Norm = Callable[[Mapping[str, Tensor]], Tensor | float]
+"""Any function of a multiplier (pinned parameter → tensor) that says how large it is."""
 
 
 class Status(Enum):

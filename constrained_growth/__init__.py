@@ -1,0 +1,53 @@
+"""Would another layer help this network, where, and what would it buy?
+
+Every layer that could be inserted is there in thought, its virtual parameters pinned to zero by
+constraints; the Lagrange multipliers of these constraints are the answer, and cost one backward
+pass.
+"""
+
+from constrained_growth import blocks, norms
+from constrained_growth.candidates import Candidate, find_candidates
+from constrained_growth.errors import (
+    BlockError,
+    CandidateError,
+    DataError,
+    GrowthError,
+    OptimizerError,
+    RecordError,
+    RuleError,
+)
+from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules import DecisionRule, Threshold, TopK
+from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
+from constrained_growth.solve import solve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockError",
+    "Candidate",
+    "CandidateError",
+    "Constraint",
+    "DataError",
+    "Decision",
+    "DecisionRule",
+    "GrowthError",
+    "GrowthProblem",
+    "GrowthRecord",
+    "InsertedLayer",
+    "OptimizerError",
+    "RecordError",
+    "RuleError",
+    "Sensitivity",
+    "Solution",
+    "Status",
+    "Threshold",
+    "TopK",
+    "blocks",
+    "find_candidates",
+    "insert",
+    "norms",
+    "replay",
+    "solve",
+]

@@ -1,0 +1,110 @@
+"""A candidate: a site in a model and a block that could stand there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from constrained_growth.activations import identity_shift
+from constrained_growth.blocks import IdentityLinear, ResidualMLP
+from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.observation import untouched, visits
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that could be inserted.
+
+    Attributes:
+        after: Qualified name (as in `model.named_modules()`) of the submodule whose output is
+            the site.
+        block: A layer that is the identity at its pins; see `constrained_growth.blocks`. It is
+            never changed: what is measured and inserted is a copy where it has to be moved.
+        name: How the candidate is called; `after` by default. Unique in a problem.
+    """
+
+    after: str
+    block: nn.Module
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.after, str):
+            raise CandidateError(
+                f"after={self.after!r} is not a string; give the qualified name of a submodule, "
+                'such as "3" or "encoder.layers.0".'
+            )
+        if not isinstance(self.block, nn.Module):
+            raise BlockError(
+                f"block={self.block!r} of the candidate after {self.after!r} is not an nn.Module; "
+                "give an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())."
+            )
+        if not self.name:
+            object.__setattr__(self, "name", self.after)
+
+
+def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate, ...]:
+    """A sensible set of candidates for a feedforward or residual model, by watching it run.
+
+    Looks at the leaf modules and residual blocks in the order in which they run. After an
+    activation that allows an exact identity layer (ReLU, TanhLU) it proposes `IdentityLinear`;
+    after any other activation module, and after every module that keeps the shape of its input
+    and has parameters and children of its own (a residual block), `ResidualMLP` with the outer
+    factor pinned. Only sites that are reached once and carry floating-point tensors of at least
+    two dimensions count; the last output of the model does not.
+
+    Args:
+        model: The model, left as it was.
+        example_input: One input as in the data: a tensor, a tuple, or a dict of keyword arguments.
+
+    Returns:
+        The candidates, in the order of the forward pass, named after their sites.
+
+    Raises:
+        CandidateError: Nothing was found.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> [candidate.after for candidate in find_candidates(net, torch.randn(5, 2))]
+        ['1']
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    with untouched(model):
+        seen = visits(model, example_input, modules)
+    found = []
+    for name, visit in seen.items():
+        block = _proposal(modules[name], visit.input, visit.output) if visit.count == 1 else None
+        if block is not None:
+            found.append(Candidate(name, block))
+    if not found:
+        raise CandidateError(
+            f"model={type(model).__name__} has no activation module and no module that keeps the "
+            "shape of its input; write the candidates by hand: "
+            "cg.Candidate(after='name of a submodule', block=...)."
+        )
+    return tuple(found)
+
+
+def _proposal(module: nn.Module, input: object, output: object) -> nn.Module | None:
+    """The block to propose after one module, or None."""
+    if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() < 2:
+        return None
+    width = output.shape[-1]
+    keeps_shape = isinstance(input, Tensor) and input.shape == output.shape
+    is_activation = keeps_shape and type(module).__module__ in _ACTIVATION_HOMES
+    if is_activation:
+        shift = identity_shift(module)  # type: ignore[arg-type]
+        try:
+            if shift is not None:
+                return IdentityLinear(width, module)
+        except BlockError:
+            pass
+        return ResidualMLP(width, width, module)
+    is_block = keeps_shape and any(True for _ in module.children())
+    if is_block and any(True for _ in module.parameters()):
+        return ResidualMLP(width, width, nn.ReLU())
+    return None
+
+
+_ACTIVATION_HOMES = (nn.ReLU.__module__, IdentityLinear.__module__.replace("blocks", "activations"))

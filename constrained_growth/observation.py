@@ -1,0 +1,185 @@
+"""Running a user's model on a user's data, watching its sites, leaving no trace."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.errors import DataError
+
+
+@contextmanager
+def untouched(model: nn.Module, *others: object) -> Iterator[None]:
+    """Restore what running a model may change: buffers, modes, gradients, random state.
+
+    Args:
+        model: Its buffers (running statistics), train/eval modes and `.grad` are put back.
+        *others: Objects whose attribute `generator` (a data loader's, a sampler's) is put back.
+    """
+    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
+    modes = [(module, module.training) for module in model.modules()]
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    generators = [(g, g.get_state()) for other in others for g in _generators(other)]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        for generator, state in generators:
+            generator.set_state(state)
+        for name, (buffer, before) in buffers.items():
+            _restore_buffer(model, name, buffer, before)
+        for module, training in modes:
+            module.training = training
+        for parameter, grad in grads:
+            parameter.grad = grad
+
+
+def _generators(other: object) -> list[torch.Generator]:
+    holders = (other, getattr(other, "sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [g for g in found if isinstance(g, torch.Generator)]
+
+
+def _restore_buffer(model: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
+    """Put back a buffer, whether it was written to or replaced by another tensor."""
+    with torch.no_grad():
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
+    owner, _, key = name.rpartition(".")
+    model.get_submodule(owner)._buffers[key] = buffer
+
+
+def call(model: Callable[..., Any], input: object) -> Any:
+    """`model(input)`, with a tuple spread as positional and a dict as keyword arguments."""
+    if isinstance(input, Mapping):
+        return model(**input)
+    if isinstance(input, tuple | list):
+        return model(*input)
+    return model(input)
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Where the model's parameters (or else buffers) are; None if it has neither."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """The tensors in a batch on the model's device; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value if device is None else value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(moved(item, device) for item in value)
+    return value
+
+
+def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
+    """The `(input, target)` pairs of the data, on the model's device.
+
+    Raises:
+        DataError: A batch is not a pair.
+    """
+    for index, batch in enumerate(data):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"data: batch {index} is a {type(batch).__name__}, not an (input, target) pair; "
+                "give an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)."
+            )
+        yield moved(batch[0], device), moved(batch[1], device)
+
+
+def batch_size(input: object, target: object) -> int:
+    """How many samples a batch has: the first dimension of its first tensor.
+
+    Raises:
+        DataError: There is no tensor with a first dimension, or it has length 0.
+    """
+    for tensor in (*_tensors(input), *_tensors(target)):
+        if tensor.dim() > 0:
+            if tensor.shape[0] == 0:
+                raise DataError("data: a batch has no samples (a tensor of first dimension 0).")
+            return tensor.shape[0]
+    raise DataError(
+        "data: a batch holds no tensor with a batch dimension; inputs are a tensor, a tuple or a "
+        "dict of tensors whose first dimension counts the samples."
+    )
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+@contextmanager
+def watching(
+    modules: Mapping[str, nn.Module], see: Callable[[str, object, object], Tensor | None]
+) -> Iterator[None]:
+    """Call `see(name, first input, output)` whenever one of the modules has run.
+
+    What `see` returns, if not None, takes the place of the output.
+    """
+
+    def hook_for(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            return see(name, args[0] if args else None, output)
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class Visit:
+    """What was seen of one module in a forward pass.
+
+    Attributes:
+        count: How often it ran.
+        input: Its first positional argument at the last run.
+        output: Its output at the last run.
+        version: The version counter of the output when it came out.
+    """
+
+    count: int = 0
+    input: object = None
+    output: object = None
+    version: int = 0
+
+
+def visits(model: nn.Module, input: object, modules: Mapping[str, nn.Module]) -> dict[str, Visit]:
+    """Run the model once and report the visits of some of its modules, in running order."""
+    seen: dict[str, Visit] = {}
+
+    def see(name: str, first: object, output: object) -> None:
+        visit = seen.setdefault(name, Visit())
+        visit.count += 1
+        visit.input, visit.output = first, output
+        visit.version = output._version if isinstance(output, Tensor) else 0
+
+    with watching(modules, see), torch.no_grad():
+        call(model, moved(input, device_of(model)))
+    return seen
