@@ -1,0 +1,213 @@
+"""Insert the chosen layers into the model, its function unchanged; and do it again elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from constrained_growth.errors import CandidateError, RecordError
+from constrained_growth.optimizers import adopt, check_optimizer
+from constrained_growth.records import (
+    GrowthRecord,
+    InsertedLayer,
+    build,
+    describe,
+    parameter_shapes,
+)
+from constrained_growth.solution import Solution
+
+__all__ = ["GrowthRecord", "Inserted", "InsertedLayer", "insert", "replay"]
+
+
+class Inserted(nn.Module):
+    """A module with a layer after it: x ↦ inserted(base(x)).
+
+    Stands in the model under the name of `base`, so every other name in the model stays what it
+    was, `"3"` still means "the output of this place", and attributes not found here are looked up
+    in `base` (`model.fc.in_features` goes on working). Keys in the state dict change from
+    `3.weight` to `3.base.weight`, and `3.inserted.…` is new.
+
+    Args:
+        base: The module that stood here.
+        inserted: The layer after it.
+    """
+
+    def __init__(self, base: nn.Module, inserted: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.inserted = inserted
+        self.training = base.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The inserted layer applied to the output of the base."""
+        return self.inserted(self.base(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+
+def insert(
+    model: nn.Module,
+    solution: Solution,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> GrowthRecord:
+    """Insert the layers that a solution decided on, in place and without moving the function.
+
+    Each layer takes the place of its site as `Inserted(base, inserted)`; residual blocks pinned
+    at zero leave the output the same to the last bit, identity layers to rounding. All checks
+    come before the first change.
+
+    Args:
+        model: The model of the problem, or a copy of it. It is changed.
+        solution: From `solve`. With nothing chosen, nothing is changed. The layers inserted are
+            copies: the candidates can be used again.
+        optimizer: The one that trains `model`: the state of the old parameters is kept, new ones
+            join the groups of their neighbours, with their settings and without state. None
+            (default) leaves optimizers to the caller.
+
+    Returns:
+        The record, which `replay` can repeat on a fresh model.
+
+    Raises:
+        CandidateError: A site is not in the model.
+        OptimizerError: The optimizer cannot take the new parameters.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
+        >>> solution = cg.solve(cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate]))
+        >>> before = net(data[0][0])
+        >>> record = cg.insert(net, solution)
+        >>> bool((net(data[0][0]) - before).abs().max() < 1e-6)
+        True
+        >>> sorted(net.state_dict())[2:4]
+        ['1.inserted.bias', '1.inserted.weight']
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in solution.decision.chosen:
+        after = solution.candidates[name].after
+        if after not in modules:
+            raise CandidateError(
+                f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
+                f'candidate "{name}"; give the model of the problem, as it was when solved.'
+            )
+    if optimizer is not None:
+        check_optimizer(model, optimizer)
+    before = parameter_shapes(model)
+    old = {id(parameter) for parameter in model.parameters()}
+    layers: list[InsertedLayer] = []
+    wrappers: dict[str, Inserted] = {}
+    for name, planned in solution.candidates.items():  # the problem's order, also within a site
+        if name in solution.decision.chosen:
+            place = wrappers.get(planned.after, modules.get(planned.after))
+            after = next(n for n, module in model.named_modules() if module is place)
+            block = copy.deepcopy(planned.block)
+            layers.append(describe(name, after, block))
+            wrappers[planned.after] = _put(model, after, block)
+    if optimizer is not None:
+        adopt(optimizer, model, [p for p in model.parameters() if id(p) not in old])
+    return GrowthRecord(tuple(layers), before)
+
+
+def replay(
+    model: nn.Module,
+    record: GrowthRecord,
+    *,
+    blocks: Mapping[str, nn.Module] | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Repeat recorded insertions on a fresh model, so that `load_state_dict` fits.
+
+    Args:
+        model: As it was before the first insertion; changed in place.
+        record: From `insert`, or `GrowthRecord.from_json`.
+        blocks: Name of the inserted layer → block, for blocks and activations of your own, which
+            a record cannot rebuild.
+        strict: Whether the parameters of `model` must have the names and shapes they had when
+            the record was made (default). False asks only for the sites, say for a model with
+            another head.
+
+    Returns:
+        The same model, grown. The values of the new layers are those at the pins; load a state
+        dict for others.
+
+    Raises:
+        RecordError: The record does not fit the model, or a block cannot be rebuilt.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+        >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
+        True
+    """
+    _check_sites(model, record)
+    if strict:
+        _check_shapes(model, record)
+    built = [_rebuilt(layer, (blocks or {}).get(layer.name)) for layer in record.insertions]
+    for layer, block in zip(record.insertions, built, strict=True):
+        site = model.get_submodule(layer.after)
+        like = next(itertools.chain(site.parameters(), model.parameters()), None)
+        if like is not None:
+            block = block.to(device=like.device, dtype=like.dtype)
+        _put(model, layer.after, block)
+    return model
+
+
+def _put(model: nn.Module, after: str, block: nn.Module) -> Inserted:
+    owner, _, key = after.rpartition(".")
+    base = model.get_submodule(after)
+    wrapper = Inserted(base, block.train(base.training))
+    model.get_submodule(owner)._modules[key] = wrapper
+    return wrapper
+
+
+def _rebuilt(layer: InsertedLayer, given: nn.Module | None) -> nn.Module:
+    block = build(layer) if given is None else copy.deepcopy(given)
+    shapes = parameter_shapes(block)
+    if shapes != dict(layer.parameters):
+        raise RecordError(
+            f'the block for the layer "{layer.name}" has parameters {shapes}, the record says '
+            f"{dict(layer.parameters)}."
+        )
+    return block
+
+
+def _check_shapes(model: nn.Module, record: GrowthRecord) -> None:
+    have, want = parameter_shapes(model), dict(record.model)
+    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if differing:
+        first = differing[0]
+        raise RecordError(
+            f"model={type(model).__name__} does not fit the record: {len(differing)} parameters "
+            f'differ, first "{first}" with shape {have.get(first)}, in the record '
+            f"{want.get(first)}. Give the model as it was before it was grown, or strict=False."
+        )
+
+
+def _check_sites(model: nn.Module, record: GrowthRecord) -> None:
+    """Follow the names through the insertions without making them."""
+    names = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
+    for layer in record.insertions:
+        if layer.after not in names:
+            raise RecordError(
+                f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
+                f'record puts the layer "{layer.name}"; give the model as it was before it was '
+                "grown."
+            )
+        inside = {n for n in names if n == layer.after or n.startswith(layer.after + ".")}
+        moved = {f"{layer.after}.base{name[len(layer.after) :]}" for name in inside}
+        names = (names - inside) | moved | {layer.after, f"{layer.after}.inserted"}
