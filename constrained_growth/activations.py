@@ -52,6 +52,7 @@ class TanhLU(nn.Module):
         return torch.where(x >= self.eps, x, below)
 
     def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
         return f"eps={self.eps}"
 
 
@@ -86,7 +87,9 @@ def as_activation(activation: object) -> Activation:
 
 def in_double(activation: Activation) -> Activation:
     """The activation on float64, its own parameters too, and never in place."""
-    function = copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation
+    function = (
+        copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation
+    )
     return lambda x: function(x.clone())
 
 

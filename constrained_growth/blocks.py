@@ -166,6 +166,7 @@ class IdentityLinear(nn.Module):
         return {"width": width, "activation": self.activation, "shift": self.shift}
 
     def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
         return f"width={self.weight.shape[0]}, shift={self.shift:g}"
 
 
@@ -224,6 +225,7 @@ class ResidualLinear(nn.Module):
         return {"width": self.weight.shape[0], "activation": self.activation}
 
     def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
         return f"width={self.weight.shape[0]}"
 
 
@@ -319,6 +321,7 @@ class ResidualMLP(nn.Module):
         }
 
     def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
         return f"pinned={self.pinned}"
 
     def _refuse_two_zero_factors(self) -> None:

@@ -106,7 +106,9 @@ def measure(
     totals = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in parameters.values()]
     loss_sum: Tensor | float = 0.0
     num_samples = num_batches = 0
-    bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress))
+    bar = tqdm(
+        data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress)
+    )
     modules = {site.after: site.module for site in sites}
     with watching(modules, recorder.see), torch.enable_grad():
         for input, target in batches(bar, device_of(model)):
@@ -235,7 +237,9 @@ class _Recorder:
             for (name, _), delta in zip(edges, grads, strict=False):
                 self._receive(name, delta)
         if self._x:
-            raise CandidateError(f"after={sorted(self._x)}: the loss does not depend on these sites.")
+            raise CandidateError(
+                f"after={sorted(self._x)}: the loss does not depend on these sites."
+            )
         return grads[len(edges) :]
 
     def flush(self) -> None:
@@ -292,7 +296,9 @@ class _Pending:
 
     def take(self) -> tuple[Tensor, Tensor]:
         single = len(self.xs) == 1
-        pair = (self.xs[0], self.deltas[0]) if single else (torch.cat(self.xs), torch.cat(self.deltas))
+        pair = (
+            (self.xs[0], self.deltas[0]) if single else (torch.cat(self.xs), torch.cat(self.deltas))
+        )
         self.xs, self.deltas, self.bytes = [], [], 0
         return pair
 
@@ -393,5 +399,5 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _quiet(progress: bool | None) -> bool | None:
-    """tqdm's `disable`: None means off where standard error is no terminal."""
+    """The `disable` of tqdm: None means off where standard error is no terminal."""
     return None if progress is None else not progress

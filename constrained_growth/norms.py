@@ -17,6 +17,7 @@ from constrained_growth.solution import Norm
 
 __all__ = ["Frobenius", "Norm", "PerParameter"]
 
+
 @dataclass(frozen=True)
 class Frobenius:
     """‖λ‖_F = √(Σ λ_ij²) over all pinned parameters: the dual of the Frobenius (Euclidean) ball.

@@ -60,7 +60,10 @@ def adopt(optimizer: torch.optim.Optimizer, model: nn.Module, new: Iterable[Tens
 
 
 def _neighbour(
-    parameter: Tensor, order: Mapping[int, int], named: Mapping[str, Tensor], home: Mapping[int, Any]
+    parameter: Tensor,
+    order: Mapping[int, int],
+    named: Mapping[str, Tensor],
+    home: Mapping[int, Any],
 ) -> int:
     """The id of the nearest trained parameter of the same kind, or of any kind."""
     here = order[id(parameter)]

@@ -265,7 +265,8 @@ def _fitted(candidate: Candidate, x: Tensor) -> nn.Module:
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise BlockError(
-            f"{where} turns the shape {tuple(x.shape)} at its site into {got}; the width must match."
+            f"{where} turns the shape {tuple(x.shape)} at its site into {got}; the width must "
+            "match."
         )
     moved = (y - x).abs().max().item() if x.numel() else 0.0
     allowed = 1e3 * torch.finfo(x.dtype).eps * max(1.0, x.abs().max().item())

@@ -81,11 +81,13 @@ class GrowthRecord:
                 for item in items
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"text is no growth record as to_json() writes it: {error!r}.") from error
+            raise RecordError(
+                f"text is no growth record as to_json() writes it: {error!r}."
+            ) from error
         if version != _VERSION:
             raise RecordError(
-                f"the growth record has version {version!r}, this library reads {_VERSION}; use the "
-                "version of the library that wrote it."
+                f"the growth record has version {version!r}, this library reads {_VERSION}; use "
+                "the version of the library that wrote it."
             )
         return cls(layers, model)
 
@@ -113,8 +115,9 @@ def build(layer: InsertedLayer) -> nn.Module:
     maker, arguments = makers.get(layer.block.get("type", "")), layer.block.get("arguments")
     if maker is None or arguments is None:
         raise RecordError(
-            f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that a '
-            f"record cannot rebuild; pass it: replay(model, record, blocks={{{layer.name!r}: block}})."
+            f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
+            "a record cannot rebuild; pass it: "
+            f"replay(model, record, blocks={{{layer.name!r}: block}})."
         )
     arguments = dict(arguments)
     try:
@@ -122,7 +125,9 @@ def build(layer: InsertedLayer) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return maker(**arguments)
     except (TypeError, KeyError) as error:
-        raise RecordError(f'the record of the layer "{layer.name}" is damaged: {error!r}.') from error
+        raise RecordError(
+            f'the record of the layer "{layer.name}" is damaged: {error!r}.'
+        ) from error
 
 
 def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

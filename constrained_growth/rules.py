@@ -71,7 +71,9 @@ class TopK:
     def _score(self, name: str, sensitivity: Sensitivity) -> float:
         cost = 1.0 if self.cost is None else self.cost(sensitivity)
         if not cost > 0:
-            raise RuleError(f'cost of TopK gives {cost} for candidate "{name}"; it must be positive.')
+            raise RuleError(
+                f'cost of TopK gives {cost} for candidate "{name}"; it must be positive.'
+            )
         return sensitivity.value / cost
 
 
@@ -111,7 +113,9 @@ class Threshold:
             if value is not None and not value >= 0:
                 raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
         if self.max_insertions is not None and self.max_insertions < 1:
-            raise RuleError(f"max_insertions={self.max_insertions!r} of Threshold must be positive.")
+            raise RuleError(
+                f"max_insertions={self.max_insertions!r} of Threshold must be positive."
+            )
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All that exceed their bar."""

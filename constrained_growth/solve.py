@@ -101,13 +101,11 @@ def solve(
     if status is Status.NOT_FINITE and throw:
         raise DataError(
             f"the loss is {found.loss} and the sensitivities are "
-            f"{ {name: s.value for name, s in sensitivities.items()} }: NaN or Inf in the data, the "
-            "parameters or the loss; solve(..., throw=False) returns a solution that says so."
+            f"{ {name: s.value for name, s in sensitivities.items()} }: NaN or Inf in the data, "
+            "the parameters or the loss; solve(..., throw=False) returns a solution that says so."
         )
     decision = (
-        Decision((), status.value)
-        if status is Status.NOT_FINITE
-        else _decide(rule, sensitivities)
+        Decision((), status.value) if status is Status.NOT_FINITE else _decide(rule, sensitivities)
     )
     return Solution(
         status=status,
@@ -197,7 +195,9 @@ def _decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Dec
             "cg.Decision(chosen=('name of a candidate', ...)), with () to insert nothing."
         )
     if isinstance(decision.chosen, str):
-        raise RuleError(f"rule={rule!r} chose the string {decision.chosen!r}, not a tuple of names.")
+        raise RuleError(
+            f"rule={rule!r} chose the string {decision.chosen!r}, not a tuple of names."
+        )
     unknown = [name for name in decision.chosen if name not in sensitivities]
     if unknown or len(set(decision.chosen)) != len(decision.chosen):
         raise RuleError(
@@ -205,5 +205,3 @@ def _decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Dec
             "each to be chosen at most once."
         )
     return decision
-
-
