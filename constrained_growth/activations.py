@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +57,7 @@ class TanhLU(nn.Module):
         return f"eps={self.eps}"
 
 
-def as_activation(activation: object) -> Activation:
+def as_activation(activation: Any) -> Activation:
     """The activation as something to call on a tensor.
 
     Raises:

@@ -376,9 +376,9 @@ def squared_norms(factor: AffineFactors) -> Tensor:
 
 
 def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], size: int) -> None:
-    used = [(total, grad) for total, grad in zip(totals, grads, strict=True) if grad is not None]
-    if used:
-        torch._foreach_add_([total for total, _ in used], [grad for _, grad in used], alpha=size)
+    for total, grad in zip(totals, grads, strict=True):
+        if grad is not None:
+            total.add_(grad, alpha=size)
 
 
 def _widened(factor: AffineFactors, dtype: torch.dtype) -> AffineFactors:

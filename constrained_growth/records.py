@@ -164,7 +164,7 @@ def _described_activation(activation: object) -> dict[str, Any] | None:
 def _built_activation(described: Mapping[str, Any]) -> activations.Activation:
     if "function" in described:
         home, _, name = described["function"].rpartition(".")
-        function = getattr(_FUNCTIONS.get(home), name, None)
+        function: Any = getattr(_FUNCTIONS.get(home), name, None)
         if callable(function):
             return function
     elif described["module"] in _MODULES:
