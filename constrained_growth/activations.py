@@ -86,7 +86,7 @@ def as_activation(activation: Any) -> Activation:
     return activation
 
 
-def in_double(activation: Activation) -> Activation:
+def in_double(activation: Any) -> Activation:
     """The activation on float64, its own parameters too, and never in place."""
     function = (
         copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation

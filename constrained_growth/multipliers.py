@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from tqdm import tqdm
 
-from constrained_growth.blocks import AffineFactors, HasFactors, pinned_parameters
+from constrained_growth.blocks import HasFactors, pinned_parameters
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.observation import batch_size, batches, call, device_of, watching
+from constrained_growth.observation import batch_size, batches, call, device_of, hooked
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,7 @@ def measure(
     bar = tqdm(
         data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress)
     )
-    modules = {site.after: site.module for site in sites}
-    with watching(modules, recorder.see), torch.enable_grad():
+    with hooked(recorder.hooks()), torch.enable_grad():
         for input, target in batches(bar, device_of(model)):
             size = batch_size(input, target)
             recorder.begin(size)
@@ -184,123 +183,118 @@ class _Recorder:
     """Collects (x, δ) at the sites during forward and backward, and works them off."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
-        self.tallies = {n: _Tally(b) for site in sites for n, b in site.blocks.items()}
-        answer = sum(tally.bytes for tally in self.tallies.values())
+        self._sites = sites
+        self._tallies = [[_Tally(block) for block in site.blocks.values()] for site in sites]
         # as much room as the answer takes: what the missing gradient of θ leaves free
-        self._room = max(_SMALL, answer) // len(sites)
-        self._sites = {site.after: site for site in sites}
-        self._streams = 2 * sum(site.bytes for site in sites) > max(_SMALL, answer)
-        self._pending = {site.after: _Pending() for site in sites}
-        self._x: dict[str, Tensor] = {}
-        self._edges: dict[str, GradientEdge] = {}
+        answer = sum(tally.bytes for tallies in self._tallies for tally in tallies)
+        self._room = max(_SMALL, answer)
+        self._batch = 2 * sum(site.bytes for site in sites)
+        self._streams = self._batch > self._room
+        self._closed = [all(tally.is_closed for tally in tallies) for tallies in self._tallies]
+        self._xs: list[Tensor | None] = [None] * len(sites)
+        self._inputs: list[Tensor | GradientEdge | None] = [None] * len(sites)
+        self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
+        self._pending_bytes = 0
         self._size = 0
+        self._receivers = [functools.partial(self._receive, index) for index in range(len(sites))]
+
+    @property
+    def tallies(self) -> dict[str, _Tally]:
+        """Candidate → its running sums."""
+        pairs = zip(self._sites, self._tallies, strict=True)
+        return {n: t for site, ts in pairs for n, t in zip(site.blocks, ts, strict=True)}
+
+    def hooks(self) -> dict[nn.Module, Callable[..., Any]]:
+        """Module → forward hook."""
+        sites = enumerate(self._sites)
+        return {site.module: functools.partial(self._see, index) for index, site in sites}
 
     def begin(self, size: int) -> None:
         """Get ready for a batch of `size` samples."""
         if size != self._size:
             self.flush()
         self._size = size
-        self._x.clear()
-        self._edges.clear()
 
-    def see(self, name: str, _: object, output: object) -> Tensor | None:
+    def backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
+        """One backward pass down to the sites (and parameters, whose gradients it returns)."""
+        if None in self._xs or not loss.requires_grad:
+            self._complain(lambda x: x is None or not loss.requires_grad)
+        inputs = [edge for edge in self._inputs if edge is not None]
+        grads = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
+        if not self._streams:
+            for index in range(len(inputs)):
+                self._receive(index, grads[index])
+        if any(x is not None for x in self._xs):
+            self._complain(lambda x: x is not None)
+        self._inputs = [None] * len(self._sites)
+        if self._pending_bytes + self._batch > self._room:
+            self.flush()
+        return grads[len(inputs) :]
+
+    def flush(self) -> None:
+        """Work off whatever is pending."""
+        for tallies, pending in zip(self._tallies, self._pending, strict=True):
+            if pending:
+                x, delta = pending[0] if len(pending) == 1 else map(torch.cat, zip(*pending))
+                pending.clear()
+                _work_off(tallies, x, delta, self._size, samples_in_front=True)
+        self._pending_bytes = 0
+
+    def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
         """Note x at a site in the forward pass; what it returns takes the place of the output."""
-        site = self._sites[name]
-        if not isinstance(output, Tensor) or name in self._x:
+        site = self._sites[index]
+        if not isinstance(output, Tensor) or self._xs[index] is not None:
             raise CandidateError(
-                f'after="{name}": in a later batch its output is a {type(output).__name__}, or '
-                "it is reached several times; a site is reached exactly once by a tensor."
+                f'after="{site.after}": in a later batch its output is a {type(output).__name__}, '
+                "or it is reached several times; a site is reached exactly once by a tensor."
             )
         starts_graph = not output.requires_grad
         if starts_graph:
             output = output.detach().requires_grad_().clone()
-        self._x[name] = output.detach().clone() if site.overwritten else output.detach()
+        self._xs[index] = output.detach().clone() if site.overwritten else output.detach()
         if self._streams:
-            output.register_hook(functools.partial(self._receive, name))
+            output.register_hook(self._receivers[index])
         if site.anchor or not self._streams:
-            self._edges[name] = get_gradient_edge(output)
+            self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
         return output if starts_graph else None
 
-    def backward(self, loss: Tensor, parameters: list[nn.Parameter]) -> Sequence[Tensor | None]:
-        """One backward pass down to the sites (and parameters, whose gradients it returns)."""
-        missing = self._sites.keys() - self._x.keys()
-        if missing or not loss.requires_grad:
-            raise CandidateError(
-                f"after={sorted(missing or self._sites)}: a batch did not reach these sites in "
-                "forward, or its loss does not depend on them."
-            )
-        edges = list(self._edges.items())
-        inputs = [*(edge for _, edge in edges), *parameters]
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-        self._edges.clear()
-        if not self._streams:
-            for (name, _), delta in zip(edges, grads, strict=False):
-                self._receive(name, delta)
-        if self._x:
-            raise CandidateError(
-                f"after={sorted(self._x)}: the loss does not depend on these sites."
-            )
-        return grads[len(edges) :]
-
-    def flush(self) -> None:
-        """Work off whatever is pending."""
-        for name in self._pending:
-            self._work_off(name)
-
-    def _receive(self, name: str, delta: Tensor | None) -> None:
-        if delta is None:
+    def _receive(self, index: int, delta: Tensor | None) -> None:
+        """Take δ at a site, to be worked off at once where memory counts, else later."""
+        x = self._xs[index]
+        if x is None or delta is None:
             return
-        pending = self._pending[name]
-        pending.add(self._x.pop(name), delta)
-        if pending.bytes > self._room or not self._all_by_sample(name, pending.xs[0]):
-            self._work_off(name)
-
-    def _all_by_sample(self, name: str, x: Tensor) -> bool:
-        blocks = self._sites[name].blocks
-        return all(self.tallies[candidate].by_sample(x, self._size) for candidate in blocks)
-
-    @torch.no_grad()
-    def _work_off(self, name: str) -> None:
-        pending = self._pending[name]
-        if not pending.xs:
+        self._xs[index] = None
+        samples_in_front = x.dim() > 1 and x.shape[0] == self._size
+        if self._streams or not samples_in_front or not self._closed[index]:
+            _work_off(self._tallies[index], x, delta, self._size, samples_in_front)
             return
-        one_batch = pending.xs[0]
-        x, delta = pending.take()
-        for candidate in self._sites[name].blocks:
-            tally = self.tallies[candidate]
-            add = tally.add_samples if tally.by_sample(one_batch, self._size) else tally.add_batch
-            add(x, delta, self._size)
+        pending = self._pending[index]
+        if pending and pending[0][0].shape != x.shape:
+            self.flush()
+        pending.append((x, delta))
+        self._pending_bytes += x.nbytes + delta.nbytes
+
+    def _complain(self, is_bad: Callable[[Tensor | None], bool]) -> None:
+        bad = [s.after for s, x in zip(self._sites, self._xs, strict=True) if is_bad(x)]
+        raise CandidateError(
+            f"after={bad}: some batch did not reach these sites in forward, or its loss does not "
+            "depend on them; choose sites that every batch passes."
+        )
 
 
 _SMALL = 2**20
 """Bytes of (x, δ) that may always wait to be worked off together."""
 
 
-@dataclass
-class _Pending:
-    """(x, δ) of some batches at one site, waiting."""
-
-    xs: list[Tensor] = field(default_factory=list)
-    deltas: list[Tensor] = field(default_factory=list)
-    bytes: int = 0
-
-    def add(self, x: Tensor, delta: Tensor) -> None:
-        if self.xs and self.xs[0].shape[1:] != x.shape[1:]:
-            raise DataError(
-                f"the tensor at a site has shape {tuple(x.shape)} in one batch and "
-                f"{tuple(self.xs[0].shape)} in another; pad the batches to one length."
-            )
-        self.xs.append(x)
-        self.deltas.append(delta.detach())
-        self.bytes += x.nbytes + delta.nbytes
-
-    def take(self) -> tuple[Tensor, Tensor]:
-        single = len(self.xs) == 1
-        pair = (
-            (self.xs[0], self.deltas[0]) if single else (torch.cat(self.xs), torch.cat(self.deltas))
-        )
-        self.xs, self.deltas, self.bytes = [], [], 0
-        return pair
+@torch.no_grad()
+def _work_off(
+    tallies: Sequence[_Tally], x: Tensor, delta: Tensor, size: int, samples_in_front: bool
+) -> None:
+    for tally in tallies:
+        if tally.is_closed and samples_in_front:
+            tally.add_samples(x, delta, size)
+        else:
+            tally.add_batch(x, delta, size)
 
 
 class _Tally:
@@ -312,37 +306,31 @@ class _Tally:
             name: torch.zeros_like(p, dtype=_wide(p.dtype), requires_grad=False)
             for name, p in pinned_parameters(block).items()
         }
-        self._squares: Tensor | float = 0.0
+        first = next(iter(self._sums.values()))
+        self._squares = torch.zeros((), dtype=torch.float64, device=first.device)
         self._units = 0
+        self.is_closed = isinstance(block, HasFactors)
         self.bytes = sum(total.nbytes for total in self._sums.values())
-
-    def by_sample(self, x: Tensor, size: int) -> bool:
-        """Whether the multipliers of single samples are known: a closed form, samples in front."""
-        return isinstance(self._block, HasFactors) and x.dim() > 1 and x.shape[0] == size
 
     def add_samples(self, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in one or more batches of `size` samples each, sample by sample."""
-        assert isinstance(self._block, HasFactors)
-        for factor in self._block.factors(x, delta):
-            wide = _widened(factor, self._sums[factor.weight].dtype)
-            squares = squared_norms(wide).sum(dtype=torch.float64)
-            self._squares = self._squares + squares * size**2
-            self._subtract_product(wide, size)
+        for factor in self._block.factors(x, delta):  # type: ignore[operator]
+            total = self._sums[factor.weight]
+            psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
+            self._squares.add_(sum_of_squares(psi, phi, factor.bias is not None), alpha=size**2)
+            if psi.dim() > 2:
+                psi, phi = psi.flatten(0, -2), phi.flatten(0, -2)
+            total.addmm_(psi.T, phi, alpha=-size)
+            if factor.bias is not None:
+                self._sums[factor.bias].sub_(psi.sum(0), alpha=size)
         self._units += x.shape[0]
 
     def add_batch(self, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in one batch as a whole, by differentiating the block alone."""
         for name, value in block_multipliers(self._block, x, delta).items():
-            self._squares = self._squares + value.square().sum(dtype=torch.float64) * size
+            self._squares.add_(value.square().sum(dtype=torch.float64), alpha=size)
             self._sums[name].add_(value, alpha=size)
         self._units += 1
-
-    def _subtract_product(self, factor: AffineFactors, size: int) -> None:
-        """Add −n Σ ψφᵀ and −n Σ ψ, the weight n of the batch folded into the product."""
-        psi, phi = factor.cotangent.flatten(0, -2), factor.features.flatten(0, -2)
-        self._sums[factor.weight].addmm_(psi.T, phi, alpha=-size)
-        if factor.bias is not None:
-            self._sums[factor.bias].sub_(psi.sum(0), alpha=size)
 
     def multiplier(self, num_samples: int) -> dict[str, Tensor]:
         """λ, the mean over the samples."""
@@ -357,36 +345,34 @@ class _Tally:
         return max(spread, 0.0) / (self._units - 1) / num_samples
 
 
-def squared_norms(factor: AffineFactors) -> Tensor:
-    """‖λ_n‖² of every sample n, without forming λ_n where that is dearer.
+def sum_of_squares(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
+    """Σ_n ‖λ_n‖² over the samples, without forming λ_n where that is dearer.
 
-    For a site without further dimensions ‖ψ_n‖²(‖φ_n‖² + 1); with T positions per sample
-    Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1), or the product itself when it is smaller (the 1 is the bias).
+    At a site without further dimensions ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias. With T
+    positions per sample it is Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1), or the square of the product itself
+    when that is smaller.
+
+    Args:
+        psi: Cotangents, shape (samples, ..., out).
+        phi: Features, shape (samples, ..., in).
+        has_bias: Whether a bias is pinned too.
     """
-    psi, phi = factor.cotangent, factor.features
-    one = 0.0 if factor.bias is None else 1.0
     if psi.dim() == 2:
-        return torch.linalg.vecdot(psi, psi) * (torch.linalg.vecdot(phi, phi) + one)
+        sizes = torch.linalg.vector_norm(psi, dim=1)
+        both = sizes * torch.linalg.vector_norm(phi, dim=1)
+        return torch.dot(both, both) + torch.dot(sizes, sizes) if has_bias else both.dot(both)
     psi, phi = psi.flatten(1, -2), phi.flatten(1, -2)
     positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
     if positions * (out + width) <= out * width:
-        return ((psi @ psi.mT) * (phi @ phi.mT + one)).sum((1, 2))
-    squares = (psi.mT @ phi).square().sum((1, 2))
-    return squares + psi.sum(1).square().sum(1) if one else squares
+        return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum()
+    squares = (psi.mT @ phi).square().sum()
+    return squares + psi.sum(1).square().sum() if has_bias else squares
 
 
 def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], size: int) -> None:
     for total, grad in zip(totals, grads, strict=True):
         if grad is not None:
             total.add_(grad, alpha=size)
-
-
-def _widened(factor: AffineFactors, dtype: torch.dtype) -> AffineFactors:
-    """The factor in the dtype of the sums, the same object where it is already."""
-    psi, phi = factor.cotangent, factor.features
-    if psi.dtype == phi.dtype == dtype:
-        return factor
-    return replace(factor, cotangent=psi.to(dtype), features=phi.to(dtype))
 
 
 def _squared_norm(tensor: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,9 +131,19 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 @contextmanager
+def hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Forward hooks on some modules for a while; PyTorch's own `hook(module, args, output)`."""
+    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def watching(
     modules: Mapping[str, nn.Module], see: Callable[[str, object, object], Tensor | None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Call `see(name, first input, output)` whenever one of the modules has run.
 
     What `see` returns, if not None, takes the place of the output.
@@ -145,12 +155,7 @@ def watching(
 
         return hook
 
-    handles = [module.register_forward_hook(hook_for(name)) for name, module in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked({module: hook_for(name) for name, module in modules.items()})
 
 
 @dataclass
