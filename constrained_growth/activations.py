@@ -58,7 +58,7 @@ class TanhLU(nn.Module):
 
 
 def as_activation(activation: Any) -> Activation:
-    """The activation as something to call on a tensor.
+    """The activation as something to call on a tensor; of a module a copy, for a block to own.
 
     Raises:
         BlockError: `activation` is no module, module class or function, or not elementwise.
@@ -83,7 +83,7 @@ def as_activation(activation: Any) -> Activation:
             f"activation={activation!r} is not elementwise: it does not return a tensor of the "
             "shape it is given."
         )
-    return activation
+    return copy.deepcopy(activation) if isinstance(activation, nn.Module) else activation
 
 
 def in_double(activation: Any) -> Activation:
@@ -129,9 +129,9 @@ def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Ten
 
 def identity_error(activation: Activation, shift: float) -> float:
     """Largest |σ(x + s) − (x + s)| over the range of σ, relative to max(1, |x|), on a grid."""
-    sigma = in_double(activation)
+    sigma, grid = in_double(activation), _grid()
     with torch.no_grad():
-        x = sigma(_grid())
+        x = sigma(torch.cat([grid, _FAR * grid]))
         return ((sigma(x + shift) - (x + shift)).abs() / x.abs().clamp(min=1)).max().item()
 
 
@@ -153,11 +153,15 @@ def identity_shift(activation: Activation) -> float | None:
     last_bent = int(torch.nonzero(~straight).max())
     begin = _tidy(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
     with torch.no_grad():
-        shift = begin - sigma(grid).min().item()
+        lowest, far_left = sigma(grid).min().item(), sigma(_FAR * grid[:1]).item()
+    if far_left < lowest - _TOLERANCE:  # the range has no lower end
+        return None
+    shift = begin - lowest
     return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
 
 
 _TOLERANCE = 1e-12
+_FAR = 1e4
 
 
 def _grid() -> Tensor:
@@ -189,9 +193,11 @@ def _bisect(sigma: Activation, low: Tensor, high: Tensor) -> float:
 
 
 def _tidy(value: float) -> float:
-    """The shortest decimal just above `value`: bisection stops within rounding of 0.01."""
-    for digits in range(1, 12):
-        rounded = float(f"{value:.{digits}g}")
-        if 0 <= rounded - value <= 1e-8 * max(1.0, abs(value)):
+    """The shortest decimal just above `value`: bisection stops within rounding of 0.01.
+
+    Where σ becomes straight smoothly, that is by √eps of the scale of σ too early.
+    """
+    for rounded in (0.0, *(float(f"{value:.{digits}g}") for digits in range(1, 12))):
+        if 0 <= rounded - value <= 1e-7 * max(1.0, abs(value)):
             return rounded
     return value

@@ -12,6 +12,7 @@ cotangents and features. Without it λ comes from differentiating the block alon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -339,11 +340,7 @@ class ResidualMLP(nn.Module):
 
 def _fill(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
     """Set the free factor; `nn.Linear` has drawn the random one already."""
-    if isinstance(init, str):
-        if init != "random":
-            raise BlockError(
-                f'inner_init={init!r} is none of "random", a number (times the identity), a tensor.'
-            )
+    if isinstance(init, str) and init == "random":
         return
     if isinstance(init, Tensor):
         if init.shape != linear.weight.shape:
@@ -352,8 +349,13 @@ def _fill(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
                 f"{tuple(linear.weight.shape)}."
             )
         linear.weight.copy_(init)
-    else:
+    elif isinstance(init, int | float) and math.isfinite(init):
         linear.weight.copy_(float(init) * torch.eye(*linear.weight.shape, dtype=torch.float64))
+    else:
+        raise BlockError(
+            f'inner_init={init!r} is none of "random", a finite number (times the identity), a '
+            "tensor."
+        )
     if linear.bias is not None:
         linear.bias.zero_()
 
