@@ -232,10 +232,11 @@ class KroneckerFisher:
     With `damping=0` the norm does not change under any invertible affine change of the features
     (with a bias; linear without) and of the outputs. Singular moments, as dead units or the
     cotangents of a softmax make them, are inverted on their range; λ lies in it when all come
-    from the same samples, and what rounding puts outside is dropped. The norm is then
-    √(Σ ρ_i²), with ρ_i the canonical correlations of features and cotangents, and does not
-    exceed √min(rank A, rank G) (without positions). Beware of few samples: for independent
-    features and cotangents its square is about (rank A)(rank G)/N, and not 0.
+    from the same samples, and what rounding puts outside is dropped. With one position per
+    sample the norm is then √(Σ ρ_i²), with ρ_i the canonical correlations of φ̃ and ψ (about 0,
+    not the mean): at most √min(rank A, rank G), and free of the scale of the loss. Beware of few
+    samples: features and cotangents that have nothing to do with each other give a square of
+    about (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples give N whatever they are.
 
     With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I take the places of A and G:
     the factored Tikhonov regularisation of K-FAC (section 6.3) with the weight d² times the mean
