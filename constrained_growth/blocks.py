@@ -13,7 +13,7 @@ cotangents and features. Without it λ comes from differentiating the block alon
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -37,6 +37,7 @@ from constrained_growth.errors import BlockError
 __all__ = [
     "AffineFactors",
     "HasFactors",
+    "HasJointFactors",
     "IdentityLinear",
     "ResidualLinear",
     "ResidualMLP",
@@ -72,6 +73,30 @@ class HasFactors(Protocol):
         Args:
             x: The tensor at the site, shape (samples, ..., width).
             delta: ∂L/∂(tensor at the site), same shape.
+        """
+        ...
+
+
+@runtime_checkable
+class HasJointFactors(HasFactors, Protocol):
+    """A block of which several can be worked off in one stroke, which saves time on small ones."""
+
+    def joint_kind(self) -> Hashable:
+        """Equal for blocks, at sites of one shape, that `joint_factors` takes together."""
+        ...
+
+    def joint_factors(
+        self, blocks: Sequence[Any], x: Tensor, delta: Tensor
+    ) -> Sequence[AffineFactors]:
+        """The factors of several blocks of the kind of this one.
+
+        Args:
+            blocks: The blocks, this one among them.
+            x: The tensors at their sites, shape (blocks, samples, ..., width).
+            delta: ∂L/∂x, same shape.
+
+        Returns:
+            As `factors`, with a first dimension that counts the blocks.
         """
         ...
 
@@ -161,6 +186,16 @@ class IdentityLinear(nn.Module):
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
         return (AffineFactors("weight", "bias", psi, x),)
 
+    def joint_kind(self) -> Hashable:
+        """Same σ, same s."""
+        return _kind(self.activation), self.shift
+
+    def joint_factors(
+        self, blocks: Sequence[IdentityLinear], x: Tensor, delta: Tensor
+    ) -> tuple[AffineFactors]:
+        """The same formula; no parameter enters it."""
+        return self.factors(x, delta)
+
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
         width = self.weight.shape[0]
@@ -220,6 +255,16 @@ class ResidualLinear(nn.Module):
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = σ′(0) δ, φ = x."""
         return (AffineFactors("weight", "bias", _scaled(delta, self._slope), x),)
+
+    def joint_kind(self) -> Hashable:
+        """Same σ′(0)."""
+        return self._slope
+
+    def joint_factors(
+        self, blocks: Sequence[ResidualLinear], x: Tensor, delta: Tensor
+    ) -> tuple[AffineFactors]:
+        """The same formula; no parameter enters it."""
+        return self.factors(x, delta)
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
@@ -311,6 +356,24 @@ class ResidualMLP(nn.Module):
         psi = _scaled(delta @ self.outer.weight, self._slope)
         return (AffineFactors("inner.weight", "inner.bias", psi, x),)
 
+    def joint_kind(self) -> Hashable:
+        """Same σ, same hidden width, same factor pinned."""
+        return _kind(self.activation), self.inner.out_features, self.pinned
+
+    def joint_factors(
+        self, blocks: Sequence[ResidualMLP], x: Tensor, delta: Tensor
+    ) -> tuple[AffineFactors]:
+        """As `factors`, with a batched product for the free factors."""
+        if self._slope is None:
+            weight = torch.stack([block.inner.weight for block in blocks])
+            bias = torch.stack([block.inner.bias for block in blocks]).unsqueeze(1)
+            inner = torch.baddbmm(bias, x.flatten(1, -2), weight.mT)
+            hidden = self.activation(inner.view(*x.shape[:-1], -1))
+            return (AffineFactors("outer.weight", None, delta, hidden),)
+        weight = torch.stack([block.outer.weight for block in blocks])
+        psi = _scaled(delta.flatten(1, -2) @ weight, self._slope).view(*delta.shape[:-1], -1)
+        return (AffineFactors("inner.weight", "inner.bias", psi, x),)
+
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again, without drawing anything."""
         return {
@@ -364,6 +427,15 @@ def _positive(name: str, value: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise BlockError(f"{name}={value!r} is not a positive whole number.")
     return value
+
+
+def _kind(activation: Activation) -> Hashable:
+    """Equal for activations that compute the same."""
+    if not isinstance(activation, nn.Module):
+        return activation
+    if any(True for _ in activation.parameters()) or any(True for _ in activation.buffers()):
+        return id(activation)
+    return type(activation), repr(activation)
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:

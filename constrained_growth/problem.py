@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, CandidateError, DataError
-from constrained_growth.multipliers import Site, block_multipliers, checked_loss
+from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import Visit, batches, call, device_of, untouched, watching
+from constrained_growth.recording import Site
 from constrained_growth.solution import Constraint
+from constrained_growth.tallies import block_multipliers
 
 
 class GrowthProblem:

@@ -1,0 +1,236 @@
+"""Collecting x and δ = ∂L/∂x at the sites of a model as it runs forward and backward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from constrained_growth.blocks import HasFactors, HasJointFactors, pinned_parameters
+from constrained_growth.errors import CandidateError
+from constrained_growth.tallies import Tally
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place in the model, with all the blocks that could stand there.
+
+    Attributes:
+        after: Qualified name of the module whose output is the site.
+        module: That module.
+        blocks: Candidate name → block, on the site's device and dtype.
+        shape: Shape of the tensor there on the first batch.
+        bytes: Its size on the first batch.
+        overwritten: Whether the model changes the tensor in place afterwards.
+        anchor: Whether backward has to be asked for δ here; at the other sites it passes anyway
+            on its way to the anchors.
+    """
+
+    after: str
+    module: nn.Module
+    blocks: Mapping[str, nn.Module]
+    shape: tuple[int, ...]
+    bytes: int
+    overwritten: bool
+    anchor: bool
+
+
+@dataclass(frozen=True)
+class _Member:
+    """Where a candidate is summed up: which tally, and which of its blocks."""
+
+    name: str
+    site: int
+    tally: Tally
+    index: int
+    closed: bool
+
+
+class Recorder:
+    """Notes (x, δ) at the sites and hands them to the tallies.
+
+    Where the tensors of a batch are small, (x, δ) of some batches wait to be worked off
+    together, the candidates of one kind in one stroke; large ones are worked off and dropped as
+    backward delivers them. What waits takes no more room than the multipliers themselves (which
+    is what an ordinary pass spends on the gradient of θ), or 1 MiB.
+
+    Args:
+        sites: The sites, from `GrowthProblem`.
+    """
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self._sites = sites
+        self._batch_bytes = 2 * sum(site.bytes for site in sites)
+        blocks = [block for site in sites for block in site.blocks.values()]
+        pinned = [p for block in blocks for p in pinned_parameters(block).values()]
+        self._room = max(_SMALL, sum(parameter.nbytes for parameter in pinned))
+        self._streams = self._batch_bytes > self._room
+        self._groups = _groups(sites, joint=not self._streams)
+        self._here = [
+            [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
+        ]
+        self._xs: list[Tensor | None] = [None] * len(sites)
+        self._inputs: list[Tensor | GradientEdge | None] = [None] * len(sites)
+        self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
+        self._pending_bytes = 0
+        self._shapes: list[torch.Size] = []
+        self._size = 0
+
+    def hooks(self) -> dict[nn.Module, Callable[..., Any]]:
+        """Module → forward hook."""
+        sites = enumerate(self._sites)
+        return {site.module: functools.partial(self._see, index) for index, site in sites}
+
+    def begin(self, size: int) -> None:
+        """Get ready for a batch of `size` samples."""
+        if size != self._size:
+            self.flush()
+        self._size = size
+
+    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+        """One backward pass down to the sites (and parameters, whose gradients it returns).
+
+        Raises:
+            CandidateError: A site was not reached, or the loss does not depend on it.
+        """
+        if not loss.requires_grad or any(x is None for x in self._xs):
+            self._complain(lambda x: x is None or not loss.requires_grad)
+        inputs: list[Any] = [edge for edge in self._inputs if edge is not None]
+        grads = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
+        self._inputs = [None] * len(self._sites)
+        if not self._streams:
+            shapes = [x.shape for x in self._xs if x is not None]
+            if shapes != self._shapes:
+                self.flush()
+            self._shapes = shapes
+            for index in range(len(inputs)):
+                self._receive(index, grads[index])
+        if any(x is not None for x in self._xs):
+            self._complain(lambda x: x is not None)
+        if self._pending_bytes + self._batch_bytes > self._room:
+            self.flush()
+        return grads[len(inputs) :]
+
+    def flush(self) -> None:
+        """Work off whatever is pending."""
+        if self._pending_bytes:
+            for group in self._groups:
+                self._work_off(group)
+            self._pending = [[] for _ in self._sites]
+            self._pending_bytes = 0
+
+    def results(self, num_samples: int) -> dict[str, tuple[dict[str, Tensor], float]]:
+        """Candidate → λ and tr Cov(λ)."""
+        self.flush()
+        return {
+            member.name: (
+                member.tally.multiplier(member.index, num_samples),
+                member.tally.variance(member.index, num_samples),
+            )
+            for group in self._groups
+            for member in group
+        }
+
+    def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
+        """Note x at a site in the forward pass; what it returns takes the place of the output."""
+        site = self._sites[index]
+        if not isinstance(output, Tensor) or self._xs[index] is not None:
+            raise CandidateError(
+                f'after="{site.after}": in a later batch its output is a {type(output).__name__}, '
+                "or it is reached several times; a site is reached exactly once by a tensor."
+            )
+        starts_graph = not output.requires_grad
+        if starts_graph:
+            output = output.detach().requires_grad_().clone()
+        self._xs[index] = output.detach().clone() if site.overwritten else output.detach()
+        if self._streams:
+            output.register_hook(functools.partial(self._receive, index))
+        if site.anchor or not self._streams:
+            self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
+        return output if starts_graph else None
+
+    @torch.no_grad()
+    def _receive(self, index: int, delta: Tensor | None) -> None:
+        """Take δ at a site, to be worked off at once where memory counts, else later."""
+        x = self._xs[index]
+        if x is None or delta is None:
+            return
+        self._xs[index] = None
+        members = self._here[index]
+        by_sample = x.dim() > 1 and x.shape[0] == self._size
+        if by_sample and not self._streams and all(member.closed for member in members):
+            self._pending[index].append((x, delta))
+            self._pending_bytes += x.nbytes + delta.nbytes
+            return
+        for member in members:
+            if member.closed and by_sample:
+                member.tally.add_samples(x.unsqueeze(0), delta.unsqueeze(0), self._size)
+            else:
+                member.tally.add_batch(member.index, x, delta, self._size)
+
+    @torch.no_grad()
+    def _work_off(self, group: Sequence[_Member]) -> None:
+        """Work off what is pending for the members of a group, if it can be done in one stroke."""
+        pending = [self._pending[member.site] for member in group]
+        if not pending[0]:
+            return
+        if len({x.shape for pairs in pending for x, _ in pairs}) > 1:
+            for member, pairs in zip(group, pending, strict=True):
+                for x, delta in pairs:
+                    member.tally.add_batch(member.index, x, delta, self._size)
+            return
+        x, delta = (
+            _stacked([pair[i] for pairs in pending for pair in pairs], len(group)) for i in (0, 1)
+        )
+        group[0].tally.add_samples(x, delta, self._size)
+
+    def _complain(self, is_bad: Callable[[Tensor | None], bool]) -> None:
+        bad = [s.after for s, x in zip(self._sites, self._xs, strict=True) if is_bad(x)]
+        raise CandidateError(
+            f"after={bad}: some batch did not reach these sites in forward, or its loss does not "
+            "depend on them; choose sites that every batch passes."
+        )
+
+
+_SMALL = 2**20
+"""Bytes of (x, δ) that may always wait, and that are worked off in one stroke."""
+
+
+def _stacked(tensors: list[Tensor], count: int) -> Tensor:
+    """Batches of several sites as one tensor (sites, samples, ...)."""
+    if len(tensors) == 1:
+        return tensors[0].unsqueeze(0)
+    whole = torch.cat(tensors)
+    return whole.view(count, -1, *whole.shape[1:])
+
+
+def _groups(sites: Sequence[Site], *, joint: bool) -> list[list[_Member]]:
+    """The candidates, those together that can be worked off in one stroke."""
+    gathered: dict[Hashable, list[tuple[str, int, nn.Module]]] = {}
+    for index, site in enumerate(sites):
+        closed = all(isinstance(block, HasFactors) for block in site.blocks.values())
+        most = _SMALL // (2 * max(site.bytes, 1))
+        for name, block in site.blocks.items():
+            key: Hashable = name
+            if joint and closed and most > 1 and isinstance(block, HasJointFactors):
+                kind = (type(block), site.shape, block.joint_kind())
+                number = sum(
+                    len(g) for k, g in gathered.items() if isinstance(k, tuple) and k[1:] == kind
+                )
+                key = (number // most, *kind)
+            gathered.setdefault(key, []).append((name, index, block))
+    groups = []
+    for found in gathered.values():
+        tally = Tally([block for _, _, block in found])
+        groups.append(
+            [
+                _Member(name, site, tally, index, isinstance(block, HasFactors))
+                for index, (name, site, block) in enumerate(found)
+            ]
+        )
+    return groups
