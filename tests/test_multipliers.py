@@ -24,12 +24,12 @@ from helpers import (
     spliced_block,
     squared_norm,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth import multipliers
+from constrained_growth import recording
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
@@ -73,7 +73,7 @@ class Instance:
 @st.composite
 def instances(draw: st.DrawFn) -> Instance:
     torch.manual_seed(draw(st.integers(0, 2**16)))
-    hidden = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    hidden = draw(st.lists(st.sampled_from([4, 1, 3]), min_size=1, max_size=4))
     width = draw(st.integers(1, 3))
     model = Net([width, *hidden, 3])
     if draw(st.booleans()):
@@ -100,10 +100,11 @@ def _as_dict(x: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"scale": scale, "x": x}
 
 
+@settings(max_examples=80)
 @given(instances())
 def test_multipliers_are_the_gradient_of_the_model_with_the_block_in_it(case: Instance) -> None:
     room = 0 if case.keeps_little else 2**20
-    with patch.object(multipliers, "_SMALL", room):  # batch by batch, or collected
+    with patch.object(recording, "_SMALL", room):  # batch by batch, or collected
         solution = solved(case.model, case.data, *case.candidates, loss_fn=token_loss)
     assert solution.loss == pytest.approx(mean_loss(case.model, case.data, token_loss).item())
     assert list(solution.multipliers) == [c.name for c in case.candidates]
@@ -119,6 +120,27 @@ def test_a_large_batch_is_worked_off_as_it_comes(kind: str) -> None:
     """More than fits into the room that is always there."""
     model, data = feedforward(2, 4, 4, 3), classified(30_000, batch=17_000)
     candidates = [cg.Candidate(site, BLOCKS[kind](4)) for site in ("1", "3")]
+    solution = solved(model, data, *candidates)
+    for one in candidates:
+        assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
+
+
+def test_blocks_that_differ_only_in_their_activation_are_told_apart() -> None:
+    """At sites of one shape, where blocks of one kind are worked off together."""
+    model, data = feedforward(2, 4, 4, 4, 3), classified(20, batch=8)
+    kinds = [
+        nn.PReLU(init=0.1),
+        nn.PReLU(init=0.7),
+        nn.LeakyReLU(0.1),
+        nn.LeakyReLU(0.7),
+        nn.GELU(),
+    ]
+    kinds += [nn.GELU("tanh"), lambda x: x.sin(), lambda x: x.cos(), TanhLU(0.01), TanhLU(0.7)]
+    candidates = [
+        cg.Candidate(site, ResidualMLP(4, 4, activation), name=f"{index} after {site}")
+        for index, activation in enumerate(kinds)
+        for site in ("1", "3", "5")
+    ]
     solution = solved(model, data, *candidates)
     for one in candidates:
         assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
@@ -345,7 +367,7 @@ def test_sites_that_are_overwritten_later_keep_their_value(
     candidates = [
         cg.Candidate(site, BLOCKS[kind](4), name=kind) for kind in BLOCKS if kind != "identity"
     ]
-    with patch.object(multipliers, "_SMALL", room):
+    with patch.object(recording, "_SMALL", room):
         solution = solved(model, data, *candidates)
     for one in candidates:
         assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
@@ -355,7 +377,7 @@ def test_sites_that_are_overwritten_later_keep_their_value(
 def test_sites_before_and_after_an_activation_in_place(room: int) -> None:
     model, data = overwriting()["ReLU"], classified(30, batch=12)
     candidates = [cg.Candidate("0", BLOCKS["outer"](4)), candidate("1")]
-    with patch.object(multipliers, "_SMALL", room):
+    with patch.object(recording, "_SMALL", room):
         solution = solved(model, data, *candidates)
     for one in candidates:
         assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
@@ -394,7 +416,7 @@ def test_parallel_branches_none_of_which_passes_the_other() -> None:
     model, data = Parallel(), classified(20, batch=7)
     candidates = [candidate("left.1"), candidate("right.1"), candidate("left.0", block=Gain(4))]
     for room in (0, 2**20):
-        with patch.object(multipliers, "_SMALL", room):
+        with patch.object(recording, "_SMALL", room):
             solution = solved(model, data, *candidates)
         for one in candidates:
             assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
@@ -425,7 +447,7 @@ def test_blocks_of_the_model_proposed_by_looking_at_it() -> None:
     candidates = cg.find_candidates(model, data[0][0])
     assert [c.after for c in candidates] == ["1", "3"]
     for room in (0, 2**20):
-        with patch.object(multipliers, "_SMALL", room):
+        with patch.object(recording, "_SMALL", room):
             solution = solved(model, data, *candidates)
         for one in candidates:
             double = cg.Candidate(one.after, one.block.double())

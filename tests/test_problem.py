@@ -1,0 +1,420 @@
+"""What a problem refuses, with a clear error and the model left as it was; and what it lists."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CROSS_ENTROPY,
+    Gain,
+    candidate,
+    choose,
+    classified,
+    feedforward,
+    nothing_left_behind,
+    refused,
+    solved,
+)
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+
+NAN, INF = float("nan"), float("inf")
+
+
+@contextmanager
+def refuses(model: nn.Module, error: type[cg.GrowthError], *words: str) -> Iterator[None]:
+    """The error comes, and the model is as it was."""
+    with nothing_left_behind(model), refused(error, *words):
+        yield
+
+
+def used(model: nn.Module) -> nn.Module:
+    """As in the middle of training: with gradients, mixed modes, a frozen parameter, a hook."""
+    for index, (parameter, module) in enumerate(
+        zip(model.parameters(), list(model.modules())[1:], strict=False)
+    ):
+        parameter.grad = None if index % 2 else torch.randn_like(parameter)
+        module.train(index % 2 == 0)
+    first = next(iter(model.parameters()), None)
+    if first is not None:
+        first.requires_grad_(False)
+    model.register_forward_hook(lambda *_: None)
+    return model
+
+
+# --- candidates and sites ---------------------------------------------------------------------
+
+
+class Awkward(nn.Module):
+    """Sites of every kind that cannot be served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.again, self.last = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.unused, self.aside = nn.Linear(4, 4), nn.Linear(2, 4)
+        self.pair = Returns(lambda x: (x, x))
+        self.named = Returns(lambda x: {"x": x})
+        self.nothing = Returns(lambda x: None)
+        self.whole = Returns(lambda x: x.round().long())
+        self.detached = Returns(lambda x: x.detach())
+        self.recurrent = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.aside(x)
+        y = self.again(self.again(self.inner(x)))
+        z = (
+            self.pair(y)[0]
+            + self.named(y)["x"]
+            + self.whole(y)
+            + self.recurrent(y[:, None])[0][:, 0]
+        )
+        self.nothing(y)
+        self.detached(z)
+        return self.last(z)
+
+
+class Returns(nn.Module):
+    """What a function of the input returns."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    ("after", "words"),
+    [
+        ("7", ['after="7"', "no submodule of Awkward", "inner"]),
+        ("inner.weight", ['after="inner.weight"', "no submodule"]),
+        ("", ['after=""', "no submodule"]),
+        ("unused", ['after="unused"', "never reached", "choose another"]),
+        ("again", ['after="again"', "2 times", "exactly once"]),
+        ("pair", ['after="pair"', "tuple", "a site is a tensor"]),
+        ("named", ['after="named"', "dict"]),
+        ("nothing", ['after="nothing"', "NoneType"]),
+        ("recurrent", ['after="recurrent"', "tuple"]),
+        ("whole", ['after="whole"', "torch.int64", "floating-point"]),
+        ("aside", ['after="aside"', "loss does not depend"]),
+        ("detached", ['after="detached"', "loss does not depend"]),
+    ],
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sites_that_cannot_be_served(after: str, words: list[str], frozen: bool) -> None:
+    model = used(Awkward())
+    if frozen:
+        model.requires_grad_(False)
+    data, candidates = classified(5), [cg.Candidate(site, Gain(4)) for site in ("inner", after)]
+    with refuses(model, cg.CandidateError, *words):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ([], ["candidates is empty", "find_candidates"]),
+        ([candidate(), candidate()], ['the name "1" occurs twice', "name=..."]),
+        (
+            [candidate(name="a"), candidate("0", block=Gain(4), name="a")],
+            ['the name "a" occurs twice'],
+        ),
+        (candidate(), ["single Candidate", "[candidate]"]),
+        (["1"], ["'1' is not a cg.Candidate"]),
+        ("1", ["candidates='1'", "not a sequence"]),
+        (None, ["candidates=None", "not a sequence"]),
+        ({"1": candidate()}, ["not a sequence"]),
+    ],
+)
+def test_lists_of_candidates_that_make_no_sense(candidates: object, words: list[str]) -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(5)
+    with refuses(model, cg.CandidateError, *words):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)  # type: ignore[arg-type]
+
+
+def test_candidates_that_are_none() -> None:
+    with refused(cg.CandidateError, "after=3", "not a string"):
+        cg.Candidate(3, Gain(4))  # type: ignore[arg-type]
+    with refused(cg.BlockError, "not an nn.Module", "instance", "IdentityLinear(64"):
+        cg.Candidate("1", IdentityLinear)  # type: ignore[arg-type]
+
+
+# --- blocks -----------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    pinned = ("weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., :2] + self.weight
+
+
+class Unhooked(nn.Module):
+    """A pin that the output does not depend on."""
+
+    pinned = ("weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clone()
+
+
+class Product(nn.Module):
+    """x (1 + u v) with both factors zero."""
+
+    pinned = ("u", "v")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.u, self.v = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.u * self.v)
+
+
+def off_its_pins() -> nn.Module:
+    block = Gain(4)
+    nn.init.constant_(block.gain, 1e-3)
+    return block
+
+
+@pytest.mark.parametrize(
+    ("after", "block", "words"),
+    [
+        ("1", IdentityLinear(5, nn.ReLU()), ["(12, 4)", "width", "IdentityLinear", '"c"']),
+        ("1", ResidualMLP(3, 4, nn.ReLU()), ["(12, 4)", "width", "ResidualMLP"]),
+        ("1", Gain(3), ["(12, 4)", "width", "Gain"]),
+        ("1", Halves(), ["(12, 4)", "(12, 2)", "width must match"]),
+        ("1", nn.Linear(4, 4), ["pinned", "Linear"]),
+        ("0", IdentityLinear(4, nn.ReLU()), ["not the identity", '"c"', "ResidualMLP"]),
+        ("1", off_its_pins(), ["not the identity at its pins", "Gain"]),
+        ("1", Unhooked(), ["vanish identically", "Unhooked"]),
+        ("1", Product(), ["vanish identically", "both factors"]),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_blocks_that_do_not_fit_their_site(after: str, block: nn.Module, words: list[str]) -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(12)
+    block = block.double()
+    with nothing_left_behind(block), refuses(model, cg.BlockError, *words):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [cg.Candidate(after, block, name="c")])
+
+
+def test_block_moved_to_another_dtype_is_a_copy() -> None:
+    block = IdentityLinear(4, nn.ReLU(), dtype=torch.float32)
+    solution = solved(feedforward(2, 4, 3), classified(10), cg.Candidate("1", block))
+    assert solution.multipliers["1"]["weight"].dtype == torch.float64
+    assert solution.candidates["1"].block is not block
+    assert block.weight.dtype == torch.float32
+
+
+# --- data and loss ----------------------------------------------------------------------------
+
+
+def generated() -> Iterator[Any]:
+    yield from classified(10)
+
+
+class Once:
+    """Looks like data, but its iterator is used up after the first pass."""
+
+    def __init__(self) -> None:
+        self.batches = iter(classified(10))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.batches
+
+
+X, Y = torch.zeros(6, 2, dtype=torch.float64), torch.zeros(6, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (list, ["no batches"]),
+        (generated, ["one-shot", "list(data)"]),
+        (lambda: iter([(X, Y)]), ["one-shot"]),
+        (lambda: zip([X], [Y], strict=True), ["one-shot"]),
+        (lambda: X, ["Tensor", "not an iterable of batches"]),
+        (lambda: {"x": X}, ["dict"]),
+        (lambda: "data", ["str"]),
+        (lambda: 3, ["int", "not iterable"]),
+        (lambda: [X], ["batch 0", "Tensor", "(input, target) pair"]),
+        (lambda: [(X, Y, Y)], ["batch 0", "(input, target) pair"]),
+        (lambda: [(X, Y), X], ["batch 1", "(input, target) pair"]),
+        (lambda: [(X, Y), (X[:0], Y[:0])], ["no samples"]),
+        (Once, ["iterated more than once"]),
+    ],
+)
+def test_data_that_cannot_be_used(data: Callable[[], Any], words: list[str]) -> None:
+    model, given = used(feedforward(2, 4, 3)), data()
+    with refuses(model, cg.DataError, *words):
+        cg.solve(cg.GrowthProblem(model, CROSS_ENTROPY, given, [candidate()]))
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_numbers_in_the_data_that_are_not_finite(bad: float, index: int) -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(12, batch=5)
+    data[index][0][0, 0] = bad
+    with refuses(model, cg.DataError, "NaN or Inf"):
+        solved(model, data, candidate())
+
+
+@pytest.mark.parametrize("bad", [NAN, INF])
+def test_parameters_that_are_not_finite(bad: float) -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(12)
+    nn.init.constant_(model.get_parameter("2.bias"), bad)
+    with refuses(model, cg.DataError, "NaN or Inf", "parameters"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate()])
+
+
+def from_second_batch_on(value: Callable[[Tensor], Any]) -> Callable[[Tensor, Tensor], Any]:
+    """The cross-entropy on batches of five, something else on the last one, of two."""
+    return lambda output, target: (
+        CROSS_ENTROPY(output, target) if len(target) == 5 else value(output)
+    )
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[cg.GrowthError], list[str]]] = {
+    "no scalar": (lambda o: o.sum(1), cg.DataError, ["loss_fn", "shape", 'reduction="mean"']),
+    "one element": (lambda o: o.sum().reshape(1), cg.DataError, ["loss_fn", "(1,)"]),
+    "number": (lambda o: 1.0, cg.DataError, ["loss_fn", "float", "scalar tensor"]),
+    "none": (lambda o: None, cg.DataError, ["loss_fn", "NoneType"]),
+    "constant": (lambda o: torch.ones(()), cg.CandidateError, ["depend"]),
+    "detached": (lambda o: o.detach().mean(), cg.CandidateError, ["depend"]),
+    "other tensor": (
+        lambda o: torch.ones((), requires_grad=True) * 2,
+        cg.CandidateError,
+        ["depend"],
+    ),
+    "nan": (lambda o: o.mean() * NAN, cg.DataError, ["NaN or Inf"]),
+    "inf": (lambda o: o.mean() + INF, cg.DataError, ["NaN or Inf"]),
+    "gradient nan": (lambda o: ((o - o.detach()) ** 2).sum().sqrt(), cg.DataError, ["NaN or Inf"]),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in the last batch"])
+def test_losses_that_cannot_be_used(name: str, late: bool) -> None:
+    value, error, words = LOSSES[name]
+    loss_fn = from_second_batch_on(value) if late else lambda output, target: value(output)
+    model, data = used(feedforward(2, 4, 3)), classified(12, batch=5)
+    with refuses(model, error, *words):
+        solved(model, data, candidate(), loss_fn=loss_fn)
+
+
+def test_answer_that_is_not_finite_can_be_had_as_a_status() -> None:
+    data = classified(12, batch=5)
+    data[1][0][0, 0] = NAN
+    solution = solved(feedforward(2, 4, 3), data, candidate(), throw=False)
+    assert solution.status is cg.Status.NOT_FINITE
+    assert solution.decision.chosen == ()
+
+
+def test_arguments_of_the_wrong_kind() -> None:
+    with refused(cg.GrowthError, "model='x'", "nn.Module"):
+        cg.GrowthProblem("x", CROSS_ENTROPY, classified(5), [candidate()])  # type: ignore[arg-type]
+    with refused(cg.GrowthError, "loss_fn='x'", "nn.CrossEntropyLoss()"):
+        cg.GrowthProblem(feedforward(2, 4, 3), "x", classified(5), [candidate()])  # type: ignore[arg-type]
+
+
+def test_site_that_a_later_batch_does_not_reach() -> None:
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.site, self.last = nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            for _ in range({5: 1, 3: 0, 2: 2}[len(x)]):
+                x = self.site(x)
+            return self.last(x)
+
+    model = used(Sometimes())
+    for sizes in ([5, 3], [5, 2]):
+        data = [classified(size)[0] for size in sizes]
+        with refuses(model, cg.CandidateError, "site", "batch"):
+            solved(model, data, candidate("site"))
+
+
+def test_no_inputs_with_samples() -> None:
+    model = used(nn.Sequential(Returns(lambda x: x * torch.ones(6, 2)), *feedforward(2, 4, 3)))
+    data = [(torch.tensor(1.0), "target")]
+    with refuses(model, cg.DataError, "data", "no tensor with a batch dimension"):
+        solved(model, data, candidate("2"), loss_fn=lambda output, target: output.mean())
+
+
+@pytest.mark.parametrize("rule", [choose("3"), choose("1", "3")])
+def test_rule_that_returns_an_unknown_candidate(rule: Any) -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(12)
+    with refuses(model, cg.RuleError, "'3'", "the candidates are ('1',)"):
+        solved(model, data, candidate(), rule=rule)
+
+
+# --- what is fine -------------------------------------------------------------------------------
+
+
+def test_frozen_model_is_fine() -> None:
+    model, data = feedforward(2, 4, 3), classified(12, batch=5)
+    free = solved(model, data, candidate())
+    frozen = solved(model.requires_grad_(False), data, candidate())
+    for name, value in free.multipliers["1"].items():
+        assert torch.equal(frozen.multipliers["1"][name], value)
+    assert frozen.stationarity == 0.0
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_model_without_parameters_is_fine() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.Softmax(-1))
+    x = torch.randn(5, 4)
+    one = cg.Candidate("0", ResidualLinear(4, torch.tanh))
+    solution = solved(model, [(x, x.argmax(1))], one)
+    assert solution.sensitivities["0"].value > 0
+    assert solution.sensitivities["0"].baseline is None
+
+
+def test_constraints_list_the_pins_in_order() -> None:
+    candidates = [
+        candidate(),
+        cg.Candidate("1", ResidualMLP(4, 2, torch.tanh, "inner"), name="more"),
+        cg.Candidate("0", Gain(4)),
+    ]
+    model, data = feedforward(2, 4, 3), classified(12)
+    one = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
+    assert one.constraints == (
+        cg.Constraint("1", "weight", (4, 4)),
+        cg.Constraint("1", "bias", (4,)),
+        cg.Constraint("more", "inner.weight", (2, 4)),
+        cg.Constraint("more", "inner.bias", (2,)),
+        cg.Constraint("0", "gain", (4,)),
+        cg.Constraint("0", "scale", ()),
+    )
+    assert one.candidates == tuple(candidates)
+    assert (one.model, one.data) == (model, data)
+    solution = cg.solve(one)
+    for pin in one.constraints:
+        assert solution.dual_value(pin) is solution.multipliers[pin.candidate][pin.parameter]
+        assert solution.dual_value(pin).shape == pin.shape
+    with refused(cg.CandidateError, "constraint=", "problem.constraints"):
+        solution.dual_value(cg.Constraint("1", "scale", ()))
+
+
+def test_candidates_of_one_site_may_have_names_of_their_own() -> None:
+    solution = solved(
+        feedforward(2, 4, 3), classified(12), candidate(), candidate(name="twin"), rule=cg.TopK(2)
+    )
+    assert solution.decision.chosen == ("1", "twin")
+    assert torch.equal(solution.multipliers["1"]["bias"], solution.multipliers["twin"]["bias"])
