@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,6 @@ class AffineFactors:
     features: Tensor
 
 
-@runtime_checkable
 class HasFactors(Protocol):
     """A block that knows its multipliers in closed form."""
 
@@ -77,7 +76,6 @@ class HasFactors(Protocol):
         ...
 
 
-@runtime_checkable
 class HasJointFactors(HasFactors, Protocol):
     """A block of which several can be worked off in one stroke, which saves time on small ones."""
 
@@ -99,6 +97,16 @@ class HasJointFactors(HasFactors, Protocol):
             As `factors`, with a first dimension that counts the blocks.
         """
         ...
+
+
+def has_factors(block: nn.Module) -> bool:
+    """Whether a block knows its multipliers in closed form."""
+    return callable(getattr(block, "factors", None))
+
+
+def has_joint_factors(block: nn.Module) -> bool:
+    """Whether blocks like this one can be worked off together."""
+    return callable(getattr(block, "joint_factors", None))
 
 
 def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
@@ -435,7 +443,7 @@ def _kind(activation: Activation) -> Hashable:
         return activation
     if any(True for _ in activation.parameters()) or any(True for _ in activation.buffers()):
         return id(activation)
-    return type(activation), repr(activation)
+    return type(activation), activation.extra_repr()
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:

@@ -76,7 +76,8 @@ def measure(
         CandidateError: A site was not reached exactly once.
     """
     recorder = Recorder(sites)
-    parameters = {k: p for k, p in model.named_parameters() if p.requires_grad and gradients}
+    named = model.named_parameters() if gradients else ()
+    parameters = {name: p for name, p in named if p.requires_grad}
     totals = [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in parameters.values()]
     loss_sum: Tensor | float = 0.0
     num_samples = num_batches = 0

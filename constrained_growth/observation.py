@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -71,9 +72,8 @@ def call(model: Callable[..., Any], input: object) -> Any:
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Where the model's parameters (or else buffers) are; None if it has neither."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    return None if tensor is None else tensor.device
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

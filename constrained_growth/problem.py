@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks import has_joint_factors, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, CandidateError, DataError
 from constrained_growth.multipliers import checked_loss
@@ -195,8 +195,19 @@ def _probe(
         assert isinstance(x, Tensor)
         here = [candidate for candidate in candidates if candidate.after == name]
         blocks = {candidate.name: _fitted(candidate, x) for candidate in here}
+        pinned = [p for block in blocks.values() for p in pinned_parameters(block).values()]
         sites.append(
-            Site(name, module, blocks, tuple(x.shape), x.nbytes, written[name], name in anchors)
+            Site(
+                after=name,
+                module=module,
+                blocks=blocks,
+                kinds={key: _kind(block, x.shape) for key, block in blocks.items()},
+                shape=tuple(x.shape),
+                bytes=x.nbytes,
+                pinned_bytes=sum(parameter.nbytes for parameter in pinned),
+                overwritten=written[name],
+                anchor=name in anchors,
+            )
         )
     return tuple(sites)
 
@@ -280,6 +291,13 @@ def _fitted(candidate: Candidate, x: Tensor) -> nn.Module:
         )
     _refuse_dead(block, x, where)
     return block
+
+
+def _kind(block: nn.Module, shape: torch.Size) -> Hashable:
+    """What blocks that can be worked off together have in common, or None."""
+    if not has_joint_factors(block):
+        return None
+    return type(block), shape, block.joint_kind()  # type: ignore[operator]
 
 
 def _refuse_dead(block: nn.Module, x: Tensor, where: str) -> None:

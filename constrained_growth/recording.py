@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from constrained_growth.blocks import HasFactors, HasJointFactors, pinned_parameters
+from constrained_growth.blocks import has_factors
 from constrained_growth.errors import CandidateError
 from constrained_growth.tallies import Tally
 
@@ -24,8 +25,11 @@ class Site:
         after: Qualified name of the module whose output is the site.
         module: That module.
         blocks: Candidate name → block, on the site's device and dtype.
+        kinds: Candidate name → what its block has in common with those that can be worked off
+            together with it, or None for one that is worked off alone.
         shape: Shape of the tensor there on the first batch.
         bytes: Its size on the first batch.
+        pinned_bytes: Size of the pinned parameters of all its blocks.
         overwritten: Whether the model changes the tensor in place afterwards.
         anchor: Whether backward has to be asked for δ here; at the other sites it passes anyway
             on its way to the anchors.
@@ -34,8 +38,10 @@ class Site:
     after: str
     module: nn.Module
     blocks: Mapping[str, nn.Module]
+    kinds: Mapping[str, Hashable]
     shape: tuple[int, ...]
     bytes: int
+    pinned_bytes: int
     overwritten: bool
     anchor: bool
 
@@ -66,9 +72,7 @@ class Recorder:
     def __init__(self, sites: Sequence[Site]) -> None:
         self._sites = sites
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
-        blocks = [block for site in sites for block in site.blocks.values()]
-        pinned = [p for block in blocks for p in pinned_parameters(block).values()]
-        self._room = max(_SMALL, sum(parameter.nbytes for parameter in pinned))
+        self._room = max(_SMALL, sum(site.pinned_bytes for site in sites))
         self._streams = self._batch_bytes > self._room
         self._groups = _groups(sites, joint=not self._streams)
         self._here = [
@@ -108,8 +112,9 @@ class Recorder:
             if shapes != self._shapes:
                 self.flush()
             self._shapes = shapes
-            for index in range(len(inputs)):
-                self._receive(index, grads[index])
+            with torch.no_grad():
+                for index in range(len(inputs)):
+                    self._receive(index, grads[index])
         if any(x is not None for x in self._xs):
             self._complain(lambda x: x is not None)
         if self._pending_bytes + self._batch_bytes > self._room:
@@ -119,8 +124,9 @@ class Recorder:
     def flush(self) -> None:
         """Work off whatever is pending."""
         if self._pending_bytes:
-            for group in self._groups:
-                self._work_off(group)
+            with torch.no_grad():
+                for group in self._groups:
+                    self._work_off(group)
             self._pending = [[] for _ in self._sites]
             self._pending_bytes = 0
 
@@ -128,12 +134,9 @@ class Recorder:
         """Candidate → λ and tr Cov(λ)."""
         self.flush()
         return {
-            member.name: (
-                member.tally.multiplier(member.index, num_samples),
-                member.tally.variance(member.index, num_samples),
-            )
+            member.name: result
             for group in self._groups
-            for member in group
+            for member, result in zip(group, group[0].tally.results(num_samples), strict=True)
         }
 
     def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
@@ -154,7 +157,6 @@ class Recorder:
             self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
         return output if starts_graph else None
 
-    @torch.no_grad()
     def _receive(self, index: int, delta: Tensor | None) -> None:
         """Take δ at a site, to be worked off at once where memory counts, else later."""
         x = self._xs[index]
@@ -173,7 +175,6 @@ class Recorder:
             else:
                 member.tally.add_batch(member.index, x, delta, self._size)
 
-    @torch.no_grad()
     def _work_off(self, group: Sequence[_Member]) -> None:
         """Work off what is pending for the members of a group, if it can be done in one stroke."""
         pending = [self._pending[member.site] for member in group]
@@ -212,25 +213,24 @@ def _stacked(tensors: list[Tensor], count: int) -> Tensor:
 def _groups(sites: Sequence[Site], *, joint: bool) -> list[list[_Member]]:
     """The candidates, those together that can be worked off in one stroke."""
     gathered: dict[Hashable, list[tuple[str, int, nn.Module]]] = {}
+    found: Counter[Hashable] = Counter()
     for index, site in enumerate(sites):
-        closed = all(isinstance(block, HasFactors) for block in site.blocks.values())
-        most = _SMALL // (2 * max(site.bytes, 1))
+        together = joint and all(has_factors(block) for block in site.blocks.values())
+        most = max(1, _SMALL // (2 * max(site.bytes, 1)))
         for name, block in site.blocks.items():
             key: Hashable = name
-            if joint and closed and most > 1 and isinstance(block, HasJointFactors):
-                kind = (type(block), site.shape, block.joint_kind())
-                number = sum(
-                    len(g) for k, g in gathered.items() if isinstance(k, tuple) and k[1:] == kind
-                )
-                key = (number // most, *kind)
+            kind = site.kinds[name]
+            if together and most > 1 and kind is not None:
+                key = (kind, found[kind] // most)
+                found[kind] += 1
             gathered.setdefault(key, []).append((name, index, block))
     groups = []
-    for found in gathered.values():
-        tally = Tally([block for _, _, block in found])
+    for members in gathered.values():
+        tally = Tally([block for _, _, block in members])
         groups.append(
             [
-                _Member(name, site, tally, index, isinstance(block, HasFactors))
-                for index, (name, site, block) in enumerate(found)
+                _Member(name, site, tally, index, has_factors(block))
+                for index, (name, site, block) in enumerate(members)
             ]
         )
     return groups

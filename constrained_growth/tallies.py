@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import AffineFactors, HasFactors, HasJointFactors, pinned_parameters
+from constrained_growth.blocks import AffineFactors, pinned_parameters
 
 
 class Tally:
@@ -72,20 +73,27 @@ class Tally:
             self._sums[name][index].add_(value, alpha=size)
         self._batches[index] += 1
 
-    def multiplier(self, index: int, num_samples: int) -> dict[str, Tensor]:
-        """λ of one candidate, the mean over the samples."""
-        return {name: total[index] / num_samples for name, total in self._sums.items()}
+    def results(self, num_samples: int) -> list[tuple[dict[str, Tensor], float]]:
+        """λ, the mean over the samples, and tr Cov(λ) of each candidate.
 
-    def variance(self, index: int, num_samples: int) -> float:
-        """Tr Cov(λ) of one candidate, unbiased; NaN where it cannot be known."""
-        samples, batches = self._samples[index], self._batches[index]
-        units = samples or batches
-        if units < 2 or (samples and batches):
-            return math.nan
-        mean = self.multiplier(index, num_samples).values()
-        size = sum(float(value.square().sum(dtype=torch.float64)) for value in mean)
-        spread = float(self._squares[index]) - num_samples * size
-        return max(spread, 0.0) / (units - 1) / num_samples
+        The variance is unbiased, and NaN where it cannot be known: from a single sample or
+        batch, or where some batches came by samples and some as a whole.
+        """
+        means = {name: total / num_samples for name, total in self._sums.items()}
+        sizes = sum(m.flatten(1).square().sum(1, dtype=torch.float64) for m in means.values())
+        spreads = (self._squares - num_samples * sizes).tolist()
+        multipliers = zip(*(mean.unbind() for mean in means.values()), strict=True)
+        counts = zip(self._samples, self._batches, strict=True)
+        units = [
+            samples or batches if not (samples and batches) else 0 for samples, batches in counts
+        ]
+        return [
+            (
+                dict(zip(means, values, strict=True)),
+                max(spread, 0.0) / (count - 1) / num_samples if count > 1 else math.nan,
+            )
+            for values, spread, count in zip(multipliers, spreads, units, strict=True)
+        ]
 
 
 def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -146,11 +154,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _factors(blocks: Sequence[nn.Module], x: Tensor, delta: Tensor) -> Sequence[AffineFactors]:
     """The factors of all blocks, their first dimension counting the blocks."""
-    first = blocks[0]
+    first: Any = blocks[0]
     if len(blocks) > 1:
-        assert isinstance(first, HasJointFactors)
         return first.joint_factors(blocks, x, delta)
-    assert isinstance(first, HasFactors)
     return [
         AffineFactors(f.weight, f.bias, f.cotangent.unsqueeze(0), f.features.unsqueeze(0))
         for f in first.factors(x[0], delta[0])
