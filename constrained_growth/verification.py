@@ -1,0 +1,664 @@
+"""The same problem handed to CVXPY and to SciPy, and the KKT residuals of a solution.
+
+Nothing here uses what `solve` uses to find λ: the network is really built with every candidate in
+it, the virtual parameters v are variables like θ, the pins are explicit constraints v = 0, and
+the solver finds the multipliers. Everything runs on copies, in float64, on the CPU, and is meant
+for small instances.
+
+    min over θ, v of L(θ, v)   subject to   v_c = 0 for every candidate c
+
+The sign is the same everywhere: with 𝓛 = L + Σ_c ⟨λ_c, v_c⟩, CVXPY's `dual_value`, the `v` of
+SciPy's trust-constr, and λ = −∇_v L(θ, 0) agree.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.optimize import LinearConstraint, minimize
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from constrained_growth.errors import DataError
+from constrained_growth.observation import batch_size, batches, call, untouched, watching
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.solution import Constraint, Solution
+from constrained_growth.solve import solve
+
+__all__ = [
+    "CvxpyLoss",
+    "KKTResiduals",
+    "VerificationReport",
+    "check_with_cvxpy",
+    "check_with_scipy",
+    "kkt_residuals",
+]
+
+Scalar = cp.Expression | float
+CvxpyLoss = Callable[[cp.Expression, Tensor], Scalar]
+"""`(output, target) -> scalar convex expression`, the mean over the samples of a batch."""
+
+
+@dataclass(frozen=True)
+class KKTResiduals:
+    """How far (θ, 0, λ) is from the first-order conditions; all zero at a KKT point.
+
+    The constraints are equalities, so there is neither a sign of λ nor complementarity to check.
+
+    Attributes:
+        primal: Largest change of an entry of the tensor at a site by the block there, at v = 0.
+        dual: ‖∇_v L(θ, 0) + λ‖₂ over all pins.
+        stationarity: ‖∇_θ L(θ, 0)‖₂ over the trainable parameters.
+    """
+
+    primal: float
+    dual: float
+    stationarity: float
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What a solver found, beside what `solve` says at the same θ*.
+
+    Attributes:
+        solver: Name of the solver.
+        status: What it says about its own answer.
+        objective: L(θ*, v*) as the solver has it; to be compared with `solution.loss`.
+        primal: max |v*|, how far the solver's answer leaves the pins.
+        duals: The solver's multiplier of each pin, in the shape of the pin.
+        problem: The problem at θ*, a float64 copy on the CPU.
+        solution: `solve(problem)` there.
+        residuals: `kkt_residuals(problem, solution)` there.
+    """
+
+    solver: str
+    status: str
+    objective: float
+    primal: float
+    duals: Mapping[Constraint, Tensor] = field(repr=False)
+    problem: GrowthProblem = field(repr=False)
+    solution: Solution = field(repr=False)
+    residuals: KKTResiduals
+
+    @property
+    def dual_errors(self) -> dict[Constraint, float]:
+        """‖dual − λ‖₂ / ‖λ‖₂ of each pin.
+
+        Where λ itself is zero but for rounding, this is rounding over rounding; `print(report)`
+        shows the norms.
+        """
+        return {
+            pin: _ratio(_norm(dual - self.solution.dual_value(pin)), _norm(dual))
+            for pin, dual in self.duals.items()
+        }
+
+    @property
+    def dual_error(self) -> float:
+        """The largest of the `dual_errors`."""
+        return max(self.dual_errors.values())
+
+    @property
+    def objective_error(self) -> float:
+        """|L there − L here| / |L here|."""
+        return _ratio(abs(self.objective - self.solution.loss), abs(self.solution.loss))
+
+    def __str__(self) -> str:
+        names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
+        width = max(map(len, names.values()))
+        errors = self.dual_errors
+        rows = [
+            f"{names[pin]:{width}}  {_norm(dual):13.6e}  "
+            f"{_norm(self.solution.dual_value(pin)):13.6e}  {errors[pin]:8.1e}"
+            for pin, dual in self.duals.items()
+        ]
+        return "\n".join(
+            [
+                f"{self.solver}: {self.status}",
+                f"L there {self.objective:.12g}, here {self.solution.loss:.12g}, "
+                f"relative difference {self.objective_error:.1e}",
+                f"max |v| there {self.primal:.1e}, blocks move their sites by "
+                f"{self.residuals.primal:.1e}",
+                f"|grad_theta L| {self.residuals.stationarity:.1e}, "
+                f"|grad_v L + lambda| {self.residuals.dual:.1e}",
+                f"{'pin':{width}}  {'|dual| there':>13}  {'|lambda| here':>13}  rel. err",
+                *rows,
+            ]
+        )
+
+
+def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
+    """The KKT residuals of a solution, from autograd on the network with all blocks in it.
+
+    Args:
+        problem: The problem; left as it was.
+        solution: What `solve(problem)` gave. Residuals are computed in float64 also when the
+            model is not, so they show the rounding of a float32 solution.
+
+    Raises:
+        DataError: L is not the same in two passes.
+        CandidateError: A pin is not in `solution`.
+
+    Source:
+        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, eq. (12.34).
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        >>> data = [(torch.randn(8, 2).double(), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.ResidualMLP(4, 4, torch.tanh))
+        >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
+        >>> residuals = kkt_residuals(problem, cg.solve(problem))
+        >>> residuals.primal, residuals.dual < 1e-14
+        (0.0, True)
+    """
+    multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
+    extended = _Extended(problem)
+    moves = [0.0]
+
+    def see(_: str, x: object, y: object) -> None:
+        assert isinstance(x, Tensor)
+        assert isinstance(y, Tensor)
+        moves.append((y - x).abs().max().item())
+
+    with watching(dict(extended.network.blocks.named_children()), see):
+        _, gradient = extended.loss_and_gradient(extended.zero.numpy())
+    grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
+    return KKTResiduals(
+        primal=max(moves),
+        dual=_norm(grad_v + torch.cat(multipliers).to(grad_v)),
+        stationarity=_norm(grad_theta),
+    )
+
+
+def check_with_cvxpy(
+    problem: GrowthProblem,
+    *,
+    cvxpy_loss: CvxpyLoss | None = None,
+    solver: str = cp.CLARABEL,
+    options: Mapping[str, Any] | None = None,
+) -> VerificationReport:
+    """Solve a convex instance with CVXPY and compare its dual values with λ at its optimum.
+
+    Convex means: the output of the network is affine in (θ, v_c) together for each candidate c,
+    which is checked, and the loss is convex in it. So whatever is nonlinear, and every layer that
+    a pinned layer is multiplied with, has to be frozen (`requires_grad_(False)`); outer factors
+    of `ResidualMLP` enter linearly. Candidates may stand one behind the other: products of two v
+    are of second order at v = 0, bear on no multiplier, and are left out.
+
+    Args:
+        problem: The problem; left as it was. The trainable parameters may have any values.
+        cvxpy_loss: `cvxpy_loss(output, target)`, the same as the problem's `loss_fn` for a CVXPY
+            expression of the output's shape. None (default) knows the mean forms of `MSELoss`,
+            `CrossEntropyLoss` and `BCEWithLogitsLoss`, as modules and as functions.
+        solver: One of `cvxpy.installed_solvers()`.
+        options: What to hand to it; None (default) asks Clarabel for tolerances of 1e-12 and
+            careful steps, and leaves the others at their own.
+
+    Returns:
+        The report. `report.dual_error` is the number to look at, `print(report)` shows all.
+
+    Raises:
+        DataError: The output is not affine in (θ, v), or no tensor of one or two dimensions;
+            the loss has no known CVXPY form, or another value there; or there is no optimum.
+
+    Source:
+        Boyd and Vandenberghe, *Convex Optimization*, 2004, sections 5.5.3 and 5.6.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+        >>> for parameter in (*net[0].parameters(), net[2].weight):
+        ...     _ = parameter.requires_grad_(False)
+        >>> data = [(torch.randn(8, 2).double(), torch.randn(8, 1).double())]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.ResidualMLP(3, 2, torch.tanh))
+        >>> report = check_with_cvxpy(cg.GrowthProblem(net, nn.MSELoss(), data, [candidate]))
+        >>> report.status, report.dual_error < 1e-6
+        ('optimal', True)
+    """
+    extended = _Extended(problem)
+    pieces = _affine_outputs(extended)
+    loss = cvxpy_loss or _known_loss(problem.loss_fn)
+    _check_loss(extended, loss, pieces)
+    _, *pins = variables = [cp.Variable(size) for size in extended.sizes]
+    z = cp.hstack(variables)
+    terms = [
+        (size / extended.num_samples) * loss(_expression(offset, matrix, z), target)
+        for (offset, matrix), (_, target, size) in zip(pieces, extended.batches, strict=True)
+    ]
+    constraints: list[cp.Constraint] = [pin == 0 for pin in pins]
+    objective = cp.sum(cp.hstack(terms))
+    convex = cp.Problem(cp.Minimize(objective), constraints)
+    try:
+        convex.solve(solver=solver, **(_TIGHT.get(solver, {}) if options is None else options))
+    except cp.SolverError as error:
+        raise DataError(
+            f"solver={solver!r} fails: {error} CVXPY has {cp.installed_solvers()} here; try "
+            "another one, or other options=."
+        ) from error
+    if convex.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
+        raise DataError(
+            f"solver={solver!r} says {convex.status!r}: the instance has no minimum it can find; "
+            "give more data, or a loss that is bounded below and attains its minimum."
+        )
+    return _report(
+        extended,
+        solver=f"CVXPY, {solver}",
+        status=str(convex.status),
+        objective=_value(objective),
+        z=np.asarray(z.value),
+        duals=[np.asarray(constraint.dual_value) for constraint in constraints],
+    )
+
+
+def check_with_scipy(
+    problem: GrowthProblem, *, gtol: float = 1e-8, maxiter: int = 1000
+) -> VerificationReport:
+    """Solve a small instance with SciPy's trust-constr and compare its multipliers with λ there.
+
+    The network may be nonconvex: trust-constr goes from the θ that the model has to a stationary
+    point nearby, with gradients and Hessians in (θ, v) from autograd and one `LinearConstraint`
+    v_c = 0 for each pin.
+
+    trust-constr takes its multipliers from the gradients of its last iterate, so their agreement
+    with λ does not depend on `gtol`; that they are KKT multipliers does.
+
+    At a kink (inactive units under a ReLU identity layer) the derivative is the one autograd
+    takes at v = 0 itself, so the comparison there means something only if `report.primal` is 0.
+
+    Args:
+        problem: The problem; left as it was.
+        gtol: trust-constr stops when the gradient of the Lagrangian is at most this in every
+            entry.
+        maxiter: The most iterations it may take.
+
+    Returns:
+        The report. `report.dual_error` is the number to look at, `print(report)` shows all.
+
+    Raises:
+        DataError: The instance is too large for dense Hessians, L is not the same in two passes,
+            or trust-constr stops before `gtol`.
+
+    Source:
+        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithm 18.4; Lalee, Nocedal
+        and Plantenga, *SIAM J. Optim.* 8 (1998) 682-706.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        >>> _ = net[2].requires_grad_(False)
+        >>> x = torch.linspace(-2, 2, 12).double()[:, None]
+        >>> data = [(x, 0.3 * x.sin())]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.ResidualMLP(2, 2, torch.tanh))
+        >>> report = check_with_scipy(cg.GrowthProblem(net, nn.MSELoss(), data, [candidate]))
+        >>> report.primal, report.dual_error < 1e-5
+        (0.0, True)
+    """
+    extended = _Extended(problem)
+    size = extended.zero.numel()
+    bounds = np.cumsum(extended.sizes)
+    identity = np.eye(size)
+    result = minimize(
+        extended.loss_and_gradient,
+        np.zeros(size),
+        jac=True,
+        hess=extended.hessian,
+        method="trust-constr",
+        constraints=[
+            LinearConstraint(identity[start:stop], 0.0, 0.0)
+            for start, stop in itertools.pairwise(bounds)
+        ],
+        options={"gtol": gtol, "xtol": _EPS, "maxiter": maxiter},
+    )
+    if not (result.optimality <= gtol and result.constr_violation <= gtol):
+        raise DataError(
+            f"trust-constr stopped after {result.nit} iterations with a gradient of the Lagrangian "
+            f"of {result.optimality:.1e}, above gtol={gtol:g} ({result.message}); train the model "
+            "further first, raise maxiter, or take an instance that has a minimum."
+        )
+    return _report(
+        extended,
+        solver="SciPy, trust-constr",
+        status=result.message,
+        objective=float(result.fun),
+        z=result.x,
+        duals=result.v,
+    )
+
+
+def _report(
+    extended: _Extended,
+    *,
+    solver: str,
+    status: str,
+    objective: float,
+    z: NDArray[np.float64],
+    duals: Sequence[NDArray[np.float64]],
+) -> VerificationReport:
+    problem = extended.problem_at(z)
+    solution = solve(problem, progress=False)
+    return VerificationReport(
+        solver=solver,
+        status=status,
+        objective=objective,
+        primal=float(np.abs(z[extended.sizes[0] :]).max()),
+        duals={
+            pin: torch.tensor(dual, dtype=torch.float64).reshape(pin.shape)
+            for pin, dual in zip(problem.constraints, duals, strict=True)
+        },
+        problem=problem,
+        solution=solution,
+        residuals=kkt_residuals(problem, solution),
+    )
+
+
+class _Network(nn.Module):
+    """A copy of the model, in float64 on the CPU, every block really standing behind its site."""
+
+    def __init__(self, problem: GrowthProblem) -> None:
+        super().__init__()
+        self.model = _doubled(problem.model)
+        self.blocks = nn.ModuleList(_doubled(candidate.block) for candidate in problem.candidates)
+        for candidate, block in zip(problem.candidates, self.blocks, strict=True):
+            site = self.model.get_submodule(candidate.after)
+            # a copy, because the model may go on to change in place what it gets
+            site.register_forward_hook(lambda _m, _x, output, block=block: block(output).clone())
+
+    def forward(self, input: object) -> Any:
+        return call(self.model, input)
+
+
+class _Extended:
+    """L(θ, v) of the network with all its blocks in it, as a function of one flat vector.
+
+    z = (θ − θ₀, v_1, v_2, …): the deviations of the trainable parameters of the model, one after
+    the other, and then of each pin, from the values they have now.
+
+    Attributes:
+        batches: (input, target, number of samples) of each batch.
+        names: Key of each variable tensor in the extended network → what to call it.
+        parts: Key of each variable tensor → how many entries it has in z.
+        families: The keys of θ and of the pins of one candidate, for each candidate.
+        num_samples: How many samples there are in all.
+        sizes: Lengths of the parts of z: θ as a whole, then each pin.
+        zero: z = 0.
+        loss_fn: The problem's, in float64.
+    """
+
+    def __init__(self, problem: GrowthProblem) -> None:
+        self.problem = problem
+        self.network = _Network(problem)
+        self.loss_fn = _doubled(problem.loss_fn)
+        index = {candidate.name: i for i, candidate in enumerate(problem.candidates)}
+        trainable = {
+            f"model.{n}": n for n, p in problem.model.named_parameters() if p.requires_grad
+        }
+        pinned = {
+            f"blocks.{index[pin.candidate]}.{pin.parameter}": f"{pin.candidate}: {pin.parameter}"
+            for pin in problem.constraints
+        }
+        self.names = trainable | pinned
+        self._base = {key: self.network.get_parameter(key).detach() for key in self.names}
+        self.parts = {key: value.numel() for key, value in self._base.items()}
+        self.sizes = [
+            sum(self.parts[key] for key in trainable),
+            *(self.parts[key] for key in pinned),
+        ]
+        self.zero = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        self.families = [
+            [*trainable, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
+            for i in index.values()
+        ]
+        with untouched(problem.model, problem.data):
+            self.batches = [
+                (_doubled(input), _doubled(target), batch_size(input, target))
+                for input, target in batches(problem.data, torch.device("cpu"))
+            ]
+            self.num_samples = sum(size for _, _, size in self.batches)
+            self._refuse_large_or_random()
+
+    def _refuse_large_or_random(self) -> None:
+        model = type(self.problem.model).__name__
+        if self.zero.numel() > _MAX_VARIABLES:
+            raise DataError(
+                f"model={model} has {self.sizes[0]} trainable and {sum(self.sizes[1:])} pinned "
+                f"parameters; verification is for small instances, up to {_MAX_VARIABLES} in all. "
+                "Freeze some with requires_grad_(False), or take a smaller model."
+            )
+        if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
+            raise DataError(
+                f"model={model}: the loss differs between two passes over the same data, so there "
+                "is no L(θ, v) to minimise; put Dropout and the like into eval mode: model.eval()."
+            )
+
+    def outputs(self, z: Tensor) -> list[Any]:
+        """What the extended network gives on each batch."""
+        pieces = z.split(list(self.parts.values()))
+        values = {
+            name: base + piece.view_as(base)
+            for (name, base), piece in zip(self._base.items(), pieces, strict=True)
+        }
+        return [
+            functional_call(self.network, values | self._buffers(), (input,))
+            for input, _, _ in self.batches
+        ]
+
+    def _buffers(self) -> dict[str, Tensor]:
+        """Fresh copies, for a forward pass to write to."""
+        return {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+
+    def loss(self, z: Tensor) -> Tensor:
+        """L(θ, v), the mean over all samples."""
+        losses = [
+            self.loss_fn(output, target) * (size / self.num_samples)
+            for output, (_, target, size) in zip(self.outputs(z), self.batches, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+    def loss_and_gradient(self, z: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """L and ∇L = (∇_θ L, ∇_v L), by one backward pass."""
+        point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+        loss = self.loss(point)
+        return loss.item(), torch.autograd.grad(loss, point)[0].numpy()
+
+    def hessian(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
+        """∇²L, by one double backward pass for each variable."""
+        point = torch.tensor(z, dtype=torch.float64)
+        result = torch.autograd.functional.hessian(self.loss, point)
+        assert isinstance(result, Tensor)  # a tuple only for tuples of points
+        return result.numpy()
+
+    def problem_at(self, z: NDArray[np.float64]) -> GrowthProblem:
+        """The same problem at θ₀ + (θ part of z), v = 0, without the blocks standing in it."""
+        model = _doubled(self.problem.model)
+        moved = torch.tensor(z[: self.sizes[0]], dtype=torch.float64)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for p, piece in zip(
+                parameters, moved.split([p.numel() for p in parameters]), strict=True
+            ):
+                p.add_(piece.view_as(p))
+        data = [(input, target) for input, target, _ in self.batches]
+        return GrowthProblem(model, self.loss_fn, data, self.problem.candidates)
+
+
+# --- convex instances -------------------------------------------------------------------------
+
+
+def _affine_outputs(extended: _Extended) -> list[tuple[Tensor, Tensor]]:
+    """(y₀, J) of each batch with output y(z) = y₀ + J z; J of shape (numel of y₀, variables).
+
+    Raises:
+        DataError: The output is not such a tensor, or not affine in z.
+    """
+    with torch.no_grad():
+        offsets = extended.outputs(extended.zero)
+    for output in offsets:
+        if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise DataError(
+                f"the output of model={type(extended.problem.model).__name__} is {given}; CVXPY is "
+                "handed tensors of one or two dimensions. Use check_with_scipy, or a model whose "
+                "output is (samples,) or (samples, classes)."
+            )
+    jacobians = torch.autograd.functional.jacobian(
+        lambda z: tuple(y.flatten() for y in extended.outputs(z)), extended.zero
+    )
+    pieces = list(zip(offsets, jacobians, strict=True))
+    guilty = _not_affine(extended, pieces)
+    if guilty:
+        raise DataError(
+            f"the output of model={type(extended.problem.model).__name__} is not affine in "
+            f"{guilty}, so the instance is not convex. Freeze what is nonlinear and what is "
+            "multiplied with a pinned layer by requires_grad_(False), pin the outer factor of a "
+            "ResidualMLP, or use check_with_scipy."
+        )
+    return pieces
+
+
+def _not_affine(extended: _Extended, pieces: Sequence[tuple[Tensor, Tensor]]) -> str:
+    """The variables in which the output is not y₀ + J z, or ""; tried at two random points each.
+
+    The pins of one candidate at a time: products of the v of several are of second order at
+    v = 0, and bear on no multiplier.
+    """
+    generator = torch.Generator().manual_seed(0)
+    names = extended.names
+
+    def bent(*moved: str) -> bool:
+        mask = torch.cat([torch.full((size,), n in moved) for n, size in extended.parts.items()])
+        for _ in range(2):
+            z = torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask
+            for y, (offset, matrix) in zip(extended.outputs(z), pieces, strict=True):
+                line = offset.flatten() + matrix @ z
+                if not torch.allclose(y.flatten(), line, rtol=1e-9, atol=1e-9):
+                    return True
+        return False
+
+    for variables in extended.families:
+        if bent(*variables):
+            alone = [name for name in variables if bent(name)]
+            pairs = (pair for pair in itertools.combinations(variables, 2) if bent(*pair))
+            guilty = [(name,) for name in alone] or pairs
+            return ", ".join(" times ".join(names[key] for key in group) for group in guilty)
+    return ""
+
+
+def _expression(offset: Tensor, matrix: Tensor, z: cp.Expression) -> cp.Expression:
+    """y₀ + J z in the shape of y₀."""
+    flat = offset.flatten().numpy() + matrix.numpy() @ z
+    return cp.reshape(flat, tuple(offset.shape), order="C")
+
+
+def _squares(output: cp.Expression, target: Tensor) -> Scalar:
+    return cp.mean(cp.square(output - target.numpy()))
+
+
+def _cross_entropy(output: cp.Expression, target: Tensor) -> Scalar:
+    hot = F.one_hot(target, output.shape[1]).numpy()
+    return cp.mean(cp.log_sum_exp(output, axis=1) - cp.sum(cp.multiply(hot, output), axis=1))
+
+
+def _logistic(output: cp.Expression, target: Tensor) -> Scalar:
+    return cp.mean(cp.logistic(output) - cp.multiply(target.numpy(), output))
+
+
+_KNOWN_LOSSES: tuple[tuple[type[nn.Module], Callable[..., Tensor], CvxpyLoss], ...] = (
+    (nn.MSELoss, F.mse_loss, _squares),
+    (nn.CrossEntropyLoss, F.cross_entropy, _cross_entropy),
+    (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, _logistic),
+)
+
+
+def _known_loss(loss_fn: object) -> CvxpyLoss:
+    for module, function, loss in _KNOWN_LOSSES:
+        if isinstance(loss_fn, module) or loss_fn is function:
+            return loss
+    known = ", ".join(module.__name__ for module, _, _ in _KNOWN_LOSSES)
+    raise DataError(
+        f"loss_fn={loss_fn!r} has no form for CVXPY here, which knows {known}; give "
+        "cvxpy_loss=, a function (output expression, target) -> convex scalar expression."
+    )
+
+
+def _check_loss(
+    extended: _Extended, loss: CvxpyLoss, pieces: Sequence[tuple[Tensor, Tensor]]
+) -> None:
+    """The expression must be the loss (weights, smoothing and the like would show)."""
+    generator = torch.Generator().manual_seed(0)
+    for (offset, _), (_, target, _) in zip(pieces, extended.batches, strict=True):
+        output = torch.randn(offset.shape, generator=generator, dtype=torch.float64)
+        here = extended.loss_fn(output, target).item()
+        try:
+            there = _value(loss(cp.Constant(output.numpy()), target))
+        except Exception as error:
+            raise DataError(
+                f"loss_fn={extended.problem.loss_fn!r}: its form for CVXPY fails on an output of "
+                f"shape {tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the targets."
+            ) from error
+        if not math.isclose(here, there, rel_tol=1e-9, abs_tol=1e-12):
+            raise DataError(
+                f"loss_fn={extended.problem.loss_fn!r} is {here:.12g} for a random output and its "
+                f"form for CVXPY {there:.12g}; give the same function as cvxpy_loss=, options "
+                "such as weight=, label_smoothing= or reduction= included."
+            )
+
+
+# --- small things -----------------------------------------------------------------------------
+
+
+def _doubled(value: Any) -> Any:
+    """A copy on the CPU with floating-point numbers in float64; functions as they are."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).to("cpu", torch.float64)
+    if isinstance(value, Tensor):
+        dtype = torch.float64 if value.is_floating_point() else value.dtype
+        return value.detach().to("cpu", dtype, copy=True)
+    if isinstance(value, Mapping):
+        return {key: _doubled(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_doubled(item) for item in value)
+    return value
+
+
+def _norm(tensor: Tensor) -> float:
+    return torch.linalg.vector_norm(tensor).item()
+
+
+def _ratio(difference: float, size: float) -> float:
+    return 0.0 if difference == 0 else difference / size if size else math.inf
+
+
+_MAX_VARIABLES = 2000
+_EPS = float(np.finfo(np.float64).eps)
+# Dual values are as exact as Clarabel's linear algebra lets it come close to the optimum. With its
+# own settings and only the tolerances lowered it gives up early on some logistic instances (3 of
+# 50 random ones, duals off by 1e-4); refining every linear system and taking shorter steps, it
+# finished all of them, the worst off by 2e-7.
+_TIGHT: dict[str, dict[str, Any]] = {
+    "CLARABEL": {
+        "tol_gap_abs": 1e-12,
+        "tol_gap_rel": 1e-12,
+        "tol_feas": 1e-12,
+        "iterative_refinement_reltol": 1e-15,
+        "iterative_refinement_abstol": 1e-15,
+        "iterative_refinement_max_iter": 50,
+        "static_regularization_constant": 1e-10,
+        "max_step_fraction": 0.8,
+    },
+}
+
+
+def _value(scalar: Scalar) -> float:
+    return float(np.asarray(scalar.value if isinstance(scalar, cp.Expression) else scalar))
