@@ -1,6 +1,7 @@
 """Layers that start as the identity."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def identity_block(kind: str, width: int) -> IdentityLinear:
     return IdentityLinear(width, activation, shift=shift)
 
 
-def on_float64(block: nn.Module) -> nn.Module:
+def on_float64(block: nn.Module) -> Any:
     return block.double()
 
 
@@ -138,11 +139,10 @@ def test_joint_factors_are_those_of_every_block(kind: str, leading: tuple[int, .
     blocks = [on_float64(make(4)) for _ in range(3)]
     first = blocks[0]
     assert has_joint_factors(first)
-    assert len({block.joint_kind() for block in blocks if has_joint_factors(block)}) == 1
+    assert len({block.joint_kind() for block in blocks}) == 1
     x, delta = torch.randn(3, *leading, 4), torch.randn(3, *leading, 4)
     (joint,) = first.joint_factors(blocks, x, delta)
     for index, block in enumerate(blocks):
-        assert has_factors(block)
         (single,) = block.factors(x[index], delta[index])
         assert (single.weight, single.bias) == (joint.weight, joint.bias)
         torch.testing.assert_close(joint.cotangent[index], single.cotangent, rtol=0, atol=1e-14)
