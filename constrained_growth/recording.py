@@ -147,15 +147,16 @@ class Recorder:
                 f'after="{site.after}": in a later batch its output is a {type(output).__name__}, '
                 "or it is reached several times; a site is reached exactly once by a tensor."
             )
-        starts_graph = not output.requires_grad
-        if starts_graph:
-            output = output.detach().requires_grad_().clone()
-        self._xs[index] = output.detach().clone() if site.overwritten else output.detach()
+        self._xs[index] = output.detach()
+        replaced = site.overwritten or not output.requires_grad
+        if replaced:  # the model goes on with a copy that is part of the graph and not a view
+            whole = output if output.requires_grad else output.detach().requires_grad_()
+            output = whole.clone()
         if self._streams:
             output.register_hook(functools.partial(self._receive, index))
         if site.anchor or not self._streams:
             self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
-        return output if starts_graph else None
+        return output if replaced else None
 
     def _receive(self, index: int, delta: Tensor | None) -> None:
         """Take δ at a site, to be worked off at once where memory counts, else later."""
@@ -171,7 +172,7 @@ class Recorder:
             return
         for member in members:
             if member.closed and by_sample:
-                member.tally.add_samples(x.unsqueeze(0), delta.unsqueeze(0), self._size)
+                member.tally.add_samples(x, delta, self._size)
             else:
                 member.tally.add_batch(member.index, x, delta, self._size)
 
@@ -203,11 +204,9 @@ _SMALL = 2**20
 
 
 def _stacked(tensors: list[Tensor], count: int) -> Tensor:
-    """Batches of several sites as one tensor (sites, samples, ...)."""
-    if len(tensors) == 1:
-        return tensors[0].unsqueeze(0)
-    whole = torch.cat(tensors)
-    return whole.view(count, -1, *whole.shape[1:])
+    """Batches of one site as (samples, ...), of several as (sites, samples, ...)."""
+    whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    return whole if count == 1 else whole.view(count, -1, *whole.shape[1:])
 
 
 def _groups(sites: Sequence[Site], *, joint: bool) -> list[list[_Member]]:

@@ -27,12 +27,14 @@ class InsertedLayer:
         block: How to build the block again: its `type`, and `arguments` that JSON can hold. A
             block or activation of the user's own has `arguments` None: pass it to `replay`.
         parameters: Name → shape of the block's parameters.
+        overwritten: Whether the model changes the output in place afterwards.
     """
 
     name: str
     after: str
     block: Mapping[str, Any]
     parameters: Mapping[str, tuple[int, ...]]
+    overwritten: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,12 @@ class GrowthRecord:
         """
         try:
             content = json.loads(text)
-            version, items = content["version"], content["insertions"]
+            version = content["version"]
+            if version != _VERSION:
+                raise RecordError(
+                    f"the growth record has version {version!r}, this library reads {_VERSION}; "
+                    "use the version of the library that wrote it."
+                )
             model = _shapes_from(content["model"])
             layers = tuple(
                 InsertedLayer(
@@ -77,18 +84,14 @@ class GrowthRecord:
                     after=str(item["after"]),
                     block=dict(item["block"]),
                     parameters=_shapes_from(item["parameters"]),
+                    overwritten=bool(item["overwritten"]),
                 )
-                for item in items
+                for item in content["insertions"]
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(
                 f"text is no growth record as to_json() writes it: {error!r}."
             ) from error
-        if version != _VERSION:
-            raise RecordError(
-                f"the growth record has version {version!r}, this library reads {_VERSION}; use "
-                "the version of the library that wrote it."
-            )
         return cls(layers, model)
 
 
@@ -97,9 +100,11 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
-def describe(name: str, after: str, block: nn.Module) -> InsertedLayer:
+def describe(
+    name: str, after: str, block: nn.Module, *, overwritten: bool = False
+) -> InsertedLayer:
     """The record of a block about to be inserted."""
-    return InsertedLayer(name, after, _described_block(block), parameter_shapes(block))
+    return InsertedLayer(name, after, _described_block(block), parameter_shapes(block), overwritten)
 
 
 def build(layer: InsertedLayer) -> nn.Module:
@@ -112,19 +117,19 @@ def build(layer: InsertedLayer) -> nn.Module:
         cls.__name__: cls
         for cls in (blocks.IdentityLinear, blocks.ResidualLinear, blocks.ResidualMLP)
     }
-    maker, arguments = makers.get(layer.block.get("type", "")), layer.block.get("arguments")
+    maker, arguments = makers.get(str(layer.block.get("type"))), layer.block.get("arguments")
     if maker is None or arguments is None:
         raise RecordError(
             f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
             "a record cannot rebuild; pass it: "
             f"replay(model, record, blocks={{{layer.name!r}: block}})."
         )
-    arguments = dict(arguments)
     try:
+        arguments = dict(arguments)
         arguments["activation"] = _built_activation(arguments["activation"])
         with torch.random.fork_rng(devices=[]):
             return maker(**arguments)
-    except (TypeError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise RecordError(
             f'the record of the layer "{layer.name}" is damaged: {error!r}.'
         ) from error

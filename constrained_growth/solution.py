@@ -90,10 +90,17 @@ class Decision:
 
 @dataclass(frozen=True)
 class Planned:
-    """A candidate ready to be inserted: its site and its block, on the site's device and dtype."""
+    """A candidate ready to be inserted.
+
+    Attributes:
+        after: Qualified name of the module whose output is the site.
+        block: The block, on the site's device and dtype.
+        overwritten: Whether the model changes the tensor at the site in place afterwards.
+    """
 
     after: str
     block: nn.Module
+    overwritten: bool = False
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def solve(
         sensitivities=sensitivities,
         decision=decision,
         candidates={
-            name: Planned(site.after, block)
+            name: Planned(site.after, block, site.overwritten)
             for site in problem.sites
             for name, block in site.blocks.items()
         },

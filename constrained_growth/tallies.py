@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 
 
 class Tally:
@@ -21,43 +21,52 @@ class Tally:
 
     def __init__(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = tuple(blocks)
+        self._joint = len(blocks) > 1
+        several = (len(blocks),) if self._joint else ()
         self._sums = {
             name: torch.zeros(
-                (len(blocks), *p.shape), dtype=accumulation_dtype(p.dtype), device=p.device
+                (*several, *p.shape), dtype=accumulation_dtype(p.dtype), device=p.device
             )
             for name, p in pinned_parameters(blocks[0]).items()
         }
         device = next(iter(self._sums.values())).device
-        self._squares = torch.zeros(len(blocks), dtype=torch.float64, device=device)
-        self._samples = [0] * len(blocks)
+        self._squares = torch.zeros(several, dtype=torch.float64, device=device)
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        self._rows_of = (0, False)
+        self._samples = 0
         self._batches = [0] * len(blocks)
 
-    @property
-    def bytes(self) -> int:
-        """Size of the sums, which is the size of the multipliers."""
-        return sum(total.nbytes for total in self._sums.values())
-
     def add_samples(self, x: Tensor, delta: Tensor, size: int) -> None:
-        """Take in batches of `size` samples each, for all candidates at once, by closed forms.
+        """Take in batches of `size` samples each by closed forms, for all candidates at once.
 
         Args:
-            x: The tensors at the sites, shape (candidates, samples, ..., width).
+            x: The tensor at the site, shape (samples, ..., width); for several candidates the
+                tensors at their sites, shape (candidates, samples, ..., width).
             delta: ∂L/∂x of the mean loss of each batch, same shape.
             size: How many samples each of the batches had; λ_n = −size · ψ_n φ_nᵀ.
         """
-        for factor in _factors(self._blocks, x, delta):
+        first: Any = self._blocks[0]
+        joint = self._joint
+        factors = first.joint_factors(self._blocks, x, delta) if joint else first.factors(x, delta)
+        for factor in factors:
             weight = self._sums[factor.weight]
-            psi, phi = factor.cotangent.to(weight.dtype), factor.features.to(weight.dtype)
-            self._squares.add_(sums_of_squares(psi, phi, factor.bias is not None), alpha=size**2)
-            if psi.dim() > 3:
-                psi, phi = psi.flatten(1, -2), phi.flatten(1, -2)
-            if len(self._blocks) == 1:
-                weight[0].addmm_(psi[0].T, phi[0], alpha=-size)
+            psi, phi = factor.cotangent, factor.features
+            if psi.dtype != weight.dtype or phi.dtype != weight.dtype:
+                psi, phi = psi.to(weight.dtype), phi.to(weight.dtype)
+            if psi.dim() > 2 + joint:
+                psi, phi = psi.flatten(1 + joint, -2), phi.flatten(1 + joint, -2)
+                sizes = sample_sizes(psi, phi, factor.bias is not None)
+                self._squares.add_(sizes.sum(-1, dtype=torch.float64), alpha=size**2)
+                psi, phi = psi.flatten(joint, -2), phi.flatten(joint, -2)
             else:
+                self._add_rows(psi, phi, size, factor.bias is not None)
+            if joint:
                 weight.baddbmm_(psi.mT, phi, alpha=-size)
+            else:
+                weight.addmm_(psi.T, phi, alpha=-size)
             if factor.bias is not None:
-                self._sums[factor.bias].sub_(psi.sum(1), alpha=size)
-        self._samples = [count + x.shape[1] for count in self._samples]
+                self._sums[factor.bias].sub_(psi.sum(-2), alpha=size)
+        self._samples += x.shape[joint]
 
     def add_batch(self, index: int, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in one batch of one candidate as a whole, by differentiating its block alone.
@@ -68,10 +77,27 @@ class Tally:
             delta: ∂L/∂x, same shape.
             size: How many samples the batch had.
         """
+        here = index if self._joint else ...
         for name, value in block_multipliers(self._blocks[index], x, delta).items():
-            self._squares[index].add_(value.square().sum(dtype=torch.float64), alpha=size)
-            self._sums[name][index].add_(value, alpha=size)
+            self._squares[here].add_(value.square().sum(dtype=torch.float64), alpha=size)
+            self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
+
+    def _add_rows(self, psi: Tensor, phi: Tensor, size: int, has_bias: bool) -> None:
+        """Note ‖ψ_n‖ and ‖φ_n‖; ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias, can wait."""
+        if (size, has_bias) != self._rows_of or len(self._rows) == _MOST_ROWS:
+            self._settle()
+            self._rows_of = (size, has_bias)
+        norm = torch.linalg.vector_norm
+        self._rows.append((norm(psi, dim=-1), norm(phi, dim=-1)))
+
+    def _settle(self) -> None:
+        if self._rows:
+            size, has_bias = self._rows_of
+            psi, phi = (torch.cat(rows, -1).square_() for rows in zip(*self._rows, strict=True))
+            squares = torch.linalg.vecdot(psi, phi.add_(float(has_bias)))
+            self._squares.add_(squares, alpha=size**2)
+            self._rows.clear()
 
     def results(self, num_samples: int) -> list[tuple[dict[str, Tensor], float]]:
         """λ, the mean over the samples, and tr Cov(λ) of each candidate.
@@ -79,21 +105,28 @@ class Tally:
         The variance is unbiased, and NaN where it cannot be known: from a single sample or
         batch, or where some batches came by samples and some as a whole.
         """
-        means = {name: total / num_samples for name, total in self._sums.items()}
+        self._settle()
+        count = len(self._blocks)
+        means = {
+            name: (total / num_samples).view(count, *total.shape[self._joint :])
+            for name, total in self._sums.items()
+        }
         sizes = sum(m.flatten(1).square().sum(1, dtype=torch.float64) for m in means.values())
-        spreads = (self._squares - num_samples * sizes).tolist()
+        spreads = (self._squares.view(count) - num_samples * sizes).tolist()
         multipliers = zip(*(mean.unbind() for mean in means.values()), strict=True)
-        counts = zip(self._samples, self._batches, strict=True)
-        units = [
-            samples or batches if not (samples and batches) else 0 for samples, batches in counts
-        ]
         return [
-            (
-                dict(zip(means, values, strict=True)),
-                max(spread, 0.0) / (count - 1) / num_samples if count > 1 else math.nan,
-            )
-            for values, spread, count in zip(multipliers, spreads, units, strict=True)
+            (dict(zip(means, values, strict=True)), self._variance(spread, batches, num_samples))
+            for values, spread, batches in zip(multipliers, spreads, self._batches, strict=True)
         ]
+
+    def _variance(self, spread: float, batches: int, num_samples: int) -> float:
+        units = self._samples or batches
+        mixed = self._samples > 0 and batches > 0
+        return math.nan if mixed or units < 2 else max(spread, 0.0) / (units - 1) / num_samples
+
+
+_MOST_ROWS = 64
+"""How many batches the norms of their rows may wait, which saves small operations."""
 
 
 def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -119,45 +152,27 @@ def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, T
     return {name: -grad for name, grad in zip(leaves, grads, strict=True)}
 
 
-def sums_of_squares(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
-    """Σ_n ‖λ_n‖² over the samples n, without forming λ_n where that is dearer.
+def sample_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
+    """‖λ_n‖² of samples with several positions, without forming λ_n where that is dearer.
 
-    At a site without further dimensions ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias. With T
-    positions per sample it is Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1), or the square of the product itself
-    where that is smaller.
+    With T positions ‖λ_n‖² = Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1), the 1 for the bias, or the square of
+    the product itself where that is smaller.
 
     Args:
-        psi: Cotangents, shape (candidates, samples, ..., out).
-        phi: Features, shape (candidates, samples, ..., in).
+        psi: Cotangents, shape (..., samples, positions, out).
+        phi: Features, shape (..., samples, positions, in).
         has_bias: Whether a bias is pinned too.
 
     Returns:
-        Shape (candidates,).
+        Shape (..., samples).
     """
-    if psi.dim() == 3:
-        sizes = torch.linalg.vector_norm(psi, dim=-1)
-        both = sizes * torch.linalg.vector_norm(phi, dim=-1)
-        total = torch.linalg.vecdot(both, both)
-        return total + torch.linalg.vecdot(sizes, sizes) if has_bias else total
-    psi, phi = psi.flatten(2, -2), phi.flatten(2, -2)
-    positions, out, width = psi.shape[2], psi.shape[3], phi.shape[3]
+    positions, out, width = psi.shape[-2], psi.shape[-1], phi.shape[-1]
     if positions * (out + width) <= out * width:
-        return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum((1, 2, 3))
-    squares = (psi.mT @ phi).square().sum((1, 2, 3))
-    return squares + psi.sum(2).square().sum((1, 2)) if has_bias else squares
+        return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum((-2, -1))
+    squares = (psi.mT @ phi).square().sum((-2, -1))
+    return squares + psi.sum(-2).square().sum(-1) if has_bias else squares
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to sum in: at least float32."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def _factors(blocks: Sequence[nn.Module], x: Tensor, delta: Tensor) -> Sequence[AffineFactors]:
-    """The factors of all blocks, their first dimension counting the blocks."""
-    first: Any = blocks[0]
-    if len(blocks) > 1:
-        return first.joint_factors(blocks, x, delta)
-    return [
-        AffineFactors(f.weight, f.bias, f.cotangent.unsqueeze(0), f.features.unsqueeze(0))
-        for f in first.factors(x[0], delta[0])
-    ]
