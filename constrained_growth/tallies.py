@@ -46,7 +46,7 @@ class Tally:
             size: How many samples each of the batches had; λ_n = −size · ψ_n φ_nᵀ.
         """
         first: Any = self._blocks[0]
-        joint = self._joint
+        joint = int(self._joint)
         factors = first.joint_factors(self._blocks, x, delta) if joint else first.factors(x, delta)
         for factor in factors:
             weight = self._sums[factor.weight]
@@ -111,7 +111,9 @@ class Tally:
             name: (total / num_samples).view(count, *total.shape[self._joint :])
             for name, total in self._sums.items()
         }
-        sizes = sum(m.flatten(1).square().sum(1, dtype=torch.float64) for m in means.values())
+        sizes = sum(
+            m.reshape(count, -1).square().sum(1, dtype=torch.float64) for m in means.values()
+        )
         spreads = (self._squares.view(count) - num_samples * sizes).tolist()
         multipliers = zip(*(mean.unbind() for mean in means.values()), strict=True)
         return [
