@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,19 @@ from torch import Tensor, nn
 from constrained_growth.errors import OptimizerError
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def check_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, blocks: Iterable[nn.Module] = ()
+) -> None:
     """Refuse an optimizer that cannot take new parameters, before anything is changed.
 
+    Args:
+        model: Not grown yet.
+        optimizer: The one to ask.
+        blocks: The layers that are to be inserted.
+
     Raises:
-        OptimizerError: It trains none of the model's parameters, or keeps one memory for all
-            parameters together (LBFGS).
+        OptimizerError: It trains none of the model's parameters, keeps one memory for all
+            parameters together (LBFGS), or takes only matrices (Muon) while a block has others.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise OptimizerError(f"optimizer={optimizer!r} is not a torch.optim.Optimizer.")
@@ -30,16 +37,23 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             "optimizer trains none of the model's parameters; give the one that trains this model, "
             "or optimizer=None."
         )
+    vectors = [name for b in blocks for name, p in b.named_parameters() if p.dim() != 2]
+    if vectors and type(optimizer).__name__ == "Muon":
+        raise OptimizerError(
+            f"optimizer=Muon takes only matrices, and the new layers have {sorted(set(vectors))}; "
+            "insert with optimizer=None and add the new parameters to your optimizers."
+        )
 
 
 def adopt(optimizer: torch.optim.Optimizer, model: nn.Module, new: Iterable[Tensor]) -> None:
     """Put new parameters into the groups of their neighbours, in the order of the model.
 
-    A new matrix goes to the group of the nearest matrix in `model.parameters()`, a new vector to
-    that of the nearest vector (weight decay is often off for those), so that it gets the
-    settings of its neighbours. Inside a group that is in the model's order it stands at its place
-    in that order, so that an optimizer made for a replayed model has the same order and can load
-    this one's state. The state of the old parameters is not touched; new ones start without any.
+    A new matrix goes to the group of the last matrix before it in `model.parameters()`, a new
+    vector to that of the last vector (weight decay is often off for those), so that a layer gets
+    the settings of the one it follows; without one before, of the first one after. Inside a
+    group that is in the model's order it stands at its place in that order, so that an optimizer
+    made for a replayed model has the same order and can load this one's state. The state of the
+    old parameters is not touched; new ones start without any.
 
     Args:
         optimizer: Changed in place.
@@ -49,31 +63,31 @@ def adopt(optimizer: torch.optim.Optimizer, model: nn.Module, new: Iterable[Tens
     named = dict(model.named_parameters())
     order = {id(parameter): place for place, parameter in enumerate(named.values())}
     home = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    trained = [parameter for parameter in named.values() if id(parameter) in home]
     for parameter in new:
-        group = home[_neighbour(parameter, order, named, home)]
+        group = home[id(_neighbour(parameter, order, trained))]
         _place(group["params"], parameter, order)
-        home[id(parameter)] = group
+        if isinstance(optimizer, torch.optim.Adagrad):
+            _begin(optimizer, group, parameter)
     names = {id(parameter): name for name, parameter in named.items()}
     for group in optimizer.param_groups:
         if "param_names" in group:
             group["param_names"] = [names.get(id(p), "") for p in group["params"]]
 
 
-def _neighbour(
-    parameter: Tensor,
-    order: Mapping[int, int],
-    named: Mapping[str, Tensor],
-    home: Mapping[int, Any],
-) -> int:
-    """The id of the nearest trained parameter of the same kind, or of any kind."""
+def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Tensor]) -> Tensor:
+    """The last trained parameter of the same kind before it, or else the first one after it."""
     here = order[id(parameter)]
-    trained = [other for other in named.values() if id(other) in home]
     same_kind = [other for other in trained if (other.dim() > 1) == (parameter.dim() > 1)]
+    candidates = same_kind or trained
+    before = [other for other in candidates if order[id(other)] < here]
+    return before[-1] if before else candidates[0]
 
-    def distance(other: Tensor) -> tuple[int, bool]:
-        return abs(order[id(other)] - here), order[id(other)] > here
 
-    return id(min(same_kind or trained, key=distance))
+def _begin(optimizer: torch.optim.Adagrad, group: Mapping[str, Any], parameter: Tensor) -> None:
+    """The state that Adagrad makes when it is built, and not at the first step as others do."""
+    settings = {key: value for key, value in group.items() if key in optimizer.defaults}
+    optimizer.state[parameter] = torch.optim.Adagrad([parameter], **settings).state[parameter]
 
 
 def _place(params: list[Tensor], parameter: Tensor, order: Mapping[int, int]) -> None:
