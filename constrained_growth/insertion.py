@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from constrained_growth.records import (
     describe,
     parameter_shapes,
 )
-from constrained_growth.solution import Solution
+from constrained_growth.solution import Planned, Solution
 
 __all__ = ["GrowthRecord", "Inserted", "InsertedLayer", "insert", "replay"]
 
@@ -35,17 +36,21 @@ class Inserted(nn.Module):
     Args:
         base: The module that stood here.
         inserted: The layer after it.
+        overwritten: Whether the model changes the output in place afterwards: then it gets a
+            copy, as the layer may need its own output to go backward.
     """
 
-    def __init__(self, base: nn.Module, inserted: nn.Module) -> None:
+    def __init__(self, base: nn.Module, inserted: nn.Module, *, overwritten: bool = False) -> None:
         super().__init__()
         self.base = base
         self.inserted = inserted
+        self.overwritten = overwritten
         self.training = base.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inserted layer applied to the output of the base."""
-        return self.inserted(self.base(*args, **kwargs))
+        output = self.inserted(self.base(*args, **kwargs))
+        return output.clone() if self.overwritten else output
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -97,27 +102,19 @@ def insert(
         >>> sorted(net.state_dict())[2:4]
         ['1.inserted.bias', '1.inserted.weight']
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in solution.decision.chosen:
-        after = solution.candidates[name].after
-        if after not in modules:
-            raise CandidateError(
-                f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
-                f'candidate "{name}"; give the model of the problem, as it was when solved.'
-            )
+    chosen = _chosen(model, solution)
     if optimizer is not None:
-        check_optimizer(model, optimizer)
+        check_optimizer(model, optimizer, [planned.block for _, _, planned in chosen])
     before = parameter_shapes(model)
     old = {id(parameter) for parameter in model.parameters()}
     layers: list[InsertedLayer] = []
-    wrappers: dict[str, Inserted] = {}
-    for name, planned in solution.candidates.items():  # the problem's order, also within a site
-        if name in solution.decision.chosen:
-            place = wrappers.get(planned.after, modules.get(planned.after))
-            after = next(n for n, module in model.named_modules() if module is place)
-            block = copy.deepcopy(planned.block)
-            layers.append(describe(name, after, block))
-            wrappers[planned.after] = _put(model, after, block)
+    wrappers: dict[nn.Module, Inserted] = {}
+    for name, site, planned in chosen:
+        place = wrappers.get(site, site)
+        after = next(n for n, module in model.named_modules() if module is place)
+        layer = describe(name, after, planned.block, overwritten=planned.overwritten)
+        wrappers[site] = _put(model, place, planned.block, layer)
+        layers.append(layer)
     if optimizer is not None:
         adopt(optimizer, model, [p for p in model.parameters() if id(p) not in old])
     return GrowthRecord(tuple(layers), before)
@@ -154,25 +151,61 @@ def replay(
         >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
         True
     """
-    _check_sites(model, record)
     if strict:
         _check_shapes(model, record)
     built = [_rebuilt(layer, (blocks or {}).get(layer.name)) for layer in record.insertions]
+    wrappers: list[Inserted] = []
     for layer, block in zip(record.insertions, built, strict=True):
-        site = model.get_submodule(layer.after)
+        site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
+        if site is None or site is model:
+            for wrapper in reversed(wrappers):
+                _replace(model, wrapper, wrapper.base)
+            raise RecordError(
+                f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
+                f'record puts the layer "{layer.name}"; give the model as it was before it was '
+                "grown."
+            )
         like = next(itertools.chain(site.parameters(), model.parameters()), None)
         if like is not None:
             block = block.to(device=like.device, dtype=like.dtype)
-        _put(model, layer.after, block)
+        wrappers.append(_put(model, site, block, layer))
     return model
 
 
-def _put(model: nn.Module, after: str, block: nn.Module) -> Inserted:
-    owner, _, key = after.rpartition(".")
-    base = model.get_submodule(after)
-    wrapper = Inserted(base, block.train(base.training))
-    model.get_submodule(owner)._modules[key] = wrapper
+def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, Planned]]:
+    """Name, site and plan (of a copied block) of the candidates chosen, in the problem's order."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in solution.decision.chosen:
+        if name not in solution.candidates:
+            raise CandidateError(
+                f'solution: the decision chose "{name}", and the candidates are '
+                f"{tuple(solution.candidates)}."
+            )
+        after = solution.candidates[name].after
+        if after not in modules:
+            raise CandidateError(
+                f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
+                f'candidate "{name}"; give the model of the problem, as it was when solved.'
+            )
+    return [
+        (name, modules[planned.after], replace(planned, block=copy.deepcopy(planned.block)))
+        for name, planned in solution.candidates.items()
+        if name in solution.decision.chosen
+    ]
+
+
+def _put(model: nn.Module, site: nn.Module, block: nn.Module, layer: InsertedLayer) -> Inserted:
+    wrapper = Inserted(site, block.train(site.training), overwritten=layer.overwritten)
+    _replace(model, site, wrapper)
     return wrapper
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` in the place of `old`, under every name that it has in the model."""
+    for owner in list(model.modules()):
+        for key, child in owner._modules.items():
+            if child is old:
+                owner._modules[key] = new
 
 
 def _rebuilt(layer: InsertedLayer, given: nn.Module | None) -> nn.Module:
@@ -196,18 +229,3 @@ def _check_shapes(model: nn.Module, record: GrowthRecord) -> None:
             f'differ, first "{first}" with shape {have.get(first)}, in the record '
             f"{want.get(first)}. Give the model as it was before it was grown, or strict=False."
         )
-
-
-def _check_sites(model: nn.Module, record: GrowthRecord) -> None:
-    """Follow the names through the insertions without making them."""
-    names = {name for name, _ in model.named_modules(remove_duplicate=False) if name}
-    for layer in record.insertions:
-        if layer.after not in names:
-            raise RecordError(
-                f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
-                f'record puts the layer "{layer.name}"; give the model as it was before it was '
-                "grown."
-            )
-        inside = {n for n in names if n == layer.after or n.startswith(layer.after + ".")}
-        moved = {f"{layer.after}.base{name[len(layer.after) :]}" for name in inside}
-        names = (names - inside) | moved | {layer.after, f"{layer.after}.inserted"}
