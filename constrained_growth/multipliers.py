@@ -18,7 +18,7 @@ from tqdm import tqdm
 from constrained_growth.errors import DataError
 from constrained_growth.observation import batch_size, batches, call, device_of, hooked
 from constrained_growth.recording import Recorder, Site
-from constrained_growth.tallies import accumulation_dtype
+from constrained_growth.tallies import Estimate, accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -27,16 +27,14 @@ class Measurement:
 
     Attributes:
         loss: Mean loss over the samples.
-        multipliers: Candidate → pinned parameter → λ = −∇_v L.
-        variances: Candidate → tr Cov(λ), NaN where it cannot be known.
+        estimates: Candidate → λ = −∇_v L, its variance and moments.
         gradients: Name → ∇L of the trainable parameters, or None if not asked for.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
     """
 
     loss: float
-    multipliers: dict[str, dict[str, Tensor]]
-    variances: dict[str, float]
+    estimates: dict[str, Estimate]
     gradients: dict[str, Tensor] | None
     num_samples: int
     num_batches: int
@@ -49,6 +47,7 @@ def measure(
     sites: Sequence[Site],
     *,
     gradients: bool,
+    moments: bool = False,
     progress: bool | None = None,
 ) -> Measurement:
     """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
@@ -69,13 +68,14 @@ def measure(
         data: `(input, target)` pairs.
         sites: From `GrowthProblem`.
         gradients: Also ∇_θ L, which costs one product more per layer.
+        moments: Also the second moments that some norms need.
         progress: Progress bar: True, False, or None for one on a terminal when it takes long.
 
     Raises:
         DataError: No batches, or a batch or loss that cannot be used.
         CandidateError: A site was not reached exactly once.
     """
-    recorder = Recorder(sites)
+    recorder = Recorder(sites, moments=moments)
     named = model.named_parameters() if gradients else ()
     parameters = {name: p for name, p in named if p.requires_grad}
     totals = [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in parameters.values()]
@@ -99,11 +99,9 @@ def measure(
             "as a DataLoader or a list of (input, target) pairs (a generator is exhausted after "
             "its first use)."
         )
-    results = recorder.results(num_samples)
     return Measurement(
         loss=float(loss_sum) / num_samples,
-        multipliers={name: multiplier for name, (multiplier, _) in results.items()},
-        variances={name: variance for name, (_, variance) in results.items()},
+        estimates=recorder.estimates(num_samples),
         gradients={n: t / num_samples for n, t in zip(parameters, totals, strict=True)}
         if gradients
         else None,

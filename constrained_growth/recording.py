@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth.blocks import has_factors
 from constrained_growth.errors import CandidateError
-from constrained_growth.tallies import Tally
+from constrained_growth.tallies import Estimate, Tally
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,15 @@ class Recorder:
 
     Args:
         sites: The sites, from `GrowthProblem`.
+        moments: Whether to collect second moments for norms that need them.
     """
 
-    def __init__(self, sites: Sequence[Site]) -> None:
+    def __init__(self, sites: Sequence[Site], *, moments: bool = False) -> None:
         self._sites = sites
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites))
         self._streams = self._batch_bytes > self._room
-        self._groups = _groups(sites, joint=not self._streams)
+        self._groups = _groups(sites, joint=not self._streams, moments=moments)
         self._here = [
             [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
         ]
@@ -130,13 +131,13 @@ class Recorder:
             self._pending = [[] for _ in self._sites]
             self._pending_bytes = 0
 
-    def results(self, num_samples: int) -> dict[str, tuple[dict[str, Tensor], float]]:
-        """Candidate → λ and tr Cov(λ)."""
+    def estimates(self, num_samples: int) -> dict[str, Estimate]:
+        """Candidate → what is known of it, from `num_samples` samples."""
         self.flush()
         return {
-            member.name: result
+            member.name: estimate
             for group in self._groups
-            for member, result in zip(group, group[0].tally.results(num_samples), strict=True)
+            for member, estimate in zip(group, group[0].tally.estimates(num_samples), strict=True)
         }
 
     def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
@@ -209,7 +210,7 @@ def _stacked(tensors: list[Tensor], count: int) -> Tensor:
     return whole if count == 1 else whole.view(count, -1, *whole.shape[1:])
 
 
-def _groups(sites: Sequence[Site], *, joint: bool) -> list[list[_Member]]:
+def _groups(sites: Sequence[Site], *, joint: bool, moments: bool) -> list[list[_Member]]:
     """The candidates, those together that can be worked off in one stroke."""
     gathered: dict[Hashable, list[tuple[str, int, nn.Module]]] = {}
     found: Counter[Hashable] = Counter()
@@ -225,7 +226,7 @@ def _groups(sites: Sequence[Site], *, joint: bool) -> list[list[_Member]]:
             gathered.setdefault(key, []).append((name, index, block))
     groups = []
     for members in gathered.values():
-        tally = Tally([block for _, _, block in members])
+        tally = Tally([block for _, _, block in members], moments=moments)
         groups.append(
             [
                 _Member(name, site, tally, index, has_factors(block))

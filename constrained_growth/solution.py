@@ -62,7 +62,8 @@ class Sensitivity:
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.
         baseline: Mean over the layers the network already has of the norm of their own
-            gradients, in `norm`; None when the stationarity was not asked for.
+            gradients, in `norm`; None when the stationarity was not asked for, or the norm needs
+            second moments, which are not collected for those layers.
         site: Qualified name of the module after which the layer would stand.
     """
 
@@ -70,7 +71,7 @@ class Sensitivity:
     standard_error: float = math.nan
     num_parameters: int = 0
     num_new_parameters: int = 0
-    norm: Norm | None = None
+    norm: object = None
     baseline: float | None = None
     site: str = ""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.multipliers import Measurement, measure
-from constrained_growth.norms import Frobenius
+from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
 from constrained_growth.observation import untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
@@ -22,6 +22,7 @@ from constrained_growth.solution import (
     Solution,
     Status,
 )
+from constrained_growth.tallies import Estimate
 
 _TOP_ONE = TopK(1)
 _FROBENIUS = Frobenius()
@@ -31,7 +32,7 @@ def solve(
     problem: GrowthProblem,
     rule: DecisionRule = _TOP_ONE,
     *,
-    norm: Norm = _FROBENIUS,
+    norm: Norm | MomentNorm = _FROBENIUS,
     stationarity: bool = True,
     gtol: float = 1e-5,
     throw: bool = True,
@@ -47,8 +48,9 @@ def solve(
     Args:
         problem: What to solve.
         rule: `rule(sensitivities) -> Decision`; `TopK(1)` by default, as in the source.
-        norm: How large a multiplier is; `Frobenius()` by default, the dual of the ball in which
-            SGD moves.
+        norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
+            parameters' λ. `Frobenius()` by default, the dual of the ball in which SGD moves;
+            `cg.norms.norm_for(optimizer)` picks the one of yours.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
         gtol: θ counts as stationary when ‖∇_θ L‖₂ ≤ gtol (SciPy's name and, for BFGS, its
@@ -93,6 +95,7 @@ def solve(
             problem.data,
             problem.sites,
             gradients=stationarity,
+            moments=needs_moments(norm),
             progress=progress,
         )
     sensitivities = _sensitivities(problem, found, norm)
@@ -111,7 +114,7 @@ def solve(
         status=status,
         loss=found.loss,
         stationarity=residual,
-        multipliers={c.name: found.multipliers[c.name] for c in problem.candidates},
+        multipliers={c.name: found.estimates[c.name].multiplier for c in problem.candidates},
         sensitivities=sensitivities,
         decision=decision,
         candidates={
@@ -139,18 +142,18 @@ def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
 
 
 def _sensitivities(
-    problem: GrowthProblem, found: Measurement, norm: Norm
+    problem: GrowthProblem, found: Measurement, norm: Norm | MomentNorm
 ) -> dict[str, Sensitivity]:
-    baseline = None if found.gradients is None else _baseline(found.gradients, norm)
+    baseline = _baseline(found.gradients, norm)
     planned = {name: (site, b) for site in problem.sites for name, b in site.blocks.items()}
     result = {}
     for candidate in problem.candidates:
-        multiplier = found.multipliers[candidate.name]
+        estimate = found.estimates[candidate.name]
         site, block = planned[candidate.name]
         result[candidate.name] = Sensitivity(
-            value=float(norm(multiplier)),
-            standard_error=math.sqrt(found.variances[candidate.name]),
-            num_parameters=sum(value.numel() for value in multiplier.values()),
+            value=_size(estimate, norm),
+            standard_error=math.sqrt(estimate.variance),
+            num_parameters=sum(value.numel() for value in estimate.multiplier.values()),
             num_new_parameters=sum(p.numel() for p in block.parameters()),
             norm=norm,
             baseline=baseline,
@@ -159,17 +162,25 @@ def _sensitivities(
     return result
 
 
-def _baseline(gradients: Mapping[str, Tensor], norm: Norm) -> float | None:
+def _size(estimate: Estimate, norm: Norm | MomentNorm) -> float:
+    if needs_moments(norm):
+        return float(norm(estimate.multiplier, estimate.moments))
+    return float(norm(estimate.multiplier))
+
+
+def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -> float | None:
     """Mean over the layers (modules with parameters of their own) of their gradient's norm."""
+    if not gradients or needs_moments(norm):
+        return None
     layers: dict[str, dict[str, Tensor]] = {}
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
         layers.setdefault(owner, {})[key] = gradient
-    return sum(float(norm(layer)) for layer in layers.values()) / len(layers) if layers else None
+    return sum(float(norm(layer)) for layer in layers.values()) / len(layers)
 
 
-def _euclidean(tensors: object) -> float:
-    squares = [float(t.square().sum(dtype=torch.float64)) for t in tensors]  # type: ignore[attr-defined]
+def _euclidean(tensors: Iterable[Tensor]) -> float:
+    squares = [float(t.square().sum(dtype=torch.float64)) for t in tensors]
     return math.sqrt(sum(squares))
 
 

@@ -4,12 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.norms import SecondMoments
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a pass over the data says of one candidate.
+
+    Attributes:
+        multiplier: Pinned parameter → λ, the mean over the samples.
+        variance: tr Cov(λ), unbiased. NaN where it cannot be known: from a single sample or
+            batch, or where some batches came by samples and some as a whole.
+        moments: Pinned weight → second moments of its features and cotangents, where asked for
+            and the block has `factors`.
+    """
+
+    multiplier: dict[str, Tensor]
+    variance: float
+    moments: dict[str, SecondMoments]
+
+
+@dataclass
+class _MomentSums:
+    """Σ φ̃φ̃ᵀ and Σ ψψᵀ of one affine map (or of several), and over how many rows."""
+
+    features: Tensor
+    cotangents: Tensor
+    bias: str | None
+    rows: int = 0
+
+    def means(self, index: int | None, num_samples: int) -> SecondMoments:
+        here = ... if index is None else index
+        return SecondMoments(
+            self.features[here] / self.rows, self.cotangents[here] / num_samples, self.bias
+        )
 
 
 class Tally:
@@ -17,9 +52,10 @@ class Tally:
 
     Args:
         blocks: The blocks of the candidates; more than one only if their `joint_kind()` is equal.
+        moments: Whether to collect second moments too, for norms that need them.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], *, moments: bool = False) -> None:
         self._blocks = tuple(blocks)
         self._joint = len(blocks) > 1
         several = (len(blocks),) if self._joint else ()
@@ -33,6 +69,7 @@ class Tally:
         self._squares = torch.zeros(several, dtype=torch.float64, device=device)
         self._rows: list[tuple[Tensor, Tensor]] = []
         self._rows_of = (0, False)
+        self._moments: dict[str, _MomentSums] | None = {} if moments else None
         self._samples = 0
         self._batches = [0] * len(blocks)
 
@@ -60,6 +97,8 @@ class Tally:
                 psi, phi = psi.flatten(joint, -2), phi.flatten(joint, -2)
             else:
                 self._add_rows(psi, phi, size, factor.bias is not None)
+            if self._moments is not None:
+                self._add_moments(factor, psi, phi, size)
             if joint:
                 weight.baddbmm_(psi.mT, phi, alpha=-size)
             else:
@@ -99,26 +138,43 @@ class Tally:
             self._squares.add_(squares, alpha=size**2)
             self._rows.clear()
 
-    def results(self, num_samples: int) -> list[tuple[dict[str, Tensor], float]]:
-        """λ, the mean over the samples, and tr Cov(λ) of each candidate.
+    def _add_moments(self, factor: AffineFactors, psi: Tensor, phi: Tensor, size: int) -> None:
+        """Add Σ φ̃φ̃ᵀ and Σ ψψᵀ over samples and positions, φ̃ = (φ, 1) where there is a bias."""
+        assert self._moments is not None
+        if factor.bias is not None:
+            phi = torch.cat([phi, phi.new_ones(*phi.shape[:-1], 1)], -1)
+        features, cotangents = phi.mT @ phi, psi.mT @ psi * size**2
+        sums = self._moments.get(factor.weight)
+        if sums is None:
+            sums = _MomentSums(features, cotangents, factor.bias)
+            self._moments[factor.weight] = sums
+        else:
+            sums.features.add_(features)
+            sums.cotangents.add_(cotangents)
+        sums.rows += phi.shape[-2]
 
-        The variance is unbiased, and NaN where it cannot be known: from a single sample or
-        batch, or where some batches came by samples and some as a whole.
-        """
+    def estimates(self, num_samples: int) -> list[Estimate]:
+        """What is known of each candidate, from `num_samples` samples."""
         self._settle()
         count = len(self._blocks)
         means = {
             name: (total / num_samples).view(count, *total.shape[self._joint :])
             for name, total in self._sums.items()
         }
-        sizes = sum(
+        squares = [
             m.reshape(count, -1).square().sum(1, dtype=torch.float64) for m in means.values()
-        )
-        spreads = (self._squares.view(count) - num_samples * sizes).tolist()
-        multipliers = zip(*(mean.unbind() for mean in means.values()), strict=True)
+        ]
+        spreads = (self._squares.view(count) - num_samples * sum(squares)).tolist()
         return [
-            (dict(zip(means, values, strict=True)), self._variance(spread, batches, num_samples))
-            for values, spread, batches in zip(multipliers, spreads, self._batches, strict=True)
+            Estimate(
+                multiplier={name: mean[index] for name, mean in means.items()},
+                variance=self._variance(spread, batches, num_samples),
+                moments={
+                    name: sums.means(index if self._joint else None, num_samples)
+                    for name, sums in (self._moments or {}).items()
+                },
+            )
+            for index, (spread, batches) in enumerate(zip(spreads, self._batches, strict=True))
         ]
 
     def _variance(self, spread: float, batches: int, num_samples: int) -> float:
