@@ -69,14 +69,15 @@ def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate,
         >>> [candidate.after for candidate in find_candidates(net, torch.randn(5, 2))]
         ['1']
     """
-    modules = {name: module for name, module in model.named_modules() if name}
-    with untouched(model):
-        seen = visits(model, example_input, modules)
+    modules = dict(model.named_modules())
     found = []
-    for name, visit in seen.items():
-        block = _proposal(modules[name], visit.input, visit.output) if visit.count == 1 else None
-        if block is not None:
-            found.append(Candidate(name, block))
+    with untouched(model):  # which also puts the random state back that the blocks draw from
+        seen = visits(model, example_input, modules)
+        last = seen.pop("").output
+        for name, visit in seen.items():
+            if visit.count == 1 and visit.output is not last:
+                block = _proposal(modules[name], visit.input, visit.output)
+                found += [] if block is None else [Candidate(name, block)]
     if not found:
         raise CandidateError(
             f"model={type(model).__name__} has no activation module and no module that keeps the "
