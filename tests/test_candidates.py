@@ -1,0 +1,122 @@
+"""Candidates, and finding them by watching a model run."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Gain, classified, feedforward, nothing_left_behind, refused, solved
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualMLP, TanhLU
+
+
+def test_name_is_that_of_the_site_unless_given() -> None:
+    assert cg.Candidate("1", Gain(4)).name == "1"
+    assert cg.Candidate(after="1", block=Gain(4), name="gain").name == "gain"
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind"),
+    [
+        (nn.ReLU, IdentityLinear),
+        (lambda: nn.ReLU(inplace=True), IdentityLinear),
+        (TanhLU, IdentityLinear),
+        (nn.Tanh, ResidualMLP),
+        (nn.GELU, ResidualMLP),
+        (nn.ELU, ResidualMLP),
+        (nn.LeakyReLU, ResidualMLP),
+    ],
+)
+def test_activations_make_sites(activation: Any, kind: type[nn.Module]) -> None:
+    """The output of the model is none, though an activation may stand there."""
+    model = nn.Sequential(*feedforward(2, 4, 5, 3, activation=activation))
+    found = cg.find_candidates(model, torch.randn(7, 2))
+    assert [one.after for one in found] == ["1", "3"]
+    assert [type(one.block) for one in found] == [kind, kind]
+    assert [next(iter(one.block.parameters())).shape[1] for one in found] == [4, 5]
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+class Mixed(nn.Module):
+    """Called with keywords; one activation runs twice, one never, one on a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block, self.twice = nn.Linear(2, 4), Residual(4), nn.ReLU()
+        self.never, self.vector, self.norm = nn.ReLU(), nn.Sigmoid(), nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, *, x: Tensor) -> Tensor:
+        h = self.twice(self.twice(self.block(self.stem(x))))
+        return self.head(self.norm(h) * self.vector(h.sum(1))[:, None])
+
+
+def test_residual_blocks_make_sites_in_the_order_of_the_pass() -> None:
+    model, input = Mixed(), {"x": torch.randn(7, 2)}
+    with nothing_left_behind(model):
+        found = cg.find_candidates(model, input)
+    names = [one.after for one in found]
+    assert names == ["block.branch.1", "block.branch", "block"]
+    data = [(input, torch.randint(3, (7,)))]
+    solution = solved(model, data, *found, rule=cg.TopK(9))
+    before = model(**input)
+    assert len(cg.insert(model, solution).insertions) == 3
+    assert torch.equal(model(**input), before)
+
+
+def test_looking_leaves_no_trace() -> None:
+    model = nn.Sequential(
+        nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Dropout(), nn.Linear(4, 3)
+    )
+    model[4].eval()
+    x = torch.randn(7, 2)
+    with nothing_left_behind(model):
+        found = cg.find_candidates(model, x)
+    assert not {id(m) for one in found for m in one.block.modules()} & {
+        id(m) for m in model.modules()
+    }
+
+
+def test_proposals_can_be_solved_for_and_inserted() -> None:
+    model, data = feedforward(2, 4, 4, 3, activation=nn.GELU), classified(20, batch=8)
+    found = cg.find_candidates(model, data[0][0])
+    solution = solved(model, data, *found, rule=cg.TopK(2))
+    assert len(solution.decision.chosen) == 2
+    before = model(data[0][0])
+    cg.insert(model, solution)
+    assert torch.equal(model(data[0][0]), before)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 5, 2), (1, 2)])
+def test_sequences_are_fine(shape: tuple[int, ...]) -> None:
+    found = cg.find_candidates(feedforward(2, 4, 3), torch.randn(shape))
+    assert [one.after for one in found] == ["1"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 3)), nn.Sequential(nn.Linear(2, 3), nn.ReLU())],
+    ids=["one layer", "one in a sequence", "only the output"],
+)
+def test_nothing_to_propose(model: nn.Module) -> None:
+    model = model.double()
+    with nothing_left_behind(model), refused(cg.CandidateError, "by hand", "after="):
+        cg.find_candidates(model, torch.zeros(7, 2))
+
+
+def test_model_that_fails_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(3, 3))
+    x = torch.randn(7, 2)
+    with nothing_left_behind(model), pytest.raises(RuntimeError):
+        cg.find_candidates(model, x)
+    assert np.isfinite(model.state_dict()["0.running_mean"].numpy()).all()
