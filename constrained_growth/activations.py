@@ -153,10 +153,7 @@ def identity_shift(activation: Activation) -> float | None:
     last_bent = int(torch.nonzero(~straight).max())
     begin = _tidy(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
     with torch.no_grad():
-        lowest, far_left = sigma(grid).min().item(), sigma(_FAR * grid[:1]).item()
-    if far_left < lowest - _TOLERANCE:  # the range has no lower end
-        return None
-    shift = begin - lowest
+        shift = begin - sigma(grid).min().item()
     return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
 
 
