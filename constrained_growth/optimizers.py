@@ -85,7 +85,7 @@ def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Te
 
 
 def _begin(optimizer: torch.optim.Adagrad, group: Mapping[str, Any], parameter: Tensor) -> None:
-    """The state that Adagrad makes when it is built, and not at the first step as others do."""
+    """The state that Adagrad makes when it is built; older torch cannot make it at a step."""
     settings = {key: value for key, value in group.items() if key in optimizer.defaults}
     optimizer.state[parameter] = torch.optim.Adagrad([parameter], **settings).state[parameter]
 

@@ -123,6 +123,16 @@ def test_state_is_per_parameter_also_when_nothing_was_trained_yet() -> None:
     assert len(optimizer.state) == 6
 
 
+def test_adagrad_has_its_state_at_once() -> None:
+    """It is made when Adagrad is built; not every torch makes it up at the first step."""
+    model, data = feedforward(2, 4, 3), classified(20)
+    optimizer = OPTIMIZERS["Adagrad"](model.parameters())
+    steps(model, optimizer, data)
+    grown(model, optimizer, data, IdentityLinear(4, nn.ReLU()))
+    state = dict(optimizer.state[model.get_parameter("1.inserted.weight")])
+    assert_same(state, {"step": torch.tensor(0.0), "sum": torch.full((4, 4), 0.5)})
+
+
 def test_matrices_and_vectors_stay_apart() -> None:
     """As in "no weight decay for biases"."""
 
