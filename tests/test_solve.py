@@ -202,6 +202,8 @@ class Training(nn.Module):
         self.last.weight.register_hook(lambda grad: 1e6 * grad)
 
     def forward(self, x: Tensor) -> Tensor:
+        self.last.train()
+        self.first.weight.grad = None
         self.seen += 1  # type: ignore[operator]
         self.replaced = torch.full((3,), x.mean().item())
         random.random()
