@@ -1,0 +1,1 @@
+"""Experiments on small data sets, and the command line that runs them."""

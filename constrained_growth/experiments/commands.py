@@ -1,0 +1,91 @@
+"""The command line: each command calls one function of `experiments` and shows what it returns."""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from constrained_growth.experiments import report
+from constrained_growth.experiments.demo import run_demo
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+)
+
+
+class DataName(StrEnum):
+    """The names in `demo.DATA`, as choices that the help lists."""
+
+    DIGITS = "digits"
+    SPIRALS = "spirals"
+
+
+def _writable_folder(folder: Path) -> Path:
+    """The folder, made if need be; refused before any work is done if nothing can be put there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write into {folder}: {error.strerror}.") from None
+
+
+def _writable_file(file: Path | None) -> Path | None:
+    if file is not None:
+        _writable_folder(file.parent)
+        if file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder; give the name of a file.")
+    return file
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for the picture.", callback=_writable_folder, metavar="DIR")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write all numbers here.", callback=_writable_file, metavar="FILE"),
+]
+
+
+@app.callback()
+def main() -> None:
+    """Would another layer help this network, where, and what would it buy?"""
+
+
+@app.command()
+def demo(
+    data: Annotated[DataName, typer.Option(help="What to learn.")] = DataName.DIGITS,
+    seed: Seed = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="At most so many before and after the insertion.")
+    ] = None,
+    out: Out = Path(),
+    json: Json = None,
+) -> None:
+    """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    begin = time.perf_counter()
+    console = Console(highlight=False)
+    result = run_demo(
+        data.value,
+        seed,
+        max_epochs=epochs,
+        epochs_after=epochs,
+        on_solved=lambda asked: console.print(report.question(asked)),
+    )
+    console.print(report.ending(result))
+    picture = out / "constrained-growth-demo.png"
+    report.picture(result).savefig(picture)
+    if json is not None:
+        json.write_text(result.to_json() + "\n", encoding="utf-8")
+    took = time.perf_counter() - begin
+    console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)

@@ -1,0 +1,116 @@
+"""The data sets of the experiments: nothing to download, the same points for the same seed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from constrained_growth.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """A classification data set, split at random.
+
+    Attributes:
+        x_train: Inputs to train on, shape (samples, features).
+        y_train: Their classes, 0, 1, …, shape (samples,), int64.
+        x_test: Inputs held out, shape (other samples, features).
+        y_test: Their classes.
+    """
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def num_features(self) -> int:
+        """How many numbers an input has."""
+        return self.x_train.shape[1]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return 1 + int(max(self.y_train.max(), self.y_test.max()))
+
+
+def two_spirals(
+    seed: int = 0,
+    *,
+    points_per_class: int = 300,
+    r0: float = 0.5,
+    circles: float = 1.0,
+    train_fraction: float = 0.75,
+    dtype: torch.dtype = torch.float32,
+) -> Split:
+    """Two interleaved spirals in the plane, without noise.
+
+        φ_i = 2π·circles·i/n,   r_i = r0 + circles·i/n,   i = 0, …, n − 1
+
+    Class 0 is +r_i (cos φ_i, sin φ_i), class 1 is −r_i (cos φ_i, sin φ_i).
+
+    Args:
+        seed: Of the random split; the points themselves are always the same.
+        points_per_class: n.
+        r0: Radius at which the spirals begin.
+        circles: How often they go round.
+        train_fraction: Share of the points to train on.
+        dtype: Of the inputs.
+
+    Source:
+        Herberg et al., arXiv 2311.15995, the two-spirals experiments.
+    """
+    i = torch.arange(points_per_class, dtype=torch.float64) / points_per_class
+    angle, radius = 2 * math.pi * circles * i, r0 + circles * i
+    arm = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1)
+    x = torch.cat([arm, -arm]).to(dtype)
+    y = torch.arange(2).repeat_interleave(points_per_class)
+    return _split(x, y, train_fraction, seed)
+
+
+def digits(
+    seed: int = 0, *, train_fraction: float = 0.75, dtype: torch.dtype = torch.float32
+) -> Split:
+    """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels, ten classes.
+
+    Pixels are centred by their means over the training part, and all divided by one number, the
+    root-mean-square of what is left there.
+
+    Args:
+        seed: Of the random split.
+        train_fraction: Share of the images to train on.
+        dtype: Of the inputs.
+
+    Source:
+        Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+        Repository, 1998; the copy that comes with scikit-learn.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    x, y = torch.as_tensor(pixels, dtype=torch.float64), torch.as_tensor(labels).long()
+    raw = _split(x, y, train_fraction, seed)
+    mean = raw.x_train.mean(dim=0)
+    scale = (raw.x_train - mean).square().mean().sqrt()
+    return Split(
+        ((raw.x_train - mean) / scale).to(dtype),
+        raw.y_train,
+        ((raw.x_test - mean) / scale).to(dtype),
+        raw.y_test,
+    )
+
+
+def _split(x: Tensor, y: Tensor, train_fraction: float, seed: int) -> Split:
+    cut = round(train_fraction * len(x))
+    if not 0 < cut < len(x):
+        raise DataError(
+            f"train_fraction={train_fraction!r} leaves {cut} of {len(x)} samples to train on; "
+            "give a number between 0 and 1 that leaves some on both sides."
+        )
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    train, test = order[:cut], order[cut:]
+    return Split(x[train], y[train], x[test], y[test])
