@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth.blocks import has_factors
 from constrained_growth.errors import CandidateError
-from constrained_growth.tallies import Estimate, Tally
+from constrained_growth.tallies import Estimate, Squares, Tally
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Recorder:
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites))
         self._streams = self._batch_bytes > self._room
-        self._groups = _groups(sites, joint=not self._streams, moments=moments)
+        self._squares: dict[torch.device, Squares] = {}
+        self._groups = _groups(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
             [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
         ]
@@ -118,7 +119,7 @@ class Recorder:
                     self._receive(index, grads[index])
         if any(x is not None for x in self._xs):
             self._complain(lambda x: x is not None)
-        if self._pending_bytes + self._batch_bytes > self._room:
+        if self._streams or self._pending_bytes + self._batch_bytes > self._room:
             self.flush()
         return grads[len(inputs) :]
 
@@ -130,6 +131,8 @@ class Recorder:
                     self._work_off(group)
             self._pending = [[] for _ in self._sites]
             self._pending_bytes = 0
+        for squares in self._squares.values():
+            squares.settle(self._size)
 
     def estimates(self, num_samples: int) -> dict[str, Estimate]:
         """Candidate → what is known of it, from `num_samples` samples."""
@@ -210,8 +213,14 @@ def _stacked(tensors: list[Tensor], count: int) -> Tensor:
     return whole if count == 1 else whole.view(count, -1, *whole.shape[1:])
 
 
-def _groups(sites: Sequence[Site], *, joint: bool, moments: bool) -> list[list[_Member]]:
-    """The candidates, those together that can be worked off in one stroke."""
+def _groups(
+    sites: Sequence[Site],
+    squares: dict[torch.device, Squares],
+    *,
+    joint: bool,
+    moments: bool,
+) -> list[list[_Member]]:
+    """The candidates, those together that can be worked off in one stroke; fills in `squares`."""
     gathered: dict[Hashable, list[tuple[str, int, nn.Module]]] = {}
     found: Counter[Hashable] = Counter()
     for index, site in enumerate(sites):
@@ -224,9 +233,15 @@ def _groups(sites: Sequence[Site], *, joint: bool, moments: bool) -> list[list[_
                 key = (kind, found[kind] // most)
                 found[kind] += 1
             gathered.setdefault(key, []).append((name, index, block))
+    devices = [next(block.parameters()).device for ms in gathered.values() for _, _, block in ms]
+    squares.update({device: Squares(devices.count(device), device) for device in devices})
+    places = Counter[torch.device]()
     groups = []
     for members in gathered.values():
-        tally = Tally([block for _, _, block in members], moments=moments)
+        blocks = [block for _, _, block in members]
+        device = next(blocks[0].parameters()).device
+        tally = Tally(blocks, squares[device], places[device], moments=moments)
+        places[device] += len(blocks)
         groups.append(
             [
                 _Member(name, site, tally, index, has_factors(block))

@@ -31,6 +31,49 @@ class Estimate:
     moments: dict[str, SecondMoments]
 
 
+class Squares:
+    """Σ_n ‖λ_n‖² of all candidates on one device.
+
+    Without further dimensions at a site, ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias. The
+    norms of the rows of ψ and φ are noted as they come, in memory that is made once, and put
+    together for all candidates after each batch.
+
+    Attributes:
+        values: The sums, one for each candidate, in float64.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.values = torch.zeros(count, dtype=torch.float64, device=device)
+        self._noted: set[int] = set()
+        self._with_bias: set[int] = set()
+        self._psi = self._phi = self._biases = torch.zeros(count, 0, device=device)
+
+    def note(self, index: int, psi: Tensor, phi: Tensor, size: int, *, has_bias: bool) -> None:
+        """Take in one batch at one candidate: ψ and φ, shape (samples, out) and (samples, in)."""
+        fits = self._psi.shape[1] == len(psi) and self._psi.dtype == psi.dtype
+        if not fits or index in self._noted:
+            self.settle(size)
+        if not fits:
+            self._psi = psi.new_zeros(len(self.values), len(psi))
+            self._phi = torch.zeros_like(self._psi)
+            self._biases = psi.new_zeros(len(self.values), 1)
+            self._with_bias.clear()
+        if has_bias != (index in self._with_bias):
+            self._with_bias ^= {index}
+            self._biases[index] = float(has_bias)
+        self._noted.add(index)
+        torch.linalg.vector_norm(psi, dim=1, out=self._psi[index])
+        torch.linalg.vector_norm(phi, dim=1, out=self._phi[index])
+
+    def settle(self, size: int) -> None:
+        """Put together what was noted, from batches of `size` samples each."""
+        if self._noted:
+            phi = self._phi.square_().add_(self._biases)
+            self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
+            self._psi.zero_()
+            self._noted.clear()
+
+
 @dataclass
 class _MomentSums:
     """Σ φ̃φ̃ᵀ and Σ ψψᵀ of one affine map (or of several), and over how many rows."""
@@ -52,10 +95,14 @@ class Tally:
 
     Args:
         blocks: The blocks of the candidates; more than one only if their `joint_kind()` is equal.
+        squares: Where Σ ‖·‖² is kept.
+        first: The place of the first candidate there.
         moments: Whether to collect second moments too, for norms that need them.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], *, moments: bool = False) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], squares: Squares, first: int, *, moments: bool = False
+    ) -> None:
         self._blocks = tuple(blocks)
         self._joint = len(blocks) > 1
         several = (len(blocks),) if self._joint else ()
@@ -65,10 +112,9 @@ class Tally:
             )
             for name, p in pinned_parameters(blocks[0]).items()
         }
-        device = next(iter(self._sums.values())).device
-        self._squares = torch.zeros(several, dtype=torch.float64, device=device)
-        self._rows: list[tuple[Tensor, Tensor]] = []
-        self._rows_of = (0, False)
+        self._squares = squares
+        self._first = first
+        self._mine = squares.values[first : first + len(blocks)]
         self._moments: dict[str, _MomentSums] | None = {} if moments else None
         self._samples = 0
         self._batches = [0] * len(blocks)
@@ -93,10 +139,14 @@ class Tally:
             if psi.dim() > 2 + joint:
                 psi, phi = psi.flatten(1 + joint, -2), phi.flatten(1 + joint, -2)
                 sizes = sample_sizes(psi, phi, factor.bias is not None)
-                self._squares.add_(sizes.sum(-1, dtype=torch.float64), alpha=size**2)
+                self._mine.add_(sizes.sum(-1, dtype=torch.float64), alpha=size**2)
                 psi, phi = psi.flatten(joint, -2), phi.flatten(joint, -2)
+            elif joint:
+                sizes = row_sizes(psi, phi, factor.bias is not None)
+                self._mine.add_(sizes, alpha=size**2)
             else:
-                self._add_rows(psi, phi, size, factor.bias is not None)
+                has_bias = factor.bias is not None
+                self._squares.note(self._first, psi, phi, size, has_bias=has_bias)
             if self._moments is not None:
                 self._add_moments(factor, psi, phi, size)
             if joint:
@@ -118,25 +168,9 @@ class Tally:
         """
         here = index if self._joint else ...
         for name, value in block_multipliers(self._blocks[index], x, delta).items():
-            self._squares[here].add_(value.square().sum(dtype=torch.float64), alpha=size)
+            self._mine[index].add_(value.square().sum(dtype=torch.float64), alpha=size)
             self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
-
-    def _add_rows(self, psi: Tensor, phi: Tensor, size: int, has_bias: bool) -> None:
-        """Note ‖ψ_n‖ and ‖φ_n‖; ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias, can wait."""
-        if (size, has_bias) != self._rows_of or len(self._rows) == _MOST_ROWS:
-            self._settle()
-            self._rows_of = (size, has_bias)
-        norm = torch.linalg.vector_norm
-        self._rows.append((norm(psi, dim=-1), norm(phi, dim=-1)))
-
-    def _settle(self) -> None:
-        if self._rows:
-            size, has_bias = self._rows_of
-            psi, phi = (torch.cat(rows, -1).square_() for rows in zip(*self._rows, strict=True))
-            squares = torch.linalg.vecdot(psi, phi.add_(float(has_bias)))
-            self._squares.add_(squares, alpha=size**2)
-            self._rows.clear()
 
     def _add_moments(self, factor: AffineFactors, psi: Tensor, phi: Tensor, size: int) -> None:
         """Add Σ φ̃φ̃ᵀ and Σ ψψᵀ over samples and positions, φ̃ = (φ, 1) where there is a bias."""
@@ -155,7 +189,6 @@ class Tally:
 
     def estimates(self, num_samples: int) -> list[Estimate]:
         """What is known of each candidate, from `num_samples` samples."""
-        self._settle()
         count = len(self._blocks)
         means = {
             name: (total / num_samples).view(count, *total.shape[self._joint :])
@@ -164,7 +197,7 @@ class Tally:
         squares = [
             m.reshape(count, -1).square().sum(1, dtype=torch.float64) for m in means.values()
         ]
-        spreads = (self._squares.view(count) - num_samples * sum(squares)).tolist()
+        spreads = (self._mine - num_samples * sum(squares)).tolist()
         return [
             Estimate(
                 multiplier={name: mean[index] for name, mean in means.items()},
@@ -181,10 +214,6 @@ class Tally:
         units = self._samples or batches
         mixed = self._samples > 0 and batches > 0
         return math.nan if mixed or units < 2 else max(spread, 0.0) / (units - 1) / num_samples
-
-
-_MOST_ROWS = 64
-"""How many batches the norms of their rows may wait, which saves small operations."""
 
 
 def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
@@ -208,6 +237,22 @@ def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, T
         y, list(leaves.values()), delta.to(y.dtype), allow_unused=True, materialize_grads=True
     )
     return {name: -grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def row_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
+    """Σ_n ‖ψ_n‖²(‖φ_n‖² + 1) over the samples, the 1 for the bias.
+
+    Args:
+        psi: Cotangents, shape (candidates, samples, out).
+        phi: Features, shape (candidates, samples, in).
+        has_bias: Whether a bias is pinned too.
+
+    Returns:
+        Shape (candidates,).
+    """
+    phi_sizes = torch.linalg.vector_norm(phi, dim=-1).square_()
+    psi_sizes = torch.linalg.vector_norm(psi, dim=-1).square_()
+    return torch.linalg.vecdot(psi_sizes, phi_sizes.add_(1.0) if has_bias else phi_sizes)
 
 
 def sample_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
