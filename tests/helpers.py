@@ -54,6 +54,11 @@ def choose(*names: str) -> Callable[[Any], cg.Decision]:
     return lambda sensitivities: cg.Decision(names)
 
 
+def label(value: object) -> str:
+    """The name of a test's argument, the same in every process (no addresses)."""
+    return getattr(value, "__name__", None) or str(value)
+
+
 class Gain(nn.Module):
     """A user's own block, without a closed form: x ⊙ (1 + g) + s tanh(x), pinned at g = s = 0."""
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused
+from helpers import label, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -35,12 +35,12 @@ IDEMPOTENT = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Identity(), torch.relu, h
 BENT = [nn.Tanh(), nn.Sigmoid(), nn.LeakyReLU(), nn.LeakyReLU(0.5), nn.PReLU(), torch.sin]
 
 
-@pytest.mark.parametrize("activation", IDEMPOTENT, ids=str)
+@pytest.mark.parametrize("activation", IDEMPOTENT, ids=label)
 def test_idempotent_functions_need_no_shift(activation: nn.Module) -> None:
     assert identity_shift(activation) == 0.0
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Mish()], ids=str)
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Mish()], ids=label)
 def test_shift_of_smooth_functions_lies_where_they_are_straight_to_rounding(
     activation: nn.Module,
 ) -> None:
@@ -51,7 +51,7 @@ def test_shift_of_smooth_functions_lies_where_they_are_straight_to_rounding(
     torch.testing.assert_close(activation(x + shift), x + shift, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("activation", BENT, ids=str)
+@pytest.mark.parametrize("activation", BENT, ids=label)
 def test_other_functions_have_no_shift(activation: nn.Module) -> None:
     assert identity_shift(activation) is None
 
@@ -67,7 +67,7 @@ def test_other_functions_have_no_shift(activation: nn.Module) -> None:
         (nn.ELU(), 1.0),
         (nn.ELU(alpha=1.0, inplace=True), 1.0),
     ],
-    ids=str,
+    ids=label,
 )
 def test_shift_is_found_exactly(activation: nn.Module, shift: float) -> None:
     assert identity_shift(activation) == shift
@@ -79,7 +79,7 @@ def test_shift_is_found_exactly(activation: nn.Module, shift: float) -> None:
         (nn.Tanh(), lambda y: (torch.tanh(y) - y).abs()),
         (nn.LeakyReLU(0.01), lambda y: (0.01 * y - y).abs() * (y < 0)),
     ],
-    ids=str,
+    ids=label,
 )
 def test_identity_error_is_that_of_the_formula(activation: nn.Module, error: object) -> None:
     y = activation(torch.linspace(-64e4, 64e4, 200_001))
@@ -115,7 +115,7 @@ def test_tanhlu_keeps_gradients_finite_far_below() -> None:
         (torch.sin, 0.0, 1.0),
         (nn.ELU(), 0.0, 1.0),
     ],
-    ids=str,
+    ids=label,
 )
 def test_value_and_slope_at_zero(activation: nn.Module, value: float, slope: float) -> None:
     assert value_at_zero(activation) == value

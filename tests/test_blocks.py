@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Gain, refused
+from helpers import Gain, label, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def test_factors_are_the_gradient_of_the_block(
 
 
 @pytest.mark.parametrize("kind", [*RESIDUAL, *IDENTITY])
-@pytest.mark.parametrize("leading", [(5,), (5, 2)], ids=str)
+@pytest.mark.parametrize("leading", [(5,), (5, 2)], ids=label)
 def test_joint_factors_are_those_of_every_block(kind: str, leading: tuple[int, ...]) -> None:
     make = RESIDUAL[kind] if kind in RESIDUAL else lambda n: identity_block(kind, n)
     blocks = [on_float64(make(4)) for _ in range(3)]
@@ -237,7 +237,7 @@ def test_a_block_owns_its_activation(make: Callable[[int, nn.Module], nn.Module]
 @pytest.mark.parametrize(
     "activation",
     [nn.Tanh(), nn.GELU(), nn.SiLU(), nn.Sigmoid(), nn.ELU(), nn.LeakyReLU(), torch.tanh],
-    ids=str,
+    ids=label,
 )
 def test_identity_layer_of_a_bent_activation_is_refused(activation: nn.Module) -> None:
     with refused(cg.BlockError, f"activation={activation!r}", "ResidualMLP(width, hidden"):

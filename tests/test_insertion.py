@@ -16,6 +16,7 @@ from helpers import (
     choose,
     classified,
     feedforward,
+    label,
     mean_loss,
     nothing_left_behind,
     refused,
@@ -73,7 +74,7 @@ def test_residual_blocks_preserve_the_function_to_the_last_bit(kind: str) -> Non
         assert_learns(model, f"{site}.inserted", data)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), TanhLU(), nn.Hardtanh()], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), TanhLU(), nn.Hardtanh()], ids=label)
 def test_identity_layers_preserve_the_function_to_rounding(activation: nn.Module) -> None:
     model = feedforward(2, 4, 3, activation=lambda: activation)
     data = classified(30, batch=12)

@@ -17,6 +17,7 @@ from helpers import (
     candidate,
     classified,
     feedforward,
+    label,
     mean_loss,
     moved_loss,
     solved,
@@ -237,7 +238,7 @@ def test_step_along_the_multiplier_lowers_the_loss() -> None:
     assert gain == pytest.approx(1e-4 * solution.sensitivities["1"].value ** 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), TanhLU()], ids=str)
+@pytest.mark.parametrize("activation", [nn.ReLU(), TanhLU()], ids=label)
 def test_identity_layer_agrees_with_one_sided_differences(activation: nn.Module) -> None:
     """Along steps that wake no inactive unit: x ≥ 0, so these are the non-positive ones."""
     model = feedforward(2, 6, 3, activation=lambda: activation)
@@ -288,7 +289,7 @@ def spread(multiplier_of: Callable[[Any], Any], units: list[Any], weights: list[
     return math.sqrt(total / ((len(units) - 1) * weight.sum()))
 
 
-@pytest.mark.parametrize("positions", [(), (3,), (9,), (2, 3)], ids=str)
+@pytest.mark.parametrize("positions", [(), (3,), (9,), (2, 3)], ids=label)
 @pytest.mark.parametrize("kind", CLOSED)
 def test_standard_error_is_that_of_the_samples(kind: str, positions: tuple[int, ...]) -> None:
     model = Net([2, 4, 3])
@@ -381,6 +382,23 @@ def test_sites_before_and_after_an_activation_in_place(room: int) -> None:
         solution = solved(model, data, *candidates)
     for one in candidates:
         assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
+
+
+@pytest.mark.parametrize("alias", [nn.Identity, nn.Flatten, lambda: nn.Unflatten(1, (2, 2))])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_sites_that_share_one_memory(alias: Callable[[], nn.Module], frozen: bool) -> None:
+    """One of them returns its input, or a view of it, which is overwritten afterwards."""
+    model = nn.Sequential(
+        nn.Linear(2, 4), alias(), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3)
+    ).requires_grad_(not frozen)
+    data = classified(30, batch=12)
+    width = model[:2](data[0][0]).shape[-1]
+    candidates = [candidate("0", block=BLOCKS["outer"](4)), candidate("1", block=Gain(width))]
+    for room in (0, 2**20):
+        with patch.object(recording, "_SMALL", room):
+            solution = solved(model, data, *candidates)
+        for one in candidates:
+            assert_multipliers(solution, one.name, autograd_multipliers(model, data, one))
 
 
 def test_side_branches_count_too() -> None:

@@ -16,6 +16,7 @@ from helpers import (
     candidate,
     classified,
     feedforward,
+    label,
     mean_loss,
     nothing_left_behind,
     refused,
@@ -52,7 +53,7 @@ def trained(model: nn.Module, data: list[Any]) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("frozen", [(), ("0.weight",), ("2.weight", "2.bias")], ids=str)
+@pytest.mark.parametrize("frozen", [(), ("0.weight",), ("2.weight", "2.bias")], ids=label)
 def test_stationarity_is_the_norm_of_the_gradient(frozen: tuple[str, ...]) -> None:
     model, data = feedforward(2, 4, 3), classified(20, batch=8)
     for name in frozen:
