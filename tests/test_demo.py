@@ -155,7 +155,7 @@ def test_the_verdict_mentions_a_jump(result):
     assert "jumped" not in report.verdict(result)
 
 
-def test_bars_show_the_sensitivities_and_highlight_the_chosen(result):
+def test_bars_show_the_sensitivities_and_highlight_the_chosen():
     found = {
         "a": cg.Sensitivity(0.2, 0.1, baseline=0.1, site="1"),
         "b": cg.Sensitivity(0.4, math.nan, baseline=0.1, site="3"),
