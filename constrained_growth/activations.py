@@ -63,16 +63,16 @@ def as_activation(activation: Any) -> Activation:
     Raises:
         BlockError: `activation` is no module, module class or function, or not elementwise.
     """
-    if isinstance(activation, type) and issubclass(activation, nn.Module):
-        activation = activation()
-    if not callable(activation):
+    is_class = isinstance(activation, type) and issubclass(activation, nn.Module)
+    function: Activation = activation() if is_class else activation
+    if not callable(function):
         raise BlockError(
             f"activation={activation!r} cannot be called; give a module such as nn.ReLU() or an "
             "elementwise function such as torch.tanh."
         )
     probe = torch.zeros(2, 4, dtype=torch.float64)
     try:
-        value = in_double(activation)(probe)
+        value = in_double(function)(probe)
         fits = isinstance(value, Tensor) and value.shape == probe.shape
     except Exception as error:
         raise BlockError(
@@ -83,7 +83,7 @@ def as_activation(activation: Any) -> Activation:
             f"activation={activation!r} is not elementwise: it does not return a tensor of the "
             "shape it is given."
         )
-    return copy.deepcopy(activation) if isinstance(activation, nn.Module) else activation
+    return copy.deepcopy(function) if isinstance(function, nn.Module) else function
 
 
 def in_double(activation: Any) -> Activation:

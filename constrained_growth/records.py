@@ -169,8 +169,8 @@ def _described_activation(activation: object) -> dict[str, Any] | None:
 def _built_activation(described: Mapping[str, Any]) -> activations.Activation:
     if "function" in described:
         home, _, name = described["function"].rpartition(".")
-        function: Any = getattr(_FUNCTIONS.get(home), name, None)
-        if callable(function):
+        function: activations.Activation | None = getattr(_FUNCTIONS.get(home), name, None)
+        if function is not None:
             return function
     elif described["module"] in _MODULES:
         return _MODULES[described["module"]](**described["arguments"])
