@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,26 +64,30 @@ def as_activation(activation: Any) -> Activation:
         BlockError: `activation` is no module, module class or function, or not elementwise.
     """
     is_class = isinstance(activation, type) and issubclass(activation, nn.Module)
-    function: Activation = activation() if is_class else activation
+    function: Any = activation() if is_class else activation
     if not callable(function):
         raise BlockError(
             f"activation={activation!r} cannot be called; give a module such as nn.ReLU() or an "
             "elementwise function such as torch.tanh."
         )
-    probe = torch.zeros(2, 4, dtype=torch.float64)
+    is_module = isinstance(function, nn.Module)
+    probe = torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 4)
+    other = probe.clone()
+    other[0, 0] = 3.0
     try:
-        value = in_double(function)(probe)
+        value, changed = in_double(function)(probe), in_double(function)(other)
         fits = isinstance(value, Tensor) and value.shape == probe.shape
+        fits = fits and torch.equal(value.flatten()[1:], changed.flatten()[1:])
     except Exception as error:
         raise BlockError(
             f"activation={activation!r} fails on a float64 tensor of shape (2, 4): {error}"
         ) from error
     if not fits:
         raise BlockError(
-            f"activation={activation!r} is not elementwise: it does not return a tensor of the "
-            "shape it is given."
+            f"activation={activation!r} is not elementwise: every entry of its output must depend "
+            "on the entry at the same place alone."
         )
-    return copy.deepcopy(function) if isinstance(function, nn.Module) else function
+    return cast(Activation, copy.deepcopy(function) if is_module else function)
 
 
 def in_double(activation: Any) -> Activation:

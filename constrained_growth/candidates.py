@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from constrained_growth.activations import identity_shift
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import untouched, visits
@@ -95,13 +95,12 @@ def _proposal(module: nn.Module, input: object, output: object) -> nn.Module | N
     keeps_shape = isinstance(input, Tensor) and input.shape == output.shape
     is_activation = keeps_shape and type(module).__module__ in _ACTIVATION_HOMES
     if is_activation:
-        shift = identity_shift(module)  # type: ignore[arg-type]
-        try:
-            if shift is not None:
-                return IdentityLinear(width, module)
-        except BlockError:
-            pass
-        return ResidualMLP(width, width, module)
+        for block in (IdentityLinear, functools.partial(ResidualMLP, width)):
+            try:
+                return block(width, module)
+            except BlockError:  # not the identity after itself; or, like Softmax, not elementwise
+                continue
+        return None
     is_block = keeps_shape and any(True for _ in module.children())
     if is_block and any(True for _ in module.parameters()):
         return ResidualMLP(width, width, nn.ReLU())

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from constrained_growth.errors import DataError
-from constrained_growth.observation import batch_size, batches, call, device_of, hooked
+from constrained_growth.observation import (
+    batch_size,
+    batches,
+    call,
+    device_of,
+    differentiable,
+    hooked,
+)
 from constrained_growth.recording import Recorder, Site
 from constrained_growth.tallies import Estimate, accumulation_dtype
 
@@ -84,7 +91,7 @@ def measure(
     bar = tqdm(
         data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress)
     )
-    with hooked(recorder.hooks()), torch.enable_grad():
+    with hooked(recorder.hooks()), differentiable():
         for input, target in batches(bar, device_of(model)):
             size = batch_size(input, target)
             recorder.begin(size)

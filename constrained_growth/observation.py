@@ -46,10 +46,19 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
             parameter.grad = grad
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Gradients on, whatever the caller has switched off."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 def _generators(other: object) -> list[torch.Generator]:
-    holders = (other, getattr(other, "sampler", None))
+    batch_sampler = getattr(other, "batch_sampler", None)
+    samplers = (getattr(other, "sampler", None), getattr(batch_sampler, "sampler", None))
+    holders = (other, batch_sampler, *samplers)
     found = [getattr(holder, "generator", None) for holder in holders]
-    return [g for g in found if isinstance(g, torch.Generator)]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def _restore_buffer(model: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:

@@ -13,7 +13,16 @@ from constrained_growth.blocks import has_joint_factors, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, CandidateError, DataError
 from constrained_growth.multipliers import checked_loss
-from constrained_growth.observation import Visit, batches, call, device_of, untouched, watching
+from constrained_growth.observation import (
+    Visit,
+    batch_size,
+    batches,
+    call,
+    device_of,
+    differentiable,
+    untouched,
+    watching,
+)
 from constrained_growth.recording import Site
 from constrained_growth.solution import Constraint
 from constrained_growth.tallies import block_multipliers
@@ -176,11 +185,12 @@ def _probe(
         visit.version = xs[name]._version
         return xs[name]
 
-    with watching(modules, see), torch.enable_grad():
+    batch_size(*first)
+    with watching(modules, see), differentiable():
         output = call(model, first[0])
     for name in modules:
         _check_visit(name, seen.get(name, Visit()))
-    with torch.enable_grad():
+    with differentiable():
         loss = checked_loss(loss_fn(output, first[1]))
     if not bool(torch.isfinite(loss)):
         raise DataError(
@@ -194,7 +204,7 @@ def _probe(
         x = seen[name].output
         assert isinstance(x, Tensor)
         here = [candidate for candidate in candidates if candidate.after == name]
-        blocks = {candidate.name: _fitted(candidate, x) for candidate in here}
+        blocks = {candidate.name: _fitted(candidate, x, model) for candidate in here}
         pinned = [p for block in blocks.values() for p in pinned_parameters(block).values()]
         sites.append(
             Site(
@@ -260,11 +270,12 @@ def _anchors(loss: Tensor, xs: Mapping[str, Tensor]) -> set[str]:
     return anchors
 
 
-def _fitted(candidate: Candidate, x: Tensor) -> nn.Module:
+def _fitted(candidate: Candidate, x: Tensor, model: nn.Module) -> nn.Module:
     """The candidate's block on the site's device and dtype, checked on the data there."""
     block = candidate.block
     pinned_parameters(block)
-    if any(p.device != x.device or p.dtype != x.dtype for p in block.parameters()):
+    shares = not set(block.modules()).isdisjoint(model.modules())  # whose hooks are the site's
+    if shares or any(p.device != x.device or p.dtype != x.dtype for p in block.parameters()):
         block = copy.deepcopy(block).to(device=x.device, dtype=x.dtype)
     where = f'block={type(block).__name__} of candidate "{candidate.name}"'
     try:

@@ -62,8 +62,8 @@ class Sensitivity:
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.
         baseline: Mean over the layers the network already has of the norm of their own
-            gradients, in `norm`; None when the stationarity was not asked for, or the norm needs
-            second moments, which are not collected for those layers.
+            gradients, in `norm`; None when the stationarity was not asked for, or the norm
+            cannot be taken of those layers (it needs second moments, or a certain parameter).
         site: Qualified name of the module after which the layer would stand.
     """
 

@@ -75,6 +75,7 @@ def solve(
 
     Example:
         >>> import torch
+        >>> from torch import nn
         >>> import constrained_growth as cg
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -176,7 +177,10 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
         layers.setdefault(owner, {})[key] = gradient
-    return sum(float(norm(layer)) for layer in layers.values()) / len(layers)
+    try:
+        return sum(float(norm(layer)) for layer in layers.values()) / len(layers)
+    except KeyError:  # a norm of the user's own that asks for certain parameters
+        return None
 
 
 def _euclidean(tensors: Iterable[Tensor]) -> float:
@@ -190,7 +194,7 @@ def _status(
     residual: float | None,
     gtol: float,
 ) -> Status:
-    values = [found.loss, *(s.value for s in sensitivities.values())]
+    values = [found.loss, residual or 0.0, *(s.value for s in sensitivities.values())]
     if not all(math.isfinite(value) for value in values):
         return Status.NOT_FINITE
     if residual is None:
