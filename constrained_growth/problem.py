@@ -85,7 +85,7 @@ class GrowthProblem:
         self.data = data
         self.candidates = _checked_candidates(candidates)
         modules = _site_modules(model, self.candidates)
-        with untouched(model, data):
+        with untouched(model, data), differentiable():
             self.sites = _probe(model, loss_fn, data, self.candidates, modules)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
@@ -186,12 +186,11 @@ def _probe(
         return xs[name]
 
     batch_size(*first)
-    with watching(modules, see), differentiable():
+    with watching(modules, see):
         output = call(model, first[0])
     for name in modules:
         _check_visit(name, seen.get(name, Visit()))
-    with differentiable():
-        loss = checked_loss(loss_fn(output, first[1]))
+    loss = checked_loss(loss_fn(output, first[1]))
     if not bool(torch.isfinite(loss)):
         raise DataError(
             f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the data, the "
