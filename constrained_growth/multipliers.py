@@ -21,7 +21,6 @@ from constrained_growth.observation import (
     batches,
     call,
     device_of,
-    differentiable,
     hooked,
 )
 from constrained_growth.recording import Recorder, Site
@@ -70,7 +69,7 @@ def measure(
         tr Cov(λ) = (Σ_b n_b‖λ_b‖² − N‖λ‖²) / ((B − 1) N)         over B batches.
 
     Args:
-        model: Run in the mode (train or eval) it is in.
+        model: Run in the mode (train or eval) it is in, with gradients on (`differentiable`).
         loss_fn: `loss_fn(output, target)`, a scalar mean over the samples of the batch.
         data: `(input, target)` pairs.
         sites: From `GrowthProblem`.
@@ -91,7 +90,7 @@ def measure(
     bar = tqdm(
         data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress)
     )
-    with hooked(recorder.hooks()), differentiable():
+    with hooked(recorder.hooks()):
         for input, target in batches(bar, device_of(model)):
             size = batch_size(input, target)
             recorder.begin(size)

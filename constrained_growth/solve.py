@@ -11,7 +11,7 @@ from torch import Tensor
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.multipliers import Measurement, measure
 from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
-from constrained_growth.observation import untouched
+from constrained_growth.observation import differentiable, untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.solution import (
@@ -89,7 +89,7 @@ def solve(
         (4, 4)
     """
     _check(problem, rule, norm, gtol)
-    with untouched(problem.model, problem.data):
+    with untouched(problem.model, problem.data), differentiable():
         found = measure(
             problem.model,
             problem.loss_fn,
