@@ -8,6 +8,7 @@ and worked off together; large ones are worked off as backward delivers them and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,39 +82,94 @@ def measure(
         DataError: No batches, or a batch or loss that cannot be used.
         CandidateError: A site was not reached exactly once.
     """
-    recorder = Recorder(sites, moments=moments)
-    named = model.named_parameters() if gradients else ()
-    parameters = {name: p for name, p in named if p.requires_grad}
-    totals = [torch.zeros_like(p, dtype=accumulation_dtype(p.dtype)) for p in parameters.values()]
-    loss_sum: Tensor | float = 0.0
-    num_samples = num_batches = 0
-    bar = tqdm(
-        data, desc="multipliers", unit="batch", leave=False, delay=1, disable=_quiet(progress)
-    )
-    with hooked(recorder.hooks()):
+    running = MultiplierPass(model, loss_fn, sites, gradients=gradients, moments=moments)
+    quiet = None if progress is None else not progress
+    bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
+    with running.watching():
         for input, target in batches(bar, device_of(model)):
-            size = batch_size(input, target)
-            recorder.begin(size)
-            loss = checked_loss(loss_fn(call(model, input), target))
-            grads = recorder.backward(loss, list(parameters.values()))
-            _accumulate(totals, grads, size)
-            loss_sum = loss_sum + loss.detach().double() * size
-            num_samples, num_batches = num_samples + size, num_batches + 1
-    if num_batches == 0:
-        raise DataError(
-            "data yields no batches; give an iterable that can be iterated more than once, such "
-            "as a DataLoader or a list of (input, target) pairs (a generator is exhausted after "
-            "its first use)."
+            running.add(input, target)
+    return running.measurement()
+
+
+class MultiplierPass:
+    """The sums of a pass over the data, batch by batch.
+
+    Args:
+        model: Run in the mode (train or eval) it is in, with gradients on (`differentiable`).
+        loss_fn: `loss_fn(output, target)`, a scalar mean over the samples of the batch.
+        sites: From `GrowthProblem`.
+        gradients: Also ∇_θ L.
+        moments: Also the second moments that some norms need.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        sites: Sequence[Site],
+        *,
+        gradients: bool,
+        moments: bool,
+    ) -> None:
+        self._model = model
+        self._loss_fn = loss_fn
+        self._recorder = Recorder(sites, moments=moments)
+        named = model.named_parameters() if gradients else ()
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._gradients = [
+            torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
+            for p in self._parameters.values()
+        ]
+        self._with_gradients = gradients
+        self._loss: Tensor | float = 0.0
+        self._num_samples = 0
+        self._num_batches = 0
+
+    def watching(self) -> AbstractContextManager[None]:
+        """The hooks on the model, which `add` needs, for a while."""
+        return hooked(self._recorder.hooks())
+
+    def add(self, input: object, target: object) -> None:
+        """Take in one batch: one forward and one backward pass.
+
+        Raises:
+            DataError: The batch or its loss cannot be used.
+            CandidateError: A site was not reached exactly once.
+        """
+        size = batch_size(input, target)
+        self._recorder.begin(size)
+        loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        grads = self._recorder.backward(loss, list(self._parameters.values()))
+        for total, grad in zip(self._gradients, grads, strict=True):
+            if grad is not None:
+                total.add_(grad, alpha=size)
+        self._loss = self._loss + loss.detach().double() * size
+        self._num_samples += size
+        self._num_batches += 1
+
+    def measurement(self) -> Measurement:
+        """The means over what was taken in so far.
+
+        Raises:
+            DataError: Nothing was.
+        """
+        count = self._num_samples
+        if count == 0:
+            raise DataError(
+                "data yields no batches; give an iterable that can be iterated more than once, "
+                "such as a DataLoader or a list of (input, target) pairs (a generator is "
+                "exhausted after its first use)."
+            )
+        means = (total / count for total in self._gradients)
+        return Measurement(
+            loss=float(self._loss) / count,
+            estimates=self._recorder.estimates(count),
+            gradients=dict(zip(self._parameters, means, strict=True))
+            if self._with_gradients
+            else None,
+            num_samples=count,
+            num_batches=self._num_batches,
         )
-    return Measurement(
-        loss=float(loss_sum) / num_samples,
-        estimates=recorder.estimates(num_samples),
-        gradients={n: t / num_samples for n, t in zip(parameters, totals, strict=True)}
-        if gradients
-        else None,
-        num_samples=num_samples,
-        num_batches=num_batches,
-    )
 
 
 def checked_loss(loss: object) -> Tensor:
@@ -133,14 +189,3 @@ def checked_loss(loss: object) -> Tensor:
             'over the samples (reduction="mean").'
         )
     return loss
-
-
-def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], size: int) -> None:
-    for total, grad in zip(totals, grads, strict=True):
-        if grad is not None:
-            total.add_(grad, alpha=size)
-
-
-def _quiet(progress: bool | None) -> bool | None:
-    """The `disable` of tqdm: None means off where standard error is no terminal."""
-    return None if progress is None else not progress
