@@ -18,6 +18,8 @@ from constrained_growth.errors import BlockError
 
 Activation = Callable[[Tensor], Tensor]
 
+_relu_backward = torch.ops.aten.threshold_backward.default
+
 MAX_AUTOMATIC_SHIFT = 0.1
 """Largest shift taken without being asked for.
 
@@ -124,7 +126,7 @@ def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Ten
     """
     if isinstance(activation, nn.ReLU) or activation in (torch.relu, F.relu):
         # autograd's own kernel for ReLU without its second and third pass over the data
-        return torch.ops.aten.threshold_backward(cotangent, x, 0)
+        return _relu_backward(cotangent, x, 0)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         (result,) = torch.autograd.grad(activation(leaf.view_as(leaf).clone()), leaf, cotangent)

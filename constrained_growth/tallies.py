@@ -46,32 +46,40 @@ class Squares:
         self.values = torch.zeros(count, dtype=torch.float64, device=device)
         self._noted: set[int] = set()
         self._with_bias: set[int] = set()
-        self._psi = self._phi = self._biases = torch.zeros(count, 0, device=device)
+        self._make_room(torch.zeros(0, 0, device=device))
 
     def note(self, index: int, psi: Tensor, phi: Tensor, size: int, *, has_bias: bool) -> None:
         """Take in one batch at one candidate: ψ and φ, shape (samples, out) and (samples, in)."""
-        fits = self._psi.shape[1] == len(psi) and self._psi.dtype == psi.dtype
+        fits = self._psi.dtype == psi.dtype and self._psi.shape[1] == psi.shape[0]
         if not fits or index in self._noted:
             self.settle(size)
         if not fits:
-            self._psi = psi.new_zeros(len(self.values), len(psi))
-            self._phi = torch.zeros_like(self._psi)
-            self._biases = psi.new_zeros(len(self.values), 1)
-            self._with_bias.clear()
+            self._make_room(psi)
         if has_bias != (index in self._with_bias):
             self._with_bias ^= {index}
             self._biases[index] = float(has_bias)
         self._noted.add(index)
-        torch.linalg.vector_norm(psi, dim=1, out=self._psi[index])
-        torch.linalg.vector_norm(phi, dim=1, out=self._phi[index])
+        psi_row, phi_row = self._rows[index]
+        _row_norm(psi, dim=1, out=psi_row)
+        _row_norm(phi, dim=1, out=phi_row)
 
     def settle(self, size: int) -> None:
         """Put together what was noted, from batches of `size` samples each."""
         if self._noted:
-            phi = self._phi.square_().add_(self._biases)
+            phi = self._phi.square().add_(self._biases)
             self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
             self._psi.zero_()
             self._noted.clear()
+
+    def _make_room(self, psi: Tensor) -> None:
+        self._psi = psi.new_zeros(len(self.values), len(psi))
+        self._phi = torch.zeros_like(self._psi)
+        self._biases = psi.new_zeros(len(self.values), 1)
+        self._with_bias.clear()
+        self._rows = list(zip(self._psi.unbind(), self._phi.unbind(), strict=True))
+
+
+_row_norm = torch.linalg.vector_norm
 
 
 @dataclass
@@ -194,10 +202,10 @@ class Tally:
             name: (total / num_samples).view(count, *total.shape[self._joint :])
             for name, total in self._sums.items()
         }
-        squares = [
-            m.reshape(count, -1).square().sum(1, dtype=torch.float64) for m in means.values()
+        norms = [
+            _row_norm(m.reshape(count, -1), dim=1, dtype=torch.float64) for m in means.values()
         ]
-        spreads = (self._mine - num_samples * sum(squares)).tolist()
+        spreads = (self._mine - num_samples * torch.stack(norms).square_().sum(0)).tolist()
         return [
             Estimate(
                 multiplier={name: mean[index] for name, mean in means.items()},
