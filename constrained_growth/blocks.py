@@ -122,13 +122,16 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
             "nn.Module with an attribute pinned = ('name of a parameter', ...) that is the "
             "identity at the values they have."
         )
-    parameters = dict(block.named_parameters())
-    if isinstance(names, str) or any(name not in parameters for name in names):
+    try:
+        if isinstance(names, str):
+            raise TypeError(names)
+        return {name: block.get_parameter(name) for name in names}
+    except (AttributeError, TypeError) as error:
+        known = tuple(name for name, _ in block.named_parameters())
         raise BlockError(
             f"pinned={names!r} of {type(block).__name__} is not a tuple of names of its "
-            f"parameters; it has {tuple(parameters)}."
-        )
-    return {name: parameters[name] for name in names}
+            f"parameters; it has {known}."
+        ) from error
 
 
 class IdentityLinear(nn.Module):

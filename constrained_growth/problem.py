@@ -212,6 +212,7 @@ def _probe(
                 blocks=blocks,
                 kinds={key: _kind(block, x.shape) for key, block in blocks.items()},
                 shape=tuple(x.shape),
+                device=x.device,
                 bytes=x.nbytes,
                 pinned_bytes=sum(parameter.nbytes for parameter in pinned),
                 overwritten=written[name],

@@ -28,6 +28,7 @@ class Site:
         kinds: Candidate name → what its block has in common with those that can be worked off
             together with it, or None for one that is worked off alone.
         shape: Shape of the tensor there on the first batch.
+        device: Where it is.
         bytes: Its size on the first batch.
         pinned_bytes: Size of the pinned parameters of all its blocks.
         overwritten: Whether the model changes the tensor in place afterwards.
@@ -40,6 +41,7 @@ class Site:
     blocks: Mapping[str, nn.Module]
     kinds: Mapping[str, Hashable]
     shape: tuple[int, ...]
+    device: torch.device
     bytes: int
     pinned_bytes: int
     overwritten: bool
@@ -137,10 +139,16 @@ class Recorder:
     def estimates(self, num_samples: int) -> dict[str, Estimate]:
         """Candidate → what is known of it, from `num_samples` samples."""
         self.flush()
+        means = [group[0].tally.means(num_samples) for group in self._groups]
+        spreads = [
+            (group[0].tally.squares - num_samples * squares)
+            for group, (_, squares) in zip(self._groups, means, strict=True)
+        ]
+        listed = iter(torch.cat([spread.cpu() for spread in spreads]).tolist())
         return {
-            member.name: estimate
-            for group in self._groups
-            for member, estimate in zip(group, group[0].tally.estimates(num_samples), strict=True)
+            member.name: member.tally.estimate(member.index, mean, next(listed), num_samples)
+            for group, (mean, _) in zip(self._groups, means, strict=True)
+            for member in group
         }
 
     def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
@@ -233,13 +241,13 @@ def _groups(
                 key = (kind, found[kind] // most)
                 found[kind] += 1
             gathered.setdefault(key, []).append((name, index, block))
-    devices = [next(block.parameters()).device for ms in gathered.values() for _, _, block in ms]
-    squares.update({device: Squares(devices.count(device), device) for device in devices})
+    devices = Counter(site.device for site in sites for _ in site.blocks)
+    squares.update({device: Squares(count, device) for device, count in devices.items()})
     places = Counter[torch.device]()
     groups = []
     for members in gathered.values():
         blocks = [block for _, _, block in members]
-        device = next(blocks[0].parameters()).device
+        device = sites[members[0][1]].device
         tally = Tally(blocks, squares[device], places[device], moments=moments)
         places[device] += len(blocks)
         groups.append(

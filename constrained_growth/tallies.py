@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,7 +103,7 @@ class Tally:
 
     Args:
         blocks: The blocks of the candidates; more than one only if their `joint_kind()` is equal.
-        squares: Where Σ ‖·‖² is kept.
+        squares: Where Σ ‖·‖² is kept; the part of it that belongs here is an attribute.
         first: The place of the first candidate there.
         moments: Whether to collect second moments too, for norms that need them.
     """
@@ -120,9 +120,9 @@ class Tally:
             )
             for name, p in pinned_parameters(blocks[0]).items()
         }
-        self._squares = squares
+        self._all_squares = squares
         self._first = first
-        self._mine = squares.values[first : first + len(blocks)]
+        self.squares = squares.values[first : first + len(blocks)]
         self._moments: dict[str, _MomentSums] | None = {} if moments else None
         self._samples = 0
         self._batches = [0] * len(blocks)
@@ -147,14 +147,14 @@ class Tally:
             if psi.dim() > 2 + joint:
                 psi, phi = psi.flatten(1 + joint, -2), phi.flatten(1 + joint, -2)
                 sizes = sample_sizes(psi, phi, factor.bias is not None)
-                self._mine.add_(sizes.sum(-1, dtype=torch.float64), alpha=size**2)
+                self.squares.add_(sizes.sum(-1, dtype=torch.float64), alpha=size**2)
                 psi, phi = psi.flatten(joint, -2), phi.flatten(joint, -2)
             elif joint:
                 sizes = row_sizes(psi, phi, factor.bias is not None)
-                self._mine.add_(sizes, alpha=size**2)
+                self.squares.add_(sizes, alpha=size**2)
             else:
                 has_bias = factor.bias is not None
-                self._squares.note(self._first, psi, phi, size, has_bias=has_bias)
+                self._all_squares.note(self._first, psi, phi, size, has_bias=has_bias)
             if self._moments is not None:
                 self._add_moments(factor, psi, phi, size)
             if joint:
@@ -176,7 +176,7 @@ class Tally:
         """
         here = index if self._joint else ...
         for name, value in block_multipliers(self._blocks[index], x, delta).items():
-            self._mine[index].add_(value.square().sum(dtype=torch.float64), alpha=size)
+            self.squares[index].add_(value.square().sum(dtype=torch.float64), alpha=size)
             self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
 
@@ -195,28 +195,35 @@ class Tally:
             sums.cotangents.add_(cotangents)
         sums.rows += phi.shape[-2]
 
-    def estimates(self, num_samples: int) -> list[Estimate]:
-        """What is known of each candidate, from `num_samples` samples."""
+    def means(self, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
+        """λ of all candidates, with a first dimension that counts them, and Σ λ² of each."""
         count = len(self._blocks)
         means = {
             name: (total / num_samples).view(count, *total.shape[self._joint :])
             for name, total in self._sums.items()
         }
-        norms = [
-            _row_norm(m.reshape(count, -1), dim=1, dtype=torch.float64) for m in means.values()
-        ]
-        spreads = (self._mine - num_samples * torch.stack(norms).square_().sum(0)).tolist()
-        return [
-            Estimate(
-                multiplier={name: mean[index] for name, mean in means.items()},
-                variance=self._variance(spread, batches, num_samples),
-                moments={
-                    name: sums.means(index if self._joint else None, num_samples)
-                    for name, sums in (self._moments or {}).items()
-                },
-            )
-            for index, (spread, batches) in enumerate(zip(spreads, self._batches, strict=True))
-        ]
+        rows = [_row_norm(m.view(count, -1), dim=1, dtype=torch.float64) for m in means.values()]
+        squares = rows[0] if len(rows) == 1 else torch.linalg.vector_norm(torch.stack(rows), dim=0)
+        return means, squares.square()
+
+    def estimate(
+        self, index: int, means: Mapping[str, Tensor], spread: float, num_samples: int
+    ) -> Estimate:
+        """What is known of one candidate.
+
+        Args:
+            index: Which of the blocks.
+            means: From `means`.
+            spread: Σ ‖·‖² over the units (samples or batches), less N‖λ‖².
+            num_samples: N.
+        """
+        moments = self._moments or {}
+        here = index if self._joint else None
+        return Estimate(
+            multiplier={name: mean[index] for name, mean in means.items()},
+            variance=self._variance(spread, self._batches[index], num_samples),
+            moments={name: sums.means(here, num_samples) for name, sums in moments.items()},
+        )
 
     def _variance(self, spread: float, batches: int, num_samples: int) -> float:
         units = self._samples or batches
