@@ -212,7 +212,10 @@ class Recorder:
 
 
 _SMALL = 2**20
-"""Bytes of (x, δ) that may always wait, and that are worked off in one stroke."""
+"""Bytes of (x, δ) that may always wait."""
+
+_STROKE = 2**18
+"""Bytes of (x, δ) of one batch that are worked off in one stroke: they should stay in the cache."""
 
 
 def _stacked(tensors: list[Tensor], count: int) -> Tensor:
@@ -233,7 +236,7 @@ def _groups(
     found: Counter[Hashable] = Counter()
     for index, site in enumerate(sites):
         together = joint and all(has_factors(block) for block in site.blocks.values())
-        most = max(1, _SMALL // (2 * max(site.bytes, 1)))
+        most = max(1, _STROKE // (2 * max(site.bytes, 1)))
         for name, block in site.blocks.items():
             key: Hashable = name
             kind = site.kinds[name]
