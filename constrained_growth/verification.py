@@ -13,7 +13,6 @@ SciPy's trust-constr, and λ = −∇_v L(θ, 0) agree.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +26,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy.optimize import LinearConstraint, minimize
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from constrained_growth.errors import DataError
-from constrained_growth.observation import batch_size, batches, call, untouched, watching
+from constrained_growth.extended import ExtendedProblem
+from constrained_growth.observation import watching
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
@@ -162,7 +161,7 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
         (0.0, True)
     """
     multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
-    extended = _Extended(problem)
+    extended = ExtendedProblem(problem)
     moves = [0.0]
 
     def see(_: str, x: object, y: object) -> None:
@@ -226,7 +225,7 @@ def check_with_cvxpy(
         >>> report.status, report.dual_error < 1e-6
         ('optimal', True)
     """
-    extended = _Extended(problem)
+    extended = ExtendedProblem(problem)
     pieces = _affine_outputs(extended)
     loss = cvxpy_loss or _known_loss(problem.loss_fn)
     _check_loss(extended, loss, pieces)
@@ -305,7 +304,7 @@ def check_with_scipy(
         >>> report.primal, report.dual_error < 1e-5
         (0.0, True)
     """
-    extended = _Extended(problem)
+    extended = ExtendedProblem(problem)
     size = extended.zero.numel()
     bounds = np.cumsum(extended.sizes)
     identity = np.eye(size)
@@ -338,7 +337,7 @@ def check_with_scipy(
 
 
 def _report(
-    extended: _Extended,
+    extended: ExtendedProblem,
     *,
     solver: str,
     status: str,
@@ -363,140 +362,10 @@ def _report(
     )
 
 
-class _Network(nn.Module):
-    """A copy of the model, in float64 on the CPU, every block really standing behind its site."""
-
-    def __init__(self, problem: GrowthProblem) -> None:
-        super().__init__()
-        self.model = _doubled(problem.model)
-        self.blocks = nn.ModuleList(_doubled(candidate.block) for candidate in problem.candidates)
-        for candidate, block in zip(problem.candidates, self.blocks, strict=True):
-            site = self.model.get_submodule(candidate.after)
-            # a copy, because the model may go on to change in place what it gets
-            site.register_forward_hook(lambda _m, _x, output, block=block: block(output).clone())
-
-    def forward(self, input: object) -> Any:
-        return call(self.model, input)
-
-
-class _Extended:
-    """L(θ, v) of the network with all its blocks in it, as a function of one flat vector.
-
-    z = (θ − θ₀, v_1, v_2, …): the deviations of the trainable parameters of the model, one after
-    the other, and then of each pin, from the values they have now.
-
-    Attributes:
-        batches: (input, target, number of samples) of each batch.
-        names: Key of each variable tensor in the extended network → what to call it.
-        parts: Key of each variable tensor → how many entries it has in z.
-        families: The keys of θ and of the pins of one candidate, for each candidate.
-        num_samples: How many samples there are in all.
-        sizes: Lengths of the parts of z: θ as a whole, then each pin.
-        zero: z = 0.
-        loss_fn: The problem's, in float64.
-    """
-
-    def __init__(self, problem: GrowthProblem) -> None:
-        self.problem = problem
-        self.network = _Network(problem)
-        self.loss_fn = _doubled(problem.loss_fn)
-        index = {candidate.name: i for i, candidate in enumerate(problem.candidates)}
-        trainable = {
-            f"model.{n}": n for n, p in problem.model.named_parameters() if p.requires_grad
-        }
-        pinned = {
-            f"blocks.{index[pin.candidate]}.{pin.parameter}": f"{pin.candidate}: {pin.parameter}"
-            for pin in problem.constraints
-        }
-        self.names = trainable | pinned
-        self._base = {key: self.network.get_parameter(key).detach() for key in self.names}
-        self.parts = {key: value.numel() for key, value in self._base.items()}
-        self.sizes = [
-            sum(self.parts[key] for key in trainable),
-            *(self.parts[key] for key in pinned),
-        ]
-        self.zero = torch.zeros(sum(self.sizes), dtype=torch.float64)
-        self.families = [
-            [*trainable, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
-            for i in index.values()
-        ]
-        with untouched(problem.model, problem.data):
-            self.batches = [
-                (_doubled(input), _doubled(target), batch_size(input, target))
-                for input, target in batches(problem.data, torch.device("cpu"))
-            ]
-            self.num_samples = sum(size for _, _, size in self.batches)
-            self._refuse_large_or_random()
-
-    def _refuse_large_or_random(self) -> None:
-        model = type(self.problem.model).__name__
-        if self.zero.numel() > _MAX_VARIABLES:
-            raise DataError(
-                f"model={model} has {self.sizes[0]} trainable and {sum(self.sizes[1:])} pinned "
-                f"parameters; verification is for small instances, up to {_MAX_VARIABLES} in all. "
-                "Freeze some with requires_grad_(False), or take a smaller model."
-            )
-        if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
-            raise DataError(
-                f"model={model}: the loss differs between two passes over the same data, so there "
-                "is no L(θ, v) to minimise; put Dropout and the like into eval mode: model.eval()."
-            )
-
-    def outputs(self, z: Tensor) -> list[Any]:
-        """What the extended network gives on each batch."""
-        pieces = z.split(list(self.parts.values()))
-        values = {
-            name: base + piece.view_as(base)
-            for (name, base), piece in zip(self._base.items(), pieces, strict=True)
-        }
-        return [
-            functional_call(self.network, values | self._buffers(), (input,))
-            for input, _, _ in self.batches
-        ]
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Fresh copies, for a forward pass to write to."""
-        return {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-
-    def loss(self, z: Tensor) -> Tensor:
-        """L(θ, v), the mean over all samples."""
-        losses = [
-            self.loss_fn(output, target) * (size / self.num_samples)
-            for output, (_, target, size) in zip(self.outputs(z), self.batches, strict=True)
-        ]
-        return torch.stack(losses).sum()
-
-    def loss_and_gradient(self, z: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """L and ∇L = (∇_θ L, ∇_v L), by one backward pass."""
-        point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
-        loss = self.loss(point)
-        return loss.item(), torch.autograd.grad(loss, point)[0].numpy()
-
-    def hessian(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
-        """∇²L, by one double backward pass for each variable."""
-        point = torch.tensor(z, dtype=torch.float64)
-        result = torch.autograd.functional.hessian(self.loss, point)
-        assert isinstance(result, Tensor)  # a tuple only for tuples of points
-        return result.numpy()
-
-    def problem_at(self, z: NDArray[np.float64]) -> GrowthProblem:
-        """The same problem at θ₀ + (θ part of z), v = 0, without the blocks standing in it."""
-        model = _doubled(self.problem.model)
-        moved = torch.tensor(z[: self.sizes[0]], dtype=torch.float64)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        with torch.no_grad():
-            for p, piece in zip(
-                parameters, moved.split([p.numel() for p in parameters]), strict=True
-            ):
-                p.add_(piece.view_as(p))
-        data = [(input, target) for input, target, _ in self.batches]
-        return GrowthProblem(model, self.loss_fn, data, self.problem.candidates)
-
-
 # --- convex instances -------------------------------------------------------------------------
 
 
-def _affine_outputs(extended: _Extended) -> list[tuple[Tensor, Tensor]]:
+def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
     """(y₀, J) of each batch with output y(z) = y₀ + J z; J of shape (numel of y₀, variables).
 
     Raises:
@@ -527,7 +396,7 @@ def _affine_outputs(extended: _Extended) -> list[tuple[Tensor, Tensor]]:
     return pieces
 
 
-def _not_affine(extended: _Extended, pieces: Sequence[tuple[Tensor, Tensor]]) -> str:
+def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor]]) -> str:
     """The variables in which the output is not y₀ + J z, or ""; tried at two random points each.
 
     The pins of one candidate at a time: products of the v of several are of second order at
@@ -593,7 +462,7 @@ def _known_loss(loss_fn: object) -> CvxpyLoss:
 
 
 def _check_loss(
-    extended: _Extended, loss: CvxpyLoss, pieces: Sequence[tuple[Tensor, Tensor]]
+    extended: ExtendedProblem, loss: CvxpyLoss, pieces: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
     """The expression must be the loss (weights, smoothing and the like would show)."""
     generator = torch.Generator().manual_seed(0)
@@ -618,20 +487,6 @@ def _check_loss(
 # --- small things -----------------------------------------------------------------------------
 
 
-def _doubled(value: Any) -> Any:
-    """A copy on the CPU with floating-point numbers in float64; functions as they are."""
-    if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to("cpu", torch.float64)
-    if isinstance(value, Tensor):
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return value.detach().to("cpu", dtype, copy=True)
-    if isinstance(value, Mapping):
-        return {key: _doubled(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_doubled(item) for item in value)
-    return value
-
-
 def _norm(tensor: Tensor) -> float:
     return torch.linalg.vector_norm(tensor).item()
 
@@ -640,7 +495,6 @@ def _ratio(difference: float, size: float) -> float:
     return 0.0 if difference == 0 else difference / size if size else math.inf
 
 
-_MAX_VARIABLES = 2000
 _EPS = float(np.finfo(np.float64).eps)
 # Dual values are as exact as Clarabel's linear algebra lets it come close to the optimum. With its
 # own settings and only the tolerances lowered it gives up early on some logistic instances (3 of

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth import verification
+from constrained_growth import extended
 from constrained_growth.blocks import (
     AffineFactors,
     IdentityLinear,
@@ -527,7 +527,7 @@ def test_too_large_or_random(monkeypatch):
     torch.manual_seed(0)
     problem = _tanh_outer()
     with monkeypatch.context() as patch:
-        patch.setattr(verification, "_MAX_VARIABLES", 10)
+        patch.setattr(extended, "_MAX_VARIABLES", 10)
         with pytest.raises(cg.DataError, match=r"9 trainable and 6 pinned .* up to 10"):
             check_with_scipy(problem)
     net = nn.Sequential(*tanh_net(), nn.Dropout()).to(F64)
