@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ __all__ = [
     "PerParameter",
     "SecondMoments",
     "Spectral",
+    "lipschitz",
     "needs_moments",
     "norm_for",
 ]
@@ -61,6 +62,10 @@ class Frobenius:
         squares = [tensor.square().sum() for tensor in multiplier.values()]
         return torch.stack(squares).sum().sqrt()
 
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class PerParameter:
@@ -77,8 +82,11 @@ class PerParameter:
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of one candidate's multiplier."""
-        count = sum(tensor.numel() for tensor in multiplier.values())
-        return Frobenius()(multiplier) / count**0.5
+        return Frobenius()(multiplier) * self.lipschitz(multiplier)
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1/√P."""
+        return _count(multiplier) ** -0.5
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,10 @@ class Entrywise1:
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of one candidate's multiplier."""
         return torch.stack([tensor.abs().sum() for tensor in multiplier.values()]).sum()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """√P, by the Cauchy-Schwarz inequality."""
+        return _count(multiplier) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,10 @@ class Spectral:
         """The norm of one candidate's multiplier."""
         return _singular_values(multiplier).max()
 
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1: the largest singular value against the root of the sum of all their squares."""
+        return 1.0
+
 
 @dataclass(frozen=True)
 class Nuclear:
@@ -147,6 +163,10 @@ class Nuclear:
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of one candidate's multiplier."""
         return _singular_values(multiplier).sum()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """√r by the Cauchy-Schwarz inequality, r = Σ_p min(rows, columns) singular values."""
+        return sum(min(_as_matrix(tensor).shape) for tensor in multiplier.values()) ** 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +227,28 @@ class MomentNorm(Protocol):
     ) -> Tensor | float:
         """The norm of one candidate's multiplier, `moments` by name of the pinned weight."""
         ...
+
+
+def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
+    """The smallest L with ‖λ‖ ≤ L ‖λ‖_F for all λ of this shape.
+
+    An error of λ of size ε in the Frobenius norm moves ‖λ‖ by at most L ε.
+
+    Args:
+        norm: Of this module, or a user's own; one that has a method `lipschitz(multiplier)` is
+            asked for L.
+        multiplier: Pinned parameter → λ; only the shapes count.
+
+    Returns:
+        L, or NaN where it is not known: for a function without that method, and for
+        `KroneckerFisher`, which changes with the sample itself.
+
+    Example:
+        >>> lipschitz(Entrywise1(), {"weight": torch.zeros(2, 8)})
+        4.0
+    """
+    constant: Any = getattr(norm, "lipschitz", None)
+    return float(constant(multiplier)) if callable(constant) else math.nan
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
@@ -371,6 +413,10 @@ def norm_for(optimizer: torch.optim.Optimizer) -> Norm:
         "descent, Entrywise1() for sign descent, Nuclear() for orthogonalised updates, or "
         "KroneckerFisher() for natural gradients."
     )
+
+
+def _count(multiplier: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() for tensor in multiplier.values())
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

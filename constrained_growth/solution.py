@@ -54,10 +54,12 @@ class Sensitivity:
 
     Attributes:
         value: ‖λ_c‖ over all pinned parameters of the candidate, in `norm`.
-        standard_error: Root-mean-square error of λ_c as an estimate from a sample,
-            √(tr Cov(λ_c)) in the Frobenius norm. Since every norm is 1-Lipschitz in itself, it
-            bounds the standard error of the Frobenius `value`. NaN when it cannot be known
-            (one batch and no per-sample form).
+        standard_error: Root-mean-square error of λ_c as an estimate from a sample, on the scale
+            of `value`: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such
+            as 1 for the Frobenius norm and √P for the entrywise one. It bounds the standard
+            error of `value`, since |‖λ̂‖ − ‖λ‖| ≤ ‖λ̂ − λ‖ ≤ L ‖λ̂ − λ‖_F. NaN when it cannot be
+            known (one batch and no per-sample form; a norm whose L is not known, which are
+            the Kronecker-Fisher norm and functions without a method `lipschitz`).
         num_parameters: How many parameters are pinned.
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.
@@ -65,6 +67,13 @@ class Sensitivity:
             gradients, in `norm`; None when the stationarity was not asked for, or the norm
             cannot be taken of those layers (it needs second moments, or a certain parameter).
         site: Qualified name of the module after which the layer would stand.
+        variance: tr Cov(λ_c), the mean squared error of λ_c in the Frobenius norm, whatever
+            `norm` is; NaN when it cannot be known.
+        debiased_square: ‖λ_c‖²_F − tr Cov(λ_c). A sample's ‖λ‖²_F is too large by tr Cov on
+            average; this is not. It may be negative. NaN when the variance is.
+        interval: Between which limits `value` on all data lies, when only a part was read (see
+            `AdaptiveSampling`): simultaneous limits for all candidates. None else; then see
+            `statistics.interval`.
     """
 
     value: float
@@ -74,6 +83,9 @@ class Sensitivity:
     norm: object = None
     baseline: float | None = None
     site: str = ""
+    variance: float = math.nan
+    debiased_square: float = math.nan
+    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

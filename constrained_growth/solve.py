@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.multipliers import Measurement, measure
-from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
+from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.observation import differentiable, untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
@@ -22,6 +21,7 @@ from constrained_growth.solution import (
     Solution,
     Status,
 )
+from constrained_growth.statistics import debiased_square, squared_norm
 from constrained_growth.tallies import Estimate
 
 _TOP_ONE = TopK(1)
@@ -100,7 +100,9 @@ def solve(
             progress=progress,
         )
     sensitivities = _sensitivities(problem, found, norm)
-    residual = None if found.gradients is None else _euclidean(found.gradients.values())
+    residual = (
+        None if found.gradients is None else math.sqrt(squared_norm(found.gradients.values()))
+    )
     status = _status(found, sensitivities, residual, gtol)
     if status is Status.NOT_FINITE and throw:
         raise DataError(
@@ -153,12 +155,14 @@ def _sensitivities(
         site, block = planned[candidate.name]
         result[candidate.name] = Sensitivity(
             value=_size(estimate, norm),
-            standard_error=math.sqrt(estimate.variance),
+            standard_error=lipschitz(norm, estimate.multiplier) * math.sqrt(estimate.variance),
             num_parameters=sum(value.numel() for value in estimate.multiplier.values()),
             num_new_parameters=sum(p.numel() for p in block.parameters()),
             norm=norm,
             baseline=baseline,
             site=site.after,
+            variance=estimate.variance,
+            debiased_square=debiased_square(estimate.multiplier.values(), estimate.variance),
         )
     return result
 
@@ -181,11 +185,6 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
         return sum(float(norm(layer)) for layer in layers.values()) / len(layers)
     except KeyError:  # a norm of the user's own that asks for certain parameters
         return None
-
-
-def _euclidean(tensors: Iterable[Tensor]) -> float:
-    squares = [float(t.square().sum(dtype=torch.float64)) for t in tensors]
-    return math.sqrt(sum(squares))
 
 
 def _status(
