@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from constrained_growth.experiments import report
+from constrained_growth.experiments import benchmark_report, benchmarks, report
 from constrained_growth.experiments.demo import run_demo
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
+bench = typer.Typer(help="What things cost, measured on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 
 class DataName(StrEnum):
@@ -47,6 +49,10 @@ def _writable_file(file: Path | None) -> Path | None:
     return file
 
 
+def _writable_folder_if_any(folder: Path | None) -> Path | None:
+    return None if folder is None else _writable_folder(folder)
+
+
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Out = Annotated[
     Path, typer.Option(help="Folder for the picture.", callback=_writable_folder, metavar="DIR")
@@ -54,6 +60,12 @@ Out = Annotated[
 Json = Annotated[
     Path | None,
     typer.Option("--json", help="Write all numbers here.", callback=_writable_file, metavar="FILE"),
+]
+Tables = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder for the tables.", callback=_writable_folder_if_any, metavar="DIR"
+    ),
 ]
 
 
@@ -89,3 +101,23 @@ def demo(
         json.write_text(result.to_json() + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
+
+
+@bench.command("multipliers")
+def bench_multipliers(
+    quick: Annotated[bool, typer.Option("--quick", help="A few small cells, three pairs.")] = False,
+    seed: Seed = 0,
+    out: Tables = None,
+    json: Json = None,
+) -> None:
+    """Time the multiplier pass against ordinary gradient passes, on one thread."""
+    begin = time.perf_counter()
+    console = Console(highlight=False, record=True)
+    console.width = max(console.width, benchmark_report.WIDTH)
+    result = benchmarks.run_multipliers(benchmarks.QUICK if quick else benchmarks.FULL, seed)
+    console.print(benchmark_report.multipliers(result))
+    if out is not None:
+        console.save_text(str(out / "constrained-growth-bench-multipliers.txt"), clear=False)
+    if json is not None:
+        json.write_text(result.to_json() + "\n", encoding="utf-8")
+    console.print(f"{time.perf_counter() - begin:.0f} s.")
