@@ -73,7 +73,7 @@ def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate,
     found = []
     with untouched(model):  # which also puts the random state back that the blocks draw from
         seen = visits(model, example_input, modules)
-        last = seen.pop("").output
+        last = next(reversed(seen.values())).output  # of the model itself
         for name, visit in seen.items():
             if visit.count == 1 and visit.output is not last:
                 block = _proposal(modules[name], visit.input, visit.output)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from constrained_growth.distributed import add_up, everywhere, several
 from constrained_growth.errors import DataError
 from constrained_growth.observation import (
     batch_size,
@@ -26,6 +28,9 @@ from constrained_growth.observation import (
 )
 from constrained_growth.recording import Recorder, Site
 from constrained_growth.tallies import Estimate, accumulation_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ def measure(
     gradients: bool,
     moments: bool = False,
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> Measurement:
     """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
 
@@ -77,17 +83,25 @@ def measure(
         gradients: Also ∇_θ L, which costs one product more per layer.
         moments: Also the second moments that some norms need.
         progress: Progress bar: True, False, or None for one on a terminal when it takes long.
+        group: The processes that have a shard of the data each. They all call this, and get the
+            means over all the data; sums and counts are added up, never norms.
 
     Raises:
         DataError: No batches, or a batch or loss that cannot be used.
         CandidateError: A site was not reached exactly once.
+        GrowthError: Another process failed.
     """
     running = MultiplierPass(model, loss_fn, sites, gradients=gradients, moments=moments)
     quiet = None if progress is None else not progress
     bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
-    with running.watching():
-        for input, target in batches(bar, device_of(model)):
-            running.add(input, target)
+
+    def read() -> None:
+        with running.watching():
+            for input, target in batches(bar, device_of(model)):
+                running.add(input, target)
+
+    everywhere(read, group)
+    running.reduce(group)
     return running.measurement()
 
 
@@ -121,7 +135,8 @@ class MultiplierPass:
             for p in self._parameters.values()
         ]
         self._with_gradients = gradients
-        self._loss: Tensor | float = 0.0
+        device = device_of(model) or torch.device("cpu")
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._num_samples = 0
         self._num_batches = 0
 
@@ -143,12 +158,44 @@ class MultiplierPass:
         for total, grad in zip(self._gradients, grads, strict=True):
             if grad is not None:
                 total.add_(grad, alpha=size)
-        self._loss = self._loss + loss.detach().double() * size
+        self._loss += loss.detach().to(self._loss) * size
         self._num_samples += size
         self._num_batches += 1
 
+    def reduce(self, group: ProcessGroup | None) -> None:
+        """Add up what the processes of a group have taken in, each its part; all call this.
+
+        Afterwards each has the sums of all, so that this is done once, at the end.
+
+        Raises:
+            DataError: The model is not the same on all processes.
+        """
+        if not several(group):
+            return
+        counts = everywhere(lambda: (self._num_samples, self._num_batches, self._sizes()), group)
+        if any(not _close(sizes, counts[0][2]) for _, _, sizes in counts):
+            raise DataError(
+                "model: its parameters are not the same on all processes of the group; load the "
+                "same state dict on each, or train with DistributedDataParallel."
+            )
+        self._num_samples = sum(samples for samples, _, _ in counts)
+        self._num_batches = sum(batches for _, batches, _ in counts)
+        add_up([self._loss, *self._gradients], group)
+        self._recorder.reduce(group)
+
+    def _sizes(self) -> list[float]:
+        """The norms of the parameters, to tell one model from another."""
+        parameters = (p.detach() for p in self._model.parameters() if p.is_floating_point())
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
+        return torch.stack(norms).tolist() if norms else []
+
+    def totals(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+        """Candidate → Σ n_b λ_b and name → Σ n_b ∇L_b as they stand, not copies."""
+        gradients = dict(zip(self._parameters, self._gradients, strict=True))
+        return self._recorder.totals(), gradients
+
     def measurement(self) -> Measurement:
-        """The means over what was taken in so far.
+        """The means over what was taken in so far; more may be taken in afterwards.
 
         Raises:
             DataError: Nothing was.
@@ -170,6 +217,11 @@ class MultiplierPass:
             num_samples=count,
             num_batches=self._num_batches,
         )
+
+
+def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
+    same = len(sizes) == len(others)
+    return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)
 
 
 def checked_loss(loss: object) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from constrained_growth.distributed import unwrapped
 from constrained_growth.errors import DataError
 
 
@@ -49,8 +50,16 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
 @contextmanager
 def differentiable() -> Iterator[None]:
     """Gradients on, whatever the caller has switched off."""
+    if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+        torch.clear_autocast_cache()  # it may hold weights that were cast without gradients
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Autocast off on a device, if it is on."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _generators(other: object) -> list[torch.Generator]:
@@ -72,6 +81,7 @@ def _restore_buffer(model: nn.Module, name: str, buffer: Tensor, before: Tensor)
 
 def call(model: Callable[..., Any], input: object) -> Any:
     """`model(input)`, with a tuple spread as positional and a dict as keyword arguments."""
+    model = unwrapped(model)
     if isinstance(input, Mapping):
         return model(**input)
     if isinstance(input, tuple | list):
@@ -176,12 +186,14 @@ class Visit:
         input: Its first positional argument at the last run.
         output: Its output at the last run.
         version: The version counter of the output when it came out.
+        autocast: Whether it ran under autocast.
     """
 
     count: int = 0
     input: object = None
     output: object = None
     version: int = 0
+    autocast: bool = False
 
 
 def visits(model: nn.Module, input: object, modules: Mapping[str, nn.Module]) -> dict[str, Visit]:

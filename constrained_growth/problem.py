@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import has_joint_factors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
-from constrained_growth.errors import BlockError, CandidateError, DataError
-from constrained_growth.multipliers import checked_loss
-from constrained_growth.observation import (
-    Visit,
-    batch_size,
-    batches,
-    call,
-    device_of,
-    differentiable,
-    untouched,
-    watching,
-)
-from constrained_growth.recording import Site
+from constrained_growth.distributed import everywhere
+from constrained_growth.errors import CandidateError, DataError
+from constrained_growth.observation import differentiable, untouched
+from constrained_growth.probing import look_at_sites
 from constrained_growth.solution import Constraint
-from constrained_growth.tallies import block_multipliers
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class GrowthProblem:
@@ -49,9 +40,16 @@ class GrowthProblem:
             (spread as keyword arguments); its first dimension counts the samples. Batches are
             moved to the model's device.
         candidates: `Candidate`s with unique names; several may share a site.
+        group: The processes that have a shard of the data each, all that `torch.distributed` was
+            initialised with by default. Each of them makes the problem and calls `solve`, and
+            gets the same answer, that of all the data; an error on one is an error on all. The
+            model must be the same everywhere, the values of the blocks are taken from the first
+            process, and a shard may be empty. The forward of a DistributedDataParallel is passed
+            over, as it waits for the other processes; after `insert` make the wrapper anew:
+            `DistributedDataParallel(model.module)`.
 
     Attributes:
-        model, loss_fn, data, candidates: As given (the candidates as a tuple).
+        model, loss_fn, data, candidates, group: As given (the candidates as a tuple).
         constraints: The pins, one `Constraint` for each pinned parameter.
 
     Raises:
@@ -78,15 +76,18 @@ class GrowthProblem:
         loss_fn: Callable[[Any, Any], Tensor],
         data: Iterable[Any],
         candidates: Sequence[Candidate],
+        *,
+        group: ProcessGroup | None = None,
     ) -> None:
-        _check_arguments(model, loss_fn, data)
+        everywhere(lambda: _check_arguments(model, loss_fn, data), group)
         self.model = model
         self.loss_fn = loss_fn
         self.data = data
         self.candidates = _checked_candidates(candidates)
+        self.group = group
         modules = _site_modules(model, self.candidates)
         with untouched(model, data), differentiable():
-            self.sites = _probe(model, loss_fn, data, self.candidates, modules)
+            self.sites = look_at_sites(model, loss_fn, data, self.candidates, modules, group)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -156,173 +157,3 @@ def _site_modules(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str
             )
         found[candidate.after] = modules[candidate.after]
     return found
-
-
-def _probe(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    data: Iterable[Any],
-    candidates: Sequence[Candidate],
-    modules: Mapping[str, nn.Module],
-) -> tuple[Site, ...]:
-    """Run the first batch and look at every site."""
-    first = next(batches(data, device_of(model)), None)
-    if first is None:
-        raise DataError("data yields no batches; give at least one (input, target) pair.")
-    seen: dict[str, Visit] = {}
-    xs: dict[str, Tensor] = {}
-
-    def see(name: str, _: object, output: object) -> Tensor | None:
-        visit = seen.setdefault(name, Visit())
-        visit.count += 1
-        visit.output = output
-        if visit.count > 1 or not isinstance(output, Tensor) or not output.is_floating_point():
-            return None
-        # an identity in the graph makes every site a tensor of its own, also for frozen models
-        probe = output if output.requires_grad else output.detach().requires_grad_()
-        xs[name] = probe.clone()
-        visit.output = xs[name].detach().clone()
-        visit.version = xs[name]._version
-        return xs[name]
-
-    batch_size(*first)
-    with watching(modules, see):
-        output = call(model, first[0])
-    for name in modules:
-        _check_visit(name, seen.get(name, Visit()))
-    loss = checked_loss(loss_fn(output, first[1]))
-    if not bool(torch.isfinite(loss)):
-        raise DataError(
-            f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the data, the "
-            "model's parameters, or the loss."
-        )
-    written = {name: x._version != seen[name].version for name, x in xs.items()}
-    anchors = _anchors(loss, xs)
-    sites = []
-    for name, module in modules.items():
-        x = seen[name].output
-        assert isinstance(x, Tensor)
-        here = [candidate for candidate in candidates if candidate.after == name]
-        blocks = {candidate.name: _fitted(candidate, x, model) for candidate in here}
-        pinned = [p for block in blocks.values() for p in pinned_parameters(block).values()]
-        sites.append(
-            Site(
-                after=name,
-                module=module,
-                blocks=blocks,
-                kinds={key: _kind(block, x.shape) for key, block in blocks.items()},
-                shape=tuple(x.shape),
-                device=x.device,
-                bytes=x.nbytes,
-                pinned_bytes=sum(parameter.nbytes for parameter in pinned),
-                overwritten=written[name],
-                anchor=name in anchors,
-            )
-        )
-    return tuple(sites)
-
-
-def _check_visit(name: str, visit: Visit) -> None:
-    output = visit.output
-    if visit.count == 0:
-        problem = "is never reached in the forward pass"
-    elif visit.count > 1:
-        problem = f"is reached {visit.count} times in one forward pass, and a site exactly once"
-    elif not isinstance(output, Tensor):
-        problem = f"returns a {type(output).__name__}, and a site is a tensor"
-    elif not output.is_floating_point():
-        problem = f"returns a {output.dtype} tensor, and a site carries floating-point numbers"
-    elif not bool(torch.isfinite(output).all()):
-        raise DataError(
-            f'the output of "{name}" holds NaN or Inf on the first batch; look at the data and the '
-            "model's parameters."
-        )
-    else:
-        return
-    raise CandidateError(f'after="{name}" {problem}; choose another submodule.')
-
-
-def _anchors(loss: Tensor, xs: Mapping[str, Tensor]) -> set[str]:
-    """Sites to ask backward for, so that it passes all the others on its way.
-
-    Raises:
-        CandidateError: The loss does not depend on some site.
-    """
-    passed: set[str] = set()
-    handles = [x.register_hook(lambda _, name=name: passed.add(name)) for name, x in xs.items()]
-    anchors: set[str] = set()
-    for name, x in xs.items():
-        if name in passed:
-            continue
-        grads = (
-            torch.autograd.grad(loss, [x], allow_unused=True, retain_graph=True)
-            if loss.requires_grad
-            else (None,)
-        )
-        if grads[0] is None:
-            raise CandidateError(
-                f'after="{name}": the loss does not depend on the output of this module, so no '
-                "layer there could change it; choose another submodule."
-            )
-        anchors.add(name)
-    for handle in handles:
-        handle.remove()
-    return anchors
-
-
-def _fitted(candidate: Candidate, x: Tensor, model: nn.Module) -> nn.Module:
-    """The candidate's block on the site's device and dtype, checked on the data there."""
-    block = candidate.block
-    pinned_parameters(block)
-    shares = not set(block.modules()).isdisjoint(model.modules())  # whose hooks are the site's
-    if shares or any(p.device != x.device or p.dtype != x.dtype for p in block.parameters()):
-        block = copy.deepcopy(block).to(device=x.device, dtype=x.dtype)
-    where = f'block={type(block).__name__} of candidate "{candidate.name}"'
-    try:
-        with untouched(block), torch.no_grad():
-            y = block(x.clone())
-    except Exception as error:
-        raise BlockError(
-            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; check "
-            "its width."
-        ) from error
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise BlockError(
-            f"{where} turns the shape {tuple(x.shape)} at its site into {got}; the width must "
-            "match."
-        )
-    moved = (y - x).abs().max().item() if x.numel() else 0.0
-    allowed = 1e3 * torch.finfo(x.dtype).eps * max(1.0, x.abs().max().item())
-    if not moved <= allowed:
-        raise BlockError(
-            f"{where} is not the identity at its pins on the data: it moves the tensor at its "
-            f"site by up to {moved:.2g}. An identity layer stands right after its own activation; "
-            "elsewhere use ResidualMLP(width, hidden, activation)."
-        )
-    _refuse_dead(block, x, where)
-    return block
-
-
-def _kind(block: nn.Module, shape: torch.Size) -> Hashable:
-    """What blocks that can be worked off together have in common, or None."""
-    if not has_joint_factors(block):
-        return None
-    return type(block), shape, block.joint_kind()  # type: ignore[operator]
-
-
-def _refuse_dead(block: nn.Module, x: Tensor, where: str) -> None:
-    """Refuse a block whose multipliers are 0 whatever arrives."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-
-    with untouched(block):
-        multipliers = block_multipliers(block, draw(), draw())
-    if not any(bool(value.any()) for value in multipliers.values()):
-        raise BlockError(
-            f"{where} has multipliers that vanish identically (both factors of a product are zero, "
-            "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "
-            'factor a non-zero value, or use ResidualMLP(width, hidden, activation, "outer").'
-        )

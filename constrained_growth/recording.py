@@ -6,15 +6,19 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth.blocks import has_factors
+from constrained_growth.distributed import add_up, everywhere
 from constrained_growth.errors import CandidateError
-from constrained_growth.tallies import Estimate, Squares, Tally
+from constrained_growth.tallies import Counts, Estimate, Squares, Tally
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,23 @@ class Recorder:
             self._pending_bytes = 0
         for squares in self._squares.values():
             squares.settle(self._size)
+
+    def reduce(self, group: ProcessGroup | None) -> None:
+        """Sum over the processes of a group, which all call this."""
+        tallies = [members[0].tally for members in self._groups]
+
+        def count() -> list[Counts]:
+            self.flush()
+            return [tally.counts() for tally in tallies]
+
+        counts = everywhere(count, group)
+        sums = [t for i, tally in enumerate(tallies) for t in tally.join([c[i] for c in counts])]
+        add_up([*sums, *(squares.values for squares in self._squares.values())], group)
+
+    def totals(self) -> dict[str, dict[str, Tensor]]:
+        """Candidate → Σ n_b λ_b as it stands, not a copy."""
+        self.flush()
+        return {m.name: m.tally.total(m.index) for group in self._groups for m in group}
 
     def estimates(self, num_samples: int) -> dict[str, Estimate]:
         """Candidate → what is known of it, from `num_samples` samples."""

@@ -98,6 +98,7 @@ def solve(
             gradients=stationarity,
             moments=needs_moments(norm),
             progress=progress,
+            group=problem.group,
         )
     sensitivities = _sensitivities(problem, found, norm)
     residual = (

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
 from constrained_growth.norms import SecondMoments
+from constrained_growth.observation import full_precision
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,36 @@ class _MomentSums:
         )
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What a tally has taken in, apart from the sums.
+
+    Attributes:
+        samples: How many samples, by closed forms.
+        batches: For each candidate, how many batches as a whole.
+        moments: Pinned weight → the bias that goes with it, the shapes of its two sums, and over
+            how many rows they are.
+    """
+
+    samples: int
+    batches: list[int]
+    moments: dict[str, tuple[str | None, torch.Size, torch.Size, int]]
+
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
+
+def _in_full_precision(method: _Method) -> _Method:
+    """A method of `Tally` without autocast, which would multiply in a lower precision."""
+
+    @functools.wraps(method)
+    def precise(self: Tally, *args: Any, **options: Any) -> None:
+        with full_precision(self.squares.device):
+            method(self, *args, **options)
+
+    return precise  # type: ignore[return-value]
+
+
 class Tally:
     """Σ n_b λ_b and Σ ‖·‖² for one candidate, or for several of one kind worked off together.
 
@@ -120,6 +152,7 @@ class Tally:
             )
             for name, p in pinned_parameters(blocks[0]).items()
         }
+        self._dtype = next(iter(pinned_parameters(blocks[0]).values())).dtype
         self._all_squares = squares
         self._first = first
         self.squares = squares.values[first : first + len(blocks)]
@@ -127,6 +160,7 @@ class Tally:
         self._samples = 0
         self._batches = [0] * len(blocks)
 
+    @_in_full_precision
     def add_samples(self, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in batches of `size` samples each by closed forms, for all candidates at once.
 
@@ -136,6 +170,7 @@ class Tally:
             delta: ∂L/∂x of the mean loss of each batch, same shape.
             size: How many samples each of the batches had; λ_n = −size · ψ_n φ_nᵀ.
         """
+        x, delta = x.to(self._dtype), delta.to(self._dtype)
         first: Any = self._blocks[0]
         joint = int(self._joint)
         factors = first.joint_factors(self._blocks, x, delta) if joint else first.factors(x, delta)
@@ -165,6 +200,7 @@ class Tally:
                 self._sums[factor.bias].sub_(psi.sum(-2), alpha=size)
         self._samples += x.shape[joint]
 
+    @_in_full_precision
     def add_batch(self, index: int, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in one batch of one candidate as a whole, by differentiating its block alone.
 
@@ -174,9 +210,11 @@ class Tally:
             delta: ∂L/∂x, same shape.
             size: How many samples the batch had.
         """
+        x, delta = x.to(self._dtype), delta.to(self._dtype)
         here = index if self._joint else ...
         for name, value in block_multipliers(self._blocks[index], x, delta).items():
-            self.squares[index].add_(value.square().sum(dtype=torch.float64), alpha=size)
+            square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
+            self.squares[index].add_(square, alpha=size)
             self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
 
@@ -194,6 +232,43 @@ class Tally:
             sums.features.add_(features)
             sums.cotangents.add_(cotangents)
         sums.rows += phi.shape[-2]
+
+    def counts(self) -> Counts:
+        """How much was taken in."""
+        moments = {
+            name: (sums.bias, sums.features.shape, sums.cotangents.shape, sums.rows)
+            for name, sums in (self._moments or {}).items()
+        }
+        return Counts(self._samples, list(self._batches), moments)
+
+    def join(self, counts: Sequence[Counts]) -> list[Tensor]:
+        """Count what several tallies have taken in, of which this is one.
+
+        Args:
+            counts: Of all of them.
+
+        Returns:
+            The sums, which the caller is to add up over the tallies, in place.
+        """
+        self._samples = sum(count.samples for count in counts)
+        self._batches = [sum(each) for each in zip(*(c.batches for c in counts), strict=True)]
+        moments: dict[str, _MomentSums] = {}
+        like = next(iter(self._sums.values()))
+        for name, (bias, features, cotangents, rows) in (
+            item for count in counts for item in count.moments.items()
+        ):
+            if name not in moments:
+                zeros = _MomentSums(like.new_zeros(features), like.new_zeros(cotangents), bias)
+                moments[name] = replace((self._moments or {}).get(name, zeros), rows=0)
+            moments[name].rows += rows
+        self._moments = moments or self._moments
+        sums = [tensor for m in moments.values() for tensor in (m.features, m.cotangents)]
+        return [*self._sums.values(), *sums]
+
+    def total(self, index: int) -> dict[str, Tensor]:
+        """Σ n_b λ_b of one candidate as it stands, not a copy."""
+        here = index if self._joint else ...
+        return {name: total[here] for name, total in self._sums.items()}
 
     def means(self, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
         """λ of all candidates, with a first dimension that counts them, and Σ λ² of each."""

@@ -1,0 +1,118 @@
+"""Several processes, each with a shard of the data, and one answer for all of them.
+
+Only sums and counts are added up, never norms. Every function here is collective: each process
+of the group calls it, in the same order. Without an initialised `torch.distributed`, or with
+one process, they do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from constrained_growth.errors import GrowthError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+T = TypeVar("T")
+
+
+def several(group: ProcessGroup | None) -> bool:
+    """Whether there are other processes to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
+    """Do some work on every process and give what came out to all of them.
+
+    Args:
+        work: Returns what can be pickled; collective calls inside it are out of place.
+        group: The processes.
+
+    Returns:
+        The results, by rank in the group.
+
+    Raises:
+        GrowthError: The work failed on another process, with its class if that is a GrowthError;
+            where it failed its own error goes on. So no process waits for one that gave up.
+    """
+    if not several(group):
+        return [work()]
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as caught:
+        error = caught
+    kind = type(error) if isinstance(error, GrowthError) else GrowthError
+    said = None if error is None else (kind, f"{type(error).__name__}: {error}")
+    outcomes: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(outcomes, (result, said), group=group)
+    if error is not None:
+        raise error
+    for rank, (_, said) in enumerate(outcomes):
+        if said is not None:
+            kind, message = said
+            raise kind(f"process {rank} of the group failed with {message}")
+    return [result for result, _ in outcomes]
+
+
+def add_up(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
+    """Sum each of the tensors over the processes, in place.
+
+    Small ones travel together; large ones as they are, so that no second copy of them is made.
+
+    Args:
+        tensors: The same shapes and dtypes in the same order on every process.
+        group: The processes.
+    """
+    if not several(group):
+        return
+    for batch in _batched(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in batch]) if len(batch) > 1 else batch[0]
+        whole = flat.contiguous()
+        dist.all_reduce(whole, group=group)
+        parts = whole.split([tensor.numel() for tensor in batch]) if len(batch) > 1 else [whole]
+        for tensor, part in zip(batch, parts, strict=True):
+            if part is not tensor:
+                tensor.copy_(part.view_as(tensor))
+
+
+def take_from_first(tensors: Iterable[Tensor], group: ProcessGroup | None) -> None:
+    """Give the tensors the values they have on the first process of the group, in place."""
+    if several(group):
+        for tensor in tensors:
+            dist.broadcast(tensor, group=group, group_src=0)
+
+
+def unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The module inside a DistributedDataParallel, whose own forward waits for the others.
+
+    It would wait in vain where one process has more batches than another. Anything else is
+    given back as it is.
+    """
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+_SMALL = 2**20
+"""Bytes that travel together at most."""
+
+
+def _batched(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """The tensors in lists of one dtype and device, none of several over `_SMALL` bytes."""
+    batches: list[list[Tensor]] = []
+    latest: dict[Hashable, int] = {}
+    for tensor in tensors:
+        key = (tensor.dtype, tensor.device)
+        open_ = batches[latest[key]] if key in latest else []
+        if open_ and sum(t.nbytes for t in open_) + tensor.nbytes <= _SMALL:
+            open_.append(tensor)
+        else:
+            latest[key] = len(batches)
+            batches.append([tensor])
+    return batches
