@@ -91,8 +91,13 @@ def call(model: Callable[..., Any], input: object) -> Any:
 
 def device_of(model: nn.Module) -> torch.device | None:
     """Where the model's parameters (or else buffers) are; None if it has neither."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    tensor = next(tensors_of(model), None)
     return None if tensor is None else tensor.device
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Its parameters, then its buffers."""
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

@@ -22,6 +22,7 @@ from constrained_growth.observation import (
     call,
     device_of,
     full_precision,
+    tensors_of,
     untouched,
     watching,
 )
@@ -72,25 +73,31 @@ def look_at_sites(
     """
     xs: dict[str, Tensor] = {}
 
-    def look() -> dict[str, _Facts] | None:
+    def look() -> tuple[object, dict[str, _Facts] | None]:
+        layout = [_layout(candidate) for candidate in candidates]
         first = next(batches(data, device_of(model)), None)
         if first is None:
-            return None
+            return layout, None
         seen, facts = _probe(model, loss_fn, first, modules)
         xs.update(seen)
-        return facts
+        return layout, facts
 
-    found = [facts for facts in everywhere(look, group) if facts is not None]
-    if not found:
+    found = everywhere(look, group)
+    if any(layout != found[0][0] for layout, _ in found):
+        raise CandidateError(
+            f"candidates={[candidate.name for candidate in candidates]} are not the same on all "
+            "processes of the group; give each the same candidates in the same order."
+        )
+    facts = next((facts for _, facts in found if facts is not None), None)
+    if facts is None:
         raise DataError("data yields no batches; give at least one (input, target) pair.")
-    facts = found[0]
     devices = {name: _site_device(module, model, xs.get(name)) for name, module in modules.items()}
     blocks = {
         c.name: _brought(c, devices[c.after], facts[c.after].dtype, model) for c in candidates
     }
     if several(group):
         blocks = {name: copy.deepcopy(block) for name, block in blocks.items()}
-        _take_from_first(blocks, group)
+        take_from_first([t.detach() for b in blocks.values() for t in tensors_of(b)], group)
 
     def check() -> None:
         for candidate in candidates:
@@ -141,19 +148,9 @@ def _site_device(module: nn.Module, model: nn.Module, x: Tensor | None) -> torch
     return found or torch.device("cpu")
 
 
-def _take_from_first(blocks: Mapping[str, nn.Module], group: ProcessGroup | None) -> None:
-    """Give the blocks the values they have on the first process."""
-    tensors = {name: [*block.parameters(), *block.buffers()] for name, block in blocks.items()}
-    layouts = everywhere(
-        lambda: {name: [(tuple(t.shape), t.dtype) for t in ts] for name, ts in tensors.items()},
-        group,
-    )
-    if any(layout != layouts[0] for layout in layouts):
-        raise CandidateError(
-            f"candidates={list(blocks)} are not the same on all processes; give each the same "
-            "candidates in the same order."
-        )
-    take_from_first([t.detach() for ts in tensors.values() for t in ts], group)
+def _layout(candidate: Candidate) -> tuple[str, str, list[torch.Size]]:
+    """What has to be the same on all processes."""
+    return candidate.name, candidate.after, [t.shape for t in tensors_of(candidate.block)]
 
 
 def _probe(

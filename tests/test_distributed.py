@@ -1,0 +1,339 @@
+"""Several processes with a shard each against one process with all the data.
+
+Starting processes takes seconds, so one start serves all cases: a case is a function of a
+`Rank`, and runs on three processes, and on two of them as a group of their own.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CROSS_ENTROPY, Gain, candidate, classified, feedforward, nothing_left_behind
+from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+
+import constrained_growth as cg
+from constrained_growth.distributed import add_up, everywhere
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+PROCESSES = 3
+SHARES = {2: (4, 2), 3: (1, 2, 3)}
+EMPTY = {2: (0, 6), 3: (4, 0, 2)}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process among those of a group."""
+
+    number: int
+    size: int
+    group: Any
+    alone: Any
+
+    def shard(self, data: list[Any], shares: tuple[int, ...]) -> list[Any]:
+        """This process's part of the batches."""
+        begin = sum(shares[: self.number])
+        return data[begin : begin + shares[self.number]]
+
+
+def several_blocks() -> list[cg.Candidate]:
+    """Closed forms that are worked off together, one with a hidden layer, one without any."""
+    residual = cg.blocks.ResidualMLP(4, 5, nn.Tanh())
+    return [
+        candidate("1"),
+        candidate("3"),
+        candidate("3", block=residual, name="residual"),
+        candidate("2", block=Gain(4)),
+    ]
+
+
+def setting() -> tuple[nn.Sequential, list[Any], list[cg.Candidate]]:
+    """The same on every process: six batches, of which the last one is smaller."""
+    torch.manual_seed(1)
+    return feedforward(2, 4, 4, 3), classified(38, batch=7), several_blocks()
+
+
+def compared(
+    rank: Rank, model: nn.Module, shard: list[Any], data: list[Any], **options: Any
+) -> Any:
+    """The solution by all processes and the one by this process from all the data."""
+    candidates = options.pop("candidates")
+    together = cg.GrowthProblem(model, CROSS_ENTROPY, shard, candidates, group=rank.group)
+    single = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates, group=rank.alone)
+    with nothing_left_behind(model):
+        found = cg.solve(together, **options)
+    return found, cg.solve(single, **options)
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+
+
+def assert_same_answer(found: cg.Solution, expected: cg.Solution) -> None:
+    for name, multiplier in expected.multipliers.items():
+        for key, value in multiplier.items():
+            assert_close(found.multipliers[name][key], value)
+        one, other = found.sensitivities[name], expected.sensitivities[name]
+        assert one.value == pytest.approx(other.value, rel=1e-11)
+        assert one.standard_error == pytest.approx(other.standard_error, rel=1e-9)
+        assert one.baseline == pytest.approx(other.baseline, rel=1e-11)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+    assert found.stationarity == pytest.approx(expected.stationarity, rel=1e-11)
+    assert (found.num_samples, found.num_batches) == (expected.num_samples, expected.num_batches)
+    assert (found.decision, found.status) == (expected.decision, expected.status)
+
+
+# --- the cases --------------------------------------------------------------------------------
+
+
+def unequal_shards(rank: Rank) -> None:
+    model, data, candidates = setting()
+    shard = rank.shard(data, SHARES[rank.size])
+    assert_same_answer(*compared(rank, model, shard, data, candidates=candidates))
+
+
+def process_without_data(rank: Rank) -> None:
+    model, data, candidates = setting()
+    shard = rank.shard(data, EMPTY[rank.size])
+    assert_same_answer(*compared(rank, model, shard, data, candidates=candidates))
+
+
+def second_moments(rank: Rank) -> None:
+    model, data, _ = setting()
+    shard, candidates = rank.shard(data, EMPTY[rank.size]), [candidate("1"), candidate("3")]
+    options = {"norm": cg.norms.KroneckerFisher(), "stationarity": False}
+    found, expected = compared(rank, model, shard, data, candidates=candidates, **options)
+    for name, sensitivity in expected.sensitivities.items():
+        assert found.sensitivities[name].value == pytest.approx(sensitivity.value, rel=1e-10)
+
+
+def blocks_drawn_differently(rank: Rank) -> None:
+    """As every process may have a seed of its own, the first one's blocks count."""
+    model, data, _ = setting()
+    torch.manual_seed(100 + rank.number)
+    drawn = candidate("3", block=cg.blocks.ResidualMLP(4, 5, nn.Tanh()))
+    before = drawn.block.get_parameter("inner.weight").clone()
+    shard = rank.shard(data, EMPTY[rank.size])
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, shard, [drawn], group=rank.group)
+    assert torch.equal(drawn.block.get_parameter("inner.weight"), before)
+    found = cg.solve(problem)
+    torch.manual_seed(100)
+    first = candidate("3", block=cg.blocks.ResidualMLP(4, 5, nn.Tanh()))
+    single = cg.GrowthProblem(model, CROSS_ENTROPY, data, [first], group=rank.alone)
+    assert_same_answer(found, cg.solve(single))
+    for one, other in zip(
+        found.candidates["3"].block.parameters(), first.block.parameters(), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+class Overwriting(nn.Module):
+    """Changes the tensor at the site in place afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act, self.last = nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.first(x)).mul_(2.0))
+
+
+def site_that_is_overwritten(rank: Rank) -> None:
+    """A process without data hears from the others what the site is like."""
+    _, data, _ = setting()
+    model, shard = Overwriting(), rank.shard(data, EMPTY[rank.size])
+    model.load_state_dict({k: torch.full_like(v, 0.3) for k, v in model.state_dict().items()})
+    block = cg.blocks.ResidualLinear(4, torch.tanh)
+    found, expected = compared(rank, model, shard, data, candidates=[cg.Candidate("act", block)])
+    assert_same_answer(found, expected)
+    assert found.candidates["act"].overwritten
+
+
+def wrapped_model(rank: Rank) -> None:
+    """DistributedDataParallel: its reducer neither waits nor is upset, and training goes on."""
+    model, data, _ = setting()
+    model[0] = nn.Sequential(model[0], nn.BatchNorm1d(4))  # buffers, which the wrapper sends round
+    one = candidate("module.1")
+    plain = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("1")], group=rank.alone)
+    expected = cg.solve(plain)
+    ddp = DistributedDataParallel(model, process_group=rank.group)
+    shard = rank.shard(data, EMPTY[rank.size])
+    problem = cg.GrowthProblem(ddp, CROSS_ENTROPY, shard, [one], group=rank.group)
+    with nothing_left_behind(ddp):
+        found = cg.solve(problem)
+    for key, value in expected.multipliers["1"].items():
+        assert_close(found.multipliers["module.1"][key], value)
+    assert found.stationarity == pytest.approx(expected.stationarity, rel=1e-11)
+    step(rank, ddp, data)
+    cg.insert(ddp, found)
+    step(rank, DistributedDataParallel(ddp.module, process_group=rank.group), data)
+
+
+def step(rank: Rank, ddp: nn.Module, data: list[Any]) -> None:
+    """A training step, after which the gradients are the same everywhere."""
+    ddp.zero_grad()
+    input, target = data[rank.number]
+    CROSS_ENTROPY(ddp(input), target).backward()
+    grads = [p.grad.clone() for p in ddp.parameters() if p.grad is not None]
+    assert len(grads) == len(list(ddp.parameters()))
+    sums = [grad.clone() for grad in grads]
+    add_up(sums, rank.group)
+    for grad, total in zip(grads, sums, strict=True):
+        torch.testing.assert_close(grad * rank.size, total)
+
+
+def candidates_found_in_a_wrapped_model(rank: Rank) -> None:
+    model, data, _ = setting()
+    ddp = DistributedDataParallel(model, process_group=rank.group)
+    found = [c.after for c in cg.find_candidates(ddp, data[0][0])]
+    assert found == [f"module.{c.after}" for c in cg.find_candidates(model, data[0][0])]
+
+
+def failure_on_one_process(rank: Rank) -> None:
+    """The others do not wait for it."""
+    model, data, candidates = setting()
+    shard = rank.shard(data, (2,) * rank.size)
+    if rank.number == 1:
+        shard = [shard[0], (torch.zeros(0, 2), torch.zeros(0).long())]
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, shard, candidates, group=rank.group)
+    with nothing_left_behind(model), refused_by(rank, cg.DataError, "no samples"):
+        cg.solve(problem)
+
+
+def failure_of_the_users_own(rank: Rank) -> None:
+    model, data, candidates = setting()
+    shard = rank.shard(data, (2,) * rank.size)
+
+    class Shard(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from super().__iter__()
+            if broken and rank.number == 1:
+                raise OSError("disk full")
+
+    broken = False
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, Shard(shard), candidates, group=rank.group)
+    broken = True
+    error = OSError if rank.number == 1 else cg.GrowthError
+    with refused_by(rank, error, "disk full"):
+        cg.solve(problem)
+
+
+def failure_at_the_first_batch(rank: Rank) -> None:
+    model, data, candidates = setting()
+    shard: Any = rank.shard(data, (2,) * rank.size)
+    if rank.number == 1:
+        shard[0][0].fill_(torch.nan)
+    with refused_by(rank, cg.DataError, "NaN"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, shard, candidates, group=rank.group)
+    with refused_by(rank, cg.DataError, "one-shot"):
+        shard = iter(data) if rank.number == 1 else data
+        cg.GrowthProblem(model, CROSS_ENTROPY, shard, candidates, group=rank.group)
+
+
+def no_data_at_all(rank: Rank) -> None:
+    model, _, candidates = setting()
+    with pytest.raises(cg.DataError, match="no batches"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, [], candidates, group=rank.group)
+
+
+def models_that_differ(rank: Rank) -> None:
+    model, data, candidates = setting()
+    with torch.no_grad():
+        model.get_parameter("0.weight").mul_(1.0 + 0.1 * rank.number)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates, group=rank.group)
+    with pytest.raises(cg.DataError, match="same state dict"):
+        cg.solve(problem)
+
+
+def candidates_that_differ(rank: Rank) -> None:
+    model, data, candidates = setting()
+    mine = candidates[: 1 + rank.number]
+    with pytest.raises(cg.CandidateError, match="same candidates"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, mine, group=rank.group)
+
+
+def sums_of_tensors(rank: Rank) -> None:
+    """Large and small ones, of several dtypes, also views of others."""
+    whole = torch.zeros(4, 3)
+    tensors = [
+        torch.ones(()),
+        torch.ones(600, 600),
+        torch.ones(5, dtype=torch.float32),
+        whole[:, 1],
+        torch.ones(300, 300).T,
+        torch.ones(2, 0),
+    ]
+    for tensor in tensors:
+        tensor.fill_(1.0 + rank.number)
+    add_up(tensors, rank.group)
+    expected = sum(1.0 + number for number in range(rank.size))
+    assert all(bool((tensor == expected).all()) for tensor in tensors)
+    assert whole.sum() == 4 * expected
+    assert everywhere(lambda: rank.number, rank.group) == list(range(rank.size))
+
+
+CASES: list[Callable[[Rank], None]] = [
+    unequal_shards,
+    process_without_data,
+    second_moments,
+    blocks_drawn_differently,
+    site_that_is_overwritten,
+    wrapped_model,
+    candidates_found_in_a_wrapped_model,
+    failure_on_one_process,
+    failure_of_the_users_own,
+    failure_at_the_first_batch,
+    no_data_at_all,
+    models_that_differ,
+    candidates_that_differ,
+    sums_of_tensors,
+]
+
+
+@contextmanager
+def refused_by(rank: Rank, error: type[Exception], word: str) -> Iterator[None]:
+    """An error on all processes, which says on the others where it comes from."""
+    with pytest.raises(error, match=word) as caught:
+        yield
+    assert ("process 1 of the group" in str(caught.value)) == (rank.number != 1)
+
+
+# --- the processes ----------------------------------------------------------------------------
+
+
+def run_cases(number: int, path: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{path}", timedelta(seconds=60), rank=number, world_size=PROCESSES
+    )
+    alone = [dist.new_group([each]) for each in range(PROCESSES)][number]
+    last_two = dist.new_group([1, 2])
+    for case in CASES:
+        case(Rank(number, PROCESSES, None, alone))
+    if number > 0:
+        for case in CASES:
+            case(Rank(number - 1, 2, last_two, alone))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    spawn(run_cases, (str(tmp_path / "meeting"),), nprocs=PROCESSES)
+
+
+def test_one_process_needs_no_group() -> None:
+    tensor = torch.ones(3)
+    add_up([tensor], None)
+    assert torch.equal(tensor, torch.ones(3))
+    assert everywhere(lambda: 5, None) == [5]
