@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate,
     after any other activation module, and after every module that keeps the shape of its input
     and has parameters and children of its own (a residual block), `ResidualMLP` with the outer
     factor pinned. Only sites that are reached once and carry floating-point tensors of at least
-    two dimensions count; the last output of the model does not.
+    two dimensions count, each tensor once; the output of the model does not, nor what is inside
+    a layer inserted earlier.
 
     Args:
         model: The model, left as it was.
@@ -74,10 +76,17 @@ def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate,
     with untouched(model):  # which also puts the random state back that the blocks draw from
         seen = visits(model, example_input, modules)
         last = next(reversed(seen.values())).output  # of the model itself
+        places: dict[tuple[int, int], list[str]] = {}  # modules with one and the same output
         for name, visit in seen.items():
             if visit.count == 1 and visit.output is not last:
-                block = _proposal(modules[name], visit.input, visit.output)
-                found += [] if block is None else [Candidate(name, block)]
+                places.setdefault((id(visit.output), visit.version), []).append(name)
+        for names in places.values():
+            sites = [name for name in names if not _is_inside_inserted(name, modules)]
+            for name in names:
+                block = _proposal(modules[name], seen[name].input, seen[name].output)
+                if sites and block is not None:
+                    found.append(Candidate(name if name in sites else sites[0], block))
+                    break
     if not found:
         raise CandidateError(
             f"model={type(model).__name__} has no activation module and no module that keeps the "
@@ -85,6 +94,13 @@ def find_candidates(model: nn.Module, example_input: object) -> tuple[Candidate,
             "cg.Candidate(after='name of a submodule', block=...)."
         )
     return tuple(found)
+
+
+def _is_inside_inserted(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module is a layer inserted earlier, or a part of one."""
+    parts = name.split(".")
+    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
+    return any(hasattr(modules.get(owner), "base") for owner in owners)
 
 
 def _proposal(module: nn.Module, input: object, output: object) -> nn.Module | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from constrained_growth.errors import CandidateError, RecordError
+from constrained_growth.observation import parameter_shapes
 from constrained_growth.optimizers import adopt, check_optimizer
 from constrained_growth.records import (
     GrowthRecord,
     InsertedLayer,
     build,
     describe,
-    parameter_shapes,
 )
 from constrained_growth.solution import Planned, Solution
 
@@ -51,6 +51,18 @@ class Inserted(nn.Module):
         """The inserted layer applied to the output of the base."""
         output = self.inserted(self.base(*args, **kwargs))
         return output.clone() if self.overwritten else output
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.base[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base)  # type: ignore[call-overload]
+
+    def __bool__(self) -> bool:
+        return True
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -133,7 +145,7 @@ def replay(
         model: As it was before the first insertion; changed in place.
         record: From `insert`, or `GrowthRecord.from_json`.
         blocks: Name of the inserted layer → block, for blocks and activations of your own, which
-            a record cannot rebuild.
+            a record that comes from JSON cannot rebuild.
         strict: Whether the parameters of `model` must have the names and shapes they had when
             the record was made (default). False asks only for the sites, say for a model with
             another head.
@@ -151,9 +163,15 @@ def replay(
         >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
         True
     """
+    if not isinstance(record, GrowthRecord):
+        raise RecordError(
+            f"record={record!r:.80} is not a GrowthRecord; make one from JSON text by "
+            "cg.GrowthRecord.from_json(text)."
+        )
     if strict:
         _check_shapes(model, record)
-    built = [_rebuilt(layer, (blocks or {}).get(layer.name)) for layer in record.insertions]
+    given = blocks or {}
+    built = [_rebuilt(layer, given.get(layer.name)) for layer in record.insertions]
     wrappers: list[Inserted] = []
     for layer, block in zip(record.insertions, built, strict=True):
         site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
@@ -174,6 +192,8 @@ def replay(
 
 def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, Planned]]:
     """Name, site and plan (of a copied block) of the candidates chosen, in the problem's order."""
+    if not isinstance(solution, Solution):
+        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
     modules = dict(model.named_modules(remove_duplicate=False))
     for name in solution.decision.chosen:
         if name not in solution.candidates:
@@ -187,6 +207,13 @@ def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, 
                 f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
                 f'candidate "{name}"; give the model of the problem, as it was when solved.'
             )
+    shapes = parameter_shapes(model)
+    if solution.decision.chosen and shapes != dict(solution.parameters):
+        raise CandidateError(
+            f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
+            "model that was solved; give that model or a copy of it. After an insertion make a "
+            "new problem and solve it."
+        )
     return [
         (name, modules[planned.after], replace(planned, block=copy.deepcopy(planned.block)))
         for name, planned in solution.candidates.items()
@@ -209,7 +236,8 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _rebuilt(layer: InsertedLayer, given: nn.Module | None) -> nn.Module:
-    block = build(layer) if given is None else copy.deepcopy(given)
+    known = layer.pristine if given is None else given
+    block = build(layer) if known is None else copy.deepcopy(known)
     shapes = parameter_shapes(block)
     if shapes != dict(layer.parameters):
         raise RecordError(

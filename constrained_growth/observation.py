@@ -6,6 +6,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +32,12 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
     generators = [(g, g.get_state()) for other in others for g in _generators(other)]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    token = _UNTOUCHED.set(True)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        _UNTOUCHED.reset(token)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         for generator, state in generators:
@@ -45,6 +48,14 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
             module.training = training
         for parameter, grad in grads:
             parameter.grad = grad
+
+
+_UNTOUCHED: ContextVar[bool] = ContextVar("_UNTOUCHED", default=False)
+
+
+def is_untouched() -> bool:
+    """Whether a model is run within `untouched`, to be looked at, and not by the user."""
+    return _UNTOUCHED.get()
 
 
 @contextmanager
@@ -87,6 +98,11 @@ def call(model: Callable[..., Any], input: object) -> Any:
     if isinstance(input, tuple | list):
         return model(*input)
     return model(input)
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name → shape of the parameters of a module."""
+    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
 def device_of(model: nn.Module) -> torch.device | None:

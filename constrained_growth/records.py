@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from constrained_growth import activations, blocks
 from constrained_growth.errors import RecordError
+from constrained_growth.observation import parameter_shapes
 
 _VERSION = 1
 
@@ -28,6 +30,8 @@ class InsertedLayer:
             block or activation of the user's own has `arguments` None: pass it to `replay`.
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
+        pristine: The block as it was inserted, while the record lives in the process that made
+            it; JSON does not hold it.
     """
 
     name: str
@@ -35,6 +39,7 @@ class InsertedLayer:
     block: Mapping[str, Any]
     parameters: Mapping[str, tuple[int, ...]]
     overwritten: bool = False
+    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,12 @@ class GrowthRecord:
 
     def to_json(self) -> str:
         """The record as JSON text."""
-        return json.dumps({"version": _VERSION, **asdict(self)}, indent=2)
+        layers = [
+            {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "pristine"}
+            for layer in self.insertions
+        ]
+        content = {"version": _VERSION, "insertions": layers, "model": self.model}
+        return json.dumps(content, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> GrowthRecord:
@@ -95,16 +105,18 @@ class GrowthRecord:
         return cls(layers, model)
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Name → shape of the parameters of a module."""
-    return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-
-
 def describe(
     name: str, after: str, block: nn.Module, *, overwritten: bool = False
 ) -> InsertedLayer:
     """The record of a block about to be inserted."""
-    return InsertedLayer(name, after, _described_block(block), parameter_shapes(block), overwritten)
+    return InsertedLayer(
+        name,
+        after,
+        _described_block(block),
+        parameter_shapes(block),
+        overwritten,
+        copy.deepcopy(block),
+    )
 
 
 def build(layer: InsertedLayer) -> nn.Module:

@@ -399,3 +399,50 @@ def test_decision_made_by_hand() -> None:
     solution = solved(model, data, candidate("1"), candidate("3"), rule=choose())
     record = cg.insert(model, replace(solution, decision=cg.Decision(chosen=("3",))))
     assert [layer.after for layer in record.insertions] == ["3"]
+
+
+def test_record_in_the_same_process_rebuilds_blocks_of_the_users_own() -> None:
+    model, data = feedforward(2, 4, 3), classified(20)
+    fresh = copy.deepcopy(model)
+    block = cg.blocks.IdentityLinear(4, lambda x: x.clamp(min=0.0))
+    record = cg.insert(model, solved(model, data, cg.Candidate("1", block)))
+    cg.replay(fresh, record).load_state_dict(model.state_dict())
+    assert torch.equal(fresh(data[0][0]), model(data[0][0]))
+    with pytest.raises(cg.RecordError, match="blocks="):
+        cg.replay(feedforward(2, 4, 3), cg.GrowthRecord.from_json(record.to_json()))
+
+
+def test_the_same_solution_is_not_inserted_twice() -> None:
+    model, data = feedforward(2, 4, 3), classified(20)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate()])
+    solution = cg.solve(problem)
+    cg.insert(model, solution)
+    with pytest.raises(cg.CandidateError, match="new problem"):
+        cg.insert(model, solution)
+    with pytest.raises(cg.CandidateError, match=r"make a new cg\.GrowthProblem"):
+        cg.solve(problem)
+
+
+def test_a_container_that_got_a_layer_is_still_one() -> None:
+    stage = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model, data = nn.Sequential(nn.Linear(2, 4), stage, nn.Linear(4, 3)), classified(20)
+    cg.insert(model, solved(model, data, candidate()))
+    grown: Any = model[1]
+    assert len(grown) == 2
+    assert grown[0] is stage[0]
+    assert list(grown) == list(stage)
+    assert bool(grown)
+
+
+def test_candidates_of_a_grown_model_are_each_tensor_once() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(20)
+    cg.insert(model, solved(model, data, candidate()))
+    names = [found.after for found in cg.find_candidates(model, data[0][0])]
+    assert names == ["1.base", "1", "3"]
+
+
+def test_what_is_no_solution_and_no_record_is_refused() -> None:
+    with pytest.raises(cg.CandidateError, match=r"not what cg\.solve returns"):
+        cg.insert(feedforward(2, 4, 3), None)  # type: ignore[arg-type]
+    with pytest.raises(cg.RecordError, match="from_json"):
+        cg.replay(feedforward(2, 4, 3), "{}")  # type: ignore[arg-type]

@@ -195,7 +195,8 @@ def test_inserting_nothing_is_an_answer() -> None:
         (None, ["returned None", "cg.Decision(chosen=("]),
         (("1",), ["returned ('1',)", "not a cg.Decision"]),
         ("1", ["returned '1'", "not a cg.Decision"]),
-        (cg.Decision("1"), ["the string '1'"]),  # type: ignore[arg-type]
+        (cg.Decision("1"), ["chose '1'", "not a tuple of names"]),  # type: ignore[arg-type]
+        (cg.Decision(None), ["chose None", "not a tuple of names"]),  # type: ignore[arg-type]
         (cg.Decision(("2",)), ["'2'", "the candidates are ('1', '3')"]),
         (cg.Decision(("1", "1")), ["at most once"]),
     ],
