@@ -26,6 +26,7 @@ from constrained_growth.activations import (
     Activation,
     TanhLU,
     as_activation,
+    computes_same,
     identity_error,
     identity_shift,
     slope_at_zero,
@@ -134,6 +135,26 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         ) from error
 
 
+def moves(block: nn.Module, x: Tensor) -> Tensor:
+    """Largest change of an entry of x by the block, over what rounding may do; at most 1 if none.
+
+    Raises:
+        BlockError: The block does not keep the shape of x.
+    """
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    y = torch.func.functional_call(block, buffers, (x.clone(),))
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise BlockError(
+            f"block={type(block).__name__} turns the shape {tuple(x.shape)} at its site into "
+            f"{got}; the width must match."
+        )
+    if x.numel() == 0:
+        return x.new_zeros(())
+    allowed = 1e3 * torch.finfo(x.dtype).eps * x.abs().max().clamp(min=1.0)
+    return (y - x).abs().max() / allowed
+
+
 class IdentityLinear(nn.Module):
     """Identity layer x ↦ σ(W x + b) − s with W = I, b = s, to stand right after a σ.
 
@@ -196,6 +217,10 @@ class IdentityLinear(nn.Module):
         """ψ = δ ⊙ σ′(x + s), φ = x."""
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
         return (AffineFactors("weight", "bias", psi, x),)
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Whether this is the identity on all that a module can give: σ itself, by its values."""
+        return computes_same(self.activation, site)
 
     def joint_kind(self) -> Hashable:
         """Same σ, same s."""
@@ -266,6 +291,10 @@ class ResidualLinear(nn.Module):
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = σ′(0) δ, φ = x."""
         return (AffineFactors("weight", "bias", _scaled(delta, self._slope), x),)
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Always: the branch is zero, whatever arrives."""
+        return True
 
     def joint_kind(self) -> Hashable:
         """Same σ′(0)."""
@@ -366,6 +395,10 @@ class ResidualMLP(nn.Module):
             return (AffineFactors("outer.weight", None, delta, hidden),)
         psi = _scaled(delta @ self.outer.weight, self._slope)
         return (AffineFactors("inner.weight", "inner.bias", psi, x),)
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Always: the branch is zero, whatever arrives."""
+        return True
 
     def joint_kind(self) -> Hashable:
         """Same σ, same hidden width, same factor pinned."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import has_joint_factors, pinned_parameters
+from constrained_growth.blocks import has_joint_factors, moves, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.distributed import everywhere, several, take_from_first
 from constrained_growth.errors import BlockError, CandidateError, DataError
@@ -133,6 +133,7 @@ def _site(
         after=name,
         module=module,
         blocks=blocks,
+        unsure=tuple(key for key, block in blocks.items() if not _exact_after(block, module)),
         kinds={key: _kind(block, facts.shape) for key, block in blocks.items()},
         shape=facts.shape,
         device=device,
@@ -259,12 +260,15 @@ def _anchors(loss: Tensor, xs: Mapping[str, Tensor]) -> set[str]:
 def _brought(
     candidate: Candidate, device: torch.device, dtype: torch.dtype, model: nn.Module
 ) -> nn.Module:
-    """The candidate's block, or a copy of it, on a device and in a dtype."""
+    """The candidate's block, or a copy, on a device, in a dtype and in the mode of its site."""
     block = candidate.block
     pinned_parameters(block)
     shares = not set(block.modules()).isdisjoint(model.modules())  # whose hooks are the site's
-    if shares or any(p.device != device or p.dtype != dtype for p in block.parameters()):
-        block = copy.deepcopy(block).to(device=device, dtype=dtype)
+    training = model.get_submodule(candidate.after).training
+    other_mode = any(module.training != training for module in block.modules())
+    moved = any(p.device != device or p.dtype != dtype for p in block.parameters())
+    if shares or other_mode or moved:
+        block = copy.deepcopy(block).to(device=device, dtype=dtype).train(training)
     return block
 
 
@@ -277,28 +281,27 @@ def _check_fit(name: str, block: nn.Module, x: Tensor) -> None:
 
 def _check_identity(block: nn.Module, x: Tensor, where: str) -> None:
     try:
-        with untouched(block):
-            y = block(x.clone())
+        moved = float(moves(block, x))
+    except BlockError:
+        raise
     except Exception as error:
         raise BlockError(
             f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; check "
             "its width."
         ) from error
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise BlockError(
-            f"{where} turns the shape {tuple(x.shape)} at its site into {got}; the width must "
-            "match."
-        )
-    moved = (y - x).abs().max().item() if x.numel() else 0.0
-    allowed = 1e3 * torch.finfo(x.dtype).eps * max(1.0, x.abs().max().item())
-    if not moved <= allowed:
+    if moved > 1:
         raise BlockError(
             f"{where} is not the identity at its pins on the data: it moves the tensor at its "
-            f"site by up to {moved:.2g}. An identity layer stands right after its own activation; "
-            "elsewhere use ResidualMLP(width, hidden, activation)."
+            f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
+            "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
         )
     _refuse_dead(block, x, where)
+
+
+def _exact_after(block: nn.Module, module: nn.Module) -> bool:
+    """Whether a block says that it is the identity on all that a module can give."""
+    exact_after = getattr(block, "exact_after", None)
+    return callable(exact_after) and bool(exact_after(module))
 
 
 def _kind(block: nn.Module, shape: tuple[int, ...]) -> Hashable:

@@ -155,5 +155,11 @@ def _site_modules(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str
                 f"{type(model).__name__}; its submodules are {known}"
                 f"{', …' if len(modules) > 13 else ''}."
             )
+        inside = [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
+        if any(candidate.after.startswith(f"{name}.") for name in inside):
+            raise CandidateError(
+                f'after="{candidate.after}" lies inside an nn.TransformerEncoderLayer, which in '
+                "eval mode passes its submodules by; choose the encoder layer itself."
+            )
         found[candidate.after] = modules[candidate.after]
     return found

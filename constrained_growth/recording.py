@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from constrained_growth.blocks import has_factors
+from constrained_growth.blocks import has_factors, moves
 from constrained_growth.distributed import add_up, everywhere
-from constrained_growth.errors import CandidateError
+from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.observation import full_precision
 from constrained_growth.tallies import Counts, Estimate, Squares, Tally
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Site:
         after: Qualified name of the module whose output is the site.
         module: That module.
         blocks: Candidate name → block, on the site's device and dtype.
+        unsure: The candidates whose blocks have to be tried on every batch, since they are the
+            identity only on certain values.
         kinds: Candidate name → what its block has in common with those that can be worked off
             together with it, or None for one that is worked off alone.
         shape: Shape of the tensor there on the first batch.
@@ -43,6 +46,7 @@ class Site:
     after: str
     module: nn.Module
     blocks: Mapping[str, nn.Module]
+    unsure: tuple[str, ...]
     kinds: Mapping[str, Hashable]
     shape: tuple[int, ...]
     device: torch.device
@@ -91,6 +95,7 @@ class Recorder:
         self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
         self._pending_bytes = 0
         self._shapes: list[torch.Size] = []
+        self._moved: dict[str, Tensor] = {}
         self._size = 0
 
     def hooks(self) -> dict[nn.Module, Callable[..., Any]]:
@@ -157,10 +162,14 @@ class Recorder:
         self.flush()
         return {m.name: m.tally.total(m.index) for group in self._groups for m in group}
 
-    def estimates(self, num_samples: int) -> dict[str, Estimate]:
-        """Candidate → what is known of it, from `num_samples` samples."""
+    def estimates(self, num_samples: int, *, last: bool = False) -> dict[str, Estimate]:
+        """Candidate → what is known of it, from `num_samples` samples.
+
+        With `last` nothing comes after this, and the sums become the means in place.
+        """
+        self._refuse_moving()
         self.flush()
-        means = [group[0].tally.means(num_samples) for group in self._groups]
+        means = [group[0].tally.means(num_samples, last=last) for group in self._groups]
         spreads = [
             (group[0].tally.squares - num_samples * squares)
             for group, (_, squares) in zip(self._groups, means, strict=True)
@@ -180,7 +189,9 @@ class Recorder:
                 f'after="{site.after}": in a later batch its output is a {type(output).__name__}, '
                 "or it is reached several times; a site is reached exactly once by a tensor."
             )
-        self._xs[index] = output.detach()
+        x = self._xs[index] = output.detach()
+        for name in site.unsure:
+            self._try(name, site.blocks[name], x)
         replaced = site.overwritten or not output.requires_grad
         if replaced:  # the model goes on with a copy that is part of the graph and not a view
             whole = output if output.requires_grad else output.detach().requires_grad_()
@@ -190,6 +201,21 @@ class Recorder:
         if site.anchor or not self._streams:
             self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
         return output if replaced else None
+
+    def _try(self, name: str, block: nn.Module, x: Tensor) -> None:
+        """Note by how much a block moves x, to be judged when the data is read."""
+        with full_precision(x.device), torch.no_grad():
+            moved = moves(block, x.to(next(block.parameters()).dtype)).double()
+        self._moved[name] = torch.maximum(self._moved.get(name, moved), moved)
+
+    def _refuse_moving(self) -> None:
+        for name, moved in self._moved.items():
+            if float(moved) > 1:
+                raise BlockError(
+                    f'the block of candidate "{name}" is the identity on the first batch and not '
+                    "on a later one. An identity layer stands right after its own activation; "
+                    "elsewhere use ResidualMLP(width, hidden, activation)."
+                )
 
     def _receive(self, index: int, delta: Tensor | None) -> None:
         """Take δ at a site, to be worked off at once where memory counts, else later."""

@@ -77,3 +77,53 @@ def test_norm_that_the_layers_in_place_do_not_have() -> None:
 def test_softmax_is_no_elementwise_activation() -> None:
     with pytest.raises(cg.BlockError, match="not elementwise"):
         cg.blocks.ResidualMLP(4, 4, nn.Softmax(dim=-1))
+
+
+def test_block_that_moves_a_later_batch_is_found_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Linear(4, 3))
+    with torch.no_grad():
+        for parameter in (model.get_parameter("0.weight"), model.get_parameter("0.bias")):
+            parameter.fill_(float(parameter.dim() - 1))
+    data = classified(20, batch=10)
+    data = [(data[0][0].abs(), data[0][1]), (-data[1][0].abs(), data[1][1])]
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("0")])
+    with pytest.raises(cg.BlockError, match="not on a later one"):
+        cg.solve(problem)
+
+
+def test_sites_that_eval_mode_passes_by_are_refused() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=8, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(12, 3))
+    data = [(torch.randn(6, 3, 4), torch.randint(3, (6,)))]
+    inside = cg.Candidate("0.linear1", cg.blocks.ResidualMLP(8, 4, torch.tanh))
+    with pytest.raises(cg.CandidateError, match="encoder layer itself"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [inside])
+    whole = cg.Candidate("0", cg.blocks.ResidualMLP(4, 4, torch.tanh))
+    assert solved(model, data, whole).sensitivities["0"].value > 0
+
+
+class Dropping(nn.Module):
+    """A block that computes something else in train mode."""
+
+    pinned = ("w",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.w * (2 * x if self.training else x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_block_is_measured_in_the_mode_of_its_site(training: bool) -> None:
+    model, data = feedforward(2, 4, 3).train(training), classified(20)
+    block = Dropping().train(not training)
+    one = cg.Candidate("1", block)
+    value = solved(model, data, one).multipliers["1"]["w"]
+    model.get_submodule("1").register_forward_hook(lambda _m, _x, y: inserted(y))
+    inserted = Dropping().train(training)
+    CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
+    assert inserted.w.grad is not None
+    torch.testing.assert_close(value, -inserted.w.grad, atol=1e-14, rtol=0)
+    assert block.training is not training
