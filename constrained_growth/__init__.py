@@ -17,6 +17,7 @@ from constrained_growth.errors import (
     RuleError,
 )
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
+from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, Threshold, TopK
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
@@ -36,6 +37,7 @@ __all__ = [
     "GrowthProblem",
     "GrowthRecord",
     "InsertedLayer",
+    "Monitor",
     "OptimizerError",
     "RecordError",
     "RuleError",
@@ -47,6 +49,7 @@ __all__ = [
     "blocks",
     "find_candidates",
     "insert",
+    "monitor",
     "norms",
     "replay",
     "solve",

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from constrained_growth.experiments import benchmark_report, benchmarks, report
+from constrained_growth.experiments import benchmark_report, benchmarks, monitoring_cost, report
 from constrained_growth.experiments.demo import run_demo
 
 app = typer.Typer(
@@ -118,6 +118,24 @@ def bench_multipliers(
     console.print(benchmark_report.multipliers(result))
     if out is not None:
         console.save_text(str(out / "constrained-growth-bench-multipliers.txt"), clear=False)
+    if json is not None:
+        json.write_text(result.to_json() + "\n", encoding="utf-8")
+    console.print(f"{time.perf_counter() - begin:.0f} s.")
+
+
+@bench.command("monitoring")
+def bench_monitoring(
+    quick: Annotated[bool, typer.Option("--quick", help="Two small cells, three rounds.")] = False,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Time training steps that are watched against steps that are not, on one thread."""
+    begin = time.perf_counter()
+    console = Console(highlight=False)
+    console.width = max(console.width, monitoring_cost.WIDTH)
+    plan = monitoring_cost.QUICK if quick else monitoring_cost.FULL
+    result = monitoring_cost.run_monitoring(plan, seed)
+    console.print(monitoring_cost.report(result))
     if json is not None:
         json.write_text(result.to_json() + "\n", encoding="utf-8")
     console.print(f"{time.perf_counter() - begin:.0f} s.")

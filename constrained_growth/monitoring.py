@@ -1,0 +1,497 @@
+"""Multipliers collected during ordinary training, from the user's own backward passes."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import CandidateError, DataError, RuleError
+from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
+from constrained_growth.observation import batch_size, hooked, is_untouched, parameter_shapes
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.recording import Site, _groups, _Member, _stacked
+from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.sketching import sketch_variance, sketched_sites
+from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
+from constrained_growth.solve import _decide, _size
+from constrained_growth.statistics import debiased_square
+from constrained_growth.tallies import Estimate, Squares, accumulation_dtype
+
+_FROBENIUS = Frobenius()
+_TOP_ONE = TopK(1)
+
+
+@contextmanager
+def monitor(
+    problem: GrowthProblem,
+    *,
+    norm: Norm | MomentNorm = _FROBENIUS,
+    sketch: int | None = None,
+    every: int = 1,
+    scale: float | Callable[[], float] = 1.0,
+    seed: int = 0,
+) -> Iterator[Monitor]:
+    """Watch the multipliers while a model is trained, at next to no cost.
+
+    Within the context, whenever the problem's model runs forward with gradients on and the
+    user's own `loss.backward()` passes the sites, their (x, δ) are summed up. Batch b of n_b
+    samples, at the parameters θ_b that the model had then, counts with its size:
+
+        λ_c = −Σ_b n_b ∇_{v_c} L_b(θ_b, 0) / Σ_b n_b.
+
+    The parameters move, so this is an **average over a window** of training (from entering the
+    context, or the last `reset()`), not λ at the present parameters; with the step size at zero
+    it is what `solve` gives for the same batches. Training itself is the same to the last bit.
+
+    What is assumed, and what happens else:
+
+    * What `backward` is called on is the mean of the loss over the samples of the batch. Where it
+      is multiplied by a factor (loss scaling, 1/m with gradient accumulation over m batches), say
+      so in `scale`. Every forward pass counts as a batch of its own.
+    * The batch size is the first dimension of the first tensor that the model is called with.
+    * A forward pass without backward (validation, with or without `torch.no_grad()`) counts for
+      nothing and keeps nothing alive; neither does one that an exception ended. At each site the
+      mean is over the samples whose δ arrived there. What `solve` runs in between does not count.
+    * Several backward passes through one forward pass (`retain_graph=True`) add up, as their
+      gradients do, and the batch counts once. A gradient penalty (`create_graph=True`) adds what
+      comes through the tensor at the site, and not what would come through the derivative of the
+      block.
+    * Each process of a distributed group averages over its own batches.
+
+    Args:
+        problem: Its model is watched at the sites of its candidates; its data are not read.
+        norm: How large a multiplier is, as in `solve`.
+        sketch: None for λ itself; or k, to keep only k random combinations of the rows of λᵀ,
+            which cost 2k (in + out) operations for each sample instead of 2 in · out. That
+            gives the Frobenius norm: an unbiased estimate of ‖λ‖²_F (see `Monitor.sensitivities`)
+            but not λ. Candidates without a closed form (`factors`) are measured exactly.
+        every: Watch every so-manieth forward pass only; the others cost next to nothing.
+        scale: What the loss was multiplied with before `backward`, or a function that says so at
+            each forward pass: `scale=scaler.get_scale` for a `torch.amp.GradScaler`. With a
+            function, what is NaN or infinite at a site is left out there, as the scaler leaves
+            out the step (which asks the device for an answer).
+        seed: Of the random signs of the sketch, which come from a generator of their own.
+
+    Yields:
+        The `Monitor`, which can be read within the context and after it.
+
+    Raises:
+        RuleError: `norm`, `sketch`, `every` or `scale` make no sense, or `norm` is not the
+            Frobenius norm although only a sketch of λ is kept.
+        DataError: `problem` is not a `GrowthProblem`, or (while training) a batch has no size.
+
+    Source:
+        The sketch: Hutchinson, *A stochastic estimator of the trace of the influence matrix*,
+        1990; Achlioptas, *Database-friendly random projections*, 2003.
+
+    Example:
+        >>> import torch
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
+        >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> with cg.monitor(problem) as monitor:
+        ...     for input, target in data:
+        ...         optimizer.zero_grad()
+        ...         nn.functional.cross_entropy(net(input), target).backward()
+        ...         optimizer.step()
+        >>> monitor.num_samples, tuple(monitor.multipliers()["1"]["weight"].shape)
+        (8, (4, 4))
+    """
+    _check(problem, norm, sketch, every, scale)
+    found = Monitor(problem, norm, sketch, every, scale, seed)
+    with found.watching():
+        yield found
+
+
+class Monitor:
+    """What `monitor` gives: the multipliers of a window of training so far.
+
+    Made by `monitor`, where its arguments are explained.
+    """
+
+    def __init__(
+        self,
+        problem: GrowthProblem,
+        norm: Norm | MomentNorm,
+        sketch: int | None,
+        every: int,
+        scale: float | Callable[[], float],
+        seed: int,
+    ) -> None:
+        self._problem = problem
+        self._norm = norm
+        self._sketch = sketch
+        self._every = every
+        self._scale = scale
+        self._generator = torch.Generator().manual_seed(seed)
+        self._batch: _Batch | None = None
+        self._hooks = ExitStack()
+        self._hooked = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new window, in sketch mode with new random signs.
+
+        A backward pass still to come through an earlier forward pass counts for the old one.
+        """
+        sites = self._problem.sites
+        if self._sketch is not None:
+            sites = sketched_sites(sites, self._sketch, self._generator)
+        self._passes = 0
+        self._batch = None
+        self._window = _Window(
+            sites, moments=needs_moments(self._norm), skips=callable(self._scale)
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples count in the window so far, at the site with the most."""
+        return max(self._window.samples)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches count in the window so far, at the site with the most."""
+        return max(self._window.batches)
+
+    def multipliers(self) -> dict[str, dict[str, Tensor]]:
+        """Candidate → pinned parameter → λ, the average over the window.
+
+        Raises:
+            RuleError: Only a sketch is kept.
+            DataError: No backward pass arrived at some site in this window.
+        """
+        if self._sketch is not None:
+            raise RuleError(
+                f"sketch={self._sketch} keeps the size of the multipliers and not themselves; ask "
+                "for sensitivities(), or monitor with sketch=None."
+            )
+        return {name: estimate.multiplier for name, estimate in self._estimates().items()}
+
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """Candidate → how large its λ, the average over the window, is.
+
+        With a sketch of k rows, λ_V = Ωλᵀ with independent signs ±1/√k in Ω, value² is an
+        unbiased estimate of ‖λ‖²_F, and with A = λᵀλ (its bias column included)
+
+            Var(value²) = (2/k) (‖A‖²_F − Σ_i A_ii²)  ≤  (2/k) ‖λ‖⁴_F,
+
+        with equality nearly reached by a λ of rank one: a relative standard deviation of `value`
+        of at most about 1/√(2k), 18 % for k = 16, and less by √r for a λ of r equal singular
+        values. `standard_error` then holds this too, estimated from the spread over the k rows:
+        √(tr Cov(λ) + Var(value)).
+
+        Within a window `standard_error` and `variance` take the samples for independent draws
+        at the same parameters, which they are only for small steps.
+
+        Raises:
+            DataError: No backward pass arrived at some site in this window.
+        """
+        estimates = self._estimates()
+        planned = {n: (site, b) for site in self._problem.sites for n, b in site.blocks.items()}
+        return {
+            candidate.name: self._sensitivity(estimates[candidate.name], *planned[candidate.name])
+            for candidate in self._problem.candidates
+        }
+
+    def solution(self, rule: DecisionRule = _TOP_ONE) -> Solution:
+        """The window's multipliers, and what a rule makes of them; `insert` takes it.
+
+        The loss, which is not seen, is NaN, and `multipliers` is empty in sketch mode.
+
+        Args:
+            rule: `rule(sensitivities) -> Decision`.
+
+        Raises:
+            RuleError: `rule` cannot be called, or does not return a decision.
+            DataError: No backward pass arrived at some site in this window.
+        """
+        if not callable(rule):
+            raise RuleError(f"rule={rule!r} cannot be called; give cg.TopK(1), or a function.")
+        sensitivities = self.sensitivities()
+        finite = all(math.isfinite(sensitivity.value) for sensitivity in sensitivities.values())
+        status = Status.STATIONARITY_UNKNOWN if finite else Status.NOT_FINITE
+        return Solution(
+            status=status,
+            loss=math.nan,
+            stationarity=None,
+            multipliers=self.multipliers() if self._sketch is None else {},
+            sensitivities=sensitivities,
+            decision=_decide(rule, sensitivities) if finite else Decision((), status.value),
+            candidates={
+                name: Planned(site.after, block, site.overwritten)
+                for site in self._problem.sites
+                for name, block in site.blocks.items()
+            },
+            parameters=parameter_shapes(self._problem.model),
+            num_samples=self.num_samples,
+            num_batches=self.num_batches,
+        )
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the model for a while; windows go on from one time to the next."""
+        begin = self._problem.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        try:
+            yield
+        finally:
+            begin.remove()
+            self._watch(None)
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pass begins: is it to be watched?"""
+        batch = None
+        if torch.is_grad_enabled() and not is_untouched():
+            if self._passes % self._every == 0:
+                scale = self._scale() if callable(self._scale) else self._scale
+                batch = _Batch(batch_size(args, kwargs), scale)
+                self._window.make_room()
+            self._passes += 1
+        self._watch(batch)
+
+    def _watch(self, batch: _Batch | None) -> None:
+        """Hooks at the sites for a batch, or none, so that an unwatched pass goes unhindered."""
+        self._batch = batch
+        if batch is None:
+            self._hooks.close()
+        elif not self._hooked:
+            sites = enumerate(self._problem.sites)
+            hooks = {site.module: functools.partial(self._see, i) for i, site in sites}
+            self._hooks.enter_context(hooked(hooks))
+        self._hooked = batch is not None
+
+    def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
+        """Note x at a site in the forward pass; what it returns takes the place of the output."""
+        batch = self._batch
+        if batch is None or not torch.is_grad_enabled():
+            return None
+        site = self._problem.sites[index]
+        if not isinstance(output, Tensor):
+            raise CandidateError(
+                f'after="{site.after}": its output is now a {type(output).__name__}, and a site '
+                "is a tensor; make the problem anew."
+            )
+        x = output.detach()
+        replaced = site.overwritten or not output.requires_grad
+        if not output.requires_grad:  # may be the user's own input, and written over when read
+            x, output = x.clone(), x.requires_grad_()
+        if replaced:
+            output = output.clone()
+        # x lives as long as the graph does, and no longer where no backward pass comes
+        output.register_hook(functools.partial(self._window.receive, index, x, batch))
+        return output if replaced else None
+
+    def _estimates(self) -> dict[str, Estimate]:
+        with _plainly():
+            return self._window.estimates()
+
+    def _sensitivity(self, estimate: Estimate, site: Site, block: nn.Module) -> Sensitivity:
+        multiplier, variance = estimate.multiplier, estimate.variance
+        pinned = pinned_parameters(block)
+        sketched = multiplier.keys() != pinned.keys()
+        error = variance + sketch_variance(multiplier) if sketched else variance
+        return Sensitivity(
+            value=_size(estimate, self._norm),
+            standard_error=lipschitz(self._norm, multiplier) * math.sqrt(error),
+            num_parameters=sum(parameter.numel() for parameter in pinned.values()),
+            num_new_parameters=sum(parameter.numel() for parameter in block.parameters()),
+            norm=self._norm,
+            site=site.after,
+            variance=variance,
+            debiased_square=debiased_square(multiplier.values(), variance),
+        )
+
+
+@dataclass(eq=False, slots=True)
+class _Batch:
+    """A forward pass that is watched.
+
+    Attributes:
+        size: How many samples.
+        scale: What its loss will be multiplied with.
+        arrived: At which sites δ has arrived.
+        pairs: Site → (x, δ) that wait to be worked off.
+    """
+
+    size: int
+    scale: float
+    arrived: set[int] = field(default_factory=set)
+    pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+class _Window:
+    """The sums of one window.
+
+    Small tensors wait, up to `_ROOM` bytes, so that several batches and all candidates of one
+    kind are worked off in one stroke; large ones are worked off as backward delivers them.
+
+    Args:
+        sites: The sites, with the blocks to sum up for.
+        moments: Also the second moments that some norms need.
+        skips: Leave out what is not finite.
+
+    Attributes:
+        samples: For each site, how many samples count.
+        batches: For each site, how many batches.
+    """
+
+    def __init__(self, sites: Sequence[Site], *, moments: bool, skips: bool) -> None:
+        self._batch_bytes = 2 * sum(site.bytes for site in sites)
+        waits = self._batch_bytes <= _ROOM
+        self._squares: dict[torch.device, Squares] = {}
+        self._groups = _groups(sites, self._squares, joint=waits, moments=moments)
+        members = [member for group in self._groups for member in group]
+        self._here = [[m for m in members if m.site == index] for index in range(len(sites))]
+        self._waits = [waits and all(member.closed for member in here) for here in self._here]
+        self._names = [site.after for site in sites]
+        self._waiting: list[_Batch] = []
+        self._skips = skips
+        self._size = 0
+        self.samples = [0] * len(sites)
+        self.batches = [0] * len(sites)
+
+    def receive(self, index: int, x: Tensor, batch: _Batch, delta: Tensor | None) -> None:
+        """Take δ at a site, to be worked off at once or later."""
+        if delta is None:
+            return
+        if torch.is_grad_enabled():  # backward(create_graph=True)
+            with torch.no_grad():
+                self.receive(index, x, batch, delta.detach())
+            return
+        if self._skips and not bool(delta.isfinite().all()):
+            return
+        if batch.scale != 1.0:  # in a precision where what is small stays
+            dtype = accumulation_dtype(delta.dtype)
+            x, delta = x.to(dtype), delta.to(dtype) / batch.scale
+        if index not in batch.arrived:
+            batch.arrived.add(index)
+            self.samples[index] += batch.size
+            self.batches[index] += 1
+        by_sample = x.dim() > 1 and x.shape[0] == batch.size
+        if by_sample and self._waits[index]:
+            self._keep(index, x, delta, batch)
+            return
+        self._settle(batch.size)
+        for member in self._here[index]:
+            if by_sample and member.closed:
+                member.tally.add_samples(x, delta, batch.size)
+            else:
+                member.tally.add_batch(member.index, x, delta, batch.size)
+
+    def make_room(self) -> None:
+        """Work off what waits if another batch would be too much."""
+        if self._waiting and (len(self._waiting) + 1) * self._batch_bytes > _ROOM:
+            with _plainly():
+                self._work_off()
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Candidate → what is known of it, over the samples that count at its site.
+
+        Raises:
+            DataError: None do.
+        """
+        self._work_off()
+        self._settle(0)
+        silent = [n for n, count in zip(self._names, self.samples, strict=True) if count == 0]
+        if silent:
+            raise DataError(
+                f"after={silent}: no backward pass has arrived there since the window began; call "
+                "the problem's own model within the context, and backward() on its loss."
+            )
+        return {m.name: self._estimate(m) for group in self._groups for m in group}
+
+    def _estimate(self, member: _Member) -> Estimate:
+        count = self.samples[member.site]
+        means, squares = member.tally.means(count)
+        spread = float(member.tally.squares[member.index] - count * squares[member.index])
+        return member.tally.estimate(member.index, means, spread, count)
+
+    def _keep(self, index: int, x: Tensor, delta: Tensor, batch: _Batch) -> None:
+        if index in batch.pairs:  # a second backward pass through the same graph
+            self._work_off()
+        if not batch.pairs:
+            self._waiting.append(batch)
+        batch.pairs[index] = x, delta
+
+    def _settle(self, size: int) -> None:
+        """Put together the squares that were noted, where a batch of another size comes."""
+        if size != self._size:
+            for squares in self._squares.values():
+                squares.settle(self._size)
+            self._size = size
+
+    def _work_off(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        alike: dict[Hashable, list[_Batch]] = {}
+        for batch in waiting:
+            shapes = tuple((index, x.shape) for index, (x, _) in batch.pairs.items())
+            alike.setdefault((batch.size, frozenset(shapes)), []).append(batch)
+        for batches in alike.values():
+            self._settle(batches[0].size)
+            pairs = {i: [batch.pairs[i] for batch in batches] for i in batches[0].pairs}
+            for group in self._groups:
+                self._stroke(group, pairs, batches[0].size)
+        for batch in waiting:
+            batch.pairs.clear()
+
+    def _stroke(self, group: Sequence[_Member], arrived: Mapping[int, _Pairs], size: int) -> None:
+        """Work off a group of candidates; at the sites where there is nothing, δ is zero."""
+        here = [arrived.get(member.site) for member in group]
+        for like in {pairs[0][0].shape: pairs for pairs in here if pairs}.values():
+            shape = like[0][0].shape
+            nothing = [(torch.zeros_like(x), torch.zeros_like(delta)) for x, delta in like]
+            fits = [pairs if pairs and pairs[0][0].shape == shape else nothing for pairs in here]
+            x, delta = (
+                _stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
+            )
+            group[0].tally.add_samples(x, delta, size)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Without a graph, and with tensors that may be changed later, whatever the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _check(problem: object, norm: object, sketch: object, every: object, scale: object) -> None:
+    if not isinstance(problem, GrowthProblem):
+        raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
+    if not callable(norm):
+        raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
+    if sketch is not None and not _is_count(sketch):
+        raise RuleError(f"sketch={sketch!r} is neither None nor a positive whole number.")
+    if sketch is not None and not isinstance(norm, Frobenius):
+        raise RuleError(
+            f"norm={norm!r} cannot be had from a sketch, which gives the Frobenius norm only; "
+            "monitor with sketch=None."
+        )
+    if not _is_count(every):
+        raise RuleError(f"every={every!r} is not a positive whole number.")
+    if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+        raise RuleError(
+            f"scale={scale!r} is neither a positive number nor a function that returns one, such "
+            "as scaler.get_scale."
+        )
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+_Pairs = list[tuple[Tensor, Tensor]]
+"""(x, δ) of several batches at one site."""
+
+_ROOM = 2**20
+"""Bytes of (x, δ) that may wait."""
