@@ -5,7 +5,7 @@ constraints; the Lagrange multipliers of these constraints are the answer, and c
 pass.
 """
 
-from constrained_growth import blocks, norms
+from constrained_growth import blocks, norms, statistics
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.errors import (
     BlockError,
@@ -20,12 +20,14 @@ from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, re
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, Threshold, TopK
+from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveSampling",
     "BlockError",
     "Candidate",
     "CandidateError",
@@ -53,4 +55,5 @@ __all__ = [
     "norms",
     "replay",
     "solve",
+    "statistics",
 ]

@@ -189,6 +189,11 @@ class MultiplierPass:
         norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
         return torch.stack(norms).tolist() if norms else []
 
+    @property
+    def num_samples(self) -> int:
+        """How many samples were taken in so far."""
+        return self._num_samples
+
     def totals(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Candidate → Σ n_b λ_b and name → Σ n_b ∇L_b as they stand, not copies."""
         gradients = dict(zip(self._parameters, self._gradients, strict=True))

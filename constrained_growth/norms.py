@@ -248,7 +248,7 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         4.0
     """
     constant: Any = getattr(norm, "lipschitz", None)
-    return float(constant(multiplier)) if callable(constant) else math.nan
+    return math.nan if constant is None else float(constant(multiplier))
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:

@@ -129,8 +129,14 @@ class Solution:
         sensitivities: Candidate → how large its multiplier is.
         decision: What the rule made of the sensitivities.
         candidates: Candidate → site and block, for `insert`.
+        parameters: Name → shape of the model's parameters, for `insert` to know it again.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
+        data_fraction: Which share of the batches was read: 1.0 for all, less when
+            `AdaptiveSampling` stopped before, and None when it did on data of unknown length.
+            Unless it is 1.0, loss, stationarity, multipliers and sensitivities are estimates from
+            a random part of the data; the decision is then that on all of them with the
+            confidence that was asked for.
     """
 
     status: Status
@@ -140,8 +146,10 @@ class Solution:
     sensitivities: Mapping[str, Sensitivity]
     decision: Decision
     candidates: Mapping[str, Planned] = field(repr=False)
+    parameters: Mapping[str, tuple[int, ...]] = field(repr=False)
     num_samples: int
     num_batches: int
+    data_fraction: float | None = 1.0
 
     def dual_value(self, constraint: Constraint) -> Tensor:
         """λ of one pin, in CVXPY's word.

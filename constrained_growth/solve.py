@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
 
 from torch import Tensor
+from tqdm import tqdm
 
-from constrained_growth.errors import DataError, RuleError
-from constrained_growth.multipliers import Measurement, measure
+from constrained_growth.distributed import several
+from constrained_growth.errors import CandidateError, DataError, RuleError
+from constrained_growth.multipliers import Measurement, MultiplierPass, measure
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
-from constrained_growth.observation import differentiable, untouched
+from constrained_growth.observation import (
+    batches,
+    device_of,
+    differentiable,
+    parameter_shapes,
+    untouched,
+)
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.sampling import (
+    AdaptiveSampling,
+    Reach,
+    in_random_order,
+    is_settled,
+    read_until,
+)
 from constrained_growth.solution import (
     Decision,
     Norm,
@@ -37,6 +55,7 @@ def solve(
     gtol: float = 1e-5,
     throw: bool = True,
     progress: bool | None = None,
+    sampling: AdaptiveSampling | None = None,
 ) -> Solution:
     """The multipliers of all pins, how large they are, and what the rule makes of them.
 
@@ -59,6 +78,9 @@ def solve(
             status that says why and an empty decision.
         progress: Progress bar: True, False, or None (default) for one on a terminal when the
             pass takes longer than a second.
+        sampling: `AdaptiveSampling()` to read no more of the data than the decision needs; None
+            (default) reads all. The solution says what part it was (`data_fraction`), and all
+            its numbers are then estimates from that part.
 
     Returns:
         The solution, pure data.
@@ -90,17 +112,16 @@ def solve(
     """
     _check(problem, rule, norm, gtol)
     with untouched(problem.model, problem.data), differentiable():
-        found = measure(
-            problem.model,
-            problem.loss_fn,
-            problem.data,
-            problem.sites,
-            gradients=stationarity,
-            moments=needs_moments(norm),
-            progress=progress,
-            group=problem.group,
-        )
+        if sampling is None:
+            found, reach = _measured(problem, norm, stationarity, progress), None
+        else:
+            found, reach = _sampled(problem, rule, norm, stationarity, progress, sampling)
     sensitivities = _sensitivities(problem, found, norm)
+    if reach is not None:
+        intervals = reach.intervals()
+        sensitivities = {
+            name: replace(s, interval=intervals[name]) for name, s in sensitivities.items()
+        }
     residual = (
         None if found.gradients is None else math.sqrt(squared_norm(found.gradients.values()))
     )
@@ -126,14 +147,87 @@ def solve(
             for site in problem.sites
             for name, block in site.blocks.items()
         },
+        parameters=parameter_shapes(problem.model),
         num_samples=found.num_samples,
         num_batches=found.num_batches,
+        data_fraction=1.0 if reach is None else reach.fraction,
     )
+
+
+def _measured(
+    problem: GrowthProblem, norm: Norm | MomentNorm, stationarity: bool, progress: bool | None
+) -> Measurement:
+    return measure(
+        problem.model,
+        problem.loss_fn,
+        problem.data,
+        problem.sites,
+        gradients=stationarity,
+        moments=needs_moments(norm),
+        progress=progress,
+        group=problem.group,
+    )
+
+
+def _sampled(
+    problem: GrowthProblem,
+    rule: DecisionRule,
+    norm: Norm | MomentNorm,
+    stationarity: bool,
+    progress: bool | None,
+    sampling: AdaptiveSampling,
+) -> tuple[Measurement, Reach | None]:
+    if not isinstance(sampling, AdaptiveSampling):
+        raise DataError(f"sampling={sampling!r} is not a cg.AdaptiveSampling, nor None for all.")
+    if needs_moments(norm):
+        raise RuleError(
+            f"norm={norm!r} changes with the sample itself, so that a part of the data gives no "
+            "limits for it; take a norm of the multiplier alone, or call solve without sampling."
+        )
+    if several(problem.group):
+        raise DataError(
+            "sampling: several processes cannot stop reading together yet; call solve without "
+            "sampling, or with group=None and all the data on one process."
+        )
+
+    def enough(found: Measurement, reach: Reach) -> bool:
+        sensitivities = _sensitivities(problem, found, norm)
+        if _status(found, sensitivities, None, 0.0) is Status.NOT_FINITE:
+            return True  # and stays so
+        return is_settled(partial(_decide, rule), sensitivities, reach)
+
+    sizes = {name: p.detach() for name, p in problem.model.named_parameters() if p.requires_grad}
+    has_baseline = stationarity and _baseline(sizes, norm) is not None
+    baseline = partial(_mean_size, norm=norm) if has_baseline else None
+
+    total = len(problem.data) if isinstance(problem.data, Sized) else None
+    data = tqdm(
+        in_random_order(problem.data, sampling.seed),
+        desc="multipliers",
+        unit="batch",
+        total=total,
+        leave=False,
+        delay=1,
+        disable=None if progress is None else not progress,
+    )
+    running = MultiplierPass(
+        problem.model, problem.loss_fn, problem.sites, gradients=stationarity, moments=False
+    )
+    with running.watching():
+        pairs = batches(data, device_of(problem.model))
+        return read_until(running, pairs, sampling, norm, baseline, enough, total)
 
 
 def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
     if not isinstance(problem, GrowthProblem):
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
+    modules = dict(problem.model.named_modules(remove_duplicate=False))
+    for site in problem.sites:
+        if modules.get(site.after) is not site.module:
+            raise CandidateError(
+                f'problem: the module "{site.after}" of its model is not the one it was made with '
+                "(a layer was inserted there, say); make a new cg.GrowthProblem."
+            )
     if not callable(rule):
         raise RuleError(
             f"rule={rule!r} cannot be called; give cg.TopK(1), or a function that takes the "
@@ -178,14 +272,18 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     """Mean over the layers (modules with parameters of their own) of their gradient's norm."""
     if not gradients or needs_moments(norm):
         return None
+    try:
+        return float(_mean_size(gradients, norm))
+    except KeyError:  # a norm of the user's own that asks for certain parameters
+        return None
+
+
+def _mean_size(gradients: Mapping[str, Tensor], norm: Norm) -> Tensor | float:
     layers: dict[str, dict[str, Tensor]] = {}
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
         layers.setdefault(owner, {})[key] = gradient
-    try:
-        return sum(float(norm(layer)) for layer in layers.values()) / len(layers)
-    except KeyError:  # a norm of the user's own that asks for certain parameters
-        return None
+    return sum((norm(layer) for layer in layers.values()), 0.0) / len(layers)
 
 
 def _status(
@@ -203,16 +301,15 @@ def _status(
 
 
 def _decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
-    decision = rule(sensitivities)
+    decision = rule(MappingProxyType(dict(sensitivities)))
     if not isinstance(decision, Decision):
         raise RuleError(
             f"rule={rule!r} returned {decision!r}, not a cg.Decision; return "
             "cg.Decision(chosen=('name of a candidate', ...)), with () to insert nothing."
         )
-    if isinstance(decision.chosen, str):
-        raise RuleError(
-            f"rule={rule!r} chose the string {decision.chosen!r}, not a tuple of names."
-        )
+    named = isinstance(decision.chosen, Iterable) and not isinstance(decision.chosen, str)
+    if not named or not all(isinstance(name, str) for name in decision.chosen):
+        raise RuleError(f"rule={rule!r} chose {decision.chosen!r}, not a tuple of names.")
     unknown = [name for name in decision.chosen if name not in sensitivities]
     if unknown or len(set(decision.chosen)) != len(decision.chosen):
         raise RuleError(
