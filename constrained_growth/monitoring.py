@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.observation import batch_size, hooked, is_untouched, parameter_shapes
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.recording import Site, _groups, _Member, _stacked
+from constrained_growth.recording import Site
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.sketching import sketch_variance, sketched_sites
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
 from constrained_growth.solve import _decide, _size
 from constrained_growth.statistics import debiased_square
-from constrained_growth.tallies import Estimate, Squares, accumulation_dtype
+from constrained_growth.tallies import Estimate
+from constrained_growth.windows import Batch, Window, plainly
 
 _FROBENIUS = Frobenius()
 _TOP_ONE = TopK(1)
@@ -136,7 +136,7 @@ class Monitor:
         self._every = every
         self._scale = scale
         self._generator = torch.Generator().manual_seed(seed)
-        self._batch: _Batch | None = None
+        self._batch: Batch | None = None
         self._hooks = ExitStack()
         self._hooked = False
         self.reset()
@@ -151,9 +151,7 @@ class Monitor:
             sites = sketched_sites(sites, self._sketch, self._generator)
         self._passes = 0
         self._batch = None
-        self._window = _Window(
-            sites, moments=needs_moments(self._norm), skips=callable(self._scale)
-        )
+        self._window = Window(sites, moments=needs_moments(self._norm), skips=callable(self._scale))
 
     @property
     def num_samples(self) -> int:
@@ -255,12 +253,12 @@ class Monitor:
         if torch.is_grad_enabled() and not is_untouched():
             if self._passes % self._every == 0:
                 scale = self._scale() if callable(self._scale) else self._scale
-                batch = _Batch(batch_size(args, kwargs), scale)
+                batch = Batch(batch_size(args, kwargs), scale)
                 self._window.make_room()
             self._passes += 1
         self._watch(batch)
 
-    def _watch(self, batch: _Batch | None) -> None:
+    def _watch(self, batch: Batch | None) -> None:
         """Hooks at the sites for a batch, or none, so that an unwatched pass goes unhindered."""
         self._batch = batch
         if batch is None:
@@ -293,7 +291,7 @@ class Monitor:
         return output if replaced else None
 
     def _estimates(self) -> dict[str, Estimate]:
-        with _plainly():
+        with plainly():
             return self._window.estimates()
 
     def _sensitivity(self, estimate: Estimate, site: Site, block: nn.Module) -> Sensitivity:
@@ -311,158 +309,6 @@ class Monitor:
             variance=variance,
             debiased_square=debiased_square(multiplier.values(), variance),
         )
-
-
-@dataclass(eq=False, slots=True)
-class _Batch:
-    """A forward pass that is watched.
-
-    Attributes:
-        size: How many samples.
-        scale: What its loss will be multiplied with.
-        arrived: At which sites δ has arrived.
-        pairs: Site → (x, δ) that wait to be worked off.
-    """
-
-    size: int
-    scale: float
-    arrived: set[int] = field(default_factory=set)
-    pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-
-class _Window:
-    """The sums of one window.
-
-    Small tensors wait, up to `_ROOM` bytes, so that several batches and all candidates of one
-    kind are worked off in one stroke; large ones are worked off as backward delivers them.
-
-    Args:
-        sites: The sites, with the blocks to sum up for.
-        moments: Also the second moments that some norms need.
-        skips: Leave out what is not finite.
-
-    Attributes:
-        samples: For each site, how many samples count.
-        batches: For each site, how many batches.
-    """
-
-    def __init__(self, sites: Sequence[Site], *, moments: bool, skips: bool) -> None:
-        self._batch_bytes = 2 * sum(site.bytes for site in sites)
-        waits = self._batch_bytes <= _ROOM
-        self._squares: dict[torch.device, Squares] = {}
-        self._groups = _groups(sites, self._squares, joint=waits, moments=moments)
-        members = [member for group in self._groups for member in group]
-        self._here = [[m for m in members if m.site == index] for index in range(len(sites))]
-        self._waits = [waits and all(member.closed for member in here) for here in self._here]
-        self._names = [site.after for site in sites]
-        self._waiting: list[_Batch] = []
-        self._skips = skips
-        self._size = 0
-        self.samples = [0] * len(sites)
-        self.batches = [0] * len(sites)
-
-    def receive(self, index: int, x: Tensor, batch: _Batch, delta: Tensor | None) -> None:
-        """Take δ at a site, to be worked off at once or later."""
-        if delta is None:
-            return
-        if torch.is_grad_enabled():  # backward(create_graph=True)
-            with torch.no_grad():
-                self.receive(index, x, batch, delta.detach())
-            return
-        if self._skips and not bool(delta.isfinite().all()):
-            return
-        if batch.scale != 1.0:  # in a precision where what is small stays
-            dtype = accumulation_dtype(delta.dtype)
-            x, delta = x.to(dtype), delta.to(dtype) / batch.scale
-        if index not in batch.arrived:
-            batch.arrived.add(index)
-            self.samples[index] += batch.size
-            self.batches[index] += 1
-        by_sample = x.dim() > 1 and x.shape[0] == batch.size
-        if by_sample and self._waits[index]:
-            self._keep(index, x, delta, batch)
-            return
-        self._settle(batch.size)
-        for member in self._here[index]:
-            if by_sample and member.closed:
-                member.tally.add_samples(x, delta, batch.size)
-            else:
-                member.tally.add_batch(member.index, x, delta, batch.size)
-
-    def make_room(self) -> None:
-        """Work off what waits if another batch would be too much."""
-        if self._waiting and (len(self._waiting) + 1) * self._batch_bytes > _ROOM:
-            with _plainly():
-                self._work_off()
-
-    def estimates(self) -> dict[str, Estimate]:
-        """Candidate → what is known of it, over the samples that count at its site.
-
-        Raises:
-            DataError: None do.
-        """
-        self._work_off()
-        self._settle(0)
-        silent = [n for n, count in zip(self._names, self.samples, strict=True) if count == 0]
-        if silent:
-            raise DataError(
-                f"after={silent}: no backward pass has arrived there since the window began; call "
-                "the problem's own model within the context, and backward() on its loss."
-            )
-        return {m.name: self._estimate(m) for group in self._groups for m in group}
-
-    def _estimate(self, member: _Member) -> Estimate:
-        count = self.samples[member.site]
-        means, squares = member.tally.means(count)
-        spread = float(member.tally.squares[member.index] - count * squares[member.index])
-        return member.tally.estimate(member.index, means, spread, count)
-
-    def _keep(self, index: int, x: Tensor, delta: Tensor, batch: _Batch) -> None:
-        if index in batch.pairs:  # a second backward pass through the same graph
-            self._work_off()
-        if not batch.pairs:
-            self._waiting.append(batch)
-        batch.pairs[index] = x, delta
-
-    def _settle(self, size: int) -> None:
-        """Put together the squares that were noted, where a batch of another size comes."""
-        if size != self._size:
-            for squares in self._squares.values():
-                squares.settle(self._size)
-            self._size = size
-
-    def _work_off(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        alike: dict[Hashable, list[_Batch]] = {}
-        for batch in waiting:
-            shapes = tuple((index, x.shape) for index, (x, _) in batch.pairs.items())
-            alike.setdefault((batch.size, frozenset(shapes)), []).append(batch)
-        for batches in alike.values():
-            self._settle(batches[0].size)
-            pairs = {i: [batch.pairs[i] for batch in batches] for i in batches[0].pairs}
-            for group in self._groups:
-                self._stroke(group, pairs, batches[0].size)
-        for batch in waiting:
-            batch.pairs.clear()
-
-    def _stroke(self, group: Sequence[_Member], arrived: Mapping[int, _Pairs], size: int) -> None:
-        """Work off a group of candidates; at the sites where there is nothing, δ is zero."""
-        here = [arrived.get(member.site) for member in group]
-        for like in {pairs[0][0].shape: pairs for pairs in here if pairs}.values():
-            shape = like[0][0].shape
-            nothing = [(torch.zeros_like(x), torch.zeros_like(delta)) for x, delta in like]
-            fits = [pairs if pairs and pairs[0][0].shape == shape else nothing for pairs in here]
-            x, delta = (
-                _stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
-            )
-            group[0].tally.add_samples(x, delta, size)
-
-
-@contextmanager
-def _plainly() -> Iterator[None]:
-    """Without a graph, and with tensors that may be changed later, whatever the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _check(problem: object, norm: object, sketch: object, every: object, scale: object) -> None:
@@ -488,10 +334,3 @@ def _check(problem: object, norm: object, sketch: object, every: object, scale: 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_Pairs = list[tuple[Tensor, Tensor]]
-"""(x, δ) of several batches at one site."""
-
-_ROOM = 2**20
-"""Bytes of (x, δ) that may wait."""

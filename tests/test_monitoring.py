@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth import monitoring
+from constrained_growth import monitoring, windows
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
 from constrained_growth.experiments import monitoring_cost
 from constrained_growth.experiments.commands import app
@@ -102,7 +102,7 @@ def test_with_standing_parameters_it_is_what_solve_gives(room: int, data: Any) -
     kinds = all_kinds("1", 4) + all_kinds("3", 4)
     for candidates in (kinds, [kind for kind in kinds if "own" not in kind.name]):
         problem = problem_of(model, batches, *candidates)
-        with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+        with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
             train(model, batches)
         assert (monitor.num_samples, monitor.num_batches) == (20, 3)
         assert_agree(monitor, cg.solve(problem))
@@ -114,7 +114,7 @@ def test_with_moving_parameters_it_is_the_average_over_the_steps(room: int) -> N
     candidates = all_kinds("1", 4) + all_kinds("3", 4)
     problem = problem_of(model, batches, *candidates)
     sums: dict[str, dict[str, Tensor]] = {one.name: {} for one in candidates}
-    with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
         for input, target in batches:
             frozen = copy.deepcopy(feedforward(2, 4, 4, 3))
@@ -240,7 +240,7 @@ def test_a_grad_scaler_is_asked_and_its_overflows_are_left_out() -> None:
 def test_several_backward_passes_through_one_graph_add_up(room: int) -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     problem = problem_of(model, data, candidate("1"))
-    with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
         loss = token_loss(model(data[0][0]), data[0][1])
         (0.25 * loss).backward(retain_graph=True)
         (0.75 * loss).backward(create_graph=True)
@@ -266,7 +266,7 @@ def test_autocast(room: int) -> None:
     data = [(x.float(), y) for x, y in data]
     problem = problem_of(model, data, candidate("1", 8), candidate("3", 8))
     expected = cg.solve(problem).multipliers["1"]["weight"]
-    with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
         for input, target in data:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = token_loss(model(input), target)
@@ -299,7 +299,7 @@ def test_training_is_the_same_to_the_last_bit(
         sites |= {"5": IdentityLinear(8, nn.ReLU()), "6": ResidualLinear(8, torch.tanh)}
         problem = problem_of(model, data, *(cg.Candidate(a, b) for a, b in sites.items()))
         if watch:
-            with patch.object(monitoring, "_ROOM", room), cg.monitor(problem, **options) as monitor:
+            with patch.object(windows, "_ROOM", room), cg.monitor(problem, **options) as monitor:
                 train(model, data * 3, lr=0.1)
             assert monitor.num_batches == 12 // options.get("every", 1)
             assert all(s.value > 0 for s in monitor.sensitivities().values())
@@ -321,7 +321,7 @@ def test_frozen_and_overwritten_sites_are_measured(room: int) -> None:
     ]
     problem = problem_of(model, data, *candidates)
     reused = [torch.empty(8, 2), torch.empty(4, 2)]  # a user's buffers, written over and over
-    with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
         for input, target in data:
             buffer = reused[0] if len(input) == 8 else reused[1]
             backward(model, buffer.copy_(input), target)
@@ -381,6 +381,20 @@ def test_nothing_is_kept_alive() -> None:
     assert monitor.num_batches == 2
 
 
+def test_no_more_than_the_room_waits_between_steps() -> None:
+    model, data = feedforward(2, 4, 3), classified(8)
+    tensor = 8 * 4 * 8
+    waiting = []
+    with (
+        patch.object(windows, "_ROOM", 7 * tensor),
+        cg.monitor(problem_of(model, data, candidate("1"))) as monitor,
+    ):
+        for batch in data * 8:
+            train(model, [batch])
+            waiting.append(len(monitor._window._waiting))
+    assert waiting == [1, 2, 3, 1, 2, 3, 1, 2]
+
+
 @pytest.mark.parametrize("sketch", [None, 2])
 def test_nothing_is_left_on_the_model(sketch: int | None) -> None:
     model, data = feedforward(2, 4, 4, 3), classified(8)
@@ -404,7 +418,7 @@ def test_an_exception_on_the_way_harms_no_sum(room: int) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    with patch.object(monitoring, "_ROOM", room), cg.monitor(problem) as monitor:
+    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
         train(model, data[:1])
         with model[4].register_forward_hook(fail), pytest.raises(ZeroDivisionError):
             train(model, data[1:2])
@@ -501,7 +515,7 @@ def test_the_square_of_a_sketch_is_unbiased_with_the_variance_stated(room: int) 
     size, seeds = 4, 500
     squares: dict[str, list[float]] = {name: [] for name in exact.multipliers}
     spreads: dict[str, list[float]] = {name: [] for name in exact.multipliers}
-    with patch.object(monitoring, "_ROOM", room):
+    with patch.object(windows, "_ROOM", room):
         for seed in range(seeds):
             with cg.monitor(problem, sketch=size, seed=seed) as monitor:
                 train(model, data)
