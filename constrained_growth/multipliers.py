@@ -7,8 +7,9 @@ and worked off together; large ones are worked off as backward delivers them and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,7 @@ def measure(
 
     everywhere(read, group)
     running.reduce(group)
-    return running.measurement()
+    return running.measurement(last=True)
 
 
 class MultiplierPass:
@@ -135,14 +136,28 @@ class MultiplierPass:
             for p in self._parameters.values()
         ]
         self._with_gradients = gradients
+        self._streams = sum(total.nbytes for total in self._gradients) > _SMALL
         device = device_of(model) or torch.device("cpu")
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._size = 0
         self._num_samples = 0
         self._num_batches = 0
 
-    def watching(self) -> AbstractContextManager[None]:
-        """The hooks on the model, which `add` needs, for a while."""
-        return hooked(self._recorder.hooks())
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """The hooks on the model and its parameters, which `add` needs, for a while."""
+        pairs = zip(self._parameters.values(), self._gradients, strict=True)
+        handles = [
+            parameter.register_hook(functools.partial(self._take, total))
+            for parameter, total in pairs
+            if self._streams
+        ]
+        try:
+            with hooked(self._recorder.hooks()):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def add(self, input: object, target: object) -> None:
         """Take in one batch: one forward and one backward pass.
@@ -151,16 +166,21 @@ class MultiplierPass:
             DataError: The batch or its loss cannot be used.
             CandidateError: A site was not reached exactly once.
         """
-        size = batch_size(input, target)
-        self._recorder.begin(size)
+        self._size = batch_size(input, target)
+        self._recorder.begin(self._size)
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
         grads = self._recorder.backward(loss, list(self._parameters.values()))
         for total, grad in zip(self._gradients, grads, strict=True):
-            if grad is not None:
-                total.add_(grad, alpha=size)
-        self._loss += loss.detach().to(self._loss) * size
-        self._num_samples += size
+            if grad is not None and not self._streams:
+                total.add_(grad, alpha=self._size)
+        self._loss += loss.detach().to(self._loss) * self._size
+        self._num_samples += self._size
         self._num_batches += 1
+
+    def _take(self, total: Tensor, gradient: Tensor) -> Tensor | None:
+        """Add up a large gradient as backward delivers it, and send it on without its memory."""
+        total.add_(gradient, alpha=self._size)
+        return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     def reduce(self, group: ProcessGroup | None) -> None:
         """Add up what the processes of a group have taken in, each its part; all call this.
@@ -199,8 +219,11 @@ class MultiplierPass:
         gradients = dict(zip(self._parameters, self._gradients, strict=True))
         return self._recorder.totals(), gradients
 
-    def measurement(self) -> Measurement:
+    def measurement(self, *, last: bool = False) -> Measurement:
         """The means over what was taken in so far; more may be taken in afterwards.
+
+        Args:
+            last: No more will be: the sums become the means in place.
 
         Raises:
             DataError: Nothing was.
@@ -212,16 +235,20 @@ class MultiplierPass:
                 "such as a DataLoader or a list of (input, target) pairs (a generator is "
                 "exhausted after its first use)."
             )
-        means = (total / count for total in self._gradients)
+        means = (total.div_(count) if last else total / count for total in self._gradients)
         return Measurement(
             loss=float(self._loss) / count,
-            estimates=self._recorder.estimates(count),
+            estimates=self._recorder.estimates(count, last=last),
             gradients=dict(zip(self._parameters, means, strict=True))
             if self._with_gradients
             else None,
             num_samples=count,
             num_batches=self._num_batches,
         )
+
+
+_SMALL = 2**20
+"""Bytes of gradients that backward may deliver all at once, which is faster."""
 
 
 def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:

@@ -270,11 +270,16 @@ class Tally:
         here = index if self._joint else ...
         return {name: total[here] for name, total in self._sums.items()}
 
-    def means(self, num_samples: int) -> tuple[dict[str, Tensor], Tensor]:
-        """λ of all candidates, with a first dimension that counts them, and Σ λ² of each."""
+    def means(self, num_samples: int, *, last: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """λ of all candidates, with a first dimension that counts them, and Σ λ² of each.
+
+        With `last` the sums are no longer needed, and become the means in place.
+        """
         count = len(self._blocks)
         means = {
-            name: (total / num_samples).view(count, *total.shape[self._joint :])
+            name: (total.div_(num_samples) if last else total / num_samples).view(
+                count, *total.shape[self._joint :]
+            )
             for name, total in self._sums.items()
         }
         rows = [_row_norm(m.view(count, -1), dim=1, dtype=torch.float64) for m in means.values()]
