@@ -93,7 +93,12 @@ def as_activation(activation: Any) -> Activation:
 
 
 def computes_same(activation: Activation, other: object) -> bool:
-    """Whether another module or function is this activation, by its values on a grid."""
+    """Whether another module or function is this activation, by its values on a grid.
+
+    A module with parameters is not, since these may change.
+    """
+    if isinstance(other, nn.Module) and any(True for _ in other.parameters()):
+        return False
     try:
         function = as_activation(other)
     except BlockError:
