@@ -17,6 +17,7 @@ block-diagonal matrix.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -230,17 +231,16 @@ class MomentNorm(Protocol):
 
 
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
-    """The smallest L with ‖λ‖ ≤ L ‖λ‖_F for all λ of this shape.
-
-    An error of λ of size ε in the Frobenius norm moves ‖λ‖ by at most L ε.
+    """By how much an error of λ moves its norm: an error of size ε in ‖·‖_F by at most L ε.
 
     Args:
-        norm: Of this module, or a user's own; one that has a method `lipschitz(multiplier)` is
-            asked for L.
-        multiplier: Pinned parameter → λ; only the shapes count.
+        norm: Of this module, or a user's own. One that has a method `lipschitz(multiplier)` is
+            asked for L, the least number with ‖·‖ ≤ L ‖·‖_F. For another function L is the
+            Frobenius norm of its gradient at λ, by autograd, which holds to first order.
+        multiplier: Pinned parameter → λ.
 
     Returns:
-        L, or NaN where it is not known: for a function without that method, and for
+        L, or NaN where it is not known: for a function that autograd cannot follow, and for
         `KroneckerFisher`, which changes with the sample itself.
 
     Example:
@@ -248,7 +248,21 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         4.0
     """
     constant: Any = getattr(norm, "lipschitz", None)
-    return math.nan if constant is None else float(constant(multiplier))
+    if constant is not None:
+        return float(constant(multiplier))
+    return math.nan if needs_moments(norm) else _slope(norm, multiplier)
+
+
+def _slope(function: Norm, multiplier: Mapping[str, Tensor]) -> float:
+    """‖∇ function(λ)‖_F, or NaN for a function that does not return a tensor with a graph."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in multiplier.items()}
+    with torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a function may well turn its result into a float
+        value = function(leaves)
+    if not isinstance(value, Tensor) or not value.requires_grad:
+        return math.nan
+    slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    return math.sqrt(sum(float(s.square().sum()) for s in slopes if s is not None))
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:

@@ -57,9 +57,10 @@ class Sensitivity:
         standard_error: Root-mean-square error of λ_c as an estimate from a sample, on the scale
             of `value`: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such
             as 1 for the Frobenius norm and √P for the entrywise one. It bounds the standard
-            error of `value`, since |‖λ̂‖ − ‖λ‖| ≤ ‖λ̂ − λ‖ ≤ L ‖λ̂ − λ‖_F. NaN when it cannot be
-            known (one batch and no per-sample form; a norm whose L is not known, which are
-            the Kronecker-Fisher norm and functions without a method `lipschitz`).
+            error of `value`, since |‖λ̂‖ − ‖λ‖| ≤ ‖λ̂ − λ‖ ≤ L ‖λ̂ − λ‖_F. For a function of the
+            user's own L is the size of its gradient at λ, which holds to first order. NaN when
+            it cannot be known (one batch and no per-sample form; the Kronecker-Fisher norm; a
+            function that autograd cannot follow).
         num_parameters: How many parameters are pinned.
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.

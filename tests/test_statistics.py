@@ -104,13 +104,22 @@ def test_standard_error_is_on_the_scale_of_the_norm(norm: Norm) -> None:
     assert scaled.debiased_square == pytest.approx(plain.value**2 - plain.variance)
 
 
-@pytest.mark.parametrize("norm", [KroneckerFisher(), lambda m: m["weight"].abs().max()])
+@pytest.mark.parametrize("norm", [KroneckerFisher(), lambda m: float(m["weight"].abs().max())])
 def test_standard_error_of_a_norm_of_unknown_scale_is_not_known(norm: Norm) -> None:
     found = solved(feedforward(2, 4, 3), classified(30), candidate(), norm=norm)
     sensitivity = found.sensitivities["1"]
     assert math.isnan(sensitivity.standard_error)
     assert interval(sensitivity) == (0.0, math.inf)
     assert sensitivity.variance > 0
+
+
+def test_standard_error_of_a_function_of_ones_own_is_of_first_order() -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    plain = solved(model, data, candidate()).sensitivities["1"]
+    squared = solved(model, data, candidate(), norm=lambda m: m["weight"].square().sum())
+    slope = 2 * float(squared.multipliers["1"]["weight"].norm())  # of ‖λ_W‖²
+    error = squared.sensitivities["1"].standard_error
+    assert error == pytest.approx(slope * plain.standard_error, rel=1e-12)
 
 
 def test_a_norm_of_ones_own_may_know_its_scale() -> None:
