@@ -170,10 +170,11 @@ class MultiplierPass:
         self._recorder.begin(self._size)
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
         grads = self._recorder.backward(loss, list(self._parameters.values()))
-        for total, grad in zip(self._gradients, grads, strict=True):
-            if grad is not None and not self._streams:
-                total.add_(grad, alpha=self._size)
-        self._loss += loss.detach().to(self._loss) * self._size
+        if not self._streams:
+            for total, grad in zip(self._gradients, grads, strict=True):
+                if grad is not None:
+                    total.add_(grad, alpha=self._size)
+        self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)
         self._num_samples += self._size
         self._num_batches += 1
 

@@ -72,8 +72,8 @@ class Recorder:
 
     Where the tensors of a batch are small, (x, δ) of some batches wait to be worked off
     together, the candidates of one kind in one stroke; large ones are worked off and dropped as
-    backward delivers them. What waits takes no more room than the multipliers themselves (which
-    is what an ordinary pass spends on the gradient of θ), or 1 MiB.
+    backward delivers them. What waits takes half the room of the multipliers (an ordinary pass
+    spends as much as these on the gradient of θ), or 1 MiB.
 
     Args:
         sites: The sites, from `GrowthProblem`.
@@ -83,13 +83,14 @@ class Recorder:
     def __init__(self, sites: Sequence[Site], *, moments: bool = False) -> None:
         self._sites = sites
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
-        self._room = max(_SMALL, sum(site.pinned_bytes for site in sites))
+        self._room = max(_SMALL, sum(site.pinned_bytes for site in sites) // 2)
         self._streams = self._batch_bytes > self._room
         self._squares: dict[torch.device, Squares] = {}
         self._groups = _groups(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
             [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
         ]
+        self._all_closed = all(member.closed for group in self._groups for member in group)
         self._xs: list[Tensor | None] = [None] * len(sites)
         self._inputs: list[Tensor | GradientEdge | None] = [None] * len(sites)
         self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
@@ -125,14 +126,27 @@ class Recorder:
             if shapes != self._shapes:
                 self.flush()
             self._shapes = shapes
-            with torch.no_grad():
-                for index in range(len(inputs)):
-                    self._receive(index, grads[index])
+            self._receive_all(grads)
         if any(x is not None for x in self._xs):
             self._complain(lambda x: x is not None)
         if self._streams or self._pending_bytes + self._batch_bytes > self._room:
             self.flush()
         return grads[len(inputs) :]
+
+    def _receive_all(self, deltas: Sequence[Tensor | None]) -> None:
+        """Take δ at all sites; where all can wait, without a look at each."""
+        size = self._size
+        if self._all_closed and all(len(s) > 1 and s[0] == size for s in self._shapes):
+            for index, pending in enumerate(self._pending):
+                x, delta = self._xs[index], deltas[index]
+                if x is not None and delta is not None:
+                    pending.append((x, delta))
+                    self._pending_bytes += x.nbytes + delta.nbytes
+                    self._xs[index] = None
+            return
+        with torch.no_grad():
+            for index in range(len(self._sites)):
+                self._receive(index, deltas[index])
 
     def flush(self) -> None:
         """Work off whatever is pending."""

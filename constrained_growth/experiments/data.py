@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +105,34 @@ def digits(
         ((raw.x_test - mean) / scale).to(dtype),
         raw.y_test,
     )
+
+
+def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torch.float32) -> Split:
+    """MNIST-1D: ten templates of digits as curves of 40 numbers, moved, stretched and with noise.
+
+    They are generated here, by the authors' own package, four fifths of them to train on.
+
+    Args:
+        seed: Of everything random in it.
+        num_samples: How many in all; the authors' own data set has 5000.
+        dtype: Of the inputs.
+
+    Source:
+        Greydanus and Kobak, *Scaling down deep learning with MNIST-1D*, arXiv 2011.14439.
+    """
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    options: Any = get_dataset_args()
+    options.seed, options.num_samples = seed, num_samples
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        made = make_dataset(options)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+    x_train, x_test = (torch.as_tensor(made[key]).to(dtype) for key in ("x", "x_test"))
+    y_train, y_test = (torch.as_tensor(made[key]).long() for key in ("y", "y_test"))
+    return Split(x_train, y_train, x_test, y_test)
 
 
 def _split(x: Tensor, y: Tensor, train_fraction: float, seed: int) -> Split:
