@@ -20,7 +20,7 @@ from constrained_growth.recording import Site
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.sketching import sketch_variance, sketched_sites
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
-from constrained_growth.solve import _decide, _size
+from constrained_growth.solve import decide, size_of
 from constrained_growth.statistics import debiased_square
 from constrained_growth.tallies import Estimate
 from constrained_growth.windows import Batch, Window, plainly
@@ -226,7 +226,7 @@ class Monitor:
             stationarity=None,
             multipliers=self.multipliers() if self._sketch is None else {},
             sensitivities=sensitivities,
-            decision=_decide(rule, sensitivities) if finite else Decision((), status.value),
+            decision=decide(rule, sensitivities) if finite else Decision((), status.value),
             candidates={
                 name: Planned(site.after, block, site.overwritten)
                 for site in self._problem.sites
@@ -300,7 +300,7 @@ class Monitor:
         sketched = multiplier.keys() != pinned.keys()
         error = variance + sketch_variance(multiplier) if sketched else variance
         return Sensitivity(
-            value=_size(estimate, self._norm),
+            value=size_of(estimate, self._norm),
             standard_error=lipschitz(self._norm, multiplier) * math.sqrt(error),
             num_parameters=sum(parameter.numel() for parameter in pinned.values()),
             num_new_parameters=sum(parameter.numel() for parameter in block.parameters()),

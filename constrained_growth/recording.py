@@ -57,7 +57,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Member:
+class Member:
     """Where a candidate is summed up: which tally, and which of its blocks."""
 
     name: str
@@ -86,7 +86,7 @@ class Recorder:
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites) // 2)
         self._streams = self._batch_bytes > self._room
         self._squares: dict[torch.device, Squares] = {}
-        self._groups = _groups(sites, self._squares, joint=not self._streams, moments=moments)
+        self._groups = grouped(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
             [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
         ]
@@ -249,7 +249,7 @@ class Recorder:
             else:
                 member.tally.add_batch(member.index, x, delta, self._size)
 
-    def _work_off(self, group: Sequence[_Member]) -> None:
+    def _work_off(self, group: Sequence[Member]) -> None:
         """Work off what is pending for the members of a group, if it can be done in one stroke."""
         pending = [self._pending[member.site] for member in group]
         if not pending[0]:
@@ -260,7 +260,7 @@ class Recorder:
                     member.tally.add_batch(member.index, x, delta, self._size)
             return
         x, delta = (
-            _stacked([pair[i] for pairs in pending for pair in pairs], len(group)) for i in (0, 1)
+            stacked([pair[i] for pairs in pending for pair in pairs], len(group)) for i in (0, 1)
         )
         group[0].tally.add_samples(x, delta, self._size)
 
@@ -279,19 +279,19 @@ _STROKE = 2**18
 """Bytes of (x, δ) of one batch that are worked off in one stroke: they should stay in the cache."""
 
 
-def _stacked(tensors: list[Tensor], count: int) -> Tensor:
+def stacked(tensors: list[Tensor], count: int) -> Tensor:
     """Batches of one site as (samples, ...), of several as (sites, samples, ...)."""
     whole = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
     return whole if count == 1 else whole.view(count, -1, *whole.shape[1:])
 
 
-def _groups(
+def grouped(
     sites: Sequence[Site],
     squares: dict[torch.device, Squares],
     *,
     joint: bool,
     moments: bool,
-) -> list[list[_Member]]:
+) -> list[list[Member]]:
     """The candidates, those together that can be worked off in one stroke; fills in `squares`."""
     gathered: dict[Hashable, list[tuple[str, int, nn.Module]]] = {}
     found: Counter[Hashable] = Counter()
@@ -316,7 +316,7 @@ def _groups(
         places[device] += len(blocks)
         groups.append(
             [
-                _Member(name, site, tally, index, has_factors(block))
+                Member(name, site, tally, index, has_factors(block))
                 for index, (name, site, block) in enumerate(members)
             ]
         )

@@ -133,7 +133,7 @@ def solve(
             "the parameters or the loss; solve(..., throw=False) returns a solution that says so."
         )
     decision = (
-        Decision((), status.value) if status is Status.NOT_FINITE else _decide(rule, sensitivities)
+        Decision((), status.value) if status is Status.NOT_FINITE else decide(rule, sensitivities)
     )
     return Solution(
         status=status,
@@ -194,7 +194,7 @@ def _sampled(
         sensitivities = _sensitivities(problem, found, norm)
         if _status(found, sensitivities, None, 0.0) is Status.NOT_FINITE:
             return True  # and stays so
-        return is_settled(partial(_decide, rule), sensitivities, reach)
+        return is_settled(partial(decide, rule), sensitivities, reach)
 
     sizes = {name: p.detach() for name, p in problem.model.named_parameters() if p.requires_grad}
     has_baseline = stationarity and _baseline(sizes, norm) is not None
@@ -249,7 +249,7 @@ def _sensitivities(
         estimate = found.estimates[candidate.name]
         site, block = planned[candidate.name]
         result[candidate.name] = Sensitivity(
-            value=_size(estimate, norm),
+            value=size_of(estimate, norm),
             standard_error=lipschitz(norm, estimate.multiplier) * math.sqrt(estimate.variance),
             num_parameters=sum(value.numel() for value in estimate.multiplier.values()),
             num_new_parameters=sum(p.numel() for p in block.parameters()),
@@ -262,7 +262,8 @@ def _sensitivities(
     return result
 
 
-def _size(estimate: Estimate, norm: Norm | MomentNorm) -> float:
+def size_of(estimate: Estimate, norm: Norm | MomentNorm) -> float:
+    """‖λ‖ of one candidate in a norm of either kind."""
     if needs_moments(norm):
         return float(norm(estimate.multiplier, estimate.moments))
     return float(norm(estimate.multiplier))
@@ -300,7 +301,12 @@ def _status(
     return Status.KKT_MULTIPLIERS if residual <= gtol else Status.LEAST_SQUARES_ESTIMATES
 
 
-def _decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
+def decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
+    """What a rule decides, if it is a decision about these candidates.
+
+    Raises:
+        RuleError: It is not.
+    """
     decision = rule(MappingProxyType(dict(sensitivities)))
     if not isinstance(decision, Decision):
         raise RuleError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth.errors import DataError
-from constrained_growth.recording import Site, _groups, _Member, _stacked
+from constrained_growth.recording import Member, Site, grouped, stacked
 from constrained_growth.tallies import Estimate, Squares, accumulation_dtype
 
 
@@ -50,8 +50,8 @@ class Window:
     def __init__(self, sites: Sequence[Site], *, moments: bool, skips: bool) -> None:
         waits = 2 * sum(site.bytes for site in sites) <= _ROOM
         self._squares: dict[torch.device, Squares] = {}
-        self._groups = _groups(sites, self._squares, joint=waits, moments=moments)
-        members = [member for group in self._groups for member in group]
+        self.grouped = grouped(sites, self._squares, joint=waits, moments=moments)
+        members = [member for group in self.grouped for member in group]
         self._here = [[m for m in members if m.site == index] for index in range(len(sites))]
         self._waits = [waits and all(member.closed for member in here) for here in self._here]
         self._names = [site.after for site in sites]
@@ -111,9 +111,9 @@ class Window:
                 f"after={silent}: no backward pass has arrived there since the window began; call "
                 "the problem's own model within the context, and backward() on its loss."
             )
-        return {m.name: self._estimate(m) for group in self._groups for m in group}
+        return {m.name: self._estimate(m) for group in self.grouped for m in group}
 
-    def _estimate(self, member: _Member) -> Estimate:
+    def _estimate(self, member: Member) -> Estimate:
         count = self.samples[member.site]
         means, squares = member.tally.means(count)
         spread = float(member.tally.squares[member.index] - count * squares[member.index])
@@ -143,12 +143,12 @@ class Window:
         for batches in alike.values():
             self._settle(batches[0].size)
             pairs = {i: [batch.pairs[i] for batch in batches] for i in batches[0].pairs}
-            for group in self._groups:
+            for group in self.grouped:
                 self._stroke(group, pairs, batches[0].size)
         for batch in waiting:
             batch.pairs.clear()
 
-    def _stroke(self, group: Sequence[_Member], arrived: Mapping[int, _Pairs], size: int) -> None:
+    def _stroke(self, group: Sequence[Member], arrived: Mapping[int, _Pairs], size: int) -> None:
         """Work off a group of candidates; at the sites where there is nothing, δ is zero."""
         here = [arrived.get(member.site) for member in group]
         for like in {pairs[0][0].shape: pairs for pairs in here if pairs}.values():
@@ -156,7 +156,7 @@ class Window:
             nothing = [(torch.zeros_like(x), torch.zeros_like(delta)) for x, delta in like]
             fits = [pairs if pairs and pairs[0][0].shape == shape else nothing for pairs in here]
             x, delta = (
-                _stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
+                stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
             )
             group[0].tally.add_samples(x, delta, size)
 
