@@ -176,10 +176,11 @@ def run_sampling(
 
 
 def _trained(case: Case, split: Split, seed: int) -> tuple[nn.Sequential, tuple[cg.Candidate, ...]]:
+    widths, dtype = (split.num_features, *case.hidden, split.num_classes), split.x_train.dtype
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = network((split.num_features, *case.hidden, split.num_classes), he_init=True)
-        candidates = proposals(case.hidden)
+        model = network(widths, he_init=True, dtype=dtype)
+        candidates = proposals(case.hidden, dtype=dtype)
         drawn = torch.randint(len(split.x_train), (case.steps, TRAINING_BATCH))
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=MOMENTUM)
     for index in drawn:
