@@ -127,6 +127,14 @@ def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
     return data
 
 
+def length_of(data: Iterable[Any]) -> int | None:
+    """How many batches there are, or None where the data do not say."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except TypeError:  # also a DataLoader of a stream
+        return None
+
+
 @dataclass(frozen=True)
 class Reach:
     """How far the sensitivities on all data may be from those of what was read.

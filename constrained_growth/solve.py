@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -29,6 +29,7 @@ from constrained_growth.sampling import (
     Reach,
     in_random_order,
     is_settled,
+    length_of,
     read_until,
 )
 from constrained_growth.solution import (
@@ -200,7 +201,7 @@ def _sampled(
     has_baseline = stationarity and _baseline(sizes, norm) is not None
     baseline = partial(_mean_size, norm=norm) if has_baseline else None
 
-    total = len(problem.data) if isinstance(problem.data, Sized) else None
+    total = length_of(problem.data)
     data = tqdm(
         in_random_order(problem.data, sampling.seed),
         desc="multipliers",

@@ -18,7 +18,7 @@ from helpers import (
     solved,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.multipliers import MultiplierPass
@@ -204,6 +204,19 @@ def test_data_of_unknown_length() -> None:
     rule = on_the_edge(model, data)
     tied = solved(model, Stream(), candidate(), rule=rule, sampling=cg.AdaptiveSampling())
     assert (tied.data_fraction, tied.num_batches) == (1.0, len(data))
+
+
+def test_a_data_loader_over_a_stream() -> None:
+    model, data, candidates = setting()
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from data
+
+    loader = DataLoader(Stream(), batch_size=None)
+    found = solved(model, loader, *candidates, sampling=cg.AdaptiveSampling())
+    assert found.data_fraction is None
+    assert found.decision.chosen == solved(model, data, *candidates).decision.chosen
 
 
 def test_sampling_asks_for_what_it_can_use() -> None:
