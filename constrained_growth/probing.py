@@ -286,8 +286,8 @@ def _check_identity(block: nn.Module, x: Tensor, where: str) -> None:
         raise
     except Exception as error:
         raise BlockError(
-            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; check "
-            "its width."
+            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
+            f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
         ) from error
     if moved > 1:
         raise BlockError(

@@ -33,12 +33,15 @@ class GrowthProblem:
         model: Any `nn.Module`. It is measured in the mode (train or eval) it is in: Dropout and
             BatchNorm then act as they do there, and buffers and random state are put back.
         loss_fn: `loss_fn(output, target)`, a scalar tensor that is the mean over the samples of
-            a batch. For a model that returns its own loss, take it from the output:
-            `lambda output, target: output.loss`.
+            a batch (a sum is taken for a mean, and gives λ times the batch size). For a model
+            that returns its own loss, take it from the output: `lambda output, target:
+            output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
             a list of batches. An input may be a tensor, a tuple (spread as arguments) or a dict
-            (spread as keyword arguments); its first dimension counts the samples. Batches are
-            moved to the model's device.
+            (spread as keyword arguments; where a loader yields dicts with the target in them,
+            make pairs `(batch, None)` of it). The first dimension of its first tensor counts the
+            samples, and the tensors at the sites are taken to have the samples in front too: that
+            matters for the standard errors. Batches are moved to the model's device.
         candidates: `Candidate`s with unique names; several may share a site.
         group: The processes that have a shard of the data each, all that `torch.distributed` was
             initialised with by default. Each of them makes the problem and calls `solve`, and

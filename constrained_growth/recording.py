@@ -199,9 +199,11 @@ class Recorder:
         """Note x at a site in the forward pass; what it returns takes the place of the output."""
         site = self._sites[index]
         if not isinstance(output, Tensor) or self._xs[index] is not None:
+            is_tensor = isinstance(output, Tensor)
+            what = "is reached several times" if is_tensor else f"gives a {type(output).__name__}"
             raise CandidateError(
-                f'after="{site.after}": in a later batch its output is a {type(output).__name__}, '
-                "or it is reached several times; a site is reached exactly once by a tensor."
+                f'after="{site.after}" {what} in a later batch; a site is reached exactly once, '
+                "by a tensor."
             )
         x = self._xs[index] = output.detach()
         for name in site.unsure:
