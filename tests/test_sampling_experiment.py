@@ -79,7 +79,7 @@ def test_table_says_what_was_missed():
     missed = reading(fractions=(1.0,) * 4, steps=7)
     console.print(sampling.table(SamplingBenchmark(0.95, (reading(), missed))))
     text = console.export_text()
-    assert "15% [10%, 22%]" in text
+    assert "15% (10%, 22%)" in text
     assert "met in 2 of 2 rows" in text
     assert "met in 1 of 2 rows; missed in digits, 7 steps." in text
 

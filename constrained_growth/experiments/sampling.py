@@ -211,11 +211,11 @@ def _dealt(x: Tensor, y: Tensor, batch: int, seed: int) -> list[tuple[Tensor, Te
 def table(found: SamplingBenchmark) -> RenderableType:
     """The readings and the targets, as a reader on a terminal sees them."""
     seeds = found.readings[0].seeds
-    columns = ("data", "samples", "steps", "rule", "2nd/1st", "agreed", "read: median [quartiles]")
+    columns = ("data", "samples", "steps", "rule", "2nd/1st", "agreed", "read: median (quartiles)")
     shown = Table(*columns, title=f"confidence {found.confidence}, {seeds} random orders")
     for r in found.readings:
         low, median, high = r.quartiles
-        part = f"{median:.0%} [{low:.0%}, {high:.0%}]"
+        part = f"{median:.0%} ({low:.0%}, {high:.0%})"
         agreed = f"{r.agreed}/{r.seeds}"
         shown.add_row(r.data, f"{r.samples}", f"{r.steps}", r.rule, f"{r.ratio:.2f}", agreed, part)
     clear = [r for r in found.readings if r.is_short is not None]
