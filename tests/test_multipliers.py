@@ -32,6 +32,7 @@ from torch import Tensor, nn
 import constrained_growth as cg
 from constrained_growth import recording
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
+from constrained_growth.tallies import Squares
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "identity": lambda n: IdentityLinear(n, nn.ReLU()),
@@ -503,3 +504,15 @@ def test_splice_really_inserts() -> None:
     with torch.no_grad():
         spliced_block(grown, "1").get_parameter("weight").mul_(0.5)
     assert mean_loss(grown, data).item() != mean_loss(model, data).item()
+
+
+def test_rows_noted_once_stay_finite_while_others_go_on() -> None:
+    squares = Squares(2, torch.device("cpu"))
+    row = torch.full((1, 2), 3.0)
+    for step in range(400):
+        squares.note(0, row, row, 1, has_bias=False)
+        if step == 0:
+            squares.note(1, row, row, 1, has_bias=True)
+        squares.settle(1)
+    size = 18.0  # ‖ψ‖² = ‖φ‖²
+    assert squares.values.tolist() == pytest.approx([400 * size * size, size * (size + 1)])
