@@ -136,7 +136,7 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def moves(block: nn.Module, x: Tensor) -> Tensor:
-    """Largest change of an entry of x by the block, over what rounding may do; at most 1 if none.
+    """How much a block changes x at its pins, as `change` says it.
 
     Raises:
         BlockError: The block does not keep the shape of x.
@@ -149,6 +149,11 @@ def moves(block: nn.Module, x: Tensor) -> Tensor:
             f"block={type(block).__name__} turns the shape {tuple(x.shape)} at its site into "
             f"{got}; the width must match."
         )
+    return change(x, y)
+
+
+def change(x: Tensor, y: Tensor) -> Tensor:
+    """Largest difference of an entry, over what rounding may do: at most 1 where y is x."""
     if x.numel() == 0:
         return x.new_zeros(())
     allowed = 1e3 * torch.finfo(x.dtype).eps * x.abs().max().clamp(min=1.0)

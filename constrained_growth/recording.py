@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from constrained_growth.blocks import has_factors, moves
+from constrained_growth.blocks import change, has_factors, moves
 from constrained_growth.distributed import add_up, everywhere
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import full_precision
@@ -207,7 +207,8 @@ class Recorder:
             )
         x = self._xs[index] = output.detach()
         for name in site.unsure:
-            self._try(name, site.blocks[name], x)
+            if has_factors(site.blocks[name]):
+                self._try(name, site.blocks[name], x)
         replaced = site.overwritten or not output.requires_grad
         if replaced:  # the model goes on with a copy that is part of the graph and not a view
             whole = output if output.requires_grad else output.detach().requires_grad_()
@@ -219,9 +220,13 @@ class Recorder:
         return output if replaced else None
 
     def _try(self, name: str, block: nn.Module, x: Tensor) -> None:
-        """Note by how much a block moves x, to be judged when the data is read."""
+        """Try a block with a closed form on x; others show what they do as they are measured."""
         with full_precision(x.device), torch.no_grad():
-            moved = moves(block, x.to(next(block.parameters()).dtype)).double()
+            self._note_change(name, moves(block, x.to(next(block.parameters()).dtype)))
+
+    def _note_change(self, name: str, moved: Tensor) -> None:
+        """Note by how much a block changes x, to be judged when the data is read."""
+        moved = moved.double()
         self._moved[name] = torch.maximum(self._moved.get(name, moved), moved)
 
     def _refuse_moving(self) -> None:
@@ -249,7 +254,9 @@ class Recorder:
             if member.closed and by_sample:
                 member.tally.add_samples(x, delta, self._size)
             else:
-                member.tally.add_batch(member.index, x, delta, self._size)
+                y = member.tally.add_batch(member.index, x, delta, self._size)
+                if not member.closed and member.name in self._sites[index].unsure:
+                    self._note_change(member.name, change(x.to(y.dtype), y))
 
     def _work_off(self, group: Sequence[Member]) -> None:
         """Work off what is pending for the members of a group, if it can be done in one stroke."""

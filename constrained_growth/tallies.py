@@ -116,16 +116,16 @@ class Counts:
     moments: dict[str, tuple[str | None, torch.Size, torch.Size, int]]
 
 
-_Method = TypeVar("_Method", bound=Callable[..., None])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _in_full_precision(method: _Method) -> _Method:
     """A method of `Tally` without autocast, which would multiply in a lower precision."""
 
     @functools.wraps(method)
-    def precise(self: Tally, *args: Any, **options: Any) -> None:
+    def precise(self: Tally, *args: Any, **options: Any) -> Any:
         with full_precision(self.squares.device):
-            method(self, *args, **options)
+            return method(self, *args, **options)
 
     return precise  # type: ignore[return-value]
 
@@ -201,7 +201,7 @@ class Tally:
         self._samples += x.shape[joint]
 
     @_in_full_precision
-    def add_batch(self, index: int, x: Tensor, delta: Tensor, size: int) -> None:
+    def add_batch(self, index: int, x: Tensor, delta: Tensor, size: int) -> Tensor:
         """Take in one batch of one candidate as a whole, by differentiating its block alone.
 
         Args:
@@ -209,14 +209,19 @@ class Tally:
             x: The tensor at its site, shape of the site.
             delta: ∂L/∂x, same shape.
             size: How many samples the batch had.
+
+        Returns:
+            What the block makes of x.
         """
         x, delta = x.to(self._dtype), delta.to(self._dtype)
         here = index if self._joint else ...
-        for name, value in block_multipliers(self._blocks[index], x, delta).items():
+        y, multipliers = differentiated(self._blocks[index], x, delta)
+        for name, value in multipliers.items():
             square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
             self.squares[index].add_(square, alpha=size)
             self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
+        return y
 
     def _add_moments(self, factor: AffineFactors, psi: Tensor, phi: Tensor, size: int) -> None:
         """Add Σ φ̃φ̃ᵀ and Σ ψψᵀ over samples and positions, φ̃ = (φ, 1) where there is a bias."""
@@ -322,16 +327,21 @@ def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, T
     Returns:
         Pinned parameter → −gradient.
     """
+    return differentiated(block, x, delta)[1]
+
+
+def differentiated(block: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a block makes of x at its pins, and its multipliers as in `block_multipliers`."""
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     with torch.enable_grad():
         y = torch.func.functional_call(block, {**buffers, **leaves}, (x,))
     if not y.requires_grad:
-        return {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+        return y, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     grads = torch.autograd.grad(
         y, list(leaves.values()), delta.to(y.dtype), allow_unused=True, materialize_grads=True
     )
-    return {name: -grad for name, grad in zip(leaves, grads, strict=True)}
+    return y.detach(), {name: -grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def row_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:

@@ -127,3 +127,26 @@ def test_block_is_measured_in_the_mode_of_its_site(training: bool) -> None:
     assert inserted.w.grad is not None
     torch.testing.assert_close(value, -inserted.w.grad, atol=1e-14, rtol=0)
     assert block.training is not training
+
+
+class Clipping(nn.Module):
+    """A block without a closed form that is the identity on small numbers only."""
+
+    pinned = ("w",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w * x.clamp(-10, 10)
+
+
+def test_own_block_that_moves_a_later_batch_is_found_out() -> None:
+    model, data = feedforward(2, 4, 3), classified(20, batch=10)
+    one = cg.Candidate("0", Clipping())
+    assert solved(model, data, one).decision.chosen == ("0",)
+    data[1] = (1000 * data[1][0], data[1][1])
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
+    with pytest.raises(cg.BlockError, match="not on a later one"):
+        cg.solve(problem)
