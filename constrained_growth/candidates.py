@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from constrained_growth.blocks import IdentityLinear, ResidualMLP
+from constrained_growth.blocks import IdentityLinear, ResidualMLP, TanhLU
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import untouched, visits
 
@@ -123,4 +123,4 @@ def _proposal(module: nn.Module, input: object, output: object) -> nn.Module | N
     return None
 
 
-_ACTIVATION_HOMES = (nn.ReLU.__module__, IdentityLinear.__module__.replace("blocks", "activations"))
+_ACTIVATION_HOMES = (nn.ReLU.__module__, TanhLU.__module__)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -125,11 +125,7 @@ def build(layer: InsertedLayer) -> nn.Module:
     Raises:
         RecordError: It is a block or an activation of the user's own.
     """
-    makers: dict[str, Callable[..., nn.Module]] = {
-        cls.__name__: cls
-        for cls in (blocks.IdentityLinear, blocks.ResidualLinear, blocks.ResidualMLP)
-    }
-    maker, arguments = makers.get(str(layer.block.get("type"))), layer.block.get("arguments")
+    maker, arguments = _BLOCKS.get(str(layer.block.get("type"))), layer.block.get("arguments")
     if maker is None or arguments is None:
         raise RecordError(
             f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
@@ -152,8 +148,7 @@ def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _described_block(block: nn.Module) -> dict[str, Any]:
-    known = type(block).__module__ == blocks.__name__
-    if not known:
+    if _BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
     arguments = block.config()  # type: ignore[operator]
     activation = _described_activation(arguments["activation"])
@@ -188,6 +183,11 @@ def _built_activation(described: Mapping[str, Any]) -> activations.Activation:
         return _MODULES[described["module"]](**described["arguments"])
     raise RecordError(f"the record names an activation that is not known here: {described}.")
 
+
+_BLOCKS: dict[str, type[Any]] = {
+    name: value for name, value in vars(blocks).items() if hasattr(value, "config")
+}
+"""The blocks of this library that say from which arguments they can be built again."""
 
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
 _MODULES: dict[str, type[nn.Module]] = {
