@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,15 +92,26 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Decision:
-    """Which candidates to insert.
+    """Which candidates to insert, and where they start.
+
+    Two decisions are equal when they choose the same for the same reason.
 
     Attributes:
         chosen: Names of the candidates; `()` when inserting nothing is the answer.
         reason: One sentence for the reader.
+        values: Candidate → pinned parameter → v, the deviation from the pin at which the inserted
+            block starts, in the shape of the parameter. A candidate that is not in it starts at
+            the pin, where it does nothing.
+        evidence: What the decision rests on, for the record: numbers, texts, lists and dicts of
+            them, as JSON takes them.
     """
 
     chosen: tuple[str, ...] = ()
     reason: str = ""
+    values: Mapping[str, Mapping[str, Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    evidence: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

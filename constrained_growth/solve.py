@@ -23,7 +23,7 @@ from constrained_growth.observation import (
     untouched,
 )
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.rules import DecisionRule, Rule, TopK, needs_model
 from constrained_growth.sampling import (
     AdaptiveSampling,
     Reach,
@@ -49,7 +49,7 @@ _FROBENIUS = Frobenius()
 
 def solve(
     problem: GrowthProblem,
-    rule: DecisionRule = _TOP_ONE,
+    rule: Rule = _TOP_ONE,
     *,
     norm: Norm | MomentNorm = _FROBENIUS,
     stationarity: bool = True,
@@ -67,7 +67,9 @@ def solve(
 
     Args:
         problem: What to solve.
-        rule: `rule(sensitivities) -> Decision`; `TopK(1)` by default, as in the source.
+        rule: `rule(sensitivities) -> Decision`; `TopK(1)` by default, as in the source. A rule
+            with a method `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked
+            that way instead, with a solution that has an empty decision.
         norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
             parameters' λ. `Frobenius()` by default, the dual of the ball in which SGD moves;
             `cg.norms.norm_for(optimizer)` picks the one of yours.
@@ -133,16 +135,13 @@ def solve(
             f"{ {name: s.value for name, s in sensitivities.items()} }: NaN or Inf in the data, "
             "the parameters or the loss; solve(..., throw=False) returns a solution that says so."
         )
-    decision = (
-        Decision((), status.value) if status is Status.NOT_FINITE else decide(rule, sensitivities)
-    )
-    return Solution(
+    solution = Solution(
         status=status,
         loss=found.loss,
         stationarity=residual,
         multipliers={c.name: found.estimates[c.name].multiplier for c in problem.candidates},
         sensitivities=sensitivities,
-        decision=decision,
+        decision=Decision((), status.value if status is Status.NOT_FINITE else ""),
         candidates={
             name: Planned(site.after, block, site.overwritten)
             for site in problem.sites
@@ -153,6 +152,9 @@ def solve(
         num_batches=found.num_batches,
         data_fraction=1.0 if reach is None else reach.fraction,
     )
+    if status is Status.NOT_FINITE:
+        return solution
+    return replace(solution, decision=decide_about(rule, problem, solution))
 
 
 def _measured(
@@ -172,7 +174,7 @@ def _measured(
 
 def _sampled(
     problem: GrowthProblem,
-    rule: DecisionRule,
+    rule: Rule,
     norm: Norm | MomentNorm,
     stationarity: bool,
     progress: bool | None,
@@ -189,6 +191,12 @@ def _sampled(
         raise DataError(
             "sampling: several processes cannot stop reading together yet; call solve without "
             "sampling, or with group=None and all the data on one process."
+        )
+
+    if needs_model(rule):
+        raise RuleError(
+            f"rule={rule!r} asks the model and not only the sensitivities, so that a part of the "
+            "data cannot settle its decision; call solve without sampling."
         )
 
     def enough(found: Measurement, reach: Reach) -> bool:
@@ -229,7 +237,7 @@ def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
                 f'problem: the module "{site.after}" of its model is not the one it was made with '
                 "(a layer was inserted there, say); make a new cg.GrowthProblem."
             )
-    if not callable(rule):
+    if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
         raise RuleError(
             f"rule={rule!r} cannot be called; give cg.TopK(1), or a function that takes the "
             "sensitivities and returns a cg.Decision."
@@ -302,13 +310,35 @@ def _status(
     return Status.KKT_MULTIPLIERS if residual <= gtol else Status.LEAST_SQUARES_ESTIMATES
 
 
-def decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
-    """What a rule decides, if it is a decision about these candidates.
+def decide_about(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
+    """What a rule of either kind decides about a solution, if it is a decision about it.
 
     Raises:
         RuleError: It is not.
     """
-    decision = rule(MappingProxyType(dict(sensitivities)))
+    if not needs_model(rule):
+        return decide(rule, solution.sensitivities)
+    with untouched(problem.model, problem.data):
+        return checked_decision(rule, rule.decide(problem, solution), solution.sensitivities)
+
+
+def decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
+    """What a rule that needs the sensitivities alone decides, if it is a decision about them.
+
+    Raises:
+        RuleError: It is not.
+    """
+    return checked_decision(rule, rule(MappingProxyType(dict(sensitivities))), sensitivities)
+
+
+def checked_decision(
+    rule: object, decision: object, sensitivities: Mapping[str, Sensitivity]
+) -> Decision:
+    """The decision, if it is one about these candidates.
+
+    Raises:
+        RuleError: It is not.
+    """
     if not isinstance(decision, Decision):
         raise RuleError(
             f"rule={rule!r} returned {decision!r}, not a cg.Decision; return "
@@ -322,5 +352,11 @@ def decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Deci
         raise RuleError(
             f"rule={rule!r} chose {decision.chosen}; the candidates are {tuple(sensitivities)}, "
             "each to be chosen at most once."
+        )
+    strangers = [name for name in decision.values if name not in decision.chosen]
+    if strangers:
+        raise RuleError(
+            f"rule={rule!r} gives values for {strangers}, which it did not choose; it chose "
+            f"{decision.chosen}."
         )
     return decision

@@ -1,32 +1,12 @@
-"""From sensitivities to a decision.
-
-A rule is anything callable as `rule(sensitivities) -> Decision`, where `sensitivities` maps the
-names of the candidates to `Sensitivity`. Nothing else is asked of it.
-"""
+"""Rules that compare sensitivities with each other or with a bar."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity
-
-
-class DecisionRule(Protocol):
-    """What a rule looks like; a plain function fits."""
-
-    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """Decide which candidates to insert.
-
-        Args:
-            sensitivities: Candidate → sensitivity, in the order of the problem.
-
-        Returns:
-            The decision; `Decision(chosen=())` inserts nothing.
-        """
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,11 @@
+"""From sensitivities to a decision.
+
+A rule is anything callable as `rule(sensitivities) -> Decision`, where `sensitivities` maps the
+names of the candidates to `Sensitivity`; or anything with a method `decide(problem, solution) ->
+Decision`, if it has to ask the model more than that. Nothing else is asked of it.
+"""
+
+from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
+from constrained_growth.rules.ranking import Threshold, TopK
+
+__all__ = ["DecisionRule", "ModelRule", "Rule", "Threshold", "TopK", "needs_model"]
