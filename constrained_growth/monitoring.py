@@ -235,6 +235,7 @@ class Monitor:
             parameters=parameter_shapes(self._problem.model),
             num_samples=self.num_samples,
             num_batches=self.num_batches,
+            example=self._problem.example,
         )
 
     @contextmanager

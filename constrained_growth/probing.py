@@ -57,8 +57,8 @@ def look_at_sites(
     candidates: Sequence[Candidate],
     modules: Mapping[str, nn.Module],
     group: ProcessGroup | None,
-) -> tuple[Site, ...]:
-    """The sites, the same on all processes, with the blocks that fit there.
+) -> tuple[tuple[Site, ...], object]:
+    """The sites, the same on all processes, with the blocks that fit there; and the first input.
 
     Args:
         model: Run once on the first batch, with gradients on (`differentiable`).
@@ -72,12 +72,14 @@ def look_at_sites(
         DataError, CandidateError, BlockError: As `GrowthProblem` says.
     """
     xs: dict[str, Tensor] = {}
+    examples: list[object] = []
 
     def look() -> tuple[object, dict[str, _Facts] | None]:
         layout = [_layout(candidate) for candidate in candidates]
         first = next(batches(data, device_of(model)), None)
         if first is None:
             return layout, None
+        examples.append(first[0])
         seen, facts = _probe(model, loss_fn, first, modules)
         xs.update(seen)
         return layout, facts
@@ -105,7 +107,7 @@ def look_at_sites(
                 _check_fit(candidate.name, blocks[candidate.name], xs[candidate.after])
 
     everywhere(check, group)
-    return tuple(
+    sites = tuple(
         _site(
             name,
             module,
@@ -119,6 +121,7 @@ def look_at_sites(
         )
         for name, module in modules.items()
     )
+    return sites, next(iter(examples), None)
 
 
 def _site(

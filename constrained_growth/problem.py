@@ -54,6 +54,7 @@ class GrowthProblem:
     Attributes:
         model, loss_fn, data, candidates, group: As given (the candidates as a tuple).
         constraints: The pins, one `Constraint` for each pinned parameter.
+        example: The input of the first batch, on the model's device; None without one here.
 
     Raises:
         CandidateError: No candidates, a repeated name, an unknown site, or a site that is not
@@ -90,7 +91,9 @@ class GrowthProblem:
         self.group = group
         modules = _site_modules(model, self.candidates)
         with untouched(model, data), differentiable():
-            self.sites = look_at_sites(model, loss_fn, data, self.candidates, modules, group)
+            self.sites, self.example = look_at_sites(
+                model, loss_fn, data, self.candidates, modules, group
+            )
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates

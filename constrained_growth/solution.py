@@ -122,11 +122,13 @@ class Planned:
         after: Qualified name of the module whose output is the site.
         block: The block, on the site's device and dtype.
         overwritten: Whether the model changes the tensor at the site in place afterwards.
+        output: Which tensor of the module's output is the site; see `Candidate`.
     """
 
     after: str
     block: nn.Module
     overwritten: bool = False
+    output: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,8 @@ class Solution:
             Unless it is 1.0, loss, stationarity, multipliers and sensitivities are estimates from
             a random part of the data; the decision is then that on all of them with the
             confidence that was asked for.
+        example: The input of the problem's first batch, on which `insert` sees that the function
+            does not move; None where there was none.
     """
 
     status: Status
@@ -163,6 +167,7 @@ class Solution:
     num_samples: int
     num_batches: int
     data_fraction: float | None = 1.0
+    example: Any = field(default=None, repr=False, compare=False)
 
     def dual_value(self, constraint: Constraint) -> Tensor:
         """λ of one pin, in CVXPY's word.

@@ -151,6 +151,7 @@ def solve(
         num_samples=found.num_samples,
         num_batches=found.num_batches,
         data_fraction=1.0 if reach is None else reach.fraction,
+        example=problem.example,
     )
     if status is Status.NOT_FINITE:
         return solution
