@@ -30,3 +30,11 @@ class RecordError(GrowthError):
 
 class OptimizerError(GrowthError):
     """The optimizer cannot take the new parameters."""
+
+
+class CheckpointError(GrowthError):
+    """A checkpoint is damaged, foreign, or does not fit what it is to be loaded into."""
+
+
+class TrainingError(GrowthError):
+    """An argument of the training loop, or the order of its calls, makes no sense."""

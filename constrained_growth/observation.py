@@ -29,7 +29,7 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    generators = [(g, g.get_state()) for other in others for g in _generators(other)]
+    generators = [(g, g.get_state()) for other in others for g in generators_of(other)]
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     token = _UNTOUCHED.set(True)
@@ -73,7 +73,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def _generators(other: object) -> list[torch.Generator]:
+def generators_of(other: object) -> list[torch.Generator]:
+    """The generators that a data loader and its samplers draw from."""
     batch_sampler = getattr(other, "batch_sampler", None)
     samplers = (getattr(other, "sampler", None), getattr(batch_sampler, "sampler", None))
     holders = (other, batch_sampler, *samplers)
