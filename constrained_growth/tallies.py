@@ -175,7 +175,7 @@ class Tally:
         joint = int(self._joint)
         factors = first.joint_factors(self._blocks, x, delta) if joint else first.factors(x, delta)
         for factor in factors:
-            weight = self._sums[factor.weight]
+            weight = self._sums[factor.weight].flatten(1 + joint)  # a kernel as a matrix
             psi, phi = factor.cotangent, factor.features
             if psi.dtype != weight.dtype or phi.dtype != weight.dtype:
                 psi, phi = psi.to(weight.dtype), phi.to(weight.dtype)
