@@ -11,6 +11,7 @@ cotangents and features. Without it λ comes from differentiating the block alon
 """
 
 from constrained_growth.activations import TanhLU
+from constrained_growth.blocks.copied import CopiedBlock
 from constrained_growth.blocks.factors import (
     AffineFactors,
     HasFactors,
@@ -24,6 +25,7 @@ from constrained_growth.blocks.residual import ResidualLinear, ResidualMLP
 
 __all__ = [
     "AffineFactors",
+    "CopiedBlock",
     "HasFactors",
     "HasJointFactors",
     "IdentityLinear",

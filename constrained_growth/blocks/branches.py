@@ -1,0 +1,144 @@
+"""Where the branches of a residual block end, read off the graph that autograd keeps of its output.
+
+A residual block is a trunk that carries x to the output, and branches that are added to it. It is
+the identity once the last operation with parameters in every branch gives zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How the branches of a block end.
+
+    Attributes:
+        branches: For each branch the parameters that make it vanish where they are zero.
+        on_trunk: Parameters that act on the trunk itself, as a normalisation after the sum does:
+            with them the block cannot be the identity. Then `branches` is empty.
+        exact: Whether the trunk is sums and rearrangements only, and so the identity for every x.
+    """
+
+    branches: tuple[tuple[Tensor, ...], ...]
+    on_trunk: tuple[Tensor, ...]
+    exact: bool
+
+
+def ends_of(x: Tensor, y: Tensor) -> Ends:
+    """How the branches end that make y of x.
+
+    Args:
+        x: A leaf that requires gradients.
+        y: Computed from x, shape of x, with all parameters requiring gradients.
+    """
+    graph = _Graph(x, y)
+    trunk = [node for node in graph.order if node in graph.trunk]
+    if y.grad_fn not in graph.trunk:
+        return Ends((), tuple(_unique(graph.last_parameters(y.grad_fn))), False)
+    branches = []
+    for node in trunk:
+        on_the_way = [child for child in graph.inputs(node) if child not in graph.trunk]
+        found = [graph.last_parameters(child) for child in on_the_way]
+        branches += [tuple(_unique(parameters)) for parameters in [*found, graph.direct(node)]]
+    exact = all(_kind(node) in _KEEPING for node in trunk)
+    return Ends(tuple(branch for branch in branches if branch), (), exact)
+
+
+class _Graph:
+    """What leads from x to y: nodes that depend on x, and among them the trunk."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self._x = x
+        self.order = list(_inputs_first(y.grad_fn))
+        self._reached: set[Any] = set()
+        self.trunk: set[Any] = set()
+        for node in self.order:
+            if self._is_x(node):
+                self._reached.add(node)
+                self.trunk.add(node)
+            elif any(child in self._reached for child in _children(node)):
+                self._reached.add(node)
+                if self._carries(node):
+                    self.trunk.add(node)
+
+    def inputs(self, node: Any) -> list[Any]:
+        """The inputs of an operation that depend on x."""
+        return [child for child in _children(node) if child in self._reached]
+
+    def direct(self, node: Any) -> list[Tensor]:
+        """The parameters that an operation takes as they are, at most rearranged."""
+        bare = (_bare(child) for child in _children(node) if child not in self._reached)
+        return [variable for variable in bare if variable is not None]
+
+    def last_parameters(self, node: Any) -> list[Tensor]:
+        """The parameters of the last operations that have some, on all ways back from a node."""
+        found: list[Tensor] = []
+        seen, waiting = set(), [node]
+        while waiting:
+            node = waiting.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            here = self.direct(node)
+            found += here
+            if not here or _kind(node) in _ADDING:  # W φ + b as a sum: W is further back
+                waiting += self.inputs(node)
+        return found
+
+    def _carries(self, node: Any) -> bool:
+        inputs = self.inputs(node)
+        if _kind(node) in _ADDING:
+            return any(child in self.trunk for child in inputs)
+        return len(inputs) == 1 and inputs[0] in self.trunk and not self.direct(node)
+
+    def _is_x(self, node: Any) -> bool:
+        return getattr(node, "variable", None) is self._x
+
+
+_ADDING = frozenset({"Add"})
+_REARRANGING = frozenset(
+    {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Squeeze"}
+    | {"Unsqueeze", "Alias", "Clone", "ToCopy", "AsStrided"}
+)
+_KEEPING = _ADDING | _REARRANGING | {"torch::autograd::AccumulateGrad"}
+
+
+def _kind(node: Any) -> str:
+    """The operation of a node: "Add" for AddBackward0."""
+    return node.name().partition("Backward")[0]
+
+
+def _children(node: Any) -> list[Any]:
+    return [child for child, _ in node.next_functions if child is not None]
+
+
+def _bare(node: Any) -> Tensor | None:
+    """The tensor that a node hands on as it is or rearranged, or None."""
+    while _kind(node) in _REARRANGING and len(_children(node)) == 1:
+        (node,) = _children(node)
+    return getattr(node, "variable", None)
+
+
+def _inputs_first(root: Any) -> Iterator[Any]:
+    """All nodes of a graph, each after its inputs."""
+    done: set[Any] = set()
+    waiting = [(root, False)]
+    while waiting:
+        node, inputs_done = waiting.pop()
+        if node in done:
+            continue
+        if inputs_done:
+            done.add(node)
+            yield node
+        else:
+            waiting.append((node, True))
+            waiting += [(child, False) for child in _children(node)]
+
+
+def _unique(tensors: list[Tensor]) -> list[Tensor]:
+    return list({id(tensor): tensor for tensor in tensors}.values())
