@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from constrained_growth.contexts import context_of, takes_context
 from constrained_growth.errors import CandidateError, RecordError
 from constrained_growth.observation import parameter_shapes
 from constrained_growth.optimizers import adopt, check_optimizer
+from constrained_growth.outputs import tensor_in, with_tensor
 from constrained_growth.records import (
     GrowthRecord,
     InsertedLayer,
@@ -28,6 +30,9 @@ __all__ = ["GrowthRecord", "Inserted", "InsertedLayer", "insert", "replay"]
 class Inserted(nn.Module):
     """A module with a layer after it: x ↦ inserted(base(x)).
 
+    A layer with a true attribute `takes_context` is called with what the module is called with,
+    its own tensor in the place of the first argument.
+
     Stands in the model under the name of `base`, so every other name in the model stays what it
     was, `"3"` still means "the output of this place", and attributes not found here are looked up
     in `base` (`model.fc.in_features` goes on working). Keys in the state dict change from
@@ -38,19 +43,35 @@ class Inserted(nn.Module):
         inserted: The layer after it.
         overwritten: Whether the model changes the output in place afterwards: then it gets a
             copy, as the layer may need its own output to go backward.
+        output: Which tensor of the output of `base` the layer works on, as in `Candidate`.
     """
 
-    def __init__(self, base: nn.Module, inserted: nn.Module, *, overwritten: bool = False) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        inserted: nn.Module,
+        *,
+        overwritten: bool = False,
+        output: int | str | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.inserted = inserted
         self.overwritten = overwritten
+        self.output = output
         self.training = base.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The inserted layer applied to the output of the base."""
-        output = self.inserted(self.base(*args, **kwargs))
-        return output.clone() if self.overwritten else output
+        output = self.base(*args, **kwargs)
+        x = output if isinstance(output, Tensor) else tensor_in(output, self.output)
+        if takes_context(self.inserted):
+            context = context_of(self.base, args, kwargs)
+            y = self.inserted(x, *context.args, **context.kwargs)
+        else:
+            y = self.inserted(x)
+        y = y.clone() if self.overwritten else y
+        return y if x is output else with_tensor(output, self.output, y)
 
     def __len__(self) -> int:
         return len(self.base)  # type: ignore[arg-type]
@@ -124,7 +145,9 @@ def insert(
     for name, site, planned in chosen:
         place = wrappers.get(site, site)
         after = next(n for n, module in model.named_modules() if module is place)
-        layer = describe(name, after, planned.block, overwritten=planned.overwritten)
+        layer = describe(
+            name, after, planned.block, overwritten=planned.overwritten, output=planned.output
+        )
         wrappers[site] = _put(model, place, planned.block, layer)
         layers.append(layer)
     if optimizer is not None:
@@ -222,7 +245,9 @@ def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, 
 
 
 def _put(model: nn.Module, site: nn.Module, block: nn.Module, layer: InsertedLayer) -> Inserted:
-    wrapper = Inserted(site, block.train(site.training), overwritten=layer.overwritten)
+    wrapper = Inserted(
+        site, block.train(site.training), overwritten=layer.overwritten, output=layer.output
+    )
     _replace(model, site, wrapper)
     return wrapper
 

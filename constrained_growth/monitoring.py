@@ -228,7 +228,7 @@ class Monitor:
             sensitivities=sensitivities,
             decision=decide(rule, sensitivities) if finite else Decision((), status.value),
             candidates={
-                name: Planned(site.after, block, site.overwritten)
+                name: Planned(site.after, block, site.overwritten, site.output)
                 for site in self._problem.sites
                 for name, block in site.blocks.items()
             },

@@ -30,6 +30,7 @@ class InsertedLayer:
             block or activation of the user's own has `arguments` None: pass it to `replay`.
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
+        output: Which tensor of the module's output the layer works on, as in `Candidate`.
         pristine: The block as it was inserted, while the record lives in the process that made
             it; JSON does not hold it.
     """
@@ -39,6 +40,7 @@ class InsertedLayer:
     block: Mapping[str, Any]
     parameters: Mapping[str, tuple[int, ...]]
     overwritten: bool = False
+    output: int | str | None = None
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
@@ -95,6 +97,7 @@ class GrowthRecord:
                     block=dict(item["block"]),
                     parameters=_shapes_from(item["parameters"]),
                     overwritten=bool(item["overwritten"]),
+                    output=item.get("output"),
                 )
                 for item in content["insertions"]
             )
@@ -106,7 +109,12 @@ class GrowthRecord:
 
 
 def describe(
-    name: str, after: str, block: nn.Module, *, overwritten: bool = False
+    name: str,
+    after: str,
+    block: nn.Module,
+    *,
+    overwritten: bool = False,
+    output: int | str | None = None,
 ) -> InsertedLayer:
     """The record of a block about to be inserted."""
     return InsertedLayer(
@@ -115,6 +123,7 @@ def describe(
         _described_block(block),
         parameter_shapes(block),
         overwritten,
+        output,
         copy.deepcopy(block),
     )
 

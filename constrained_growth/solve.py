@@ -143,7 +143,7 @@ def solve(
         sensitivities=sensitivities,
         decision=Decision((), status.value if status is Status.NOT_FINITE else ""),
         candidates={
-            name: Planned(site.after, block, site.overwritten)
+            name: Planned(site.after, block, site.overwritten, site.output)
             for site in problem.sites
             for name, block in site.blocks.items()
         },

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from constrained_growth.contexts import takes_context
+
 
 @dataclass(frozen=True)
 class AffineFactors:
@@ -63,10 +65,10 @@ class HasJointFactors(HasFactors, Protocol):
 
 
 def has_factors(block: nn.Module) -> bool:
-    """Whether a block knows its multipliers in closed form."""
-    return callable(getattr(block, "factors", None))
+    """Whether a block knows its multipliers in closed form, into which no context enters."""
+    return callable(getattr(block, "factors", None)) and not takes_context(block)
 
 
 def has_joint_factors(block: nn.Module) -> bool:
     """Whether blocks like this one can be worked off together."""
-    return callable(getattr(block, "joint_factors", None))
+    return callable(getattr(block, "joint_factors", None)) and not takes_context(block)

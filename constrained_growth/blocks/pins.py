@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from constrained_growth.contexts import NO_CONTEXT, Context
 from constrained_growth.errors import BlockError
 
 
@@ -35,14 +36,14 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         ) from error
 
 
-def moves(block: nn.Module, x: Tensor) -> Tensor:
+def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
     """How much a block changes x at its pins, as `change` says it.
 
     Raises:
         BlockError: The block does not keep the shape of x.
     """
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    y = torch.func.functional_call(block, buffers, (x.clone(),))
+    y = torch.func.functional_call(block, buffers, (x.clone(), *context.args), dict(context.kwargs))
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise BlockError(

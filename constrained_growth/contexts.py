@@ -1,0 +1,64 @@
+"""What a module is called with besides the tensor, for blocks that ask for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Context:
+    """The arguments after the first one, of one call of a module.
+
+    Attributes:
+        args: The positional ones.
+        kwargs: The others, by name.
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+NO_CONTEXT = Context()
+
+
+def takes_context(block: object) -> bool:
+    """Whether a block is to be called with what the module at its site was called with.
+
+    Such a block has a true attribute `takes_context`, and is called as
+    `block(x, *args[1:], **kwargs)`: x, the tensor at the site, takes the place of the first
+    argument. Any other block is called as `block(x)`.
+    """
+    return bool(getattr(block, "takes_context", False))
+
+
+def context_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Context:
+    """The context of a call `module(*args, **kwargs)`.
+
+    Where the first argument came by keyword, it is the one that the signature of `forward` has
+    first, or else the first that was given.
+    """
+    if args or not kwargs:
+        return Context(args[1:], kwargs)
+    first = next(iter(inspect.signature(module.forward).parameters), "")
+    first = first if first in kwargs else next(iter(kwargs))
+    return Context((), {name: value for name, value in kwargs.items() if name != first})
+
+
+def detached(context: Context) -> Context:
+    """The same context without the graph its tensors belong to."""
+    return Context(_detached(context.args), _detached(context.kwargs))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if type(value) is dict:
+        return {key: _detached(item) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_detached(item) for item in value)
+    return value
