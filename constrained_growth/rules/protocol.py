@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, runtime_checkable
+
+from typing_extensions import TypeIs
 
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Sensitivity, Solution
@@ -46,6 +48,6 @@ Rule = DecisionRule | ModelRule
 """What `solve` takes: a rule with a method `decide` is asked that way, any other is called."""
 
 
-def needs_model(rule: object) -> TypeGuard[ModelRule]:
+def needs_model(rule: object) -> TypeIs[ModelRule]:
     """Whether a rule is asked with the problem in hand, by its method `decide`."""
     return callable(getattr(rule, "decide", None))
