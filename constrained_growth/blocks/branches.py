@@ -37,12 +37,12 @@ def ends_of(x: Tensor, y: Tensor) -> Ends:
         y: Computed from x, shape of x, with all parameters requiring gradients.
     """
     graph = _Graph(x, y)
-    trunk = [node for node in graph.order if node in graph.trunk]
-    if y.grad_fn not in graph.trunk:
+    trunk = graph.trunk(y.grad_fn)
+    if not trunk:
         return Ends((), tuple(_unique(graph.last_parameters(y.grad_fn))), False)
     branches = []
-    for node in trunk:
-        on_the_way = [child for child in graph.inputs(node) if child not in graph.trunk]
+    for node in reversed(trunk):
+        on_the_way = [child for child in graph.inputs(node) if child not in trunk]
         found = [graph.last_parameters(child) for child in on_the_way]
         branches += [tuple(_unique(parameters)) for parameters in [*found, graph.direct(node)]]
     exact = all(_kind(node) in _KEEPING for node in trunk)
@@ -50,21 +50,27 @@ def ends_of(x: Tensor, y: Tensor) -> Ends:
 
 
 class _Graph:
-    """What leads from x to y: nodes that depend on x, and among them the trunk."""
+    """What leads from x to y: the nodes that depend on x, and those that can carry it on."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self._x = x
-        self.order = list(_inputs_first(y.grad_fn))
         self._reached: set[Any] = set()
-        self.trunk: set[Any] = set()
-        for node in self.order:
-            if self._is_x(node):
+        self._carrying: set[Any] = set()
+        for node in _inputs_first(y.grad_fn):
+            is_x = getattr(node, "variable", None) is x
+            if is_x or any(child in self._reached for child in _children(node)):
                 self._reached.add(node)
-                self.trunk.add(node)
-            elif any(child in self._reached for child in _children(node)):
-                self._reached.add(node)
-                if self._carries(node):
-                    self.trunk.add(node)
+                if is_x or self._carries(node):
+                    self._carrying.add(node)
+
+    def trunk(self, root: Any) -> list[Any]:
+        """The nodes on the ways from the output to x that meet no parameters."""
+        found: dict[Any, None] = {}
+        waiting = [root] if root in self._carrying else []
+        while waiting:
+            node = waiting.pop()
+            found[node] = None
+            waiting += [child for child in self.inputs(node) if child in self._carrying]
+        return list(found)
 
     def inputs(self, node: Any) -> list[Any]:
         """The inputs of an operation that depend on x."""
@@ -93,11 +99,8 @@ class _Graph:
     def _carries(self, node: Any) -> bool:
         inputs = self.inputs(node)
         if _kind(node) in _ADDING:
-            return any(child in self.trunk for child in inputs)
-        return len(inputs) == 1 and inputs[0] in self.trunk and not self.direct(node)
-
-    def _is_x(self, node: Any) -> bool:
-        return getattr(node, "variable", None) is self._x
+            return any(child in self._carrying for child in inputs)
+        return len(inputs) == 1 and inputs[0] in self._carrying and not self.direct(node)
 
 
 _ADDING = frozenset({"Add"})

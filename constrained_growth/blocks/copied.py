@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from constrained_growth.blocks.branches import Ends, ends_of
-from constrained_growth.blocks.pins import change, pinned_parameters
+from constrained_growth.blocks.pins import pinned_parameters
+from constrained_growth.blocks.zeros import zeros_of
 from constrained_growth.errors import BlockError
-from constrained_growth.observation import differentiable
+from constrained_growth.outputs import tensor_in
 
 
 class CopiedBlock(nn.Module):
@@ -80,10 +79,11 @@ class CopiedBlock(nn.Module):
             name for name, m in self.module.named_modules() if vars(m).get(_CHECKPOINTING)
         )
         self._switch_checkpointing(False)
-        if pinned is None:
-            pinned = self._found(args, kwargs or {})
-        elif isinstance(pinned, str):
+        if isinstance(pinned, str):
             raise BlockError(f"pinned={pinned!r} is a string; give a tuple of names: ({pinned!r},)")
+        if pinned is None:
+            zeros = zeros_of(self, self.module, args, kwargs)
+            pinned, self._exact = zeros.names, zeros.exact
         self.pinned = tuple(f"module.{name}" for name in pinned)
         with torch.no_grad():
             for parameter in pinned_parameters(self).values():
@@ -95,7 +95,7 @@ class CopiedBlock(nn.Module):
         kwargs = {name: _without_cache(value, x) for name, value in kwargs.items()}
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
-        return _first_tensor(self.module(x, *args, **kwargs))
+        return tensor_in(self.module(x, *args, **kwargs))
 
     def exact_after(self, site: nn.Module) -> bool:
         """Whether nothing but sums is on the way from x to the output."""
@@ -111,104 +111,8 @@ class CopiedBlock(nn.Module):
         for name in self._checkpointed:
             setattr(self.module.get_submodule(name), _CHECKPOINTING, on)
 
-    def _found(self, args: Sequence[Any] | None, kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-        """The names of the parameters to pin, from the graph of one call."""
-        modes = [(m, m.training) for m in self.module.modules()]
-        self.module.eval()
-        with differentiable(), torch.random.fork_rng(devices=[]):
-            x, y, args = self._called(args, kwargs)
-            ends = ends_of(x, y)
-            names = {id(p): name for name, p in self.module.named_parameters()}
-            pinned = dict.fromkeys(names[id(p)] for branch in ends.branches for p in branch)
-            self._check_ends(ends, names)
-            with torch.no_grad():
-                for name in pinned:
-                    self.module.get_parameter(name).zero_()
-            self._check_identity(x, args, kwargs, ends, names)
-        for module, training in modes:
-            module.training = training
-        self._exact = ends.exact
-        return tuple(pinned)
-
-    def _called(
-        self, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
-    ) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-        """A call x ↦ y that keeps the shape, and its further arguments."""
-        tried = [args] if args is not None else [(x,) for x in _usual_inputs(self.module)]
-        problem = "it has no parameters"
-        for first, *rest in tried:
-            if not isinstance(first, Tensor) or not first.is_floating_point():
-                raise BlockError(f"args: the first is {first!r:.80}, not the tensor x of the call.")
-            x = first.detach().clone().requires_grad_()
-            rest, kwargs = tree_map_only(Tensor, Tensor.detach, (rest, kwargs))
-            try:
-                y = self(x.clone(), *rest, **kwargs)
-            except Exception as error:
-                if args is not None:
-                    raise
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if y.shape == x.shape and y.requires_grad:
-                return x, y, tuple(rest)
-            problem = f"it turns the shape {tuple(x.shape)} into {tuple(y.shape)}"
-        raise BlockError(
-            f"module={type(self.module).__name__} does not keep the shape of what it is called "
-            f"with, or needs more than one tensor ({problem}). A block that changes the shape "
-            "cannot be repeated; for another one give the call, args=(x, …) and kwargs={…}, or "
-            "the names of its output projections, pinned=(…)."
-        )
-
-    def _check_ends(self, ends: Ends, names: Mapping[int, str]) -> None:
-        if ends.branches:
-            return
-        acting = tuple(names[id(p)] for p in ends.on_trunk)
-        reason = (
-            f"its parameters {acting} act on all that leaves it, as in a post-norm block, which "
-            "normalises the sum"
-            if acting
-            else "it has no branch with parameters"
-        )
-        raise BlockError(
-            f"module={type(self.module).__name__} cannot be the identity by zeros at the ends of "
-            f"its branches: {reason}. {_ALTERNATIVE}"
-        )
-
-    def _check_identity(
-        self,
-        x: Tensor,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        ends: Ends,
-        names: Mapping[int, str],
-    ) -> None:
-        """Whether the copy is the identity now, on x or |x|, and every branch can be loosened."""
-        for start in (x.detach(), x.detach().abs()):  # the latter for blocks that end in a ReLU
-            y = self(start.clone(), *args, **kwargs)
-            if float(change(start, y.detach())) <= 1:
-                break
-        else:
-            raise BlockError(
-                f"module={type(self.module).__name__} is not the identity where "
-                f"{tuple(names[id(p)] for branch in ends.branches for p in branch)} are zero. "
-                f"{_ALTERNATIVE}"
-            )
-        generator = torch.Generator().manual_seed(0)
-        cotangent = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y)
-        for branch in ends.branches:
-            grads = torch.autograd.grad(y, branch, cotangent, retain_graph=True, allow_unused=True)
-            if not any(grad is not None and bool(grad.any()) for grad in grads):
-                raise BlockError(
-                    f"module={type(self.module).__name__}: the multipliers of "
-                    f"{tuple(names[id(p)] for p in branch)} vanish identically, as what they are "
-                    "multiplied with is zero too; give that other factor a non-zero value."
-                )
-
 
 _CHECKPOINTING = "gradient_checkpointing"
-_ALTERNATIVE = (
-    "Use ResidualMLP(width, hidden, activation), which is the identity anywhere, or name the "
-    "parameters to pin: pinned=(…)."
-)
 _HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
@@ -233,15 +137,6 @@ def _copied(module: nn.Module) -> nn.Module:
     return copied
 
 
-def _usual_inputs(module: nn.Module) -> Iterator[Tensor]:
-    """Sequences, images and plain vectors of the widths that the parameters have."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    generator = torch.Generator().manual_seed(0)
-    for width in dict.fromkeys(size for p in parameters for size in p.shape):
-        for shape in ((2, 4, width), (2, width, 8, 8), (2, width), (2, width, 8)):
-            yield torch.randn(shape, generator=generator).to(parameters[0])
-
-
 def _without_cache(value: Any, x: Tensor) -> Any:
     """None in the place of a cache of keys and values, and every other value as it is.
 
@@ -260,9 +155,3 @@ def _without_cache(value: Any, x: Tensor) -> Any:
             "by constrained_growth.integrations.transformers.insert."
         )
     return None
-
-
-def _first_tensor(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, Mapping) else output))
-    return output
