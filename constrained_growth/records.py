@@ -144,6 +144,8 @@ def build(layer: InsertedLayer) -> nn.Module:
     try:
         arguments = dict(arguments)
         arguments["activation"] = _built_activation(arguments["activation"])
+        if arguments.get("norm_layer") is not None:
+            arguments["norm_layer"] = _NORM_LAYERS[arguments["norm_layer"]]
         with torch.random.fork_rng(devices=[]):
             return maker(**arguments)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -160,9 +162,13 @@ def _described_block(block: nn.Module) -> dict[str, Any]:
     if _BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
     arguments = block.config()  # type: ignore[operator]
-    activation = _described_activation(arguments["activation"])
-    described = None if activation is None else {**arguments, "activation": activation}
-    return {"type": type(block).__name__, "arguments": described}
+    described = {**arguments, "activation": _described_activation(arguments["activation"])}
+    known = described["activation"] is not None
+    norm_layer = arguments.get("norm_layer")
+    if norm_layer is not None:
+        described["norm_layer"] = getattr(norm_layer, "__name__", None)
+        known = known and _NORM_LAYERS.get(described["norm_layer"]) is norm_layer
+    return {"type": type(block).__name__, "arguments": described if known else None}
 
 
 def _described_activation(activation: object) -> dict[str, Any] | None:
@@ -198,6 +204,9 @@ _BLOCKS: dict[str, type[Any]] = {
 }
 """The blocks of this library that say from which arguments they can be built again."""
 
+_NORM_LAYERS: dict[str | None, type[nn.Module]] = {
+    cls.__name__: cls for cls in (nn.BatchNorm2d, nn.SyncBatchNorm)
+}
 _FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
 _MODULES: dict[str, type[nn.Module]] = {
     **{

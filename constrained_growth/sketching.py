@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,8 @@ class Sketched(nn.Module):
         self.block: Any = block
         nothing = next(iter(pinned_parameters(block).values())).new_zeros(shape)
         with torch.no_grad():
-            self._maps = [(f.weight, f.bias) for f in self.block.factors(nothing, nothing)]
+            found = self.block.factors(nothing, nothing)  # of one map in several parts, maybe
+            self._maps = list(dict.fromkeys((f.weight, f.bias) for f in found))
         self._rows: list[Tensor] = []
         self._shifts: list[Tensor | None] = []
         self.sketches = nn.ParameterList()
@@ -80,13 +81,15 @@ class Sketched(nn.Module):
         """As `factors`; sketches of blocks of one kind share Ω."""
         return self._sketch(self.block.joint_factors([b.block for b in blocks], x, delta))
 
-    def _sketch(self, factors: Sequence[AffineFactors]) -> list[AffineFactors]:
-        return [
-            AffineFactors(name, None, _projected(factor.features, rows, shift), factor.cotangent)
-            for name, factor, rows, shift in zip(
-                self.pinned, factors, self._rows, self._shifts, strict=True
-            )
-        ]
+    def _sketch(self, factors: Iterable[AffineFactors]) -> list[AffineFactors]:
+        drawn = zip(self.pinned, self._rows, self._shifts, strict=True)
+        by_map = dict(zip(self._maps, drawn, strict=True))
+        found = []
+        for f in factors:
+            name, rows, shift = by_map[f.weight, f.bias]
+            projected = _projected(f.features, rows, shift)
+            found.append(AffineFactors(name, None, projected, f.cotangent))
+        return found
 
 
 def _projected(phi: Tensor, rows: Tensor, shift: Tensor | None) -> Tensor:

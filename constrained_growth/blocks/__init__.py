@@ -11,6 +11,11 @@ cotangents and features. Without it λ comes from differentiating the block alon
 """
 
 from constrained_growth.activations import TanhLU
+from constrained_growth.blocks.convolution import (
+    IdentityConv2d,
+    ResidualBottleneck2d,
+    ResidualConv2d,
+)
 from constrained_growth.blocks.copied import CopiedBlock
 from constrained_growth.blocks.factors import (
     AffineFactors,
@@ -22,16 +27,22 @@ from constrained_growth.blocks.factors import (
 from constrained_growth.blocks.identity import IdentityLinear
 from constrained_growth.blocks.pins import change, moves, pinned_parameters
 from constrained_growth.blocks.residual import ResidualLinear, ResidualMLP
+from constrained_growth.blocks.transformer import GatedMLP, TransformerBlock
 
 __all__ = [
     "AffineFactors",
     "CopiedBlock",
+    "GatedMLP",
     "HasFactors",
     "HasJointFactors",
+    "IdentityConv2d",
     "IdentityLinear",
+    "ResidualBottleneck2d",
+    "ResidualConv2d",
     "ResidualLinear",
     "ResidualMLP",
     "TanhLU",
+    "TransformerBlock",
     "change",
     "has_factors",
     "has_joint_factors",

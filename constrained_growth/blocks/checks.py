@@ -33,7 +33,11 @@ def activation_kind(activation: Activation) -> Hashable:
     return type(activation), activation.extra_repr()
 
 
-def checked_shift(activation: Activation, shift: float | None) -> float:
+def checked_shift(
+    activation: Activation,
+    shift: float | None,
+    alternative: str = "ResidualMLP(width, hidden, activation)",
+) -> float:
     """The shift to use, or an error that names a block to use instead."""
     found = identity_shift(activation) if shift is None else float(shift)
     if found is None or (shift is not None and identity_error(activation, found) > 1e-12):
@@ -52,7 +56,7 @@ def checked_shift(activation: Activation, shift: float | None) -> float:
         return found
     raise BlockError(
         f"activation={activation!r} cannot make an identity layer {reason}. Use "
-        "ResidualMLP(width, hidden, activation), which is the identity for every activation."
+        f"{alternative}, which is the identity for every activation."
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ class AffineFactors:
     """A pinned affine map W φ + b seen from both sides: λ_W = −Σ ψ φᵀ and λ_b = −Σ ψ.
 
     Attributes:
-        weight: Name of the pinned weight W, of shape (out, in).
+        weight: Name of the pinned weight W, of shape (out, in), or (out, ...) with as many entries.
         bias: Name of the pinned bias b, of shape (out,), or None.
         cotangent: ψ = ∂L/∂(Wφ + b), shape (samples, ..., out).
         features: φ, shape (samples, ..., in).
@@ -31,8 +31,11 @@ class AffineFactors:
 class HasFactors(Protocol):
     """A block that knows its multipliers in closed form."""
 
-    def factors(self, x: Tensor, delta: Tensor) -> Sequence[AffineFactors]:
+    def factors(self, x: Tensor, delta: Tensor) -> Iterable[AffineFactors]:
         """The factors of all its pinned parameters, at the pins.
+
+        To save memory, those of one affine map may come one after another, each for some of the
+        samples.
 
         Args:
             x: The tensor at the site, shape (samples, ..., width).

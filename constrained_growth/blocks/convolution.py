@@ -1,0 +1,371 @@
+"""Convolutions that start as the identity on images (samples, channels, height, width)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from constrained_growth.activations import (
+    Activation,
+    as_activation,
+    computes_same,
+    vector_jacobian,
+)
+from constrained_growth.blocks.checks import checked_shift, positive
+from constrained_growth.blocks.factors import AffineFactors
+from constrained_growth.errors import BlockError
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class ResidualConv2d(nn.Module):
+    """Residual convolutions, x ↦ x + N₂(K₂ ∗ σ(N₁(K₁ ∗ x))), the end of the branch pinned at zero.
+
+    N are normalisations, BatchNorm by default. Which parameters are pinned:
+
+        pinned="gamma":   scale γ = 0 and shift β = 0 of N₂. Both, because the branch is zero only
+                          where both are; λ_γ = −Σ δ ⊙ x̂ and λ_β = −Σ δ, x̂ what N₂ normalised.
+        pinned="weight":  K₂ = 0 and its bias = 0, and N₂ is left out: after it, a normalisation
+                          would blow K₂ up to unit size as soon as it moves (λ is larger by 1/√ε).
+
+    Either way it is the identity in train and eval mode, whatever σ is, and no activation follows
+    the sum. BatchNorm brings two things to know. In train mode it mixes the samples of a batch, so
+    there are no multipliers of single samples and the standard error comes from the spread over
+    batches. In eval mode the running statistics of a block that has seen no data are 0 and 1: λ_γ
+    is then that of features which are not normalised, so measure in train mode.
+
+    Without normalisation λ has a closed form, ψ = δ and φ = the patches that K₂ sees, which are
+    made for a few samples at a time: they are k² times as large as what they come from.
+
+    Args:
+        channels: Of the tensor at the site, its second dimension.
+        activation: σ, a module or an elementwise function.
+        hidden: Channels in between; `channels` by default.
+        kernel_size: k, odd, of both convolutions.
+        norm_layer: Makes a normalisation from a number of channels, with parameters `weight` and
+            `bias`: `nn.BatchNorm2d` (default), or `lambda channels: nn.GroupNorm(8, channels)`.
+            None for none; the convolutions have a bias then.
+        pinned: "gamma" or "weight"; by default the first if there is a normalisation.
+        device: Where the parameters are made.
+        dtype: In which precision.
+
+    Parameters:
+        convs.0.weight (hidden, channels, k, k), convs.1.weight (channels, hidden, k, k), their
+        biases where no normalisation follows, norms.0 and norms.1: weight and bias.
+
+    Raises:
+        BlockError: An argument that makes no sense, or a normalisation without weight and bias.
+
+    Source:
+        He et al., arXiv 1512.03385 (the block); Goyal et al., arXiv 1706.02677, 5.1 (γ = 0).
+
+    Example:
+        >>> block = ResidualConv2d(2, nn.ReLU())
+        >>> x = torch.randn(3, 2, 5, 5)
+        >>> torch.equal(block(x), x), block.pinned
+        (True, ('norms.1.weight', 'norms.1.bias'))
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        activation: Activation | type[nn.Module],
+        hidden: int | None = None,
+        kernel_size: int = 3,
+        *,
+        norm_layer: NormLayer | None = nn.BatchNorm2d,
+        pinned: Literal["gamma", "weight"] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        channels = positive("channels", channels)
+        hidden = self._default_hidden(channels) if hidden is None else positive("hidden", hidden)
+        sizes = self._kernel_sizes(_odd(kernel_size))
+        pins_gamma = _checked_pinned(pinned, norm_layer)
+        widths = (channels, *[hidden] * (len(sizes) - 1), channels)
+        self.channels, self.hidden, self.kernel_size = channels, hidden, kernel_size
+        self.activation = as_activation(activation)
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        for index, size in enumerate(sizes):
+            out = widths[index + 1]
+            is_last = index == len(sizes) - 1
+            norm = None if norm_layer is None or (is_last and not pins_gamma) else norm_layer(out)
+            conv = nn.Conv2d(
+                widths[index], out, size, padding=size // 2, bias=norm is None, dtype=dtype
+            )
+            self.convs.append(conv.to(device))
+            self.norms.append(nn.Identity() if norm is None else norm.to(device, dtype))
+        last = f"norms.{len(sizes) - 1}" if pins_gamma else f"convs.{len(sizes) - 1}"
+        self.pinned = (f"{last}.weight", f"{last}.bias")
+        self._norm_layer = norm_layer
+        self._pins_gamma = pins_gamma
+        self._set_to_zero()
+
+    @staticmethod
+    def _default_hidden(channels: int) -> int:
+        return channels
+
+    @staticmethod
+    def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:
+        return kernel_size, kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X + the branch, shape (samples, channels, height, width) to the same."""
+        return x + self.norms[-1](self.convs[-1](self._features(x)))
+
+    def _features(self, x: Tensor) -> Tensor:
+        """What arrives at the last convolution."""
+        _check_images(self, x, self.channels)
+        for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
+            x = self.activation(norm(conv(x)))
+        return x
+
+    @property
+    def factors(self) -> Callable[[Tensor, Tensor], Iterator[AffineFactors]] | None:
+        """`factors(x, delta)`: ψ = δ, φ = the patches of the features; None with normalisation."""
+        return self._factors if self._norm_layer is None else None
+
+    def _factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
+        weight, bias = self.pinned
+        size = self._kernel_sizes(self.kernel_size)[-1]
+        return _patch_factors(weight, bias, delta, self._features(x), size)
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Always: the branch is zero, whatever arrives."""
+        return True
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build the same architecture again."""
+        return {
+            "channels": self.channels,
+            "activation": self.activation,
+            "hidden": self.hidden,
+            "kernel_size": self.kernel_size,
+            "norm_layer": self._norm_layer,
+            "pinned": "gamma" if self._pins_gamma else "weight",
+        }
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return f"pinned={self.pinned}"
+
+    def _set_to_zero(self) -> None:
+        if self._pins_gamma:
+            shapes = [getattr(getattr(self.norms[-1], n, None), "shape", None) for n in _AFFINE]
+            if shapes != [(self.channels,)] * 2:
+                raise BlockError(
+                    f"norm_layer={self._norm_layer!r} makes {self.norms[-1]!r} without a scale "
+                    f"`weight` and a shift `bias` of shape ({self.channels},), which would be "
+                    'pinned at zero; use nn.BatchNorm2d, or pinned="weight".'
+                )
+        with torch.no_grad():
+            for name in self.pinned:
+                self.get_parameter(name).zero_()
+
+
+class ResidualBottleneck2d(ResidualConv2d):
+    """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
+
+    As `ResidualConv2d` in all else: x ↦ x + N₃(K₃ ∗ σ(N₂(K₂ ∗ σ(N₁(K₁ ∗ x))))) with γ and β of N₃
+    pinned at zero, or K₃ and its bias. The closed form without normalisation costs no memory here,
+    as K₃ sees single pixels.
+
+    Args:
+        channels: Of the tensor at the site, its second dimension.
+        activation: σ, a module or an elementwise function.
+        hidden: Channels in between; a quarter of `channels` by default.
+        kernel_size: k, odd, of the convolution in the middle.
+        norm_layer: As in `ResidualConv2d`.
+        pinned: "gamma" or "weight"; by default the first if there is a normalisation.
+        device: Where the parameters are made.
+        dtype: In which precision.
+
+    Parameters:
+        convs.0.weight (hidden, channels, 1, 1), convs.1.weight (hidden, hidden, k, k),
+        convs.2.weight (channels, hidden, 1, 1), their biases where no normalisation follows,
+        norms.0, norms.1 and norms.2: weight and bias.
+
+    Raises:
+        BlockError: An argument that makes no sense, or a normalisation without weight and bias.
+
+    Source:
+        He et al., arXiv 1512.03385, figure 5.
+
+    Example:
+        >>> block = ResidualBottleneck2d(8, nn.ReLU())
+        >>> [tuple(conv.weight.shape[:2]) for conv in block.convs], block.pinned
+        ([(2, 8), (2, 2), (8, 2)], ('norms.2.weight', 'norms.2.bias'))
+    """
+
+    @staticmethod
+    def _default_hidden(channels: int) -> int:
+        return max(1, channels // 4)
+
+    @staticmethod
+    def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:
+        return 1, kernel_size, 1
+
+
+class IdentityConv2d(nn.Module):
+    """Identity convolution x ↦ σ(K ∗ x + b) − s, K the Dirac kernel and b = s, right after a σ.
+
+    The Dirac kernel is 1 from each channel to itself at the middle and 0 elsewhere; zeros around
+    the image keep K ∗ x = x exact at the border. When it is the identity, and the shift s, are as
+    in `IdentityLinear`: ReLU and other idempotent functions with s = 0, `TanhLU(ε)` with s = ε.
+    The output is computed as σ(x + (K − Dirac) ∗ x + b) − s, so that no convolution algorithm
+    (nor TF32) rounds x.
+
+    Multipliers, with δ = ∂L/∂x, patches φ of x and sums over samples and pixels:
+
+        λ_K = −Σ (δ ⊙ σ′(x + s)) φᵀ,   λ_b = −Σ δ ⊙ σ′(x + s).
+
+    With a BatchNorm between convolution and σ there is no such layer: γ = √(var + ε), β = mean
+    undo the normalisation of one batch and of no other, and train and eval mode differ.
+
+    Args:
+        channels: Of the tensor at the site, its second dimension.
+        activation: σ, a module or an elementwise function.
+        kernel_size: k, odd.
+        shift: s. None (default) looks for the smallest one, up to 0.1, as in `IdentityLinear`.
+        norm_layer: None; anything else is refused.
+        device: Where the parameters are made.
+        dtype: In which precision.
+
+    Parameters:
+        weight (channels, channels, k, k), bias (channels,): both pinned.
+
+    Raises:
+        BlockError: `activation` is not the identity on its own range, shifted or not; or a
+            normalisation is asked for.
+
+    Source:
+        Chen, Goodfellow and Shlens, arXiv 1511.05641 (Net2DeeperNet), section 2.5.
+
+    Example:
+        >>> block = IdentityConv2d(2, nn.ReLU())
+        >>> x = torch.randn(3, 2, 5, 5).relu()
+        >>> torch.equal(block(x), x), tuple(block.weight.shape)
+        (True, (2, 2, 3, 3))
+    """
+
+    pinned = ("weight", "bias")
+    dirac: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        activation: Activation | type[nn.Module],
+        kernel_size: int = 3,
+        *,
+        shift: float | None = None,
+        norm_layer: None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if norm_layer is not None:
+            raise BlockError(
+                f"norm_layer={norm_layer!r}: an identity convolution with a normalisation is the "
+                "identity on one batch and on no other. Use ResidualConv2d(channels, activation), "
+                "whose last normalisation starts at zero: the identity in train and eval mode."
+            )
+        channels, size = positive("channels", channels), _odd(kernel_size)
+        self.activation = as_activation(activation)
+        self.shift = checked_shift(
+            self.activation, shift, "ResidualConv2d(channels, activation, norm_layer=None)"
+        )
+        dirac = torch.empty(channels, channels, size, size, device=device, dtype=dtype)
+        self.register_buffer("dirac", nn.init.dirac_(dirac), persistent=False)
+        self.weight = nn.Parameter(dirac.clone())
+        self.bias = nn.Parameter(torch.full((channels,), self.shift, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """σ(K ∗ x + b) − s, shape (samples, channels, height, width) to the same."""
+        _check_images(self, x, len(self.bias))
+        moved = F.conv2d(x, self.weight - self.dirac, self.bias, padding=self._padding)
+        y = self.activation(x + moved)
+        return y - self.shift if self.shift else y
+
+    @property
+    def _padding(self) -> int:
+        return self.weight.shape[-1] // 2
+
+    def factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
+        """ψ = δ ⊙ σ′(x + s), φ = the patches of x."""
+        _check_images(self, x, len(self.bias))
+        psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
+        return _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Whether this is the identity on all that a module can give: σ itself, by its values."""
+        return computes_same(self.activation, site)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build the same architecture again."""
+        return {
+            "channels": len(self.bias),
+            "activation": self.activation,
+            "kernel_size": self.weight.shape[-1],
+            "shift": self.shift,
+        }
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        channels, _, size, _ = self.weight.shape
+        return f"channels={channels}, kernel_size={size}, shift={self.shift:g}"
+
+
+_AFFINE = ("weight", "bias")
+
+_PATCHES = 2**22
+"""Bytes of patches made at a time; larger is slower, as they leave the cache."""
+
+
+def _patch_factors(
+    weight: str, bias: str, psi: Tensor, images: Tensor, size: int
+) -> Iterator[AffineFactors]:
+    """A convolution as an affine map of patches, for some samples after others."""
+    each = max(1, _PATCHES // max(1, size**2 * images[:1].nbytes))
+    for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
+        patches = F.unfold(some, size, padding=size // 2)
+        yield AffineFactors(weight, bias, cotangents.flatten(2).mT, patches.mT)
+
+
+def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:
+    if x.dim() != 4 or x.shape[1] != channels:
+        raise BlockError(
+            f"block={type(block).__name__} made with channels={channels} takes images of shape "
+            f"(samples, {channels}, height, width), and at its site there are {tuple(x.shape)}."
+        )
+
+
+def _odd(kernel_size: int) -> int:
+    if positive("kernel_size", kernel_size) % 2 == 0:
+        raise BlockError(
+            f"kernel_size={kernel_size} is even, and would change the size of the image; use an "
+            f"odd one, such as {kernel_size + 1}."
+        )
+    return kernel_size
+
+
+def _checked_pinned(pinned: str | None, norm_layer: NormLayer | None) -> bool:
+    """Whether the last normalisation is pinned, and not the last convolution."""
+    if pinned not in ("gamma", "weight", None):
+        raise BlockError(f'pinned={pinned!r} is neither "gamma" nor "weight".')
+    if norm_layer is not None and not callable(norm_layer):
+        raise BlockError(
+            f"norm_layer={norm_layer!r} cannot be called with a number of channels; give a class "
+            "such as nn.BatchNorm2d, or None."
+        )
+    if pinned == "gamma" and norm_layer is None:
+        raise BlockError(
+            'pinned="gamma" needs a normalisation whose scale it is; use pinned="weight", or '
+            "norm_layer=nn.BatchNorm2d."
+        )
+    return norm_layer is not None and pinned != "weight"
