@@ -1,126 +1,83 @@
-"""Insert the chosen layers into the model, its function unchanged; and do it again elsewhere."""
+"""Insert the chosen layers into the model, its function unchanged."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-from constrained_growth.contexts import context_of, takes_context
-from constrained_growth.errors import CandidateError, RecordError
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.inserted import Inserted
 from constrained_growth.observation import parameter_shapes
-from constrained_growth.optimizers import adopt, check_optimizer
-from constrained_growth.outputs import tensor_in, with_tensor
-from constrained_growth.records import (
-    GrowthRecord,
-    InsertedLayer,
-    build,
-    describe,
-)
-from constrained_growth.solution import Planned, Solution
+from constrained_growth.optimizers import adopt, as_optimizers, check_optimizers, kept_on_error
+from constrained_growth.placement import check_can_change, structure_kept_on_error
+from constrained_growth.preservation import check_preserved, first_input, outputs_of
+from constrained_growth.records import GrowthRecord, InsertedLayer
+from constrained_growth.replaying import replay
+from constrained_growth.solution import Solution
+from constrained_growth.surgery import Plan, counterparts, grow, plans_for
 
 __all__ = ["GrowthRecord", "Inserted", "InsertedLayer", "insert", "replay"]
-
-
-class Inserted(nn.Module):
-    """A module with a layer after it: x ↦ inserted(base(x)).
-
-    A layer with a true attribute `takes_context` is called with what the module is called with,
-    its own tensor in the place of the first argument.
-
-    Stands in the model under the name of `base`, so every other name in the model stays what it
-    was, `"3"` still means "the output of this place", and attributes not found here are looked up
-    in `base` (`model.fc.in_features` goes on working). Keys in the state dict change from
-    `3.weight` to `3.base.weight`, and `3.inserted.…` is new.
-
-    Args:
-        base: The module that stood here.
-        inserted: The layer after it.
-        overwritten: Whether the model changes the output in place afterwards: then it gets a
-            copy, as the layer may need its own output to go backward.
-        output: Which tensor of the output of `base` the layer works on, as in `Candidate`.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        inserted: nn.Module,
-        *,
-        overwritten: bool = False,
-        output: int | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.inserted = inserted
-        self.overwritten = overwritten
-        self.output = output
-        self.training = base.training
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The inserted layer applied to the output of the base."""
-        output = self.base(*args, **kwargs)
-        x = output if isinstance(output, Tensor) else tensor_in(output, self.output)
-        if takes_context(self.inserted):
-            context = context_of(self.base, args, kwargs)
-            y = self.inserted(x, *context.args, **context.kwargs)
-        else:
-            y = self.inserted(x)
-        y = y.clone() if self.overwritten else y
-        return y if x is output else with_tensor(output, self.output, y)
-
-    def __len__(self) -> int:
-        return len(self.base)  # type: ignore[arg-type]
-
-    def __getitem__(self, key: Any) -> Any:
-        return self.base[key]  # type: ignore[index]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.base)  # type: ignore[call-overload]
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            base = self.__dict__.get("_modules", {}).get("base")
-            if base is None:
-                raise
-            return getattr(base, name)
 
 
 def insert(
     model: nn.Module,
     solution: Solution,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: nn.Module | Sequence[nn.Module] = (),
+    data: Iterable[Any] | None = None,
+    settle: Callable[[nn.Module], object] | None = None,
 ) -> GrowthRecord:
     """Insert the layers that a solution decided on, in place and without moving the function.
 
-    Each layer takes the place of its site as `Inserted(base, inserted)`; residual blocks pinned
-    at zero leave the output the same to the last bit, identity layers to rounding. All checks
-    come before the first change.
+    A layer takes the place of its site as `Inserted(base, inserted)`. A copy of the model's own
+    block (a block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
+    `nn.Sequential` becomes the next element of that list, as a plain module; the elements after
+    it are renumbered. Residual blocks pinned at zero leave the output the same to the last bit,
+    identity layers to rounding, and that is seen: the model is run on one batch before and after,
+    in train and in eval mode. Then the layers take the values of the decision, if it has any.
+
+    All checks of the arguments come before the first change. After an error, also one of the
+    model or the optimizer itself, everything is as it was.
 
     Args:
-        model: The model of the problem, or a copy of it. It is changed.
+        model: The model of the problem, or a copy of it. It is changed. Inside a
+            DistributedDataParallel, make the wrapper anew afterwards: the old one does not know
+            the new parameters (a warning says so). On several processes each checks on its own
+            data, and all call `insert` with the same solution.
         solution: From `solve`. With nothing chosen, nothing is changed. The layers inserted are
             copies: the candidates can be used again.
-        optimizer: The one that trains `model`: the state of the old parameters is kept, new ones
-            join the groups of their neighbours, with their settings and without state. None
+        optimizer: The one that trains `model`, or several of them: the state of the old
+            parameters is kept, new ones join the groups of their neighbours, with their settings
+            and without state. No group is added, so that learning-rate schedulers go on. None
             (default) leaves optimizers to the caller.
+        averaged: Copies of the model that are to grow too, such as an exponential moving average
+            (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins, where they
+            do nothing: the average of a network that always had them there.
+        data: `(input, target)` batches; the function is checked on the first one. None (default)
+            takes the first batch of the problem; `()` leaves the check out.
+        settle: Called with each grown model before it is checked, to write its new depth where
+            the model keeps it (a config); and again when everything was put back.
 
     Returns:
-        The record, which `replay` can repeat on a fresh model.
+        The record, which `replay` can repeat on a fresh model. `record.difference` says by how
+        much the output moved in either mode.
 
     Raises:
-        CandidateError: A site is not in the model.
+        CandidateError: A site is not in the model, or modules in it cannot be exchanged.
         OptimizerError: The optimizer cannot take the new parameters.
+        RuleError: The values of the decision do not fit the blocks.
+        BlockError: The output moved by more than rounding (in the mode the model is in), a layer
+            is never reached, or the grown model fails.
+        DataError: The model cannot be run on the batch.
 
     Example:
         >>> import constrained_growth as cg
@@ -128,97 +85,54 @@ def insert(
         >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
         >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
         >>> solution = cg.solve(cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate]))
-        >>> before = net(data[0][0])
         >>> record = cg.insert(net, solution)
-        >>> bool((net(data[0][0]) - before).abs().max() < 1e-6)
-        True
+        >>> sorted(record.difference), max(record.difference.values()) < 1e-6
+        (['eval', 'train'], True)
         >>> sorted(net.state_dict())[2:4]
         ['1.inserted.bias', '1.inserted.weight']
     """
-    chosen = _chosen(model, solution)
-    if optimizer is not None:
-        check_optimizer(model, optimizer, [planned.block for _, _, planned in chosen])
-    before = parameter_shapes(model)
+    names = _checked_choice(model, solution)
+    shapes = parameter_shapes(model)
+    models = [model, *_checked_copies(model, averaged)]
+    plans = [plans_for(one, solution, names, model) for one in models]
+    optimizers = as_optimizers(optimizer)
+    check_optimizers(model, optimizers, [plan.planned.block for plan in plans[0]])
+    _check_values(solution, plans[0])
+    if not names:
+        return GrowthRecord((), shapes)
+    example = solution.example if data is None else first_input(data, model)
+    before = [{} if example is None else outputs_of(one, example) for one in models]
     old = {id(parameter) for parameter in model.parameters()}
-    layers: list[InsertedLayer] = []
-    wrappers: dict[nn.Module, Inserted] = {}
-    for name, site, planned in chosen:
-        place = wrappers.get(site, site)
-        after = next(n for n, module in model.named_modules() if module is place)
-        layer = describe(
-            name, after, planned.block, overwritten=planned.overwritten, output=planned.output
-        )
-        wrappers[site] = _put(model, place, planned.block, layer)
-        layers.append(layer)
-    if optimizer is not None:
-        adopt(optimizer, model, [p for p in model.parameters() if id(p) not in old])
-    return GrowthRecord(tuple(layers), before)
+    with ExitStack() as undo:
+        for one in models:
+            if settle is not None:
+                undo.push(_on_error(settle, one))
+            undo.enter_context(structure_kept_on_error(one))
+        for one in optimizers:
+            undo.enter_context(kept_on_error(one))
+        grown = [grow(*pair) for pair in zip(models, plans, strict=True)]
+        if settle is not None:
+            for one in models:
+                settle(one)
+        differences = [
+            check_preserved(one, example, outputs, {p.name: p.layer for p in plan})
+            for one, outputs, plan in zip(models, before, plans, strict=True)
+        ]
+        new = [p for p in model.parameters() if id(p) not in old]
+        adopt(optimizers, model, new, counterparts(plans[0]))
+        _start(plans[0], solution)
+    _warn_of_wrappers(model)
+    evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
+    return GrowthRecord(tuple(grown[0]), shapes, differences[0], evidence)
 
 
-def replay(
-    model: nn.Module,
-    record: GrowthRecord,
-    *,
-    blocks: Mapping[str, nn.Module] | None = None,
-    strict: bool = True,
-) -> nn.Module:
-    """Repeat recorded insertions on a fresh model, so that `load_state_dict` fits.
-
-    Args:
-        model: As it was before the first insertion; changed in place.
-        record: From `insert`, or `GrowthRecord.from_json`.
-        blocks: Name of the inserted layer → block, for blocks and activations of your own, which
-            a record that comes from JSON cannot rebuild.
-        strict: Whether the parameters of `model` must have the names and shapes they had when
-            the record was made (default). False asks only for the sites, say for a model with
-            another head.
-
-    Returns:
-        The same model, grown. The values of the new layers are those at the pins; load a state
-        dict for others.
-
-    Raises:
-        RecordError: The record does not fit the model, or a block cannot be rebuilt.
-
-    Example:
-        >>> import constrained_growth as cg
-        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
-        >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
-        True
-    """
-    if not isinstance(record, GrowthRecord):
-        raise RecordError(
-            f"record={record!r:.80} is not a GrowthRecord; make one from JSON text by "
-            "cg.GrowthRecord.from_json(text)."
-        )
-    if strict:
-        _check_shapes(model, record)
-    given = blocks or {}
-    built = [_rebuilt(layer, given.get(layer.name)) for layer in record.insertions]
-    wrappers: list[Inserted] = []
-    for layer, block in zip(record.insertions, built, strict=True):
-        site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
-        if site is None or site is model:
-            for wrapper in reversed(wrappers):
-                _replace(model, wrapper, wrapper.base)
-            raise RecordError(
-                f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
-                f'record puts the layer "{layer.name}"; give the model as it was before it was '
-                "grown."
-            )
-        like = next(itertools.chain(site.parameters(), model.parameters()), None)
-        if like is not None:
-            block = block.to(device=like.device, dtype=like.dtype)
-        wrappers.append(_put(model, site, block, layer))
-    return model
-
-
-def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, Planned]]:
-    """Name, site and plan (of a copied block) of the candidates chosen, in the problem's order."""
+def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
+    """Names of the chosen candidates, in the order of the problem."""
     if not isinstance(solution, Solution):
         raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name in solution.decision.chosen:
+    chosen = solution.decision.chosen
+    for name in chosen:
         if name not in solution.candidates:
             raise CandidateError(
                 f'solution: the decision chose "{name}", and the candidates are '
@@ -230,55 +144,83 @@ def _chosen(model: nn.Module, solution: Solution) -> list[tuple[str, nn.Module, 
                 f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
                 f'candidate "{name}"; give the model of the problem, as it was when solved.'
             )
-    shapes = parameter_shapes(model)
-    if solution.decision.chosen and shapes != dict(solution.parameters):
+    if chosen and parameter_shapes(model) != dict(solution.parameters):
         raise CandidateError(
             f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
             "model that was solved; give that model or a copy of it. After an insertion make a "
             "new problem and solve it."
         )
-    return [
-        (name, modules[planned.after], replace(planned, block=copy.deepcopy(planned.block)))
-        for name, planned in solution.candidates.items()
-        if name in solution.decision.chosen
-    ]
+    check_can_change(model)
+    return tuple(name for name in solution.candidates if name in chosen)
 
 
-def _put(model: nn.Module, site: nn.Module, block: nn.Module, layer: InsertedLayer) -> Inserted:
-    wrapper = Inserted(
-        site, block.train(site.training), overwritten=layer.overwritten, output=layer.output
-    )
-    _replace(model, site, wrapper)
-    return wrapper
-
-
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in the place of `old`, under every name that it has in the model."""
-    for owner in list(model.modules()):
-        for key, child in owner._modules.items():
-            if child is old:
-                owner._modules[key] = new
-
-
-def _rebuilt(layer: InsertedLayer, given: nn.Module | None) -> nn.Module:
-    known = layer.pristine if given is None else given
-    block = build(layer) if known is None else copy.deepcopy(known)
-    shapes = parameter_shapes(block)
-    if shapes != dict(layer.parameters):
-        raise RecordError(
-            f'the block for the layer "{layer.name}" has parameters {shapes}, the record says '
-            f"{dict(layer.parameters)}."
+def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
+    """The copies of the model, taken out of their `AveragedModel`."""
+    given = [averaged] if isinstance(averaged, nn.Module) else averaged
+    if not isinstance(given, Sequence) or not all(isinstance(one, nn.Module) for one in given):
+        raise CandidateError(
+            f"averaged={averaged!r:.80} is neither a copy of the model nor a sequence of copies, "
+            "such as torch.optim.swa_utils.AveragedModel(model)."
         )
-    return block
+    copies = [one.module if isinstance(one, AveragedModel) else one for one in given]
+    for one in copies:
+        if parameter_shapes(one) != parameter_shapes(model):
+            raise CandidateError(
+                f"averaged={type(one).__name__} does not have the parameters, by name and shape, "
+                "of the model; give a copy of it as it is now."
+            )
+        shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
+        if shared:
+            raise CandidateError(
+                f"averaged={type(one).__name__} shares {len(shared)} parameters with the model; "
+                "give a copy of it, such as torch.optim.swa_utils.AveragedModel(model)."
+            )
+    return copies
 
 
-def _check_shapes(model: nn.Module, record: GrowthRecord) -> None:
-    have, want = parameter_shapes(model), dict(record.model)
-    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
-    if differing:
-        first = differing[0]
-        raise RecordError(
-            f"model={type(model).__name__} does not fit the record: {len(differing)} parameters "
-            f'differ, first "{first}" with shape {have.get(first)}, in the record '
-            f"{want.get(first)}. Give the model as it was before it was grown, or strict=False."
+def _check_values(solution: Solution, plans: Iterable[Plan]) -> None:
+    known = {plan.name: pinned_parameters(plan.planned.block) for plan in plans}
+    for name, values in solution.decision.values.items():
+        if name not in solution.candidates:
+            raise RuleError(
+                f'decision.values is about "{name}", and the candidates are '
+                f"{tuple(solution.candidates)}."
+            )
+        for key, value in values.items() if name in known else ():
+            pin = known[name].get(key)
+            if pin is None or not isinstance(value, Tensor) or value.shape != pin.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+                shapes = {k: tuple(p.shape) for k, p in known[name].items()}
+                raise RuleError(
+                    f'decision.values["{name}"]["{key}"]={got} is no deviation from a pin of that '
+                    f"candidate, whose shapes are {shapes}."
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise RuleError(f'decision.values["{name}"]["{key}"] holds NaN or Inf.')
+
+
+def _start(plans: Iterable[Plan], solution: Solution) -> None:
+    """Move the pinned parameters by the values of the decision."""
+    with torch.no_grad():
+        for plan in plans:
+            pins = pinned_parameters(plan.planned.block)
+            for key, value in solution.decision.values.get(plan.name, {}).items():
+                pins[key].add_(value.to(pins[key]))
+
+
+def _on_error(settle: Callable[[nn.Module], object], model: nn.Module) -> Any:
+    def exit(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            settle(model)
+
+    return exit
+
+
+def _warn_of_wrappers(model: nn.Module) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        warnings.warn(
+            "the model is inside a DistributedDataParallel, which does not know the new "
+            "parameters and would not average their gradients; make the wrapper anew: "
+            "DistributedDataParallel(model.module).",
+            stacklevel=3,
         )

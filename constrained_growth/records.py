@@ -7,16 +7,17 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from constrained_growth import activations, blocks
-from constrained_growth.errors import RecordError
+from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.observation import parameter_shapes
+from constrained_growth.solution import Planned
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class InsertedLayer:
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
+        placement: "wrapped" if it stands around the module, as `Inserted`; "sibling" if it became
+            the next element of the list that the module is in, those after it renumbered. Then
+            `block` says of which class it is and which of its parameters are pinned.
         pristine: The block as it was inserted, while the record lives in the process that made
             it; JSON does not hold it.
     """
@@ -41,6 +45,7 @@ class InsertedLayer:
     parameters: Mapping[str, tuple[int, ...]]
     overwritten: bool = False
     output: int | str | None = None
+    placement: Literal["wrapped", "sibling"] = "wrapped"
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
@@ -53,17 +58,28 @@ class GrowthRecord:
     Attributes:
         insertions: The layers.
         model: Name → shape of the parameters the model had before.
+        difference: "train" and "eval" → by how much the output moved at most, on the batch that
+            `insert` looked at; of several rounds the largest. Empty when it was not looked at.
+        evidence: What each round's decision rested on, as its rule says (`Decision.evidence`).
 
     Example:
         >>> GrowthRecord.from_json(GrowthRecord().to_json())
-        GrowthRecord(insertions=(), model={})
+        GrowthRecord(insertions=(), model={}, difference={}, evidence=())
     """
 
     insertions: tuple[InsertedLayer, ...] = ()
     model: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    difference: Mapping[str, float] = field(default_factory=dict)
+    evidence: tuple[Mapping[str, Any], ...] = ()
 
     def __add__(self, other: GrowthRecord) -> GrowthRecord:
-        return GrowthRecord(self.insertions + other.insertions, self.model)
+        both = [*self.difference.items(), *other.difference.items()]
+        return GrowthRecord(
+            self.insertions + other.insertions,
+            self.model,
+            {mode: max(d for m, d in both if m == mode) for mode, _ in both},
+            self.evidence + other.evidence,
+        )
 
     def to_json(self) -> str:
         """The record as JSON text."""
@@ -71,8 +87,8 @@ class GrowthRecord:
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "pristine"}
             for layer in self.insertions
         ]
-        content = {"version": _VERSION, "insertions": layers, "model": self.model}
-        return json.dumps(content, indent=2)
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "insertions"}
+        return json.dumps({"version": _VERSION, "insertions": layers, **rest}, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> GrowthRecord:
@@ -84,48 +100,75 @@ class GrowthRecord:
         try:
             content = json.loads(text)
             version = content["version"]
-            if version != _VERSION:
+            if version not in (1, _VERSION):
                 raise RecordError(
-                    f"the growth record has version {version!r}, this library reads {_VERSION}; "
-                    "use the version of the library that wrote it."
+                    f"the growth record has version {version!r}, this library reads 1 and "
+                    f"{_VERSION}; use the version of the library that wrote it."
                 )
             model = _shapes_from(content["model"])
-            layers = tuple(
-                InsertedLayer(
-                    name=str(item["name"]),
-                    after=str(item["after"]),
-                    block=dict(item["block"]),
-                    parameters=_shapes_from(item["parameters"]),
-                    overwritten=bool(item["overwritten"]),
-                    output=item.get("output"),
-                )
-                for item in content["insertions"]
-            )
+            layers = tuple(_layer_from(item) for item in content["insertions"])
+            difference = {str(m): float(d) for m, d in content.get("difference", {}).items()}
+            evidence = tuple(dict(item) for item in content.get("evidence", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RecordError(
                 f"text is no growth record as to_json() writes it: {error!r}."
             ) from error
-        return cls(layers, model)
+        return cls(layers, model, difference, evidence)
 
 
 def describe(
     name: str,
     after: str,
-    block: nn.Module,
-    *,
-    overwritten: bool = False,
-    output: int | str | None = None,
+    planned: Planned,
+    site: nn.Module,
+    sibling: nn.Module | None = None,
 ) -> InsertedLayer:
-    """The record of a block about to be inserted."""
+    """The record of a layer about to be inserted.
+
+    Args:
+        name: Of its candidate.
+        after: Qualified name of the module after which it is put, now.
+        planned: Its block, and what is known of the site.
+        site: The site as it was when the problem was solved.
+        sibling: The standalone form of the block, if that is what becomes part of the model.
+    """
+    layer = planned.block if sibling is None else sibling
     return InsertedLayer(
         name,
         after,
-        _described_block(block),
-        parameter_shapes(block),
-        overwritten,
-        output,
-        copy.deepcopy(block),
+        _described_block(planned.block, site),
+        parameter_shapes(layer),
+        planned.overwritten,
+        planned.output,
+        "wrapped" if sibling is None else "sibling",
+        pristine=copy.deepcopy(layer),
     )
+
+
+def is_copy(layer: InsertedLayer) -> bool:
+    """Whether a layer was a copy of its neighbour, pinned at zero."""
+    return layer.block.get("type") == blocks.CopiedBlock.__name__
+
+
+def build_copy(layer: InsertedLayer, neighbour: nn.Module) -> nn.Module:
+    """The layer of a record again, that was a copy of its neighbour.
+
+    Raises:
+        RecordError: This neighbour is of another class, or the record is damaged.
+    """
+    if layer.block.get("arguments") is None:
+        raise _cannot_build(layer)
+    copied = layer.block.get("copied")
+    if type(neighbour).__qualname__ != copied:
+        raise RecordError(
+            f'the layer "{layer.name}" is a copy of the {copied} before it, and "{layer.after}" of '
+            f"this model is a {type(neighbour).__qualname__}."
+        )
+    try:
+        block = blocks.CopiedBlock(neighbour, list(layer.block["arguments"]["pinned"]))
+    except (TypeError, KeyError, BlockError) as error:
+        raise _damaged(layer, error) from error
+    return block.standalone() if layer.placement == "sibling" else block
 
 
 def build(layer: InsertedLayer) -> nn.Module:
@@ -136,11 +179,7 @@ def build(layer: InsertedLayer) -> nn.Module:
     """
     maker, arguments = _BLOCKS.get(str(layer.block.get("type"))), layer.block.get("arguments")
     if maker is None or arguments is None:
-        raise RecordError(
-            f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
-            "a record cannot rebuild; pass it: "
-            f"replay(model, record, blocks={{{layer.name!r}: block}})."
-        )
+        raise _cannot_build(layer)
     try:
         arguments = dict(arguments)
         arguments["activation"] = _built_activation(arguments["activation"])
@@ -149,16 +188,43 @@ def build(layer: InsertedLayer) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             return maker(**arguments)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise RecordError(
-            f'the record of the layer "{layer.name}" is damaged: {error!r}.'
-        ) from error
+        raise _damaged(layer, error) from error
+
+
+def _cannot_build(layer: InsertedLayer) -> RecordError:
+    return RecordError(
+        f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
+        "a record cannot rebuild; pass it: "
+        f"replay(model, record, blocks={{{layer.name!r}: block}})."
+    )
+
+
+def _damaged(layer: InsertedLayer, error: Exception) -> RecordError:
+    return RecordError(f'the record of the layer "{layer.name}" is damaged: {error!r}.')
+
+
+def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
+    output, placement = item.get("output"), item.get("placement", "wrapped")
+    if not isinstance(output, int | str | None) or placement not in ("wrapped", "sibling"):
+        raise ValueError(f"output={output!r}, placement={placement!r}")
+    return InsertedLayer(
+        name=str(item["name"]),
+        after=str(item["after"]),
+        block=dict(item["block"]),
+        parameters=_shapes_from(item["parameters"]),
+        overwritten=bool(item["overwritten"]),
+        output=output,
+        placement=placement,
+    )
 
 
 def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(int(size) for size in shape) for name, shape in content.items()}
 
 
-def _described_block(block: nn.Module) -> dict[str, Any]:
+def _described_block(block: nn.Module, site: nn.Module) -> dict[str, Any]:
+    if isinstance(block, blocks.CopiedBlock):
+        return _described_copy(block, site)
     if _BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
     arguments = block.config()  # type: ignore[operator]
@@ -169,6 +235,18 @@ def _described_block(block: nn.Module) -> dict[str, Any]:
         described["norm_layer"] = getattr(norm_layer, "__name__", None)
         known = known and _NORM_LAYERS.get(described["norm_layer"]) is norm_layer
     return {"type": type(block).__name__, "arguments": described if known else None}
+
+
+def _described_copy(block: blocks.CopiedBlock, site: nn.Module) -> dict[str, Any]:
+    """Of which class it is a copy, and of which pins, if it is one of its site."""
+    copied = block.module
+    alike = type(copied) is type(site) and parameter_shapes(copied) == parameter_shapes(site)
+    pinned = [name.removeprefix("module.") for name in block.pinned]
+    return {
+        "type": type(block).__qualname__,
+        "copied": type(copied).__qualname__,
+        "arguments": {"pinned": pinned} if alike else None,
+    }
 
 
 def _described_activation(activation: object) -> dict[str, Any] | None:

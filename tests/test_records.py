@@ -221,6 +221,9 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> str:
         '{"version": 1, "insertions": [{"name": "a"}], "model": {}}',
         '{"version": 1, "insertions": [], "model": {"a": "b"}}',
         '{"version": 1, "insertions": [], "model": []}',
+        '{"version": 2, "insertions": [], "model": {}, "difference": {"train": "little"}}',
+        '{"version": 2, "insertions": [], "model": {}, "difference": 3}',
+        '{"version": 2, "insertions": [], "model": {}, "evidence": 3}',
     ],
 )
 def test_text_that_is_no_record(text: str) -> None:
@@ -233,10 +236,22 @@ def test_text_that_is_no_text() -> None:
         cg.GrowthRecord.from_json(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ['{"version": 2}', '{"version": 99, "insertions": {}}'])
+@pytest.mark.parametrize("text", ['{"version": 3}', '{"version": 99, "insertions": {}}'])
 def test_text_of_another_version(text: str) -> None:
-    with refused(cg.RecordError, "version", "this library reads 1"):
+    with refused(cg.RecordError, "version", "this library reads 1 and 2"):
         cg.GrowthRecord.from_json(text)
+
+
+def test_text_of_the_first_version() -> None:
+    """As it was written before layers had a placement, and before differences were measured."""
+    text = """{"version": 1, "insertions": [{"name": "a", "after": "1", "block": {"type":
+    "ResidualLinear", "arguments": {"width": 4, "activation": {"function": "torch.tanh"}}},
+    "parameters": {"weight": [4, 4], "bias": [4]}, "overwritten": false}], "model": {}}"""
+    record = cg.GrowthRecord.from_json(text)
+    (layer,) = record.insertions
+    assert (layer.placement, layer.output, record.difference) == ("wrapped", None, {})
+    model = cg.replay(feedforward(2, 4, 3), record, strict=False)
+    assert isinstance(model.get_submodule("1.inserted"), ResidualLinear)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +284,22 @@ def test_damaged_block_is_refused_and_the_model_left_untouched(
     record, model = cg.GrowthRecord.from_json(text), feedforward(2, 4, 4, 3)
     with nothing_left_behind(model), refused(cg.GrowthError):
         cg.replay(model, record)
+
+
+@pytest.mark.parametrize("entry", [{"placement": "elsewhere"}, {"output": [0]}])
+def test_damaged_place_is_refused(entry: dict[str, Any]) -> None:
+    text = damaged(lambda content: content["insertions"][0].update(entry))
+    with refused(cg.RecordError, "no growth record", next(iter(entry))):
+        cg.GrowthRecord.from_json(text)
+
+
+def test_rounds_add_up() -> None:
+    one = cg.GrowthRecord(difference={"train": 0.0, "eval": 2.0}, evidence=({"gain": 1.0},))
+    two = cg.GrowthRecord(difference={"train": 1.0}, evidence=({"gain": 2.0},))
+    both = one + two
+    assert both.difference == {"train": 1.0, "eval": 2.0}
+    assert [round["gain"] for round in both.evidence] == [1.0, 2.0]
+    assert through_json(both) == both
 
 
 def test_damaged_shapes_are_refused() -> None:

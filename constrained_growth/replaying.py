@@ -1,0 +1,119 @@
+"""The same insertions again, on a fresh model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+from torch import nn
+
+from constrained_growth.errors import RecordError
+from constrained_growth.inserted import Inserted
+from constrained_growth.observation import parameter_shapes
+from constrained_growth.placement import list_of, put_next, structure_kept_on_error
+from constrained_growth.records import GrowthRecord, InsertedLayer, build, build_copy, is_copy
+from constrained_growth.surgery import first_parameter, standing_alone, wrap
+
+
+def replay(
+    model: nn.Module,
+    record: GrowthRecord,
+    *,
+    blocks: Mapping[str, nn.Module] | None = None,
+    strict: bool = True,
+) -> nn.Module:
+    """Repeat recorded insertions on a fresh model, so that `load_state_dict` fits.
+
+    Args:
+        model: As it was before the first insertion; changed in place.
+        record: From `insert`, or `GrowthRecord.from_json`.
+        blocks: Name of the inserted layer → block, for blocks and activations of your own, which
+            a record that comes from JSON cannot rebuild.
+        strict: Whether the parameters of `model` must have the names and shapes they had when
+            the record was made (default). False asks only for the sites, say for a model with
+            another head.
+
+    Returns:
+        The same model, grown. The values of the new layers are those at the pins; load a state
+        dict for others.
+
+    Raises:
+        RecordError: The record does not fit the model, or a block cannot be rebuilt. The model
+            is then as it was.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+        >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
+        True
+    """
+    if not isinstance(record, GrowthRecord):
+        raise RecordError(
+            f"record={record!r:.80} is not a GrowthRecord; make one from JSON text by "
+            "cg.GrowthRecord.from_json(text)."
+        )
+    if strict:
+        _check_shapes(model, record)
+    given = blocks or {}
+    with structure_kept_on_error(model):
+        for layer in record.insertions:
+            _repeat(model, layer, given.get(layer.name))
+    return model
+
+
+def _repeat(model: nn.Module, layer: InsertedLayer, given: nn.Module | None) -> None:
+    site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
+    if site is None or site is model:
+        raise RecordError(
+            f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
+            f'record puts the layer "{layer.name}"; give the model as it was before it was '
+            "grown."
+        )
+    block = _rebuilt(layer, given, site)
+    like = first_parameter(site, model)
+    if like is not None:
+        block = block.to(device=like.device, dtype=like.dtype)
+    block.train(site.training)
+    if layer.placement == "wrapped":
+        wrap(model, site, block, layer)
+        return
+    owner = list_of(model, site)
+    if owner is None:
+        raise RecordError(
+            f'the record makes the layer "{layer.name}" the element after "{layer.after}", which '
+            f"is no element of an nn.ModuleList or nn.Sequential in {type(model).__name__}."
+        )
+    put_next(owner, site, block)
+
+
+def _rebuilt(layer: InsertedLayer, given: nn.Module | None, site: nn.Module) -> nn.Module:
+    neighbour = site
+    while isinstance(neighbour, Inserted):
+        neighbour = neighbour.base
+    if given is not None:
+        block = copy.deepcopy(given)
+        if layer.placement == "sibling" and callable(getattr(block, "standalone", None)):
+            block = standing_alone(block)
+    elif layer.pristine is not None:
+        block = copy.deepcopy(layer.pristine)
+    else:
+        block = build_copy(layer, neighbour) if is_copy(layer) else build(layer)
+    shapes = parameter_shapes(block)
+    if shapes != dict(layer.parameters):
+        raise RecordError(
+            f'the block for the layer "{layer.name}" has parameters {shapes}, the record says '
+            f"{dict(layer.parameters)}."
+        )
+    return block
+
+
+def _check_shapes(model: nn.Module, record: GrowthRecord) -> None:
+    have, want = parameter_shapes(model), dict(record.model)
+    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if differing:
+        first = differing[0]
+        raise RecordError(
+            f"model={type(model).__name__} does not fit the record: {len(differing)} parameters "
+            f'differ, first "{first}" with shape {have.get(first)}, in the record '
+            f"{want.get(first)}. Give the model as it was before it was grown, or strict=False."
+        )
