@@ -1,0 +1,357 @@
+# %% [markdown]
+# # 6. Duals from somebody else
+#
+# `cg.solve` finds multipliers without building the network they belong to. Two general solvers,
+# CVXPY and SciPy, can be handed the same constrained problem in full: with the virtual parameters as
+# variables and the pins as explicit equality constraints. They know nothing of this project.
+#
+# At the end you will be able to say
+#
+# * which instances a solver can check, and to how many digits the duals agree;
+# * which solver reports which sign;
+# * what the primal, dual and complementarity residuals are, and what each of them would catch.
+
+# %%
+import cvxpy as cp
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from scipy.optimize import LinearConstraint, linprog, minimize
+from torch import nn
+
+import constrained_growth as cg
+from constrained_growth.verification import check_with_cvxpy, check_with_scipy, kkt_residuals
+
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
+
+# %% [markdown]
+# ## Claim 1. Solvers disagree about the sign
+#
+# Take a problem whose answer is known: one old parameter $\theta$, one pinned $v$,
+#
+# $$\min_{\theta, v}\; f(\theta, v) = \tfrac12(\theta - 1)^2 + \tfrac12 (v - 3)^2 + \theta v
+# \quad\text{subject to}\quad v = 0 .$$
+#
+# At $v = 0$ the best $\theta$ is $1$, and $\partial f/\partial v = (v - 3) + \theta = -2$. With
+# $\mathcal L = f + \lambda v$ the multiplier is $\lambda = -\partial f/\partial v = +2$. A solver
+# that writes $\mathcal L = f - \lambda v$ says $-2$: both are right, and one has to know which.
+# (For CVXPY we write $f = \tfrac12(\theta + v)^2 - \theta - 3v + 5$, which shows that it is convex.)
+
+# %%
+theta, v = cp.Variable(), cp.Variable()
+pin = v == 0
+cp.Problem(cp.Minimize(cp.square(theta + v) / 2 - theta - 3 * v + 5), [pin]).solve()
+
+
+def f(z):
+    return (z[0] - 1) ** 2 / 2 + (z[1] - 3) ** 2 / 2 + z[0] * z[1]
+
+
+def df(z):
+    return np.array([z[0] - 1 + z[1], z[1] - 3 + z[0]])
+
+
+trust = minimize(
+    f, [0, 0], jac=df, hess=lambda z: np.ones((2, 2)), method="trust-constr",
+    constraints=[LinearConstraint([[0.0, 1.0]], 0, 0)], options={"gtol": 1e-10},
+)  # fmt: skip
+slsqp = minimize(
+    f, [0, 0], jac=df, method="SLSQP", options={"ftol": 1e-14},
+    constraints=[{"type": "eq", "fun": lambda z: z[1], "jac": lambda z: np.array([0.0, 1.0])}],
+)  # fmt: skip
+# linear programming: min -2 v subject to v = 0 and bounds, so that -d/dv = 2 again
+linear = linprog([0.0, -2.0], A_eq=[[0.0, 1.0]], b_eq=[0.0], bounds=[(0, 1), (-1, 1)])
+
+found = {
+    "−∂f/∂v": 2.0,
+    "CVXPY dual_value": float(pin.dual_value),
+    "SciPy trust-constr v": trust.v[0].item(),
+    "SciPy linprog eqlin.marginals": linear.eqlin.marginals.item(),
+}
+if "multipliers" in slsqp:  # SciPy 1.16 and later
+    found["SciPy SLSQP multipliers"] = slsqp.multipliers.item()
+for name, value in found.items():
+    print(f"{name:30} {value:+.6f}")
+
+same = {name for name, value in found.items() if np.isclose(value, 2, atol=1e-5)}
+opposite = {name for name, value in found.items() if np.isclose(value, -2, atol=1e-5)}
+assert same == {"−∂f/∂v", "CVXPY dual_value", "SciPy trust-constr v"}
+assert opposite == set(found) - same
+
+# %% [markdown]
+# ## Claim 2. CVXPY agrees on convex instances
+#
+# The loss is convex in $(\theta, v)$ when the output of the network is affine in them: hidden
+# features and the head that a pinned layer is multiplied with are frozen, and what is left to train
+# is a linear skip connection. For a convex problem with only affine constraints the first-order
+# conditions are necessary *and sufficient*, so CVXPY finds the global solution and its dual (Boyd and
+# Vandenberghe 2004, sections 5.2.3 and 5.5.3).
+
+
+# %%
+class Skip(nn.Module):
+    """head(features(x)) + skip(x), of which only the skip connection is trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(2, 4), nn.Tanh())
+        self.head = nn.Linear(4, 1)
+        self.skip = nn.Linear(2, 1)
+        with torch.no_grad():
+            self.features[0].weight.mul_(2)
+            self.head.weight.mul_(2)
+        self.features.requires_grad_(False)
+        self.head.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(self.features(x)) + self.skip(x)
+
+
+x = torch.randn(120, 2)
+noisy = torch.rand(120) < 0.2
+classes = ((x[:, :1] * x[:, 1:] > 0) ^ noisy[:, None]).double()  # noise, so that nothing fits all
+candidates = [
+    cg.Candidate("features", cg.blocks.ResidualMLP(4, 3, torch.tanh), name="tanh"),
+    cg.Candidate("features", cg.blocks.ResidualMLP(4, 3, torch.relu), name="ReLU"),
+]
+problem = cg.GrowthProblem(Skip(), nn.BCEWithLogitsLoss(), [(x, classes)], candidates)
+convex = check_with_cvxpy(problem)
+print(convex)
+assert convex.status == "optimal"
+assert convex.dual_error < 1e-6
+assert convex.solution.status is cg.Status.KKT_MULTIPLIERS
+
+# %% [markdown]
+# ## Claim 3. SciPy agrees on nonconvex ones
+#
+# A network that is trained as a whole is not convex. SciPy's `trust-constr` goes from where we start
+# to a stationary point nearby, with exact Hessians, and reports multipliers there: least-squares
+# estimates (notebook 1) from the gradients of the whole problem at its last iterate. `cg.solve` at that
+# point must give the same, to rounding.
+
+# %%
+t = torch.linspace(-2, 2, 30)[:, None]
+net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1))
+wave = torch.sin(3 * t) + 0.1 * torch.randn(30, 1)
+
+
+def penalised(output, target):
+    # a penalty on the output: it keeps the minimum away from infinity, and is no part of theta
+    return (output - target).square().mean() + 0.1 * output.pow(4).mean()
+
+
+places = [
+    cg.Candidate("1", cg.blocks.ResidualMLP(2, 4, torch.tanh), name="tanh"),
+    cg.Candidate("1", cg.blocks.ResidualMLP(2, 4, torch.relu), name="ReLU"),
+]
+nonconvex = check_with_scipy(cg.GrowthProblem(net, penalised, [(t, wave)], places), gtol=1e-7)
+print(nonconvex)
+assert nonconvex.primal < 1e-12
+assert nonconvex.dual_error < 1e-4
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(7.4, 3.4))
+for ax, report, title in (
+    (axes[0], convex, "CVXPY, convex"),
+    (axes[1], nonconvex, "SciPy, nonconvex"),
+):
+    for (pin, dual), colour in zip(report.duals.items(), (BLUE, RED, "#009E73"), strict=False):
+        ours = report.solution.dual_value(pin)
+        label = f"{pin.candidate}, {pin.parameter}"
+        ax.plot(dual.flatten(), ours.flatten(), "o", color=colour, markersize=4, label=label)
+    ends = np.array(ax.get_xlim())
+    ax.plot(ends, ends, color=GREY, linewidth=1, zorder=0)
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel("dual variable of the solver")
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel(r"entry of $\lambda$ from cg.solve")
+fig.tight_layout()
+
+# %% [markdown]
+# **Figure 1.** Every entry of every multiplier, from a solver and from `cg.solve` (grey: equality).
+# Units: loss per unit of the pinned parameter.
+#
+# ## Claim 4. Three residuals, each of which catches something else
+#
+# For $\min L$ subject to $v = 0$ the first-order conditions (Nocedal and Wright 2006, theorem 12.1)
+# leave three residuals:
+#
+# $$\underbrace{\lVert \text{block}(x) - x\rVert_\infty}_{\text{primal}}, \qquad
+# \underbrace{\lVert\nabla_v L + \lambda\rVert}_{\text{dual}}, \qquad
+# \underbrace{\lVert\nabla_\theta L\rVert}_{\text{stationarity}} .$$
+#
+# The first is not zero if a layer is no identity at its pin, the second if $\lambda$ is wrong, the
+# third if $\theta$ is not trained. We spoil each in turn.
+
+# %%
+good = kkt_residuals(convex.problem, convex.solution)
+half = {name: {p: 0.5 * t for p, t in m.items()} for name, m in convex.solution.multipliers.items()}
+wrong = type(convex.solution)(**(vars(convex.solution) | {"multipliers": half}))
+spoilt_dual = kkt_residuals(convex.problem, wrong)
+untrained = kkt_residuals(problem, cg.solve(problem))
+
+print(good, spoilt_dual, untrained, sep="\n")
+assert max(good.primal, good.dual, good.stationarity) < 1e-6
+assert spoilt_dual.dual > 1e-3
+assert spoilt_dual.primal < 1e-12
+assert untrained.stationarity > 1e-3
+assert untrained.dual < 1e-12
+# %% [markdown]
+# The primal residual cannot be spoilt through the library: a block that is not the identity at its
+# pins is refused when the problem is made.
+
+
+# %%
+class Shifted(nn.Module):
+    """x + v + 0.1: not the identity at v = 0."""
+
+    pinned = ("v",)
+
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return x + self.v + 0.1
+
+
+refused = ""
+try:
+    candidate = cg.Candidate("features", Shifted())
+    cg.GrowthProblem(Skip(), nn.BCEWithLogitsLoss(), [(x, classes)], [candidate])
+except cg.BlockError as error:
+    refused = str(error)
+print(refused)
+assert "not the identity at its pins" in refused
+
+# %% [markdown]
+# ## Claim 5. Complementarity: what the radius of a trust region costs
+#
+# Equalities have no complementarity condition: their multipliers may have any sign, and a pin is
+# always active. It appears as soon as the pin is *loosened to a ball*,
+#
+# $$P(\Delta) = \min_{\theta, v} L(\theta, v) \quad\text{subject to}\quad \lVert v\rVert_F \le \Delta,
+# \qquad \mu \ge 0, \quad \mu\,(\lVert v\rVert_F - \Delta) = 0 .$$
+#
+# Either the ball is used up, or its price $\mu$ is zero. By sensitivity analysis $P'(\Delta) =
+# -\mu(\Delta)$, and for a small ball the best one can do is $\Delta\lVert\lambda\rVert_F$, so
+#
+# $$\mu(\Delta) \to \lVert\lambda\rVert_F \quad\text{as}\quad \Delta\to 0:$$
+#
+# the *norm* of a multiplier is itself a multiplier, that of the radius. Notebook 5 does the same for
+# other norms, notebook 7 makes decisions of it. Here we solve the convex instance for 14 radii,
+# with the tanh candidate alone.
+
+# %%
+net = convex.problem.model
+block = convex.problem.candidates[0].block
+with torch.no_grad():
+    hidden = net.features(x)
+    inner = torch.tanh(block.inner(hidden))
+    X, H, F, W, b = (a.numpy() for a in (x, hidden, inner, net.head.weight, net.head.bias))
+S, s, V, radius = cp.Variable((1, 2)), cp.Variable(), cp.Variable((4, 3)), cp.Parameter()
+output = (H + F @ V.T) @ W.T + b + X @ S.T + s
+loss = cp.sum(cp.logistic(output) - cp.multiply(classes.numpy(), output)) / 120
+ball = cp.norm(V, "fro") <= radius
+regional = cp.Problem(cp.Minimize(loss), [ball])
+
+radii = np.geomspace(1e-2, 300, 14)
+prices, losses, slack = [], [], []
+for radius.value in radii:
+    regional.solve(solver=cp.CLARABEL, canon_backend=cp.SCIPY_CANON_BACKEND)
+    prices.append(float(ball.dual_value))
+    losses.append(regional.value)
+    slack.append(radius.value - np.linalg.norm(V.value))
+prices, losses, slack = map(np.array, (prices, losses, slack))
+
+size = convex.solution.sensitivities["tanh"].value
+print(f"price of a ball of radius 0.01: {prices[0]:.6f},  |lambda|: {size:.6f}")
+assert abs(prices[0] - size) < 1e-2 * size
+assert (prices > -1e-6).all()
+assert np.abs(prices * slack).max() < 1e-4  # complementarity
+assert (np.diff(prices) < 1e-6).all()  # P is convex
+assert slack[-1] > 1
+assert prices[-1] < 1e-4
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.2))
+left.semilogx(radii, losses, "o-", color=BLUE)
+left.axhline(convex.solution.loss, color=GREY, linestyle="--", linewidth=1)
+left.text(radii[5], convex.solution.loss, "pinned", va="bottom", color="#555555", fontsize=9)
+left.set_ylabel(r"best loss $P(\Delta)$ (nats)")
+right.semilogx(radii, prices, "o-", color=RED, label=r"price $\mu(\Delta)$")
+right.axhline(size, color=GREY, linestyle="--", linewidth=1, label=r"$\Vert\lambda\Vert_F$")
+right.set_ylabel("price (nats per unit of radius)")
+right.legend(frameon=False)
+for ax in (left, right):
+    ax.set_xlabel(r"radius $\Delta$ (Frobenius norm of $W_2$)")
+    ax.spines[["top", "right"]].set_visible(False)
+fig.tight_layout()
+
+# %% [markdown]
+# **Figure 2.** The best logistic loss of the network when $W_2$ may move within a ball (left), and
+# the dual variable of the ball (right). At radius zero the price is the norm of $\lambda$; when the
+# ball is larger than needed the price is zero, and between the two it falls.
+#
+# ## Exercises
+#
+# 1. What would SLSQP and `trust-constr` say, in this order, if the pin of Claim 1 were $v = 1$ instead?
+#    (Find the new $\theta$ first.)
+# 2. Write the pin $v = 0$ as two inequalities $v \le 0$ and $-v \le 0$ with multipliers
+#    $\mu_+, \mu_- \ge 0$. Give some $\mu_+, \mu_-$ that satisfy the first-order conditions of the
+#    problem of Claim 1, with $\mu_+\mu_- = 0$. Are they unique without that?
+# 3. What is the slope of $P$ with respect to $\Delta^2$ as $\Delta \to 0$: zero, finite or infinite?
+
+
+# %%
+def check_1(slsqp_says, trust_says):
+    result = minimize(
+        f, [0, 0], jac=df, hess=lambda z: np.ones((2, 2)), method="trust-constr",
+        constraints=[LinearConstraint([[0.0, 1.0]], 1, 1)], options={"gtol": 1e-10},
+    )  # fmt: skip
+    assert np.isclose(trust_says, result.v[0].item(), atol=1e-6)
+    assert slsqp_says == -trust_says
+    print("1: right")
+
+
+def check_2(mu_plus, mu_minus, unique):
+    z, w = cp.Variable(), cp.Variable()
+    pins = [w <= 0, -w <= 0]
+    cp.Problem(cp.Minimize(cp.square(z + w) / 2 - z - 3 * w + 5), pins).solve()
+    difference = float(pins[0].dual_value - pins[1].dual_value)
+    assert np.isclose(mu_plus - mu_minus, difference, atol=1e-4)
+    assert min(mu_plus, mu_minus) == 0
+    assert unique is False  # adding the same to both changes nothing
+    print("2: right")
+
+
+def check_3(slope):
+    """One of "zero", "finite", "infinite"."""
+    # dP/d(Delta^2) = P'(Delta) / (2 Delta)
+    slopes = prices[:3] / (2 * radii[:3])
+    grows = slopes[0] / slopes[1] > 2
+    assert slope == ("infinite" if grows else "finite")
+    print("3: right")
+
+
+# %%
+check_1(slsqp_says=-2.0, trust_says=2.0)  # theta = 0 now, and df/dv = (1 - 3) + 0 is -2 again
+check_2(mu_plus=2.0, mu_minus=0.0, unique=False)
+check_3("infinite")
+
+# %% [markdown]
+# ## References
+#
+# * S. Boyd and L. Vandenberghe, *Convex Optimization*, Cambridge University Press, 2004: sections
+#   5.2.3 (Slater's condition), 5.5.2 and 5.5.3 (complementary slackness, KKT), 5.6 (sensitivity).
+# * J. Nocedal and S. J. Wright, *Numerical Optimization*, 2nd ed., Springer, 2006: theorem 12.1.
+# * M. Lalee, J. Nocedal and T. Plantenga, *On the implementation of an algorithm for large-scale
+#   equality constrained optimization*, SIAM Journal on Optimization 8, 1998, 682-706: the method
+#   behind `trust-constr` for equality constraints.
+# * S. Diamond and S. Boyd, *CVXPY: A Python-Embedded Modeling Language for Convex Optimization*,
+#   Journal of Machine Learning Research 17(83), 2016.
+# * P. Virtanen et al., *SciPy 1.0: fundamental algorithms for scientific computing in Python*, Nature
+#   Methods 17, 2020, 261-272.
