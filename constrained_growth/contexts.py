@@ -49,6 +49,15 @@ def context_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     return Context((), {name: value for name, value in kwargs.items() if name != first})
 
 
+def arguments(
+    block: nn.Module, x: Tensor, context: Context
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a block is called with at a site: `block(*args, **kwargs)`."""
+    if takes_context(block):
+        return (x, *context.args), dict(context.kwargs)
+    return (x,), {}
+
+
 def detached(context: Context) -> Context:
     """The same context without the graph its tensors belong to."""
     return Context(_detached(context.args), _detached(context.kwargs))

@@ -12,9 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import CandidateError, DataError, RuleError
+from constrained_growth.contexts import NO_CONTEXT, context_of, detached
+from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
-from constrained_growth.observation import batch_size, hooked, is_untouched, parameter_shapes
+from constrained_growth.observation import (
+    batch_size,
+    eagerly,
+    hooked,
+    is_untouched,
+    parameter_shapes,
+)
+from constrained_growth.outputs import tensor_at, with_tensor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.recording import Site
 from constrained_growth.rules import DecisionRule, TopK
@@ -64,6 +72,7 @@ def monitor(
       gradients do, and the batch counts once. A gradient penalty (`create_graph=True`) adds what
       comes through the tensor at the site, and not what would come through the derivative of the
       block.
+    * What was compiled (`torch.compile`) runs as written within the context.
     * Each process of a distributed group averages over its own batches.
 
     Args:
@@ -243,7 +252,8 @@ class Monitor:
         """Watch the model for a while; windows go on from one time to the next."""
         begin = self._problem.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
-            yield
+            with eagerly():
+                yield
         finally:
             begin.remove()
             self._watch(None)
@@ -266,30 +276,31 @@ class Monitor:
             self._hooks.close()
         elif not self._hooked:
             sites = enumerate(self._problem.sites)
-            hooks = {site.module: functools.partial(self._see, i) for i, site in sites}
+            hooks = [(site.module, functools.partial(self._see, i)) for i, site in sites]
             self._hooks.enter_context(hooked(hooks))
         self._hooked = batch is not None
 
-    def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
+    def _see(
+        self, index: int, module: nn.Module, args: Any, kwargs: Any, output: object
+    ) -> object | None:
         """Note x at a site in the forward pass; what it returns takes the place of the output."""
         batch = self._batch
         if batch is None or not torch.is_grad_enabled():
             return None
         site = self._problem.sites[index]
-        if not isinstance(output, Tensor):
-            raise CandidateError(
-                f'after="{site.after}": its output is now a {type(output).__name__}, and a site '
-                "is a tensor; make the problem anew."
-            )
-        x = output.detach()
-        replaced = site.overwritten or not output.requires_grad
-        if not output.requires_grad:  # may be the user's own input, and written over when read
-            x, output = x.clone(), x.requires_grad_()
+        y = output if isinstance(output, Tensor) else tensor_at(site.after, output, site.output)
+        x = y.detach()
+        replaced = site.copied or not y.requires_grad
+        if not y.requires_grad:  # may be the user's own input, and written over when read
+            x, y = x.clone(), x.requires_grad_()
         if replaced:
-            output = output.clone()
+            y = y.clone()
+        context = detached(context_of(module, args, kwargs)) if site.context else NO_CONTEXT
         # x lives as long as the graph does, and no longer where no backward pass comes
-        output.register_hook(functools.partial(self._window.receive, index, x, batch))
-        return output if replaced else None
+        y.register_hook(functools.partial(self._window.receive, index, x, context, batch))
+        if not replaced:
+            return None
+        return y if isinstance(output, Tensor) else with_tensor(output, site.output, y)
 
     def _estimates(self) -> dict[str, Estimate]:
         with plainly():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -60,11 +61,18 @@ def is_untouched() -> bool:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Gradients on, whatever the caller has switched off."""
+    """Gradients on and modules run as written, whatever the caller has switched off or compiled."""
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradients
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), eagerly():
         yield
+
+
+def eagerly() -> AbstractContextManager[Any]:
+    """What `torch.compile` has compiled runs as it is written, so that hooks on it are called."""
+    if "torch._dynamo" not in sys.modules:  # nothing was compiled
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
@@ -172,9 +180,9 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 @contextmanager
-def hooked(hooks: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Forward hooks on some modules for a while; PyTorch's own `hook(module, args, output)`."""
-    handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+def hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward hooks on modules for a while; PyTorch's own `hook(module, args, kwargs, output)`."""
+    handles = [module.register_forward_hook(hook, with_kwargs=True) for module, hook in hooks]
     try:
         yield
     finally:
@@ -191,12 +199,14 @@ def watching(
     """
 
     def hook_for(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return see(name, args[0] if args else None, output)
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        ) -> Any:
+            return see(name, args[0] if args else next(iter(kwargs.values()), None), output)
 
         return hook
 
-    return hooked({module: hook_for(name) for name, module in modules.items()})
+    return hooked((module, hook_for(name)) for name, module in modules.items())
 
 
 @dataclass

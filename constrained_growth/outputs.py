@@ -78,7 +78,7 @@ def with_tensor(output: Any, which: Which, tensor: Tensor) -> Any:
 def _path(output: object, which: Which) -> tuple[int | str, ...]:
     """The keys that lead to the site, from the outside in."""
     if which is None:
-        found = _first(output)
+        found = () if isinstance(output, Tensor) else _first(output)
         if found is None:
             raise CandidateError(
                 f"the output is a {type(output).__name__} without a floating-point tensor in it, "

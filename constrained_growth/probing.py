@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,20 +13,21 @@ from torch import Tensor, nn
 
 from constrained_growth.blocks import has_joint_factors, moves, pinned_parameters
 from constrained_growth.candidates import Candidate
+from constrained_growth.contexts import Context, context_of, detached, takes_context
 from constrained_growth.distributed import everywhere, several, take_from_first
 from constrained_growth.errors import BlockError, CandidateError, DataError
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
-    Visit,
     batch_size,
     batches,
     call,
     device_of,
     full_precision,
+    hooked,
     tensors_of,
     untouched,
-    watching,
 )
+from constrained_growth.outputs import Which, tensor_at, with_tensor
 from constrained_growth.recording import Site
 from constrained_growth.tallies import block_multipliers
 
@@ -34,28 +36,65 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a site is.
+
+    Attributes:
+        after: Qualified name of the module.
+        output: Which tensor of its output; see `Candidate`.
+        module: That module.
+    """
+
+    after: str
+    output: Which
+    module: nn.Module
+
+
+@dataclass(frozen=True)
 class _Facts:
     """What a site is like, for the processes that cannot see for themselves.
 
     Attributes:
-        shape, bytes: Of the tensor there on the first batch.
+        shape, bytes: Of the tensor there on the first batch; the bytes of all its uses.
         dtype: What a block there has to be in.
-        overwritten, anchor: As in `Site`.
+        overwritten, copied, anchor, shared: As in `Site`.
     """
 
     shape: tuple[int, ...]
     bytes: int
     dtype: torch.dtype
     overwritten: bool
+    copied: bool
     anchor: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What was at a site at one use of its module.
+
+    Attributes:
+        x: A copy of the tensor.
+        passed: What the model went on with, a tensor of its own in the graph.
+        version: Its version counter when it came out.
+        context: What else the module was called with.
+        autocast: Whether it ran under autocast.
+        foreign: Whether the module gave on a tensor that came from elsewhere.
+    """
+
+    x: Tensor
+    passed: Tensor
+    version: int
+    context: Context
+    autocast: bool
+    foreign: bool
 
 
 def look_at_sites(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     data: Iterable[Any],
-    candidates: Sequence[Candidate],
-    modules: Mapping[str, nn.Module],
+    candidates: Mapping[Place, Sequence[Candidate]],
     group: ProcessGroup | None,
 ) -> tuple[tuple[Site, ...], object]:
     """The sites, the same on all processes, with the blocks that fit there; and the first input.
@@ -64,76 +103,67 @@ def look_at_sites(
         model: Run once on the first batch, with gradients on (`differentiable`).
         loss_fn: `loss_fn(output, target)`.
         data: `(input, target)` pairs; on some processes there may be none.
-        candidates: What could stand at the sites.
-        modules: Qualified name → module, of the sites.
+        candidates: What could stand where.
         group: The processes that have a shard of the data each.
 
     Raises:
         DataError, CandidateError, BlockError: As `GrowthProblem` says.
     """
-    xs: dict[str, Tensor] = {}
+    seen: list[list[_Seen]] = [[] for _ in candidates]
     examples: list[object] = []
 
-    def look() -> tuple[object, dict[str, _Facts] | None]:
-        layout = [_layout(candidate) for candidate in candidates]
+    def look() -> tuple[object, list[_Facts] | None]:
+        layout = [_layout(place, each) for place, every in candidates.items() for each in every]
         first = next(batches(data, device_of(model)), None)
         if first is None:
             return layout, None
         examples.append(first[0])
-        seen, facts = _probe(model, loss_fn, first, modules)
-        xs.update(seen)
-        return layout, facts
+        return layout, _probe(model, loss_fn, first, list(candidates), seen)
 
     found = everywhere(look, group)
     if any(layout != found[0][0] for layout, _ in found):
+        names = [each.name for every in candidates.values() for each in every]
         raise CandidateError(
-            f"candidates={[candidate.name for candidate in candidates]} are not the same on all "
-            "processes of the group; give each the same candidates in the same order."
+            f"candidates={names} are not the same on all processes of the group; give each the "
+            "same candidates in the same order."
         )
     facts = next((facts for _, facts in found if facts is not None), None)
     if facts is None:
         raise DataError("data yields no batches; give at least one (input, target) pair.")
-    devices = {name: _site_device(module, model, xs.get(name)) for name, module in modules.items()}
-    blocks = {
-        c.name: _brought(c, devices[c.after], facts[c.after].dtype, model) for c in candidates
-    }
+    sites = [
+        _site(place, fact, _site_device(place.module, model, here), every, model)
+        for (place, every), fact, here in zip(candidates.items(), facts, seen, strict=True)
+    ]
     if several(group):
-        blocks = {name: copy.deepcopy(block) for name, block in blocks.items()}
-        take_from_first([t.detach() for b in blocks.values() for t in tensors_of(b)], group)
+        sites = [
+            replace(site, blocks={name: copy.deepcopy(b) for name, b in site.blocks.items()})
+            for site in sites
+        ]
+        blocks = [block for site in sites for block in site.blocks.values()]
+        take_from_first([t.detach() for block in blocks for t in tensors_of(block)], group)
 
     def check() -> None:
-        for candidate in candidates:
-            if candidate.after in xs:
-                _check_fit(candidate.name, blocks[candidate.name], xs[candidate.after])
+        for site, here in zip(sites, seen, strict=True):
+            for name, block in site.blocks.items():
+                for use in here:
+                    _check_fit(name, block, use)
 
     everywhere(check, group)
-    sites = tuple(
-        _site(
-            name,
-            module,
-            facts[name],
-            devices[name],
-            {
-                candidate.name: blocks[candidate.name]
-                for candidate in candidates
-                if candidate.after == name
-            },
-        )
-        for name, module in modules.items()
-    )
-    return sites, next(iter(examples), None)
+    return tuple(sites), next(iter(examples), None)
 
 
 def _site(
-    name: str,
-    module: nn.Module,
+    place: Place,
     facts: _Facts,
     device: torch.device,
-    blocks: Mapping[str, nn.Module],
+    candidates: Sequence[Candidate],
+    model: nn.Module,
 ) -> Site:
+    module = place.module
+    blocks = {c.name: _brought(c, module, device, facts.dtype, model) for c in candidates}
     pinned = [p for block in blocks.values() for p in pinned_parameters(block).values()]
     return Site(
-        after=name,
+        after=place.after,
         module=module,
         blocks=blocks,
         unsure=tuple(key for key, block in blocks.items() if not _exact_after(block, module)),
@@ -143,68 +173,100 @@ def _site(
         bytes=facts.bytes,
         pinned_bytes=sum(parameter.nbytes for parameter in pinned),
         overwritten=facts.overwritten,
+        copied=facts.copied,
         anchor=facts.anchor,
+        output=place.output,
+        shared=facts.shared,
+        context=any(takes_context(block) for block in blocks.values()),
     )
 
 
-def _site_device(module: nn.Module, model: nn.Module, x: Tensor | None) -> torch.device:
-    found = device_of(module) or device_of(model) if x is None else x.device
+def _site_device(module: nn.Module, model: nn.Module, seen: Sequence[_Seen]) -> torch.device:
+    found = seen[0].x.device if seen else device_of(module) or device_of(model)
     return found or torch.device("cpu")
 
 
-def _layout(candidate: Candidate) -> tuple[str, str, list[torch.Size]]:
+def _layout(place: Place, candidate: Candidate) -> tuple[object, ...]:
     """What has to be the same on all processes."""
-    return candidate.name, candidate.after, [t.shape for t in tensors_of(candidate.block)]
+    shapes = [t.shape for t in tensors_of(candidate.block)]
+    return candidate.name, place.after, place.output, shapes
 
 
 def _probe(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     first: tuple[Any, Any],
-    modules: Mapping[str, nn.Module],
-) -> tuple[dict[str, Tensor], dict[str, _Facts]]:
-    """Run the first batch and look at every site: the tensors there, and what they are like."""
-    seen: dict[str, Visit] = {}
-    xs: dict[str, Tensor] = {}
+    places: Sequence[Place],
+    seen: Sequence[list[_Seen]],
+) -> list[_Facts]:
+    """Run the first batch, note what is `seen` at every site, and what the sites are like."""
+    began: dict[nn.Module, int] = {}
+    looking = True
 
-    def see(name: str, _: object, output: object) -> Tensor | None:
-        visit = seen.setdefault(name, Visit())
-        visit.count += 1
-        visit.output = output
-        if visit.count > 1 or not isinstance(output, Tensor) or not output.is_floating_point():
-            return None
+    def begin(module: nn.Module, args: object) -> None:
+        began[module] = _now()
+
+    def see(index: int, module: nn.Module, args: Any, kwargs: Any, output: object) -> Any:
+        place = places[index]
+        x = tensor_at(place.after, output, place.output)
+        if looking:
+            _check_tensor(place.after, x.detach())
         # an identity in the graph makes every site a tensor of its own, also for frozen models
-        probe = output if output.requires_grad else output.detach().requires_grad_()
-        xs[name] = probe.clone()
-        visit.output = xs[name].detach().clone()
-        visit.version = xs[name]._version
-        visit.autocast = torch.is_autocast_enabled(output.device.type)
-        return xs[name]
+        passed = (x if x.requires_grad else x.detach().requires_grad_()).clone()
+        if looking:  # and not in what backward runs again (checkpointing)
+            seen[index].append(
+                _Seen(
+                    x=passed.detach().clone(),
+                    passed=passed,
+                    version=passed._version,
+                    context=detached(context_of(module, args, kwargs)),
+                    autocast=torch.is_autocast_enabled(x.device.type),
+                    foreign=x.grad_fn is None or x.grad_fn._sequence_nr() < began[module],
+                )
+            )
+        return passed if x is output else with_tensor(output, place.output, passed)
 
     batch_size(*first)
-    with watching(modules, see):
-        output = call(model, first[0])
-    for name in modules:
-        _check_visit(name, seen.get(name, Visit()))
-    loss = checked_loss(loss_fn(output, first[1]))
-    if not bool(torch.isfinite(loss)):
-        raise DataError(
-            f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the data, the "
-            "model's parameters, or the loss."
+    hooks = [(place.module, functools.partial(see, i)) for i, place in enumerate(places)]
+    starts = [module.register_forward_pre_hook(begin) for module in {p.module for p in places}]
+    try:
+        with hooked(hooks):
+            output = call(model, first[0])
+            looking = False
+            for place, here in zip(places, seen, strict=True):
+                _check_seen(place.after, here)
+            loss = checked_loss(loss_fn(output, first[1]))
+            if not bool(torch.isfinite(loss)):
+                raise DataError(
+                    f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
+                    "data, the model's parameters, or the loss."
+                )
+            anchors = _anchors(loss, places, seen)
+    finally:
+        for handle in starts:
+            handle.remove()
+    facts = []
+    for place, here in zip(places, seen, strict=True):
+        x = here[0].x
+        overwritten = any(use.passed._version != use.version for use in here)
+        facts.append(
+            _Facts(
+                shape=tuple(x.shape),
+                bytes=sum(use.x.nbytes for use in here),
+                dtype=_parameter_dtype(model, x.dtype) if here[0].autocast else x.dtype,
+                overwritten=overwritten,
+                copied=overwritten or any(use.foreign for use in here),
+                anchor=place in anchors,
+                shared=len(here) > 1,
+            )
         )
-    written = {name: x._version != seen[name].version for name, x in xs.items()}
-    anchors = _anchors(loss, xs)
-    facts = {
-        name: _Facts(
-            shape=tuple(x.shape),
-            bytes=x.nbytes,
-            dtype=_parameter_dtype(model, x.dtype) if seen[name].autocast else x.dtype,
-            overwritten=written[name],
-            anchor=name in anchors,
-        )
-        for name, x in xs.items()
-    }
-    return {name: v.output for name, v in seen.items() if isinstance(v.output, Tensor)}, facts
+    return facts
+
+
+def _now() -> int:
+    """Where the numbering of autograd's nodes has come to."""
+    node = torch.zeros((), requires_grad=True).clone().grad_fn
+    return 0 if node is None else node._sequence_nr()
 
 
 def _parameter_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
@@ -212,62 +274,99 @@ def _parameter_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), default)
 
 
-def _check_visit(name: str, visit: Visit) -> None:
-    output = visit.output
-    if visit.count == 0:
-        problem = "is never reached in the forward pass"
-    elif visit.count > 1:
-        problem = f"is reached {visit.count} times in one forward pass, and a site exactly once"
-    elif not isinstance(output, Tensor):
-        problem = f"returns a {type(output).__name__}, and a site is a tensor"
-    elif not output.is_floating_point():
-        problem = f"returns a {output.dtype} tensor, and a site carries floating-point numbers"
-    elif not bool(torch.isfinite(output).all()):
-        raise DataError(
-            f'the output of "{name}" holds NaN or Inf on the first batch; look at the data and the '
-            "model's parameters."
+def _check_tensor(after: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise CandidateError(
+            f'after="{after}" returns a {x.dtype} tensor, and a site carries floating-point '
+            "numbers; choose another submodule."
         )
-    else:
-        return
-    raise CandidateError(f'after="{name}" {problem}; choose another submodule.')
+    if not torch.is_grad_enabled():
+        raise CandidateError(
+            f'after="{after}" runs with gradients switched off, so that backward does not pass '
+            "it: under torch.no_grad(), or under gradient checkpointing with use_reentrant=True. "
+            "Checkpoint with use_reentrant=False, or choose another submodule."
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise DataError(
+            f'the output of "{after}" holds NaN or Inf on the first batch; look at the data and '
+            "the model's parameters."
+        )
 
 
-def _anchors(loss: Tensor, xs: Mapping[str, Tensor]) -> set[str]:
+def _check_seen(after: str, seen: Sequence[_Seen]) -> None:
+    if not seen:
+        raise CandidateError(
+            f'after="{after}" is never reached in the forward pass; choose another submodule.'
+        )
+
+
+def _anchors(loss: Tensor, places: Sequence[Place], seen: Sequence[Sequence[_Seen]]) -> set[Place]:
     """Sites to ask backward for, so that it passes all the others on its way.
 
     Raises:
-        CandidateError: The loss does not depend on some site.
+        CandidateError: The loss does not depend on some site, or backward goes through what
+            was checkpointed with use_reentrant=True.
     """
-    passed: set[str] = set()
-    handles = [x.register_hook(lambda _, name=name: passed.add(name)) for name, x in xs.items()]
-    anchors: set[str] = set()
-    for name, x in xs.items():
-        if name in passed:
+    _refuse_reentrant(loss)
+    passed: set[Place] = set()
+
+    def note(place: Place) -> Callable[[Tensor], None]:
+        return lambda _: passed.add(place)
+
+    handles = [
+        use.passed.register_hook(note(place))
+        for place, here in zip(places, seen, strict=True)
+        for use in here
+    ]
+    anchors: set[Place] = set()
+    for place, here in zip(places, seen, strict=True):
+        if place in passed:
             continue
-        grads = (
-            torch.autograd.grad(loss, [x], allow_unused=True, retain_graph=True)
-            if loss.requires_grad
-            else (None,)
-        )
-        if grads[0] is None:
+        xs = [use.passed for use in here]
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, xs, allow_unused=True, retain_graph=True)
+        else:
+            grads = (None,)
+        if all(grad is None for grad in grads):
             raise CandidateError(
-                f'after="{name}": the loss does not depend on the output of this module, so no '
-                "layer there could change it; choose another submodule."
+                f'after="{place.after}": the loss does not depend on the output of this module, '
+                "so no layer there could change it; choose another submodule."
             )
-        anchors.add(name)
+        anchors.add(place)
     for handle in handles:
         handle.remove()
     return anchors
 
 
+def _refuse_reentrant(loss: Tensor) -> None:
+    """Refuse a graph with a part that was checkpointed in the way that takes no `autograd.grad`."""
+    nodes, known = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in known:
+            continue
+        known.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise CandidateError(
+                "model: a part of it is checkpointed with use_reentrant=True, through which "
+                "PyTorch gives no gradients with respect to tensors on the way; use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def _brought(
-    candidate: Candidate, device: torch.device, dtype: torch.dtype, model: nn.Module
+    candidate: Candidate,
+    site: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    model: nn.Module,
 ) -> nn.Module:
     """The candidate's block, or a copy, on a device, in a dtype and in the mode of its site."""
     block = candidate.block
     pinned_parameters(block)
     shares = not set(block.modules()).isdisjoint(model.modules())  # whose hooks are the site's
-    training = model.get_submodule(candidate.after).training
+    training = site.training
     other_mode = any(module.training != training for module in block.modules())
     moved = any(p.device != device or p.dtype != dtype for p in block.parameters())
     if shares or other_mode or moved:
@@ -275,16 +374,17 @@ def _brought(
     return block
 
 
-def _check_fit(name: str, block: nn.Module, x: Tensor) -> None:
+def _check_fit(name: str, block: nn.Module, seen: _Seen) -> None:
     """Try a block on the tensor at its site, in the block's own precision."""
-    x = x.to(next(block.parameters()).dtype)
+    x = seen.x.to(next(block.parameters()).dtype)
     with full_precision(x.device), torch.no_grad():
-        _check_identity(block, x, f'block={type(block).__name__} of candidate "{name}"')
+        where = f'block={type(block).__name__} of candidate "{name}"'
+        _check_identity(block, x, seen.context, where)
 
 
-def _check_identity(block: nn.Module, x: Tensor, where: str) -> None:
+def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
     try:
-        moved = float(moves(block, x))
+        moved = float(moves(block, x, context))
     except BlockError:
         raise
     except Exception as error:
@@ -298,7 +398,7 @@ def _check_identity(block: nn.Module, x: Tensor, where: str) -> None:
             f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
             "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
         )
-    _refuse_dead(block, x, where)
+    _refuse_dead(block, x, context, where)
 
 
 def _exact_after(block: nn.Module, module: nn.Module) -> bool:
@@ -314,7 +414,7 @@ def _kind(block: nn.Module, shape: tuple[int, ...]) -> Hashable:
     return type(block), shape, block.joint_kind()  # type: ignore[operator]
 
 
-def _refuse_dead(block: nn.Module, x: Tensor, where: str) -> None:
+def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
     """Refuse a block whose multipliers are 0 whatever arrives."""
     generator = torch.Generator().manual_seed(0)
 
@@ -322,7 +422,7 @@ def _refuse_dead(block: nn.Module, x: Tensor, where: str) -> None:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
     with untouched(block):
-        multipliers = block_multipliers(block, draw(), draw())
+        multipliers = block_multipliers(block, draw(), draw(), context)
     if not any(bool(value.any()) for value in multipliers.values()):
         raise BlockError(
             f"{where} has multipliers that vanish identically (both factors of a product are zero, "

@@ -12,7 +12,7 @@ from constrained_growth.candidates import Candidate
 from constrained_growth.distributed import everywhere
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.observation import differentiable, untouched
-from constrained_growth.probing import look_at_sites
+from constrained_growth.probing import Place, look_at_sites
 from constrained_growth.solution import Constraint
 
 if TYPE_CHECKING:
@@ -89,11 +89,9 @@ class GrowthProblem:
         self.data = data
         self.candidates = _checked_candidates(candidates)
         self.group = group
-        modules = _site_modules(model, self.candidates)
+        places = _places(model, self.candidates)
         with untouched(model, data), differentiable():
-            self.sites, self.example = look_at_sites(
-                model, loss_fn, data, self.candidates, modules, group
-            )
+            self.sites, self.example = look_at_sites(model, loss_fn, data, places, group)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -150,11 +148,13 @@ def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:
     return found
 
 
-def _site_modules(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, nn.Module]:
+def _places(model: nn.Module, candidates: Sequence[Candidate]) -> dict[Place, list[Candidate]]:
+    """The candidates by their sites; a module of several names has the first of them."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {}
+    found: dict[Place, list[Candidate]] = {}
     for candidate in candidates:
-        if candidate.after not in modules or not candidate.after:
+        name = _name_in(modules, candidate.after)
+        if not name:
             known = ", ".join(name for name in list(modules)[1:13])
             raise CandidateError(
                 f'after="{candidate.after}" of candidate "{candidate.name}" is no submodule of '
@@ -162,10 +162,25 @@ def _site_modules(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str
                 f"{', …' if len(modules) > 13 else ''}."
             )
         inside = [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
-        if any(candidate.after.startswith(f"{name}.") for name in inside):
+        if any(name.startswith(f"{layer}.") for layer in inside):
             raise CandidateError(
                 f'after="{candidate.after}" lies inside an nn.TransformerEncoderLayer, which in '
                 "eval mode passes its submodules by; choose the encoder layer itself."
             )
-        found[candidate.after] = modules[candidate.after]
+        module = modules[name]
+        first = next(key for key, same in modules.items() if same is module)
+        found.setdefault(Place(first, candidate.output, module), []).append(candidate)
     return found
+
+
+def _name_in(modules: Mapping[str, nn.Module], after: str) -> str:
+    """The name in a model of what is meant, with or without `torch.compile`'s "_orig_mod.".
+
+    Of a module that was compiled it is the name of the compiled one, after whose output a layer
+    is reached.
+    """
+    return next((name for name in modules if _plain(name) == _plain(after)), "")
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

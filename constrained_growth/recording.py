@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth.blocks import change, has_factors, moves
+from constrained_growth.contexts import NO_CONTEXT, Context, context_of, detached
 from constrained_growth.distributed import add_up, everywhere
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import full_precision
-from constrained_growth.tallies import Counts, Estimate, Squares, Tally
+from constrained_growth.outputs import Which, tensor_at, with_tensor
+from constrained_growth.tallies import Counts, Estimate, Squares, Tally, Use
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,8 +41,14 @@ class Site:
         bytes: Its size on the first batch.
         pinned_bytes: Size of the pinned parameters of all its blocks.
         overwritten: Whether the model changes the tensor in place afterwards.
+        copied: Whether the model has to go on with a copy of it while it is watched: it is
+            overwritten, or the module gives on a tensor that came from elsewhere.
         anchor: Whether backward has to be asked for δ here; at the other sites it passes anyway
             on its way to the anchors.
+        output: Which tensor of the module's output it is, as in `Candidate`.
+        shared: Whether the module runs several times in one forward pass; a layer there would
+            too, and its multiplier is the sum over its uses.
+        context: Whether there is a block that takes the context.
     """
 
     after: str
@@ -53,7 +61,11 @@ class Site:
     bytes: int
     pinned_bytes: int
     overwritten: bool
+    copied: bool
     anchor: bool
+    output: Which
+    shared: bool
+    context: bool
 
 
 @dataclass(frozen=True)
@@ -84,7 +96,8 @@ class Recorder:
         self._sites = sites
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites) // 2)
-        self._streams = self._batch_bytes > self._room
+        shared = any(site.shared for site in sites)
+        self._streams = self._batch_bytes > self._room or shared
         self._squares: dict[torch.device, Squares] = {}
         self._groups = grouped(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
@@ -93,22 +106,26 @@ class Recorder:
         self._all_closed = all(member.closed for group in self._groups for member in group)
         self._xs: list[Tensor | None] = [None] * len(sites)
         self._inputs: list[Tensor | GradientEdge | None] = [None] * len(sites)
+        self._contexts: list[Context] = [NO_CONTEXT] * len(sites)
+        self._uses: list[tuple[int, Tensor, Context, Tensor | GradientEdge]] = []
+        self._forward = False
         self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
         self._pending_bytes = 0
         self._shapes: list[torch.Size] = []
         self._moved: dict[str, Tensor] = {}
         self._size = 0
 
-    def hooks(self) -> dict[nn.Module, Callable[..., Any]]:
-        """Module → forward hook."""
+    def hooks(self) -> list[tuple[nn.Module, Callable[..., Any]]]:
+        """Modules and their forward hooks."""
         sites = enumerate(self._sites)
-        return {site.module: functools.partial(self._see, index) for index, site in sites}
+        return [(site.module, functools.partial(self._see, index)) for index, site in sites]
 
     def begin(self, size: int) -> None:
         """Get ready for a batch of `size` samples."""
         if size != self._size:
             self.flush()
         self._size = size
+        self._forward = True
 
     def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
         """One backward pass down to the sites (and parameters, whose gradients it returns).
@@ -118,9 +135,13 @@ class Recorder:
         """
         if not loss.requires_grad or any(x is None for x in self._xs):
             self._complain(lambda x: x is None or not loss.requires_grad)
+        self._forward = False  # what backward runs again (checkpointing) is not looked at
         inputs: list[Any] = [edge for edge in self._inputs if edge is not None]
+        inputs += [use[-1] for use in self._uses]
         grads = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
         self._inputs = [None] * len(self._sites)
+        if self._uses:
+            self._receive_uses(grads[len(inputs) - len(self._uses) : len(inputs)])
         if not self._streams:
             shapes = [x.shape for x in self._xs if x is not None]
             if shapes != self._shapes:
@@ -195,29 +216,45 @@ class Recorder:
             for member in group
         }
 
-    def _see(self, index: int, module: nn.Module, args: object, output: object) -> Tensor | None:
+    def _see(
+        self, index: int, module: nn.Module, args: Any, kwargs: Any, output: object
+    ) -> object | None:
         """Note x at a site in the forward pass; what it returns takes the place of the output."""
         site = self._sites[index]
-        if not isinstance(output, Tensor) or self._xs[index] is not None:
-            is_tensor = isinstance(output, Tensor)
-            what = "is reached several times" if is_tensor else f"gives a {type(output).__name__}"
+        y = output if isinstance(output, Tensor) else tensor_at(site.after, output, site.output)
+        x = y.detach()
+        replaced = site.copied or not y.requires_grad
+        if replaced:  # the model goes on with a copy that is part of the graph and not a view
+            y = (y if y.requires_grad else x.requires_grad_()).clone()
+            x = x.detach()
+        if self._forward:
+            self._note(index, x, y, context_of(module, args, kwargs) if site.context else None)
+        if not replaced:
+            return None
+        return y if isinstance(output, Tensor) else with_tensor(output, site.output, y)
+
+    def _note(self, index: int, x: Tensor, y: Tensor, context: Context | None) -> None:
+        """Keep x until δ arrives, which comes through y."""
+        site = self._sites[index]
+        if self._xs[index] is not None and not site.shared:
             raise CandidateError(
-                f'after="{site.after}" {what} in a later batch; a site is reached exactly once, '
-                "by a tensor."
+                f'after="{site.after}" is reached several times in a later batch and once in the '
+                "first one; put a batch in front in which it is reached several times."
             )
-        x = self._xs[index] = output.detach()
+        self._xs[index] = x
         for name in site.unsure:
             if has_factors(site.blocks[name]):
                 self._try(name, site.blocks[name], x)
-        replaced = site.overwritten or not output.requires_grad
-        if replaced:  # the model goes on with a copy that is part of the graph and not a view
-            whole = output if output.requires_grad else output.detach().requires_grad_()
-            output = whole.clone()
+        edge = get_gradient_edge(y) if site.overwritten else y
+        context = NO_CONTEXT if context is None else detached(context)
+        if site.shared:
+            self._uses.append((index, x, context, edge))
+            return
+        self._contexts[index] = context
         if self._streams:
-            output.register_hook(functools.partial(self._receive, index))
+            y.register_hook(functools.partial(self._receive, index))
         if site.anchor or not self._streams:
-            self._inputs[index] = get_gradient_edge(output) if site.overwritten else output
-        return output if replaced else None
+            self._inputs[index] = edge
 
     def _try(self, name: str, block: nn.Module, x: Tensor) -> None:
         """Try a block with a closed form on x; others show what they do as they are measured."""
@@ -250,13 +287,32 @@ class Recorder:
             self._pending[index].append((x, delta))
             self._pending_bytes += x.nbytes + delta.nbytes
             return
-        for member in members:
+        self._add(index, [Use(x, delta, self._contexts[index])])
+        self._contexts[index] = NO_CONTEXT
+
+    def _receive_uses(self, deltas: Sequence[Tensor | None]) -> None:
+        """Take δ at the sites that are used several times; a use may be of no consequence."""
+        uses: dict[int, list[Use]] = {}
+        for (index, x, context, _), delta in zip(self._uses, deltas, strict=True):
+            if delta is not None:
+                uses.setdefault(index, []).append(Use(x, delta, context))
+        self._uses = []
+        with torch.no_grad():
+            for index, here in uses.items():
+                self._xs[index] = None
+                self._add(index, here)
+
+    def _add(self, index: int, uses: Sequence[Use]) -> None:
+        """Work off what one batch has brought to a site, for each of its candidates."""
+        by_sample = all(use.x.dim() > 1 and use.x.shape[0] == self._size for use in uses)
+        for member in self._here[index]:
             if member.closed and by_sample:
-                member.tally.add_samples(x, delta, self._size)
-            else:
-                y = member.tally.add_batch(member.index, x, delta, self._size)
-                if not member.closed and member.name in self._sites[index].unsure:
-                    self._note_change(member.name, change(x.to(y.dtype), y))
+                member.tally.add_uses(uses, self._size)
+                continue
+            ys = member.tally.add_batch(member.index, uses, self._size)
+            if not member.closed and member.name in self._sites[index].unsure:
+                for use, y in zip(uses, ys, strict=True):
+                    self._note_change(member.name, change(use.x.to(y.dtype), y))
 
     def _work_off(self, group: Sequence[Member]) -> None:
         """Work off what is pending for the members of a group, if it can be done in one stroke."""
@@ -266,7 +322,7 @@ class Recorder:
         if len({x.shape for pairs in pending for x, _ in pairs}) > 1:
             for member, pairs in zip(group, pending, strict=True):
                 for x, delta in pairs:
-                    member.tally.add_batch(member.index, x, delta, self._size)
+                    member.tally.add_batch(member.index, [Use(x, delta)], self._size)
             return
         x, delta = (
             stacked([pair[i] for pairs in pending for pair in pairs], len(group)) for i in (0, 1)

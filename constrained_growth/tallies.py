@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.contexts import NO_CONTEXT, Context, arguments
 from constrained_growth.norms import SecondMoments
 from constrained_growth.observation import full_precision
 
@@ -31,6 +32,21 @@ class Estimate:
     multiplier: dict[str, Tensor]
     variance: float
     moments: dict[str, SecondMoments]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one run of the module at a site brings.
+
+    Attributes:
+        x: The tensor at the site.
+        delta: δ = ∂L/∂x of the mean loss of the batch, same shape.
+        context: What else the module was called with.
+    """
+
+    x: Tensor
+    delta: Tensor
+    context: Context = NO_CONTEXT
 
 
 class Squares:
@@ -170,10 +186,30 @@ class Tally:
             delta: ∂L/∂x of the mean loss of each batch, same shape.
             size: How many samples each of the batches had; λ_n = −size · ψ_n φ_nᵀ.
         """
+        self._add_factors(self._factors(x, delta), size)
+        self._samples += x.shape[int(self._joint)]
+
+    @_in_full_precision
+    def add_uses(self, uses: Sequence[Use], size: int) -> None:
+        """Take in one batch by closed forms, at a site that is used several times.
+
+        Args:
+            uses: One for each time; `x` has shape (samples, ..., width).
+            size: How many samples the batch had.
+        """
+        factors = [self._factors(use.x, use.delta) for use in uses]
+        self._add_factors(factors[0] if len(uses) == 1 else over_uses(factors), size)
+        self._samples += size
+
+    def _factors(self, x: Tensor, delta: Tensor) -> Sequence[AffineFactors]:
         x, delta = x.to(self._dtype), delta.to(self._dtype)
         first: Any = self._blocks[0]
+        if self._joint:
+            return first.joint_factors(self._blocks, x, delta)
+        return first.factors(x, delta)
+
+    def _add_factors(self, factors: Sequence[AffineFactors], size: int) -> None:
         joint = int(self._joint)
-        factors = first.joint_factors(self._blocks, x, delta) if joint else first.factors(x, delta)
         for factor in factors:
             weight = self._sums[factor.weight].flatten(1 + joint)  # a kernel as a matrix
             psi, phi = factor.cotangent, factor.features
@@ -198,30 +234,33 @@ class Tally:
                 weight.addmm_(psi.T, phi, alpha=-size)
             if factor.bias is not None:
                 self._sums[factor.bias].sub_(psi.sum(-2), alpha=size)
-        self._samples += x.shape[joint]
 
     @_in_full_precision
-    def add_batch(self, index: int, x: Tensor, delta: Tensor, size: int) -> Tensor:
+    def add_batch(self, index: int, uses: Sequence[Use], size: int) -> list[Tensor]:
         """Take in one batch of one candidate as a whole, by differentiating its block alone.
 
         Args:
             index: Which of the blocks.
-            x: The tensor at its site, shape of the site.
-            delta: ∂L/∂x, same shape.
+            uses: What each run of the module at its site brings.
             size: How many samples the batch had.
 
         Returns:
-            What the block makes of x.
+            What the block makes of x, at each use.
         """
-        x, delta = x.to(self._dtype), delta.to(self._dtype)
         here = index if self._joint else ...
-        y, multipliers = differentiated(self._blocks[index], x, delta)
-        for name, value in multipliers.items():
+        ys = []
+        whole: dict[str, Tensor] = {}
+        for use in uses:
+            x, delta = use.x.to(self._dtype), use.delta.to(self._dtype)
+            y, multipliers = differentiated(self._blocks[index], x, delta, use.context)
+            ys.append(y)
+            whole = {name: whole[name] + m if whole else m for name, m in multipliers.items()}
+        for name, value in whole.items():
             square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
             self.squares[index].add_(square, alpha=size)
             self._sums[name][here].add_(value, alpha=size)
         self._batches[index] += 1
-        return y
+        return ys
 
     def _add_moments(self, factor: AffineFactors, psi: Tensor, phi: Tensor, size: int) -> None:
         """Add Σ φ̃φ̃ᵀ and Σ ψψᵀ over samples and positions, φ̃ = (φ, 1) where there is a bias."""
@@ -316,26 +355,55 @@ class Tally:
         return math.nan if mixed or units < 2 else max(spread, 0.0) / (units - 1) / num_samples
 
 
-def block_multipliers(block: nn.Module, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+def over_uses(uses: Sequence[Sequence[AffineFactors]]) -> list[AffineFactors]:
+    """The factors of several uses of a block as those of one with as many more positions.
+
+    Args:
+        uses: The factors at each use, of the same samples, shape (samples, ..., width).
+
+    Returns:
+        Factors of shape (samples, positions, width).
+    """
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(len(t), -1, t.shape[-1]) for t in tensors], dim=1)
+
+    return [
+        replace(
+            same[0],
+            cotangent=joined([factor.cotangent for factor in same]),
+            features=joined([factor.features for factor in same]),
+        )
+        for same in zip(*uses, strict=True)
+    ]
+
+
+def block_multipliers(
+    block: nn.Module, x: Tensor, delta: Tensor, context: Context = NO_CONTEXT
+) -> dict[str, Tensor]:
     """−∇_v of one batch by differentiating the block alone at its pins; for blocks of any kind.
 
     Args:
         block: The block; neither its parameters nor its buffers are touched.
         x: The tensor at the site.
         delta: ∂L/∂x, same shape.
+        context: What else the module at the site was called with, for a block that takes it.
 
     Returns:
         Pinned parameter → −gradient.
     """
-    return differentiated(block, x, delta)[1]
+    return differentiated(block, x, delta, context)[1]
 
 
-def differentiated(block: nn.Module, x: Tensor, delta: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+def differentiated(
+    block: nn.Module, x: Tensor, delta: Tensor, context: Context = NO_CONTEXT
+) -> tuple[Tensor, dict[str, Tensor]]:
     """What a block makes of x at its pins, and its multipliers as in `block_multipliers`."""
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     with torch.enable_grad():
-        y = torch.func.functional_call(block, {**buffers, **leaves}, (x,))
+        args, kwargs = arguments(block, x, context)
+        y = torch.func.functional_call(block, {**buffers, **leaves}, args, kwargs)
     if not y.requires_grad:
         return y, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
     grads = torch.autograd.grad(

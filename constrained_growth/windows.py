@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from constrained_growth.contexts import Context
 from constrained_growth.errors import DataError
 from constrained_growth.recording import Member, Site, grouped, stacked
-from constrained_growth.tallies import Estimate, Squares, accumulation_dtype
+from constrained_growth.tallies import Estimate, Squares, Use, accumulation_dtype
 
 
 @dataclass(eq=False, slots=True)
@@ -23,12 +24,14 @@ class Batch:
         scale: What its loss will be multiplied with.
         arrived: At which sites δ has arrived.
         pairs: Site → (x, δ) that wait to be worked off.
+        uses: Site whose module runs several times → what has arrived of its uses.
     """
 
     size: int
     scale: float
     arrived: set[int] = field(default_factory=set)
     pairs: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    uses: dict[int, list[Use]] = field(default_factory=dict)
 
 
 class Window:
@@ -55,6 +58,8 @@ class Window:
         self._here = [[m for m in members if m.site == index] for index in range(len(sites))]
         self._waits = [waits and all(member.closed for member in here) for here in self._here]
         self._names = [site.after for site in sites]
+        self._shared = [site.shared for site in sites]
+        self._using: list[Batch] = []
         self._waiting: list[Batch] = []
         self._bytes = 0
         self._skips = skips
@@ -62,13 +67,15 @@ class Window:
         self.samples = [0] * len(sites)
         self.batches = [0] * len(sites)
 
-    def receive(self, index: int, x: Tensor, batch: Batch, delta: Tensor | None) -> None:
+    def receive(
+        self, index: int, x: Tensor, context: Context, batch: Batch, delta: Tensor | None
+    ) -> None:
         """Take δ at a site, to be worked off at once or later."""
         if delta is None:
             return
         if torch.is_grad_enabled():  # backward(create_graph=True)
             with torch.no_grad():
-                self.receive(index, x, batch, delta.detach())
+                self.receive(index, x, context, batch, delta.detach())
             return
         if self._skips and not bool(delta.isfinite().all()):
             return
@@ -79,19 +86,32 @@ class Window:
             batch.arrived.add(index)
             self.samples[index] += batch.size
             self.batches[index] += 1
-        by_sample = x.dim() > 1 and x.shape[0] == batch.size
-        if by_sample and self._waits[index]:
+        if self._shared[index]:  # whose uses count as one, when all have arrived
+            if not batch.uses:
+                self._using.append(batch)
+            batch.uses.setdefault(index, []).append(Use(x, delta, context))
+        elif self._waits[index] and x.dim() > 1 and x.shape[0] == batch.size:
             self._keep(index, x, delta, batch)
-            return
-        self._settle(batch.size)
+        else:
+            self._add(index, [Use(x, delta, context)], batch.size)
+
+    def _add(self, index: int, uses: Sequence[Use], size: int) -> None:
+        """Work off what one batch has brought to a site, for each of its candidates."""
+        self._settle(size)
+        by_sample = all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
         for member in self._here[index]:
             if by_sample and member.closed:
-                member.tally.add_samples(x, delta, batch.size)
-            else:
-                member.tally.add_batch(member.index, x, delta, batch.size)
+                member.tally.add_uses(uses, size)
+                continue
+            device = uses[0].x.device
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                member.tally.add_batch(member.index, uses, size)
 
     def make_room(self) -> None:
         """Work off what waits if another batch of the kind would be too much."""
+        if self._using:
+            with plainly():
+                self._work_off_uses()
         count = len(self._waiting)
         if self._bytes * (count + 1) > _ROOM * count:
             with plainly():
@@ -103,6 +123,7 @@ class Window:
         Raises:
             DataError: None do.
         """
+        self._work_off_uses()
         self._work_off()
         self._settle(0)
         silent = [n for n, count in zip(self._names, self.samples, strict=True) if count == 0]
@@ -126,6 +147,13 @@ class Window:
             self._waiting.append(batch)
         batch.pairs[index] = x, delta
         self._bytes += x.nbytes + delta.nbytes
+
+    def _work_off_uses(self) -> None:
+        using, self._using = self._using, []
+        for batch in using:
+            for index, uses in batch.uses.items():
+                self._add(index, uses, batch.size)
+            batch.uses.clear()
 
     def _settle(self, size: int) -> None:
         """Put together the squares that were noted, where a batch of another size comes."""

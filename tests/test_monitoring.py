@@ -615,7 +615,7 @@ def test_other_refusals() -> None:
 def test_a_site_that_becomes_no_tensor_is_refused() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     problem = problem_of(model, data, candidate("1"))
-    as_tuple = model[1].register_forward_hook(lambda module, args, output: (output,))
+    as_tuple = model[1].register_forward_hook(lambda module, args, output: (None,))
     with as_tuple, cg.monitor(problem), refused(cg.CandidateError, 'after="1"', "tuple"):
         model(data[0][0])
 

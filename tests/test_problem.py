@@ -59,13 +59,14 @@ class Awkward(nn.Module):
         self.pair = Returns(lambda x: (x, x))
         self.named = Returns(lambda x: {"x": x})
         self.nothing = Returns(lambda x: None)
+        self.nowhere = Returns(lambda x: {"x": [None, x.long()]})
         self.whole = Returns(lambda x: x.round().long())
         self.detached = Returns(lambda x: x.detach())
         self.recurrent = nn.GRU(4, 4, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         self.aside(x)
-        y = self.again(self.again(self.inner(x)))
+        y = self.again(self.inner(x))
         z = (
             self.pair(y)[0]
             + self.named(y)["x"]
@@ -73,6 +74,7 @@ class Awkward(nn.Module):
             + self.recurrent(y[:, None])[0][:, 0]
         )
         self.nothing(y)
+        self.nowhere(y)
         self.detached(z)
         return self.last(z)
 
@@ -95,11 +97,8 @@ class Returns(nn.Module):
         ("inner.weight", ['after="inner.weight"', "no submodule"]),
         ("", ['after=""', "no submodule"]),
         ("unused", ['after="unused"', "never reached", "choose another"]),
-        ("again", ['after="again"', "2 times", "exactly once"]),
-        ("pair", ['after="pair"', "tuple", "a site is a tensor"]),
-        ("named", ['after="named"', "dict"]),
-        ("nothing", ['after="nothing"', "NoneType"]),
-        ("recurrent", ['after="recurrent"', "tuple"]),
+        ("nothing", ['after="nothing"', "NoneType", "floating-point"]),
+        ("nowhere", ['after="nowhere"', "dict without a floating-point tensor", "output="]),
         ("whole", ['after="whole"', "torch.int64", "floating-point"]),
         ("aside", ['after="aside"', "loss does not depend"]),
         ("detached", ['after="detached"', "loss does not depend"]),

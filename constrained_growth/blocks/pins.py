@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.contexts import NO_CONTEXT, Context
+from constrained_growth.contexts import NO_CONTEXT, Context, arguments
 from constrained_growth.errors import BlockError
 
 
@@ -43,7 +43,8 @@ def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
         BlockError: The block does not keep the shape of x.
     """
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    y = torch.func.functional_call(block, buffers, (x.clone(), *context.args), dict(context.kwargs))
+    args, kwargs = arguments(block, x.clone(), context)
+    y = torch.func.functional_call(block, buffers, args, kwargs)
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise BlockError(
