@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
@@ -87,7 +88,8 @@ def standing_alone(block: nn.Module) -> nn.Module:
     Raises:
         BlockError: It does not hold the pinned parameters of the block themselves.
     """
-    layer = block.standalone()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        layer = block.standalone()  # type: ignore[operator]
     pins = {id(p) for p in pinned_parameters(block).values()}
     if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
         raise BlockError(

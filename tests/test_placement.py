@@ -1,0 +1,311 @@
+"""A copied block becomes the next element of its list; everything else stands around its site."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import choose, classified, nothing_left_behind, refused, solved
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import CopiedBlock, ResidualLinear, ResidualMLP
+from constrained_growth.inserted import Inserted
+
+
+class Residual(nn.Module):
+    """x + W₂ tanh(W₁ norm(x))."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.norm, self.act = nn.LayerNorm(width), nn.Tanh()
+        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.act(self.inner(self.norm(x))))
+
+
+class Stack(nn.Module):
+    """A stem, a list of residual blocks, a head."""
+
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+        self.blocks = nn.ModuleList(Residual() for _ in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Counting(Stack):
+    """Goes through its list by numbers of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i in range(3):
+            x = self.blocks[i](x)
+        return self.head(x)
+
+
+class Backwards(nn.Sequential):
+    """A sequence with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        for block in reversed(self):
+            input = block(input)
+        return input
+
+
+def sequential(*blocks: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 4), *blocks, nn.Linear(4, 3))
+
+
+def copied(model: nn.Module, after: str, name: str = "") -> cg.Candidate:
+    return cg.Candidate(after, CopiedBlock(model.get_submodule(after)), name=name or after)
+
+
+def mlp(after: str, name: str = "") -> cg.Candidate:
+    return cg.Candidate(after, ResidualMLP(4, 3, nn.GELU()), name=name or f"mlp {after}")
+
+
+def grown(model: nn.Module, *candidates: cg.Candidate, **options: Any) -> cg.GrowthRecord:
+    """All of them put in, the output the same to the last bit, the record replayed from JSON."""
+    names = [one.name for one in candidates]
+    x, fresh = torch.randn(6, 2), copy.deepcopy(model)
+    before = model(x)
+    solution = solved(model, classified(12), *candidates, rule=choose(*names))
+    record = cg.insert(model, solution, **options)
+    assert torch.equal(model(x), before)
+    assert record.difference == {"train": 0.0, "eval": 0.0}
+    again = cg.replay(fresh, cg.GrowthRecord.from_json(record.to_json()))
+    assert torch.equal(again(x), before)  # at the pins
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert list(again.state_dict()) == list(model.state_dict())
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    assert not torch.equal(model(x), before)
+    return record
+
+
+def test_a_copy_becomes_the_next_element() -> None:
+    model = Stack()
+    old = list(model.blocks)
+    (layer,) = grown(model, copied(model, "blocks.1")).insertions
+    assert (layer.after, layer.placement) == ("blocks.1", "sibling")
+    first, second, new, third = model.blocks
+    assert [first, second, third] == old
+    assert type(new) is Residual
+    assert list(model.state_dict()) == list(Stack(4).state_dict())
+
+
+def test_in_a_sequence_too() -> None:
+    model = sequential(Residual(), Residual())
+    grown(model, copied(model, "1"))
+    assert [type(module) for module in model] == [nn.Linear, *[Residual] * 3, nn.Linear]
+
+
+def test_several_copies_name_their_sites_as_they_then_are() -> None:
+    model = Stack()
+    old = list(model.blocks)
+    record = grown(model, *(copied(model, f"blocks.{i}") for i in range(3)))
+    assert [layer.after for layer in record.insertions] == ["blocks.0", "blocks.2", "blocks.4"]
+    assert list(model.blocks)[::2] == old
+
+
+def test_copies_and_other_layers_in_one_list() -> None:
+    model = Stack()
+    candidates = [mlp("blocks.2"), copied(model, "blocks.0"), mlp("blocks.0.act"), mlp("stem")]
+    candidates += [copied(model, "blocks.2"), mlp("blocks.0"), copied(model, "blocks.1")]
+    record = grown(model, *candidates)
+    assert len(model.blocks) == 6
+    placements = {layer.name: layer.placement for layer in record.insertions}
+    assert placements["mlp blocks.0"] == "wrapped"
+    assert placements["blocks.0"] == "sibling"
+
+
+@pytest.mark.parametrize("order", ["wsw", "sww", "wws", "sws", "ssw", "wss"])
+def test_layers_at_one_site_run_in_the_order_of_the_problem(order: str) -> None:
+    model = Stack()
+    candidates = [
+        copied(model, "blocks.1", f"{i}{kind}") if kind == "s" else mlp("blocks.1", f"{i}{kind}")
+        for i, kind in enumerate(order)
+    ]
+    ran: list[str] = []
+    old = set(model.blocks)
+    grown(model, *candidates)
+    for module in model.modules():
+        if module not in old and isinstance(module, Residual | ResidualMLP):
+            kind = "s" if isinstance(module, Residual) else "w"
+            module.register_forward_hook(lambda *_, kind=kind: ran.append(kind))
+    model(torch.randn(2, 2))
+    assert "".join(ran) == order
+
+
+def test_a_copy_is_of_its_neighbour_before_others_were_put_into_it() -> None:
+    model = Stack()
+    grown(model, mlp("blocks.1.act"), mlp("blocks.1.inner"), copied(model, "blocks.1"))
+    assert type(model.blocks[1].act) is Inserted
+    assert type(model.blocks[2].act) is nn.Tanh
+
+
+class Stages(nn.Module):
+    """Lists in a list, each stage residual as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+        self.stages = nn.ModuleList(Stage() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+class Stage(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Residual(), Residual())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def test_lists_in_lists_are_gone_through_from_the_outside() -> None:
+    model = Stages()
+    pins = ("layers.0.outer.weight", "layers.0.outer.bias")
+    pins += ("layers.1.outer.weight", "layers.1.outer.bias")
+    stage = cg.Candidate("stages.0", CopiedBlock(model.stages[0], pins))
+    record = grown(model, copied(model, "stages.0.layers.1"), stage, mlp("stages.1.layers.0"))
+    assert [len(stage.layers) for stage in model.stages] == [3, 2, 2]  # type: ignore[arg-type]
+    assert [layer.after for layer in record.insertions] == [
+        "stages.0",
+        "stages.0.layers.1",
+        "stages.2.layers.0",
+    ]
+
+
+def test_round_after_round() -> None:
+    model, data, x = Stack(), classified(12), torch.randn(6, 2)
+    fresh, record = copy.deepcopy(model), cg.GrowthRecord()
+    for after in ("blocks.0", "blocks.1", "blocks.1.act", "blocks.1", "blocks.3"):
+        one = mlp(after) if after.endswith("act") else copied(model, after)
+        step = cg.insert(model, solved(model, data, one, rule=choose(one.name)))
+        record = record + step if record.insertions else step
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    again = cg.replay(fresh, cg.GrowthRecord.from_json(record.to_json()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+    assert len(model.blocks) == 7
+
+
+def named() -> nn.Module:
+    return nn.Sequential(
+        OrderedDict(stem=nn.Linear(2, 4), block=Residual(), head=nn.Linear(4, 3)),
+    )
+
+
+def aliased() -> nn.Module:
+    model = Stack()
+    model.last = model.blocks[2]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "after"),
+    [
+        (named, "block"),
+        (lambda: sequential(Backwards(Residual(), Residual())), "1.0"),
+        (aliased, "blocks.2"),
+        (lambda: nn.Sequential(nn.Linear(2, 4), nn.ModuleDict({"a": Residual()})["a"]), "1"),
+    ],
+    ids=["names", "a forward of its own", "a second name", "a plain sequence"],
+)
+def test_what_is_no_plain_element_is_stood_around(make: Callable[[], Any], after: str) -> None:
+    model = make()
+    (layer,) = grown(model, copied(model, after)).insertions
+    expected = "sibling" if after == "1" else "wrapped"
+    assert layer.placement == expected
+    assert isinstance(model.get_submodule(after), Inserted) is (expected == "wrapped")
+
+
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_list_that_would_not_reach_the_layer_is_refused(at: int) -> None:
+    """In the middle the output moves, as the last block is dropped; at the end nothing does."""
+    model = Counting()
+    solution = solved(model, classified(12), copied(model, f"blocks.{at}"))
+    optimizer = torch.optim.Adam(model.parameters())
+    words = ["moves by"] if at == 0 else ["never be reached", f"blocks.{at}"]
+    with nothing_left_behind(model), refused(cg.BlockError, *words):
+        cg.insert(model, solution, optimizer=optimizer)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [
+        id(p) for p in model.parameters()
+    ]
+
+
+def test_standalone_form_with_other_parameters_is_refused() -> None:
+    class Detached(ResidualLinear):
+        def standalone(self) -> nn.Module:
+            return nn.Linear(4, 4)
+
+    model = Stack()
+    one = cg.Candidate("blocks.0", Detached(4, torch.tanh))
+    solution = solved(model, classified(12), one)
+    with nothing_left_behind(model), refused(cg.BlockError, "standalone()", "pinned"):
+        cg.insert(model, solution)
+
+
+def test_new_elements_join_the_groups_of_their_counterparts() -> None:
+    """Also where the last matrix before it is in another group."""
+    model = Stack()
+    groups = [
+        {"params": [p for n, p in model.named_parameters() if kind in n], "lr": rate}
+        for kind, rate in {"norm": 0.1, "inner": 0.2, "outer": 0.3, "stem": 0.4}.items()
+    ]
+    optimizer = torch.optim.SGD(groups)
+    grown(model, copied(model, "blocks.1"), optimizer=optimizer)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.blocks[2].named_parameters():
+        expected = {"norm": 0.1, "inner": 0.2, "outer": 0.3}[name.split(".")[0]]
+        assert rates[id(parameter)] == expected
+
+
+def test_records_of_copies_are_checked() -> None:
+    model = Stack()
+    record = grown(model, copied(model, "blocks.1"))
+    text = cg.GrowthRecord.from_json(record.to_json())
+    other = Stack()
+    other.blocks[1] = nn.Identity()
+    with nothing_left_behind(other), refused(cg.RecordError, "Residual", "Identity"):
+        cg.replay(other, text, strict=False)
+    flat = nn.Module()
+    flat.blocks = nn.ModuleDict({"0": Residual(), "1": Residual()})
+    with nothing_left_behind(flat), refused(cg.RecordError, "no element of an nn.ModuleList"):
+        cg.replay(flat, text, strict=False)
+    again = cg.replay(Stack(), text, blocks={"blocks.1": CopiedBlock(Residual())})
+    assert type(again.get_submodule("blocks.2")) is Residual
+
+
+def test_a_copy_of_something_else_has_to_be_given() -> None:
+    class Other(Residual):
+        pass
+
+    model, fresh, data = Stack(), Stack(), classified(12)
+    one = cg.Candidate("blocks.1", CopiedBlock(Other()))
+    record = cg.insert(model, solved(model, data, one))
+    text = cg.GrowthRecord.from_json(record.to_json())
+    with nothing_left_behind(fresh), refused(cg.RecordError, "CopiedBlock", "blocks="):
+        cg.replay(fresh, text)
+    again = cg.replay(fresh, text, blocks={"blocks.1": CopiedBlock(Other())})
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(data[0][0]), model(data[0][0]))

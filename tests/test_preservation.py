@@ -1,0 +1,383 @@
+"""That the function stays is seen, and what did not go well is undone to the last bit."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CROSS_ENTROPY,
+    Gain,
+    assert_same,
+    candidate,
+    choose,
+    classified,
+    feedforward,
+    nothing_left_behind,
+    refused,
+    solved,
+)
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.preservation import check_preserved, outputs_of
+
+
+def everything(optimizer: torch.optim.Optimizer) -> Any:
+    """What an optimizer holds: which parameters, in which order, with which settings and state."""
+    groups = [
+        {**group, "params": [id(p) for p in group["params"]]} for group in optimizer.param_groups
+    ]
+    lists = [id(group) for group in optimizer.param_groups]
+    lists += [id(group["params"]) for group in optimizer.param_groups]
+    states = {str(id(p)): copy.deepcopy(dict(state)) for p, state in optimizer.state.items()}
+    return {"groups": groups, "lists": lists, "states": states}
+
+
+def trained(model: nn.Module, data: Any) -> torch.optim.Optimizer:
+    optimizer = torch.optim.Adam(model.named_parameters(), lr=0.01)
+    for x, y in data:
+        CROSS_ENTROPY(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def judged(before: Any, after: Any, dtype: torch.dtype = torch.float64) -> dict[str, float]:
+    """The verdict on a model that gives `before` at first and `after` then."""
+
+    class Says(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.layer = nn.Parameter(torch.zeros(1, dtype=dtype)), nn.Identity()
+            self.answer = before
+
+        def forward(self, x: Tensor) -> Any:
+            self.layer(x)
+            return self.answer
+
+    model = Says()
+    found = outputs_of(model, torch.zeros(2))
+    model.answer = after
+    return check_preserved(model, torch.zeros(2), found, {"layer": model.layer})
+
+
+# --- what counts as having moved --------------------------------------------------------------
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    rest: Any = None
+
+
+WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "tensor": lambda y: y,
+    "tuple": lambda y: (None, y),
+    "dict": lambda y: {"a": 3, "b": [y]},
+    "dataclass": lambda y: Output(torch.zeros(2), (y,)),
+    "beside a layer's own": lambda y: {"logits": y, "hidden": (y,) * int(y.sum().item() > 0)},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_largest_difference_of_an_entry(wrap: str, dtype: torch.dtype) -> None:
+    """Allowed are 1000 ε of the largest entry, at most 1/16 of it."""
+    y = torch.tensor([1.0, -8.0, 2.0], dtype=dtype)
+    allowed = 8.0 * min(1e3 * torch.finfo(dtype).eps, 1 / 16)
+    for factor, fine in ((0.0, True), (0.4, True), (4.0, False)):
+        moved = y.clone()
+        moved[2] += factor * allowed
+        if fine:
+            found = judged(WRAPS[wrap](y), WRAPS[wrap](moved), dtype)
+            expected = float((moved - y).abs().max())
+            assert found == {"train": expected, "eval": expected}
+        else:
+            with refused(cg.BlockError, "moves by", "train mode"):
+                judged(WRAPS[wrap](y), WRAPS[wrap](moved), dtype)
+
+
+def test_infinities_and_nan_that_stay_are_no_difference() -> None:
+    y = torch.tensor([1.0, -math.inf, math.inf, math.nan])
+    assert judged(y, y.clone()) == {"train": 0.0, "eval": 0.0}
+    for index in range(4):
+        for value in (math.inf, math.nan, 5.0, -math.inf):
+            moved = y.clone()
+            moved[index] = value
+            if not torch.equal(moved.nan_to_num(77.0), y.nan_to_num(77.0)):
+                with refused(cg.BlockError, "moves by"):
+                    judged(y, moved)
+
+
+def test_other_shapes_are_an_infinite_difference() -> None:
+    with refused(cg.BlockError, "moves by inf"):
+        judged(torch.zeros(3), torch.zeros(4))
+
+
+def test_a_loss_near_zero_is_judged_on_the_scale_of_one() -> None:
+    tiny = torch.tensor(1e-18)
+    assert judged(tiny, tiny + 1e-15)["train"] == pytest.approx(1e-15)
+    with refused(cg.BlockError, "moves by"):
+        judged(torch.full((2,), 1e-18), torch.full((2,), 1e-15))
+
+
+def test_what_holds_no_tensor_is_left_out() -> None:
+    assert judged("text", "another") == {}
+    assert judged(torch.tensor([1, 2]), torch.tensor([3, 4])) == {}
+
+
+# --- what the record says ---------------------------------------------------------------------
+
+
+def test_difference_is_that_of_the_outputs_in_both_modes() -> None:
+    """Of ELU with a shift, which is the identity but for rounding."""
+    model, data = feedforward(2, 4, 3, activation=nn.ELU), classified(30)
+    x = data[0][0]
+    before = model(x)
+    record = cg.insert(
+        model, solved(model, data, candidate(block=IdentityLinear(4, nn.ELU(), shift=1.0)))
+    )
+    expected = (model(x) - before).abs().max().item()
+    assert 0 < expected < 1e-14
+    assert record.difference == {"train": expected, "eval": expected}
+    assert cg.GrowthRecord.from_json(record.to_json()) == record
+
+
+def stochastic() -> nn.Module:
+    layers = [nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(0.5), nn.Linear(4, 3)]
+    return nn.Sequential(*layers, nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("site", ["0", "1", "2", "3"])
+def test_models_that_draw_and_count(training: bool, site: str) -> None:
+    model, data = stochastic().train(training), classified(30)
+    solution = solved(model, data, cg.Candidate(site, ResidualMLP(4, 3, nn.GELU())))
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    state, kept = torch.get_rng_state(), copy.deepcopy(model)
+    record = cg.insert(model, solution)
+    assert record.difference == {"train": 0.0, "eval": 0.0}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training is training for module in model.modules())
+    for buffer, old in zip(model.buffers(), buffers.values(), strict=True):
+        assert torch.equal(buffer, old)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        expected = kept(data[0][0])
+        torch.manual_seed(1)
+        assert torch.equal(model(data[0][0]), expected)
+
+
+class Noisy(ResidualLinear):
+    """Draws random numbers, which the layers after it would have got."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(nn.functional.dropout(x, 0.5, self.training) * 0 + x)
+
+
+def test_random_numbers_that_a_layer_draws_do_not_count() -> None:
+    model, data = stochastic(), classified(30)
+    record = cg.insert(model, solved(model, data, cg.Candidate("2", Noisy(4, torch.tanh))))
+    assert record.difference == {"train": 0.0, "eval": 0.0}
+
+
+class ExactInTraining(Gain):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if self.training else 1.5)
+
+
+def test_a_block_that_is_exact_in_one_mode_is_judged_in_the_models_own() -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    solution = solved(model, data, cg.Candidate("1", ExactInTraining(4)))
+    x = data[0][0]
+    other = copy.deepcopy(model).eval()
+    with nothing_left_behind(other), refused(cg.BlockError, "eval mode", "moves by"):
+        cg.insert(other, solution)
+    before = model(x)
+    record = cg.insert(model, solution)
+    assert record.difference["train"] == 0.0
+    expected = (model.eval()(x) - before).abs().max().item()
+    assert record.difference["eval"] == pytest.approx(expected, rel=1e-12)
+    assert expected > 0.01
+
+
+def test_a_mode_in_which_the_model_cannot_run_is_left_out() -> None:
+    """BatchNorm cannot train on one sample."""
+    model, data = stochastic().eval(), classified(1)
+    solution = solved(model, data, cg.Candidate("2", ResidualLinear(4, torch.tanh)))
+    assert cg.insert(model, solution).difference == {"eval": 0.0}
+
+
+def test_other_data_and_none() -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    solution = solved(model, data, candidate())
+    assert solution.example is data[0][0]
+    shifted = copy.deepcopy(solution.candidates["1"].block)
+    with torch.no_grad():
+        shifted.get_parameter("bias").fill_(-0.1)  # moves what lies between 0 and 0.1
+    planned = replace(solution.candidates["1"], block=shifted)
+    broken = replace(solution, candidates={"1": planned})
+    with nothing_left_behind(model), refused(cg.BlockError, "moves by"):
+        cg.insert(model, broken)
+    zero = copy.deepcopy(model)
+    with torch.no_grad():
+        zero.get_parameter("0.weight").zero_()
+        zero.get_parameter("0.bias").fill_(-1.0)
+    assert cg.insert(zero, broken, data=classified(3)).difference == {"train": 0.0, "eval": 0.0}
+    assert cg.insert(model, broken, data=()).difference == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(3, "not iterable"), ([3], "batch 0"), ([(torch.zeros(2, 5), None)], "data=[(input")],
+)
+def test_data_that_cannot_be_used(data: Any, words: str) -> None:
+    model = feedforward(2, 4, 3)
+    solution = solved(model, classified(9), candidate())
+    with nothing_left_behind(model), refused(cg.DataError, words):
+        cg.insert(model, solution, data=data)
+
+
+# --- undone to the last bit -------------------------------------------------------------------
+
+
+class Breaks(Gain):
+    """Fails in the model, after `at` calls."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls < 0:
+            raise RuntimeError("broken on purpose")
+        return super().forward(x)
+
+
+class Moves(Gain):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (0.1 if self.calls < 0 else 0.0)
+
+
+@pytest.mark.parametrize("kind", [Breaks, Moves])
+def test_a_broken_block_leaves_everything_as_it_was(kind: type[Any]) -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(30, batch=12)
+    optimizer = trained(model, data)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    block = kind(4)
+    solution = solved(model, data, candidate(), cg.Candidate("3", block), rule=choose("1", "3"))
+    planned = solution.candidates["3"]
+    planned.block.calls = -1  # type: ignore[assignment]
+    before = everything(optimizer)
+    word = "broken on purpose" if kind is Breaks else "moves by"
+    with (
+        nothing_left_behind(model),
+        nothing_left_behind(average),
+        refused(cg.BlockError, word, "('1', '3')", "Nothing was changed"),
+    ):
+        cg.insert(model, solution, optimizer=optimizer, averaged=average)
+    assert_same(everything(optimizer), before)
+
+
+class OneMore(dict[Any, Any]):
+    """States of which only one more can be begun."""
+
+    begun = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.begun += 1
+        if self.begun > 1:
+            raise RuntimeError("broken on purpose")
+        super().__setitem__(key, value)
+
+
+def test_a_broken_optimizer_leaves_everything_as_it_was() -> None:
+    """One that fails after it took the first of the new parameters."""
+    model, data = feedforward(2, 4, 3), classified(30)
+    optimizer = torch.optim.Adagrad(model.parameters())
+    optimizer.state = OneMore(optimizer.state)  # type: ignore[assignment]
+    solution = solved(model, data, candidate())
+    other = torch.optim.SGD(list(model.parameters())[:1], momentum=0.9)
+    before = everything(optimizer), everything(other)
+    with nothing_left_behind(model), pytest.raises(RuntimeError, match="broken on purpose"):
+        cg.insert(model, solution, optimizer=[other, optimizer])
+    assert optimizer.state.begun == 2  # type: ignore[attr-defined]
+    assert_same((everything(optimizer), everything(other)), before)
+
+
+def test_a_broken_settle_leaves_everything_as_it_was_and_is_asked_again() -> None:
+    model, data, seen = feedforward(2, 4, 3), classified(30), []
+
+    def settle(one: nn.Module) -> None:
+        seen.append(sum(1 for _ in one.modules()))
+        if len(seen) == 1:
+            raise RuntimeError("broken on purpose")
+
+    solution = solved(model, data, candidate())
+    with nothing_left_behind(model), pytest.raises(RuntimeError, match="broken on purpose"):
+        cg.insert(model, solution, settle=settle)
+    assert seen == [7, 4]
+    cg.insert(model, solution, settle=settle)
+    assert seen == [7, 4, 7]
+
+
+def test_a_model_that_is_no_function_of_its_input_is_refused() -> None:
+    class Counts(nn.Sequential):
+        number = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            Counts.number += 1
+            return super().forward(input) + Counts.number
+
+    model, data = Counts(*feedforward(2, 4, 3)), classified(9)
+    solution = solved(model, data, candidate())
+    with nothing_left_behind(model), refused(cg.BlockError, "not a function", "data=()"):
+        cg.insert(model, solution)
+    cg.insert(model, solution, data=())
+
+
+# --- values to start from ---------------------------------------------------------------------
+
+
+def test_a_decision_may_say_where_the_layer_starts() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(30)
+    solution = solved(model, data, candidate("1"), candidate("3"), rule=choose("1", "3"))
+    step = {"weight": 0.1 * torch.randn(4, 4)}
+    decision = cg.Decision(("1", "3"), values={"1": step}, evidence={"gain": 0.5})
+    fresh = copy.deepcopy(model)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    record = cg.insert(model, replace(solution, decision=decision), averaged=average)
+    assert torch.equal(model.get_parameter("1.inserted.weight"), torch.eye(4) + step["weight"])
+    assert torch.equal(model.get_parameter("1.inserted.bias"), torch.zeros(4))
+    assert torch.equal(model.get_parameter("3.inserted.weight"), torch.eye(4))
+    assert max(record.difference.values()) < 1e-14  # at the pins
+    assert record.evidence == ({"gain": 0.5},)
+    at_pins = average.module.get_parameter("1.inserted.weight")
+    assert torch.equal(at_pins, torch.eye(4))
+    assert torch.equal(solution.candidates["1"].block.get_parameter("weight"), torch.eye(4))
+    assert torch.equal(cg.replay(fresh, record).get_parameter("1.inserted.weight"), torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"7": {}}, '"7"'),
+        ({"1": {"gain": torch.zeros(4)}}, '"gain"'),
+        ({"1": {"weight": torch.zeros(4, 5)}}, "(4, 5)"),
+        ({"1": {"weight": 3.0}}, "3.0"),
+        ({"1": {"weight": torch.full((4, 4), math.nan)}}, "NaN"),
+    ],
+)
+def test_values_that_do_not_fit(values: Any, words: str) -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    solution = solved(model, data, candidate())
+    decision = cg.Decision(("1",), values=values)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = everything(optimizer)
+    with nothing_left_behind(model), refused(cg.RuleError, "decision.values", words):
+        cg.insert(model, replace(solution, decision=decision), optimizer=optimizer)
+    assert_same(everything(optimizer), before)
