@@ -6,7 +6,8 @@ pass.
 """
 
 from constrained_growth import blocks, norms, statistics
-from constrained_growth.candidates import Candidate, find_candidates
+from constrained_growth.candidates import Candidate
+from constrained_growth.discovery import Proposals, find_candidates
 from constrained_growth.errors import (
     BlockError,
     CandidateError,
@@ -41,6 +42,7 @@ __all__ = [
     "InsertedLayer",
     "Monitor",
     "OptimizerError",
+    "Proposals",
     "RecordError",
     "RuleError",
     "Sensitivity",

@@ -1,5 +1,6 @@
 """Candidates, and finding them by watching a model run."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -120,3 +121,104 @@ def test_model_that_fails_leaves_no_trace() -> None:
     with nothing_left_behind(model), pytest.raises(RuntimeError):
         cg.find_candidates(model, x)
     assert np.isfinite(model.state_dict()["0.running_mean"].numpy()).all()
+
+
+class Image(nn.Module):
+    """A small ResNet: a stem, two stages of two blocks, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(True))
+        self.stages = nn.ModuleList(
+            nn.Sequential(ConvBlock(a, b), ConvBlock(b, b)) for a, b in ((4, 4), (4, 8))
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x)
+
+
+class ConvBlock(nn.Module):
+    """As in ResNet: relu(x + BN(conv(relu(BN(conv(x)))))), one ReLU used twice."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.conv2, self.bn2 = nn.Conv2d(out, out, 3, padding=1, bias=False), nn.BatchNorm2d(out)
+        self.skip = nn.Identity() if width == out else nn.Conv2d(width, out, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        return self.relu(y + self.skip(x))
+
+
+def test_images_copies_of_blocks_and_convolutions() -> None:
+    """Blocks that keep the shape and repeat are copied; the one that widens is looked into."""
+    torch.manual_seed(0)
+    model = Image()
+    images = torch.randn(6, 1, 5, 5)
+    with nothing_left_behind(model):
+        found = cg.find_candidates(model, images)
+    proposed = {one.after: type(one.block).__name__ for one in found}
+    assert proposed == {
+        "stem.2": "IdentityConv2d",
+        "stages.0.0": "CopiedBlock",
+        "stages.0.1": "CopiedBlock",
+        "stages.1.1": "ResidualConv2d",
+    }
+    assert found.skipped["stages.1.0.relu"] == "it runs 2 times in one pass"
+    data = [(images, torch.randint(3, (6,)))]
+    solution = solved(model, data, *found, rule=cg.TopK(9))
+    before = model(images)
+    cg.insert(model, solution)
+    assert torch.allclose(model(images), before, rtol=0, atol=1e-12)
+
+
+def encoder(norm_first: bool) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(
+        4, 2, 8, dropout=0.0, batch_first=True, norm_first=norm_first, dtype=torch.float64
+    )
+    return nn.Sequential(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), Head())
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean(1))
+
+
+@pytest.mark.parametrize(("norm_first", "block"), [(True, "CopiedBlock"), (False, "ResidualMLP")])
+def test_transformers_copy_their_layers_where_they_can(norm_first: bool, block: str) -> None:
+    model = encoder(norm_first)
+    found = cg.find_candidates(model, torch.randn(2, 5, 4))
+    assert [(one.after, type(one.block).__name__) for one in found] == [
+        (f"0.layers.{i}", block) for i in range(3)
+    ]
+    assert ("no copy of" in found.reasons["0.layers.0"]) is not norm_first
+
+
+def test_the_table_says_what_and_why_and_what_not() -> None:
+    model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Softmax(1), nn.Linear(3, 3))
+    found = cg.find_candidates(model, torch.randn(7, 2))
+    table = str(found).splitlines()
+    assert table[0].split() == ["after", "block", "pinned", "why"]
+    assert [line.split()[:3] for line in table[1:3]] == [
+        ["1", "IdentityLinear", "20"],
+        ["3", "IdentityLinear", "20"],
+    ]
+    assert "5  Softmax is not an elementwise activation" in table
+
+
+def test_proposals_are_a_tuple_that_can_be_copied() -> None:
+    found = cg.find_candidates(feedforward(2, 4, 3), torch.randn(7, 2))
+    again = copy.deepcopy(found)
+    assert isinstance(again, tuple)
+    assert again.reasons == found.reasons
+    assert [one.after for one in again] == ["1"]
