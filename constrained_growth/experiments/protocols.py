@@ -1,0 +1,292 @@
+"""The source's experiments as data: what is trained on what, and what its code gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
+from constrained_growth.experiments.data import Split, two_spirals
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of network.
+
+    Attributes:
+        build: (inputs, widths of the hidden layers, outputs) → a network, freshly initialised.
+        block: Width → the layer to insert.
+        selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
+    """
+
+    build: Callable[[int, Sequence[int], int], nn.Sequential]
+    block: Callable[[int], nn.Module]
+    selected: str
+
+
+def _feedforward(activation: Callable[[], nn.Module]) -> Family:
+    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+        sizes = (inputs, *widths)
+        hidden = [
+            layer
+            for before, after in zip(sizes, widths, strict=False)
+            for layer in (nn.Linear(before, after), activation())
+        ]
+        return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
+
+    return Family(build, lambda width: IdentityLinear(width, activation()), "weight")
+
+
+def _residual(block: Callable[[int], nn.Module], selected: str) -> Family:
+    """Linear and tanh, then blocks, then Linear; its blocks begin as `nn.Linear` does."""
+
+    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+        first, *others = widths
+        hidden = [nn.Linear(inputs, first), nn.Tanh()]
+        return nn.Sequential(*hidden, *map(_initialised, others), nn.Linear(first, outputs))
+
+    def _initialised(width: int) -> nn.Module:
+        made = block(width)
+        fresh = [nn.Linear(width, width), nn.Linear(width, width, bias=False)]
+        values = [parameter for layer in fresh for parameter in layer.parameters()]
+        with torch.no_grad():
+            for parameter, value in zip(made.parameters(), values, strict=False):
+                parameter.copy_(value)
+        return made
+
+    return Family(build, block, selected)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "relu": _feedforward(nn.ReLU),
+    "tanhlu": _feedforward(TanhLU),
+    "residual-one": _residual(lambda width: ResidualLinear(width, torch.tanh), "weight"),
+    "residual-outer": _residual(
+        lambda width: ResidualMLP(width, width, torch.tanh, inner_init=0.8), "outer.weight"
+    ),
+    "residual-inner": _residual(
+        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8),
+        "inner.weight",
+    ),
+}
+"""Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned)."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source's code gives for the final training loss; last values carried forward.
+
+    Attributes:
+        runs: How many.
+        mean: Of the runs; None where it is not known.
+        median: Of the runs; None where it is not known.
+        quartiles: Lower and upper.
+    """
+
+    runs: int
+    mean: float | None = None
+    median: float | None = None
+    quartiles: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Count:
+    """How often something held in the reference's runs.
+
+    Attributes:
+        arms: It was the first of these arms that was better than the second …
+        after: … so many steps after the insertion in the drop of the loss; None for the final
+            loss.
+        held: In so many runs …
+        runs: … of these.
+    """
+
+    arms: tuple[str, str]
+    after: int | None
+    held: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A protocol: one insertion into a small network, trained by plain SGD.
+
+    Attributes:
+        name: As in the source.
+        shows: The figure or claim it stands for.
+        family: Key of `FAMILIES`.
+        widths: Of the hidden layers before the insertion.
+        lr: Learning rate.
+        factor: What it is multiplied with after the insertion.
+        before: Epochs before the insertion.
+        after: Epochs after it.
+        batch: Samples in a batch; None for all of them.
+        times: Other epochs to insert at, with the same total.
+        seconds: How long 100 seeds take on two cores, roughly.
+        data: Seed → the data.
+        reference: Arm → what the source's code gives.
+        counts: What it gives in comparisons.
+    """
+
+    name: str
+    shows: str
+    family: str
+    widths: tuple[int, ...]
+    lr: float
+    factor: float
+    before: int = 450
+    after: int = 1400
+    batch: int | None = None
+    times: tuple[int, ...] = ()
+    seconds: int = 60
+    data: Callable[[int], Split] = two_spirals
+    reference: Mapping[str, Reference] = field(default_factory=dict)
+    counts: tuple[Count, ...] = ()
+
+    @property
+    def epochs(self) -> int:
+        """All of them."""
+        return self.before + self.after
+
+
+_WHEN = tuple(range(150, 851, 100))
+
+_LIST = (
+    Experiment(
+        "Exp6",
+        "Training loss with and without insertion, one hidden layer; the effort against the "
+        "deeper network from the start.",
+        "relu",
+        (5,),
+        0.2,
+        1.0,
+        reference={
+            "LImax": Reference(30, 0.214, 0.211, (0.077, 0.280)),
+            "N1": Reference(30, 0.321, 0.299, (0.252, 0.393)),
+            "N2": Reference(30, 0.213, 0.124, (0.059, 0.318)),
+        },
+        counts=(Count(("LImax", "N1"), None, 28, 30),),
+    ),
+    Experiment(
+        "Exp8",
+        "When to insert, one hidden layer, shorter steps after the insertion.",
+        "relu",
+        (5,),
+        0.2,
+        0.8,
+        times=_WHEN,
+        reference={
+            "LImax": Reference(30, 0.220, 0.130, (0.041, 0.379)),
+            "N1": Reference(30, 0.356, 0.383, (0.288, 0.457)),
+            "N2": Reference(30, 0.175, 0.112, (0.035, 0.288)),
+            "N2fix": Reference(30, 0.238),
+        },
+        counts=(Count(("LImax", "N1"), None, 28, 30),),
+    ),
+    Experiment(
+        "Exp9",
+        "Largest against smallest sensitivity, two hidden layers.",
+        "relu",
+        (4, 4),
+        0.2,
+        1.0,
+        reference={
+            "LImax": Reference(30, 0.331, 0.359, (0.213, 0.458)),
+            "LImin": Reference(30, 0.310, 0.332, (0.112, 0.447)),
+            "N1": Reference(30, 0.334, 0.344),
+            "N2": Reference(30, 0.449, 0.482),
+            "N2fix": Reference(30, 0.351, 0.362),
+        },
+        counts=(
+            Count(("LImax", "N1"), None, 37, 90),
+            Count(("LImax", "LImin"), None, 34, 90),
+            Count(("LImax", "LImin"), 1, 74, 90),
+        ),
+    ),
+    Experiment(
+        "Exp10",
+        "When to insert, two hidden layers, 4000 epochs.",
+        "relu",
+        (4, 4),
+        0.2,
+        0.8,
+        before=150,
+        after=3850,
+        times=_WHEN,
+        reference={
+            "LImax": Reference(10, 0.285, 0.253),
+            "LImin": Reference(10, 0.285, 0.305),
+            "N1": Reference(10, 0.300, 0.315),
+            "N2": Reference(10, 0.525),
+            "N2fix": Reference(10, 0.418),
+        },
+    ),
+    Experiment(
+        "Exp11",
+        "Largest against smallest sensitivity, residual network with one block.",
+        "residual-outer",
+        (3, 3),
+        0.1,
+        1.0,
+        reference={
+            "LImax": Reference(20, 0.517, 0.482),
+            "LImin": Reference(20, 0.480, 0.478),
+        },
+        counts=(Count(("LImax", "LImin"), 1, 17, 20),),
+    ),
+    Experiment(
+        "Exp14",
+        "Largest against smallest sensitivity, residual network with two blocks.",
+        "residual-outer",
+        (3, 3, 3),
+        0.1,
+        0.7,
+        reference={
+            "LImax": Reference(20, 0.438, 0.487),
+            "LImin": Reference(20, 0.509, 0.507),
+            "N2fix": Reference(20, 0.398),
+        },
+        counts=(
+            Count(("LImax", "LImin"), 1, 16, 20),
+            Count(("LImax", "LImin"), 10, 20, 20),
+            Count(("LImax", "LImin"), None, 16, 20),
+        ),
+    ),
+    Experiment(
+        "Exp151",
+        "Training loss with and without insertion, one hidden layer, batches of 45.",
+        "relu",
+        (5,),
+        0.01,
+        1.0,
+        batch=45,
+    ),
+    Experiment(
+        "Exp25",
+        "Training loss with and without insertion, two wider hidden layers, batches of 45.",
+        "relu",
+        (10, 10),
+        0.01,
+        2.0,
+        before=250,
+        after=300,
+        batch=45,
+    ),
+)
+
+EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experiment in _LIST}
+"""The two-spirals experiments of Herberg et al., arXiv 2311.15995, by the source's names.
+
+The figures under `reference` come from its code, rerun with fixed data handling. Arms:
+
+    N1           the small network kept
+    LImax        the layer with the largest ‖λ_W‖²_F inserted
+    LImin        the one with the smallest
+    random       one at a random site
+    N2           the deep network of the source's code, from the start: every hidden layer twice
+    N2fix        the network of the grown one's depth, from the start
+    recommended  the library's default rule, the learning rate kept
+"""
