@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from constrained_growth.errors import GrowthError
@@ -97,6 +97,18 @@ def unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
     given back as it is.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes have parts of its parameters each (FSDP in both forms, DTensor)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
 
 
 _SMALL = 2**20

@@ -6,6 +6,7 @@ Independent of the multiplier pass, which never builds that network.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from constrained_growth.contexts import arguments, context_of
 from constrained_growth.errors import DataError
-from constrained_growth.observation import batch_size, batches, call, untouched
+from constrained_growth.observation import batch_weight, batches, call, eagerly, untouched
+from constrained_growth.outputs import Which, tensor_in, with_tensor
 from constrained_growth.problem import GrowthProblem
 
 
@@ -27,14 +30,26 @@ class ExtendedNetwork(nn.Module):
         super().__init__()
         self.model = doubled(problem.model)
         self.blocks = nn.ModuleList(doubled(candidate.block) for candidate in problem.candidates)
+        sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
-            site = self.model.get_submodule(candidate.after)
-            # a copy, because the model may go on to change in place what it gets
-            site.register_forward_hook(lambda _m, _x, output, block=block: block(output).clone())
+            site = sites[candidate.name]
+            hook = functools.partial(_stand, block, site.output)
+            self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     def forward(self, input: object) -> Any:
         """The output of the model for one input as in the data."""
-        return call(self.model, input)
+        with eagerly():
+            return call(self.model, input)
+
+
+def _stand(
+    block: nn.Module, which: Which, module: nn.Module, args: Any, kwargs: Any, output: object
+) -> Any:
+    """The output of a module with a block behind it."""
+    x = output if isinstance(output, Tensor) else tensor_in(output, which)
+    args, kwargs = arguments(block, x, context_of(module, args, kwargs))
+    y = block(*args, **kwargs).clone()  # as the model may go on to change in place what it gets
+    return y if isinstance(output, Tensor) else with_tensor(output, which, y)
 
 
 class ExtendedProblem:
@@ -44,11 +59,11 @@ class ExtendedProblem:
     the other, and then of each pin, from the values they have now.
 
     Attributes:
-        batches: (input, target, number of samples) of each batch.
+        batches: (input, target, how much it counts) of each batch.
         names: Key of each variable tensor in the extended network → what to call it.
         parts: Key of each variable tensor → how many entries it has in z.
         families: The keys of θ and of the pins of one candidate, for each candidate.
-        num_samples: How many samples there are in all.
+        whole: How much all batches count together.
         sizes: Lengths of the parts of z: θ as a whole, then each pin.
         zero: z = 0.
         loss_fn: The problem's, in float64.
@@ -80,10 +95,11 @@ class ExtendedProblem:
         ]
         with untouched(problem.model, problem.data):
             self.batches = [
-                (doubled(input), doubled(target), batch_size(input, target))
+                (doubled(input), doubled(target), weight)
                 for input, target in batches(problem.data, torch.device("cpu"))
+                if (weight := batch_weight(problem.weight, input, target)) > 0
             ]
-            self.num_samples = sum(size for _, _, size in self.batches)
+            self.whole = sum(weight for _, _, weight in self.batches)
             self._refuse_large_or_random()
 
     def _refuse_large_or_random(self) -> None:
@@ -119,8 +135,8 @@ class ExtendedProblem:
     def loss(self, z: Tensor) -> Tensor:
         """L(θ, v), the mean over all samples."""
         losses = [
-            self.loss_fn(output, target) * (size / self.num_samples)
-            for output, (_, target, size) in zip(self.outputs(z), self.batches, strict=True)
+            self.loss_fn(output, target) * (weight / self.whole)
+            for output, (_, target, weight) in zip(self.outputs(z), self.batches, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -148,7 +164,8 @@ class ExtendedProblem:
             ):
                 p.add_(piece.view_as(p))
         data = [(input, target) for input, target, _ in self.batches]
-        return GrowthProblem(model, self.loss_fn, data, self.problem.candidates)
+        weight = self.problem.weight
+        return GrowthProblem(model, self.loss_fn, data, self.problem.candidates, weight=weight)
 
 
 def doubled(value: Any) -> Any:

@@ -326,6 +326,11 @@ class Monitor:
 def _check(problem: object, norm: object, sketch: object, every: object, scale: object) -> None:
     if not isinstance(problem, GrowthProblem):
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
+    if problem.weight is not None:
+        raise DataError(
+            "problem: its weight= asks for targets, which the model is not called with and a "
+            "monitor does not see; monitor a problem without it, and batches count by their size."
+        )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
     if sketch is not None and not _is_count(sketch):

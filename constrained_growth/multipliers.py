@@ -21,14 +21,16 @@ from tqdm import tqdm
 from constrained_growth.distributed import add_up, everywhere, several
 from constrained_growth.errors import DataError
 from constrained_growth.observation import (
+    Weight,
     batch_size,
+    batch_weight,
     batches,
     call,
     device_of,
     hooked,
 )
 from constrained_growth.recording import Recorder, Site
-from constrained_growth.tallies import Estimate, accumulation_dtype
+from constrained_growth.tallies import Estimate, accumulation_dtype, scaled
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,6 +65,7 @@ def measure(
     moments: bool = False,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
+    weight: Weight = None,
 ) -> Measurement:
     """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
 
@@ -76,6 +79,9 @@ def measure(
         tr Cov(λ) = (Σ_n ‖λ_n‖² − N‖λ‖²) / ((N − 1) N)            over samples,
         tr Cov(λ) = (Σ_b n_b‖λ_b‖² − N‖λ‖²) / ((B − 1) N)         over B batches.
 
+    With a `weight` w_b of batch b and W = Σ w_b this is done for the losses (w_b/n_b) L_b, and
+    λ is N/W times what comes out; the variance is that for given weights.
+
     Args:
         model: Run in the mode (train or eval) it is in, with gradients on (`differentiable`).
         loss_fn: `loss_fn(output, target)`, a scalar mean over the samples of the batch.
@@ -86,13 +92,16 @@ def measure(
         progress: Progress bar: True, False, or None for one on a terminal when it takes long.
         group: The processes that have a shard of the data each. They all call this, and get the
             means over all the data; sums and counts are added up, never norms.
+        weight: How much a batch counts, as in `GrowthProblem`; those of weight 0 are passed over.
 
     Raises:
         DataError: No batches, or a batch or loss that cannot be used.
         CandidateError: A site was not reached exactly once.
         GrowthError: Another process failed.
     """
-    running = MultiplierPass(model, loss_fn, sites, gradients=gradients, moments=moments)
+    running = MultiplierPass(
+        model, loss_fn, sites, gradients=gradients, moments=moments, weight=weight
+    )
     quiet = None if progress is None else not progress
     bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
 
@@ -115,6 +124,7 @@ class MultiplierPass:
         sites: From `GrowthProblem`.
         gradients: Also ∇_θ L.
         moments: Also the second moments that some norms need.
+        weight: How much a batch counts, as in `GrowthProblem`.
     """
 
     def __init__(
@@ -125,9 +135,11 @@ class MultiplierPass:
         *,
         gradients: bool,
         moments: bool,
+        weight: Weight = None,
     ) -> None:
         self._model = model
         self._loss_fn = loss_fn
+        self._weight = weight
         self._recorder = Recorder(sites, moments=moments)
         named = model.named_parameters() if gradients else ()
         self._parameters = {name: p for name, p in named if p.requires_grad}
@@ -142,6 +154,7 @@ class MultiplierPass:
         self._size = 0
         self._num_samples = 0
         self._num_batches = 0
+        self._whole = 0.0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -167,8 +180,13 @@ class MultiplierPass:
             CandidateError: A site was not reached exactly once.
         """
         self._size = batch_size(input, target)
+        weight = batch_weight(self._weight, input, target)
+        if weight == 0:  # where a mean is over nothing, the loss is NaN
+            return
         self._recorder.begin(self._size)
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        if weight != self._size:
+            loss = loss * (weight / self._size)
         grads = self._recorder.backward(loss, list(self._parameters.values()))
         if not self._streams:
             for total, grad in zip(self._gradients, grads, strict=True):
@@ -177,6 +195,7 @@ class MultiplierPass:
         self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)
         self._num_samples += self._size
         self._num_batches += 1
+        self._whole += weight
 
     def _take(self, total: Tensor, gradient: Tensor) -> Tensor | None:
         """Add up a large gradient as backward delivers it, and send it on without its memory."""
@@ -193,14 +212,17 @@ class MultiplierPass:
         """
         if not several(group):
             return
-        counts = everywhere(lambda: (self._num_samples, self._num_batches, self._sizes()), group)
-        if any(not _close(sizes, counts[0][2]) for _, _, sizes in counts):
+        counts = everywhere(
+            lambda: (self._num_samples, self._num_batches, self._whole, self._sizes()), group
+        )
+        if any(not _close(sizes, counts[0][3]) for _, _, _, sizes in counts):
             raise DataError(
                 "model: its parameters are not the same on all processes of the group; load the "
                 "same state dict on each, or train with DistributedDataParallel."
             )
-        self._num_samples = sum(samples for samples, _, _ in counts)
-        self._num_batches = sum(batches for _, batches, _ in counts)
+        self._num_samples = sum(samples for samples, _, _, _ in counts)
+        self._num_batches = sum(batches for _, batches, _, _ in counts)
+        self._whole = sum(whole for _, _, whole, _ in counts)
         add_up([self._loss, *self._gradients], group)
         self._recorder.reduce(group)
 
@@ -236,10 +258,14 @@ class MultiplierPass:
                 "such as a DataLoader or a list of (input, target) pairs (a generator is "
                 "exhausted after its first use)."
             )
-        means = (total.div_(count) if last else total / count for total in self._gradients)
+        whole = self._whole
+        means = (total.div_(whole) if last else total / whole for total in self._gradients)
+        estimates = self._recorder.estimates(count, last=last)
+        if whole != count:
+            estimates = {name: scaled(e, count / whole) for name, e in estimates.items()}
         return Measurement(
-            loss=float(self._loss) / count,
-            estimates=self._recorder.estimates(count, last=last),
+            loss=float(self._loss) / whole,
+            estimates=estimates,
             gradients=dict(zip(self._parameters, means, strict=True))
             if self._with_gradients
             else None,

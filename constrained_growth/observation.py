@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -166,6 +167,29 @@ def batch_size(input: object, target: object) -> int:
         "data: a batch holds no tensor with a batch dimension; inputs are a tensor, a tuple or a "
         "dict of tensors whose first dimension counts the samples."
     )
+
+
+Weight = Callable[[Any, Any], float | Tensor] | None
+"""`(input, target) -> number`: how much a batch counts; None for its number of samples."""
+
+
+def batch_weight(weight: Weight, input: object, target: object) -> float:
+    """How much a batch counts in the mean over all of them.
+
+    Raises:
+        DataError: The weight is negative or not finite; or the batch has no samples.
+    """
+    size = batch_size(input, target)
+    if weight is None:
+        return size
+    value = float(weight(input, target))
+    if not 0 <= value < math.inf:
+        raise DataError(
+            f"weight={weight!r} gives {value} for a batch of {size} samples; it is called as "
+            "weight(input, target) and says over how many items, 0 or more, the loss of that batch "
+            "is the mean."
+        )
+    return value
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -134,7 +134,7 @@ def _key(output: object, which: int | str) -> int | str | None:
     return keys[which] if -len(keys) <= which < len(keys) else None
 
 
-def _entry(value: Any, key: int | str) -> Any:
+def _entry(value: Any, key: Any) -> Any:
     indexed = isinstance(value, tuple | list) or (isinstance(value, Mapping) and key in value)
     return value[key] if indexed else getattr(value, str(key))
 

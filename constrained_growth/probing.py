@@ -18,7 +18,8 @@ from constrained_growth.distributed import everywhere, several, take_from_first
 from constrained_growth.errors import BlockError, CandidateError, DataError
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
-    batch_size,
+    Weight,
+    batch_weight,
     batches,
     call,
     device_of,
@@ -96,6 +97,7 @@ def look_at_sites(
     data: Iterable[Any],
     candidates: Mapping[Place, Sequence[Candidate]],
     group: ProcessGroup | None,
+    weight: Weight = None,
 ) -> tuple[tuple[Site, ...], object]:
     """The sites, the same on all processes, with the blocks that fit there; and the first input.
 
@@ -105,6 +107,7 @@ def look_at_sites(
         data: `(input, target)` pairs; on some processes there may be none.
         candidates: What could stand where.
         group: The processes that have a shard of the data each.
+        weight: How much a batch counts; the first one that does is looked at.
 
     Raises:
         DataError, CandidateError, BlockError: As `GrowthProblem` says.
@@ -114,7 +117,8 @@ def look_at_sites(
 
     def look() -> tuple[object, list[_Facts] | None]:
         layout = [_layout(place, each) for place, every in candidates.items() for each in every]
-        first = next(batches(data, device_of(model)), None)
+        counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
+        first = next(counting, None)
         if first is None:
             return layout, None
         examples.append(first[0])
@@ -226,7 +230,6 @@ def _probe(
             )
         return passed if x is output else with_tensor(output, place.output, passed)
 
-    batch_size(*first)
     hooks = [(place.module, functools.partial(see, i)) for i, place in enumerate(places)]
     starts = [module.register_forward_pre_hook(begin) for module in {p.module for p in places}]
     try:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
-from constrained_growth.distributed import everywhere
+from constrained_growth.distributed import everywhere, is_sharded, several
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.observation import differentiable, untouched
+from constrained_growth.observation import Weight, differentiable, untouched
 from constrained_growth.probing import Place, look_at_sites
 from constrained_growth.solution import Constraint
 
@@ -33,7 +33,9 @@ class GrowthProblem:
         model: Any `nn.Module`. It is measured in the mode (train or eval) it is in: Dropout and
             BatchNorm then act as they do there, and buffers and random state are put back.
         loss_fn: `loss_fn(output, target)`, a scalar tensor that is the mean over the samples of
-            a batch (a sum is taken for a mean, and gives λ times the batch size). For a model
+            a batch (a sum is taken for a mean, and gives λ times the batch size). Over what a
+            loss averages inside a batch is its own affair: samples, tokens, those that a mask
+            leaves. L is the mean of these means, each counted with its `weight`. For a model
             that returns its own loss, take it from the output: `lambda output, target:
             output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
@@ -42,7 +44,11 @@ class GrowthProblem:
             make pairs `(batch, None)` of it). The first dimension of its first tensor counts the
             samples, and the tensors at the sites are taken to have the samples in front too: that
             matters for the standard errors. Batches are moved to the model's device.
-        candidates: `Candidate`s with unique names; several may share a site.
+        candidates: `Candidate`s with unique names; several may share a site. A site whose module
+            runs several times in one forward pass, as shared ones do, counts at each of its uses,
+            as the layer would be used each time once it stands there: λ is the sum over them.
+            What is compiled is measured as it is written; names are understood with and without
+            `torch.compile`'s "_orig_mod.".
         group: The processes that have a shard of the data each, all that `torch.distributed` was
             initialised with by default. Each of them makes the problem and calls `solve`, and
             gets the same answer, that of all the data; an error on one is an error on all. The
@@ -50,15 +56,21 @@ class GrowthProblem:
             process, and a shard may be empty. The forward of a DistributedDataParallel is passed
             over, as it waits for the other processes; after `insert` make the wrapper anew:
             `DistributedDataParallel(model.module)`.
+        weight: `weight(input, target)`, over how many items the loss of that batch is the mean:
+            None (default) for its number of samples. Where the loss leaves some out, say
+            `weight=lambda input, target: (target != -100).sum()` for a cross-entropy with
+            `ignore_index=-100`, so that L is the mean over all tokens that count, however they
+            are batched. A batch of weight 0 is passed over.
 
     Attributes:
-        model, loss_fn, data, candidates, group: As given (the candidates as a tuple).
+        model, loss_fn, data, candidates, group, weight: As given (the candidates as a tuple).
         constraints: The pins, one `Constraint` for each pinned parameter.
         example: The input of the first batch, on the model's device; None without one here.
 
     Raises:
-        CandidateError: No candidates, a repeated name, an unknown site, or a site that is not
-            reached exactly once, is no floating-point tensor, or does not bear on the loss.
+        CandidateError: No candidates, a repeated name, an unknown site, or a site that is never
+            reached, is no floating-point tensor, or does not bear on the loss; or a model that
+            is sharded, waits for other processes, or is checkpointed with `use_reentrant=True`.
         BlockError: A block does not fit its site, is not the identity on the data, or has
             multipliers that vanish identically.
         DataError: The data is empty, one-shot or malformed, or the loss is not a finite scalar.
@@ -82,16 +94,19 @@ class GrowthProblem:
         candidates: Sequence[Candidate],
         *,
         group: ProcessGroup | None = None,
+        weight: Weight = None,
     ) -> None:
-        everywhere(lambda: _check_arguments(model, loss_fn, data), group)
+        everywhere(lambda: _check_arguments(model, loss_fn, data, weight), group)
+        everywhere(lambda: _refuse_bound(model, group), group)
         self.model = model
         self.loss_fn = loss_fn
         self.data = data
         self.candidates = _checked_candidates(candidates)
         self.group = group
+        self.weight = weight
         places = _places(model, self.candidates)
         with untouched(model, data), differentiable():
-            self.sites, self.example = look_at_sites(model, loss_fn, data, places, group)
+            self.sites, self.example = look_at_sites(model, loss_fn, data, places, group, weight)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -103,13 +118,39 @@ class GrowthProblem:
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
-def _check_arguments(model: object, loss_fn: object, data: object) -> None:
+def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
+    """Refuse a model whose forward waits for other processes, or has a part of it elsewhere."""
+    if is_sharded(model):
+        raise CandidateError(
+            f"model={type(model).__name__} is sharded (FSDP, DTensor): a process has a part of "
+            "its parameters only, into which no layer can be inserted. Make the problem with the "
+            "whole model, insert, and shard it then."
+        )
+    waiting = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.SyncBatchNorm) and module.training
+    ]
+    if waiting and several(group):
+        raise CandidateError(
+            f'model: "{waiting[0]}" is a SyncBatchNorm in train mode, whose forward waits for the '
+            "other processes, which may have fewer batches. Measure in eval mode: model.eval(), or "
+            "give all the data to a problem with a group of one process."
+        )
+
+
+def _check_arguments(model: object, loss_fn: object, data: object, weight: object) -> None:
     if not isinstance(model, nn.Module):
         raise CandidateError(f"model={model!r} is not an nn.Module.")
     if not callable(loss_fn):
         raise DataError(
             f"loss_fn={loss_fn!r} cannot be called; give a function (output, target) -> scalar "
             "tensor, such as nn.CrossEntropyLoss()."
+        )
+    if weight is not None and not callable(weight):
+        raise DataError(
+            f"weight={weight!r} cannot be called; give a function (input, target) -> number, or "
+            "None for the number of samples."
         )
     if not isinstance(data, Iterable):
         raise DataError(

@@ -170,6 +170,7 @@ def _measured(
         moments=needs_moments(norm),
         progress=progress,
         group=problem.group,
+        weight=problem.weight,
     )
 
 
@@ -193,7 +194,11 @@ def _sampled(
             "sampling: several processes cannot stop reading together yet; call solve without "
             "sampling, or with group=None and all the data on one process."
         )
-
+    if problem.weight is not None:
+        raise DataError(
+            "sampling: how the weights of the batches vary is not part of its confidence; call "
+            "solve without sampling, or make the problem without weight=."
+        )
     if needs_model(rule):
         raise RuleError(
             f"rule={rule!r} asks the model and not only the sensitivities, so that a part of the "

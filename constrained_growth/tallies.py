@@ -49,6 +49,16 @@ class Use:
     context: Context = NO_CONTEXT
 
 
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """The estimate of `factor` times the loss."""
+    moments = {
+        name: replace(moment, cotangents=moment.cotangents * factor**2)
+        for name, moment in estimate.moments.items()
+    }
+    multiplier = {name: value * factor for name, value in estimate.multiplier.items()}
+    return Estimate(multiplier, estimate.variance * factor**2, moments)
+
+
 class Squares:
     """Σ_n ‖λ_n‖² of all candidates on one device.
 

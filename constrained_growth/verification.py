@@ -232,8 +232,8 @@ def check_with_cvxpy(
     _, *pins = variables = [cp.Variable(size) for size in extended.sizes]
     z = cp.hstack(variables)
     terms = [
-        (size / extended.num_samples) * loss(_expression(offset, matrix, z), target)
-        for (offset, matrix), (_, target, size) in zip(pieces, extended.batches, strict=True)
+        (weight / extended.whole) * loss(_expression(offset, matrix, z), target)
+        for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True)
     ]
     constraints: list[cp.Constraint] = [pin == 0 for pin in pins]
     objective = cp.sum(cp.hstack(terms))
