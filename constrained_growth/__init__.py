@@ -5,18 +5,22 @@ constraints; the Lagrange multipliers of these constraints are the answer, and c
 pass.
 """
 
-from constrained_growth import blocks, norms, statistics
+from constrained_growth import blocks, checkpoint, norms, statistics
 from constrained_growth.candidates import Candidate
 from constrained_growth.discovery import Proposals, find_candidates
 from constrained_growth.errors import (
     BlockError,
     CandidateError,
+    CheckpointError,
     DataError,
     GrowthError,
     OptimizerError,
     RecordError,
     RuleError,
+    TrainingError,
 )
+from constrained_growth.grower import Grower
+from constrained_growth.history import History
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
@@ -24,6 +28,7 @@ from constrained_growth.rules import DecisionRule, Threshold, TopK
 from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
+from constrained_growth.training import grow
 
 __version__ = "0.1.0"
 
@@ -32,13 +37,16 @@ __all__ = [
     "BlockError",
     "Candidate",
     "CandidateError",
+    "CheckpointError",
     "Constraint",
     "DataError",
     "Decision",
     "DecisionRule",
+    "Grower",
     "GrowthError",
     "GrowthProblem",
     "GrowthRecord",
+    "History",
     "InsertedLayer",
     "Monitor",
     "OptimizerError",
@@ -50,8 +58,11 @@ __all__ = [
     "Status",
     "Threshold",
     "TopK",
+    "TrainingError",
     "blocks",
+    "checkpoint",
     "find_candidates",
+    "grow",
     "insert",
     "monitor",
     "norms",

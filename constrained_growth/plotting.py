@@ -46,7 +46,7 @@ def plot_sensitivities(
         chosen = sensitivities.decision.chosen if chosen is None else chosen
         sensitivities = sensitivities.sensitivities
     chosen, found = chosen or (), list(sensitivities.values())
-    ax = ax or _axes(height=0.9 + 0.45 * len(found))
+    ax = ax or axes(height=0.9 + 0.45 * len(found))
     places = _places([s.site for s in found])
     values = [s.value for s in found]
     errors = [s.standard_error if math.isfinite(s.standard_error) else 0.0 for s in found]
@@ -63,7 +63,7 @@ def plot_sensitivities(
     ax.tick_params(axis="y", length=0)
     ax.set_xlabel("sensitivity ‖λ‖ ± standard error")
     ax.set_ylabel("depth →", rotation=270, labelpad=14)
-    _tidy(ax, grid="x")
+    tidy(ax, grid="x")
     baseline = next((s.baseline for s in found if s.baseline is not None), None)
     if baseline is not None:
         ax.axvline(baseline, color=INK, linestyle=(0, (4, 3)), linewidth=1)
@@ -101,7 +101,7 @@ def plot_losses(
     Returns:
         The Axes.
     """
-    ax = ax or _axes(height=4.2)
+    ax = ax or axes(height=4.2)
     start = len(before) - 1
     ax.plot(range(len(before)), before, color=INK, linewidth=2)
     for losses, colour in zip(after.values(), _COLOURS, strict=False):
@@ -119,12 +119,12 @@ def plot_losses(
         color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
     )
-    _scale(ax, [*before, *(loss for losses in after.values() for loss in losses)])
+    scale(ax, [*before, *(loss for losses in after.values() for loss in losses)])
     ax.set_xlim(0, max(start + len(losses) - 1 for losses in (*after.values(), [0])))
     _name_ends(ax, after)
     ax.set_xlabel("epochs")
     ax.set_ylabel(ylabel)
-    _tidy(ax, grid="y")
+    tidy(ax, grid="y")
     return ax
 
 
@@ -165,7 +165,8 @@ def plot_growth(
     return figure
 
 
-def _axes(height: float) -> Axes:
+def axes(height: float) -> Axes:
+    """Axes in a figure of their own, of this height in inches."""
     return Figure(figsize=(7, height), dpi=160, layout="constrained").subplots()
 
 
@@ -177,7 +178,7 @@ def _places(sites: Sequence[str]) -> list[float]:
     return places
 
 
-def _scale(ax: Axes, losses: Sequence[float]) -> None:
+def scale(ax: Axes, losses: Sequence[float]) -> None:
     """Logarithmic where that shows more; plain numbers at the ticks."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if finite and min(finite) > 0 and max(finite) >= 5 * min(finite):
@@ -211,7 +212,8 @@ def _name_ends(ax: Axes, after: Mapping[str, Sequence[float]]) -> None:
         )
 
 
-def _tidy(ax: Axes, grid: str) -> None:
+def tidy(ax: Axes, grid: str) -> None:
+    """The look that all pictures share, with grid lines across one axis or "both"."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(QUIET)
     ax.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.8)  # type: ignore[arg-type]

@@ -1,0 +1,280 @@
+"""Growing within a training loop of one's own: two calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.candidates import Candidate
+from constrained_growth.discovery import find_candidates
+from constrained_growth.errors import DataError, TrainingError
+from constrained_growth.history import (
+    History,
+    Round,
+    Writer,
+    count_layers,
+    measurements,
+    round_of,
+)
+from constrained_growth.insertion import insert
+from constrained_growth.observation import parameter_shapes, untouched
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.records import GrowthRecord
+from constrained_growth.rules import Rule, TopK
+from constrained_growth.solution import Solution
+from constrained_growth.solve import solve
+
+Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
+"""Candidates for every round, or a function that proposes them for the model as it is then."""
+
+
+class When(Protocol):
+    """What says whether it is time to ask; a plain function fits."""
+
+    def __call__(self, losses: Sequence[float], /) -> bool:
+        """Whether to ask now.
+
+        Args:
+            losses: The rows of the history since the last insertion.
+        """
+        ...
+
+
+class AfterInsertion(Protocol):
+    """What is done to optimizer and model right after an insertion; a plain function fits."""
+
+    def __call__(self, grower: Grower, one: Round, /) -> object:
+        """Act on `grower.optimizer` and on the parameters named in `one.new_parameters`."""
+        ...
+
+
+_TOP_ONE = TopK(1)
+
+
+class Grower:
+    """Watches a training loop, and inserts layers when it is time to.
+
+    Call `step(loss)` after each step of the optimizer, and `maybe_grow()` where growing fits: at
+    the end of an epoch, or every so many steps.
+
+    Args:
+        model: Trained by the loop; grows in place.
+        optimizer: The one that trains it; keeps its memory, and gets the new parameters.
+        loss_fn: As for `GrowthProblem`.
+        data: What decides, as for `GrowthProblem`: the training data, a part of them, or others.
+        rule: What to insert, as for `solve`; `TopK(1)` by default.
+        when: `when(losses) -> bool`, asked with the rows of the history since the last insertion;
+            None (default) for whenever `maybe_grow` is called.
+        candidates: A sequence, offered every time; or `candidates(model)`, asked every time; None
+            (default) for `find_candidates` with the first input of `data`.
+        max_insertions: How many layers in all; None (default) for any number.
+        after_insertion: `after_insertion(grower, round)`, called after each insertion: the place
+            for learning rates and the like of the new layers. None (default) for nothing.
+        solver: `solver(problem, rule) -> Solution`; `solve` by default. With
+            `functools.partial(cg.solve, norm=…, sampling=…)` it is solved otherwise.
+        writer: Gets the sensitivities and the depth at each round (`add_scalar(tag, value,
+            step)`), such as TensorBoard's `SummaryWriter`. None (default) for nobody.
+
+    Attributes:
+        history: Losses and decisions so far.
+        record: The insertions so far, for `replay` and `checkpoint.save`.
+        num_steps: How many steps the optimizer has taken.
+
+    Raises:
+        TrainingError: An argument makes no sense.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,))) for _ in range(3)]
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> grower = Grower(net, optimizer, nn.CrossEntropyLoss(), data, max_insertions=1)
+        >>> for epoch in range(2):
+        ...     for input, target in data:
+        ...         optimizer.zero_grad()
+        ...         loss = nn.functional.cross_entropy(net(input), target)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         grower.step(loss)
+        ...     _ = grower.maybe_grow()
+        >>> grower.history.steps, grower.history.rounds[0].chosen
+        ([3, 6], ('1',))
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Callable[[Any, Any], Tensor],
+        data: Iterable[Any],
+        *,
+        rule: Rule = _TOP_ONE,
+        when: When | None = None,
+        candidates: Candidates | None = None,
+        max_insertions: int | None = None,
+        after_insertion: AfterInsertion | None = None,
+        solver: Callable[[GrowthProblem, Rule], Solution] = solve,
+        writer: Writer | None = None,
+    ) -> None:
+        _check(when=when, after_insertion=after_insertion, solver=solver)
+        if max_insertions is not None and not max_insertions >= 0:
+            raise TrainingError(f"max_insertions={max_insertions!r} must not be negative.")
+        self.model = model
+        self.optimizer = optimizer
+        self.loss_fn = loss_fn
+        self.data = data
+        self.rule = rule
+        self.when = when
+        self.candidates = candidates
+        self.max_insertions = max_insertions
+        self.after_insertion = after_insertion
+        self.solver = solver
+        self.writer = writer
+        self.history = History()
+        self.record = GrowthRecord((), parameter_shapes(model))
+        self.num_steps = 0
+        self._sum: Tensor | float = 0.0
+        self._count = 0
+        self._begun = time.perf_counter()
+
+    def step(self, loss: Tensor | float) -> None:
+        """Note the loss of a step of the optimizer, without asking the device for its value yet.
+
+        Args:
+            loss: A scalar.
+        """
+        if isinstance(loss, Tensor):
+            loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        self._sum = self._sum + loss
+        self._count += 1
+        self.num_steps += 1
+
+    def observe(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Close a row of the history with the mean loss of the steps since the last one.
+
+        Args:
+            metrics: Further numbers for the row.
+
+        Raises:
+            TrainingError: There was no step since the last row.
+        """
+        if not self._count:
+            raise TrainingError(
+                "maybe_grow: there was no step since the last row of the history; call "
+                "grower.step(loss) after optimizer.step()."
+            )
+        self.history.add(
+            loss=float(self._sum) / self._count,
+            step=self.num_steps,
+            layers=count_layers(self.model),
+            seconds=time.perf_counter() - self._begun,
+            metrics=metrics or {},
+        )
+        self._sum, self._count, self._begun = 0.0, 0, time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether there may be another insertion, and it is time to ask."""
+        if self.max_insertions is not None and len(self.record.insertions) >= self.max_insertions:
+            return False
+        if self.when is None:
+            return True
+        since = max((one.epoch for one in self.history.insertions), default=0)
+        return bool(self.when(self.history.losses[since:]))
+
+    def maybe_grow(self, metrics: Mapping[str, float] | None = None) -> Round | None:
+        """Close a row of the history, and if it is time to, ask the rule and insert what it chose.
+
+        Args:
+            metrics: Further numbers for the row.
+
+        Returns:
+            What was decided (maybe nothing), or None when it was not time to ask.
+
+        Raises:
+            TrainingError: There was no step since the last row.
+            GrowthError: What solving or inserting raises.
+        """
+        self.observe(metrics)
+        return self.ask() if self.is_due() else None
+
+    def ask(self) -> Round:
+        """Ask the rule now, and insert what it chose.
+
+        Returns:
+            What was decided, maybe nothing.
+        """
+        began = time.perf_counter()
+        problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
+        solution = self.solver(problem, self.rule)
+        old = {id(parameter) for parameter in self.model.parameters()}
+        self.record = self.record + insert(self.model, solution, optimizer=self.optimizer)
+        named = self.model.named_parameters()
+        one = round_of(
+            solution,
+            self.model,
+            step=self.num_steps,
+            epoch=len(self.history.losses),
+            new_parameters=tuple(name for name, p in named if id(p) not in old),
+            seconds=time.perf_counter() - began,
+        )
+        self.history.rounds.append(one)
+        if one.chosen and self.after_insertion is not None:
+            self.after_insertion(self, one)
+        if self.writer is not None:
+            for tag, value in measurements(one).items():
+                self.writer.add_scalar(tag, value, one.step)
+        self._begun = time.perf_counter()
+        return one
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a checkpoint needs beside model, optimizer and random state."""
+        return {
+            "num_steps": self.num_steps,
+            "sum": self._sum,
+            "count": self._count,
+            "seconds": time.perf_counter() - self._begun,
+            "history": self.history.state_dict(),
+            "record": self.record.to_json(),
+            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the model is grown and loaded by the caller."""
+        self.num_steps = state["num_steps"]
+        total = state["sum"]
+        self._sum = total.clone() if isinstance(total, Tensor) else total
+        self._count = state["count"]
+        self._begun = time.perf_counter() - state["seconds"]
+        self.history.load_state_dict(state["history"])
+        self.record = GrowthRecord.from_json(state["record"])
+        for name, part in self._stateful().items():
+            part.load_state_dict(state["parts"][name])
+
+    def _stateful(self) -> dict[str, Any]:
+        """Those of rule, schedule and policy that remember something."""
+        parts = {"rule": self.rule, "when": self.when, "after_insertion": self.after_insertion}
+        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+    def _proposed(self) -> Sequence[Candidate]:
+        if self.candidates is None:
+            return find_candidates(self.model, self._first_input())
+        if callable(self.candidates):
+            return self.candidates(self.model)
+        return self.candidates
+
+    def _first_input(self) -> object:
+        with untouched(self.model, self.data):
+            for batch in self.data:
+                return batch[0]
+        raise DataError("data is empty; give at least one (input, target) batch.")
+
+
+def _check(**functions: object) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TrainingError(f"{name}={function!r} cannot be called; give a function, or None.")
