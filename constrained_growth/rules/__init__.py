@@ -7,5 +7,15 @@ Decision`, if it has to ask the model more than that. Nothing else is asked of i
 
 from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.ranking import Threshold, TopK
+from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState
 
-__all__ = ["DecisionRule", "ModelRule", "Rule", "Threshold", "TopK", "needs_model"]
+__all__ = [
+    "DecisionRule",
+    "ModelRule",
+    "Rule",
+    "Threshold",
+    "TopK",
+    "TrustRegion",
+    "TrustRegionState",
+    "needs_model",
+]
