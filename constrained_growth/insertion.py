@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.inserted import Inserted
 from constrained_growth.observation import parameter_shapes
 from constrained_growth.optimizers import adopt, as_optimizers, check_optimizers, kept_on_error
 from constrained_growth.placement import check_can_change, structure_kept_on_error
-from constrained_growth.preservation import check_preserved, first_input, outputs_of
+from constrained_growth.preservation import Outputs, check_preserved, first_input, outputs_of
 from constrained_growth.records import GrowthRecord, InsertedLayer
 from constrained_growth.replaying import replay
 from constrained_growth.solution import Solution
@@ -61,7 +61,8 @@ def insert(
             (default) leaves optimizers to the caller.
         averaged: Copies of the model that are to grow too, such as an exponential moving average
             (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins, where they
-            do nothing: the average of a network that always had them there.
+            do nothing: the average of a network that always had them there. They are checked too,
+            where they run on the batch.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
             takes the first batch of the problem; `()` leaves the check out.
         settle: Called with each grown model before it is checked, to write its new depth where
@@ -101,7 +102,7 @@ def insert(
     if not names:
         return GrowthRecord((), shapes)
     example = solution.example if data is None else first_input(data, model)
-    before = [{} if example is None else outputs_of(one, example) for one in models]
+    before = [_outputs(one, example, optional=one is not model) for one in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
         for one in models:
@@ -176,6 +177,18 @@ def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
                 "give a copy of it, such as torch.optim.swa_utils.AveragedModel(model)."
             )
     return copies
+
+
+def _outputs(model: nn.Module, example: object, *, optional: bool) -> Outputs:
+    """What is to stay; a copy in another precision may not run on the batch."""
+    if example is None:
+        return {}
+    try:
+        return outputs_of(model, example)
+    except DataError:
+        if not optional:
+            raise
+        return {}
 
 
 def _check_values(solution: Solution, plans: Iterable[Plan]) -> None:

@@ -174,7 +174,8 @@ def wrapped_model(rank: Rank) -> None:
         assert_close(found.multipliers["module.1"][key], value)
     assert found.stationarity == pytest.approx(expected.stationarity, rel=1e-11)
     step(rank, ddp, data)
-    cg.insert(ddp, found)
+    with pytest.warns(UserWarning, match="make the wrapper anew"):
+        cg.insert(ddp, found)
     step(rank, DistributedDataParallel(ddp.module, process_group=rank.group), data)
 
 
