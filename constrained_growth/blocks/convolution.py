@@ -47,8 +47,8 @@ class ResidualConv2d(nn.Module):
         hidden: Channels in between; `channels` by default.
         kernel_size: k, odd, of both convolutions.
         norm_layer: Makes a normalisation from a number of channels, with parameters `weight` and
-            `bias`: `nn.BatchNorm2d` (default), or `lambda channels: nn.GroupNorm(8, channels)`.
-            None for none; the convolutions have a bias then.
+            `bias`: `nn.BatchNorm2d` (default), or `functools.partial(nn.GroupNorm, 8)`. (Not a
+            lambda, which cannot be pickled.) None for none; the convolutions have a bias then.
         pinned: "gamma" or "weight"; by default the first if there is a normalisation.
         device: Where the parameters are made.
         dtype: In which precision.
@@ -235,7 +235,7 @@ class IdentityConv2d(nn.Module):
         shift: s. None (default) looks for the smallest one, up to 0.1, as in `IdentityLinear`.
         norm_layer: None; anything else is refused.
         device: Where the parameters are made.
-        dtype: In which precision.
+        dtype: In which precision. A shift is exact in the one it was made in, and in lower ones.
 
     Parameters:
         weight (channels, channels, k, k), bias (channels,): both pinned.

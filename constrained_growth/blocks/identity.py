@@ -37,7 +37,7 @@ class IdentityLinear(nn.Module):
             layer is linear until its parameters have moved by about s, and a linear layer offers
             nothing that the next layer could not do. A larger s has to be asked for.
         device: Where the parameters are made.
-        dtype: In which precision.
+        dtype: In which precision. A shift is exact in the one it was made in, and in lower ones.
 
     Parameters:
         weight (width, width), bias (width,): both pinned.
