@@ -174,8 +174,9 @@ def test_contexts_tuples_attention_and_structured_outputs(block: Any) -> None:
     slope = (loss(h * u) - loss(-h * u)) / (2 * h)
     assert slope == pytest.approx(float(loss.gradient() @ u), rel=1e-6)
     bend = (loss(h * u) - 2 * loss(0 * u) + loss(-h * u)) / h**2
-    assert bend == pytest.approx(float(loss.hessian_product(u) @ u), rel=1e-5)
-    assert loss.hessian_product(u) @ w == pytest.approx(loss.hessian_product(w) @ u, rel=1e-10)
+    assert bend == pytest.approx(float(loss.hessian_product(u) @ u), rel=1e-4)
+    cross = float(loss.hessian_product(u) @ w)
+    assert cross == pytest.approx(float(loss.hessian_product(w) @ u), rel=1e-10)
     products = matrix(loss.gauss_newton_product, loss)
     torch.testing.assert_close(products, products.mT, rtol=0, atol=1e-14)
     assert torch.linalg.eigvalsh(products)[0] > -1e-14
