@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -211,14 +211,14 @@ class Tally:
         self._add_factors(factors[0] if len(uses) == 1 else over_uses(factors), size)
         self._samples += size
 
-    def _factors(self, x: Tensor, delta: Tensor) -> Sequence[AffineFactors]:
+    def _factors(self, x: Tensor, delta: Tensor) -> Iterable[AffineFactors]:
         x, delta = x.to(self._dtype), delta.to(self._dtype)
         first: Any = self._blocks[0]
         if self._joint:
             return first.joint_factors(self._blocks, x, delta)
         return first.factors(x, delta)
 
-    def _add_factors(self, factors: Sequence[AffineFactors], size: int) -> None:
+    def _add_factors(self, factors: Iterable[AffineFactors], size: int) -> None:
         joint = int(self._joint)
         for factor in factors:
             weight = self._sums[factor.weight].flatten(1 + joint)  # a kernel as a matrix
@@ -365,7 +365,7 @@ class Tally:
         return math.nan if mixed or units < 2 else max(spread, 0.0) / (units - 1) / num_samples
 
 
-def over_uses(uses: Sequence[Sequence[AffineFactors]]) -> list[AffineFactors]:
+def over_uses(uses: Iterable[Iterable[AffineFactors]]) -> list[AffineFactors]:
     """The factors of several uses of a block as those of one with as many more positions.
 
     Args:
@@ -384,7 +384,22 @@ def over_uses(uses: Sequence[Sequence[AffineFactors]]) -> list[AffineFactors]:
             cotangent=joined([factor.cotangent for factor in same]),
             features=joined([factor.features for factor in same]),
         )
-        for same in zip(*uses, strict=True)
+        for same in zip(*(_of_all_samples(factors) for factors in uses), strict=True)
+    ]
+
+
+def _of_all_samples(factors: Iterable[AffineFactors]) -> list[AffineFactors]:
+    """One for each affine map, of factors that may come for some samples after others."""
+    parts: dict[str, list[AffineFactors]] = {}
+    for factor in factors:
+        parts.setdefault(factor.weight, []).append(factor)
+    return [
+        replace(
+            some[0],
+            cotangent=torch.cat([factor.cotangent for factor in some]),
+            features=torch.cat([factor.features for factor in some]),
+        )
+        for some in parts.values()
     ]
 
 

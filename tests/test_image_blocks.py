@@ -339,3 +339,27 @@ def test_an_identity_convolution_after_another_activation_is_refused() -> None:
     data = classified_images(6)
     with nothing_left_behind(model), refused(cg.BlockError, "not the identity at its pins"):
         solved(model, data, one)
+
+
+class Pyramid(nn.Module):
+    """One convolution, used on an image and on a smaller one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU())
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = self.features(x), self.features(x[..., ::2, ::2])
+        return self.head(both[0].mean((2, 3)) + both[1].amax((2, 3)))
+
+
+@pytest.mark.parametrize("room", [1, 12_000, 2**22])
+@pytest.mark.parametrize("kind", ["identity, ReLU", "plain, 3 hidden, 5 × 5", "BatchNorm"])
+def test_a_site_used_at_two_sizes(kind: str, room: int) -> None:
+    """Where the patches come in other parts at each use."""
+    model, data = Pyramid(), classified_images(6, 6)
+    one = cg.Candidate("features", ALL[kind]())
+    with patch.object(convolution, "_PATCHES", room):
+        solution = solved(model, data, one)
+    assert_multipliers(solution, "features", autograd_multipliers(model, data, one))
