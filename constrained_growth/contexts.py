@@ -40,13 +40,22 @@ def context_of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """The context of a call `module(*args, **kwargs)`.
 
     Where the first argument came by keyword, it is the one that the signature of `forward` has
-    first, or else the first that was given.
+    first (of a module that hands on whatever it gets: that of the module inside), or else the
+    first that was given.
     """
     if args or not kwargs:
         return Context(args[1:], kwargs)
-    first = next(iter(inspect.signature(module.forward).parameters), "")
+    first = _first_parameter(module)
     first = first if first in kwargs else next(iter(kwargs))
     return Context((), {name: value for name, value in kwargs.items() if name != first})
+
+
+def _first_parameter(module: nn.Module) -> str:
+    for inside in module.modules():
+        for name, parameter in inspect.signature(inside.forward).parameters.items():
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                return name
+    return ""
 
 
 def arguments(
