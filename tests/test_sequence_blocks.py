@@ -211,3 +211,10 @@ def test_attention_between_samples_is_refused() -> None:
     one = cg.Candidate("1", TransformerBlock(8, 2))
     with nothing_left_behind(model), refused(cg.BlockError, "(samples, positions, width)"):
         solved(model, data, one)
+
+
+def test_a_dead_gate_is_refused() -> None:
+    model, data = Reader(), sentences(6)
+    one = cg.Candidate("mix", GatedMLP(8, 4, torch.zeros_like))
+    with nothing_left_behind(model), refused(cg.BlockError, "vanish identically"):
+        solved(model, data, one, loss_fn=token_loss)
