@@ -423,10 +423,14 @@ def block_multipliers(
 def differentiated(
     block: nn.Module, x: Tensor, delta: Tensor, context: Context = NO_CONTEXT
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a block makes of x at its pins, and its multipliers as in `block_multipliers`."""
+    """What a block makes of x at its pins, and its multipliers as in `block_multipliers`.
+
+    The random numbers that it draws (Dropout) are not missing in the model, which gets its own.
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    with torch.enable_grad():
+    cuda = [x.device] if x.device.type == "cuda" else []
+    with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=block.training):
         args, kwargs = arguments(block, x, context)
         y = torch.func.functional_call(block, {**buffers, **leaves}, args, kwargs)
     if not y.requires_grad:

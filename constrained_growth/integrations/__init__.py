@@ -1,0 +1,1 @@
+"""Other libraries whose models and trainers are served; each needs the extra of its name."""

@@ -1,0 +1,358 @@
+"""Hugging Face Transformers: candidates for a model, and insertions that the stock class can load.
+
+from constrained_growth.integrations import transformers as cgt
+
+candidates = cgt.find_candidates(model)
+batches = [({"input_ids": ids, "labels": ids}, None)]
+problem = cg.GrowthProblem(model, lambda output, _: output.loss, batches, candidates)
+cgt.insert(model, cg.solve(problem), optimizer=optimizer)
+model.save_pretrained(folder)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from constrained_growth import insertion, replaying
+from constrained_growth.blocks import CopiedBlock, ResidualMLP
+from constrained_growth.candidates import Candidate
+from constrained_growth.contexts import context_of
+from constrained_growth.discovery import Proposals
+from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.integrations.stacks import (
+    Arrangement,
+    Stack,
+    check_same,
+    config_settings,
+    find_stacks,
+    layers_of,
+    longer_config,
+    numbering,
+    skeleton,
+)
+from constrained_growth.observation import (
+    call,
+    device_of,
+    differentiable,
+    hooked,
+    moved,
+    parameter_shapes,
+    untouched,
+)
+from constrained_growth.outputs import tensor_in
+from constrained_growth.placement import list_of
+from constrained_growth.records import GrowthRecord
+from constrained_growth.solution import Planned, Solution
+
+
+def find_candidates(model: PreTrainedModel, example_input: object = None) -> Proposals:
+    """A copy of each layer as a candidate to stand after it.
+
+    Looked at are the layers that the config counts: decoder and encoder layers, the blocks of
+    the stages of a convolutional network. The layer inserted is one of the model's own class, so
+    that `insert` gives what the stock class makes of a longer config. Where a copy changes the
+    shape, as after the first block of a stage, it is one of the next block. Where it cannot be
+    the identity, as in BERT (post-norm), the candidate is a residual block around the layer: as
+    exact, but not in the config, so load such a model by `replay`.
+
+    Args:
+        model: A model of Transformers, left as it was.
+        example_input: As in the data, a dict of keyword arguments. None (default) makes token ids
+            or an image of the sizes that the config says.
+
+    Returns:
+        The candidates, named after their sites; printed, a table that says why, and what was
+        skipped.
+
+    Raises:
+        CandidateError: The model is not of Transformers, the config counts no layers, or nothing
+            can stand after them.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> config = GPT2Config(
+        ...     vocab_size=9, n_embd=4, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+        ... )
+        >>> [candidate.after for candidate in find_candidates(GPT2LMHeadModel(config))]
+        ['transformer.h.0', 'transformer.h.1']
+    """
+    stacks = _checked_stacks(model)
+    candidates: list[Candidate] = []
+    reasons: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    with untouched(model), differentiable(), torch.no_grad():
+        calls = _calls(
+            model, stacks, _example_of(model) if example_input is None else example_input
+        )
+        for stack in stacks:
+            names = [f"{stack.name}.{place}" for place in range(len(layers_of(model, stack)))]
+            for name, following in zip(names, [*names[1:], ""], strict=True):
+                block, why = _proposed(calls.get(name), calls.get(following))
+                if block is None:
+                    skipped[name] = why
+                else:
+                    candidates.append(Candidate(name, block))
+                    reasons[name] = why
+    if not candidates:
+        raise CandidateError(
+            f"model={type(model).__name__}: no layer can stand after those that its config counts: "
+            f"{skipped}."
+        )
+    return Proposals(candidates, reasons, skipped)
+
+
+def insert(
+    model: PreTrainedModel,
+    solution: Solution,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: nn.Module | Sequence[nn.Module] = (),
+    data: Iterable[Any] | None = None,
+) -> GrowthRecord:
+    """Insert the layers that a solution decided on, as `cg.insert` does, and keep the books.
+
+    The config then says the new depth, lists in it with an entry for each layer (`layer_types`)
+    have one more, and the layers are numbered anew, so that the cache of keys and values fits:
+    what `save_pretrained` writes, the stock class loads by `from_pretrained`. It is known before
+    the first change that the class makes the same model of the longer config; one whose layers
+    depend on their number or on the depth is refused.
+
+    Args:
+        model: The model of the problem, or a copy of it. It is changed, and so is its config.
+        solution: From `cg.solve`.
+        optimizer: As in `cg.insert`.
+        averaged: As in `cg.insert`; models of Transformers with a config of their own.
+        data: As in `cg.insert`.
+
+    Returns:
+        The record, for `replay`.
+
+    Raises:
+        CandidateError: The stock class could not load the grown model, and as `cg.insert`.
+        GrowthError: As `cg.insert`; model, config and optimizer are then as they were.
+    """
+    stacks = _checked_stacks(model)
+    if not isinstance(solution, Solution):
+        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
+    known = solution.candidates
+    chosen = [known[name] for name in known if name in solution.decision.chosen]
+    new = [planned for planned in chosen if _becomes_element(model, planned)]
+    orders: dict[Stack, list[int]] = {}
+    for planned in new:
+        stack, place = _place(model, stacks, planned.after)
+        order = orders.setdefault(stack, list(range(len(layers_of(model, stack)))))
+        order.insert(order.index(place) + 1, place)
+    shapes: dict[tuple[Stack, int], Mapping[str, tuple[int, ...]]] = {}
+    for planned in new:
+        stack, place = _place(model, stacks, planned.after)
+        copied = getattr(planned.block, "module", planned.block)
+        shapes[stack, orders[stack].index(place) + 1] = parameter_shapes(copied)
+    settle = _settling(model, orders, shapes)
+    return insertion.insert(
+        model, solution, optimizer=optimizer, averaged=averaged, data=data, settle=settle
+    )
+
+
+def replay(
+    model: PreTrainedModel,
+    record: GrowthRecord,
+    *,
+    blocks: Mapping[str, nn.Module] | None = None,
+    strict: bool = True,
+) -> PreTrainedModel:
+    """Repeat recorded insertions on a fresh model, as `cg.replay` does, and keep the books.
+
+    Needed only for layers that the config does not count (around a post-norm layer); a model
+    with others is loaded by `from_pretrained`.
+
+    Args:
+        model: As it was before the first insertion; it is changed, and so is its config.
+        record: From `insert`, or `GrowthRecord.from_json`.
+        blocks: As in `cg.replay`.
+        strict: As in `cg.replay`.
+
+    Raises:
+        RecordError: As `cg.replay`.
+        CandidateError: The stock class could not load the grown model.
+    """
+    stacks = _checked_stacks(model)
+    orders: dict[Stack, list[int]] = {}
+    for layer in record.insertions if isinstance(record, GrowthRecord) else ():
+        if layer.placement == "sibling":
+            stack, place = _place(model, stacks, layer.after)
+            order = orders.setdefault(stack, list(range(len(layers_of(model, stack)))))
+            order.insert(place + 1, order[min(place, len(order) - 1)])
+    settle = _settling(model, orders, {})
+    replaying.replay(model, record, blocks=blocks, strict=strict)
+    settle(model)
+    return model
+
+
+def _checked_stacks(model: object) -> tuple[Stack, ...]:
+    if not isinstance(model, PreTrainedModel):
+        raise CandidateError(
+            f"model={type(model).__name__} is not a model of Transformers; give the "
+            "PreTrainedModel itself, not a wrapper around it, or use cg.find_candidates and "
+            "cg.insert."
+        )
+    stacks = find_stacks(model)
+    if not stacks:
+        raise CandidateError(
+            f"model={type(model).__name__}: no list of layers in it is counted by its config; use "
+            "cg.find_candidates(model, example_input) and cg.insert."
+        )
+    return stacks
+
+
+def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """An input of the sizes that the config says."""
+    config = model.config
+    name = model.main_input_name
+    like = next(p for p in model.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    if name == "input_ids":
+        vocabulary = int(config.get_text_config().vocab_size)
+        ids = torch.randint(vocabulary, (2, 8), generator=generator).to(like.device)
+        return {name: ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
+    if name == "pixel_values":
+        size = getattr(config, "image_size", None) or 64
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape = (2, getattr(config, "num_channels", 3), height, width)
+        return {name: torch.randn(shape, generator=generator, dtype=torch.float32).to(like)}
+    raise CandidateError(
+        f"model={type(model).__name__} takes {name!r}, for which no example is made up; give one: "
+        f"find_candidates(model, {{{name!r}: …}})."
+    )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How a layer was called, and the tensor that came out."""
+
+    layer: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    y: Tensor
+
+
+def _calls(model: nn.Module, stacks: Sequence[Stack], example: object) -> dict[str, _Call]:
+    """Run the model once; qualified name → call of each layer."""
+    names = {
+        layer: f"{stack.name}.{place}"
+        for stack in stacks
+        for place, layer in enumerate(layers_of(model, stack))
+    }
+    found: dict[str, _Call] = {}
+
+    def see(layer: nn.Module, args: Any, kwargs: Any, output: object) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        context = context_of(layer, args, kwargs)
+        call = _Call(layer, (x, *context.args), context.kwargs, tensor_in(output))
+        found[names[layer]] = call
+
+    with hooked((layer, see) for layer in names):
+        call(model, moved(example, device_of(model)))
+    return found
+
+
+def _proposed(here: _Call | None, following: _Call | None) -> tuple[nn.Module | None, str]:
+    """The block to propose after a layer, or None, and why."""
+    if here is None:
+        return None, "the forward pass does not call it"
+    kind = type(here.layer).__name__
+    try:
+        return CopiedBlock(here.layer, args=here.args, kwargs=here.kwargs), f"one more {kind}"
+    except BlockError as error:
+        reason = str(error)
+    if following is not None and here.args[0].shape != here.y.shape == following.y.shape:
+        with suppress(BlockError):
+            block = CopiedBlock(following.layer, args=following.args, kwargs=following.kwargs)
+            return block, f"one more {kind}, a copy of the next, as this one changes the shape"
+    if here.y.dim() == 3:
+        width = here.y.shape[-1]
+        return ResidualMLP(width, width, nn.GELU()), f"no copy: {reason.partition('. ')[0]}"
+    return None, reason
+
+
+def _becomes_element(model: nn.Module, planned: Planned) -> bool:
+    """Whether `insert` makes the layer the next element of a list, rather than wrap its site."""
+    stands_alone = callable(getattr(planned.block, "standalone", None))
+    if not stands_alone or planned.output not in (None, 0):
+        return False
+    modules = dict(model.named_modules(remove_duplicate=False))
+    site = modules.get(planned.after)
+    return site is not None and list_of(model, site) is not None
+
+
+def _place(model: nn.Module, stacks: Sequence[Stack], after: str) -> tuple[Stack, int]:
+    """The stack and the number of a layer."""
+    name, _, number = after.rpartition(".")
+    for stack in stacks:
+        if stack.name == name and number.isdecimal():
+            return stack, int(number)
+    raise CandidateError(
+        f'after="{after}": the config of {type(model).__name__} does not count the layers of '
+        f'"{name}", so the stock class could not load one more; choose a layer of '
+        f"{[stack.name for stack in stacks]}, or insert by cg.insert."
+    )
+
+
+def _settling(
+    model: PreTrainedModel,
+    arrangement: Arrangement,
+    inserted: Mapping[tuple[Stack, int], Mapping[str, tuple[int, ...]]],
+) -> Callable[[nn.Module], None]:
+    """A function that makes config and numbers fit the layers a model has: more, or as before.
+
+    Raises:
+        CandidateError: The stock class would make another model of the longer config.
+    """
+    if not arrangement:
+        return lambda _: None
+    before = copy.deepcopy(model.config)
+    config = longer_config(model, arrangement)
+    longer = skeleton(model, copy.deepcopy(config))
+    check_same(model, arrangement, inserted, longer)
+
+    def settle(one: nn.Module) -> None:
+        if not isinstance(one, PreTrainedModel):
+            raise CandidateError(f"averaged={type(one).__name__} is not a model of Transformers.")
+        grown = all(len(layers_of(one, s)) == len(order) for s, order in arrangement.items())
+        for setting in [*config_settings(one.config, config if grown else before)]:
+            setattr(setting.owner, setting.name, copy.deepcopy(setting.value))
+        for stack in arrangement if grown else ():
+            for setting in [*numbering(one, stack, longer)]:
+                setattr(setting.owner, setting.name, setting.value)
+            _follow_neighbours(layers_of(one, stack))
+
+    return settle
+
+
+def _follow_neighbours(layers: Sequence[nn.Module]) -> None:
+    """Give each layer what Transformers itself has put on the others: checkpointing, hooks."""
+    kinds = [dict(layer.named_modules()) for layer in layers]
+    for modules in kinds:
+        for name, module in modules.items():
+            others = [other[name] for other in kinds if type(other.get(name)) is type(module)]
+            for other in others:
+                for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                    if key in vars(other) and key not in vars(module):
+                        setattr(module, key, vars(other)[key])
+            if not _library_hooks(module):
+                hooked = next((other for other in others if _library_hooks(other)), module)
+                for hook in _library_hooks(hooked):
+                    module.register_forward_hook(hook)
+
+
+def _library_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks by which Transformers collects hidden states and attentions."""
+    hooks = module._forward_hooks.values()
+    return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
