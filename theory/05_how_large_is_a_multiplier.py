@@ -1,0 +1,433 @@
+# %% [markdown]
+# # 5. How large is a multiplier?
+#
+# Multipliers are tensors. To compare two candidates one needs a number, and there are many norms.
+#
+# At the end you will be able to say
+#
+# * why the right norm is the *dual* of the ball in which the new layer will move, and which ball
+#   belongs to which optimizer;
+# * which norm does not depend on the units of features and outputs;
+# * how SensLI, GradMax, TINY, SENN and the topological derivative differ: where they stand in one plane.
+
+# %%
+import cvxpy as cp
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import nn
+
+import constrained_growth as cg
+
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
+
+# %% [markdown]
+# ## Claim 1. The best first-order decrease in a ball is the dual norm
+#
+# To first order $L(v) = L(0) - \langle\lambda, v\rangle$. Inside the ball $\lVert v\rVert\le\Delta$ the best is
+#
+# $$\max\,\{\langle\lambda, v\rangle : \lVert v\rVert\le\Delta\} = \Delta\,\lVert\lambda\rVert_* ,$$
+#
+# which is the definition of the dual norm (Boyd and Vandenberghe 2004, appendix A.1.6). The maximiser is
+# the step that steepest descent in this norm takes. Four pairs, with singular values $s_i$ and
+# $\lambda = P\,\mathrm{diag}(s)\,Q^{\mathsf T}$:
+#
+# | ball | best $v$, up to the radius | dual norm | in the library |
+# |---|---|---|---|
+# | Frobenius, $\sqrt{\sum v_{ij}^2}\le\Delta$ | $\lambda/\lVert\lambda\rVert_F$ | $\lVert\lambda\rVert_F$ | `Frobenius` |
+# | maximum, $\max|v_{ij}|\le\Delta$ | $\mathrm{sign}(\lambda)$ | $\sum|\lambda_{ij}|$ | `Entrywise1` |
+# | spectral, $s_{\max}(v)\le\Delta$ | $PQ^{\mathsf T}$ | $\sum s_i$ | `Nuclear` |
+# | nuclear, $\sum s_i(v)\le\Delta$ | $p_1q_1^{\mathsf T}$ | $s_{\max}$ | `Spectral` |
+#
+# We let CVXPY maximise over each ball, without telling it the answer.
+
+# %%
+lam = torch.randn(4, 3)
+balls = {
+    cg.norms.Frobenius(): lambda v: cp.norm(v, "fro"),
+    cg.norms.Entrywise1(): lambda v: cp.max(cp.abs(v)),
+    cg.norms.Nuclear(): lambda v: cp.norm(v, 2),
+    cg.norms.Spectral(): lambda v: cp.normNuc(v),
+}
+P, s, Qt = torch.linalg.svd(lam, full_matrices=False)
+best = (lam / lam.norm(), lam.sign(), P @ Qt, torch.outer(P[:, 0], Qt[0]))
+for (norm, ball), step in zip(balls.items(), best, strict=True):
+    v = cp.Variable((4, 3))
+    value = cp.Problem(cp.Maximize(cp.sum(cp.multiply(lam.numpy(), v))), [ball(v) <= 1]).solve(
+        solver=cp.CLARABEL
+    )
+    size = norm({"weight": lam}).item()
+    print(f"{norm!r:13} {size:.6f}   CVXPY {value:.6f}")
+    assert np.isclose(size, value, rtol=1e-5)
+    assert ball(step.numpy()).value < 1 + 1e-9
+    assert np.isclose((lam * step).sum().item(), size)
+
+# %%
+lam2 = np.array([1.0, 0.45])
+F = np.array([[2.5, -1.2], [-1.2, 1.6]])  # a Fisher matrix, for the last ball
+angle = np.linspace(0, 2 * np.pi, 400)
+circle = np.stack([np.cos(angle), np.sin(angle)])
+root = np.linalg.cholesky(F)
+shapes = {
+    "Frobenius: SGD": circle,
+    "maximum: Adam, sign descent": circle / np.abs(circle).max(0),
+    "sum of |v|: one entry at a time": circle / np.abs(circle).sum(0),
+    r"$\langle v, Fv\rangle$: natural gradient": np.linalg.solve(root.T, circle),
+}
+fig, axes = plt.subplots(1, 4, figsize=(9.6, 2.7), sharex=True, sharey=True)
+reach = {}
+for ax, (name, edge) in zip(axes, shapes.items(), strict=True):
+    values = lam2 @ edge
+    reach[name] = values.max()
+    step = edge[:, values.argmax()]
+    ax.fill(*edge, color=BLUE, alpha=0.15)
+    ax.plot(*edge, color=BLUE, linewidth=1)
+    ax.annotate("", lam2, (0, 0), arrowprops={"arrowstyle": "->", "color": "black"})
+    ax.plot(*step, "o", color=RED)
+    across = np.array([-lam2[1], lam2[0]])
+    ends = step[:, None] + across[:, None] * np.array([-1.2, 1.2])
+    ax.plot(*ends, "--", color=RED, linewidth=1)
+    ax.set_title(f"{name}\n" rf"$\Vert\lambda\Vert_* = {values.max():.2f}$", fontsize=8)
+    ax.set_xlabel("$v_1$")
+    ax.set_aspect("equal")
+    ax.set_xlim(-1.5, 1.5)
+    ax.set_ylim(-1.5, 1.5)
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("$v_2$")
+fig.tight_layout()
+
+frobenius, maximum, total, fisher = reach.values()
+assert np.isclose(frobenius, np.linalg.norm(lam2), rtol=1e-4)
+assert np.isclose(maximum, np.abs(lam2).sum(), rtol=1e-2)
+assert np.isclose(total, np.abs(lam2).max(), rtol=1e-2)
+assert np.isclose(fisher, np.sqrt(lam2 @ np.linalg.solve(F, lam2)), rtol=1e-3)
+
+# %% [markdown]
+# **Figure 1.** Two pinned parameters, one multiplier $\lambda = (1, 0.45)$ (arrow), four unit balls. The red point is
+# the best step in each, on the last level line of $\langle\lambda, v\rangle$ that touches the ball. Units: those of $v$.
+#
+# ## Claim 2. The ball is that of the optimizer
+#
+# One step of size $\eta$ changes the new parameters
+#
+# * by $\eta\lambda$ with SGD: the loss falls by $\eta\lVert\lambda\rVert_F^2$ to first order;
+# * by $\eta\,\mathrm{sign}(\lambda)$ with sign descent, and in Adam's first step (Kingma and Ba 2015: both moments
+#   are those of one gradient, and their ratio is its sign): by $\eta\sum|\lambda_{ij}|$;
+# * by $\eta\,PQ^{\mathsf T}$ with Muon, but for its approximation of the factor (Jordan et al. 2024): by $\eta\sum s_i$.
+#
+# Bernstein and Newhouse (2024) read these optimizers as steepest descent in exactly these norms. We insert a
+# layer at each of two sites, one narrow and one wide, take one small step of the new parameters alone, and
+# compare what is gained with what the norm said before. `cg.norms.norm_for(optimizer)` picks it.
+
+# %%
+x = torch.rand(300, 2) * 4 - 2
+y = torch.sin(2 * x[:, :1]) * torch.cos(x[:, 1:])
+model = nn.Sequential(
+    nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 1)
+)  # fmt: skip
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+for _ in range(200):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(model(x), y).backward()
+    optimizer.step()
+
+narrow = cg.Candidate("1", cg.blocks.ResidualMLP(4, 4, torch.tanh), name="narrow")
+wide = cg.Candidate("3", cg.blocks.ResidualMLP(24, 24, torch.tanh), name="wide")
+problem = cg.GrowthProblem(model, nn.MSELoss(), [(x, y)], [narrow, wide])
+
+
+class Orthogonal(torch.optim.Optimizer):
+    """The step of Muon with the exact orthogonal factor, without momentum."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                P, _, Qt = torch.linalg.svd(p.grad, full_matrices=False)
+                p.data -= group["lr"] * P @ Qt
+
+
+def gain(candidate, make, lr):
+    """What one step of the new parameters alone takes off the loss, over lr."""
+    grown = nn.Sequential(*model)
+    block = cg.blocks.ResidualMLP(*candidate.block.inner.weight.shape, torch.tanh)
+    block.load_state_dict(candidate.block.state_dict())
+    grown.insert(int(candidate.after) + 1, block)
+    before = nn.functional.mse_loss(grown(x), y)
+    optimizer = make([block.outer.weight], lr=lr)
+    (block.outer.weight.grad,) = torch.autograd.grad(before, block.outer.weight)
+    optimizer.step()
+    return (before - nn.functional.mse_loss(grown(x), y)).item() / lr
+
+
+optimizers = {
+    "SGD": (torch.optim.SGD, cg.norms.Frobenius()),
+    "Adam": (torch.optim.Adam, cg.norms.Entrywise1()),
+    "orthogonal": (Orthogonal, cg.norms.Nuclear()),
+}
+assert cg.norms.norm_for(torch.optim.SGD([torch.zeros(1)])) == cg.norms.Frobenius()
+assert cg.norms.norm_for(torch.optim.Adam([torch.zeros(1)])) == cg.norms.Entrywise1()
+gains = {}
+for name, (make, norm) in optimizers.items():
+    found = cg.solve(problem, norm=norm).sensitivities
+    for candidate in (narrow, wide):
+        size = found[candidate.name].value
+        predicted = size**2 if name == "SGD" else size
+        gains[name, candidate.name] = predicted, gain(candidate, make, 1e-6)
+        print(
+            f"{name:10} {candidate.name:7} predicted {predicted:.5f}  realised {gains[name, candidate.name][1]:.5f}"
+        )
+        assert np.isclose(*gains[name, candidate.name], rtol=1e-2)
+
+preference = {name: gains[name, "wide"][0] / gains[name, "narrow"][0] for name in optimizers}
+print("wide over narrow:", {name: round(value, 2) for name, value in preference.items()})
+
+# %% [markdown]
+# The ratios between the two sites differ from optimizer to optimizer: how much better one site is than another is
+# not a property of the network alone. The wide layer has 576 pinned parameters, the narrow one 16. Where width as
+# such should not count, `PerParameter` divides by the root of their number.
+#
+# ## Claim 3. The Fisher norm does not depend on units
+#
+# Change the coordinates of the features at a site by an invertible $S$, and let the next layer undo it: the
+# network computes the same. But $\varphi' = S\varphi$ and $\psi' = S^{-\mathsf T}\psi$, so
+# $\lambda' = S^{-\mathsf T}\lambda S^{\mathsf T}$, and the Frobenius norm is another one. With the second moments
+# $A = \mathbb E[\varphi\varphi^{\mathsf T}]$, $G = \mathbb E[\psi\psi^{\mathsf T}]$ that K-FAC uses for the
+# Fisher matrix, $F \approx A\otimes G$ (Martens and Grosse 2015), the norm
+#
+# $$\lVert\lambda\rVert^2_{F^{-1}} = \operatorname{tr}\,(G^{-1}\lambda A^{-1}\lambda^{\mathsf T})$$
+#
+# does not change, since $A' = SAS^{\mathsf T}$ and $G' = S^{-\mathsf T}GS^{-1}$. That is the invariance of the natural
+# gradient (Amari 1998): a step is measured by what it does to the output, not to the parameters.
+
+# %%
+ratios = {"Frobenius": [], "Kronecker-Fisher": []}
+norms = {
+    "Frobenius": cg.norms.Frobenius(),
+    "Kronecker-Fisher": cg.norms.KroneckerFisher(damping=0.0),
+}
+strengths = np.linspace(0, 3, 13)
+direction = torch.randn(4, 4)
+for strength in strengths:
+    S = torch.linalg.matrix_exp(strength * direction / direction.norm())
+    change, undo = nn.Linear(4, 4, bias=False), nn.Linear(4, 24)
+    with torch.no_grad():
+        change.weight.copy_(S)
+        undo.weight.copy_(model[2].weight @ torch.linalg.inv(S))
+        undo.bias.copy_(model[2].bias)
+    same = nn.Sequential(model[0], model[1], change, undo, *model[3:])
+    assert torch.allclose(same(x), model(x))
+    layer = cg.Candidate("2", cg.blocks.ResidualLinear(4, torch.tanh))
+    elsewhere = cg.GrowthProblem(same, nn.MSELoss(), [(x, y)], [layer])
+    for name, norm in norms.items():
+        ratios[name].append(cg.solve(elsewhere, norm=norm).sensitivities["2"].value)
+ratios = {name: np.array(values) / values[0] for name, values in ratios.items()}
+assert np.abs(ratios["Kronecker-Fisher"] - 1).max() < 1e-6
+assert np.abs(ratios["Frobenius"] - 1).max() > 0.5
+
+# %%
+fig, ax = plt.subplots(figsize=(5.2, 3.1))
+for (name, values), colour in zip(ratios.items(), (RED, BLUE), strict=True):
+    ax.plot(strengths, values, "o-", color=colour, markersize=4, label=name)
+ax.set_xlabel(r"size of the change of coordinates, $\Vert\log S\Vert_F$")
+ax.set_ylabel("sensitivity, relative to $S = I$")
+ax.set_ylim(0, None)
+ax.legend(frameon=False)
+ax.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# **Figure 2.** Thirteen networks that compute the same function, and the sensitivity of the same candidate in
+# each. No unit.
+#
+# ## Claim 4. Five published criteria are points in one plane
+#
+# Ask two questions of a criterion. *In what is a step measured?* In parameters (Frobenius), in what the step adds to the
+# features (whitened by $A$), or in what it does to the output ($A\otimes G$). *What happens to the free factor of
+# $x + W_2\,\sigma(W_1x)$?* It is given, it is chosen to make the multiplier large, or both factors are zero and the
+# second derivative decides. With $M = \sum\delta x^{\mathsf T}$ and $\sigma'(0) = 1$, for one hidden unit where one is asked for:
+#
+# * **SensLI** (Herberg et al. 2023): $\lVert\lambda_{W_2}\rVert_F^2$ at a given $W_1 = 0.8\,I$.
+# * **GradMax** (Evci et al. 2022): inner weight pinned at zero, $\lambda_{W_1} = -W_2^{\mathsf T}M$; the unit vector $W_2$ that
+#   makes it longest is the first left singular vector of $M$, and $\lVert\lambda_{W_1}\rVert^2 = s_{\max}(M)^2$.
+# * **TINY** (Verbockhaven et al. 2024): the features are whitened, and what the existing parameters can do is projected out
+#   first. For this block: the part of $\delta$ that no linear map of $x$ explains, against the whitened part of
+#   $\sigma(W_1x)$ that no linear map of $x$ explains. (TINY also chooses $W_1$ anew; here it is given, so that it compares.)
+# * **SENN** (Mitchell et al. 2023): $\eta = g^{\mathsf T}F^{-1}g$, which with a Kronecker-factored $F$ is the norm of Claim 3, squared.
+# * **Topological derivative** (Krishnanunni, Bui-Thanh and Dawson 2025): an eigenvalue problem for the second derivative. For this block
+#   its extreme eigenvalue is $s_{\max}(M)$ (notebook 4).
+#
+# The last and the second are the same number up to a square: $s_{\max}(M)$ is both the longest first derivative over unit $W_2$,
+# and the strongest curvature at $W_1 = W_2 = 0$.
+#
+# These are the *ideas* of those works on one block; each of them does more (TINY and GradMax add neurons to layers, for example).
+
+# %%
+torch.manual_seed(1)
+deep = nn.Sequential(
+    nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 1)
+)  # fmt: skip
+optimizer = torch.optim.SGD(deep.parameters(), lr=0.1)
+for _ in range(100):
+    optimizer.zero_grad()
+    nn.functional.mse_loss(deep(x), y).backward()
+    optimizer.step()
+
+sites = ("1", "3", "5")
+given = [
+    cg.Candidate(site, cg.blocks.ResidualMLP(6, 6, torch.tanh, inner_init=0.8)) for site in sites
+]
+growth = cg.GrowthProblem(deep, nn.MSELoss(), [(x, y)], given)
+sensli = {k: s.value**2 for k, s in cg.solve(growth).sensitivities.items()}
+senn = {
+    k: s.value**2
+    for k, s in cg.solve(growth, norm=cg.norms.KroneckerFisher(damping=1e-6)).sensitivities.items()
+}
+
+gradmax, tiny, topological = {}, {}, {}
+for site, candidate in zip(sites, given, strict=True):
+    k = int(site) + 1
+    h = deep[:k](x).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(nn.functional.mse_loss(deep[k:](h), y), h)
+    h = h.detach()
+    M = delta.T @ h
+    left = torch.linalg.svd(M)[0][:, 0]
+
+    # GradMax by the library: the inner factor pinned, the outer one the singular vector
+    unit = cg.blocks.ResidualMLP(6, 1, torch.tanh, pinned="inner", inner_init=left[:, None])
+    found = cg.solve(cg.GrowthProblem(deep, nn.MSELoss(), [(x, y)], [cg.Candidate(site, unit)]))
+    gradmax[site] = found.multipliers[site]["inner.weight"].square().sum().item()
+    assert np.isclose(gradmax[site], torch.linalg.svdvals(M)[0] ** 2)
+    for _ in range(20):  # no other unit vector does better
+        w = torch.randn(6)
+        assert (w @ M / w.norm()).square().sum() <= gradmax[site]
+
+    # the second derivative at W1 = W2 = 0
+    def two(v, k=k, h=h):
+        return nn.functional.mse_loss(deep[k:](h + torch.tanh(h @ v[:6, None]) * v[6:]), y)
+
+    curvature = torch.func.jacrev(torch.func.grad(two))(torch.zeros(12)).detach()
+    topological[site] = -torch.linalg.eigvalsh(curvature)[0].item()
+    assert np.isclose(topological[site] ** 2, gradmax[site])
+
+    # TINY's two ideas: project out linear maps of h, whiten the rest
+    with torch.no_grad():
+        phi = torch.tanh(candidate.block.inner(h))
+        linear = torch.cat([h, torch.ones(len(h), 1)], dim=1)
+        phi = phi - linear @ torch.linalg.lstsq(linear, phi).solution
+        rest = delta - linear @ torch.linalg.lstsq(linear, delta).solution
+        A = phi.T @ phi / len(phi)
+        tiny[site] = (rest.T @ phi @ torch.linalg.pinv(A) @ phi.T @ rest).trace().item()
+
+criteria = {
+    "SensLI": (0, 0, sensli),
+    "GradMax": (0, 1, gradmax),
+    "TINY": (1, 0, tiny),
+    "SENN": (2, 0, senn),
+    "topological\nderivative": (0, 2, topological),
+}
+for name, (_, _, values) in criteria.items():
+    shown = "  ".join(f"{site}: {value:.3e}" for site, value in values.items())
+    print(f"{name.split()[0]:12} {shown}   chooses {max(values, key=values.get)}")
+
+# %%
+fig, ax = plt.subplots(figsize=(7.4, 4.4))
+for name, (column, row, values) in criteria.items():
+    top = max(values.values())
+    chosen = max(values, key=values.get)
+    for i, (site, value) in enumerate(values.items()):
+        colour = RED if site == chosen else GREY
+        ax.bar(column + 0.18 * (i - 1), 0.6 * value / top, 0.15, bottom=row - 0.32, color=colour)
+        ax.text(column + 0.18 * (i - 1), row - 0.37, site, ha="center", va="top", fontsize=7)
+    ax.text(column + 0.3, row, name, fontsize=9, va="center")
+ax.set_xticks(
+    [0, 1, 2],
+    ["parameters\n(Frobenius)", "features\n(whitened by $A$)", "outputs\n($A\\otimes G$)"],
+)
+ax.set_yticks([0, 1, 2], ["given", "the best one", "both factors zero,\nsecond order"])
+ax.set_xlim(-0.45, 2.75)
+ax.set_ylim(-0.6, 2.5)
+ax.set_xlabel("in what a step is measured")
+ax.set_ylabel("the free factor")
+ax.tick_params(length=0)
+ax.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# **Figure 3.** Five criteria on the same network, for insertion after modules 1, 3 and 5: bars relative to the largest
+# of each criterion (red: its choice). The empty places are criteria too.
+
+# %%
+choices = {name: max(values, key=values.get) for name, (_, _, values) in criteria.items()}
+print(choices)
+assert choices["GradMax"] == choices["topological\nderivative"]  # one is the square of the other
+assert len(set(choices.values())) > 1  # and yet the five do not agree
+
+# %% [markdown]
+# ## Exercises
+#
+# 1. In which norm is the largest entry $\max|\lambda_{ij}|$ the best first-order decrease? Give the ball as a function of $v$.
+# 2. Two candidates have $\lVert\lambda\rVert_F = 3$ with 100 pinned parameters and $2$ with 16. Which one wins under
+#    `Frobenius`, which one under `PerParameter`?
+# 3. Divide all weights of the layer before a site by 10 and multiply those of the next one by 10 (take the identity in
+#    place of tanh, so that the function stays). What happens to $\lVert\lambda\rVert_F$ of a *linear* layer $W$ pinned at $I$
+#    between the two?
+
+
+# %%
+def check_1(ball):
+    v = cp.Variable((4, 3))
+    value = cp.Problem(cp.Maximize(cp.sum(cp.multiply(lam.numpy(), v))), [ball(v) <= 1]).solve(
+        solver=cp.CLARABEL
+    )
+    assert np.isclose(value, lam.abs().max().item(), rtol=1e-5)
+    print("1: right")
+
+
+def check_2(frobenius, per_parameter):
+    first = {"weight": torch.full((10, 10), 3 / 10)}
+    second = {"weight": torch.full((4, 4), 2 / 4)}
+    for norm, answer in (
+        (cg.norms.Frobenius(), frobenius),
+        (cg.norms.PerParameter(), per_parameter),
+    ):
+        assert answer == ("first" if norm(first) > norm(second) else "second")
+    print("2: right")
+
+
+def check_3(factor):
+    a, b = torch.randn(4, 2), torch.randn(1, 4)
+
+    def size(scale):
+        W = torch.eye(4, requires_grad=True)
+        loss = nn.functional.mse_loss(x @ (a / scale).T @ W.T @ (b * scale).T, y)
+        return torch.autograd.grad(loss, W)[0].norm()
+
+    assert torch.isclose(size(10.0) / size(1.0), torch.tensor(float(factor)))
+    print("3: right")
+
+
+# %%
+check_1(lambda v: cp.sum(cp.abs(v)))
+check_2(frobenius="first", per_parameter="second")
+check_3(factor=1)  # x / 10 and 10 delta: a scalar change cancels, a matrix does not
+
+# %% [markdown]
+# ## References
+#
+# * S. Boyd and L. Vandenberghe, *Convex Optimization*, Cambridge University Press, 2004, appendix A.1.6 (dual norms).
+# * D. P. Kingma and J. Ba, *Adam: A Method for Stochastic Optimization*, ICLR 2015, arXiv 1412.6980.
+# * K. Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024, kellerjordan.github.io/posts/muon.
+# * J. Bernstein and L. Newhouse, *Old Optimizer, New Norm: An Anthology*, arXiv 2409.20325, 2024.
+# * S. Amari, *Natural gradient works efficiently in learning*, Neural Computation 10(2), 1998, 251-276.
+# * J. Martens and R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*, ICML 2015,
+#   arXiv 1503.05671.
+# * E. Herberg et al., *Sensitivity-Based Layer Insertion for Residual and Feedforward Neural Networks*, arXiv 2311.15995, 2023.
+# * U. Evci et al., *GradMax: Growing Neural Networks using Gradient Information*, ICLR 2022, arXiv 2201.05125.
+# * M. Verbockhaven, T. Rudkiewicz, S. Chevallier and G. Charpiat, *Growing Tiny Networks: Spotting Expressivity Bottlenecks and
+#   Fixing Them Optimally*, TMLR 2024, arXiv 2405.19816.
+# * R. Mitchell, R. Menzenbach, K. Kersting and M. Mundt, *Self-Expanding Neural Networks*, arXiv 2307.04526, 2023.
+# * C. G. Krishnanunni, T. Bui-Thanh and C. Dawson, *Topological derivative approach for deep neural network architecture
+#   adaptation*, arXiv 2502.06885, 2025.
