@@ -122,7 +122,7 @@ def insert(
         new = [p for p in model.parameters() if id(p) not in old]
         adopt(optimizers, model, new, counterparts(plans[0]))
         _start(plans[0], solution)
-    _warn_of_wrappers(model)
+        _warn_of_wrappers(model)
     evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
     return GrowthRecord(tuple(grown[0]), shapes, differences[0], evidence)
 

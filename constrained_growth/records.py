@@ -82,13 +82,23 @@ class GrowthRecord:
         )
 
     def to_json(self) -> str:
-        """The record as JSON text."""
+        """The record as JSON text.
+
+        Raises:
+            RecordError: There is something in the evidence that JSON cannot hold.
+        """
         layers = [
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "pristine"}
             for layer in self.insertions
         ]
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "insertions"}
-        return json.dumps({"version": _VERSION, "insertions": layers, **rest}, indent=2)
+        try:
+            return json.dumps({"version": _VERSION, "insertions": layers, **rest}, indent=2)
+        except TypeError as error:
+            raise RecordError(
+                f"evidence={self.evidence!r:.200} cannot be written as JSON: {error}; a rule's "
+                "evidence is numbers, texts, lists and dicts of them."
+            ) from error
 
     @classmethod
     def from_json(cls, text: str) -> GrowthRecord:

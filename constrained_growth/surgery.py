@@ -59,7 +59,8 @@ def plans_for(
     plans = []
     for name in names:
         planned = solution.candidates[name]
-        planned = replace(planned, block=copy.deepcopy(planned.block))
+        with torch.inference_mode(False):
+            planned = replace(planned, block=copy.deepcopy(planned.block))
         site = model.get_submodule(planned.after)
         here = first_parameter(site, model)
         planned.block.train(site.training)

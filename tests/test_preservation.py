@@ -381,3 +381,40 @@ def test_values_that_do_not_fit(values: Any, words: str) -> None:
     with nothing_left_behind(model), refused(cg.RuleError, "decision.values", words):
         cg.insert(model, replace(solution, decision=decision), optimizer=optimizer)
     assert_same(everything(optimizer), before)
+
+
+# --- where it is called ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_all_the_same(context: Any) -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    solution = solved(model, data, candidate(block=Gain(4)))
+    with context():
+        record = cg.insert(model, solution)
+    assert record.difference == {"train": 0.0, "eval": 0.0}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
+    optimizer.step()
+    assert bool(model.get_parameter("1.inserted.gain").any())
+
+
+def test_under_autocast_nothing_is_left_in_its_cache() -> None:
+    model, data = feedforward(2, 4, 3).float(), classified(30)
+    data = [(x.float(), y) for x, y in data]
+    solution = solved(model, data, cg.Candidate("1", ResidualMLP(4, 3, nn.GELU())))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        record = cg.insert(model, solution)
+        CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
+    assert record.difference == {"train": 0.0, "eval": 0.0}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_a_monitor_s_solution_is_checked_too() -> None:
+    model, data = feedforward(2, 4, 3), classified(30)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate()])
+    with cg.monitor(problem) as watch:
+        CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
+    record = cg.insert(model, watch.solution())
+    assert set(record.difference) == {"train", "eval"}

@@ -302,6 +302,11 @@ def test_rounds_add_up() -> None:
     assert through_json(both) == both
 
 
+def test_evidence_that_json_cannot_hold() -> None:
+    with refused(cg.RecordError, "evidence", "JSON"):
+        cg.GrowthRecord(evidence=({"gain": torch.zeros(2)},)).to_json()
+
+
 def test_damaged_shapes_are_refused() -> None:
     def change(content: dict[str, Any]) -> None:
         content["insertions"][0]["parameters"]["inner.weight"] = [1, 1]
