@@ -5,11 +5,13 @@ names of the candidates to `Sensitivity`; or anything with a method `decide(prob
 Decision`, if it has to ask the model more than that. Nothing else is asked of it.
 """
 
+from constrained_growth.rules.budget import Budget, half_square
 from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.ranking import Threshold, TopK
 from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState
 
 __all__ = [
+    "Budget",
     "DecisionRule",
     "ModelRule",
     "Rule",
@@ -17,5 +19,6 @@ __all__ = [
     "TopK",
     "TrustRegion",
     "TrustRegionState",
+    "half_square",
     "needs_model",
 ]
