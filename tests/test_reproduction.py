@@ -1,0 +1,417 @@
+"""The source's experiments: their runs against plain loops, their statistics against SciPy."""
+
+import copy
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from typer.testing import CliRunner
+
+import constrained_growth as cg
+from constrained_growth.experiments import (
+    referee,
+    reproduction,
+    reproduction_command,
+    reproduction_report,
+)
+from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.data import two_spirals
+from constrained_growth.experiments.ensemble_growth import new_layer
+from constrained_growth.experiments.ensemble_training import Shuffle
+from constrained_growth.experiments.ensembles import ensemble, samples
+from constrained_growth.experiments.protocols import EXPERIMENTS, FAMILIES, Count, Reference
+from constrained_growth.experiments.recommendation import recommended
+from constrained_growth.experiments.reproduction import Runs, networks, reproduce
+from constrained_growth.experiments.reproduction_command import FamilyName
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def few_points(seed):
+    return two_spirals(seed, points_per_class=24)
+
+
+def tiny(name="Exp9", **changes):
+    """An experiment of twelve epochs on few points."""
+    settings = {"before": 5, "after": 7, "times": (), "data": few_points, "factor": 0.5}
+    return dataclasses.replace(EXPERIMENTS[name], **(settings | changes))
+
+
+def plain(experiment, seed, widths):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FAMILIES[experiment.family].build(2, widths, 2).double()
+
+
+def plain_loop(experiment, model, seed, epochs, rate):
+    split, optimizer = experiment.data(seed), torch.optim.SGD(model.parameters(), rate)
+    x, y = split.x_train.double(), split.y_train
+    losses = []
+    for epoch in epochs:
+        order = Shuffle((seed,))(epoch, len(x))[0] if experiment.batch else torch.arange(len(x))
+        found = []
+        for rows in order.split(experiment.batch or len(x)):
+            optimizer.zero_grad()
+            loss = LOSS(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(sum(found) / len(found))
+    return losses
+
+
+def grown(experiment, seed, best):
+    """The losses of a plain loop that inserts where ‖λ_W‖ is largest, or smallest."""
+    model, family = plain(experiment, seed, experiment.widths), FAMILIES[experiment.family]
+    losses = plain_loop(experiment, model, seed, range(experiment.before), experiment.lr)
+    split = experiment.data(seed)
+    sites = [name for name, m in model.named_children() if not isinstance(m, nn.Linear)]
+    candidates = [cg.Candidate(s, family.block(experiment.widths[0]).double()) for s in sites]
+    data = [(split.x_train.double(), split.y_train)]
+    problem = cg.GrowthProblem(model, LOSS, data, candidates)
+
+    def rule(sensitivities):
+        return cg.Decision((best(sensitivities, key=lambda name: sensitivities[name].value),))
+
+    norm = lambda multiplier: multiplier[family.selected].norm()  # noqa: E731
+    cg.insert(model, cg.solve(problem, rule, norm=norm))
+    after = range(experiment.before, experiment.epochs)
+    return losses + plain_loop(experiment, model, seed, after, experiment.lr * experiment.factor)
+
+
+@pytest.mark.parametrize(
+    ("family", "batch"),
+    [*((family, None) for family in FAMILIES), ("relu", 10), ("residual-outer", 10)],
+)
+def test_every_arm_is_what_a_plain_loop_gives(family, batch):
+    experiment = tiny(family=family, batch=batch, widths=(4, 4), lr=0.1)
+    found, seeds = reproduce(experiment, (3, 4, 5)), (3, 4, 5)
+    assert found.samples == 36
+    for row, seed in enumerate(seeds):
+        expected = {
+            "LImax": grown(experiment, seed, max),
+            "LImin": grown(experiment, seed, min),
+        }
+        for name, widths in {"N1": (4, 4), "N2": (4, 4, 4, 4), "N2fix": (4, 4, 4)}.items():
+            model = plain(experiment, seed, widths)
+            epochs = range(experiment.epochs)
+            expected[name] = plain_loop(experiment, model, seed, epochs, experiment.lr)
+        for name, losses in expected.items():
+            np.testing.assert_allclose(found.arms[name].loss[:, row], losses, rtol=0, atol=1e-12)
+    chosen = found.sensitivities.argmax(1)
+    assert found.arms["LImax"].site.tolist() == chosen.tolist()
+    assert found.arms["LImin"].site.tolist() == (1 - chosen).tolist()
+
+
+def test_the_library_is_asked_as_a_user_would_ask_it():
+    experiment = tiny(factor=1.0)
+    found = reproduce(experiment, range(4))
+    runs = found.arms["recommended"]
+    for seed in range(4):
+        model = plain(experiment, seed, (4, 4))
+        plain_loop(experiment, model, seed, range(5), experiment.lr)
+        split = experiment.data(seed)
+        candidates = [
+            cg.Candidate(s, cg.blocks.IdentityLinear(4, nn.ReLU()).double()) for s in ("1", "3")
+        ]
+        data = [(split.x_train.double(), split.y_train)]
+        solution = cg.solve(cg.GrowthProblem(model, LOSS, data, candidates))
+        cg.insert(model, solution)
+        assert solution.decision.chosen == (("1", "3")[runs.site[seed]],)
+        losses = plain_loop(experiment, model, seed, range(5, 12), experiment.lr)
+        np.testing.assert_allclose(runs.loss[5:, seed], losses, rtol=0, atol=1e-12)
+
+
+def test_the_library_may_say_that_nothing_is_to_be_inserted():
+    """Replicas are grouped by what was decided; one says no, the others name different sites."""
+    seeds, experiment = range(3), tiny()
+    models = [m.double() for m in networks(experiment, (4, 4), seeds, 2, 2)]
+    splits = [few_points(seed) for seed in seeds]
+    data = samples([s.x_train.double() for s in splits], [s.y_train for s in splits])
+    answers = iter(((), ("3",), ("1",)))
+    begun = ensemble(models)
+    block = FAMILIES["relu"].block
+    sites, groups = recommended(
+        begun,
+        data,
+        copy.deepcopy(models),
+        block,
+        new_layer(block(4).double()),
+        lambda problem: cg.solve(problem, lambda _: cg.Decision(next(answers))),
+    )
+    assert sites.tolist() == [-1, 1, 0]
+    assert [rows.tolist() for rows, _ in groups] == [[0], [2], [1]]
+    assert [len(after.stack.stages) for _, after in groups] == [2, 3, 3]
+    assert torch.equal(groups[0][1].parameters[0], begun.parameters[0])
+
+
+def test_later_insertions_start_from_the_kept_network():
+    experiment = tiny(times=(2, 5, 9))
+    found = reproduce(experiment, range(3))
+    for epoch, runs in found.inserted_at.items():
+        assert np.array_equal(runs.loss[:epoch], found.arms["N1"].loss[:epoch])
+        moved = runs.loss[epoch + 1 :] != found.arms["N1"].loss[epoch + 1 :]
+        assert moved.any(axis=0).all()
+        for seed in range(3):
+            alone = dataclasses.replace(experiment, before=epoch, after=12 - epoch, times=())
+            losses = grown(alone, seed, max)
+            np.testing.assert_allclose(runs.loss[:, seed], losses, rtol=0, atol=1e-12)
+    assert found.inserted_at[5] is not found.arms["N1"]
+    assert np.array_equal(found.inserted_at[5].loss, found.arms["LImax"].loss)
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduction, "CHUNK", 2)
+    monkeypatch.setattr(reproduction, "TRACE", 4)
+    experiment = tiny(times=(3,))
+    at_once = reproduce(experiment, range(5))
+    honest = reproduction._run
+
+    def interrupted(experiment, seeds, *rest):
+        if 2 in seeds:
+            raise KeyboardInterrupt
+        return honest(experiment, seeds, *rest)
+
+    monkeypatch.setattr(reproduction, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce(experiment, range(5), cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    seen = []
+    monkeypatch.setattr(
+        reproduction, "_run", lambda e, s, *r: (seen.append(s), honest(e, s, *r))[1]
+    )
+    resumed = reproduce(experiment, range(5), cache=tmp_path)
+    assert seen == [(2, 3), (4,)]
+    assert list(tmp_path.iterdir()) == []
+    assert resumed.seeds == at_once.seeds == tuple(range(5))
+    assert resumed.samples == at_once.samples
+    ours, theirs = (
+        [*found.arms.items(), *found.inserted_at.items()] for found in (resumed, at_once)
+    )
+    for (name, runs), (expected, others) in zip(ours, theirs, strict=True):
+        assert name == expected
+        for part in dataclasses.fields(Runs):
+            assert np.array_equal(getattr(runs, part.name), getattr(others, part.name))
+    for name in ("sensitivities", "trace", "trace_epochs"):
+        assert np.array_equal(getattr(resumed, name), getattr(at_once, name))
+
+
+def test_a_run_does_not_depend_on_its_company():
+    experiment = tiny(batch=10)
+    together, alone = reproduce(experiment, range(4)), reproduce(experiment, (2, 9))
+    for name, runs in alone.arms.items():
+        expected = together.arms[name].loss[:, 2]
+        np.testing.assert_allclose(runs.loss[:, 0], expected, rtol=0, atol=1e-12)
+
+
+def test_random_state_is_left_alone():
+    before = torch.get_rng_state()
+    reproduce(tiny(), range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_protocols_are_those_of_the_source():
+    table = {
+        "Exp6": ("relu", (5,), 0.2, 1.0, 450, 1400, None),
+        "Exp8": ("relu", (5,), 0.2, 0.8, 450, 1400, None),
+        "Exp9": ("relu", (4, 4), 0.2, 1.0, 450, 1400, None),
+        "Exp10": ("relu", (4, 4), 0.2, 0.8, 150, 3850, None),
+        "Exp11": ("residual-outer", (3, 3), 0.1, 1.0, 450, 1400, None),
+        "Exp14": ("residual-outer", (3, 3, 3), 0.1, 0.7, 450, 1400, None),
+        "Exp151": ("relu", (5,), 0.01, 1.0, 450, 1400, 45),
+        "Exp25": ("relu", (10, 10), 0.01, 2.0, 250, 300, 45),
+    }
+    assert list(table) == list(EXPERIMENTS)
+    for name, settings in table.items():
+        e = EXPERIMENTS[name]
+        assert (e.family, e.widths, e.lr, e.factor, e.before, e.after, e.batch) == settings
+        split = e.data(0)
+        assert (len(split.x_train), len(split.x_test)) == (450, 150)
+    assert EXPERIMENTS["Exp8"].times == EXPERIMENTS["Exp10"].times
+    assert EXPERIMENTS["Exp8"].times == (150, 250, 350, 450, 550, 650, 750, 850)
+
+
+def test_residual_networks_have_one_layer_and_then_blocks():
+    (model,) = networks(EXPERIMENTS["Exp14"], (3, 3, 3), (0,), 2, 2)
+    kinds = [type(layer).__name__ for layer in model]
+    assert kinds == ["Linear", "Tanh", "ResidualMLP", "ResidualMLP", "Linear"]
+    assert all(p.abs().max() > 0 for p in model.parameters())
+    block = FAMILIES["residual-outer"].block(3)
+    assert torch.equal(block.get_parameter("inner.weight"), 0.8 * torch.eye(3))
+    assert not block.get_parameter("inner.bias").any()
+    assert not block.get_parameter("outer.weight").any()
+
+
+def made(loss, *, site=0, trained=None, operations=(20, 45)):
+    loss = np.array(loss, dtype=float)
+    seeds = loss.shape[1]
+    return Runs(
+        loss,
+        np.ones_like(loss),
+        np.full(seeds, len(loss)) if trained is None else np.array(trained),
+        np.full(seeds, site),
+        np.array(operations),
+    )
+
+
+def test_savings_are_those_that_the_source_names():
+    assert referee.saving(EXPERIMENTS["Exp6"], 20, 45) == pytest.approx(0.135, abs=5e-4)
+    assert referee.saving(EXPERIMENTS["Exp9"], 32, 48) == pytest.approx(0.081, abs=5e-4)
+
+
+def test_work_is_counted():
+    """By hand: 3 passes a step, 20 products before and 45 after the insertion at epoch 1."""
+    experiment = dataclasses.replace(EXPERIMENTS["Exp6"], before=1, after=2)
+    runs = made([[1.0, 1.0]] * 3, trained=[3, 2])
+    choice = 7 * (2 * 20 + 2 * 25)
+    expected = [[0, 0], [420, 420], [420 + 945 + choice] * 2, [2310 + choice, 1365 + choice]]
+    assert referee.work(runs, experiment, 7).tolist() == expected
+    kept = made([[1.0]] * 3, site=-1, operations=(20, 20))
+    assert referee.work(kept, experiment, 7).ravel().tolist() == [0, 420, 840, 1260]
+    early = made([[1.0]] * 3, trained=[1])
+    assert referee.work(early, experiment, 7).ravel().tolist() == [0, 420, 420, 420]
+    none = made([[1.0]] * 3, site=-1, operations=(20, 45))
+    assert referee.work(none, experiment, 7).ravel().tolist() == [0, 420, 840, 1260]
+
+
+def test_levels_are_reached_where_the_loss_first_is_there():
+    runs = made([[0.9, 0.9, 0.3], [0.5, 0.8, 0.9], [0.6, 0.7, 0.2]])
+    assert referee.reached(runs, 0.5).tolist() == [1, math.inf, 0]
+    spent = np.array([[0.0, 0, 0], [10, 20, 30], [11, 21, 31], [12, 22, 32]])
+    assert referee.reached(runs, 0.5, spent).tolist() == [10, math.inf, 0]
+
+
+def test_final_losses_and_drops():
+    loss = np.arange(24.0).reshape(12, 2)[::-1]
+    runs = made(loss)
+    assert referee.final_loss(runs).tolist() == loss[2:].mean(0).tolist()
+    assert referee.drop(runs, 3, 2).tolist() == [4, 4]
+    assert referee.drop(runs, 10, 100).tolist() == [2, 2]
+
+
+def test_pairs_are_tested_as_scipy_tests_them():
+    draw = np.random.default_rng(3)
+    first, second = draw.normal(0.3, 1, 40), draw.normal(0, 1, 40)
+    first[:3] = second[:3]
+    found, difference = referee.paired(first, second), first - second
+    assert found.mean == pytest.approx(difference.mean())
+    assert found.median == pytest.approx(np.median(difference))
+    expected: Any = stats.wilcoxon(first, second)
+    assert found.p == expected.pvalue
+    assert (found.smaller, found.equal, found.runs) == ((difference < 0).sum(), 3, 40)
+    normal = difference.mean() + np.array([-1.96, 1.96]) * difference.std() / math.sqrt(40)
+    assert found.interval == pytest.approx(normal, abs=0.06)
+    low, high = found.median_interval
+    assert low < found.median < high
+    same = referee.paired(first, first)
+    assert (same.mean, same.interval, same.p, same.equal) == (0, (0, 0), 1, 40)
+    shifted = referee.paired(np.full(5, 2.0), np.full(5, 1.5))
+    assert (shifted.interval, shifted.p) == ((0.5, 0.5), 0.0625)
+
+
+def test_agreement_is_the_normal_test_where_that_is_right():
+    """Means of normal samples: p is that of the z-test with both sampling errors."""
+    ours = stats.norm.ppf((np.arange(200) + 0.5) / 200)
+    for known in (0.1, 0.4):
+        found = referee.agreement(ours, Reference(30, known))
+        z = known / math.sqrt(1 / 30 + 1 / 200)
+        assert found.mean == pytest.approx(2 * stats.norm.sf(z), abs=0.02)
+        assert found.median is None
+    shifted = referee.agreement(ours, Reference(30, 2.0, 2.0))
+    assert shifted.mean is not None
+    assert shifted.median is not None
+    assert max(shifted.mean, shifted.median) < 1e-3
+
+
+def test_counts_are_compared_by_fishers_exact_test():
+    """9 of 10 against 2 of 10: hypergeometric probabilities of what is as rare or rarer."""
+    weights = [math.comb(10, k) * math.comb(10, 11 - k) for k in range(1, 11)]
+    tail = sum(w for w in weights if w <= math.comb(10, 9) * math.comb(10, 2))
+    assert referee.same_share(9, 10, 2, 10) == pytest.approx(tail / sum(weights))
+    assert referee.same_share(5, 10, 10, 20) == 1
+
+
+def test_summary():
+    s = referee.summary(np.array([4.0, 1, 2, 3, 5]))
+    assert (s.runs, s.mean, s.median, s.low, s.high) == (5, 3, 3, 2, 4)
+
+
+@pytest.fixture
+def small_protocols(monkeypatch):
+    """Twelve epochs in place of thousands."""
+    reference = {"LImax": Reference(30, 0.6, 0.6, (0.5, 0.7)), "N2": Reference(20, 0.5)}
+    counts = (Count(("LImax", "LImin"), 1, 74, 90),)
+    small = {
+        name: tiny(name, times=(3, 5), reference=reference, counts=counts)
+        for name in ("Exp9", "Exp10")
+    }
+    monkeypatch.setattr(reproduction_command, "EXPERIMENTS", small)
+    return small
+
+
+def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, small_protocols):
+    monkeypatch.setattr("sys.argv", ["constrained-growth", "reproduce", "Exp9", "--seeds", "6"])
+    file, out = tmp_path / "numbers.json", tmp_path / "out"
+    options = ["--seeds", "6", "--seed", "2", "--json", str(file), "--out", str(out)]
+    ran = CliRunner().invoke(app, ["reproduce", "Exp9", *options])
+    assert ran.exit_code == 0, ran.output
+    content = json.loads(file.read_text(), parse_constant=pytest.fail)
+    found = reproduce(small_protocols["Exp9"], range(2, 8))
+    assert (content["experiment"], content["seeds"], content["first_seed"]) == ("Exp9", 6, 2)
+    assert content["command"] == "constrained-growth reproduce Exp9 --seeds 6"
+    assert set(content["arms"]) >= {"LImax", "LImin", "N1", "N2", "N2fix", "recommended"}
+    for name, runs in found.arms.items():
+        assert content["arms"][name]["final_loss"] == pytest.approx(
+            referee.final_loss(runs), abs=1e-6
+        )
+        assert content["arms"][name]["test_error"] == pytest.approx(runs.test_error[-1], abs=1e-6)
+    assert set(content["inserted_at"]) == {"3", "5"}
+    assert {path.name for path in out.iterdir()} == {"Exp9.json", "Exp9.png", "Exp9.txt"}
+    assert json.loads((out / "Exp9.json").read_text()) == content
+    written = (out / "Exp9.txt").read_text()
+    assert "constrained-growth reproduce Exp9 --seeds 6" in written
+    assert "74/90" in written
+    for mean in (np.mean(content["arms"][name]["final_loss"]) for name in ("N1", "LImax")):
+        assert f"{mean:.3f}" in ran.output
+
+
+@pytest.mark.usefixtures("small_protocols")
+def test_all_of_them_in_one_file(tmp_path):
+    file = tmp_path / "numbers.json"
+    arguments = ["reproduce", "all", "--seeds", "3", "--json", str(file)]
+    ran = CliRunner().invoke(app, [*arguments, "--network", "tanhlu"])
+    assert ran.exit_code == 0, ran.output
+    content = json.loads(file.read_text())
+    assert set(content) == {"Exp9-tanhlu", "Exp10-tanhlu"}
+    assert content["Exp9-tanhlu"]["reference"] == {}
+    assert content["Exp9-tanhlu"]["protocol"]["family"] == "tanhlu"
+
+
+def test_the_list_names_every_experiment():
+    ran = CliRunner().invoke(app, ["reproduce", "--list"])
+    assert ran.exit_code == 0
+    assert all(name in ran.output for name in EXPERIMENTS)
+    assert CliRunner().invoke(app, ["reproduce"]).output == ran.output
+
+
+def test_unknown_names_are_refused():
+    ran = CliRunner().invoke(app, ["reproduce", "Exp7"])
+    assert ran.exit_code == 2
+    assert "Exp7 is none of Exp6" in ran.stderr.replace("\n", " ")
+
+
+def test_the_choices_of_the_command_are_the_families_there_are():
+    assert [name.value for name in FamilyName] == list(FAMILIES)
+
+
+def test_the_effort_has_no_number_where_the_median_run_never_gets_there():
+    found = reproduce(tiny(), range(3))
+    content = json.loads(reproduction_report.to_json(found, "x"), parse_constant=pytest.fail)
+    level = content["effort"]["N1"]["levels"]["0.1"]
+    assert level == {"reached": 0.0, "epochs": None, "multiply_adds": None}
