@@ -116,6 +116,36 @@ def second_moments(rank: Rank) -> None:
         assert found.sensitivities[name].value == pytest.approx(sensitivity.value, rel=1e-10)
 
 
+def weighted_batches(rank: Rank) -> None:
+    """The weights are added up too; a process may have batches that count for nothing only."""
+    model, data, candidates = setting()
+    shard = rank.shard(data, SHARES[rank.size])
+    options: dict[str, Any] = {"weight": lambda x, y: (y != 0).sum() if len(x) > 4 else 0}
+    together = cg.GrowthProblem(
+        model, CROSS_ENTROPY, shard, candidates, group=rank.group, **options
+    )
+    single = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates, group=rank.alone, **options)
+    assert_same_answer(cg.solve(together), cg.solve(single))
+
+
+def module_that_is_used_several_times(rank: Rank) -> None:
+    model, data, _ = setting()
+    model[3] = model[1]
+    shard, candidates = (
+        rank.shard(data, EMPTY[rank.size]),
+        [candidate("1"), candidate("2", block=Gain(4))],
+    )
+    assert_same_answer(*compared(rank, model, shard, data, candidates=candidates))
+
+
+def batch_norms_that_wait(rank: Rank) -> None:
+    model, data, _ = setting()
+    model[4] = nn.Sequential(nn.SyncBatchNorm(4), model[4])
+    with pytest.raises(cg.CandidateError, match=r'"4\.0" is a SyncBatchNorm in train mode'):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("1")], group=rank.group)
+    cg.GrowthProblem(model.eval(), CROSS_ENTROPY, data, [candidate("1")], group=rank.group)
+
+
 def blocks_drawn_differently(rank: Rank) -> None:
     """As every process may have a seed of its own, the first one's blocks count."""
     model, data, _ = setting()
@@ -286,6 +316,9 @@ CASES: list[Callable[[Rank], None]] = [
     unequal_shards,
     process_without_data,
     second_moments,
+    weighted_batches,
+    module_that_is_used_several_times,
+    batch_norms_that_wait,
     blocks_drawn_differently,
     site_that_is_overwritten,
     wrapped_model,

@@ -110,7 +110,7 @@ class Watched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gc.collect()
-        earlier = self.seen + self.batches[:-2]
+        earlier = self.seen + self.batches[1:-2]  # the problem keeps the input of the first batch
         assert [ref() for ref in earlier] == [None] * len(earlier)
         y = x * 1.0
         self.seen += [weakref.ref(x), weakref.ref(y)]
