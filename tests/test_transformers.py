@@ -325,7 +325,7 @@ def test_replay(kind: Any) -> None:
 
 
 def test_layers_that_depend_on_their_number_are_refused() -> None:
-    model = made("GPT2", {**GPT2[1], "scale_attn_by_inverse_layer_idx": True})
+    model = made("GPT2", {**GPT2[1], "scale_attn_by_inverse_layer_idx": True}, attention="eager")
     solution = cg.solve(problem_of(model, cgt.find_candidates(model)), choose("transformer.h.0"))
     with nothing_left_behind(model), refused(cg.GrowthError):  # by the number, or by the outputs
         cgt.insert(model, solution)
