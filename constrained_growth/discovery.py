@@ -205,7 +205,7 @@ def _proposed(
     model: nn.Module, runs: Mapping[str, _Run]
 ) -> tuple[list[Candidate], dict[str, str], dict[str, str]]:
     """The candidates, candidate → reason, and module → why nothing is proposed after it."""
-    last = runs[""].y
+    last = next(reversed(runs.values())).y  # of the model, or what is inside its wrapper
     stacked = set(_stacked(model, runs))
     skipped: dict[str, str] = {}
     blocks: dict[str, tuple[nn.Module, str]] = {}
