@@ -1,0 +1,372 @@
+# %% [markdown]
+# # 8. Write your own rule, write your own block
+#
+# Nothing in the library is closed: a rule is a function, a block is an `nn.Module` with one attribute.
+#
+# At the end you will be able to say
+#
+# * what a rule gets and what it has to return, and how to give one a guarantee;
+# * what makes a module a block, and what a closed form of its multipliers adds;
+# * how to have both checked before they are trusted.
+
+# %%
+import copy
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import AffineFactors
+from constrained_growth.testing import check_block
+
+torch.set_default_dtype(torch.float64)
+torch.manual_seed(0)
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
+
+# %% [markdown]
+# ## Claim 1. A rule is a function from sensitivities to a decision
+#
+# It is called with a mapping, candidate $\to$ `Sensitivity`, and returns `cg.Decision(chosen, reason)`. A sensitivity carries the
+# `value` $\lVert\lambda\rVert$ in the norm asked for, its `standard_error`, the `variance` $\operatorname{tr}\operatorname{Cov}(\lambda)$,
+# the numbers of pinned and of new parameters, and the site. So a first rule is three lines:
+
+
+# %%
+def only_narrow(sensitivities):
+    """The largest sensitivity among layers of at most 50 new parameters."""
+    small = {name: s.value for name, s in sensitivities.items() if s.num_new_parameters <= 50}
+    return cg.Decision((max(small, key=small.get),) if small else (), "largest of the narrow ones")
+
+
+# %% [markdown]
+# ## Claim 2. A rule can come with a guarantee: seldom insert when there is nothing to gain
+#
+# When is there nothing to gain? When the network is *right*: if targets are drawn from the distribution that the network itself
+# predicts, the derivative of the log-likelihood by any parameter, new ones included, has mean zero (the score has mean zero; van der Vaart
+# 1998, section 5.5). The multiplier of the population is then $\lambda = 0$ for every candidate. What a sample shows, $\hat\lambda$, is noise,
+# and yet `TopK(1)` inserts the largest noise.
+#
+# With $\lambda = 0$ we have $\mathbb E\lVert\hat\lambda\rVert^2 = \operatorname{tr}\operatorname{Cov}(\hat\lambda)$ (notebook 3), and Markov's inequality
+# gives, for any $z$,
+#
+# $$\Pr\big(\lVert\hat\lambda\rVert \ge z\sqrt{\operatorname{tr}\operatorname{Cov}(\hat\lambda)}\big) \le \frac1{z^2} .$$
+#
+# For $m$ candidates the union bound multiplies this by $m$. So a rule that asks for $z^2 = m/\alpha$ inserts needlessly with
+# probability at most $\alpha$, if the variance is known; here it is estimated from the same sample. No normality is needed.
+
+
+# %%
+@dataclass(frozen=True)
+class Significant:
+    """The largest sensitivity, if noise alone would seldom give it.
+
+    Args:
+        level: At most this probability of inserting when all multipliers are zero.
+    """
+
+    level: float = 0.05
+
+    def __call__(self, sensitivities):
+        z = (len(sensitivities) / self.level) ** 0.5
+        ratios = {name: s.value / s.standard_error for name, s in sensitivities.items()}
+        best = max(ratios, key=ratios.get)
+        reason = f"{ratios[best]:.1f} standard errors, {z:.1f} needed"
+        return cg.Decision((best,) if ratios[best] >= z else (), reason)
+
+
+# %% [markdown]
+# We try it on samples of 500 for which the network is right, and on samples for which it is not: there the targets come from a
+# network that is one layer deeper.
+
+# %%
+model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+with torch.no_grad():
+    for layer in (model[0], model[2], model[4]):
+        layer.weight.mul_(2)
+teacher = copy.deepcopy(model)
+layer = cg.blocks.ResidualMLP(6, 6, torch.tanh)
+nn.init.normal_(layer.outer.weight, std=0.7)
+teacher.insert(2, layer)
+candidates = [cg.Candidate(site, cg.blocks.ResidualMLP(6, 6, torch.tanh)) for site in ("1", "3")]
+
+
+def sample(source, size=500):
+    x = torch.randn(size, 3)
+    with torch.no_grad():
+        return x, torch.distributions.Categorical(logits=source(x)).sample()
+
+
+def ratios_and_choices(source, rule, repeats=200):
+    """The largest ratio and the choice, for fresh samples."""
+    ratios, chosen = [], []
+    data = [sample(source)]
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
+    for _ in range(repeats):
+        data[0] = sample(source)
+        solution = cg.solve(problem, rule=rule, stationarity=False)
+        ratios.append(max(s.value / s.standard_error for s in solution.sensitivities.values()))
+        chosen.append(solution.decision.chosen)
+    return np.array(ratios), chosen
+
+
+rule = Significant(level=0.05)
+null, inserted_null = ratios_and_choices(model, rule)
+real, inserted_real = ratios_and_choices(teacher, rule)
+false_alarms = np.mean([bool(chosen) for chosen in inserted_null])
+found = np.mean([bool(chosen) for chosen in inserted_real])
+print(
+    f"network right: inserts in {false_alarms:.1%} of 200 samples;  a layer missing: in {found:.1%}"
+)
+assert false_alarms <= 0.05
+assert found > 0.9
+always = ratios_and_choices(model, cg.TopK(1), repeats=20)[1]
+assert all(always)  # the largest noise is still the largest
+
+# %%
+fig, ax = plt.subplots(figsize=(6, 3.1))
+bins = np.linspace(0, max(real.max(), 8), 60)
+ax.hist(null, bins, color=GREY, label="network right, nothing to gain")
+ax.hist(real, bins, color=BLUE, alpha=0.8, label="a layer is missing")
+ax.axvline((2 / 0.05) ** 0.5, color=RED, linestyle="--", label=r"$z = \sqrt{m/\alpha}$, level 5 %")
+ax.set_xlabel(r"largest $\Vert\hat\lambda\Vert$ in standard errors (no unit)")
+ax.set_ylabel("number of samples")
+ax.legend(frameon=False, fontsize=8)
+ax.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# **Figure 1.** The statistic of the rule for 200 samples of each kind. The bound is far from tight, because Markov's inequality
+# serves every distribution; what it promises holds.
+#
+# ## Claim 3. A block is a module that names its pins
+#
+# Take a bottleneck with a normalisation in front, as adapters for transformers have it (Houlsby et al. 2019):
+#
+# $$x\mapsto x + W_2\,\mathrm{GELU}(W_1\,\mathrm{LN}(x)), \qquad W_2 = 0 \text{ pinned} .$$
+#
+# Any module that is the identity and says `pinned = (...)` will do: its multipliers are then found by differentiating the block alone.
+# If it also says `factors(x, delta)`, the outer-product form of notebook 3,
+#
+# $$\lambda_{W_2} = -\sum\psi\varphi^{\mathsf T}, \qquad \psi = \delta, \quad \varphi = \mathrm{GELU}(W_1\,\mathrm{LN}(x)),$$
+#
+# the library gets the multipliers of single samples for nothing, and with them a standard error from a single batch. A `config()` lets a
+# record build the block again in another process.
+
+
+# %%
+class Bottleneck(nn.Module):
+    """x + W2 GELU(W1 LN(x)), pinned at W2 = 0."""
+
+    pinned = ("up.weight",)
+
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, hidden, bias=False)
+        self.up = nn.Linear(hidden, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return x + self.up(self.features(x))
+
+    def features(self, x):
+        return F.gelu(self.down(self.norm(x)))
+
+    def config(self):
+        return {"width": self.down.in_features, "hidden": self.down.out_features}
+
+
+class WithFactors(Bottleneck):
+    def factors(self, x, delta):
+        return (AffineFactors("up.weight", None, delta, self.features(x)),)
+
+
+x, labels = sample(teacher)
+plain, closed = Bottleneck(6, 3), WithFactors(6, 3)
+closed.load_state_dict(plain.state_dict())
+both = [cg.Candidate("1", plain, name="plain"), cg.Candidate("1", closed, name="closed")]
+problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [(x, labels)], both)
+solution = cg.solve(problem)
+for name in ("plain", "closed"):
+    s = solution.sensitivities[name]
+    print(f"{name:7} {s.value:.6f} +- {s.standard_error:.6f}")
+by_block, by_factors = (solution.multipliers[name]["up.weight"] for name in ("plain", "closed"))
+assert torch.allclose(by_block, by_factors, atol=1e-14)
+assert np.isnan(solution.sensitivities["plain"].standard_error)  # one batch, no single samples
+assert solution.sensitivities["closed"].standard_error > 0
+
+# independently: the block in the network, and autograd
+grown = nn.Sequential(*copy.deepcopy(model))
+grown.insert(2, copy.deepcopy(plain))
+loss = F.cross_entropy(grown(x), labels)
+(gradient,) = torch.autograd.grad(loss, grown[2].up.weight)
+assert torch.allclose(by_factors, -gradient, atol=1e-14)
+
+# %% [markdown]
+# ## Claim 4. What can go wrong is checked
+#
+# `check_block(block, x)` tries all that the library relies on: identity at the pins in both modes, no dead pins, factors that are the
+# gradient of every single sample, copying, saving, other precisions, and a whole solve, insert and replay. A block that passes can be used; one
+# that does not is told why. We break ours in three ways.
+
+
+# %%
+class WrongFactors(Bottleneck):
+    def factors(self, x, delta):
+        return (
+            AffineFactors("up.weight", None, delta, self.down(self.norm(x))),
+        )  # the GELU forgotten
+
+
+class NotIdentity(Bottleneck):
+    def forward(self, x):
+        return 1.01 * x + self.up(self.features(x))
+
+
+def dead():
+    block = Bottleneck(6, 3)
+    nn.init.zeros_(block.down.weight)  # both factors zero: notebook 4
+    return block
+
+
+example = torch.randn(7, 6)
+check_block(closed, example)
+check_block(plain, example)
+for broken in (WrongFactors(6, 3), NotIdentity(6, 3), dead()):
+    message = ""
+    try:
+        check_block(broken, example)
+    except cg.BlockError as error:
+        message = str(error)
+    assert message
+    print(message.splitlines()[1][:110], "…")
+
+# %% [markdown]
+# ## Claim 5. Your own rule and block do all that the library's do
+#
+# Solve, decide, insert without moving the function, write the record down, build the architecture again, train on.
+
+# %%
+mixed = [
+    cg.Candidate(site, WithFactors(6, 3), name=f"bottleneck after {site}") for site in ("1", "3")
+]
+optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+x, labels = sample(teacher, size=2000)
+growing = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [(x, labels)], mixed)
+solution = cg.solve(growing, rule=Significant())
+print(solution.decision)
+before, kept = model(x), copy.deepcopy(model)
+record = cg.insert(model, solution, optimizer=optimizer)
+assert solution.decision.chosen
+assert torch.equal(model(x), before)
+
+fresh = copy.deepcopy(kept)
+cg.replay(
+    fresh,
+    cg.GrowthRecord.from_json(record.to_json()),
+    blocks={solution.decision.chosen[0]: WithFactors(6, 3)},
+)
+fresh.load_state_dict(model.state_dict())
+assert torch.equal(fresh(x), before)
+
+
+def trained(net, optimizer, steps=300):
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(net(x), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+with_layer = trained(model, optimizer)
+without = trained(kept, torch.optim.Adam(kept.parameters(), lr=0.01))
+assert with_layer[0] == without[0]
+
+# %%
+fig, ax = plt.subplots(figsize=(5.6, 3.1))
+ax.plot(without, color=GREY, label="twin without the layer")
+ax.plot(with_layer, color=BLUE, label="with the bottleneck")
+ax.set_xlabel("Adam steps after the insertion")
+ax.set_ylabel("cross-entropy on the sample (nats)")
+ax.legend(frameon=False)
+ax.spines[["top", "right"]].set_visible(False)
+
+# %% [markdown]
+# **Figure 2.** One network with the layer and its twin without. Both start at the same loss, because the insertion does not move the
+# function. One run of each: an illustration, and no evidence that insertion pays in general.
+#
+# ## Exercises
+#
+# 1. Write a rule `per_parameter` that chooses the candidate with the largest $\lVert\lambda\rVert^2$ per *new* parameter.
+# 2. Write a block `Gate` that multiplies each of `width` features by a number, pinned at 1, with its closed form left out. What is
+#    its multiplier, in terms of $x$ and $\delta$?
+# 3. In Claim 2, which $z$ does the rule need for 10 candidates at a level of 1 %?
+
+
+# %%
+def check_1(rule):
+    make = cg.Sensitivity
+    few = {"a": make(1.0, num_new_parameters=10), "b": make(2.0, num_new_parameters=60)}
+    assert rule(few).chosen == ("a",)
+    assert rule({"b": few["b"]}).chosen == ("b",)
+    assert cg.TopK(1)(few).chosen == ("b",)
+    print("1: right")
+
+
+def check_2(block, multiplier):
+    """A block for 6 features, and a function (x, delta) -> vector of 6."""
+    check_block(block, example)
+    (name,) = block.pinned
+    site = kept[:2](x).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(F.cross_entropy(kept[2:](site), labels), site)
+    candidate = cg.Candidate("1", block)
+    solved = cg.solve(cg.GrowthProblem(kept, nn.CrossEntropyLoss(), [(x, labels)], [candidate]))
+    assert torch.allclose(solved.multipliers["1"][name], multiplier(site, delta), atol=1e-14)
+    print("2: right")
+
+
+def check_3(z):
+    ten = {str(i): cg.Sensitivity(z * (1 + 1e-9), standard_error=1.0) for i in range(10)}
+    below = {str(i): cg.Sensitivity(z * (1 - 1e-9), standard_error=1.0) for i in range(10)}
+    assert Significant(0.01)(ten).chosen
+    assert not Significant(0.01)(below).chosen
+    print("3: right")
+
+
+# %%
+def per_parameter(sensitivities):
+    best = max(
+        sensitivities.items(), key=lambda item: item[1].value ** 2 / item[1].num_new_parameters
+    )
+    return cg.Decision((best[0],), "most per parameter")
+
+
+class Gate(nn.Module):
+    pinned = ("gate",)
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return self.gate * x
+
+
+check_1(per_parameter)
+check_2(Gate(6), lambda x, delta: -(delta * x).sum(0))
+check_3(z=1000**0.5)
+
+# %% [markdown]
+# ## References
+#
+# * A. W. van der Vaart, *Asymptotic Statistics*, Cambridge University Press, 1998, section 5.5: the score has mean zero.
+# * S. Boucheron, G. Lugosi and P. Massart, *Concentration Inequalities*, Oxford University Press, 2013, section 2.1: Markov's inequality.
+# * N. Houlsby et al., *Parameter-Efficient Transfer Learning for NLP*, ICML 2019, arXiv 1902.00751: bottleneck adapters with a skip
+#   connection, started close to the identity.
+# * J. L. Ba, J. R. Kiros and G. E. Hinton, *Layer Normalization*, arXiv 1607.06450, 2016.
