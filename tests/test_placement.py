@@ -8,38 +8,12 @@ from typing import Any
 import pytest
 import torch
 from helpers import choose, classified, nothing_left_behind, refused, solved
+from stacks import Residual, Stack, copied, mlp
 from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import CopiedBlock, ResidualLinear, ResidualMLP
 from constrained_growth.inserted import Inserted
-
-
-class Residual(nn.Module):
-    """x + W₂ tanh(W₁ norm(x))."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.norm, self.act = nn.LayerNorm(width), nn.Tanh()
-        self.inner, self.outer = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.outer(self.act(self.inner(self.norm(x))))
-
-
-class Stack(nn.Module):
-    """A stem, a list of residual blocks, a head."""
-
-    def __init__(self, depth: int = 3) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
-        self.blocks = nn.ModuleList(Residual() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
 
 
 class Counting(Stack):
@@ -65,14 +39,6 @@ def sequential(*blocks: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 4), *blocks, nn.Linear(4, 3))
 
 
-def copied(model: nn.Module, after: str, name: str = "") -> cg.Candidate:
-    return cg.Candidate(after, CopiedBlock(model.get_submodule(after)), name=name or after)
-
-
-def mlp(after: str, name: str = "") -> cg.Candidate:
-    return cg.Candidate(after, ResidualMLP(4, 3, nn.GELU()), name=name or f"mlp {after}")
-
-
 def grown(model: nn.Module, *candidates: cg.Candidate, **options: Any) -> cg.GrowthRecord:
     """All of them put in, the output the same to the last bit, the record replayed from JSON."""
     names = [one.name for one in candidates]
@@ -95,7 +61,7 @@ def grown(model: nn.Module, *candidates: cg.Candidate, **options: Any) -> cg.Gro
 
 
 def test_a_copy_becomes_the_next_element() -> None:
-    model = Stack()
+    model = Stack(3)
     old = list(model.blocks)
     (layer,) = grown(model, copied(model, "blocks.1")).insertions
     assert (layer.after, layer.placement) == ("blocks.1", "sibling")
@@ -112,7 +78,7 @@ def test_in_a_sequence_too() -> None:
 
 
 def test_several_copies_name_their_sites_as_they_then_are() -> None:
-    model = Stack()
+    model = Stack(3)
     old = list(model.blocks)
     record = grown(model, *(copied(model, f"blocks.{i}") for i in range(3)))
     assert [layer.after for layer in record.insertions] == ["blocks.0", "blocks.2", "blocks.4"]
@@ -120,7 +86,7 @@ def test_several_copies_name_their_sites_as_they_then_are() -> None:
 
 
 def test_copies_and_other_layers_in_one_list() -> None:
-    model = Stack()
+    model = Stack(3)
     candidates = [mlp("blocks.2"), copied(model, "blocks.0"), mlp("blocks.0.act"), mlp("stem")]
     candidates += [copied(model, "blocks.2"), mlp("blocks.0"), copied(model, "blocks.1")]
     record = grown(model, *candidates)
@@ -132,7 +98,7 @@ def test_copies_and_other_layers_in_one_list() -> None:
 
 @pytest.mark.parametrize("order", ["wsw", "sww", "wws", "sws", "ssw", "wss"])
 def test_layers_at_one_site_run_in_the_order_of_the_problem(order: str) -> None:
-    model = Stack()
+    model = Stack(3)
     candidates = [
         copied(model, "blocks.1", f"{i}{kind}") if kind == "s" else mlp("blocks.1", f"{i}{kind}")
         for i, kind in enumerate(order)
@@ -149,7 +115,7 @@ def test_layers_at_one_site_run_in_the_order_of_the_problem(order: str) -> None:
 
 
 def test_a_copy_is_of_its_neighbour_before_others_were_put_into_it() -> None:
-    model = Stack()
+    model = Stack(3)
     grown(model, mlp("blocks.1.act"), mlp("blocks.1.inner"), copied(model, "blocks.1"))
     assert type(model.blocks[1].act) is Inserted
     assert type(model.blocks[2].act) is nn.Tanh
@@ -194,7 +160,7 @@ def test_lists_in_lists_are_gone_through_from_the_outside() -> None:
 
 
 def test_round_after_round() -> None:
-    model, data, x = Stack(), classified(12), torch.randn(6, 2)
+    model, data, x = Stack(3), classified(12), torch.randn(6, 2)
     fresh, record = copy.deepcopy(model), cg.GrowthRecord()
     for after in ("blocks.0", "blocks.1", "blocks.1.act", "blocks.1", "blocks.3"):
         one = mlp(after) if after.endswith("act") else copied(model, after)
@@ -216,7 +182,7 @@ def named() -> nn.Module:
 
 
 def aliased() -> nn.Module:
-    model = Stack()
+    model = Stack(3)
     model.last = model.blocks[2]
     return model
 
@@ -242,7 +208,7 @@ def test_what_is_no_plain_element_is_stood_around(make: Callable[[], Any], after
 @pytest.mark.parametrize("at", [0, 2])
 def test_a_list_that_would_not_reach_the_layer_is_refused(at: int) -> None:
     """In the middle the output moves, as the last block is dropped; at the end nothing does."""
-    model = Counting()
+    model = Counting(3)
     solution = solved(model, classified(12), copied(model, f"blocks.{at}"))
     optimizer = torch.optim.Adam(model.parameters())
     words = ["moves by"] if at == 0 else ["never be reached", f"blocks.{at}"]
@@ -258,7 +224,7 @@ def test_standalone_form_with_other_parameters_is_refused() -> None:
         def standalone(self) -> nn.Module:
             return nn.Linear(4, 4)
 
-    model = Stack()
+    model = Stack(3)
     one = cg.Candidate("blocks.0", Detached(4, torch.tanh))
     solution = solved(model, classified(12), one)
     with nothing_left_behind(model), refused(cg.BlockError, "standalone()", "pinned"):
@@ -267,7 +233,7 @@ def test_standalone_form_with_other_parameters_is_refused() -> None:
 
 def test_new_elements_join_the_groups_of_their_counterparts() -> None:
     """Also where the last matrix before it is in another group."""
-    model = Stack()
+    model = Stack(3)
     groups = [
         {"params": [p for n, p in model.named_parameters() if kind in n], "lr": rate}
         for kind, rate in {"norm": 0.1, "inner": 0.2, "outer": 0.3, "stem": 0.4}.items()
@@ -281,10 +247,10 @@ def test_new_elements_join_the_groups_of_their_counterparts() -> None:
 
 
 def test_records_of_copies_are_checked() -> None:
-    model = Stack()
+    model = Stack(3)
     record = grown(model, copied(model, "blocks.1"))
     text = cg.GrowthRecord.from_json(record.to_json())
-    other = Stack()
+    other = Stack(3)
     other.blocks[1] = nn.Identity()
     with nothing_left_behind(other), refused(cg.RecordError, "Residual", "Identity"):
         cg.replay(other, text, strict=False)
@@ -292,7 +258,7 @@ def test_records_of_copies_are_checked() -> None:
     flat.blocks = nn.ModuleDict({"0": Residual(), "1": Residual()})
     with nothing_left_behind(flat), refused(cg.RecordError, "no element of an nn.ModuleList"):
         cg.replay(flat, text, strict=False)
-    again = cg.replay(Stack(), text, blocks={"blocks.1": CopiedBlock(Residual())})
+    again = cg.replay(Stack(3), text, blocks={"blocks.1": CopiedBlock(Residual())})
     assert type(again.get_submodule("blocks.2")) is Residual
 
 
@@ -300,7 +266,7 @@ def test_a_copy_of_something_else_has_to_be_given() -> None:
     class Other(Residual):
         pass
 
-    model, fresh, data = Stack(), Stack(), classified(12)
+    model, fresh, data = Stack(3), Stack(3), classified(12)
     one = cg.Candidate("blocks.1", CopiedBlock(Other()))
     record = cg.insert(model, solved(model, data, one))
     text = cg.GrowthRecord.from_json(record.to_json())
