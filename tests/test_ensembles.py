@@ -13,7 +13,7 @@ from torch import nn
 
 import constrained_growth as cg
 from constrained_growth.experiments import ensemble_growth as growth
-from constrained_growth.experiments.data import two_spirals
+from constrained_growth.experiments.data import Split, two_spirals
 from constrained_growth.experiments.ensemble_training import SGD, Adam, Shuffle, train
 from constrained_growth.experiments.ensembles import (
     ensemble,
@@ -354,3 +354,55 @@ def test_golden(name):
     expected = torch.from_numpy(arrays["loss_post"]).view(second, -1).mean(1)
     close(history.loss[:, 0], expected, 1e-8)
     close(after.parameters[0], parameters("final_"), 1e-8)
+
+
+def images(channels=3):
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5, 4)),
+        nn.Conv2d(1, channels, 3, stride=(1, 2), padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(channels * 10, 3),
+    )
+
+
+def test_convolutions_are_trained_and_grow_as_plain_ones_do():
+    """Images of 5 × 4 pixels; the first convolution goes to 5 × 2."""
+    x, y = torch.randn(3, 12, 20), torch.randint(3, (3, 12))
+    models, data, optimizer = (
+        [images() for _ in range(3)],
+        samples(x.unbind(), y.unbind()),
+        SGD(0.1),
+    )
+    before, _ = train(ensemble(models), data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
+    new = cg.blocks.IdentityConv2d(3, nn.ReLU())
+    layer = growth.new_layer(new, before.stack.stages[-1])
+    found = growth.multipliers(before, data, layer)
+    grown = growth.insert_layer(before, [0, 1, 1], layer)
+    after, history = train(grown, data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
+    assert multiply_adds(before.stack) == 10 * 3 * 9 + 10 * 3 * 3 * 9 + 30 * 3
+    for r, model in enumerate(models):
+        alone, split = torch.optim.SGD(model.parameters(), 0.1), Split(x[r], y[r], x[r], y[r])
+        orders = [Shuffle((r + 1,))(epoch, 12)[0] for epoch in range(20)]
+        plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[e])
+        candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in ("2", "4")]
+        problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [(x[r], y[r])], candidates)
+        chosen = "2" if r == 0 else "4"
+        solution = cg.solve(problem, lambda _, name=chosen: cg.Decision((name,)))
+        for k, site in enumerate(("2", "4")):
+            for name, value in solution.multipliers[site].items():
+                close(found[k][name][r], value)
+        cg.insert(model, solution, optimizer=alone)
+        losses = plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[10 + e])
+        close(history.loss[:, r], torch.tensor(losses).view(10, 3).mean(1), 1e-12)
+        close(after.parameters[r], vector(model), 1e-11)
+
+
+def test_convolutions_of_another_kind_are_refused():
+    padded = nn.Conv2d(1, 2, 3)
+    with refused(cg.CandidateError, "Conv2d", "no stacked form", "half of its kernel"):
+        ensemble([nn.Sequential(nn.Unflatten(1, (1, 4, 4)), padded, nn.ReLU(), nn.Linear(8, 2))])
+    with refused(cg.BlockError, "IdentityConv2d", "no stacked form"):
+        growth.new_layer(cg.blocks.IdentityConv2d(3, nn.ReLU()))

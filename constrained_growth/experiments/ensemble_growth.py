@@ -13,16 +13,15 @@ from torch import Tensor, nn
 from constrained_growth.activations import computes_same
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError
+from constrained_growth.experiments.ensemble_stages import Stage, stage_of
 from constrained_growth.experiments.ensembles import (
     Ensemble,
     Loss,
     Samples,
     Stack,
-    Stage,
     cross_entropy,
     forward,
     parts,
-    stage_of,
 )
 
 
@@ -43,15 +42,19 @@ class NewLayer:
     pinned: tuple[str, ...]
 
 
-def new_layer(blocks: nn.Module | Sequence[nn.Module]) -> NewLayer:
+def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
     """A block of the library as a layer to insert: the same for all replicas, or one for each.
 
+    Args:
+        blocks: One, or as many as there are replicas.
+        after: A stage that it may follow; needed for a convolution, to know the size of images.
+
     Raises:
-        BlockError: It is none of `IdentityLinear`, `ResidualLinear` and `ResidualMLP`.
+        BlockError: It has no stacked form, see `stage_of`.
     """
     each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
     return NewLayer(
-        stage_of(each[0]),
+        stage_of(each[0], after),
         torch.stack([nn.utils.parameters_to_vector(b.parameters()).detach() for b in each]),
         tuple(name for name, _ in each[0].named_parameters()),
         tuple(pinned_parameters(each[0])),

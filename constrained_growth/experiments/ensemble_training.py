@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -161,9 +161,9 @@ def train(
     for epoch in range(begun.epochs, begun.epochs + epochs):
         if running.any():
             moving = running.unsqueeze(1).to(parameters.dtype)
-            read = data if order is None else _ordered(data, order(epoch, data.x.shape[2]))
+            rows = None if order is None else order(epoch, data.x.shape[2])
             now = list[Tensor]()
-            for part in _batches(read, batch):
+            for part in _batches(data, batch, rows):
                 value, slope = gradient(begun.stack, parameters, part, loss)
                 optimizer.step(parameters, slope, memory, moving)
                 now.append(value)
@@ -189,17 +189,19 @@ def train(
     return after, History(recorded, torch.stack(errors) if errors else None, trained)
 
 
-def _ordered(data: Samples, order: Tensor) -> Samples:
-    return Samples(_gathered(data.x, order), _gathered(data.y, order))
+def _batches(data: Samples, size: int | None, order: Tensor | None) -> Iterator[Samples]:
+    """One after the other, so that never more than a batch is copied."""
+    count = data.x.shape[2]
+    size = count if size is None else min(size, count)
+    for begin in range(0, count, size):
+        if order is None:
+            part = slice(begin, begin + size)
+            yield Samples(data.x[:, :, part], data.y[:, :, part])
+        else:
+            rows = order[:, begin : begin + size].unsqueeze(1)
+            yield Samples(_gathered(data.x, rows), _gathered(data.y, rows))
 
 
-def _gathered(values: Tensor, order: Tensor) -> Tensor:
-    index = order.unsqueeze(1).expand(-1, values.shape[1], -1)
-    return values.expand(len(order), -1, -1).gather(2, index)
-
-
-def _batches(data: Samples, size: int | None) -> list[Samples]:
-    if size is None or size >= data.x.shape[2]:
-        return [data]
-    pieces = zip(data.x.split(size, dim=2), data.y.split(size, dim=2), strict=True)
-    return [Samples(x, y) for x, y in pieces]
+def _gathered(values: Tensor, rows: Tensor) -> Tensor:
+    index = rows.expand(-1, values.shape[1], -1)
+    return values.expand(len(rows), -1, -1).gather(2, index)

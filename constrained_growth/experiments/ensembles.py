@@ -5,88 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.activations import Activation
-from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.errors import BlockError, CandidateError, DataError
+from constrained_growth.errors import CandidateError, DataError
+from constrained_growth.experiments.ensemble_stages import (
+    Convolution,
+    Stage,
+    activated,
+    affine,
+    stage_of,
+)
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(output, target), both (replicas, classes, samples), to the mean loss of each (replicas,)."""
-
-
-class Stage(Protocol):
-    """A hidden layer of all replicas at once."""
-
-    @property
-    def width(self) -> int:
-        """Size of its output."""
-        ...
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of its parameters in one replica, in the order of the plain module."""
-        ...
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Parameters (replicas, …), x (replicas, inputs, samples) to (replicas, width, samples)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Dense:
-    """σ(Wx + b) − s."""
-
-    width: int
-    activation: Activation
-    shift: float = 0.0
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """W, b."""
-        return (self.width, inputs), (self.width,)
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer."""
-        weight, bias = parameters
-        y = self.activation(_affine(weight, bias, x))
-        return y - self.shift if self.shift else y
-
-
-@dataclass(frozen=True)
-class ResidualOne:
-    """x + σ(Wx + b)."""
-
-    width: int
-    activation: Activation
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """W, b."""
-        return (self.width, inputs), (self.width,)
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer."""
-        weight, bias = parameters
-        return x + self.activation(_affine(weight, bias, x))
-
-
-@dataclass(frozen=True)
-class ResidualTwo:
-    """x + W₂σ(W₁x + b)."""
-
-    width: int
-    hidden: int
-    activation: Activation
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """W₁, b, W₂."""
-        return (self.hidden, inputs), (self.hidden,), (self.width, self.hidden)
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer."""
-        inner, bias, outer = parameters
-        return torch.baddbmm(x, outer, self.activation(_affine(inner, bias, x)))
 
 
 @dataclass(frozen=True)
@@ -159,7 +92,8 @@ def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
     Args:
         models: Each a sequence of `nn.Linear` followed by an elementwise activation, and of the
             blocks `IdentityLinear`, `ResidualLinear` and `ResidualMLP`, with an `nn.Linear` last.
-            The activations are those of the first network.
+            Between an `nn.Unflatten` and an `nn.Flatten` also `nn.Conv2d`, padded by half of its
+            kernel, followed by an activation. The activations are those of the first network.
 
     Raises:
         CandidateError: A network has another form, or they are not of one architecture.
@@ -220,7 +154,7 @@ def forward(stack: Stack, parameters: Tensor, x: Tensor) -> tuple[Tensor, list[T
     for stage, mine in zip(stack.stages, hidden, strict=True):
         x = stage(mine, x)
         sites.append(x)
-    return _affine(weight, bias, x), sites
+    return affine(weight, bias, x), sites
 
 
 def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
@@ -260,11 +194,9 @@ def gradient(
 
 def multiply_adds(stack: Stack) -> int:
     """Multiplications with an addition in one forward pass of one sample, biases not counted."""
-    return sum(math.prod(s) for shapes in stack.shapes for s in shapes if len(s) == 2)
-
-
-def _affine(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
-    return torch.baddbmm(bias.unsqueeze(2), weight, x)
+    widths = [stack.inputs, *(stage.width for stage in stack.stages)]
+    hidden = sum(s.multiply_adds(w) for s, w in zip(stack.stages, widths, strict=False))
+    return hidden + stack.outputs * widths[-1]
 
 
 def parts(flat: Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Tensor]]:
@@ -277,33 +209,23 @@ def parts(flat: Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[lis
 def _stack_of(model: nn.Sequential) -> Stack:
     modules = list(model)
     last, stages = modules.pop(), list[Stage]()
-    first = modules[0] if modules else last
-    if not isinstance(first, nn.Linear) or not isinstance(last, nn.Linear):
-        raise CandidateError("model must begin and end with an nn.Linear.")
+    if not isinstance(last, nn.Linear):
+        raise CandidateError("model must end with an nn.Linear.")
+    inputs, size = 0, (1, 1)
     while modules:
         module = modules.pop(0)
-        if isinstance(module, nn.Linear):
-            if not modules or module.bias is None:
-                raise CandidateError("an nn.Linear of model has no activation or no bias.")
-            stages.append(Dense(module.out_features, modules.pop(0)))
-        else:
-            stages.append(stage_of(module))
-    return Stack(first.in_features, tuple(stages), last.out_features)
-
-
-def stage_of(block: nn.Module) -> Stage:
-    """What a block of the library computes, for all replicas at once.
-
-    Raises:
-        BlockError: It is none of `IdentityLinear`, `ResidualLinear` and `ResidualMLP`.
-    """
-    if isinstance(block, IdentityLinear):
-        return Dense(block.weight.shape[0], block.activation, block.shift)
-    if isinstance(block, ResidualLinear):
-        return ResidualOne(block.weight.shape[0], block.activation)
-    if isinstance(block, ResidualMLP):
-        return ResidualTwo(block.outer.out_features, block.inner.out_features, block.activation)
-    raise BlockError(
-        f"block={type(block).__name__} has no stacked form; use IdentityLinear, ResidualLinear or "
-        "ResidualMLP."
-    )
+        if isinstance(module, nn.Unflatten):
+            _, height, width = (int(n) for n in module.unflattened_size)
+            inputs, size = math.prod(module.unflattened_size), (height, width)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            if not modules:
+                raise CandidateError(f"{module} of model has no activation.")
+            inputs = inputs or int(module.weight.shape[1])
+            stages.append(activated(module, modules.pop(0), size))
+        elif not isinstance(module, nn.Flatten):
+            stages.append(stage_of(module, stages[-1] if stages else None))
+        if stages and isinstance(stages[-1], Convolution):
+            size = stages[-1].out_size
+    if not inputs:
+        raise CandidateError("model must begin with an nn.Linear, or an nn.Unflatten for images.")
+    return Stack(inputs, tuple(stages), last.out_features)

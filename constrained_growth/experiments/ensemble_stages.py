@@ -1,0 +1,214 @@
+"""Hidden layers of many replicas at once, and what plain modules they stand for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.activations import Activation
+from constrained_growth.blocks import (
+    IdentityConv2d,
+    IdentityLinear,
+    ResidualLinear,
+    ResidualMLP,
+)
+from constrained_growth.errors import BlockError, CandidateError
+
+
+class Stage(Protocol):
+    """A hidden layer of all replicas at once."""
+
+    @property
+    def width(self) -> int:
+        """Size of its output."""
+        ...
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of its parameters in one replica, in the order of the plain module."""
+        ...
+
+    def multiply_adds(self, inputs: int) -> int:
+        """Of one forward pass of one sample; biases and activations are not counted."""
+        ...
+
+    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """Parameters (replicas, …), x (replicas, inputs, samples) to (replicas, width, samples)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Dense:
+    """σ(Wx + b) − s."""
+
+    width: int
+    activation: Activation
+    shift: float = 0.0
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """W, b."""
+        return (self.width, inputs), (self.width,)
+
+    def multiply_adds(self, inputs: int) -> int:
+        """Wx."""
+        return self.width * inputs
+
+    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The layer."""
+        weight, bias = parameters
+        y = self.activation(affine(weight, bias, x))
+        return y - self.shift if self.shift else y
+
+
+@dataclass(frozen=True)
+class ResidualOne:
+    """x + σ(Wx + b)."""
+
+    width: int
+    activation: Activation
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """W, b."""
+        return (self.width, inputs), (self.width,)
+
+    def multiply_adds(self, inputs: int) -> int:
+        """Wx."""
+        return self.width * inputs
+
+    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The layer."""
+        weight, bias = parameters
+        return x + self.activation(affine(weight, bias, x))
+
+
+@dataclass(frozen=True)
+class ResidualTwo:
+    """x + W₂σ(W₁x + b)."""
+
+    width: int
+    hidden: int
+    activation: Activation
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """W₁, b, W₂."""
+        return (self.hidden, inputs), (self.hidden,), (self.width, self.hidden)
+
+    def multiply_adds(self, inputs: int) -> int:
+        """Both products."""
+        return self.hidden * (inputs + self.width)
+
+    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The layer."""
+        inner, bias, outer = parameters
+        return torch.baddbmm(x, outer, self.activation(affine(inner, bias, x)))
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """σ(K ∗ x + b) − s on images, which are flattened as (channels, height, width).
+
+    Attributes:
+        channels: Of the output.
+        size: Height and width of the input.
+        kernel: k, odd; the image is padded with zeros by half of it.
+        stride: As in `nn.Conv2d`, in height and width.
+        activation: σ.
+        shift: s.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    kernel: int
+    stride: tuple[int, int]
+    activation: Activation
+    shift: float = 0.0
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        (height, width), (down, right) = self.size, self.stride
+        return -(-height // down), -(-width // right)
+
+    @property
+    def width(self) -> int:
+        """All entries of the output."""
+        return self.channels * math.prod(self.out_size)
+
+    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
+        """K, b."""
+        before = inputs // math.prod(self.size)
+        return (self.channels, before, self.kernel, self.kernel), (self.channels,)
+
+    def multiply_adds(self, inputs: int) -> int:
+        """One k × k product for each entry of the output and channel of the input."""
+        before = inputs // math.prod(self.size)
+        return self.width * before * self.kernel**2
+
+    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """The layer: one convolution, each replica a group of its channels."""
+        kernel, bias = parameters
+        replicas, _, samples = x.shape
+        images = x.reshape(-1, *self.size, samples).movedim(-1, 0)
+        y = torch.nn.functional.conv2d(
+            images,
+            kernel.flatten(0, 1),
+            bias.flatten(),
+            stride=self.stride,
+            padding=self.kernel // 2,
+            groups=replicas,
+        )
+        y = self.activation(y.movedim(0, -1).reshape(replicas, self.width, samples))
+        return y - self.shift if self.shift else y
+
+
+def affine(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    """Wx + b of every replica."""
+    return torch.baddbmm(bias.unsqueeze(2), weight, x)
+
+
+def activated(module: nn.Conv2d | nn.Linear, activation: nn.Module, size: tuple[int, int]) -> Stage:
+    """What a plain layer and its activation compute; a convolution on images of this size.
+
+    Raises:
+        CandidateError: The layer has no bias, or the convolution is of another kind.
+    """
+    if module.bias is None:
+        raise CandidateError(f"{module} of model has no bias.")
+    if isinstance(module, nn.Linear):
+        return Dense(module.out_features, activation)
+    kernel, (down, right) = module.kernel_size[0], module.stride
+    half = (kernel // 2, kernel // 2)
+    plain = module.groups == 1 and module.dilation == (1, 1) and module.padding_mode == "zeros"
+    if module.kernel_size != (kernel, kernel) or module.padding != half or not plain:
+        raise CandidateError(f"{module} of model has no stacked form: pad by half of its kernel.")
+    return Convolution(module.out_channels, size, kernel, (down, right), activation)
+
+
+def stage_of(block: nn.Module, after: Stage | None = None) -> Stage:
+    """What a block of the library computes, for all replicas at once.
+
+    Args:
+        block: `IdentityLinear`, `ResidualLinear`, `ResidualMLP` or `IdentityConv2d`.
+        after: The stage it follows, which says how large the images are.
+
+    Raises:
+        BlockError: It is none of these, or a convolution after something else.
+    """
+    if isinstance(block, IdentityLinear):
+        return Dense(block.weight.shape[0], block.activation, block.shift)
+    if isinstance(block, ResidualLinear):
+        return ResidualOne(block.weight.shape[0], block.activation)
+    if isinstance(block, ResidualMLP):
+        return ResidualTwo(block.outer.out_features, block.inner.out_features, block.activation)
+    if isinstance(block, IdentityConv2d) and isinstance(after, Convolution):
+        channels, _, kernel, _ = block.weight.shape
+        size, once = after.out_size, (1, 1)
+        return Convolution(channels, size, kernel, once, block.activation, block.shift)
+    raise BlockError(
+        f"block={type(block).__name__} has no stacked form; use IdentityLinear, ResidualLinear, "
+        "ResidualMLP, or after a convolution IdentityConv2d."
+    )
