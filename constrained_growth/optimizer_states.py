@@ -7,7 +7,7 @@ same number means another parameter, and loading the state of another shape goes
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -125,4 +125,42 @@ def load_named_state(
                 for group in content["groups"]
             ],
         }
+    )
+
+
+def put_right(
+    optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
+) -> None:
+    """Give each parameter its own state, after PyTorch loaded a state by number.
+
+    Args:
+        optimizer: Was given the state of parameters that may have had other numbers; changed in
+            place.
+        model: Has the parameters.
+        names: `parameter_names` of when the state was saved.
+
+    Raises:
+        CheckpointError: The optimizer trains other parameters.
+    """
+    if parameter_names(optimizer, model) == [list(group) for group in names]:
+        return
+    content = optimizer.state_dict()
+    if [len(group["params"]) for group in content["param_groups"]] != [len(g) for g in names]:
+        raise CheckpointError(
+            f"optimizer has groups of {[len(g['params']) for g in content['param_groups']]} "
+            f"parameters, the checkpoint {[len(group) for group in names]}; make it as it was made "
+            "in the run that was saved."
+        )
+    flat = [name for group in names for name in group]
+    groups = zip(content["param_groups"], names, strict=True)
+    load_named_state(
+        optimizer,
+        model,
+        {
+            "state": {
+                flat[key] if isinstance(key, int) else key: kept
+                for key, kept in content["state"].items()
+            },
+            "groups": [{**group, "params": list(named)} for group, named in groups],
+        },
     )

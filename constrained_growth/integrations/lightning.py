@@ -1,0 +1,163 @@
+"""Growing inside a Lightning `Trainer`: one callback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from constrained_growth.errors import CheckpointError, TrainingError
+from constrained_growth.grower import Grower
+from constrained_growth.history import History
+from constrained_growth.optimizer_states import parameter_names, put_right
+from constrained_growth.records import GrowthRecord
+from constrained_growth.replaying import replay
+
+
+class GrowthCallback(Callback):
+    """Inserts layers at the ends of training epochs, and keeps the growth in the checkpoints.
+
+    `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
+    before its weights are loaded, gives each parameter its own optimizer state, and goes on. The
+    sensitivities, decisions and depth go to the loggers of the trainer. One optimizer, one process.
+
+    Args:
+        loss_fn: `loss_fn(output, target)`, as for `GrowthProblem`.
+        data: What decides where to grow, as for `GrowthProblem`: give a loader of its own, not
+            the one that is being iterated.
+        model: `model(module)`: what is called with the inputs of `data` and grows; the
+            LightningModule itself by default.
+        blocks: For blocks of your own, by name of the inserted layer, when a run is taken up.
+        **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
+            `solver`, `writer`.
+
+    Attributes:
+        grower: The `Grower`, once training has begun.
+
+    Raises:
+        TrainingError: There are several optimizers or processes.
+        CheckpointError: What is to be taken up was saved without this callback.
+
+    Example:
+        >>> import torch
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> callback = GrowthCallback(nn.CrossEntropyLoss(), data, max_insertions=2)
+        >>> trainer = Trainer(accelerator="cpu", callbacks=[callback], logger=False)
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[[Any, Any], Tensor],
+        data: Iterable[Any],
+        *,
+        model: Callable[[LightningModule], nn.Module] = lambda module: module,
+        blocks: Mapping[str, nn.Module] | None = None,
+        **options: Any,
+    ) -> None:
+        self.grower: Grower | None = None
+        self._loss_fn = loss_fn
+        self._data = data
+        self._model = model
+        self._blocks = blocks
+        self._options = options
+        self._kept: dict[str, Any] | None = None
+
+    @property
+    def history(self) -> History:
+        """Losses and decisions so far."""
+        return History() if self.grower is None else self.grower.history
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """See to it that a fresh module is grown before the weights of a checkpoint are loaded."""
+        if trainer.world_size > 1:
+            raise TrainingError(
+                f"GrowthCallback grows on one process, and the trainer has {trainer.world_size}; "
+                "use Trainer(devices=1)."
+            )
+        own = pl_module.on_load_checkpoint
+
+        def grow_first(checkpoint: dict[str, Any]) -> None:
+            self._unhook(pl_module)
+            self._grow_as_in(checkpoint, pl_module)
+            own(checkpoint)
+
+        pl_module.on_load_checkpoint = grow_first  # the one hook before the weights are loaded
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the module."""
+        self._unhook(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to watch, with what a checkpoint had."""
+        self._unhook(pl_module)
+        if len(trainer.optimizers) != 1:
+            raise TrainingError(
+                f"GrowthCallback needs one optimizer, and configure_optimizers returned "
+                f"{len(trainer.optimizers)}; grow in a loop of your own with cg.Grower."
+            )
+        model, optimizer = self._model(pl_module), trainer.optimizers[0]
+        options = {"writer": _Loggers(trainer), **self._options}
+        before, kept = self.grower, self._kept
+        self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
+        if kept is not None:
+            put_right(optimizer, model, kept["names"])
+            self.grower.load_state_dict(kept["grower"])
+            self._kept = None
+        elif before is not None:
+            self.grower.load_state_dict(before.state_dict())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss."""
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if self.grower is not None and loss is not None:
+            self.grower.step(loss)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Close a row of the history, with the metrics of the trainer; grow if it is time to."""
+        if self.grower is None:
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.current_epoch + 1 == trainer.max_epochs:
+            self.grower.observe(metrics)
+        else:
+            self.grower.maybe_grow(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For the checkpoint: how the model grew, and whose states the optimizer's are."""
+        if self.grower is None:
+            return {}
+        names = parameter_names(self.grower.optimizer, self.grower.model)
+        return {"grower": self.grower.state_dict(), "names": names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From a checkpoint."""
+        self._kept = state_dict or None
+
+    def _grow_as_in(self, checkpoint: Mapping[str, Any], pl_module: LightningModule) -> None:
+        kept = checkpoint.get("callbacks", {}).get(self.state_key)
+        if not kept:
+            raise CheckpointError(
+                "ckpt_path is a checkpoint that was saved without a GrowthCallback; load it "
+                "without one, or begin anew."
+            )
+        record = GrowthRecord.from_json(kept["grower"]["record"])
+        replay(self._model(pl_module), record, blocks=self._blocks)
+
+    def _unhook(self, pl_module: LightningModule) -> None:
+        vars(pl_module).pop("on_load_checkpoint", None)
+
+
+class _Loggers:
+    """The loggers of a trainer as one writer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        """To every logger, at the trainer's own step."""
+        for logger in self._trainer.loggers:
+            logger.log_metrics({tag: scalar_value}, step=self._trainer.global_step)

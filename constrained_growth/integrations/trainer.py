@@ -1,0 +1,160 @@
+"""Growing inside the `Trainer` of Transformers: one callback."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from constrained_growth import checkpoint
+from constrained_growth.errors import TrainingError
+from constrained_growth.grower import Grower
+from constrained_growth.history import History, measurements
+from constrained_growth.optimizer_states import parameter_names, put_right
+from constrained_growth.replaying import replay
+
+_FILE = "growth.safetensors"
+
+
+def own_loss(output: Any, target: object) -> Tensor:
+    """The loss that a model of Transformers returns when its inputs have labels."""
+    return output["loss"]
+
+
+class GrowthCallback(TrainerCallback):
+    """Inserts layers whenever the Trainer logs its loss, and keeps the growth in its checkpoints.
+
+    A row of the history is what the Trainer logs once (`logging_strategy`, `logging_steps`); what
+    was measured is appended to `trainer.state.log_history`. A checkpoint folder gets a file
+    `growth.safetensors`. To go on from one, grow a fresh model before the Trainer loads into it:
+
+        model = make_model()
+        callback.resume(model, "out/checkpoint-500")
+        trainer = Trainer(model, arguments, callbacks=[callback], …)
+        trainer.train(resume_from_checkpoint="out/checkpoint-500")
+
+    One process.
+
+    Args:
+        data: What decides where to grow: `(inputs, None)` pairs with a dict of inputs, labels
+            among them, such as `[(batch, None) for batch in loader]`.
+        loss_fn: `loss_fn(output, target)`; by default the loss the model returns.
+        **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
+            `solver`, `writer`.
+
+    Attributes:
+        grower: The `Grower`, once training has begun.
+
+    Raises:
+        TrainingError: There are several processes.
+
+    Example:
+        >>> from constrained_growth.integrations.trainer import GrowthCallback
+        >>> callback = GrowthCallback([], max_insertions=2)
+        >>> callback.history.losses
+        []
+    """
+
+    def __init__(
+        self,
+        data: Iterable[Any],
+        *,
+        loss_fn: Callable[[Any, Any], Tensor] = own_loss,
+        **options: Any,
+    ) -> None:
+        self.grower: Grower | None = None
+        self._data = data
+        self._loss_fn = loss_fn
+        self._options = options
+        self._kept: checkpoint.Checkpoint | None = None
+
+    @property
+    def history(self) -> History:
+        """Losses and decisions so far."""
+        return History() if self.grower is None else self.grower.history
+
+    def resume(
+        self,
+        model: nn.Module,
+        folder: str | os.PathLike[str],
+        *,
+        blocks: Mapping[str, nn.Module] | None = None,
+    ) -> nn.Module:
+        """Grow a fresh model as one was when a checkpoint folder was written.
+
+        Args:
+            model: As it was before it grew; changed in place.
+            folder: Of the checkpoint.
+            blocks: For blocks of your own, as for `replay`.
+
+        Returns:
+            The same model, ready for the Trainer to load its weights.
+
+        Raises:
+            CheckpointError: The folder was not written with this callback.
+            RecordError: The record does not fit the model.
+        """
+        kept = checkpoint.load(Path(folder) / _FILE)
+        replay(model, kept.record, blocks=blocks)
+        self._kept = kept
+        return model
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin to watch, with what a checkpoint had."""
+        if args.world_size > 1:
+            raise TrainingError(
+                f"GrowthCallback grows on one process, and there are {args.world_size}; start the "
+                "Trainer on one."
+            )
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
+        before, kept = self.grower, self._kept
+        self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
+        if kept is not None:
+            put_right(optimizer, model, kept.extra)
+            self.grower.load_state_dict(kept.states["grower"])
+            self._kept = None
+        elif before is not None:
+            self.grower.load_state_dict(before.state_dict())
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Close a row of the history with the loss that is logged; grow if it is time to."""
+        if self.grower is None or logs is None or "loss" not in logs:
+            return
+        self.grower.step(logs["loss"])
+        self.grower.num_steps = state.global_step
+        if state.global_step >= state.max_steps:
+            self.grower.observe()
+            return
+        one = self.grower.maybe_grow()
+        if one is not None:
+            state.log_history.append({**measurements(one), "step": state.global_step})
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the growth into the checkpoint folder."""
+        if self.grower is None or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        checkpoint.save(
+            folder / _FILE,
+            nn.Identity(),  # the weights are in the Trainer's own file
+            record=self.grower.record,
+            step=state.global_step,
+            extra=parameter_names(self.grower.optimizer, self.grower.model),
+            grower=self.grower,
+        )
