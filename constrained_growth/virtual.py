@@ -18,7 +18,7 @@ from constrained_growth.distributed import add_up, everywhere
 from constrained_growth.errors import RuleError
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
-    batch_size,
+    batch_weight,
     batches,
     call,
     device_of,
@@ -241,9 +241,10 @@ class VirtualLoss:
                 sdpa_kernel(SDPBackend.MATH),
             ):
                 for input, target in batches(problem.data, device_of(problem.model)):
-                    size = batch_size(input, target)
-                    total.add_(one(input, target).detach().to(total), alpha=size)
-                    count.add_(size)
+                    weight = batch_weight(problem.weight, input, target)
+                    if weight > 0:
+                        total.add_(one(input, target).detach().to(total), alpha=weight)
+                        count.add_(weight)
 
         everywhere(read, problem.group)
         add_up([total, count], problem.group)
