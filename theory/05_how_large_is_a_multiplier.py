@@ -37,7 +37,7 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
 # | ball | best $v$, up to the radius | dual norm | in the library |
 # |---|---|---|---|
 # | Frobenius, $\sqrt{\sum v_{ij}^2}\le\Delta$ | $\lambda/\lVert\lambda\rVert_F$ | $\lVert\lambda\rVert_F$ | `Frobenius` |
-# | maximum, $\max|v_{ij}|\le\Delta$ | $\mathrm{sign}(\lambda)$ | $\sum|\lambda_{ij}|$ | `Entrywise1` |
+# | maximum, $\max\lvert v_{ij}\rvert\le\Delta$ | $\mathrm{sign}(\lambda)$ | $\sum\lvert\lambda_{ij}\rvert$ | `Entrywise1` |
 # | spectral, $s_{\max}(v)\le\Delta$ | $PQ^{\mathsf T}$ | $\sum s_i$ | `Nuclear` |
 # | nuclear, $\sum s_i(v)\le\Delta$ | $p_1q_1^{\mathsf T}$ | $s_{\max}$ | `Spectral` |
 #

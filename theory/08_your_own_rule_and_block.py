@@ -134,7 +134,7 @@ ax.hist(real, bins, color=BLUE, alpha=0.8, label="a layer is missing")
 ax.axvline((2 / 0.05) ** 0.5, color=RED, linestyle="--", label=r"$z = \sqrt{m/\alpha}$, level 5 %")
 ax.set_xlabel(r"largest $\Vert\hat\lambda\Vert$ in standard errors (no unit)")
 ax.set_ylabel("number of samples")
-ax.legend(frameon=False, fontsize=8)
+ax.legend(frameon=False, fontsize=8, ncol=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 ax.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
