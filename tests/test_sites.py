@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.verification import kkt_residuals
+from constrained_growth.virtual import VirtualLoss
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "closed form": lambda: cg.blocks.ResidualMLP(4, 3, torch.tanh),
@@ -556,6 +557,8 @@ def test_counted_tokens_however_they_are_batched(kind: str) -> None:
     difference = unweighted.sensitivities["mix"].value - found.sensitivities["mix"].value
     assert abs(difference) > 1e-6
     assert kkt_residuals(problem, found).dual < 1e-14
+    loss = VirtualLoss(problem, found.candidates["mix"])
+    assert loss(loss.zero()) == pytest.approx(found.loss, rel=1e-14)
 
 
 def test_weights_that_are_the_sizes_change_nothing() -> None:
