@@ -246,7 +246,7 @@ ax.spines[["top", "right"]].set_visible(False)
 # %% [markdown]
 # ## Claim 4. A pre-norm transformer block can be inserted, a post-norm block cannot
 #
-# A pre-norm block (the term is from Xiong et al. 2020) is purely residual,
+# A pre-norm block (Xiong et al. 2020 compare the two kinds) is purely residual,
 #
 # $$x \leftarrow x + \mathrm{Attn}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)),$$
 #

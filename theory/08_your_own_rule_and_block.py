@@ -143,7 +143,7 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # ## Claim 3. A block is a module that names its pins
 #
-# Take a bottleneck with a normalisation in front, as adapters for transformers have it (Houlsby et al. 2019):
+# Take a bottleneck as adapters for transformers have it (Houlsby et al. 2019), with a normalisation in front:
 #
 # $$x\mapsto x + W_2\,\mathrm{GELU}(W_1\,\mathrm{LN}(x)), \qquad W_2 = 0 \text{ pinned} .$$
 #
