@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gzip
 import json
 import math
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
@@ -25,12 +27,21 @@ from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.ensemble_growth import new_layer
 from constrained_growth.experiments.ensemble_training import Shuffle
 from constrained_growth.experiments.ensembles import ensemble, samples
-from constrained_growth.experiments.protocols import EXPERIMENTS, FAMILIES, Count, Reference
+from constrained_growth.experiments.mnist import mnist
+from constrained_growth.experiments.protocols import (
+    EXPERIMENTS,
+    FAMILIES,
+    Count,
+    Reference,
+    on_images,
+)
 from constrained_growth.experiments.recommendation import recommended
-from constrained_growth.experiments.reproduction import Runs, networks, reproduce
+from constrained_growth.experiments.reproduction import networks, reproduce
 from constrained_growth.experiments.reproduction_command import FamilyName
+from constrained_growth.experiments.reproduction_runs import Runs
 
 LOSS = nn.CrossEntropyLoss()
+NO_SITES = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Unflatten)
 
 
 def few_points(seed):
@@ -71,7 +82,7 @@ def grown(experiment, seed, best):
     model, family = plain(experiment, seed, experiment.widths), FAMILIES[experiment.family]
     losses = plain_loop(experiment, model, seed, range(experiment.before), experiment.lr)
     split = experiment.data(seed)
-    sites = [name for name, m in model.named_children() if not isinstance(m, nn.Linear)]
+    sites = [name for name, m in model.named_children() if not isinstance(m, NO_SITES)]
     candidates = [cg.Candidate(s, family.block(experiment.widths[0]).double()) for s in sites]
     data = [(split.x_train.double(), split.y_train)]
     problem = cg.GrowthProblem(model, LOSS, data, candidates)
@@ -167,9 +178,8 @@ def test_later_insertions_start_from_the_kept_network():
 
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduction, "CHUNK", 2)
     monkeypatch.setattr(reproduction, "TRACE", 4)
-    experiment = tiny(times=(3,))
+    experiment = tiny(times=(3,), chunk=2)
     at_once = reproduce(experiment, range(5))
     honest = reproduction._run
 
@@ -248,7 +258,7 @@ def test_residual_networks_have_one_layer_and_then_blocks():
     assert not block.get_parameter("outer.weight").any()
 
 
-def made(loss, *, site=0, trained=None, operations=(20, 45)):
+def made(loss, *, site=0, trained=None, operations=(20, 45, 90)):
     loss = np.array(loss, dtype=float)
     seeds = loss.shape[1]
     return Runs(
@@ -269,15 +279,24 @@ def test_work_is_counted():
     """By hand: 3 passes a step, 20 products before and 45 after the insertion at epoch 1."""
     experiment = dataclasses.replace(EXPERIMENTS["Exp6"], before=1, after=2)
     runs = made([[1.0, 1.0]] * 3, trained=[3, 2])
-    choice = 7 * (2 * 20 + 2 * 25)
+    choice = 7 * 90
     expected = [[0, 0], [420, 420], [420 + 945 + choice] * 2, [2310 + choice, 1365 + choice]]
     assert referee.work(runs, experiment, 7).tolist() == expected
-    kept = made([[1.0]] * 3, site=-1, operations=(20, 20))
+    kept = made([[1.0]] * 3, site=-1, operations=(20, 20, 0))
     assert referee.work(kept, experiment, 7).ravel().tolist() == [0, 420, 840, 1260]
     early = made([[1.0]] * 3, trained=[1])
     assert referee.work(early, experiment, 7).ravel().tolist() == [0, 420, 420, 420]
-    none = made([[1.0]] * 3, site=-1, operations=(20, 45))
+    none = made([[1.0]] * 3, site=-1, operations=(20, 45, 90))
     assert referee.work(none, experiment, 7).ravel().tolist() == [0, 420, 840, 1260]
+
+
+def test_the_choice_of_a_site_is_counted_by_hand():
+    """Exp9: 32 products forward and as many backward, two of 4 × 4 at each of the two sites."""
+    arms = reproduce(tiny(), range(2)).arms
+    assert arms["LImax"].operations.tolist() == [32, 48, 64 + 64]
+    assert arms["N1"].operations.tolist() == [32, 32, 0]
+    assert arms["N2"].operations.tolist() == [64, 64, 0]
+    assert arms["N2fix"].operations.tolist() == [48, 48, 0]
 
 
 def test_levels_are_reached_where_the_loss_first_is_there():
@@ -415,3 +434,80 @@ def test_the_effort_has_no_number_where_the_median_run_never_gets_there():
     content = json.loads(reproduction_report.to_json(found, "x"), parse_constant=pytest.fail)
     level = content["effort"]["N1"]["levels"]["0.1"]
     assert level == {"reached": 0.0, "epochs": None, "multiply_adds": None}
+
+
+def write_idx(folder, name, values, *, pack):
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = np.array(values.shape, dtype=">i4").tobytes()
+    content = bytes([0, 0, 8, values.ndim]) + sizes + values.tobytes()
+    path = folder / name
+    if pack:
+        path.with_name(name + ".gz").write_bytes(gzip.compress(content))
+    else:
+        path.write_bytes(content)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "packed"])
+def mnist_root(tmp_path, request):
+    draw, folder = np.random.default_rng(0), tmp_path / "MNIST" / "raw"
+    for name, count in (("train", 40), ("t10k", 30)):
+        pixels = draw.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        pixels[:, 0, 0] = labels = draw.integers(0, 10, count, dtype=np.uint8)
+        write_idx(folder, f"{name}-images-idx3-ubyte", pixels, pack=request.param)
+        write_idx(folder, f"{name}-labels-idx1-ubyte", labels, pack=request.param)
+    return tmp_path
+
+
+def test_mnist_is_read_from_the_files_of_torchvision(mnist_root):
+    """The first pixel of every made-up image is its label."""
+    split = mnist(mnist_root, 3, train=25, test=10)
+    assert (split.x_train.shape, split.x_test.shape) == ((25, 784), (10, 784))
+    assert split.x_train.dtype == torch.float32
+    assert split.x_train.mean(0).abs().max() < 1e-6
+    assert split.x_train.square().mean() == pytest.approx(1.0)
+    for x, y in ((split.x_train, split.y_train), (split.x_test, split.y_test)):
+        slope, offset = np.polyfit(x[:, 0], y, 1)
+        assert (slope * x[:, 0] + offset).round().long().tolist() == y.tolist()
+    again, other = mnist(mnist_root, 3, train=25, test=10), mnist(mnist_root, 4, train=25, test=10)
+    assert torch.equal(split.x_train, again.x_train)
+    assert not torch.equal(split.y_train, other.y_train)
+
+
+def test_mnist_that_is_not_there_is_refused(tmp_path):
+    ran = CliRunner().invoke(
+        app, ["reproduce", "images", "--data", "mnist", "--root", str(tmp_path)]
+    )
+    assert ran.exit_code == 2
+    assert "train-images-idx3-ubyte" in ran.stderr.replace("\n", "")
+    folder = tmp_path / "MNIST" / "raw"
+    write_idx(folder, "train-images-idx3-ubyte", np.zeros((4, 8, 8), np.uint8), pack=False)
+    with refused(cg.DataError, "train-images-idx3-ubyte", "no file of MNIST"):
+        mnist(tmp_path)
+
+
+def test_images_of_every_kind_have_networks_that_fit():
+    for inputs, sizes in ((64, (8, 8)), (784, (14, 14)), (40, (1, 20))):
+        (model,) = networks(tiny(family="convolution"), (4, 4), (0,), inputs, 10)
+        assert model(torch.zeros(2, inputs)).shape == (2, 10)
+        assert model[:5](torch.zeros(2, inputs)).shape == (2, 4, *sizes)
+
+
+def test_images_are_reproduced_too(tmp_path, monkeypatch):
+    def small(data, split):
+        return [
+            dataclasses.replace(e, before=1, after=2, data=lambda seed: _some(split(seed)))
+            for e in on_images(data, split)
+        ]
+
+    monkeypatch.setattr(reproduction_command, "on_images", small)
+    file = tmp_path / "numbers.json"
+    ran = CliRunner().invoke(app, ["reproduce", "images", "--seeds", "2", "--json", str(file)])
+    assert ran.exit_code == 0, ran.output
+    content = json.loads(file.read_text())
+    assert set(content) == {"digits-relu", "digits-residual-outer", "digits-convolution"}
+    for found in content.values():
+        assert all(len(arm["final_loss"]) == 2 for arm in found["arms"].values())
+
+
+def _some(split):
+    return dataclasses.replace(split, x_train=split.x_train[:99], y_train=split.y_train[:99])

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
+from constrained_growth.blocks import (
+    IdentityConv2d,
+    IdentityLinear,
+    ResidualLinear,
+    ResidualMLP,
+    TanhLU,
+)
 from constrained_growth.experiments.data import Split, two_spirals
 
 
@@ -18,7 +26,7 @@ class Family:
 
     Attributes:
         build: (inputs, widths of the hidden layers, outputs) → a network, freshly initialised.
-        block: Width → the layer to insert.
+        block: Width → the layer to insert. Widths of convolutions are channels.
         selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
     """
 
@@ -60,6 +68,23 @@ def _residual(block: Callable[[int], nn.Module], selected: str) -> Family:
     return Family(build, block, selected)
 
 
+def _convolutional() -> Family:
+    """Convolutions of 3 × 3 with ReLU, the first of stride 2 on images of more than 10 pixels."""
+
+    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+        side = math.isqrt(inputs)
+        size = (side, side) if side * side == inputs else (1, inputs)
+        stride = (1 + (size[0] > 10), 1 + (size[1] > 10))
+        pixels = math.prod(-(-n // s) for n, s in zip(size, stride, strict=True))
+        layers: list[nn.Module] = [nn.Unflatten(1, (1, *size))]
+        for before, after in itertools.pairwise((1, *widths)):
+            step = stride if len(layers) == 1 else 1
+            layers += [nn.Conv2d(before, after, 3, stride=step, padding=1), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(pixels * widths[-1], outputs))
+
+    return Family(build, lambda channels: IdentityConv2d(channels, nn.ReLU()), "weight")
+
+
 FAMILIES: Mapping[str, Family] = {
     "relu": _feedforward(nn.ReLU),
     "tanhlu": _feedforward(TanhLU),
@@ -71,8 +96,10 @@ FAMILIES: Mapping[str, Family] = {
         lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8),
         "inner.weight",
     ),
+    "convolution": _convolutional(),
 }
-"""Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned)."""
+"""Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned),
+convolutions (on images; two spirals are images of 1 × 2)."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +153,7 @@ class Experiment:
         batch: Samples in a batch; None for all of them.
         times: Other epochs to insert at, with the same total.
         seconds: How long 100 seeds take on two cores, roughly.
+        chunk: How many seeds train together: what an interruption can cost.
         data: Seed → the data.
         reference: Arm → what the source's code gives.
         counts: What it gives in comparisons.
@@ -142,6 +170,7 @@ class Experiment:
     batch: int | None = None
     times: tuple[int, ...] = ()
     seconds: int = 60
+    chunk: int = 50
     data: Callable[[int], Split] = two_spirals
     reference: Mapping[str, Reference] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()
@@ -150,6 +179,32 @@ class Experiment:
     def epochs(self) -> int:
         """All of them."""
         return self.before + self.after
+
+
+def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...]:
+    """The same question on images: three kinds of networks, two hidden layers, batches of 50.
+
+    Args:
+        data: What to call the images.
+        split: Seed → the images, as rows.
+    """
+    widths = {"relu": (8, 8), "residual-outer": (8, 8), "convolution": (4, 4)}
+    return tuple(
+        Experiment(
+            f"{data}-{family}",
+            f"With and without insertion on images ({data}).",
+            family,
+            widths[family],
+            0.05,
+            1.0,
+            before=20,
+            after=40,
+            batch=50,
+            chunk=10,
+            data=split,
+        )
+        for family in widths
+    )
 
 
 _WHEN = tuple(range(150, 851, 100))

@@ -76,6 +76,8 @@ def _sites(model: nn.Sequential) -> dict[str, int]:
     for name, module in list(model.named_children())[:-1]:
         if isinstance(module, nn.Linear):
             width = module.out_features
-        else:
+        elif isinstance(module, nn.Conv2d):
+            width = module.out_channels
+        elif not isinstance(module, nn.Flatten | nn.Unflatten):
             found[name] = width
     return found

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from constrained_growth.experiments.protocols import Experiment, Reference
-from constrained_growth.experiments.reproduction import Array, Runs
+from constrained_growth.experiments.reproduction_runs import Array, Runs
 
 LAST = 10
 """The final loss is the mean over so many last epochs."""
@@ -152,8 +152,8 @@ def work(runs: Runs, experiment: Experiment, samples: int, epoch: int | None = N
 
     Counted: a training step costs a sample three forward passes (forward, and backward a product
     for the gradients of the weights and one for those of the inputs); the choice of a site one
-    forward pass and one backward to the inputs over all data, and two products of width × width
-    for each site (one does for a layer with one weight). Runs that stopped spend nothing more.
+    forward pass and one backward to the inputs over all data, and at each site two passes of the
+    new layer (one does for a layer with one weight). Runs that stopped spend nothing more.
     Biases and activations are not counted.
 
     Args:
@@ -163,14 +163,15 @@ def work(runs: Runs, experiment: Experiment, samples: int, epoch: int | None = N
         epoch: When the layer was inserted; that of the protocol by default.
     """
     epoch = experiment.before if epoch is None else epoch
-    small, grown = (3.0 * samples * float(count) for count in runs.operations)
+    small, grown = (3.0 * samples * float(count) for count in runs.operations[:2])
+    choice = samples * float(runs.operations[2])
     chosen = runs.site >= 0
     spent = np.zeros((len(runs.loss) + 1, len(runs.site)))
     for e in range(len(runs.loss)):
         now = np.where(chosen & (e >= epoch), grown, small) if small != grown else small
         spent[e + 1] = spent[e] + now * (e < runs.trained)
         if e == epoch:
-            spent[e + 1] += _selection(runs, experiment, samples) * chosen * (epoch < runs.trained)
+            spent[e + 1] += choice * chosen * (epoch < runs.trained)
     return spent
 
 
@@ -200,12 +201,6 @@ def reached(runs: Runs, level: float, spent: Array | None = None) -> Array:
     first = below.argmax(axis=0)
     at = first.astype(float) if spent is None else spent[first, np.arange(below.shape[1])]
     return np.where(below.any(axis=0), at, math.inf)
-
-
-def _selection(runs: Runs, experiment: Experiment, samples: int) -> float:
-    """Forward, backward to the inputs, σ(W₁x + b) and λ at every site."""
-    products = sum(2 * width * width for width in experiment.widths)
-    return samples * (2.0 * float(runs.operations[0]) + products)
 
 
 def _interval(values: Array, statistic: Callable[..., Any], method: str) -> tuple[float, float]:

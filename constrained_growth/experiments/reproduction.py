@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -24,66 +22,29 @@ from constrained_growth.experiments.ensemble_training import SGD, History, Shuff
 from constrained_growth.experiments.ensembles import (
     Ensemble,
     Samples,
+    Stack,
     ensemble,
     multiply_adds,
     samples,
 )
 from constrained_growth.experiments.protocols import FAMILIES, Experiment
 from constrained_growth.experiments.recommendation import recommended
+from constrained_growth.experiments.reproduction_runs import (
+    Array,
+    Integers,
+    Reproduction,
+    Runs,
+    file_name,
+    joined,
+    load,
+    save,
+)
 
-Array = NDArray[np.floating]
-Integers = NDArray[np.integer]
-
-CHUNK = 50
-"""How many seeds train together: what an interruption can cost."""
+_AT_ONCE = 500
+"""Of how many samples λ is measured at a time, where training is in batches."""
 
 TRACE = 50
 """Every so many epochs the sensitivities of the small network are recorded."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """One arm of an experiment. Runs that stopped early keep their last values.
-
-    Attributes:
-        loss: Training loss, in nats, before the steps of each epoch; shape (epochs, seeds).
-        test_error: Share of wrong test samples after each epoch; same shape.
-        trained: For how many epochs each run was trained, shape (seeds,).
-        site: Where each run gained a layer, 0 for the first hidden layer; −1 for nowhere.
-        operations: Multiply-adds of one forward pass of one sample before and after the
-            insertion, shape (2,).
-    """
-
-    loss: Array
-    test_error: Array
-    trained: Integers
-    site: Integers
-    operations: Integers
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """What an experiment gave.
-
-    Attributes:
-        experiment: The protocol.
-        seeds: Of the split, the initial parameters and the orders of the samples.
-        samples: How many there are to train on.
-        arms: Name → its runs, all from the same start for the same seed.
-        inserted_at: Epoch → runs that gained the layer of the largest sensitivity then.
-        sensitivities: ‖λ_W‖_F when the layers are inserted, shape (seeds, sites).
-        trace: The same along the training of the small network, shape (times, seeds, sites).
-        trace_epochs: At which epochs, shape (times,).
-    """
-
-    experiment: Experiment
-    seeds: tuple[int, ...]
-    samples: int
-    arms: Mapping[str, Runs]
-    inserted_at: Mapping[int, Runs]
-    sensitivities: Array
-    trace: Array
-    trace_epochs: Integers
 
 
 def reproduce(
@@ -108,25 +69,26 @@ def reproduce(
     Returns:
         All runs. A run is the same whatever other seeds it is run with, but for rounding.
     """
-    parts = [tuple(seeds[i : i + CHUNK]) for i in range(0, len(seeds), CHUNK)]
+    step = experiment.chunk
+    parts = [tuple(seeds[i : i + step]) for i in range(0, len(seeds), step)]
     total = len(parts) * _epochs_in_all(experiment)
     hide = None if progress is None else not progress
     found, files = list[Reproduction](), list[Path]()
     with tqdm(total=total, desc=experiment.name, unit=" epochs", disable=hide) as bar:
         for part in parts:
-            file = None if cache is None else cache / f"{_key(experiment, part, dtype)}.npz"
+            file = None if cache is None else cache / file_name(experiment, part, dtype)
             if file is not None and file.exists():
-                found.append(_load(file, experiment, part))
+                found.append(load(file, experiment, part))
                 bar.update(_epochs_in_all(experiment))
             else:
                 found.append(_run(experiment, part, dtype, bar.update))
                 if file is not None:
-                    _save(file, found[-1])
+                    save(file, found[-1])
             if file is not None:
                 files.append(file)
     for file in files:
         file.unlink()
-    return _joined(found)
+    return joined(found)
 
 
 def networks(
@@ -150,7 +112,6 @@ class _Setting:
     data: Samples
     test: Samples
     dtype: torch.dtype
-    layer: NewLayer
     on_epoch: Callable[[], object]
 
     def start(self, widths: Sequence[int]) -> Ensemble:
@@ -174,9 +135,26 @@ class _Setting:
             on_epoch=self.on_epoch,
         )
 
+    def layer(self, before: Ensemble) -> NewLayer:
+        block = FAMILIES[self.experiment.family].block(self.experiment.widths[-1])
+        return new_layer(block.to(self.dtype), before.stack.stages[-1])
+
     def sizes(self, trained: Ensemble) -> Array:
+        """‖λ_W‖_F of every replica and site; a batch at a time where there are batches."""
         selected = FAMILIES[self.experiment.family].selected
-        return _array(frobenius(multipliers(trained, self.data, self.layer), only=selected))
+        layer, count = self.layer(trained), self.data.x.shape[2]
+        at_once = _AT_ONCE if self.experiment.batch else count
+        total = list[dict[str, Tensor]]()
+        for begin in range(0, count, at_once):
+            part = slice(begin, begin + at_once)
+            some = Samples(self.data.x[:, :, part], self.data.y[:, :, part])
+            found = multipliers(trained, some, layer)
+            share = some.x.shape[2] / count
+            total = total or [{name: torch.zeros_like(v) for name, v in f.items()} for f in found]
+            for sums, f in zip(total, found, strict=True):
+                for name, value in f.items():
+                    sums[name] += share * value
+        return _array(frobenius(total, only=selected))
 
 
 def _run(
@@ -187,14 +165,12 @@ def _run(
 ) -> Reproduction:
     splits = [experiment.data(seed) for seed in seeds]
     classes = max(split.num_classes for split in splits)
-    block = FAMILIES[experiment.family].block(experiment.widths[-1]).to(dtype)
     setting = _Setting(
         experiment,
         seeds,
         samples([s.x_train.to(dtype) for s in splits], [s.y_train for s in splits], classes),
         samples([s.x_test.to(dtype) for s in splits], [s.y_test for s in splits], classes),
         dtype,
-        new_layer(block),
         on_epoch,
     )
     small = setting.start(experiment.widths)
@@ -268,7 +244,7 @@ def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> 
     for group in groups:
         rows = np.flatnonzero(group)
         grown = insert_layer(
-            before.take(rows.tolist()), torch.as_tensor(sites[rows]), setting.layer
+            before.take(rows.tolist()), torch.as_tensor(sites[rows]), setting.layer(before)
         )
         trained, history = setting.train(grown, after, factor, rows.tolist())
         parts.append((rows, _runs([history], trained, before)))
@@ -288,7 +264,7 @@ def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
         )
     ]
     block = FAMILIES[setting.experiment.family].block
-    sites, groups = recommended(before, setting.data, models, block, setting.layer)
+    sites, groups = recommended(before, setting.data, models, block, setting.layer(before))
     after = setting.experiment.epochs - before.epochs
     parts = list[tuple[Integers, Runs]]()
     for rows, grown in groups:
@@ -323,14 +299,23 @@ def _picked(each: Sequence[Runs], sites: Integers) -> Runs:
 
 def _runs(histories: Sequence[History], trained: Ensemble, before: Ensemble | None = None) -> Runs:
     errors = [h.test_error for h in histories if h.test_error is not None]
-    now = multiply_adds(trained.stack)
+    then, now = (trained if before is None else before).stack, multiply_adds(trained.stack)
     return Runs(
         _array(torch.cat([h.loss for h in histories])),
         _array(torch.cat(errors)),
         np.sum([h.trained.numpy() for h in histories], axis=0),
         np.full(len(trained), -1),
-        np.array([now if before is None else multiply_adds(before.stack), now]),
+        np.array([multiply_adds(then), now, _choosing(then, trained.stack)]),
     )
+
+
+def _choosing(before: Stack, after: Stack) -> int:
+    """Forward, backward to the inputs, and at every site at most two passes of the new layer."""
+    if len(after.stages) == len(before.stages):
+        return 0
+    new = after.stages[-1]
+    sites = len(before.stages) * 2 * new.multiply_adds(new.width)
+    return 2 * multiply_adds(before) + sites
 
 
 def _array(values: Tensor) -> Array:
@@ -342,65 +327,3 @@ def _epochs_in_all(experiment: Experiment) -> int:
     sites, deep = len(experiment.widths), 1 if len(experiment.widths) == 1 else 2
     others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
     return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others
-
-
-def _key(experiment: Experiment, seeds: Sequence[int], dtype: torch.dtype) -> str:
-    """A file name that no other protocol, seeds or precision has."""
-    described = repr((experiment, tuple(seeds), dtype)).replace(hex(id(experiment.data)), "")
-    return f"{experiment.name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
-
-
-_RUNS = ("loss", "test_error", "trained", "site", "operations")
-_ARRAYS = ("sensitivities", "trace", "trace_epochs")
-
-
-def _save(file: Path, part: Reproduction) -> None:
-    """Written under another name first: a file that is there is whole."""
-    named = {f"arms/{name}": runs for name, runs in part.arms.items()}
-    named |= {f"inserted_at/{epoch}": runs for epoch, runs in part.inserted_at.items()}
-    arrays = {f"{key}/{name}": getattr(runs, name) for key, runs in named.items() for name in _RUNS}
-    arrays |= {name: getattr(part, name) for name in _ARRAYS}
-    arrays["samples"] = np.array(part.samples)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
-    unfinished.replace(file)
-
-
-def _load(file: Path, experiment: Experiment, seeds: tuple[int, ...]) -> Reproduction:
-    with np.load(file, allow_pickle=False) as arrays:
-        keys = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files if "/" in key)
-        runs = {key: Runs(*(arrays[f"{key}/{name}"] for name in _RUNS)) for key in keys}
-        rest, count = [arrays[name] for name in _ARRAYS], int(arrays["samples"])
-    arms = {key.removeprefix("arms/"): r for key, r in runs.items() if key.startswith("arms/")}
-    times = {
-        int(key.removeprefix("inserted_at/")): r
-        for key, r in runs.items()
-        if key.startswith("inserted_at/")
-    }
-    return Reproduction(experiment, seeds, count, arms, times, *rest)
-
-
-def _joined(parts: Sequence[Reproduction]) -> Reproduction:
-    first = parts[0]
-    return Reproduction(
-        first.experiment,
-        tuple(seed for part in parts for seed in part.seeds),
-        first.samples,
-        {name: _together([part.arms[name] for part in parts]) for name in first.arms},
-        {t: _together([part.inserted_at[t] for part in parts]) for t in first.inserted_at},
-        np.concatenate([part.sensitivities for part in parts]),
-        np.concatenate([part.trace for part in parts], axis=1),
-        first.trace_epochs,
-    )
-
-
-def _together(runs: Sequence[Runs]) -> Runs:
-    return Runs(
-        np.concatenate([r.loss for r in runs], axis=1),
-        np.concatenate([r.test_error for r in runs], axis=1),
-        np.concatenate([r.trained for r in runs]),
-        np.concatenate([r.site for r in runs]),
-        runs[0].operations,
-    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json as jsons
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from constrained_growth.errors import DataError
 from constrained_growth.experiments import reproduction_figures, reproduction_report
 from constrained_growth.experiments.command_options import Json, Seed, Tables
-from constrained_growth.experiments.protocols import EXPERIMENTS, Experiment
-from constrained_growth.experiments.reproduction import Reproduction
+from constrained_growth.experiments.data import Split, digits, mnist1d
+from constrained_growth.experiments.mnist import mnist
+from constrained_growth.experiments.protocols import EXPERIMENTS, Experiment, on_images
 from constrained_growth.experiments.reproduction import reproduce as run
+from constrained_growth.experiments.reproduction_runs import Reproduction
 from constrained_growth.experiments.timing import one_thread
 
 
@@ -30,6 +35,15 @@ class FamilyName(StrEnum):
     RESIDUAL_ONE = "residual-one"
     RESIDUAL_OUTER = "residual-outer"
     RESIDUAL_INNER = "residual-inner"
+    CONVOLUTION = "convolution"
+
+
+class ImageName(StrEnum):
+    """Where `reproduce images` takes its images from."""
+
+    DIGITS = "digits"
+    MNIST1D = "mnist1d"
+    MNIST = "mnist"
 
 
 WIDTH = 150
@@ -37,7 +51,8 @@ WIDTH = 150
 
 def reproduce(
     name: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(EXPERIMENTS)}, or all.", show_default=False)
+        str | None,
+        typer.Argument(help=f"{', '.join(EXPERIMENTS)}, all, or images.", show_default=False),
     ] = None,
     show: Annotated[
         bool, typer.Option("--list", help="Say what there is and how long it takes.")
@@ -47,6 +62,10 @@ def reproduce(
     network: Annotated[
         FamilyName | None, typer.Option(help="Another kind of network of the same widths.")
     ] = None,
+    data: Annotated[ImageName, typer.Option(help="What images.")] = ImageName.DIGITS,
+    root: Annotated[
+        Path, typer.Option(help="Where torchvision keeps MNIST.", metavar="DIR")
+    ] = Path("data"),
     out: Tables = None,
     json: Json = None,
 ) -> None:
@@ -57,7 +76,7 @@ def reproduce(
         console.print(reproduction_report.overview())
         return
     results = dict[str, object]()
-    for experiment in _named(name, network):
+    for experiment in _named(name, network, data, root):
         begin = time.perf_counter()
         console.print(reproduction_report.describe(experiment))
         with one_thread():
@@ -68,15 +87,29 @@ def reproduce(
             _write(found, out, results[experiment.name])
         console.print(f"{time.perf_counter() - begin:.0f} s.")
     if json is not None:
-        content = results if name == "all" else next(iter(results.values()))
+        content = results if len(results) > 1 else next(iter(results.values()))
         json.write_text(jsons.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _named(name: str, network: FamilyName | None) -> list[Experiment]:
-    if name != "all" and name not in EXPERIMENTS:
-        raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all.")
-    found = list(EXPERIMENTS.values()) if name == "all" else [EXPERIMENTS[name]]
-    return [e if network is None else _as(e, network.value) for e in found]
+def _named(name: str, network: FamilyName | None, data: ImageName, root: Path) -> list[Experiment]:
+    found = {**EXPERIMENTS}
+    if name == "images":
+        found = {e.name: e for e in on_images(data.value, _images(data, root))}
+    elif name != "all":
+        if name not in EXPERIMENTS:
+            raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
+        found = {name: EXPERIMENTS[name]}
+    return [e if network is None else _as(e, network.value) for e in found.values()]
+
+
+def _images(data: ImageName, root: Path) -> Callable[[int], Split]:
+    if data is ImageName.MNIST:
+        try:
+            mnist(root)
+        except DataError as error:
+            raise typer.BadParameter(str(error)) from None
+        return functools.partial(mnist, root)
+    return digits if data is ImageName.DIGITS else mnist1d
 
 
 def _as(experiment: Experiment, family: str) -> Experiment:

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from constrained_growth.experiments.referee import final_loss
-from constrained_growth.experiments.reproduction import TRACE, Reproduction
+from constrained_growth.experiments.reproduction import TRACE
+from constrained_growth.experiments.reproduction_runs import Reproduction
 from constrained_growth.plotting import GROWN, INK, KEPT, QUIET
 
 _STYLES = {

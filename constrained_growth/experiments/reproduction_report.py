@@ -26,7 +26,7 @@ from constrained_growth.experiments.referee import (
     summary,
     work,
 )
-from constrained_growth.experiments.reproduction import Array, Reproduction, Runs
+from constrained_growth.experiments.reproduction_runs import Array, Reproduction, Runs
 
 ARMS = {
     "N1": "small network kept",
@@ -86,7 +86,7 @@ def to_json(found: Reproduction, command: str) -> str:
     described = {
         key: value
         for key, value in asdict(experiment).items()
-        if key not in ("data", "reference", "counts", "seconds")
+        if key not in ("data", "reference", "counts", "seconds", "chunk")
     }
     content: dict[str, Any] = {
         "experiment": experiment.name,
@@ -250,7 +250,7 @@ def _levels(found: Reproduction) -> dict[str, Any]:
 
 
 def _effort(found: Reproduction) -> Table:
-    small, grown = (int(n) for n in found.arms["LImax"].operations)
+    small, grown, _ = (int(n) for n in found.arms["LImax"].operations)
     table = Table("", *(f"to {level} nats" for level in LEVELS), "all epochs, mean")
     table.title = "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it"
     for name, content in _levels(found).items():
