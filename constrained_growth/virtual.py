@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.contexts import context_of, takes_context
@@ -39,16 +39,15 @@ JOINT_PRODUCT_PASSES = 3.0
 """The same in (θ, v)."""
 
 
-@contextmanager
-def standing(
+def stand(
     module: nn.Module,
     block: Callable[..., Tensor],
     *,
     takes_context: bool = False,
     output: int | str | None = None,
     detach: bool = False,
-) -> Iterator[None]:
-    """Let a layer act on what comes out of a module, for a while, by a forward hook.
+) -> RemovableHandle:
+    """Let a layer act on what comes out of a module, by a forward hook.
 
     Args:
         module: The site.
@@ -56,6 +55,9 @@ def standing(
         takes_context: Whether it is called with the further arguments of the module too.
         output: Which tensor of the module's output is meant, as in `Candidate`.
         detach: Cut the graph before it.
+
+    Returns:
+        What takes it away again.
     """
 
     def hook(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -65,11 +67,7 @@ def standing(
         y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
         return with_tensor(out, output, y.clone())  # as the model may change it in place
 
-    handle = module.register_forward_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 class VirtualLoss:
@@ -216,14 +214,17 @@ class VirtualLoss:
             buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
             return functional_call(block, values | buffers, args, kwargs)
 
-        with standing(
+        handle = stand(
             self._module,
             moved,
             takes_context=takes_context(block),
             output=self._planned.output,
             detach=not self._old,
-        ):
+        )
+        try:
             return call(self._problem.model, input)
+        finally:
+            handle.remove()
 
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))

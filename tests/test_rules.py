@@ -1,5 +1,7 @@
 """From sensitivities to a decision."""
 
+import pickle
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import constrained_growth as cg
+from constrained_growth.rules import Fixed, Random, then
 
 
 def sensitivities(**values: float) -> dict[str, cg.Sensitivity]:
@@ -145,11 +148,184 @@ def test_relative_threshold_without_stationarity() -> None:
         ({"relative": -1.0}, ["relative=-1.0", "negative"]),
         ({"absolute": float("nan")}, ["absolute=nan"]),
         ({"absolute": 1.0, "max_insertions": 0}, ["max_insertions=0"]),
+        ({"confidence": 0.3}, ["confidence=0.3"]),
+        ({"confidence": 1.0}, ["confidence=1.0"]),
     ],
 )
 def test_thresholds_that_make_no_sense(options: dict[str, Any], words: list[str]) -> None:
     with refused(cg.RuleError, *words):
         cg.Threshold(**options)
+
+
+def test_threshold_with_confidence() -> None:
+    """z = 1.96 standard errors above the bar, and not one hair less."""
+    z = 1.959963984540054
+    for error, bar in ((0.1, 0.0), (0.01, 0.5)):
+        for tilt, inside in ((1 + 1e-9, True), (1 - 1e-9, False)):
+            one = {"a": cg.Sensitivity(bar + tilt * z * error, error)}
+            rule = cg.Threshold(absolute=bar, confidence=0.95)
+            assert (rule(one).chosen == ("a",)) is inside
+            assert "confidence 0.95" in rule(one).reason
+    assert cg.Threshold(confidence=0.9)({"a": cg.Sensitivity(0.1, 9.0)}).chosen == ()
+    relative = {"a": cg.Sensitivity(2.0, 0.1, baseline=1.0), "b": cg.Sensitivity(2, 1, baseline=1)}
+    assert cg.Threshold(relative=1.5, confidence=0.9)(relative).chosen == ("a",)
+
+
+def test_confidence_needs_a_standard_error() -> None:
+    with refused(cg.RuleError, "confidence=0.9", '"a"', "not known"):
+        cg.Threshold(confidence=0.9)(sensitivities(a=1.0))
+
+
+def test_pure_noise_is_rarely_inserted() -> None:
+    """The loss does not depend on the sample: λ is zero in the population, noise in a sample."""
+    model = feedforward(2, 4, 3, activation=nn.Tanh)
+    one = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))
+    signs = torch.randint(2, (60, 200)) * 2.0 - 1
+    taken = {0.8: 0, 0.95: 0}
+    for sign in signs.mT:
+        data = [(torch.randn(60, 2), sign.view(-1, 1))]
+        for confidence in taken:
+            solution = solved(
+                model,
+                data,
+                one,
+                rule=cg.Threshold(confidence=confidence),
+                loss_fn=lambda output, target: (output * target).mean(),
+            )
+            taken[confidence] += len(solution.decision.chosen)
+    assert 0 < taken[0.8] <= 0.2 * 200
+    assert taken[0.95] <= 0.05 * 200
+
+
+# --- controls -------------------------------------------------------------------------------------
+
+
+def test_random_draws_all_alike() -> None:
+    given = sensitivities(a=0.1, b=0.3, c=0.2)
+    draws = [Random(seed=seed)(given).chosen for seed in range(600)]
+    for name in given:
+        assert 150 < draws.count((name,)) < 250
+    pairs = {Random(2, seed)(given).chosen for seed in range(100)}
+    assert len(pairs) == 6
+    assert all(set(Random(9, seed)(given).chosen) == set(given) for seed in range(5))
+    assert Random(seed=4)(given) == Random(seed=4)(given)
+    assert Random()({}).chosen == ()
+    before = random.getstate()
+    Random(seed=7)(given)
+    assert random.getstate() == before
+
+
+def test_fixed() -> None:
+    given = sensitivities(a=0.1, b=0.3, c=0.2)
+    for rule, chosen in (
+        (Fixed(0), ("a",)),
+        (Fixed(-1), ("c",)),
+        (Fixed("b", 0, "b"), ("b", "a")),
+        (Fixed(), ()),
+    ):
+        assert rule(given).chosen == chosen
+        assert pickle.loads(pickle.dumps(rule)) == rule
+    for bad in (3, -4, "d"):
+        with refused(cg.RuleError, repr(bad), "'a', 'b', 'c'"):
+            Fixed(bad)(given)
+    for bad in (1.5, True, None):
+        with refused(cg.RuleError, repr(bad)):
+            Fixed(bad)  # type: ignore[arg-type]
+    with refused(cg.RuleError, "k=0"):
+        Random(0)
+
+
+# --- one after the other --------------------------------------------------------------------------
+
+
+class Asking:
+    """A rule that is asked with the problem: the first candidate it gets to see, moved a little."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def decide(self, problem: cg.GrowthProblem, solution: cg.Solution, /) -> cg.Decision:
+        self.seen.append((problem, solution.decision, list(solution.sensitivities)))
+        name = next(iter(solution.sensitivities))
+        values = {name: {k: 0.1 * v for k, v in solution.multipliers[name].items()}}
+        return cg.Decision((name,), "asked", values, {"passes": 2.5})
+
+
+def test_then_decides_about_what_is_left() -> None:
+    given = sensitivities(a=0.1, b=0.3, c=0.2, d=0.25)
+    assert then(cg.TopK(3), Fixed(0))(given).chosen == ("b",)  # type: ignore[operator]
+    rule = then(cg.Threshold(absolute=0.15), cg.TopK(3), Fixed(-1))
+    decision = rule(given)  # type: ignore[operator]
+    assert decision.chosen == ("d",)
+    assert decision.reason.split("; then ") == [
+        "3 of 4 sensitivities above 0.15",
+        "largest sensitivity of 3",
+        "fixed beforehand",
+    ]
+    nothing = then(cg.Threshold(absolute=9.0), Fixed("a"))(given)  # type: ignore[operator]
+    assert nothing.chosen == ()
+    assert then(cg.TopK(1))(given).chosen == ("b",)  # type: ignore[operator]
+
+
+def test_then_with_a_rule_that_asks_the_model() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(20)
+    candidates = [candidate("1"), candidate("3"), cg.Candidate("0", Gain(4))]
+    values = {n: s.value for n, s in solved(model, data, *candidates).sensitivities.items()}
+    ranked = sorted(values, key=lambda name: -values[name])
+    rule = Asking()
+    solution = solved(model, data, *candidates, rule=then(cg.TopK(2), rule))
+    ((problem, empty, seen),) = rule.seen
+    assert problem.model is model
+    assert empty == cg.Decision()
+    assert seen == [name for name in values if name in ranked[:2]]
+    assert solution.decision.chosen == (seen[0],)
+    assert solution.decision.values.keys() == {seen[0]}
+    assert solution.decision.evidence["passes"] == 2.5
+    assert len(solution.sensitivities) == 3
+    twice = then(rule, rule, cg.TopK(1))
+    assert solved(model, data, *candidates, rule=twice).decision.evidence["passes"] == 5.0
+
+
+def test_rules_that_ask_the_model_do_not_go_with_sampling() -> None:
+    model, data = feedforward(2, 4, 3), classified(200, batch=4)
+    with nothing_left_behind(model), refused(cg.RuleError, "asks the model", "sampling"):
+        solved(model, data, candidate(), rule=Asking(), sampling=cg.AdaptiveSampling())
+    plain = then(cg.Threshold(absolute=0.0), cg.TopK(1))
+    found = solved(model, data, candidate(), rule=plain, sampling=cg.AdaptiveSampling())
+    assert found.decision.chosen == ("1",)
+
+
+@pytest.mark.parametrize("rules", [(), (None,), (cg.TopK(1), "TopK"), (cg.TopK,)])
+def test_then_of_no_rules(rules: Any) -> None:
+    with refused(cg.RuleError, "then"):
+        then(*rules)
+
+
+def test_values_of_candidates_that_were_not_chosen() -> None:
+    class Confused(Asking):
+        def decide(self, problem: cg.GrowthProblem, solution: cg.Solution, /) -> cg.Decision:
+            decision = super().decide(problem, solution)
+            return cg.Decision((), values=decision.values)
+
+    model, data = feedforward(2, 4, 3), classified(20)
+    with refused(cg.RuleError, "values", "did not choose"):
+        solved(model, data, candidate(), rule=Confused())
+
+
+def test_a_rule_may_disturb_the_model_as_long_as_it_asks() -> None:
+    """Modes, buffers, gradients and random numbers are put back."""
+
+    class Rude(Asking):
+        def decide(self, problem: cg.GrowthProblem, solution: cg.Solution, /) -> cg.Decision:
+            torch.rand(3)
+            problem.model.eval()
+            for parameter in problem.model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            return super().decide(problem, solution)
+
+    model, data = feedforward(2, 4, 3), classified(20)
+    with nothing_left_behind(model):
+        solved(model, data, candidate(), rule=Rude())
 
 
 # --- a user's own -----------------------------------------------------------------------------

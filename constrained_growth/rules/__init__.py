@@ -6,19 +6,31 @@ Decision`, if it has to ask the model more than that. Nothing else is asked of i
 """
 
 from constrained_growth.rules.budget import Budget, half_square
+from constrained_growth.rules.composition import then
+from constrained_growth.rules.controls import Fixed, Random
+from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
 from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.ranking import Threshold, TopK
+from constrained_growth.rules.trial import Trial
 from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState
 
 __all__ = [
     "Budget",
     "DecisionRule",
+    "Exhausted",
+    "Fixed",
     "ModelRule",
+    "Plateau",
+    "PlateauState",
+    "Random",
     "Rule",
     "Threshold",
     "TopK",
+    "Trial",
     "TrustRegion",
     "TrustRegionState",
+    "When",
     "half_square",
     "needs_model",
+    "then",
 ]

@@ -19,7 +19,7 @@ from constrained_growth.errors import DataError
 from constrained_growth.observation import batch_size, batches, call, device_of, untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
-from constrained_growth.virtual import standing
+from constrained_growth.virtual import stand
 
 
 def multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> dict[str, float]:
@@ -51,9 +51,8 @@ def multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> 
                     site = problem.model.get_submodule(planned.after)
                     watch = partial(_counted, totals, name, planned.block)
                     takes = takes_context(planned.block)
-                    stack.enter_context(
-                        standing(site, watch, takes_context=takes, output=planned.output)
-                    )
+                    handle = stand(site, watch, takes_context=takes, output=planned.output)
+                    stack.callback(handle.remove)
                 call(problem.model, first[0])
         return {name: totals[name] / batch_size(*first) for name in candidates}
 

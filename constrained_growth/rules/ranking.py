@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity
+from constrained_growth.statistics import MIN_CONFIDENCE, interval
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,15 @@ class Threshold:
             candidates are not part of that mean). Needs the stationarity, which `solve` computes
             by default. With both given, a candidate has to exceed both.
         max_insertions: At most so many; None (default) for all.
+        confidence: Insert only what is above the bar (0 if none is given) with this confidence,
+            going by the standard error: the lower limit of `statistics.interval` has to be above
+            it. What lies above it by chance of the sample is then not inserted, with at least
+            this probability. None (default) goes by the value alone.
 
     Raises:
-        RuleError: Neither threshold is given, one is negative, or `relative` is used on a
-            solution without stationarity.
+        RuleError: Neither threshold nor confidence is given, one is out of range, `relative` is
+            used on a solution without stationarity, or `confidence` where a standard error is not
+            known.
 
     Example:
         >>> rule = Threshold(absolute=0.3)
@@ -84,14 +91,22 @@ class Threshold:
     absolute: float | None = None
     relative: float | None = None
     max_insertions: int | None = None
+    confidence: float | None = None
 
     def __post_init__(self) -> None:
-        if self.absolute is None and self.relative is None:
-            raise RuleError("Threshold needs absolute=… or relative=…, such as relative=1.0.")
+        if self.absolute is None and self.relative is None and self.confidence is None:
+            raise RuleError(
+                "Threshold needs absolute=…, relative=… or confidence=…, such as relative=1.0."
+            )
         for name in ("absolute", "relative"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
+        if self.confidence is not None and not MIN_CONFIDENCE <= self.confidence < 1:
+            raise RuleError(
+                f"confidence={self.confidence!r} of Threshold must be at least {MIN_CONFIDENCE} "
+                "and below 1, such as 0.95."
+            )
         if self.max_insertions is not None and self.max_insertions < 1:
             raise RuleError(
                 f"max_insertions={self.max_insertions!r} of Threshold must be positive."
@@ -100,10 +115,22 @@ class Threshold:
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All that exceed their bar."""
         bars = {name: self._bar(s) for name, s in sensitivities.items()}
-        over = [name for name, s in sensitivities.items() if s.value > bars[name]]
+        over = [name for name, s in sensitivities.items() if self._limit(name, s) > bars[name]]
         chosen = tuple(sorted(over, key=lambda n: -sensitivities[n].value)[: self.max_insertions])
         bar = max(bars.values(), default=0.0)
-        return Decision(chosen, f"{len(over)} of {len(bars)} sensitivities above {bar:.3g}")
+        surely = "" if self.confidence is None else f" with confidence {self.confidence:g}"
+        return Decision(chosen, f"{len(over)} of {len(bars)} sensitivities above {bar:.3g}{surely}")
+
+    def _limit(self, name: str, sensitivity: Sensitivity) -> float:
+        """The sensitivity, or a lower confidence limit of it."""
+        if self.confidence is None:
+            return sensitivity.value
+        if math.isnan(sensitivity.standard_error):
+            raise RuleError(
+                f"confidence={self.confidence!r} of Threshold needs the standard error of "
+                f'candidate "{name}", which is not known; give several batches, or leave it out.'
+            )
+        return interval(sensitivity, self.confidence)[0]
 
     def _bar(self, sensitivity: Sensitivity) -> float:
         if self.relative is None:

@@ -1,0 +1,100 @@
+"""Rules made of rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from constrained_growth.errors import RuleError
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.protocol import DecisionRule, Rule, needs_model
+from constrained_growth.solution import Decision, Sensitivity, Solution
+
+
+def then(*rules: Rule) -> Rule:
+    """One rule after the other, each deciding about what the one before it has chosen.
+
+    The last one has the last word, also about where a layer starts. So
+    `then(Threshold(relative=1.0), TopK(1))` takes the best of those above the bar, and
+    `then(TopK(3), TrustRegion())` spends second-order information on three candidates only. A
+    rule that finds nothing left is not asked.
+
+    Args:
+        *rules: At least one.
+
+    Returns:
+        A function of the sensitivities where all of them are; otherwise a rule that is asked with
+        the problem.
+
+    Raises:
+        RuleError: There is none, or something is no rule.
+
+    Example:
+        >>> from constrained_growth.rules import Threshold, TopK
+        >>> given = {"a": Sensitivity(0.2), "b": Sensitivity(0.5), "c": Sensitivity(0.4)}
+        >>> then(Threshold(absolute=0.3), TopK(1))(given).chosen
+        ('b',)
+    """
+    for rule in rules:
+        if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
+            raise RuleError(f"rule={rule!r} of then is no rule; give cg.TopK(1), say.")
+    if not rules:
+        raise RuleError("then needs at least one rule, such as then(cg.TopK(3), cg.TrustRegion()).")
+    plain = tuple(rule for rule in rules if not needs_model(rule))
+    return Chain(plain) if len(plain) == len(rules) else ModelChain(rules)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Rules that need the sensitivities alone, one after the other; see `then`."""
+
+    rules: tuple[DecisionRule, ...]
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """What the last one chooses of what the others have left."""
+        left, decisions = dict(sensitivities), []
+        for rule in self.rules:
+            decisions.append(rule(left))
+            left = {name: left[name] for name in left if name in decisions[-1].chosen}
+            if not left:
+                break
+        return _together(decisions)
+
+
+@dataclass(frozen=True)
+class ModelChain:
+    """Rules of both kinds, one after the other; see `then`."""
+
+    rules: tuple[Rule, ...]
+
+    def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
+        """What the last one chooses of what the others have left."""
+        decisions = []
+        for rule in self.rules:
+            asked = needs_model(rule)
+            decision = rule.decide(problem, solution) if asked else rule(solution.sensitivities)
+            decisions.append(decision)
+            solution = _only(solution, decision.chosen)
+            if not decision.chosen:
+                break
+        return _together(decisions)
+
+
+def _only(solution: Solution, names: tuple[str, ...]) -> Solution:
+    """The same solution as if there were no other candidates, in the order of the problem."""
+    sensitivities = {n: s for n, s in solution.sensitivities.items() if n in names}
+    return replace(solution, sensitivities=sensitivities)
+
+
+def _together(decisions: list[Decision]) -> Decision:
+    """The last one, with the reasons of all, and the evidence of all where there is any."""
+    last = decisions[-1]
+    found = [dict(decision.evidence) for decision in decisions]
+    evidence = dict(last.evidence)
+    if any(found[:-1]):
+        evidence["before"] = found[:-1]
+    passes = [one["passes"] for one in found if "passes" in one]
+    if passes:
+        evidence["passes"] = sum(passes)
+    reason = "; then ".join(decision.reason for decision in decisions)
+    return Decision(last.chosen, reason, last.values, evidence)
