@@ -24,7 +24,20 @@ from constrained_growth.history import History
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import DecisionRule, Threshold, TopK
+from constrained_growth.rules import (
+    Budget,
+    DecisionRule,
+    Exhausted,
+    Fixed,
+    Plateau,
+    Random,
+    Threshold,
+    TopK,
+    Trial,
+    TrustRegion,
+    When,
+    then,
+)
 from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
@@ -35,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveSampling",
     "BlockError",
+    "Budget",
     "Candidate",
     "CandidateError",
     "CheckpointError",
@@ -42,6 +56,8 @@ __all__ = [
     "DataError",
     "Decision",
     "DecisionRule",
+    "Exhausted",
+    "Fixed",
     "Grower",
     "GrowthError",
     "GrowthProblem",
@@ -50,7 +66,9 @@ __all__ = [
     "InsertedLayer",
     "Monitor",
     "OptimizerError",
+    "Plateau",
     "Proposals",
+    "Random",
     "RecordError",
     "RuleError",
     "Sensitivity",
@@ -59,6 +77,9 @@ __all__ = [
     "Threshold",
     "TopK",
     "TrainingError",
+    "Trial",
+    "TrustRegion",
+    "When",
     "blocks",
     "checkpoint",
     "find_candidates",
@@ -69,4 +90,5 @@ __all__ = [
     "replay",
     "solve",
     "statistics",
+    "then",
 ]
