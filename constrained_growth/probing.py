@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import has_joint_factors, moves, pinned_parameters
+from constrained_growth.blocks import has_joint_factors, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.contexts import Context, context_of, detached, takes_context
 from constrained_growth.distributed import everywhere, several, take_from_first
-from constrained_growth.errors import BlockError, CandidateError, DataError
+from constrained_growth.errors import CandidateError, DataError
+from constrained_growth.fitting import check_fit
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
     Weight,
@@ -23,14 +24,11 @@ from constrained_growth.observation import (
     batches,
     call,
     device_of,
-    full_precision,
     hooked,
     tensors_of,
-    untouched,
 )
 from constrained_growth.outputs import Which, tensor_at, with_tensor
 from constrained_growth.recording import Site
-from constrained_growth.tallies import block_multipliers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -150,7 +148,7 @@ def look_at_sites(
         for site, here in zip(sites, seen, strict=True):
             for name, block in site.blocks.items():
                 for use in here:
-                    _check_fit(name, block, use)
+                    check_fit(name, block, use.x, use.context)
 
     everywhere(check, group)
     return tuple(sites), next(iter(examples), None)
@@ -377,33 +375,6 @@ def _brought(
     return block
 
 
-def _check_fit(name: str, block: nn.Module, seen: _Seen) -> None:
-    """Try a block on the tensor at its site, in the block's own precision."""
-    x = seen.x.to(next(block.parameters()).dtype)
-    with full_precision(x.device), torch.no_grad():
-        where = f'block={type(block).__name__} of candidate "{name}"'
-        _check_identity(block, x, seen.context, where)
-
-
-def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
-    try:
-        moved = float(moves(block, x, context))
-    except BlockError:
-        raise
-    except Exception as error:
-        raise BlockError(
-            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
-            f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
-        ) from error
-    if moved > 1:
-        raise BlockError(
-            f"{where} is not the identity at its pins on the data: it moves the tensor at its "
-            f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
-            "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
-        )
-    _refuse_dead(block, x, context, where)
-
-
 def _exact_after(block: nn.Module, module: nn.Module) -> bool:
     """Whether a block says that it is the identity on all that a module can give."""
     exact_after = getattr(block, "exact_after", None)
@@ -415,20 +386,3 @@ def _kind(block: nn.Module, shape: tuple[int, ...]) -> Hashable:
     if not has_joint_factors(block):
         return None
     return type(block), shape, block.joint_kind()  # type: ignore[operator]
-
-
-def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
-    """Refuse a block whose multipliers are 0 whatever arrives."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-
-    with untouched(block):
-        multipliers = block_multipliers(block, draw(), draw(), context)
-    if not any(bool(value.any()) for value in multipliers.values()):
-        raise BlockError(
-            f"{where} has multipliers that vanish identically (both factors of a product are zero, "
-            "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "
-            'factor a non-zero value, or use ResidualMLP(width, hidden, activation, "outer").'
-        )

@@ -18,7 +18,8 @@ from constrained_growth.distributed import add_up, everywhere
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import full_precision
 from constrained_growth.outputs import Which, tensor_at, with_tensor
-from constrained_growth.tallies import Counts, Estimate, Squares, Tally, Use
+from constrained_growth.tallies import Counts, Estimate, Squares, Tally
+from constrained_growth.uses import Use
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,7 +12,8 @@ from torch import Tensor
 from constrained_growth.contexts import Context
 from constrained_growth.errors import DataError
 from constrained_growth.recording import Member, Site, grouped, stacked
-from constrained_growth.tallies import Estimate, Squares, Use, accumulation_dtype
+from constrained_growth.tallies import Estimate, Squares, accumulation_dtype
+from constrained_growth.uses import Use
 
 
 @dataclass(eq=False, slots=True)
@@ -102,9 +103,7 @@ class Window:
         for member in self._here[index]:
             if by_sample and member.closed:
                 member.tally.add_uses(uses, size)
-                continue
-            device = uses[0].x.device
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            else:
                 member.tally.add_batch(member.index, uses, size)
 
     def make_room(self) -> None:

@@ -33,7 +33,7 @@ from constrained_growth.experiments.benchmarks import (
 )
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.timing import Effort, Machine, Spread, compare, one_thread
-from constrained_growth.tallies import block_multipliers
+from constrained_growth.uses import block_multipliers
 
 MAKERS = (feedforward, residual, convolutional, pointwise, transformer)
 

@@ -37,7 +37,7 @@ from constrained_growth.experiments import monitoring_cost
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.timing import Effort
 from constrained_growth.sketching import Sketched, sketched_sites
-from constrained_growth.tallies import block_multipliers
+from constrained_growth.uses import block_multipliers
 
 Loss = Callable[[Any, Any], Tensor]
 ROOMS = pytest.mark.parametrize("room", [2**20, 0], ids=["waiting", "at once"])

@@ -1,0 +1,66 @@
+"""Does a block fit its site? Tried on the tensor that is there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.blocks import moves
+from constrained_growth.contexts import Context
+from constrained_growth.errors import BlockError
+from constrained_growth.observation import full_precision, untouched
+from constrained_growth.uses import block_multipliers
+
+
+def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
+    """Try a block on the tensor at its site, in the block's own precision.
+
+    Args:
+        name: Name of the candidate.
+        block: The block, on the device of its site.
+        x: The tensor.
+        context: What else the module there was called with.
+
+    Raises:
+        BlockError: It fails there, is not the identity, or its multipliers are 0 whatever arrives.
+    """
+    x = x.to(next(block.parameters()).dtype)
+    with full_precision(x.device), torch.no_grad():
+        where = f'block={type(block).__name__} of candidate "{name}"'
+        _check_identity(block, x, context, where)
+
+
+def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
+    try:
+        moved = float(moves(block, x, context))
+    except BlockError:
+        raise
+    except Exception as error:
+        raise BlockError(
+            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
+            f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
+        ) from error
+    if moved > 1:
+        raise BlockError(
+            f"{where} is not the identity at its pins on the data: it moves the tensor at its "
+            f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
+            "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
+        )
+    _refuse_dead(block, x, context, where)
+
+
+def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
+    """Refuse a block whose multipliers are 0 whatever arrives."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    with untouched(block):
+        multipliers = block_multipliers(block, draw(), draw(), context)
+    if not any(bool(value.any()) for value in multipliers.values()):
+        raise BlockError(
+            f"{where} has multipliers that vanish identically (both factors of a product are zero, "
+            "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "
+            'factor a non-zero value, or use ResidualMLP(width, hidden, activation, "outer").'
+        )
