@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,23 +26,25 @@ from constrained_growth.observation import parameter_shapes, untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.records import GrowthRecord
 from constrained_growth.rules import Rule, TopK
-from constrained_growth.solution import Solution
+from constrained_growth.rules.plateau import When
+from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
 
 Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 """Candidates for every round, or a function that proposes them for the model as it is then."""
 
 
-class When(Protocol):
-    """What says whether it is time to ask; a plain function fits."""
+@runtime_checkable
+class Watch(Protocol):
+    """What watches the losses and says when to ask, such as `Plateau`."""
 
-    def __call__(self, losses: Sequence[float], /) -> bool:
-        """Whether to ask now.
-
-        Args:
-            losses: The rows of the history since the last insertion.
-        """
+    def update(self, loss: float, /) -> When:
+        """Take note of the loss of a row of the history, and say when."""
         ...
+
+
+Schedule = Watch | Callable[[Sequence[float]], bool]
+"""When to ask: a `Watch`, or a function of the losses since the last insertion, a row each."""
 
 
 class AfterInsertion(Protocol):
@@ -67,8 +70,10 @@ class Grower:
         loss_fn: As for `GrowthProblem`.
         data: What decides, as for `GrowthProblem`: the training data, a part of them, or others.
         rule: What to insert, as for `solve`; `TopK(1)` by default.
-        when: `when(losses) -> bool`, asked with the rows of the history since the last insertion;
-            None (default) for whenever `maybe_grow` is called.
+        when: When to ask: a `Plateau`, or `when(losses) -> bool` with the losses since the last
+            insertion, one for each row of the history; None (default) for after every row.
+        confirm: `confirm(solution) -> When`, such as `Exhausted()`: asked before something is
+            inserted, which is done on NOW only; NEVER ends all asking. None (default) for NOW.
         candidates: A sequence, offered every time; or `candidates(model)`, asked every time; None
             (default) for `find_candidates` with the first input of `data`.
         max_insertions: How many layers in all; None (default) for any number.
@@ -83,6 +88,8 @@ class Grower:
         history: Losses and decisions so far.
         record: The insertions so far, for `replay` and `checkpoint.save`.
         num_steps: How many steps the optimizer has taken.
+        is_over: Whether there will be no more asking: `max_insertions` are reached, or `when` or
+            `confirm` has said NEVER.
 
     Raises:
         TrainingError: An argument makes no sense.
@@ -114,14 +121,20 @@ class Grower:
         data: Iterable[Any],
         *,
         rule: Rule = _TOP_ONE,
-        when: When | None = None,
+        when: Schedule | None = None,
+        confirm: Callable[[Solution], When] | None = None,
         candidates: Candidates | None = None,
         max_insertions: int | None = None,
         after_insertion: AfterInsertion | None = None,
         solver: Callable[[GrowthProblem, Rule], Solution] = solve,
         writer: Writer | None = None,
     ) -> None:
-        _check(when=when, after_insertion=after_insertion, solver=solver)
+        _check(confirm=confirm, after_insertion=after_insertion, solver=solver)
+        if not (when is None or isinstance(when, Watch) or callable(when)):
+            raise TrainingError(
+                f"when={when!r} has no update(loss), and cannot be called either; give a "
+                "Plateau(), a function of the losses, or None."
+            )
         if max_insertions is not None and not max_insertions >= 0:
             raise TrainingError(f"max_insertions={max_insertions!r} must not be negative.")
         self.model = model
@@ -130,6 +143,7 @@ class Grower:
         self.data = data
         self.rule = rule
         self.when = when
+        self.confirm = confirm
         self.candidates = candidates
         self.max_insertions = max_insertions
         self.after_insertion = after_insertion
@@ -138,6 +152,7 @@ class Grower:
         self.history = History()
         self.record = GrowthRecord((), parameter_shapes(model))
         self.num_steps = 0
+        self.is_over = max_insertions == 0
         self._sum: Tensor | float = 0.0
         self._count = 0
         self._begun = time.perf_counter()
@@ -154,11 +169,14 @@ class Grower:
         self._count += 1
         self.num_steps += 1
 
-    def observe(self, metrics: Mapping[str, float] | None = None) -> None:
+    def observe(self, metrics: Mapping[str, float] | None = None) -> bool:
         """Close a row of the history with the mean loss of the steps since the last one.
 
         Args:
             metrics: Further numbers for the row.
+
+        Returns:
+            Whether it is time to `ask`.
 
         Raises:
             TrainingError: There was no step since the last row.
@@ -176,15 +194,7 @@ class Grower:
             metrics=metrics or {},
         )
         self._sum, self._count, self._begun = 0.0, 0, time.perf_counter()
-
-    def is_due(self) -> bool:
-        """Whether there may be another insertion, and it is time to ask."""
-        if self.max_insertions is not None and len(self.record.insertions) >= self.max_insertions:
-            return False
-        if self.when is None:
-            return True
-        since = max((one.epoch for one in self.history.insertions), default=0)
-        return bool(self.when(self.history.losses[since:]))
+        return not self.is_over and self._is_time()
 
     def maybe_grow(self, metrics: Mapping[str, float] | None = None) -> Round | None:
         """Close a row of the history, and if it is time to, ask the rule and insert what it chose.
@@ -199,8 +209,7 @@ class Grower:
             TrainingError: There was no step since the last row.
             GrowthError: What solving or inserting raises.
         """
-        self.observe(metrics)
-        return self.ask() if self.is_due() else None
+        return self.ask() if self.observe(metrics) else None
 
     def ask(self) -> Round:
         """Ask the rule now, and insert what it chose.
@@ -211,18 +220,27 @@ class Grower:
         began = time.perf_counter()
         problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
         solution = self.solver(problem, self.rule)
+        solution = replace(solution, decision=self._within_limit(solution.decision))
+        answer = When.NOW if self.confirm is None else self.confirm(solution)
+        if answer is not When.NOW:
+            solution = replace(solution, decision=Decision((), answer.value))
         old = {id(parameter) for parameter in self.model.parameters()}
         self.record = self.record + insert(self.model, solution, optimizer=self.optimizer)
         named = self.model.named_parameters()
         one = round_of(
             solution,
             self.model,
+            when=answer.name,
             step=self.num_steps,
             epoch=len(self.history.losses),
             new_parameters=tuple(name for name, p in named if id(p) not in old),
             seconds=time.perf_counter() - began,
         )
         self.history.rounds.append(one)
+        inserted = len(self.record.insertions)
+        self.is_over = answer is When.NEVER or (
+            self.max_insertions is not None and inserted >= self.max_insertions
+        )
         if one.chosen and self.after_insertion is not None:
             self.after_insertion(self, one)
         if self.writer is not None:
@@ -235,6 +253,7 @@ class Grower:
         """All that a checkpoint needs beside model, optimizer and random state."""
         return {
             "num_steps": self.num_steps,
+            "is_over": self.is_over,
             "sum": self._sum,
             "count": self._count,
             "seconds": time.perf_counter() - self._begun,
@@ -246,6 +265,7 @@ class Grower:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; the model is grown and loaded by the caller."""
         self.num_steps = state["num_steps"]
+        self.is_over = state["is_over"]
         total = state["sum"]
         self._sum = total.clone() if isinstance(total, Tensor) else total
         self._count = state["count"]
@@ -254,6 +274,28 @@ class Grower:
         self.record = GrowthRecord.from_json(state["record"])
         for name, part in self._stateful().items():
             part.load_state_dict(state["parts"][name])
+
+    def _is_time(self) -> bool:
+        if self.when is None:
+            return True
+        if isinstance(self.when, Watch):
+            answer = self.when.update(self.history.losses[-1])
+            self.is_over = answer is When.NEVER
+            return answer is When.NOW
+        since = max((one.epoch for one in self.history.insertions), default=0)
+        return bool(self.when(self.history.losses[since:]))
+
+    def _within_limit(self, decision: Decision) -> Decision:
+        """The first of the chosen, as many as there may still be."""
+        if self.max_insertions is None:
+            return decision
+        room = self.max_insertions - len(self.record.insertions)
+        if len(decision.chosen) <= room:
+            return decision
+        chosen = decision.chosen[:room]
+        values = {name: v for name, v in decision.values.items() if name in chosen}
+        reason = f"{decision.reason}; {room} more of max_insertions={self.max_insertions}"
+        return replace(decision, chosen=chosen, values=values, reason=reason)
 
     def _stateful(self) -> dict[str, Any]:
         """Those of rule, schedule and policy that remember something."""

@@ -20,6 +20,7 @@ class Round:
     """One time that was asked where to grow, whatever the answer was.
 
     Attributes:
+        when: NOW; LATER or NEVER when the answer was that nothing is to be inserted yet, or ever.
         step: How many optimizer steps had been taken.
         epoch: How many rows the history had: the decision came after the last of them.
         loss: L(θ, 0) on the data that decided.
@@ -37,6 +38,7 @@ class Round:
         seconds: What solving and inserting took.
     """
 
+    when: str
     step: int
     epoch: int
     loss: float
@@ -157,6 +159,7 @@ def round_of(
     solution: Solution,
     model: nn.Module,
     *,
+    when: str,
     step: int,
     epoch: int,
     new_parameters: tuple[str, ...],
@@ -164,6 +167,7 @@ def round_of(
 ) -> Round:
     """The round of a solution that was just inserted into the model."""
     return Round(
+        when=when,
         step=step,
         epoch=epoch,
         loss=solution.loss,

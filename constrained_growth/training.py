@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from constrained_growth import checkpoint as checkpoints
 from constrained_growth.errors import DataError, TrainingError
-from constrained_growth.grower import AfterInsertion, Candidates, Grower, When
+from constrained_growth.grower import AfterInsertion, Candidates, Grower, Schedule
 from constrained_growth.history import History, Writer
 from constrained_growth.observation import (
     batch_size,
@@ -26,6 +26,7 @@ from constrained_growth.observation import (
 )
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
+from constrained_growth.rules.plateau import When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
 
@@ -40,7 +41,8 @@ def grow(
     *,
     epochs: int,
     rule: Rule = _TOP_ONE,
-    when: When | None = None,
+    when: Schedule | None = None,
+    confirm: Callable[[Solution], When] | None = None,
     candidates: Candidates | None = None,
     data: Iterable[Any] | None = None,
     max_insertions: int | None = None,
@@ -74,6 +76,7 @@ def grow(
         epochs: How often to go through them, at most.
         rule: What to insert, as for `Grower`.
         when: When to ask, as for `Grower`.
+        confirm: Asked before something is inserted, as for `Grower`.
         candidates: What could be inserted, as for `Grower`.
         data: What decides where to grow; the training data by default.
         max_insertions: As for `Grower`.
@@ -123,6 +126,7 @@ def grow(
         data=loader if data is None else data,
         rule=rule,
         when=when,
+        confirm=confirm,
         candidates=candidates,
         max_insertions=max_insertions,
         after_insertion=after_insertion,
@@ -136,8 +140,8 @@ def grow(
     def is_over() -> bool:
         watched = history.losses if validation is None else history.metrics.get(_LOSS, [])
         reached = target is not None and bool(watched) and watched[-1] <= target
-        empty = patience is not None and len(history.rounds) >= patience
-        empty = empty and not any(one.chosen for one in history.rounds[-(patience or 0) :])
+        answers = [one.chosen for one in history.rounds if one.when == When.NOW.name]
+        empty = patience is not None and len(answers) >= patience and not any(answers[-patience:])
         return run.stopped or run.epoch >= epochs or reached or empty
 
     disable = None if progress is None else not progress
@@ -151,9 +155,9 @@ def grow(
             found = dict(metrics or {})
             if validation is not None:
                 found[_LOSS] = loss_fn
-            grower.observe(evaluate(model, found, measured) if found else None)
+            is_time = grower.observe(evaluate(model, found, measured) if found else None)
             run.end_epoch()
-            if not is_over() and grower.is_due():
+            if is_time and not is_over():
                 grower.ask()
             answers = [callback(grower) for callback in callbacks]
             run.stopped = any(answer is True for answer in answers)
