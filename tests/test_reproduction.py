@@ -220,6 +220,15 @@ def test_a_run_does_not_depend_on_its_company():
         np.testing.assert_allclose(runs.loss[:, 0], expected, rtol=0, atol=1e-12)
 
 
+def test_single_precision_is_single_precision():
+    found = reproduce(tiny(), range(2), dtype=torch.float32)
+    losses = found.arms["LImax"].loss
+    assert np.array_equal(losses.astype(np.float32), losses)
+    exact = reproduce(tiny(), range(2)).arms["LImax"].loss
+    np.testing.assert_allclose(losses, exact, rtol=0, atol=1e-5)
+    assert (losses != exact).any()
+
+
 def test_random_state_is_left_alone():
     before = torch.get_rng_state()
     reproduce(tiny(), range(2))
@@ -404,7 +413,7 @@ def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, s
 def test_all_of_them_in_one_file(tmp_path):
     file = tmp_path / "numbers.json"
     arguments = ["reproduce", "all", "--seeds", "3", "--json", str(file)]
-    ran = CliRunner().invoke(app, [*arguments, "--network", "tanhlu"])
+    ran = CliRunner().invoke(app, [*arguments, "--network", "tanhlu", "--float32"])
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text())
     assert set(content) == {"Exp9-tanhlu", "Exp10-tanhlu"}

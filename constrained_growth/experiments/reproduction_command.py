@@ -13,6 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -66,10 +67,16 @@ def reproduce(
     root: Annotated[
         Path, typer.Option(help="Where torchvision keeps MNIST.", metavar="DIR")
     ] = Path("data"),
+    float32: Annotated[
+        bool, typer.Option("--float32", help="In single precision, as the source's code.")
+    ] = False,
     out: Tables = None,
     json: Json = None,
 ) -> None:
-    """Run an experiment of the source, its protocol beside others, and hold it to account."""
+    """Run an experiment of the source, its protocol beside others, and hold it to account.
+
+    With --out DIR an interrupted run goes on where it was; DIR then holds picture, tables, numbers.
+    """
     console = Console(highlight=False)
     console.width = max(console.width, WIDTH)
     if show or name is None:
@@ -80,7 +87,8 @@ def reproduce(
         begin = time.perf_counter()
         console.print(reproduction_report.describe(experiment))
         with one_thread():
-            found = run(experiment, range(seed, seed + seeds), cache=out)
+            dtype = torch.float32 if float32 else torch.float64
+            found = run(experiment, range(seed, seed + seeds), cache=out, dtype=dtype)
         results[experiment.name] = jsons.loads(reproduction_report.to_json(found, _command()))
         console.print(reproduction_report.tables(found))
         if out is not None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from constrained_growth.experiments.referee import final_loss
 from constrained_growth.experiments.reproduction import TRACE
@@ -114,7 +113,7 @@ def sensitivities(ax: Axes, found: Reproduction) -> None:
     mesh = ax.pcolormesh(edge, sites, np.log10(np.maximum(median, 1e-12)), cmap="viridis")
     ax.axvline(found.experiment.before, color="white", linestyle=(0, (4, 3)), linewidth=1)
     ax.invert_yaxis()
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_yticks(range(1, len(median) + 1))
     ax.figure.colorbar(mesh, ax=ax, label="log₁₀ of the median ‖λ_W‖")
     _named(ax, "the small network, kept", "epochs", "after hidden layer")
     ax.grid(False)
