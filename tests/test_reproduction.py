@@ -77,6 +77,14 @@ def plain_loop(experiment, model, seed, epochs, rate):
     return losses
 
 
+def changed(experiment, seed, widths):
+    """Nothing inserted, but the learning rate changed."""
+    model = plain(experiment, seed, widths)
+    losses = plain_loop(experiment, model, seed, range(experiment.before), experiment.lr)
+    after = range(experiment.before, experiment.epochs)
+    return losses + plain_loop(experiment, model, seed, after, experiment.lr * experiment.factor)
+
+
 def grown(experiment, seed, best):
     """The losses of a plain loop that inserts where ‖λ_W‖ is largest, or smallest."""
     model, family = plain(experiment, seed, experiment.widths), FAMILIES[experiment.family]
@@ -108,6 +116,8 @@ def test_every_arm_is_what_a_plain_loop_gives(family, batch):
         expected = {
             "LImax": grown(experiment, seed, max),
             "LImin": grown(experiment, seed, min),
+            "N1lr": changed(experiment, seed, (4, 4)),
+            "N2lr": changed(experiment, seed, (4, 4, 4)),
         }
         for name, widths in {"N1": (4, 4), "N2": (4, 4, 4, 4), "N2fix": (4, 4, 4)}.items():
             model = plain(experiment, seed, widths)

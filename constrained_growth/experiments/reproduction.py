@@ -180,7 +180,7 @@ def _run(
     sites = range(sizes.shape[1])
     each = [_grown(setting, kept, before, np.full(len(seeds), k)) for k in sites]
     draws = [int(np.random.default_rng(seed).integers(sizes.shape[1])) for seed in seeds]
-    deep = _fresh(setting, (*experiment.widths, experiment.widths[-1]))
+    deep, deep_changed = _deep(setting)
     twice = 2 * experiment.widths
     arms = {
         "N1": kept,
@@ -189,6 +189,8 @@ def _run(
         "random": _picked(each, np.array(draws)),
         "N2": deep if len(twice) == len(experiment.widths) + 1 else _fresh(setting, twice),
         "N2fix": deep,
+        "N1lr": _changed(setting, kept, before),
+        "N2lr": deep_changed,
         "recommended": _recommended(setting, kept, before),
     }
     inserted_at = {
@@ -230,6 +232,26 @@ def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble]
 def _fresh(setting: _Setting, widths: Sequence[int]) -> Runs:
     trained, history = setting.train(setting.start(widths), setting.experiment.epochs)
     return _runs([history], trained)
+
+
+def _deep(setting: _Setting) -> tuple[Runs, Runs]:
+    """The network of the grown one's depth from the start, with one learning rate and with two."""
+    experiment = setting.experiment
+    widths = (*experiment.widths, experiment.widths[-1])
+    before, first = setting.train(setting.start(widths), experiment.before)
+    trained, second = setting.train(before, experiment.after)
+    runs = _runs([first, second], trained)
+    return runs, _changed(setting, runs, before)
+
+
+def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
+    """Nothing inserted, but the learning rate changed as if there were."""
+    if setting.experiment.factor == 1:
+        return runs
+    trained, history = setting.train(before, setting.experiment.after, setting.experiment.factor)
+    rows = np.arange(len(before))
+    part = (rows, _runs([history], trained))
+    return _continued(runs, before.epochs, [part], np.full(len(before), -1))
 
 
 def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> Runs:
@@ -326,4 +348,5 @@ def _epochs_in_all(experiment: Experiment) -> int:
     """Epochs of all arms of one chunk, the recommended one counted once."""
     sites, deep = len(experiment.widths), 1 if len(experiment.widths) == 1 else 2
     others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
-    return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others
+    changed = 0 if experiment.factor == 1 else 2 * experiment.after
+    return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others + changed

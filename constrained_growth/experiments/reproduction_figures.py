@@ -16,6 +16,7 @@ from constrained_growth.plotting import GROWN, INK, KEPT, QUIET
 _STYLES = {
     "N1": ("small network kept (N1)", KEPT, "-"),
     "N2fix": ("deeper one from the start (N2fix)", "#009E73", "--"),
+    "N1lr": ("small network, learning rate as grown (N1lr)", "#56B4E9", ":"),
     "LImin": ("smallest sensitivity (LImin)", "#CC79A7", "-."),
     "LImax": ("largest sensitivity (LImax)", GROWN, "-"),
 }
@@ -59,7 +60,8 @@ def losses(ax: Axes, found: Reproduction) -> None:
     """Training loss with and without insertion: medians, and bands from quartile to quartile."""
     several = found.sensitivities.shape[1] > 1
     for name, (label, colour, line) in _STYLES.items():
-        if name == "LImin" and not several:
+        same = {"LImin": not several, "N1lr": found.experiment.factor == 1}
+        if same.get(name):
             continue
         low, median, high = np.quantile(found.arms[name].loss, [0.25, 0.5, 0.75], axis=1)
         epochs = np.arange(len(median))

@@ -35,6 +35,8 @@ ARMS = {
     "random": "random site",
     "N2": "deep one, as coded",
     "N2fix": "deep one, right depth",
+    "N1lr": "small network, learning rate as grown",
+    "N2lr": "deep one, learning rate as grown",
     "recommended": "library's default",
 }
 
@@ -44,6 +46,8 @@ PAIRS = (
     ("LImax", "random"),
     ("LImax", "N2"),
     ("LImax", "N2fix"),
+    ("LImax", "N1lr"),
+    ("LImax", "N2lr"),
     ("recommended", "N1"),
     ("recommended", "LImax"),
     ("recommended", "N2fix"),
@@ -132,6 +136,12 @@ def _arm(runs: Runs) -> dict[str, Any]:
     }
 
 
+def _shown(found: Reproduction) -> dict[str, Runs]:
+    """The arms without those that are others by another name."""
+    twice = ("N1lr", "N2lr") if found.experiment.factor == 1 else ()
+    return {name: runs for name, runs in found.arms.items() if name not in twice}
+
+
 def _finals(found: Reproduction) -> Table:
     table = Table(
         "",
@@ -144,7 +154,7 @@ def _finals(found: Reproduction) -> Table:
         "no test error",
         title=f"{found.experiment.name}, {len(found.seeds)} seeds: final training loss in nats",
     )
-    for name, runs in found.arms.items():
+    for name, runs in _shown(found).items():
         ours, values = summary(final_loss(runs)), final_loss(runs)
         theirs = found.experiment.reference.get(name)
         cells = ["", "", "", ""]
@@ -198,6 +208,8 @@ def _pairs(found: Reproduction) -> Table:
     )
     same = list[str]()
     for pair in PAIRS:
+        if pair[1] not in _shown(found):
+            continue
         compared = {after: _compare(found, pair, after) for after in _moments(pair)}
         if compared[None].equal == compared[None].runs:
             same.append(f"{pair[0]} and {pair[1]} are the same.")
@@ -254,6 +266,8 @@ def _effort(found: Reproduction) -> Table:
     table = Table("", *(f"to {level} nats" for level in LEVELS), "all epochs, mean")
     table.title = "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it"
     for name, content in _levels(found).items():
+        if name not in _shown(found):
+            continue
         cells = [
             f"{row['reached']:.0%}: {_count(row['epochs'])}, {_million(row['multiply_adds'])}"
             for row in content["levels"].values()
