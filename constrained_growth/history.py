@@ -87,6 +87,16 @@ class History:
         """The rounds in which something was inserted."""
         return [one for one in self.rounds if one.chosen]
 
+    def predictions(self) -> tuple[list[float], list[float]]:
+        """Predicted and actual decrease of the loss, of the rounds whose rule tried its step.
+
+        They are what `run_plotting.plot_predictions` draws.
+        """
+        tried = [
+            one.evidence for one in self.rounds if {"predicted", "actual"} <= set(one.evidence)
+        ]
+        return [e["predicted"] for e in tried], [e["actual"] for e in tried]
+
     def add(
         self, *, loss: float, step: int, layers: int, seconds: float, metrics: Mapping[str, float]
     ) -> None:

@@ -41,7 +41,7 @@ def test_map_has_a_row_for_each_candidate_and_a_cross_for_each_insertion() -> No
     ax = plots.plot_sensitivity_map(ROUNDS, {2: ("3",), 5: ()})
     assert [label.get_text() for label in ax.get_yticklabels()] == ["1", "1.base", "3"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "5"]
-    shown = np.ma.filled(ax.images[0].get_array(), -1.0)
+    shown = np.ma.filled(np.ma.asarray(ax.images[0].get_array()), -1.0)
     assert shown.tolist() == [[0.5, 0.2], [-1.0, -1.0], [0.01, -1.0]]
     (cross,) = [line for line in ax.lines if line.get_marker() == "X"]
     assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([0], [2])  # type: ignore[arg-type]

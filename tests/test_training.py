@@ -330,6 +330,15 @@ def test_a_summary_writer_gets_all_that_was_measured(tmp_path: Path) -> None:
     assert [event.value for event in found.Scalars("growth/inserted")] == [1.0, 1.0]
 
 
+def test_predictions_of_a_rule_that_tries_its_steps() -> None:
+    model, data = feedforward(2, 4, 4, 3, activation=nn.Tanh), classified(40)
+    history = grow(model, data, candidates=None, rule=TrustRegion(), max_insertions=1)
+    (one,) = history.insertions
+    (predicted,), (actual,) = history.predictions()
+    assert (predicted, actual) == (one.evidence["predicted"], one.evidence["actual"])
+    assert actual > 0.1 * predicted > 0  # or it would not have been accepted
+
+
 def test_history_as_a_table() -> None:
     metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()}
     data = classified(16)

@@ -1,0 +1,63 @@
+"""The two calls in a loop with Accelerate, and a checkpoint of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from helpers import assert_same, candidate, classified, feedforward
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import constrained_growth as cg
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.02)
+
+
+def train(data: Any, epochs: int, path: Path) -> tuple[nn.Module, cg.History]:
+    """Go on from the checkpoint if it is there, and write one after each epoch."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, loader = feedforward(2, 4, 4, 3), DataLoader(TensorDataset(*data), batch_size=5)
+    resumed = cg.checkpoint.resume(path, model, adamw) if path.exists() else None
+    optimizer = resumed.optimizer if resumed else adamw(model.parameters())
+    sites = [candidate("1"), candidate("3")]
+    grower = cg.Grower(
+        model,
+        optimizer,
+        nn.CrossEntropyLoss(),
+        loader,
+        candidates=sites,
+        when=lambda losses: len(losses) >= 2,
+        max_insertions=2,
+    )
+    if resumed:
+        grower.load_state_dict(resumed.checkpoint.states["grower"])
+    prepared, trained, batches = accelerator.prepare(model, optimizer, loader)
+    while len(grower.history.losses) < epochs:
+        for input, target in batches:
+            with accelerator.accumulate(prepared):
+                loss = nn.functional.cross_entropy(prepared(input), target)
+                accelerator.backward(loss)
+                accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+                trained.step()
+                trained.zero_grad()
+            grower.step(accelerator.gather(loss).mean())  # type: ignore[union-attr]
+        grower.maybe_grow()
+        cg.checkpoint.save(path, model, optimizer=optimizer, record=grower.record, grower=grower)
+    return model, grower.history
+
+
+def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+    ((x, y),) = classified(40)
+    whole, history = train((x, y), 6, tmp_path / "whole")
+    assert [one.epoch for one in history.insertions] == [2, 4]
+    train((x, y), 3, tmp_path / "part")
+    again, resumed = train((x, y), 6, tmp_path / "part")
+    assert_same(dict(again.state_dict()), dict(whole.state_dict()))
+    assert resumed.losses == history.losses
