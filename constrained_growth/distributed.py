@@ -7,15 +7,15 @@ one process, they do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from constrained_growth.errors import GrowthError
+from constrained_growth.errors import DataError, GrowthError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,12 +28,18 @@ def several(group: ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
-def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
+def everywhere(
+    work: Callable[[], T], group: ProcessGroup | None, *, collective: bool = False
+) -> list[T]:
     """Do some work on every process and give what came out to all of them.
 
     Args:
-        work: Returns what can be pickled; collective calls inside it are out of place.
+        work: Returns what can be pickled. Inside it there are no collective calls, apart from
+            those of this function.
         group: The processes.
+        collective: There are others inside it, those of a sharded model. Then an error goes on at
+            once, where it happens, and ends the others when its process ends: they wait in the
+            middle of the model, where they cannot be told.
 
     Returns:
         The results, by rank in the group.
@@ -44,11 +50,12 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
     """
     if not several(group):
         return [work()]
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as caught:
-        error = caught
+    result, error = work() if collective else None, None
+    if not collective:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
     kind = type(error) if isinstance(error, GrowthError) else GrowthError
     said = None if error is None else (kind, f"{type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size(group)
@@ -60,6 +67,40 @@ def everywhere(work: Callable[[], T], group: ProcessGroup | None) -> list[T]:
             kind, message = said
             raise kind(f"process {rank} of the group failed with {message}")
     return [result for result, _ in outcomes]
+
+
+def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T, bool]]:
+    """The items of each process, on all processes equally many.
+
+    Args:
+        items: On this process.
+        group: The processes, which all go through this.
+
+    Yields:
+        The next item and True; where there is none any more, the last one and False.
+
+    Raises:
+        DataError: There are none at all on this process or another one, but not on all.
+        GrowthError: The items failed on another process.
+    """
+    iterator, kept, first = iter(items), [], True
+    rank = dist.get_rank(group) if several(group) else 0
+
+    def advance() -> bool:
+        for item in iterator:
+            kept[:] = [item]
+            return True
+        return False
+
+    while any(going := everywhere(advance, group)):
+        if first and not all(going):
+            raise DataError(
+                f"data: the processes {[i for i, one in enumerate(going) if not one]} of the group "
+                "have no batches; a sharded model runs on all processes at once, so give each "
+                "at least one batch."
+            )
+        first = False
+        yield kept[0], bool(going[rank])
 
 
 def add_up(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
@@ -97,18 +138,6 @@ def unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
     given back as it is.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether processes have parts of its parameters each (FSDP in both forms, DTensor)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in model.parameters()
-    )
 
 
 _SMALL = 2**20

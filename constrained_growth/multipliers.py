@@ -8,7 +8,7 @@ and worked off together; large ones are worked off as backward delivers them and
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from constrained_growth.distributed import add_up, everywhere, several
+from constrained_growth.distributed import add_up, everywhere, in_step, several
 from constrained_growth.errors import DataError
 from constrained_growth.observation import (
     Weight,
@@ -30,6 +30,7 @@ from constrained_growth.observation import (
     hooked,
 )
 from constrained_growth.recording import Recorder, Site
+from constrained_growth.sharding import Leaves, is_sharded, is_spread, summed_like
 from constrained_growth.tallies import Estimate, accumulation_dtype, scaled
 
 if TYPE_CHECKING:
@@ -105,12 +106,20 @@ def measure(
     quiet = None if progress is None else not progress
     bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
 
-    def read() -> None:
-        with running.watching():
-            for input, target in batches(bar, device_of(model)):
-                running.add(input, target)
+    sharded = is_sharded(model)
 
-    everywhere(read, group)
+    def read() -> None:
+        pairs = batches(bar, device_of(model))
+        with running.watching():
+            if not sharded:
+                for input, target in pairs:
+                    running.add(input, target)
+                return
+            counting = (pair for pair in pairs if batch_weight(weight, *pair) > 0)
+            for (input, target), new in in_step(counting, group):
+                running.add(input, target, counts=new)
+
+    everywhere(read, group, collective=sharded)
     running.reduce(group)
     return running.measurement(last=True)
 
@@ -147,6 +156,7 @@ class MultiplierPass:
             torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
             for p in self._parameters.values()
         ]
+        self._leaves = Leaves(model, self._parameters)
         self._with_gradients = gradients
         self._streams = sum(total.nbytes for total in self._gradients) > _SMALL
         device = device_of(model) or torch.device("cpu")
@@ -159,21 +169,24 @@ class MultiplierPass:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """The hooks on the model and its parameters, which `add` needs, for a while."""
-        pairs = zip(self._parameters.values(), self._gradients, strict=True)
-        handles = [
-            parameter.register_hook(functools.partial(self._take, total))
-            for parameter, total in pairs
-            if self._streams
-        ]
-        try:
-            with hooked(self._recorder.hooks()):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        totals = dict(zip(self._parameters, self._gradients, strict=True))
 
-    def add(self, input: object, target: object) -> None:
+        def stream(name: str, leaf: Tensor) -> Any:
+            return leaf.register_hook(functools.partial(self._take, totals[name]))
+
+        with (
+            self._leaves.watching(stream if self._streams else None),
+            hooked(self._recorder.hooks()),
+        ):
+            yield
+
+    def add(self, input: object, target: object, *, counts: bool = True) -> None:
         """Take in one batch: one forward and one backward pass.
+
+        Args:
+            input: Of the model.
+            target: Goes to the loss with the output.
+            counts: False for one that is run only because other processes run one.
 
         Raises:
             DataError: The batch or its loss cannot be used.
@@ -183,23 +196,39 @@ class MultiplierPass:
         weight = batch_weight(self._weight, input, target)
         if weight == 0:  # where a mean is over nothing, the loss is NaN
             return
-        self._recorder.begin(self._size)
+        self._recorder.begin(self._size, counts=counts)
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
         if weight != self._size:
             loss = loss * (weight / self._size)
-        grads = self._recorder.backward(loss, list(self._parameters.values()))
+        loss = loss if counts else loss * 0
+        leaves = self._leaves.values
+        grads = self._recorder.backward(loss, list(leaves.values()))
         if not self._streams:
-            for total, grad in zip(self._gradients, grads, strict=True):
-                if grad is not None:
-                    total.add_(grad, alpha=self._size)
+            self._add_gradients(dict(zip(leaves, grads, strict=True)))
+        if not counts:
+            return
         self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)
         self._num_samples += self._size
         self._num_batches += 1
         self._whole += weight
 
+    def _add_gradients(self, grads: Mapping[str, Tensor | None]) -> None:
+        for (name, parameter), total in zip(self._parameters.items(), self._gradients, strict=True):
+            grad = grads.get(name)
+            if grad is None and is_spread(parameter):  # but there may be one on other processes
+                grad = torch.zeros(parameter.shape, dtype=total.dtype, device=total.device)
+            if grad is not None:
+                self._add(total, grad)
+
+    def _add(self, total: Tensor, gradient: Tensor) -> None:
+        if is_spread(total):
+            total.add_(summed_like(gradient.to(total.dtype) * self._size, total))
+        else:
+            total.add_(gradient, alpha=self._size)
+
     def _take(self, total: Tensor, gradient: Tensor) -> Tensor | None:
         """Add up a large gradient as backward delivers it, and send it on without its memory."""
-        total.add_(gradient, alpha=self._size)
+        self._add(total, gradient)
         return None if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     def reduce(self, group: ProcessGroup | None) -> None:
@@ -223,12 +252,14 @@ class MultiplierPass:
         self._num_samples = sum(samples for samples, _, _, _ in counts)
         self._num_batches = sum(batches for _, batches, _, _ in counts)
         self._whole = sum(whole for _, _, whole, _ in counts)
-        add_up([self._loss, *self._gradients], group)
+        alone = [total for total in self._gradients if not is_spread(total)]
+        add_up([self._loss, *alone], group)
         self._recorder.reduce(group)
 
     def _sizes(self) -> list[float]:
         """The norms of the parameters, to tell one model from another."""
-        parameters = (p.detach() for p in self._model.parameters() if p.is_floating_point())
+        kept = (p for p in self._model.parameters() if p.is_floating_point())
+        parameters = (p.detach() for p in kept if not is_spread(p))
         norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
         return torch.stack(norms).tolist() if norms else []
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from constrained_growth.distributed import unwrapped
 from constrained_growth.errors import DataError
+from constrained_growth.sharding import reshard
 
 
 @contextmanager
@@ -28,6 +29,7 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
         model: Its buffers (running statistics), train/eval modes and `.grad` are put back.
         *others: Objects whose attribute `generator` (a data loader's, a sampler's) is put back.
     """
+    reshard(model)
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -40,6 +42,7 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
             yield
     finally:
         _UNTOUCHED.reset(token)
+        reshard(model)
         random.setstate(python_state)
         np.random.set_state(numpy_state)  # noqa: NPY002
         for generator, state in generators:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from constrained_growth.blocks import has_joint_factors, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.contexts import Context, context_of, detached, takes_context
-from constrained_growth.distributed import everywhere, several, take_from_first
+from constrained_growth.distributed import everywhere, in_step, several, take_from_first
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.fitting import check_fit
 from constrained_growth.multipliers import checked_loss
@@ -29,6 +29,7 @@ from constrained_growth.observation import (
 )
 from constrained_growth.outputs import Which, tensor_at, with_tensor
 from constrained_growth.recording import Site
+from constrained_growth.sharding import is_sharded, is_spread
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -116,13 +117,18 @@ def look_at_sites(
     def look() -> tuple[object, list[_Facts] | None]:
         layout = [_layout(place, each) for place, every in candidates.items() for each in every]
         counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
+        counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         first = next(counting, None)
         if first is None:
             return layout, None
         examples.append(first[0])
-        return layout, _probe(model, loss_fn, first, list(candidates), seen)
+        facts = _probe(model, loss_fn, first, list(candidates), seen)
+        if sharded:
+            _refuse_reduced(model, candidates, facts)
+        return layout, facts
 
-    found = everywhere(look, group)
+    sharded = is_sharded(model)
+    found = everywhere(look, group, collective=sharded)
     if any(layout != found[0][0] for layout, _ in found):
         names = [each.name for every in candidates.values() for each in every]
         raise CandidateError(
@@ -152,6 +158,26 @@ def look_at_sites(
 
     everywhere(check, group)
     return tuple(sites), next(iter(examples), None)
+
+
+def _refuse_reduced(
+    model: nn.Module, candidates: Mapping[Place, Sequence[Candidate]], facts: Sequence[_Facts]
+) -> None:
+    for (place, every), here in zip(candidates.items(), facts, strict=True):
+        own = _parameter_dtype(model, here.dtype)
+        if here.dtype != own:
+            raise CandidateError(
+                f'model={type(model).__name__}: the output of "{place.after}" is {here.dtype}, and '
+                f"the parameters of the sharded model are {own}: layers cannot be sharded with a "
+                "MixedPrecisionPolicy yet; use fully_shard without one, under torch.autocast."
+            )
+        for candidate in every:
+            if any(is_spread(parameter) for parameter in candidate.block.parameters()):
+                raise CandidateError(
+                    f'candidate "{candidate.name}": its block has sharded parameters of its own (a '
+                    "copy of a sharded block, say), which cannot be inserted; make blocks of "
+                    "whole tensors."
+                )
 
 
 def _site(

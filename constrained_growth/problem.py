@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
-from constrained_growth.distributed import everywhere, is_sharded, several
+from constrained_growth.distributed import everywhere, several
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.observation import Weight, differentiable, untouched
 from constrained_growth.probing import Place, look_at_sites
+from constrained_growth.sharding import check_sharding
 from constrained_growth.solution import Constraint
 
 if TYPE_CHECKING:
@@ -54,8 +55,10 @@ class GrowthProblem:
             gets the same answer, that of all the data; an error on one is an error on all. The
             model must be the same everywhere, the values of the blocks are taken from the first
             process, and a shard may be empty. The forward of a DistributedDataParallel is passed
-            over, as it waits for the other processes; after `insert` make the wrapper anew:
-            `DistributedDataParallel(model.module)`.
+            over, as it waits for the other processes. A model sharded by `fully_shard` (FSDP2)
+            runs on all of them at once: there each needs a batch at least, and one that has
+            fewer than another repeats its last one, which does not count. After `insert` call
+            `rewrap` in both cases.
         weight: `weight(input, target)`, over how many items the loss of that batch is the mean:
             None (default) for its number of samples. Where the loss leaves some out, say
             `weight=lambda input, target: (target != -100).sum()` for a cross-entropy with
@@ -119,13 +122,8 @@ class GrowthProblem:
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
-    """Refuse a model whose forward waits for other processes, or has a part of it elsewhere."""
-    if is_sharded(model):
-        raise CandidateError(
-            f"model={type(model).__name__} is sharded (FSDP, DTensor): a process has a part of "
-            "its parameters only, into which no layer can be inserted. Make the problem with the "
-            "whole model, insert, and shard it then."
-        )
+    """Refuse a model whose forward waits for other processes in a way that is not understood."""
+    check_sharding(model, group)
     waiting = [
         name
         for name, module in model.named_modules()

@@ -110,6 +110,7 @@ class Recorder:
         self._contexts: list[Context] = [NO_CONTEXT] * len(sites)
         self._uses: list[tuple[int, Tensor, Context, Tensor | GradientEdge]] = []
         self._forward = False
+        self._counts = True
         self._pending: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sites]
         self._pending_bytes = 0
         self._shapes: list[torch.Size] = []
@@ -121,14 +122,15 @@ class Recorder:
         sites = enumerate(self._sites)
         return [(site.module, functools.partial(self._see, index)) for index, site in sites]
 
-    def begin(self, size: int) -> None:
-        """Get ready for a batch of `size` samples."""
+    def begin(self, size: int, *, counts: bool = True) -> None:
+        """Get ready for a batch of `size` samples, of which nothing is kept unless it counts."""
+        self._counts = counts
         if size != self._size:
             self.flush()
         self._size = size
         self._forward = True
 
-    def backward(self, loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor | None]:
+    def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """One backward pass down to the sites (and parameters, whose gradients it returns).
 
         Raises:
@@ -158,6 +160,9 @@ class Recorder:
     def _receive_all(self, deltas: Sequence[Tensor | None]) -> None:
         """Take δ at all sites; where all can wait, without a look at each."""
         size = self._size
+        if not self._counts:
+            self._xs = [None] * len(self._sites)
+            return
         if self._all_closed and all(len(s) > 1 and s[0] == size for s in self._shapes):
             for index, pending in enumerate(self._pending):
                 x, delta = self._xs[index], deltas[index]
@@ -282,6 +287,9 @@ class Recorder:
         if x is None or delta is None:
             return
         self._xs[index] = None
+        if not self._counts:
+            self._contexts[index] = NO_CONTEXT
+            return
         members = self._here[index]
         by_sample = x.dim() > 1 and x.shape[0] == self._size
         if by_sample and not self._streams and all(member.closed for member in members):
@@ -301,7 +309,8 @@ class Recorder:
         with torch.no_grad():
             for index, here in uses.items():
                 self._xs[index] = None
-                self._add(index, here)
+                if self._counts:
+                    self._add(index, here)
 
     def _add(self, index: int, uses: Sequence[Use]) -> None:
         """Work off what one batch has brought to a site, for each of its candidates."""

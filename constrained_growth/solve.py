@@ -11,7 +11,7 @@ from types import MappingProxyType
 from torch import Tensor
 from tqdm import tqdm
 
-from constrained_growth.distributed import several
+from constrained_growth.distributed import everywhere, several
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.multipliers import Measurement, MultiplierPass, measure
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
@@ -32,6 +32,7 @@ from constrained_growth.sampling import (
     length_of,
     read_until,
 )
+from constrained_growth.sharding import is_sharded, whole
 from constrained_growth.solution import (
     Decision,
     Norm,
@@ -155,7 +156,23 @@ def solve(
     )
     if status is Status.NOT_FINITE:
         return solution
-    return replace(solution, decision=decide_about(rule, problem, solution))
+    return replace(solution, decision=_agreed(rule, problem, solution))
+
+
+def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
+    """What the rule decides on the first process; all ask it, and an error on one is for all."""
+
+    def ask() -> Decision:
+        decision = decide_about(rule, problem, solution)
+        values = {
+            name: {key: value.detach().cpu() for key, value in parameters.items()}
+            for name, parameters in decision.values.items()
+        }
+        return replace(decision, values=values, evidence=dict(decision.evidence))
+
+    if not several(problem.group):
+        return decide_about(rule, problem, solution)
+    return everywhere(ask, problem.group)[0]
 
 
 def _measured(
@@ -189,7 +206,7 @@ def _sampled(
             f"norm={norm!r} changes with the sample itself, so that a part of the data gives no "
             "limits for it; take a norm of the multiplier alone, or call solve without sampling."
         )
-    if several(problem.group):
+    if several(problem.group) or is_sharded(problem.model):
         raise DataError(
             "sampling: several processes cannot stop reading together yet; call solve without "
             "sampling, or with group=None and all the data on one process."
@@ -248,6 +265,12 @@ def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
             f"rule={rule!r} cannot be called; give cg.TopK(1), or a function that takes the "
             "sensitivities and returns a cg.Decision."
         )
+    if needs_model(rule) and is_sharded(problem.model):
+        raise RuleError(
+            f"rule={rule!r} runs the model again, which is sharded: there it could not be "
+            "differentiated by the parameters. Take a rule of the sensitivities alone, such as "
+            "cg.TopK(1)."
+        )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
     if not gtol >= 0:
@@ -299,7 +322,8 @@ def _mean_size(gradients: Mapping[str, Tensor], norm: Norm) -> Tensor | float:
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
         layers.setdefault(owner, {})[key] = gradient
-    return sum((norm(layer) for layer in layers.values()), 0.0) / len(layers)
+    sizes = (norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values())
+    return sum(sizes, 0.0) / len(layers)
 
 
 def _status(

@@ -19,6 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from constrained_growth.errors import RuleError
+from constrained_growth.sharding import whole
 from constrained_growth.solution import Sensitivity
 
 __all__ = [
@@ -37,7 +38,7 @@ MIN_CONFIDENCE = 0.79
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
     """‖·‖²_F of several tensors together, summed in float64."""
-    return sum(float(tensor.square().sum(dtype=torch.float64)) for tensor in tensors)
+    return sum(float(whole(tensor.square().sum(dtype=torch.float64))) for tensor in tensors)
 
 
 def debiased_square(multiplier: Iterable[Tensor], variance: float) -> float:
