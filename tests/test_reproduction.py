@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import gzip
+import io
 import json
 import math
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import refused
+from rich.console import Console
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
@@ -37,6 +39,7 @@ from constrained_growth.experiments.protocols import (
 )
 from constrained_growth.experiments.recommendation import recommended
 from constrained_growth.experiments.reproduction import networks, reproduce
+from constrained_growth.experiments.reproduction_account import account
 from constrained_growth.experiments.reproduction_command import FamilyName
 from constrained_growth.experiments.reproduction_runs import Runs
 
@@ -423,12 +426,42 @@ def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, s
 def test_all_of_them_in_one_file(tmp_path):
     file = tmp_path / "numbers.json"
     arguments = ["reproduce", "all", "--seeds", "3", "--json", str(file)]
-    ran = CliRunner().invoke(app, [*arguments, "--network", "tanhlu", "--float32"])
+    options = ["--network", "tanhlu", "--float32", "--out", str(tmp_path)]
+    ran = CliRunner().invoke(app, [*arguments, *options])
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text())
     assert set(content) == {"Exp9-tanhlu", "Exp10-tanhlu"}
+    assert "Exp10-tanhlu recommended" in (tmp_path / "all.txt").read_text()
     assert content["Exp9-tanhlu"]["reference"] == {}
     assert content["Exp9-tanhlu"]["protocol"]["family"] == "tanhlu"
+
+
+def written(account, width=150):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(account)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_account_of_all_experiments_adjusts_for_their_number():
+    """Five p-values, one of them small: Benjamini and Hochberg multiply the smallest by five."""
+    contents = [
+        {
+            "experiment": name,
+            "arms": {arm: {"final_loss": [0.1, 0.2, 0.6]} for arm in ("LImax", "recommended")},
+            "reference": {"LImax": {"runs": 30, "mean": 0.25, "median": median}},
+            "agreement": {"LImax": {"mean": p, "median": None if median is None else 0.7}},
+            "counts": [{"p": 0.5}] * 2,
+        }
+        for name, p, median in (("A", 0.006, 0.3), ("B", 0.8, 0.3), ("C", 0.9, None))
+    ]
+    text = written(account(contents))
+    assert "Of 5 comparisons of means and medians 1 have p < 0.05" in text
+    assert "the smallest adjusted p is 0.03." in text
+    assert "Of 6 comparisons of counts 0 have p < 0.05" in text
+    assert "C recommended" in text
+    assert text.count("0.300") == 6 + 2  # our means, and two of their medians
+    assert text.count("0.200") == 6  # our medians
+    assert "No counts to compare." in written(account([contents[0] | {"counts": []}]))
 
 
 def test_the_list_names_every_experiment():

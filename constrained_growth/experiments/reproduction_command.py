@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from constrained_growth.errors import DataError
 from constrained_growth.experiments import reproduction_figures, reproduction_report
@@ -24,6 +24,7 @@ from constrained_growth.experiments.data import Split, digits, mnist1d
 from constrained_growth.experiments.mnist import mnist
 from constrained_growth.experiments.protocols import EXPERIMENTS, Experiment, on_images
 from constrained_growth.experiments.reproduction import reproduce as run
+from constrained_growth.experiments.reproduction_account import account
 from constrained_growth.experiments.reproduction_runs import Reproduction
 from constrained_growth.experiments.timing import one_thread
 
@@ -82,7 +83,7 @@ def reproduce(
     if show or name is None:
         console.print(reproduction_report.overview())
         return
-    results = dict[str, object]()
+    results = dict[str, dict[str, Any]]()
     for experiment in _named(name, network, data, root):
         begin = time.perf_counter()
         console.print(reproduction_report.describe(experiment))
@@ -94,6 +95,10 @@ def reproduce(
         if out is not None:
             _write(found, out, results[experiment.name])
         console.print(f"{time.perf_counter() - begin:.0f} s.")
+    if name == "all":
+        console.print(account(list(results.values())))
+        if out is not None:
+            _write_tables(out / "all.txt", account(list(results.values())))
     if json is not None:
         content = results if len(results) > 1 else next(iter(results.values()))
         json.write_text(jsons.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -133,11 +138,17 @@ def _write(found: Reproduction, folder: Path, content: object) -> None:
     reproduction_figures.picture(found).savefig(folder / f"{found.experiment.name}.png")
     text = jsons.dumps(content, ensure_ascii=False) + "\n"
     (folder / f"{found.experiment.name}.json").write_text(text, encoding="utf-8")
-    with (folder / f"{found.experiment.name}.txt").open("w", encoding="utf-8") as file:
+    described = reproduction_report.describe(found.experiment)
+    tables = reproduction_report.tables(found)
+    _write_tables(folder / f"{found.experiment.name}.txt", described, tables)
+
+
+def _write_tables(path: Path, *tables: RenderableType) -> None:
+    with path.open("w", encoding="utf-8") as file:
         written = Console(file=file, width=WIDTH, highlight=False)
-        written.print(f"{_command()}\n")
-        written.print(reproduction_report.describe(found.experiment))
-        written.print(reproduction_report.tables(found))
+        written.print(f"{_command()}\n", soft_wrap=True)
+        for table in tables:
+            written.print(table)
 
 
 def _command() -> str:
