@@ -7,6 +7,7 @@ pass.
 
 from constrained_growth import blocks, checkpoint, norms, statistics
 from constrained_growth.candidates import Candidate
+from constrained_growth.directional import directional_derivative
 from constrained_growth.discovery import Proposals, find_candidates
 from constrained_growth.errors import (
     BlockError,
@@ -21,6 +22,7 @@ from constrained_growth.errors import (
 )
 from constrained_growth.grower import Grower
 from constrained_growth.history import History
+from constrained_growth.initialisation import best_inner
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
@@ -80,8 +82,10 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "When",
+    "best_inner",
     "blocks",
     "checkpoint",
+    "directional_derivative",
     "find_candidates",
     "grow",
     "insert",
