@@ -12,6 +12,7 @@ from rich.console import Console
 
 from constrained_growth.experiments import benchmark_report, benchmarks, monitoring_cost, report
 from constrained_growth.experiments.command_options import Json, Out, Seed, Tables
+from constrained_growth.experiments.decision_command import bench_decisions
 from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.reproduction_command import reproduce
 from constrained_growth.experiments.sampling import run_sampling, table
@@ -26,6 +27,7 @@ app = typer.Typer(
 bench = typer.Typer(help="What things cost, measured on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(reproduce)
+bench.command("decisions")(bench_decisions)
 
 
 class DataName(StrEnum):

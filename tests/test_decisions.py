@@ -1,0 +1,402 @@
+"""The measurement of decisions: plain loops, made-up outcomes with known answers, simulation."""
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import refused
+from scipy import stats
+from torch import nn
+from typer.testing import CliRunner
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualLinear
+from constrained_growth.experiments import decision_command, decision_tasks, decisions
+from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.decision_outcomes import continued, key, outcomes
+from constrained_growth.experiments.decision_rules import (
+    ARMS,
+    Arm,
+    choices,
+    plain_optimizer,
+    trial_of,
+    trial_passes,
+)
+from constrained_growth.experiments.decision_statistics import (
+    best_loss,
+    estimate,
+    resampled_regret,
+    signal,
+    yardstick,
+)
+from constrained_growth.experiments.decision_tasks import (
+    SUITE,
+    Moment,
+    Task,
+    at_the_moment,
+    feedforward,
+    sites_of,
+)
+from constrained_growth.experiments.decisions import Plan, run_decisions
+from constrained_growth.experiments.ensemble_training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.ensembles import mean_loss
+from constrained_growth.rules import Fixed, TopK, Trial, TrustRegion
+from constrained_growth.rules.trial import NOTHING
+
+CROSS_ENTROPY = nn.CrossEntropyLoss()
+CHEAP = [arm for arm in ARMS if not arm.name.startswith("trial")]
+
+
+def begin(seed: int) -> tuple[nn.Sequential, tuple[torch.Tensor, torch.Tensor], int]:
+    model = feedforward((2, 4, 4, 4, 3)).double()
+    centres, y = torch.randn(3, 2), torch.arange(30) % 3
+    return model, (centres[y].double() + 0.5 * torch.randn(30, 2).double(), y), seed % 3
+
+
+def layer(width: int) -> nn.Module:
+    return IdentityLinear(width, nn.ReLU()).double()
+
+
+def tiny(optimizer: Optimizer = SGD(0.1, 0.9), **changes: Any) -> Task:  # noqa: B008
+    settings: dict[str, Any] = {"batch": 10, "before": 4, "after": 20, "half": 0} | changes
+    return Task("tiny", "three blobs", begin, layer, optimizer, **settings)
+
+
+def plan(**changes: Any) -> Plan:
+    tasks = [tiny(batch=30), replace(tiny(Adam(0.01), batch=30), name="other", half=1)]
+    return Plan(**({"tasks": tasks, "networks": 2, "runs": 2, "workers": 1} | changes))
+
+
+def candidates(moment: Moment, network: int) -> list[cg.Candidate]:
+    names = [name for name, _ in sites_of(moment.models[network])]
+    blocks = copy.deepcopy(moment.blocks[network])
+    return [cg.Candidate(name, block) for name, block in zip(names, blocks, strict=True)]
+
+
+def plainly(moment: Moment, network: int, rule: Any, order: int) -> float:
+    """Insert and train on as a user would, and the final loss."""
+    task, model = moment.task, copy.deepcopy(moment.models[network])
+    memory = {name: flat[network] for name, flat in moment.trained.memory.items()}
+    optimizer = plain_optimizer(task.optimizer, model, memory)
+    x, y = moment.plain[network]
+    problem = cg.GrowthProblem(model, task.loss_fn, [(x, y)], candidates(moment, network))
+    cg.insert(model, cg.solve(problem, rule), optimizer=optimizer)
+    losses = []
+    for epoch in range(task.before, task.before + task.after):
+        batches = []
+        for rows in Shuffle([order])(epoch, len(x))[0].split(task.batch):
+            optimizer.zero_grad()
+            loss = task.loss_fn(model(x[rows]), y[rows])
+            loss.backward()
+            optimizer.step()
+            batches.append(loss.item())
+        losses.append(np.mean(batches))
+    return float(np.mean(losses[-task.after // 10 :]))
+
+
+# --- what becomes of networks ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", [SGD(0.1), SGD(0.1, 0.9), Adam(0.01)], ids=repr)
+def test_outcomes_are_those_of_plain_networks_that_were_really_grown(optimizer: Optimizer) -> None:
+    moment = at_the_moment(tiny(optimizer), [7, 8])
+    found = outcomes(moment, runs=2)
+    assert found.inserted.shape == (3, 2, 2)
+    orders = [1_007_000, 1_008_001]
+    for network, run in ((0, 0), (1, 1)):
+        order = orders[network]
+        expected = plainly(moment, network, Fixed(), order)
+        assert found.nothing[network, run] == pytest.approx(expected, rel=1e-9)
+        for site in range(3):
+            expected = plainly(moment, network, Fixed(site), order)
+            assert found.inserted[site, network, run] == pytest.approx(expected, rel=1e-9)
+    rehearsal = plainly(moment, 0, Fixed(1), 1_007_002)
+    assert found.rehearsal[1, 0] == pytest.approx(rehearsal, rel=1e-9)
+
+
+def test_layers_that_start_elsewhere_are_trained_on_from_there() -> None:
+    moment = at_the_moment(tiny(), [7, 8])
+    arm = Arm("steps", lambda asked: TrustRegion(0.1))
+    chosen = choices(moment, [arm], np.zeros((3, 2)))["steps"]
+    assert chosen.blocks is not None
+    found = continued(moment, chosen.sites.tolist(), chosen.blocks, [1])
+    for network in range(2):
+        expected = plainly(moment, network, TrustRegion(0.1), 1_007_001 + 1_000 * network)
+        assert found[network, 0] == pytest.approx(expected, rel=1e-9)
+    at_pin = continued(moment, chosen.sites.tolist(), moment.blocks, [1])
+    assert not np.allclose(found, at_pin, rtol=1e-4)
+
+
+def test_the_moment_is_that_of_plain_training_and_leaves_the_random_state() -> None:
+    state = torch.get_rng_state()
+    moment = at_the_moment(tiny(Adam(0.01)), [5])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    model, (x, y), _ = begin(5)
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for epoch in range(4):
+        for rows in Shuffle([5])(epoch, 30)[0].split(10):
+            optimizer.zero_grad()
+            CROSS_ENTROPY(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    for ours, expected in zip(moment.models[0].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_the_planted_site_is_where_a_block_of_the_teacher_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, make = list[nn.Module](), decision_tasks.trained_block
+
+    def recorded(width: int, scale: float) -> nn.Module:
+        made.append(make(width, scale))
+        return made[-1]
+
+    monkeypatch.setattr(decision_tasks, "trained_block", recorded)
+    (task,) = (task for task in SUITE if task.name == "planted")
+    for seed in range(4):
+        made.clear()
+        student, (x, y), site = task.begin(seed)
+        assert site is not None
+        (missing,) = (b for b in made if all(b is not kept for kept in student))
+        after = int(sites_of(student)[site][0])
+        layers = [*list(student)[: after + 1], missing, *list(student)[after + 1 :]]
+        output = nn.Sequential(*layers)(x)
+        torch.testing.assert_close((output - output.mean(0)) / output.std(0), y)
+        assert CROSS_ENTROPY(student(x), y) != CROSS_ENTROPY(output, y)
+
+
+# --- regret -----------------------------------------------------------------------------------
+
+
+def test_regret_of_outcomes_made_up() -> None:
+    inserted = np.zeros((3, 2, 4)) + np.array([[0.0, 5.0], [1.0, 3.0], [2.0, 4.0]])[:, :, None]
+    against = yardstick(inserted)
+    assert against.best.tolist() == [0.0, 3.0]
+    assert against.mean.tolist() == [1.0, 4.0]
+    losses = {0.0: [0, 3], 1.0: [1, 4], 2.0: [2, 5], 0.5: [0, 4], -1.0: [-2, 3]}
+    for regret, loss in losses.items():
+        found = resampled_regret(np.array(loss, dtype=float), against, seed=0, draws=50)
+        assert found[0] == regret
+    assert estimate(resampled_regret(against.best, against, 0, 50)).high == 0.0
+    assert estimate(resampled_regret(against.mean, against, 0, 50)).low == 1.0
+
+
+def test_pure_noise_gives_no_best_site() -> None:
+    inserted = np.random.default_rng(1).normal(size=(5, 4000, 4))
+    found = yardstick(inserted)
+    naive = inserted.mean(2).min(0) - inserted.mean(axis=(0, 2))
+    assert naive.mean() < -0.5  # what luck looks like
+    assert abs(signal(found)) < 3
+
+
+def test_a_clear_best_site_is_not_biased() -> None:
+    draw = np.random.default_rng(2)
+    truth = np.array([0.0, 3.0, 3.0])[:, None, None]
+    found = best_loss(truth + 0.3 * draw.normal(size=(3, 4000, 4)))
+    assert abs(found.mean()) < 3 * found.std() / np.sqrt(len(found))
+
+
+def benchmark(draw: np.random.Generator, networks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes of networks whose sites differ, and a rule that finds the best half of the time."""
+    sites = draw.gamma(2.0, size=(4, networks, 1))
+    knows = draw.random(networks) < 0.5
+    picked = np.where(knows, sites[..., 0].argmin(0), draw.integers(4, size=networks))
+    inserted = sites + 0.2 * draw.normal(size=(4, networks, 6))
+    return inserted[picked, np.arange(networks)].mean(1), inserted
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say() -> None:
+    draw = np.random.default_rng(3)
+    loss, inserted = benchmark(draw, 20_000)
+    truth = resampled_regret(loss, yardstick(inserted), 0, draws=1)[0]
+    assert truth == pytest.approx(0.5, abs=0.03)
+    held = 0
+    for _ in range(200):
+        loss, inserted = benchmark(draw, 24)
+        found = estimate(resampled_regret(loss, yardstick(inserted), 0, draws=400))
+        held += found.low <= truth <= found.high
+    assert 0.86 <= held / 200 <= 0.99
+
+
+def test_interval_is_that_of_scipy() -> None:
+    loss, inserted = benchmark(np.random.default_rng(4), 30)
+    against = yardstick(inserted)
+    ours = estimate(resampled_regret(loss, against, 0, draws=20_000))
+    theirs = stats.bootstrap(
+        (loss - against.best, against.mean - against.best),
+        lambda a, b, axis: a.sum(axis) / b.sum(axis),
+        paired=True,
+        method="percentile",
+        n_resamples=20_000,
+        random_state=np.random.default_rng(5),  # type: ignore[call-arg]  # in every SciPy
+    ).confidence_interval
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.02)
+
+
+# --- what the arms decide ---------------------------------------------------------------------
+
+
+def test_arms_choose_what_the_library_says() -> None:
+    moment = at_the_moment(tiny(), [7, 8, 9])
+    rehearsal = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0]])
+    found = choices(moment, CHEAP, rehearsal)
+    assert found["first site"].sites.tolist() == [0, 0, 0]
+    assert found["last site"].sites.tolist() == [2, 2, 2]
+    assert found["most parameters"].sites.tolist() == [0, 0, 0]
+    assert found["nothing"].sites.tolist() == [-1, -1, -1]
+    assert found["full training of each"].sites.tolist() == [1, 0, 2]
+    assert found["full training of each"].passes.tolist() == [60.0] * 3
+    for network in range(3):
+        problem = cg.GrowthProblem(
+            copy.deepcopy(moment.models[network]),
+            CROSS_ENTROPY,
+            [moment.plain[network]],
+            candidates(moment, network),
+        )
+        for arm in CHEAP[:8]:
+            sizes = [s.value for s in cg.solve(problem, norm=arm.norm).sensitivities.values()]
+            assert found[arm.name].sites[network] == np.argmax(sizes)
+            assert found[arm.name].passes[network] == 1.0
+        decision = cg.solve(problem, TrustRegion()).decision
+        names = [c.name for c in problem.candidates]
+        expected = names.index(decision.chosen[0]) if decision.chosen else -1
+        assert found["trust region"].sites[network] == expected
+        assert found["trust region"].passes[network] == 1 + decision.evidence["passes"]
+
+
+def test_trials_train_as_the_network_was_trained_and_keep_to_their_budget() -> None:
+    moment, asked_of = at_the_moment(tiny(Adam(0.01)), [7]), []
+
+    def watched(asked: Any) -> Trial:
+        asked_of.append(trial_of(20.0, asked))
+        return asked_of[-1]
+
+    arms = [Arm("trial", watched, in_batches=True)]
+    spent = choices(moment, arms, np.zeros((3, 1)))["trial"].passes[0] - 1
+    (trial,) = asked_of
+    assert spent == pytest.approx(trial_passes(3, trial.steps, 3.0, 1 / 3))
+    assert spent <= 20 < trial_passes(3, trial.steps + 1, 3.0, 1 / 3)
+
+
+def test_trials_start_from_the_state_of_the_optimizer() -> None:
+    task = replace(tiny(Adam(0.01)), batch=30)  # all samples: their order does not matter
+    moment, found = at_the_moment(task, [7]), []
+
+    def told(asked: Any) -> Any:
+        trial = Trial(20, asked.optimizer)
+
+        def rule(problem: cg.GrowthProblem, solution: cg.Solution) -> cg.Decision:
+            found.append(trial.decide(problem, solution))
+            return found[-1]
+
+        return SimpleNamespace(decide=rule)
+
+    choices(moment, [Arm("trial", told, in_batches=True)], np.zeros((3, 1)))
+    (decision,) = found
+    on, _ = train(moment.trained, moment.data, 20, task.optimizer)
+    expected = mean_loss(on, moment.data).item()
+    assert decision.evidence["losses"][NOTHING] == pytest.approx(expected, rel=1e-9)
+
+
+def test_arms_are_refused_that_choose_several_layers() -> None:
+    moment = at_the_moment(tiny(), [7])
+    with refused(cg.GrowthError, "several", "then(rule, TopK(1))"):
+        choices(moment, [Arm("several", lambda asked: TopK(2))], np.zeros((3, 1)))
+
+
+# --- all of it --------------------------------------------------------------------------------
+
+
+def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setattr(decision_command, "QUICK", plan())
+    file = tmp_path / "decisions.json"
+    arguments = ["bench", "decisions", "--quick", "--json", str(file), "--out", str(tmp_path)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    first = json.loads(file.read_text())
+    assert list(first["tasks"]) == ["tiny", "other"]
+    for rules in first["tasks"].values():
+        assert list(rules) == [arm.name for arm in ARMS]
+        for row in rules.values():
+            assert list(row) == [
+                "regret",
+                "interval",
+                "planted_rate",
+                "loss",
+                "loss_not_inserting",
+                "cost_passes",
+            ]
+            low, high = row["interval"]
+            assert low <= row["regret"] <= high
+        assert rules["nothing"]["loss"] == rules["nothing"]["loss_not_inserting"]
+        assert rules["first site"]["planted_rate"] == 0.5  # seeds 0 and 1
+        assert rules["nothing"]["planted_rate"] == 0.0
+    means = first["means"]["all"]["last site"]["regret"]
+    assert means == pytest.approx(
+        np.mean([rules["last site"]["regret"] for rules in first["tasks"].values()])
+    )
+    assert first["groups"]["half 1"] == ["other"]
+    table = (tmp_path / "constrained-growth-bench-decisions.txt").read_text()
+    assert "Kronecker-Fisher 0.1" in table
+    assert "Mean regret over tasks" in table
+
+    monkeypatch.setattr(decisions, "outcomes", None)  # everything is there already
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert json.loads(file.read_text()) == first
+
+
+def test_an_interrupted_run_goes_on_where_it_was(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    arms, made, make = CHEAP[:2], list[str](), decisions.outcomes
+    whole = run_decisions(plan(), arms=arms)
+
+    def dies(moment: Moment, *rest: Any) -> Any:
+        made.append(moment.task.name)
+        if made == ["tiny", "other"]:
+            raise KeyboardInterrupt
+        return make(moment, *rest)
+
+    monkeypatch.setattr(decisions, "outcomes", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run_decisions(plan(), arms=arms, cache=tmp_path)
+    resumed = run_decisions(plan(), arms=arms, cache=tmp_path)
+    assert made == ["tiny", "other", "other"]
+    assert resumed.verdicts == whole.verdicts
+    assert resumed.means == whole.means
+
+
+def test_another_setting_has_another_file() -> None:
+    task = tiny()
+    others = [
+        key(task, [1, 3], 2),
+        key(task, [1, 2], 3),
+        key(tiny(SGD(0.2, 0.9)), [1, 2], 2),
+        key(tiny(after=21), [1, 2], 2),
+        key(replace(task, begin=lambda seed: begin(seed + 1)[:1] + begin(seed)[1:]), [1, 2], 2),
+        key(replace(task, block=lambda w: ResidualLinear(w, nn.Tanh())), [1, 2], 2),
+    ]
+    assert len({key(task, [1, 2], 2), *others}) == 1 + len(others)
+    assert key(tiny(), [1, 2], 2) == key(task, [1, 2], 2)
+
+
+def test_other_seeds_are_other_networks() -> None:
+    first, second = (run_decisions(plan(), seed, arms=CHEAP[:1]) for seed in (0, 1))
+    assert not np.allclose(first.tasks[0].outcomes.nothing, second.tasks[0].outcomes.nothing)
+
+
+def test_what_makes_no_sense_is_refused() -> None:
+    with refused(cg.GrowthError, "runs=1"):
+        run_decisions(plan(runs=1))
+    with refused(cg.GrowthError, "twice"):
+        run_decisions(plan(), arms=[Arm("twice", lambda asked: TopK(1))] * 2)
+    ran = CliRunner().invoke(app, ["bench", "decisions", "--quick", "--task", "nonesuch"])
+    assert ran.exit_code == 2
+    assert "spirals-4x2" in ran.output
