@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from constrained_growth.candidates import Candidate
 from constrained_growth.discovery import find_candidates
+from constrained_growth.distributed import everywhere
 from constrained_growth.errors import DataError, TrainingError
 from constrained_growth.history import (
     History,
@@ -23,12 +26,16 @@ from constrained_growth.history import (
 )
 from constrained_growth.insertion import insert
 from constrained_growth.observation import parameter_shapes, untouched
+from constrained_growth.optimizers import kept_on_error
+from constrained_growth.placement import structure_kept_on_error
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.records import GrowthRecord
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When
+from constrained_growth.sharding import is_sharded, reshard
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
+from constrained_growth.wrapping import rewrap
 
 Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 """Candidates for every round, or a function that proposes them for the model as it is then."""
@@ -63,6 +70,11 @@ class Grower:
 
     Call `step(loss)` after each step of the optimizer, and `maybe_grow()` where growing fits: at
     the end of an epoch, or every so many steps.
+
+    With `torch.distributed` all processes make one and call the same of it: the losses are the
+    means over all of them, the first process's schedule and rule count, every process inserts the
+    same layers with the same values, and the wrappers (DistributedDataParallel, `fully_shard`)
+    are told, as by `rewrap`. An error on one process is an error on all.
 
     Args:
         model: Trained by the loop; grows in place.
@@ -181,20 +193,18 @@ class Grower:
         Raises:
             TrainingError: There was no step since the last row.
         """
-        if not self._count:
-            raise TrainingError(
-                "maybe_grow: there was no step since the last row of the history; call "
-                "grower.step(loss) after optimizer.step()."
-            )
+        rows = everywhere(self._row, None)
         self.history.add(
-            loss=float(self._sum) / self._count,
+            loss=sum(total for total, _ in rows) / sum(count for _, count in rows),
             step=self.num_steps,
             layers=count_layers(self.model),
             seconds=time.perf_counter() - self._begun,
             metrics=metrics or {},
         )
         self._sum, self._count, self._begun = 0.0, 0, time.perf_counter()
-        return not self.is_over and self._is_time()
+        answers = everywhere(lambda: (not self.is_over and self._is_time(), self.is_over), None)
+        due, self.is_over = answers[0]
+        return due
 
     def maybe_grow(self, metrics: Mapping[str, float] | None = None) -> Round | None:
         """Close a row of the history, and if it is time to, ask the rule and insert what it chose.
@@ -218,22 +228,24 @@ class Grower:
             What was decided, maybe nothing.
         """
         began = time.perf_counter()
-        problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
-        solution = self.solver(problem, self.rule)
-        solution = replace(solution, decision=self._within_limit(solution.decision))
-        answer = When.NOW if self.confirm is None else self.confirm(solution)
-        if answer is not When.NOW:
-            solution = replace(solution, decision=Decision((), answer.value))
+        reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
-        self.record = self.record + insert(self.model, solution, optimizer=self.optimizer)
-        named = self.model.named_parameters()
+        found: list[tuple[Solution, When, GrowthRecord]] = []
+        with ExitStack() as undo:
+            undo.enter_context(structure_kept_on_error(self.model))
+            undo.enter_context(kept_on_error(self.optimizer))
+            self._everywhere(lambda: _done(found.append(self._decide_and_insert())))
+        solution, answer, record = found[0]
+        self.record = self.record + record
+        new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
+        rewrap(self.model, self.optimizer)
         one = round_of(
             solution,
             self.model,
             when=answer.name,
             step=self.num_steps,
             epoch=len(self.history.losses),
-            new_parameters=tuple(name for name, p in named if id(p) not in old),
+            new_parameters=new_parameters,
             seconds=time.perf_counter() - began,
         )
         self.history.rounds.append(one)
@@ -241,8 +253,9 @@ class Grower:
         self.is_over = answer is When.NEVER or (
             self.max_insertions is not None and inserted >= self.max_insertions
         )
-        if one.chosen and self.after_insertion is not None:
-            self.after_insertion(self, one)
+        policy = self.after_insertion
+        if one.chosen and policy is not None:
+            self._everywhere(lambda: _done(policy(self, one)))
         if self.writer is not None:
             for tag, value in measurements(one).items():
                 self.writer.add_scalar(tag, value, one.step)
@@ -274,6 +287,31 @@ class Grower:
         self.record = GrowthRecord.from_json(state["record"])
         for name, part in self._stateful().items():
             part.load_state_dict(state["parts"][name])
+
+    def _everywhere(self, work: Callable[[], None]) -> None:
+        """Do it on all processes; an error on one is an error on all."""
+        everywhere(work, None, collective=is_sharded(self.model))
+
+    def _decide_and_insert(self) -> tuple[Solution, When, GrowthRecord]:
+        problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
+        solution = self.solver(problem, self.rule)
+        solution = replace(solution, decision=self._within_limit(solution.decision))
+        confirm = self.confirm or (lambda _: When.NOW)
+        answer = everywhere(lambda: confirm(solution), None)[0]
+        if answer is not When.NOW:
+            solution = replace(solution, decision=Decision((), answer.value))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "the model is wrapped")  # and wrapped anew next
+            return solution, answer, insert(self.model, solution, optimizer=self.optimizer)
+
+    def _row(self) -> tuple[float, int]:
+        """The sum of the losses since the last row, and of how many."""
+        if not self._count:
+            raise TrainingError(
+                "maybe_grow: there was no step since the last row of the history; call "
+                "grower.step(loss) after optimizer.step()."
+            )
+        return float(self._sum), self._count
 
     def _is_time(self) -> bool:
         if self.when is None:
@@ -314,6 +352,10 @@ class Grower:
             for batch in self.data:
                 return batch[0]
         raise DataError("data is empty; give at least one (input, target) batch.")
+
+
+def _done(_: object) -> None:
+    """Nothing, which can be sent to other processes."""
 
 
 def _check(**functions: object) -> None:

@@ -21,6 +21,7 @@ from constrained_growth.placement import check_can_change, structure_kept_on_err
 from constrained_growth.preservation import Outputs, check_preserved, first_input, outputs_of
 from constrained_growth.records import GrowthRecord, InsertedLayer
 from constrained_growth.replaying import replay
+from constrained_growth.sharding import is_sharded
 from constrained_growth.solution import Solution
 from constrained_growth.surgery import Plan, counterparts, grow, plans_for
 
@@ -50,9 +51,9 @@ def insert(
 
     Args:
         model: The model of the problem, or a copy of it. It is changed. Inside a
-            DistributedDataParallel, make the wrapper anew afterwards: the old one does not know
-            the new parameters (a warning says so). On several processes each checks on its own
-            data, and all call `insert` with the same solution.
+            DistributedDataParallel or `fully_shard`, call `rewrap(model, optimizer)` afterwards:
+            they do not know the new parameters (a warning says so). On several processes each
+            checks on its own data, and all call `insert` with the same solution.
         solution: From `solve`. With nothing chosen, nothing is changed. The layers inserted are
             copies: the candidates can be used again.
         optimizer: The one that trains `model`, or several of them: the state of the old
@@ -230,10 +231,11 @@ def _on_error(settle: Callable[[nn.Module], object], model: nn.Module) -> Any:
 
 
 def _warn_of_wrappers(model: nn.Module) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    if wrapped or is_sharded(model):
         warnings.warn(
-            "the model is inside a DistributedDataParallel, which does not know the new "
-            "parameters and would not average their gradients; make the wrapper anew: "
-            "DistributedDataParallel(model.module).",
+            "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
+            "the new parameters and would not average their gradients; call on all processes "
+            "cg.rewrap(model, optimizer).",
             stacklevel=3,
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from constrained_growth.errors import BlockError, DataError
 from constrained_growth.observation import batches, call, device_of, moved, untouched
+from constrained_growth.sharding import is_sharded
 
 Outputs = Mapping[str, Any]
 """"train" or "eval" → the tensors of the output in that mode; the model's present mode first."""
@@ -38,14 +39,15 @@ def outputs_of(model: nn.Module, example: object) -> Outputs:
     """What the model gives now, from the present random state, in its own mode and the other.
 
     The model is left as it was. A mode in which it fails (BatchNorm on one sample, say) is left
-    out, if it is not its own.
+    out, if it is not its own. A sharded model runs in its own mode only, as all processes have to
+    run it equally often.
 
     Raises:
         DataError: It fails in its own mode.
     """
     own = model.training
     found: dict[str, Any] = {}
-    for training in (own, not own):
+    for training in (own,) if is_sharded(model) else (own, not own):
         try:
             found[_name(training)] = _output(model, example, training)
         except Exception as error:

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
 from constrained_growth.distributed import add_up, everywhere
+from constrained_growth.wrapping import rewrap
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -204,9 +205,10 @@ def wrapped_model(rank: Rank) -> None:
         assert_close(found.multipliers["module.1"][key], value)
     assert found.stationarity == pytest.approx(expected.stationarity, rel=1e-11)
     step(rank, ddp, data)
-    with pytest.warns(UserWarning, match="make the wrapper anew"):
+    with pytest.warns(UserWarning, match="cg.rewrap"):
         cg.insert(ddp, found)
-    step(rank, DistributedDataParallel(ddp.module, process_group=rank.group), data)
+    rewrap(ddp)
+    step(rank, ddp, data)
 
 
 def step(rank: Rank, ddp: nn.Module, data: list[Any]) -> None:
