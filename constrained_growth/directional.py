@@ -85,9 +85,9 @@ def directional_derivative(
                 y = functional_call(block, moving | buffers, args, kwargs)
                 slope = forward_ad.unpack_dual(y).tangent
             if slope is not None:
-                total.add_((seen.delta * slope).sum(dtype=torch.float64), alpha=seen.size)
+                total.add_((seen.delta * slope).sum(dtype=torch.float64), alpha=seen.weight)
             if seen.batch != batch:
-                count.add_(seen.size)
+                count.add_(seen.weight)
                 batch = seen.batch
 
     everywhere(read, problem.group)

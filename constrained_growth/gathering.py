@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from constrained_growth.contexts import Context, context_of, detached
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
-    batch_size,
+    batch_weight,
     batches,
     call,
     device_of,
@@ -31,19 +31,19 @@ class Seen:
         x: The tensor there.
         delta: ∂(mean loss of the batch)/∂x, same shape.
         context: What else the module was called with.
-        size: How many samples the batch has.
+        weight: How much the batch counts: how many samples it has, unless the problem says.
         batch: Which batch it is.
     """
 
     x: Tensor
     delta: Tensor
     context: Context
-    size: int
+    weight: float
     batch: int
 
 
 def gather(problem: GrowthProblem, after: str, output: int | str | None) -> Iterator[Seen]:
-    """Run the model over the data and watch one site; λ = −Σ size/N · (derivative of the block)ᵀ δ.
+    """Run the model over the data and watch one site.
 
     Args:
         problem: The problem, left as it is.
@@ -65,10 +65,12 @@ def gather(problem: GrowthProblem, after: str, output: int | str | None) -> Iter
             pairs = batches(problem.data, device_of(problem.model))
             for index, (input, target) in enumerate(pairs):
                 uses.clear()
+                weight = batch_weight(problem.weight, input, target)
+                if weight == 0:  # there is no mean loss
+                    continue
                 loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                size = batch_size(input, target)
                 deltas = torch.autograd.grad(loss, [x for x, _ in uses], materialize_grads=True)
                 for (x, context), delta in zip(uses, deltas, strict=True):
-                    yield Seen(x.detach(), delta, context, size, index)
+                    yield Seen(x.detach(), delta, context, weight, index)
         finally:
             handle.remove()

@@ -125,14 +125,14 @@ class Samples:
 
 
 def _samples(problem: GrowthProblem, candidate: Candidate) -> Samples:
-    xs, deltas, sizes = [], [], {}
+    xs, deltas, weights = [], [], {}
     for seen in gather(problem, candidate.after, candidate.output):
         xs.append(seen.x.flatten(0, -2).to(torch.float64))
-        deltas.append(seen.delta.flatten(0, -2).to(torch.float64) * seen.size)
-        sizes[seen.batch] = seen.size
+        deltas.append(seen.delta.flatten(0, -2).to(torch.float64) * seen.weight)
+        weights[seen.batch] = seen.weight
     x = torch.cat(xs)
     return Samples(
-        torch.cat([x, torch.ones_like(x[:, :1])], 1), torch.cat(deltas) / sum(sizes.values())
+        torch.cat([x, torch.ones_like(x[:, :1])], 1), torch.cat(deltas) / sum(weights.values())
     )
 
 

@@ -211,6 +211,20 @@ def test_the_accepted_step_lowers_the_loss_by_what_the_evidence_says(
     assert {k: v.shape for k, v in decision.values[name].items()} == shapes
 
 
+@pytest.mark.parametrize("kind", ["residual", "identity"])
+def test_the_layer_is_inserted_at_the_accepted_step(kind: str) -> None:
+    model, data, candidates = three(nn.ReLU if kind == "identity" else nn.Tanh)
+    if kind == "identity":
+        candidates = [cg.Candidate(site, IdentityLinear(4, nn.ReLU())) for site in ("1", "3")]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    solution = solved_by(TrustRegion(), model, data, candidates)
+    before = mean_loss(model, data).item()
+    cg.insert(model, solution, optimizer=optimizer)
+    fall = before - mean_loss(model, data).item()
+    assert fall == pytest.approx(solution.decision.evidence["actual"], rel=1e-9)
+    assert fall > 0
+
+
 def test_predictions_against_dense_algebra() -> None:
     """The predicted decrease is ⟨λ, s⟩ − ½⟨s, B s⟩ with the Hessian of the extended network."""
     model, data, candidates = three()

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.directional import directional_derivative
 from constrained_growth.extended import ExtendedProblem
 from constrained_growth.virtual import (
     FORWARD_PASSES,
@@ -181,6 +182,32 @@ def test_contexts_tuples_attention_and_structured_outputs(block: Any) -> None:
     torch.testing.assert_close(products, products.mT, rtol=0, atol=1e-14)
     assert torch.linalg.eigvalsh(products)[0] > -1e-14
     assert problem.candidates == (one,)
+
+
+def test_weights_of_batches() -> None:
+    """A batch counts as much as the problem says, and one of weight 0 is passed over."""
+    model, data = feedforward(2, 4, 3, activation=nn.Tanh), classified(30, batch=12)
+    data[1] = (data[1][0] * float("nan"), data[1][1])
+    weights = {12: 0.0, 6: 2.0}
+    first = data[0][0]
+    one = cg.Candidate("1", ResidualLinear(4, torch.tanh))
+    problem = cg.GrowthProblem(
+        model,
+        CROSS_ENTROPY,
+        data,
+        [one],
+        weight=lambda x, y: 5.0 if torch.equal(x, first) else weights[len(x)],
+    )
+    solution = cg.solve(problem)
+    loss = VirtualLoss(problem, solution.candidates["1"])
+    parts = [mean_loss(model, [batch]).item() for batch in (data[0], data[2])]
+    assert loss(torch.zeros(loss.size)) == pytest.approx((5 * parts[0] + 2 * parts[1]) / 7)
+    expected = torch.cat([v.flatten() for v in solution.multipliers["1"].values()])
+    torch.testing.assert_close(-loss.gradient(), expected, rtol=0, atol=1e-14)
+    step = {name: torch.randn_like(v) for name, v in solution.multipliers["1"].items()}
+    slope = directional_derivative(problem, "1", step)
+    linear = -sum(float((solution.multipliers["1"][n] * v).sum()) for n, v in step.items())
+    assert slope == pytest.approx(linear, rel=1e-10)
 
 
 def test_all_passes_see_the_same_random_numbers_and_batches() -> None:

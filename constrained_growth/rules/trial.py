@@ -20,6 +20,7 @@ from constrained_growth.errors import RuleError
 from constrained_growth.multipliers import checked_loss
 from constrained_growth.observation import (
     batch_size,
+    batch_weight,
     batches,
     call,
     device_of,
@@ -332,21 +333,24 @@ class _Arena:
 
     def losses(self, replicas: Sequence[Replica]) -> Losses:
         """On each batch of the evaluation, in the modes of the problem's model."""
-        rows, sizes = [], []
+        rows, weights = [], []
         for replica in replicas:
             for module, training in replica.modes:
                 module.training = training
             with untouched(replica.model, self._evaluation), torch.no_grad():
                 pairs = list(self._evaluated(replica))
             rows.append([loss for loss, _ in pairs])
-            sizes = [size for _, size in pairs]
-            self.passes += FORWARD_PASSES * sum(sizes) / self._num_samples
-        return Losses(np.array(rows), np.array(sizes) / sum(sizes))
+            weights = [weight for _, weight in pairs]
+        return Losses(np.array(rows), np.array(weights) / sum(weights))
 
-    def _evaluated(self, replica: Replica) -> Iterator[tuple[float, int]]:
+    def _evaluated(self, replica: Replica) -> Iterator[tuple[float, float]]:
         for input, target in batches(self._evaluation, self._device):
+            weight = batch_weight(self._problem.weight, input, target)
+            if weight == 0:  # there is no mean loss
+                continue
+            self.passes += FORWARD_PASSES * batch_size(input, target) / self._num_samples
             loss = self._problem.loss_fn(call(replica.model, input), target)
-            yield float(checked_loss(loss)), batch_size(input, target)
+            yield float(checked_loss(loss)), weight
 
 
 def _stream(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
@@ -354,11 +358,13 @@ def _stream(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
     generator = torch.Generator().manual_seed(seed)
     data, device = problem.data, device_of(problem.model)
     while True:
+        read: Iterable[Any] = data
         if isinstance(data, Sequence):
             order = torch.randperm(len(data), generator=generator).tolist()
-            yield from batches((data[index] for index in order), device)
-        else:
-            yield from batches(data, device)
+            read = [data[index] for index in order]
+        for pair in batches(read, device):
+            if batch_weight(problem.weight, *pair) > 0:  # else there is no mean loss
+                yield pair
 
 
 def _join(optimizer: torch.optim.Optimizer, block: nn.Module) -> None:

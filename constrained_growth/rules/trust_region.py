@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
@@ -64,6 +65,8 @@ class TrustRegion:
             pinned parameters is solved exactly, the others by Steihaug–Toint.
         tolerance: These stop once the slope of the model has fallen by this factor.
         max_tries: At most so many steps are tried for a decision.
+        progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
+            longer than a second.
 
     Attributes:
         state: What is remembered.
@@ -103,6 +106,7 @@ class TrustRegion:
         max_products: int = 20,
         tolerance: float = 0.1,
         max_tries: int = 8,
+        progress: bool | None = None,
     ) -> None:
         _check_between("radius", radius, 0, max_radius)
         _check_between("eta1", eta1, 0, 1)
@@ -124,6 +128,7 @@ class TrustRegion:
         self.curvature = curvature
         self.joint, self.damping = joint, damping
         self.max_products, self.tolerance, self.max_tries = max_products, tolerance, max_tries
+        self.progress = progress
         self.state = TrustRegionState(radius)
 
     def __repr__(self) -> str:
@@ -168,7 +173,9 @@ class TrustRegion:
             beyond, spent = gains_beyond_old(
                 problem, planned, damping=self.damping, max_products=self.max_products
             )
-        models = {name: self._model(losses[name], solution, name) for name in names}
+        quiet = None if self.progress is None else not self.progress
+        bar = tqdm(names, desc="models", unit="candidate", leave=False, delay=1, disable=quiet)
+        models = {name: self._model(losses[name], solution, name) for name in bar}
         decision = self._tried(losses, models, beyond)
         passes = spent + sum(loss.passes for loss in losses.values())
         evidence = {**decision.evidence, "passes": passes}

@@ -1,0 +1,65 @@
+"""Rules that ask the model, on two processes with a shard each, against one with all the data."""
+
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import CROSS_ENTROPY, classified, feedforward, nothing_left_behind, refused
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+
+import constrained_growth as cg
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def compare(number: int, path: str) -> None:
+    warnings.simplefilter("error")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{path}", timedelta(seconds=60), rank=number, world_size=2
+    )
+    groups: list[Any] = [dist.new_group([each]) for each in range(2)]
+    torch.manual_seed(1)
+    model, data = feedforward(2, 4, 4, 3, activation=nn.Tanh), classified(38, batch=7)
+    candidates = [
+        cg.Candidate("1", cg.blocks.ResidualMLP(4, 2, torch.tanh)),
+        cg.Candidate("3", cg.blocks.ResidualLinear(4, torch.tanh)),
+    ]
+    shard = data[:4] if number == 0 else data[4:]
+    problems = [
+        cg.GrowthProblem(model, CROSS_ENTROPY, part, candidates, group=group)
+        for part, group in ((shard, None), (data, groups[number]))
+    ]
+    rules: list[Any] = [
+        lambda: cg.TrustRegion(max_products=5),
+        lambda: cg.TrustRegion(max_products=5, joint=True),
+        lambda: cg.Budget(parameters=20, multiply_adds=16),
+    ]
+    for rule in rules:
+        with nothing_left_behind(model):
+            together, single = (cg.solve(problem, rule=rule()).decision for problem in problems)
+        assert together.chosen == single.chosen != ()
+        for name, values in single.values.items():
+            for key, value in values.items():
+                torch.testing.assert_close(together.values[name][key], value, rtol=1e-6, atol=1e-9)
+        for key in ("predicted", "actual", "gain"):
+            if key in single.evidence:
+                assert together.evidence[key] == pytest.approx(single.evidence[key], rel=1e-6)
+    step = cg.solve(problems[1]).multipliers["1"]
+    slopes = [cg.directional_derivative(problem, "1", step) for problem in problems]
+    assert slopes[0] == pytest.approx(slopes[1], rel=1e-10)
+    with nothing_left_behind(model), refused(cg.RuleError, "Trial", "several processes"):
+        cg.solve(problems[0], rule=cg.Trial(3, torch.optim.Adam))
+    with refused(cg.DataError, "several processes"):
+        cg.best_inner(problems[0], candidates[0])
+    dist.destroy_process_group()
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    spawn(compare, (str(tmp_path / "store"),), nprocs=2)
