@@ -44,6 +44,7 @@ from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 from constrained_growth.training import grow
+from constrained_growth.wrapping import rewrap
 
 __version__ = "0.1.0"
 
@@ -92,6 +93,7 @@ __all__ = [
     "monitor",
     "norms",
     "replay",
+    "rewrap",
     "solve",
     "statistics",
     "then",

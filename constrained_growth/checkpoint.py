@@ -18,10 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from constrained_growth.distributed import everywhere, rank, several
 from constrained_growth.errors import CheckpointError
 from constrained_growth.observation import generators_of, parameter_shapes
 from constrained_growth.optimizer_states import (
@@ -32,6 +35,8 @@ from constrained_growth.optimizer_states import (
 from constrained_growth.records import GrowthRecord
 from constrained_growth.replaying import replay
 from constrained_growth.serialization import flattened, unflattened
+from constrained_growth.sharding import is_spread, reshard, spread_like, whole
+from constrained_growth.wrapping import rewrap
 
 _VERSION = 1
 _KEY = "constrained_growth"
@@ -49,6 +54,8 @@ class Checkpoint:
         random: The random state.
         step: As it was given to `save`.
         extra: As it was given to `save`.
+        num_processes: How many there were. `states`, `random` and `extra` are those that this
+            process had, or the first one's where it is not one of them.
     """
 
     weights: Mapping[str, Tensor] = field(repr=False)
@@ -58,6 +65,7 @@ class Checkpoint:
     random: Mapping[str, Any] = field(repr=False)
     step: int
     extra: Any
+    num_processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,10 @@ def save(
     renamed: at any moment, also when the process is killed while writing, `path` is a whole
     checkpoint, the old one or the new one. The old one then is `previous(path)`.
 
+    With `torch.distributed` all processes call this, and the first one writes. Model, optimizer
+    and record are the same on all of them (what is sharded is put together on the first); of
+    `extra`, the states and the random state each process finds its own again.
+
     Args:
         path: Of the file; the folder exists.
         model: Its `state_dict()` is kept.
@@ -120,22 +132,33 @@ def save(
         >>> folder.cleanup()
     """
     path = Path(path)
-    content = {
-        "model": dict(model.state_dict()),
-        "optimizer": None if optimizer is None else named_state(optimizer, model),
-        "states": {name: _state_of(thing) for name, thing in stateful.items()},
-        "random": random_state(),
+    reshard(model)
+    common = {
+        "model": _together(dict(model.state_dict())),
+        "optimizer": None if optimizer is None else _together(named_state(optimizer, model)),
         "step": step,
-        "extra": extra,
     }
-    data, tensors = {}, {}
-    for name, item in content.items():
-        data[name], found = flattened(item, name)
-        tensors.update(found)
-    data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
-    text = json.dumps(data)
-    metadata = {"version": _VERSION, "checksum": _checksum(text, tensors)}
-    _write(path, tensors, {_KEY: json.dumps(metadata), "content": text})
+
+    def own() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        states = {name: _state_of(thing) for name, thing in stateful.items()}
+        content = {"states": states, "random": random_state(), "extra": extra}
+        return _flattened(content, f"process {rank(None)}/" if rank(None) else "")
+
+    parts = everywhere(own, None)
+
+    def write() -> None:
+        data, tensors = _flattened(common)
+        for _, found in parts:
+            tensors.update(found)
+        data |= parts[0][0]
+        if len(parts) > 1:
+            data["others"] = [part for part, _ in parts[1:]]
+        data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
+        text = json.dumps(data)
+        metadata = {"version": _VERSION, "checksum": _checksum(text, tensors)}
+        _write(path, tensors, {_KEY: json.dumps(metadata), "content": text})
+
+    everywhere(write if rank(None) == 0 else _nothing, None)
     return path
 
 
@@ -166,6 +189,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             raise ValueError("its content does not have the checksum that was written with it")
         data = json.loads(text)
         record = GrowthRecord.from_json(data.pop("record"))
+        others = data.pop("others", [])
+        if 0 < rank(None) <= len(others):
+            data |= others[rank(None) - 1]
         content = unflattened(data, tensors)
         return Checkpoint(
             weights=content["model"],
@@ -175,6 +201,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             random=content["random"],
             step=content["step"],
             extra=content["extra"],
+            num_processes=1 + len(others),
         )
     except FileNotFoundError:
         raise CheckpointError(f'path="{path}" does not exist.{_hint(path)}') from None
@@ -220,7 +247,9 @@ def restore(
             )
     for name, thing in stateful.items():
         _give_state(name, thing, checkpoint.states[name])
-    model.load_state_dict(dict(checkpoint.weights))
+    reshard(model)
+    own = model.state_dict()
+    model.load_state_dict({k: spread_like(v, own[k]) for k, v in checkpoint.weights.items()})
     if optimizer is not None and checkpoint.optimizer is not None:
         load_named_state(optimizer, model, checkpoint.optimizer)
     set_random_state(checkpoint.random)
@@ -238,7 +267,9 @@ def resume(
     """Take up a training run where it was saved: the same numbers from there on, bit for bit.
 
     Grows the fresh model as the record says, makes the optimizer for it, and gives everything
-    its values and the random state it had.
+    its values and the random state it had. With `torch.distributed` all processes call this, as
+    many as saved it, with the model wrapped as it was (in DistributedDataParallel, by
+    `fully_shard`); what is inserted is wrapped too, as by `rewrap`.
 
     Args:
         path: Of the file.
@@ -256,10 +287,20 @@ def resume(
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
         RecordError: The record does not fit the model; it is as it was.
     """
-    checkpoint = load(path)
+    found: list[Checkpoint] = []
+    everywhere(lambda: found.append(load(path)), None)
+    (checkpoint,) = found
+    processes = dist.get_world_size() if several(None) else 1
+    if checkpoint.num_processes != processes:
+        raise CheckpointError(
+            f'path="{path}" was saved by {checkpoint.num_processes} processes, and there are '
+            f"{processes}: how the data and the random numbers are shared out would not be the "
+            "same. Start as many, or load it and restore the model and the optimizer alone."
+        )
     places = [(module, dict(module._modules)) for module in model.modules()]
     try:
         replay(model, checkpoint.record, blocks=blocks)
+        rewrap(model)
         optimizer = optimizer_factory(model.parameters())
         scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
         if scheduler is not None:
@@ -335,6 +376,32 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             f"checkpoint {want.get(first)}. Give the architecture that was saved: "
             "cg.replay(fresh_model, checkpoint.record)."
         )
+
+
+def _flattened(content: Mapping[str, Any], place: str = "") -> tuple[dict[str, Any], Any]:
+    """The items of the content, as JSON can hold them, and the tensors of all."""
+    data: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, item in content.items():
+        data[name], found = flattened(item, place + name)
+        tensors.update(found)
+    return data, tensors
+
+
+def _together(tree: Any) -> Any:
+    """Nested data with the tensors that are spread over processes put together on the first."""
+
+    def one(leaf: Any) -> Any:
+        if not is_spread(leaf):
+            return leaf
+        tensor = whole(leaf.detach())
+        return tensor.cpu() if rank(None) == 0 else None
+
+    return tree_map(one, tree)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:

@@ -28,6 +28,11 @@ def several(group: ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
 
 
+def rank(group: ProcessGroup | None) -> int:
+    """The number of this process in the group; 0 without others."""
+    return dist.get_rank(group) if several(group) else 0
+
+
 def everywhere(
     work: Callable[[], T], group: ProcessGroup | None, *, collective: bool = False
 ) -> list[T]:
@@ -62,10 +67,10 @@ def everywhere(
     dist.all_gather_object(outcomes, (result, said), group=group)
     if error is not None:
         raise error
-    for rank, (_, said) in enumerate(outcomes):
+    for number, (_, said) in enumerate(outcomes):
         if said is not None:
             kind, message = said
-            raise kind(f"process {rank} of the group failed with {message}")
+            raise kind(f"process {number} of the group failed with {message}")
     return [result for result, _ in outcomes]
 
 
@@ -84,7 +89,7 @@ def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T,
         GrowthError: The items failed on another process.
     """
     iterator, kept, first = iter(items), [], True
-    rank = dist.get_rank(group) if several(group) else 0
+    here = rank(group)
 
     def advance() -> bool:
         for item in iterator:
@@ -100,7 +105,7 @@ def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T,
                 "at least one batch."
             )
         first = False
-        yield kept[0], bool(going[rank])
+        yield kept[0], bool(going[here])
 
 
 def add_up(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:

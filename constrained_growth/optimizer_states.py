@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from constrained_growth.errors import CheckpointError
+from constrained_growth.sharding import state_like
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -117,7 +118,9 @@ def load_named_state(
     optimizer.load_state_dict(
         {
             "state": {
-                numbers.get(name, name): copy.deepcopy(kept)
+                numbers.get(name, name): state_like(copy.deepcopy(kept), parameters[name])
+                if name in parameters
+                else copy.deepcopy(kept)
                 for name, kept in content["state"].items()
             },
             "param_groups": [

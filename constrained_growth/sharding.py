@@ -98,6 +98,15 @@ def spread_like(tensor: Tensor, other: Any) -> Tensor:
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
 
 
+def state_like(state: Mapping[str, Any], parameter: Any) -> dict[str, Any]:
+    """What an optimizer remembers of a parameter, spread as the parameter is; all call this."""
+    alike = {key for key, kept in state.items() if getattr(kept, "shape", None) == parameter.shape}
+    return {
+        key: spread_like(kept, parameter) if key in alike and kept.dim() > 0 else kept
+        for key, kept in state.items()
+    }
+
+
 def summed_like(tensor: Tensor, other: Any) -> Tensor:
     """The sum over the processes of a whole tensor of each, spread as `other`; all call this.
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from constrained_growth import checkpoint as checkpoints
+from constrained_growth.distributed import everywhere, in_step, rank
 from constrained_growth.errors import DataError, TrainingError
 from constrained_growth.grower import AfterInsertion, Candidates, Grower, Schedule
 from constrained_growth.history import History, Writer
@@ -27,6 +28,7 @@ from constrained_growth.observation import (
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When
+from constrained_growth.sharding import is_sharded, reshard
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
 
@@ -66,6 +68,11 @@ def grow(
     the layers are inserted without moving the function, the optimizer keeps its memory, and
     training goes on. It ends after `epochs`, at the `target`, or when the rule has found nothing
     worth inserting `patience` times in a row.
+
+    With `torch.distributed` all processes call this with the model wrapped
+    (DistributedDataParallel, `fully_shard`) and a loader of their shard of the data (with a
+    `DistributedSampler`, say, whose `set_epoch` is called); losses and metrics are means over all
+    of them, and each decision is the same everywhere.
 
     Args:
         model: Trained and grown in place, in the mode (train or eval) it is in.
@@ -145,6 +152,7 @@ def grow(
         return run.stopped or run.epoch >= epochs or reached or empty
 
     disable = None if progress is None else not progress
+    disable = True if rank(None) > 0 else disable
     with tqdm(desc="grow", unit="epoch", total=epochs, initial=run.epoch, disable=disable) as bar:
         while not is_over():
             for input, answer in run.batches():
@@ -160,7 +168,8 @@ def grow(
             if is_time and not is_over():
                 grower.ask()
             answers = [callback(grower) for callback in callbacks]
-            run.stopped = any(answer is True for answer in answers)
+            stop = any(answer is True for answer in answers)
+            run.stopped = any(everywhere(lambda stop=stop: stop, None))
             run.save()
             bar.set_postfix(_news(history), refresh=False)
             bar.update()
@@ -176,7 +185,7 @@ def evaluate(
     metrics: Mapping[str, Callable[[Any, Any], Tensor | float]],
     data: Iterable[Any],
 ) -> dict[str, float]:
-    """Means over all samples, in eval mode; modes are put back.
+    """Means over all samples, of all processes, in eval mode; modes are put back.
 
     Args:
         model: What to measure.
@@ -190,20 +199,30 @@ def evaluate(
         DataError: There is no batch.
     """
     modes = [(module, module.training) for module in model.modules()]
-    sums, samples = dict.fromkeys(metrics, 0.0), 0
+    sharded = is_sharded(model)
+
+    def read() -> tuple[dict[str, float], int]:
+        sums, samples = dict.fromkeys(metrics, 0.0), 0
+        pairs = batches(data, device_of(model))
+        counted = in_step(pairs, None) if sharded else ((pair, True) for pair in pairs)
+        for (input, target), counts in counted:
+            size, output = batch_size((input,), (target,)) * counts, call(model, input)
+            samples += size
+            for name, metric in metrics.items() if counts else ():
+                sums[name] += size * float(metric(output, target))
+        return sums, samples
+
     try:
         model.eval()
-        for input, target in batches(data, device_of(model)):
-            size, output = batch_size((input,), (target,)), call(model, input)
-            samples += size
-            for name, metric in metrics.items():
-                sums[name] += size * float(metric(output, target))
+        found = everywhere(read, None, collective=sharded)
     finally:
+        reshard(model)
         for module, training in modes:
             module.training = training
+    samples = sum(number for _, number in found)
     if not samples:
         raise DataError("validation is empty; give at least one (input, target) batch.")
-    return {name: total / samples for name, total in sums.items()}
+    return {name: sum(sums[name] for sums, _ in found) / samples for name in metrics}
 
 
 class _Run:
@@ -224,9 +243,10 @@ class _Run:
         self.epoch, self.done, self.stopped = 0, 0, False
         self.model: nn.Module = make.args[0]  # type: ignore[attr-defined]
         resumed = None
-        if self._path is not None and self._path.exists():
+        path = self._path
+        if path is not None and everywhere(path.exists, None)[0]:
             resumed = checkpoints.resume(
-                self._path,
+                path,
                 self.model,
                 optimizer_factory,
                 scheduler_factory=scheduler_factory,
@@ -247,6 +267,9 @@ class _Run:
     def batches(self) -> Iterator[tuple[Any, Any]]:
         """What is left of the epoch, the very batches that an uninterrupted run would see."""
         device = device_of(self.model)
+        sampler = getattr(self._loader, "sampler", None)
+        if callable(getattr(sampler, "set_epoch", None)):  # a DistributedSampler
+            sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
         if self._start is None or not self.done:
             self._start = self._random()
             iterator = batches(self._loader, device)

@@ -6,7 +6,6 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -16,7 +15,7 @@ from constrained_growth.errors import CandidateError
 from constrained_growth.inserted import Inserted
 from constrained_growth.observation import tensors_of
 from constrained_growth.optimizers import as_optimizers
-from constrained_growth.sharding import is_spread, sharded_modules, spread_like
+from constrained_growth.sharding import is_spread, sharded_modules, state_like
 
 
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
@@ -101,11 +100,4 @@ def _shard(layer: nn.Module, mesh: Any, optimizers: Sequence[Optimizer]) -> None
             group["params"] = [new.get(id(p), p) for p in group["params"]]
         for old in [p for p in optimizer.state if id(p) in new]:
             state = optimizer.state.pop(old)
-            optimizer.state[new[id(old)]] = {
-                key: spread_like(kept, new[id(old)]) if _is_like(kept, old) else kept
-                for key, kept in state.items()
-            }
-
-
-def _is_like(kept: object, parameter: torch.Tensor) -> bool:
-    return isinstance(kept, Tensor) and kept.dim() > 0 and kept.shape == parameter.shape
+            optimizer.state[new[id(old)]] = state_like(state, new[id(old)])
