@@ -55,7 +55,9 @@ class Trainings:
 
     def _answer(self) -> str:
         assert self.server.stdout is not None
-        return self.server.stdout.readline()
+        line = self.server.stdout.readline()
+        assert line, f"the process that forks ended: {self.server.poll()}"
+        return line
 
 
 @pytest.fixture(scope="module")
