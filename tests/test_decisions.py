@@ -53,13 +53,13 @@ CHEAP = [arm for arm in ARMS if not arm.name.startswith("trial")]
 
 
 def begin(seed: int) -> tuple[nn.Sequential, tuple[torch.Tensor, torch.Tensor], int]:
-    model = feedforward((2, 4, 4, 4, 3)).double()
+    model = feedforward((2, 4, 4, 4, 3))
     centres, y = torch.randn(3, 2), torch.arange(30) % 3
-    return model, (centres[y].double() + 0.5 * torch.randn(30, 2).double(), y), seed % 3
+    return model, (centres[y] + 0.5 * torch.randn(30, 2), y), seed % 3
 
 
 def layer(width: int) -> nn.Module:
-    return IdentityLinear(width, nn.ReLU()).double()
+    return IdentityLinear(width, nn.ReLU())
 
 
 def tiny(optimizer: Optimizer = SGD(0.1, 0.9), **changes: Any) -> Task:  # noqa: B008

@@ -58,7 +58,6 @@ QUICK = Plan(
     [replace(t, before=20, after=20) for t in SUITE if t.name in ("spirals-4x2", "planted")],
     networks=4,
     runs=2,
-    workers=1,
 )
 
 
