@@ -32,7 +32,7 @@ from constrained_growth.norms import (
     Spectral,
 )
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Fixed, Random, Rule, Threshold, TopK, Trial, TrustRegion
+from constrained_growth.rules import Fixed, Random, Rule, Threshold, TopK, Trial, TrustRegion, then
 from constrained_growth.rules.trial import kept, lengths
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.solve import solve
@@ -188,9 +188,11 @@ def plain_optimizer(
     return made
 
 
-def trial_of(passes: float, asked: Asked, margin: float = 2.0) -> Trial:
+def trial_of(
+    passes: float, asked: Asked, margin: float = 2.0, *, sites: int | None = None
+) -> Trial:
     """As many steps as so many gradient passes pay for, of all trials and evaluations together."""
-    sites, eta = len(asked.candidates), 3.0
+    sites, eta = sites or len(asked.candidates), 3.0
     steps = 1
     while trial_passes(sites, steps + 1, eta, asked.task.batch / asked.samples) <= passes:
         steps += 1
@@ -251,11 +253,24 @@ ARMS: tuple[Arm, ...] = (
     Arm("spectral", lambda asked: TopK(1), Spectral()),
     Arm("nuclear", lambda asked: TopK(1), Nuclear()),
     Arm("Kronecker-Fisher 0.01", lambda asked: TopK(1), KroneckerFisher(0.01)),
+    Arm("Kronecker-Fisher 0.03", lambda asked: TopK(1), KroneckerFisher(0.03)),
     Arm("Kronecker-Fisher 0.1", lambda asked: TopK(1), KroneckerFisher(0.1)),
+    Arm("Kronecker-Fisher 0.3", lambda asked: TopK(1), KroneckerFisher(0.3)),
     Arm("Kronecker-Fisher 1", lambda asked: TopK(1), KroneckerFisher(1.0)),
     Arm("threshold", lambda asked: Threshold(relative=1.0, max_insertions=1)),
     Arm("trust region", lambda asked: TrustRegion()),
     Arm("trust region, joint", lambda asked: TrustRegion(joint=True)),
+    Arm(
+        "Kronecker-Fisher, then joint",
+        lambda asked: then(TopK(2), TrustRegion(joint=True)),
+        KroneckerFisher(0.1),
+    ),
+    Arm(
+        "Kronecker-Fisher, then trial",
+        lambda asked: then(TopK(2), trial_of(20.0, asked, 0.0, sites=2)),
+        KroneckerFisher(0.1),
+        in_batches=True,
+    ),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
     Arm("trial, 20 passes, no margin", lambda asked: trial_of(20.0, asked, 0.0), in_batches=True),
     Arm("trial, 20 epochs each", lambda asked: epochs_of_trial(20, asked), in_batches=True),
