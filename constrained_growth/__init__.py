@@ -8,7 +8,7 @@ pass.
 from constrained_growth import blocks, checkpoint, norms, statistics
 from constrained_growth.candidates import Candidate
 from constrained_growth.directional import directional_derivative
-from constrained_growth.discovery import Proposals, find_candidates
+from constrained_growth.discovery import find_candidates
 from constrained_growth.errors import (
     BlockError,
     CandidateError,
@@ -26,6 +26,7 @@ from constrained_growth.initialisation import best_inner
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.proposals import Proposals
 from constrained_growth.rules import (
     Budget,
     DecisionRule,

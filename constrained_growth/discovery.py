@@ -18,65 +18,12 @@ from constrained_growth.blocks import (
     IdentityLinear,
     ResidualConv2d,
     ResidualMLP,
-    pinned_parameters,
 )
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, CandidateError
-from constrained_growth.observation import (
-    call,
-    device_of,
-    differentiable,
-    eagerly,
-    hooked,
-    moved,
-    untouched,
-)
-from constrained_growth.outputs import tensor_in
-
-
-class Proposals(tuple[Candidate, ...]):
-    """Candidates, with what speaks for each and what was passed over. Printed, a table.
-
-    A tuple of candidates in all else: give it to `GrowthProblem` as it is, or pick from it.
-
-    Attributes:
-        reasons: Candidate → why this block there.
-        skipped: Qualified name of a module that was looked at → why nothing is proposed there.
-    """
-
-    reasons: Mapping[str, str]
-    skipped: Mapping[str, str]
-
-    def __new__(
-        cls,
-        candidates: Iterable[Candidate] = (),
-        reasons: Mapping[str, str] | None = None,
-        skipped: Mapping[str, str] | None = None,
-    ) -> Proposals:
-        """The candidates with their reasons."""
-        self = super().__new__(cls, candidates)
-        self.reasons, self.skipped = dict(reasons or {}), dict(skipped or {})
-        return self
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return tuple(self), self.reasons, self.skipped
-
-    def __str__(self) -> str:
-        rows = [("after", "block", "pinned", "why")]
-        for candidate in self:
-            pinned = sum(p.numel() for p in pinned_parameters(candidate.block).values())
-            kind, why = type(candidate.block).__name__, self.reasons.get(candidate.name, "")
-            rows.append((candidate.after, kind, f"{pinned:,}", why))
-        wide = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            f"{after:{wide[0]}}  {kind:{wide[1]}}  {pinned:>{wide[2]}}  {why}"
-            for after, kind, pinned, why in rows
-        ]
-        if self.skipped:
-            lines += ["", "nothing proposed after"]
-            longest = max(map(len, self.skipped))
-            lines += [f"{name:{longest}}  {why}" for name, why in self.skipped.items()]
-        return "\n".join(line.rstrip() for line in lines)
+from constrained_growth.observation import differentiable, untouched
+from constrained_growth.proposals import Proposals
+from constrained_growth.runs import Run, runs_of
 
 
 def find_candidates(model: nn.Module, example_input: object) -> Proposals:
@@ -85,14 +32,17 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     Looks at the modules in the order in which they run, at what repeats and at the shapes that
     flow:
 
-    * After each block of a stack (elements of one class and one shape in an `nn.ModuleList` or
-      `nn.Sequential`: the layers of a transformer, the blocks of a ResNet stage) a `CopiedBlock`
-      of it, if it can be the identity by zeros at the ends of its branches; else, as after a
-      post-norm layer, a residual block. What is inside is then left alone.
+    * After each block of a stack (elements of an `nn.ModuleList` or `nn.Sequential` of a class
+      that repeats there: the layers of a transformer, the blocks of a ResNet) a `CopiedBlock` of
+      it, if it can be the identity by zeros at the ends of its branches. After one that changes
+      the shape it is a copy of the next; where neither can be, as after a post-norm layer, a
+      residual block. What is inside is then left alone.
     * After an activation module the layer that is exactly the identity there (`IdentityLinear`,
       on images `IdentityConv2d`) if there is one (ReLU, TanhLU), else a residual block.
     * After any other module that keeps the shape of its input and has parameters and children, a
       residual block: `ResidualMLP` over the last dimension, on images `ResidualConv2d`.
+    * If all this gives nothing, as where activations are functions and not modules, a residual
+      block after each linear layer and convolution.
 
     Only sites that are reached once and carry floating-point tensors of at least two dimensions
     count, each tensor once; the output of the model does not, nor what is inside a layer inserted
@@ -119,154 +69,168 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
         after  block           pinned  why
         1      IdentityLinear      20  ReLU is the identity on what comes out of it
     """
-    with untouched(model), differentiable(), eagerly(), torch.no_grad():
+    with untouched(model), differentiable(), torch.no_grad():
         # which also puts the random state back that the blocks draw from
-        runs = _watched(model, example_input)
-        candidates, reasons, skipped = _proposed(model, runs)
-    if not candidates:
-        looked = "".join(f"\n  {name}: {why}" for name, why in skipped.items())
+        runs = runs_of(model, example_input)
+        search = _Search(model, runs, last=next(reversed(runs.values())).y)
+        _propose_after_stacks(search)
+        _propose_after_modules(search)
+        if not search.found:
+            _propose_after_leaves(search)
+        proposals = _without_repetition(search)
+    if not proposals:
+        looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
         raise CandidateError(
-            f"model={type(model).__name__} has no activation module and no module that keeps the "
-            "shape of its input, after which a layer could be proposed; write the candidates by "
-            f"hand: cg.Candidate(after='name of a submodule', block=...).{looked}"
+            f"model={type(model).__name__} has no block, activation module or inner layer after "
+            "which a layer could be proposed; write the candidates by hand: "
+            f"cg.Candidate(after='name of a submodule', block=...).{looked}"
         )
-    return Proposals(candidates, reasons, skipped)
+    return proposals
 
 
-@dataclass
-class _Run:
-    """What was seen of one module.
+@dataclass(frozen=True)
+class _Search:
+    """What is known so far.
 
     Attributes:
-        module: The module.
-        count: How often it ran.
-        args, kwargs: What it was called with, last.
-        x: The first argument, if it is a tensor.
-        y: The tensor in its output; None if there is none.
-        version: The version counter of y when it came out.
-        on_channels: Whether the second dimension of y counts channels, as after a convolution.
+        model: The model.
+        runs: What was seen of its modules, in the order they finished.
+        last: The tensor in the output of the model (or of what is inside its wrapper).
+        found: Site → block and why.
+        skipped: Module → why nothing is proposed after it.
+        closed: Blocks of stacks that are dealt with: nothing is proposed inside.
     """
 
-    module: nn.Module
-    count: int = 0
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    x: Tensor | None = None
-    y: Tensor | None = None
-    version: int = 0
-    on_channels: bool = False
+    model: nn.Module
+    runs: Mapping[str, Run]
+    last: Tensor | None
+    found: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)
 
-    @property
-    def keeps_shape(self) -> bool:
-        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
+    def is_open(self, name: str) -> bool:
+        """Whether a module is neither inside a block of a stack, nor has one inside it."""
+        inside = _is_within(name, self.closed)
+        around = any(_is_within(one, {name}) for one in self.closed)
+        return not (inside or around or _is_inside_inserted(name, self.model))
 
-    @property
-    def is_block(self) -> bool:
-        has_children = next(self.module.children(), None) is not None
-        has_parameters = next(self.module.parameters(), None) is not None
-        return self.keeps_shape and has_children and has_parameters
-
-
-def _watched(model: nn.Module, example_input: object) -> dict[str, _Run]:
-    """Run the model once; what was seen of each of its modules, in the order they finished."""
-    names = {module: name for name, module in model.named_modules()}
-    runs: dict[str, _Run] = {}
-    on_channels = [False]
-
-    def see(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-    ) -> None:
-        run = runs.setdefault(names[module], _Run(module))
-        run.count += 1
-        run.args, run.kwargs = args, kwargs
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        run.x = first if isinstance(first, Tensor) else None
-        try:
-            run.y = tensor_in(output)
-        except CandidateError:
-            run.y = None
-        run.version = 0 if run.y is None else run.y._version
-        if isinstance(module, nn.GroupNorm) or type(module).__module__ in _ON_CHANNELS:
-            on_channels[0] = True
-        elif isinstance(module, _ON_LAST_DIMENSION):
-            on_channels[0] = False
-        run.on_channels = on_channels[0] and run.y is not None and run.y.dim() > 2
-
-    with hooked((module, see) for module in names):
-        call(model, moved(example_input, device_of(model)))
-    return runs
+    def settle(self, name: str, block: nn.Module | None, why: str) -> None:
+        """Note what is proposed after a module, or why nothing is, if there is something to say."""
+        if block is not None:
+            self.found[name] = block, why
+        elif why:
+            self.skipped[name] = why
 
 
-_ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)
-_ON_LAST_DIMENSION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
-
-
-def _proposed(
-    model: nn.Module, runs: Mapping[str, _Run]
-) -> tuple[list[Candidate], dict[str, str], dict[str, str]]:
-    """The candidates, candidate → reason, and module → why nothing is proposed after it."""
-    last = next(reversed(runs.values())).y  # of the model, or what is inside its wrapper
-    stacked = set(_stacked(model, runs))
-    skipped: dict[str, str] = {}
-    blocks: dict[str, tuple[nn.Module, str]] = {}
-    insides: set[str] = set()
-    for name in _outermost_first(runs):
-        run = runs[name]
-        if run.y is not None and run.y is last:
-            if name and (name in stacked or _activation(run) is not None):
-                skipped[name] = "its output is that of the model"
-        elif _is_within(name, insides) or _is_inside_inserted(name, model):
+def _propose_after_stacks(search: _Search) -> None:
+    """Copies of blocks, from the inside out; where a block has none, the next, or a residual."""
+    stacked = dict(_stacked(search.model, search.runs))
+    inside_out = sorted(stacked, key=lambda name: -name.count("."))
+    copies: dict[str, tuple[nn.Module | None, str]] = {}
+    for name in inside_out:
+        if search.is_open(name):
+            copies[name] = _copy_of(search.runs[name])
+            if copies[name][0] is not None:
+                search.closed.add(name)
+    kinds = {type(search.runs[name].module) for name in search.closed}
+    inside_out.sort(key=lambda name: type(search.runs[name].module) not in kinds)  # stable
+    for name in inside_out:
+        run = search.runs[name]
+        if name not in search.closed and not search.is_open(name):
             continue
+        search.closed.add(name)
+        why = _why_not(search, run)
+        if why:
+            search.skipped[name] = why
+            continue
+        block, why = copies[name]
+        following = search.runs.get(stacked[name])
+        if block is None and following is not None and _fits(following, run):
+            block, reason = _copy_of(following)
+            why = f"{reason} of the next" if block is not None else why
+        if block is None:
+            block, reason = _residual(run, nn.ReLU())
+            kind = type(run.module).__name__
+            why = f"{reason}; no copy, as {kind} {why}" if block is not None else reason
+        search.settle(name, block, why)
+
+
+def _propose_after_modules(search: _Search) -> None:
+    """What stands best after activations, and after other modules that keep the shape."""
+    for name, run in search.runs.items():
+        activation = _activation(run)
+        is_block = run.keeps_shape and run.is_composite
+        if not name or not (activation or is_block) or not search.is_open(name):
+            continue
+        if name in search.closed:
+            continue
+        why = _why_not(search, run)
+        if why:
+            search.skipped.update({name: why} if activation or run.y is not search.last else {})
+        elif activation is None:
+            search.settle(name, *_residual(run, nn.ReLU()))
         else:
-            found, why = _proposal(run, in_stack=name in stacked)
-            if found is None:
-                skipped.update({name: why} if why else {})
-                continue
-            if name in stacked:
-                insides.add(name)
-            blocks[name] = found, why
+            search.settle(name, *_after_activation(run, activation))
+
+
+def _propose_after_leaves(search: _Search) -> None:
+    """Residual blocks after linear layers and convolutions."""
+    for name, run in search.runs.items():
+        leaf = isinstance(run.module, nn.Linear | nn.Conv2d)
+        if leaf and name and search.is_open(name) and not _why_not(search, run):
+            search.settle(name, *_residual(run, nn.ReLU()))
+
+
+def _without_repetition(search: _Search) -> Proposals:
+    """The candidates in the order of the pass, each tensor once."""
     places: dict[tuple[int, int], str] = {}
-    candidates, reasons = [], {}
-    for name, run in runs.items():
-        if name in blocks and not _is_within(name, insides - {name}):
-            block, why = blocks[name]
+    candidates, reasons, skipped = [], {}, dict(search.skipped)
+    for name, run in search.runs.items():
+        if name in search.found:
             earlier = places.setdefault((id(run.y), run.version), name)
             if earlier != name:
                 skipped[name] = f'the tensor is the one after "{earlier}"'
                 continue
+            block, reasons[name] = search.found[name]
             candidates.append(Candidate(name, block))
-            reasons[name] = why
-    return candidates, reasons, skipped
+    return Proposals(candidates, reasons, skipped)
 
 
-def _outermost_first(runs: Mapping[str, _Run]) -> list[str]:
-    return sorted((name for name in runs if name), key=lambda name: name.count("."))
+def _why_not(search: _Search, run: Run) -> str:
+    """Why a module can be no site, or nothing."""
+    if run.y is not None and run.y is search.last:
+        return "its output is that of the model"
+    if run.count > 1:
+        return f"it runs {run.count} times in one pass"
+    if run.y is None or run.y.dim() < 2:
+        return "what comes out is no floating-point tensor of two dimensions or more"
+    return ""
 
 
-def _is_within(name: str, owners: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:i]) in owners for i in range(1, len(parts)))
-
-
-def _is_inside_inserted(name: str, model: nn.Module) -> bool:
-    """Whether a module is a layer inserted earlier, or a part of one."""
-    parts = name.split(".")
-    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
-    return any(hasattr(model.get_submodule(owner), "base") for owner in owners)
-
-
-def _stacked(model: nn.Module, runs: Mapping[str, _Run]) -> Iterator[str]:
-    """Names of the blocks that repeat, which are elements of lists of modules."""
+def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, str]]:
+    """Names of the blocks that repeat, each with that of the next element of its list, or ""."""
+    lists = [*_lists(model, runs)]
+    kinds = {kind for names in lists for kind, count in _kinds(runs, names).items() if count > 1}
+    for names in lists:
+        for name, following in zip(names, [*names, ""][1:], strict=True):
+            if type(runs[name].module) in kinds:
+                yield name, following
+    listed = {name for names in lists for name in names}
     whole = (name for name, run in runs.items() if isinstance(run.module, _INDIVISIBLE))
-    yield from (name for name in whole if name and runs[name].is_block)
+    yield from ((name, "") for name in whole if name and name not in listed)
+
+
+def _kinds(runs: Mapping[str, Run], names: Iterable[str]) -> Counter[type]:
+    return Counter(type(runs[name].module) for name in names)
+
+
+def _lists(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[list[str]]:
+    """The elements of each list of modules that have parts and parameters and ran."""
     for owner, container in model.named_modules():
-        if not isinstance(container, nn.ModuleList | nn.Sequential):
-            continue
-        found = [f"{owner}.{key}" if owner else key for key, _ in container.named_children()]
-        found = [name for name in found if name in runs and runs[name].is_block]
-        found = [name for name in found if not isinstance(runs[name].module, _CONTAINERS)]
-        classes = Counter(type(runs[name].module) for name in found)
-        yield from (name for name in found if classes[type(runs[name].module)] > 1)
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            names = [f"{owner}.{key}" if owner else key for key, _ in container.named_children()]
+            ran = [name for name in names if name in runs and runs[name].is_composite]
+            yield [name for name in ran if not isinstance(runs[name].module, _CONTAINERS)]
 
 
 _INDIVISIBLE = nn.TransformerEncoderLayer
@@ -275,50 +239,76 @@ _INDIVISIBLE = nn.TransformerEncoderLayer
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _proposal(run: _Run, *, in_stack: bool) -> tuple[nn.Module | None, str]:
-    """The block to propose after one module, and why; or None, and why not (or nothing to say)."""
-    activation = _activation(run)
-    if not (in_stack or run.is_block or activation is not None):
-        return None, ""
-    if run.count > 1:
-        return None, f"it runs {run.count} times in one pass"
-    if run.y is None or run.y.dim() < 2:
-        return None, "what comes out is no floating-point tensor of two dimensions or more"
+def _copy_of(run: Run) -> tuple[nn.Module | None, str]:
+    """A copy of a block that does nothing, and why; or None, and why there is none."""
     kind = type(run.module).__name__
-    refusal = ""
-    if in_stack:
+    if not run.keeps_shape:
+        return None, "changes the shape"
+    try:
+        with torch.enable_grad():
+            args = (run.x, *run.context.args)
+            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
+        return block, f"one more {kind}, a copy"
+    except BlockError as error:
+        return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
+
+
+def _fits(following: Run, run: Run) -> bool:
+    """Whether a block can be called with what another one gives."""
+    return following.x is not None and run.y is not None and following.x.shape == run.y.shape
+
+
+def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
+    """The layer that is the identity after an activation, or a residual block with it."""
+    kind = type(activation).__name__
+    identity = IdentityConv2d if run.on_channels else IdentityLinear
+    if not run.on_channels or (run.y is not None and run.y.dim() == 4):
         try:
-            with torch.enable_grad():
-                copied = CopiedBlock(run.module, args=run.args, kwargs=run.kwargs)
-            return copied, f"one more {kind}, a copy of this one"
-        except BlockError as error:
-            refusal = f"; no copy of {kind}: {error}"
-    if run.on_channels and run.y.dim() != 4:
-        return None, f"no block here for channels in tensors of {run.y.dim()} dimensions{refusal}"
-    width = run.y.shape[1] if run.on_channels else run.y.shape[-1]
-    if activation is not None:
-        try:
-            identity = IdentityConv2d if run.on_channels else IdentityLinear
-            why = f"{kind} is the identity on what comes out of it"
-            return identity(width, activation), why
+            return identity(
+                _width(run), activation
+            ), f"{kind} is the identity on what comes out of it"
         except BlockError:
             pass
-    residual: Callable[[Any], nn.Module] = (
-        functools.partial(ResidualConv2d, width)
-        if run.on_channels
-        else functools.partial(ResidualMLP, width, width)
-    )
     try:
-        why = f"a residual block is the identity after {kind}, as after everything"
-        return residual(activation or nn.ReLU()), why + refusal
+        return _residual(run, activation)
     except BlockError:  # like Softmax, not elementwise
         return None, f"{kind} is not an elementwise activation"
 
 
-def _activation(run: _Run) -> nn.Module | None:
+def _residual(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
+    """A residual block after a module, and why; or None, and why there is none."""
+    assert run.y is not None
+    if run.on_channels and run.y.dim() != 4:
+        return None, f"no block here for channels in tensors of {run.y.dim()} dimensions"
+    width = _width(run)
+    make: Callable[[Any], nn.Module] = (
+        functools.partial(ResidualConv2d, width)
+        if run.on_channels
+        else functools.partial(ResidualMLP, width, width)
+    )
+    return make(activation), "a residual block, the identity after everything"
+
+
+def _width(run: Run) -> int:
+    assert run.y is not None
+    return run.y.shape[1] if run.on_channels else run.y.shape[-1]
+
+
+def _activation(run: Run) -> nn.Module | None:
     """The module, if it is an activation."""
-    is_one = type(run.module).__module__ in _ACTIVATION_HOMES and not run.is_block
+    is_one = type(run.module).__module__ in _ACTIVATION_HOMES and not run.is_composite
     return run.module if is_one and run.keeps_shape else None
 
 
 _ACTIVATION_HOMES = (nn.ReLU.__module__, TanhLU.__module__)
+
+
+def _is_within(name: str, owners: Iterable[str]) -> bool:
+    return any(name.startswith(f"{owner}.") for owner in owners)
+
+
+def _is_inside_inserted(name: str, model: nn.Module) -> bool:
+    """Whether a module is a layer inserted earlier, or a part of one."""
+    parts = name.split(".")
+    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
+    return any(hasattr(model.get_submodule(owner), "base") for owner in owners)

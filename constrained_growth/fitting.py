@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.blocks import moves
+from constrained_growth.blocks import has_factors, moves, pinned_parameters
 from constrained_growth.contexts import Context
 from constrained_growth.errors import BlockError
 from constrained_growth.observation import full_precision, untouched
@@ -56,11 +59,34 @@ def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> N
     def draw() -> Tensor:
         return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
 
+    x, delta = draw(), draw()
     with untouched(block):
-        multipliers = block_multipliers(block, draw(), draw(), context)
+        multipliers = block_multipliers(block, x, delta, context)
+        if has_factors(block):
+            _check_factors(block, x, delta, where)
     if not any(bool(value.any()) for value in multipliers.values()):
         raise BlockError(
             f"{where} has multipliers that vanish identically (both factors of a product are zero, "
             "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "
             'factor a non-zero value, or use ResidualMLP(width, hidden, activation, "outer").'
+        )
+
+
+def _check_factors(block: Any, x: Tensor, delta: Tensor, where: str) -> None:
+    """Refuse a closed form of other parameters than the pinned ones, or of other shapes."""
+    pinned = {name: tuple(p.shape) for name, p in pinned_parameters(block).items()}
+    given: dict[str, tuple[int, ...]] = {}
+    for factor in block.factors(x, delta):
+        out, width = factor.cotangent.shape[-1], factor.features.shape[-1]
+        given[factor.weight] = (out, width)
+        given |= {factor.bias: (out,)} if factor.bias is not None else {}
+    fits = given.keys() == pinned.keys() and all(
+        (shape[0], math.prod(shape[1:])) == (given[name][0], math.prod(given[name][1:]))
+        for name, shape in pinned.items()
+    )
+    if not fits:
+        raise BlockError(
+            f"{where}: factors(x, delta) gives multipliers of the shapes {given}, and the pinned "
+            f"parameters are {pinned}; it has to give each of them, with cotangents in the first "
+            "dimension and features in the second, or leave factors out."
         )

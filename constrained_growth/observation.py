@@ -68,7 +68,7 @@ def differentiable() -> Iterator[None]:
     """Gradients on and modules run as written, whatever the caller has switched off or compiled."""
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradients
-    with torch.inference_mode(False), torch.enable_grad(), eagerly():
+    with torch.inference_mode(False), torch.enable_grad(), as_written():
         yield
 
 
@@ -77,6 +77,21 @@ def eagerly() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing was compiled
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """`eagerly`, and without the fast path that `nn.TransformerEncoder` takes in eval mode.
+
+    On it no submodule is called, tensors are nested, and where there is padding the output is 0.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eagerly():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

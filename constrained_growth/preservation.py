@@ -6,9 +6,8 @@ import copy
 import dataclasses
 import math
 import random
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.errors import BlockError, DataError
-from constrained_growth.observation import batches, call, device_of, moved, untouched
+from constrained_growth.observation import as_written, batches, call, device_of, moved, untouched
 from constrained_growth.sharding import is_sharded
 
 Outputs = Mapping[str, Any]
@@ -126,19 +125,13 @@ def _name(training: bool) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> Any:
     """A picture of the output in one of the modes; the model and the input stay as they were."""
-    with untouched(model), torch.inference_mode(False), torch.no_grad(), _eager():
+    with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
         try:
             if training != model.training:
                 model.train(training)
             return _picture(call(model, moved(_fresh(example), device_of(model))))
         finally:
             torch.clear_autocast_cache()  # or it would hold weights cast without gradients
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Run what was given to `torch.compile` as it is."""
-    compiles = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def _fresh(value: Any) -> Any:

@@ -20,7 +20,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.blocks import AffineFactors, IdentityLinear, ResidualLinear, ResidualMLP
 
 NAN, INF = float("nan"), float("inf")
 
@@ -183,6 +183,25 @@ class Product(nn.Module):
         return x * (1 + self.u * self.v)
 
 
+class LowRank(nn.Module):
+    """x (1 + a b) with b at zero, and a closed form of something else."""
+
+    pinned = ("b",)
+
+    def __init__(self, name: str, *, swapped: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(4, 2)), nn.Parameter(torch.zeros(2, 4))
+        self.name, self.swapped = name, swapped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ self.a @ self.b
+
+    def factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
+        psi, phi = x @ self.a, delta
+        psi, phi = (phi, psi) if self.swapped else (psi, phi)
+        yield AffineFactors(self.name, None, psi, phi)
+
+
 def off_its_pins() -> nn.Module:
     block = Gain(4)
     nn.init.constant_(block.gain, 1e-3)
@@ -201,6 +220,8 @@ def off_its_pins() -> nn.Module:
         ("1", off_its_pins(), ["not the identity at its pins", "Gain"]),
         ("1", Unhooked(), ["vanish identically", "Unhooked"]),
         ("1", Product(), ["vanish identically", "both factors"]),
+        ("1", LowRank("b", swapped=True), ["factors", "(4, 2)", "(2, 4)", '"c"']),
+        ("1", LowRank("a", swapped=False), ["factors", "'a'", "'b'"]),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
 )

@@ -25,7 +25,6 @@ from constrained_growth import insertion, replaying
 from constrained_growth.blocks import CopiedBlock, ResidualMLP
 from constrained_growth.candidates import Candidate
 from constrained_growth.contexts import context_of
-from constrained_growth.discovery import Proposals
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.integrations.stacks import (
     Arrangement,
@@ -49,6 +48,7 @@ from constrained_growth.observation import (
 )
 from constrained_growth.outputs import tensor_in
 from constrained_growth.placement import list_of
+from constrained_growth.proposals import Proposals
 from constrained_growth.records import GrowthRecord
 from constrained_growth.solution import Planned, Solution
 
