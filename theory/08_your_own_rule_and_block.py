@@ -21,7 +21,7 @@ from torch import nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import AffineFactors
-from constrained_growth.testing import check_block
+from constrained_growth.testing import check_block, check_rule
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
@@ -71,6 +71,8 @@ class Significant:
     level: float = 0.05
 
     def __call__(self, sensitivities):
+        if not sensitivities:
+            return cg.Decision((), "no candidates")
         z = (len(sensitivities) / self.level) ** 0.5
         ratios = {name: s.value / s.standard_error for name, s in sensitivities.items()}
         best = max(ratios, key=ratios.get)
@@ -210,7 +212,8 @@ assert torch.allclose(by_factors, -gradient, atol=1e-14)
 #
 # `check_block(block, x)` tries all that the library relies on: identity at the pins in both modes, no dead pins, factors that are the
 # gradient of every single sample, copying, saving, other precisions, and a whole solve, insert and replay. A block that passes can be used; one
-# that does not is told why. We break ours in three ways.
+# that does not is told why. We break ours in three ways. `check_rule(rule)` does the same for a rule: a decision about the candidates it
+# is shown, also when there are none, or when all their sensitivities are zero; the same one twice; nothing written to what it is given.
 
 
 # %%
@@ -243,6 +246,20 @@ for broken in (WrongFactors(6, 3), NotIdentity(6, 3), dead()):
         message = str(error)
     assert message
     print(message.splitlines()[1][:110], "…")
+
+
+def forgets_the_names(sensitivities):
+    return cg.Decision(("3",), "it was 3 the last time")
+
+
+check_rule(Significant())
+try:
+    check_rule(forgets_the_names)
+    message = ""
+except cg.RuleError as error:
+    message = str(error)
+assert message
+print(message.splitlines()[1][:110], "…")
 
 # %% [markdown]
 # ## Claim 5. Your own rule and block do all that the library's do
