@@ -8,13 +8,21 @@ import torch
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_examples_run(capsys):
+def test_examples_run(capsys, tmp_path, monkeypatch):
     torch.set_default_dtype(torch.float32)  # as a reader has it
+    monkeypatch.chdir(tmp_path)
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(examples) >= 5
+    (table,) = re.findall(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    assert len(examples) >= 8
     namespace = {}
     for example in examples:
         exec(compile(example, str(README), "exec"), namespace)
+    printed = capsys.readouterr().out
     assert namespace["record"].insertions[0].after in ("1", "3")
     assert namespace["solution"].decision.reason == "10 standard errors"
-    assert "KKTResiduals" in capsys.readouterr().out
+    assert table in printed
+    assert len(namespace["growth"].insertions) == 2
+    images, net, again = (namespace[name] for name in ("images", "net", "again"))
+    assert torch.equal(again.eval()(images), net.eval()(images))
+    assert namespace["gpt"].config.n_layer == len(namespace["gpt"].transformer.h) == 3
+    assert "KKTResiduals" in printed
