@@ -132,6 +132,8 @@ def describe(
     planned: Planned,
     site: nn.Module,
     sibling: nn.Module | None = None,
+    *,
+    model: nn.Module,
 ) -> InsertedLayer:
     """The record of a layer about to be inserted.
 
@@ -141,12 +143,13 @@ def describe(
         planned: Its block, and what is known of the site.
         site: The site as it was when the problem was solved.
         sibling: The standalone form of the block, if that is what becomes part of the model.
+        model: Into which it is put; in it is what a `CopiedBlock` may be a copy of.
     """
     layer = planned.block if sibling is None else sibling
     return InsertedLayer(
         name,
         after,
-        _described_block(planned.block, site),
+        _described_block(planned.block, site, model),
         parameter_shapes(layer),
         planned.overwritten,
         planned.output,
@@ -156,26 +159,27 @@ def describe(
 
 
 def is_copy(layer: InsertedLayer) -> bool:
-    """Whether a layer was a copy of its neighbour, pinned at zero."""
+    """Whether a layer was a copy of another one, pinned at zero."""
     return layer.block.get("type") == blocks.CopiedBlock.__name__
 
 
-def build_copy(layer: InsertedLayer, neighbour: nn.Module) -> nn.Module:
-    """The layer of a record again, that was a copy of its neighbour.
+def build_copy(layer: InsertedLayer, neighbour: nn.Module, model: nn.Module) -> nn.Module:
+    """The layer of a record again, that was a copy of its neighbour, or of another module.
 
     Raises:
-        RecordError: This neighbour is of another class, or the record is damaged.
+        RecordError: That module is not there or of another class, or the record is damaged.
     """
     if layer.block.get("arguments") is None:
         raise _cannot_build(layer)
-    copied = layer.block.get("copied")
-    if type(neighbour).__qualname__ != copied:
+    copied, of = layer.block.get("copied"), layer.block.get("of")
+    original = neighbour if of is None else dict(model.named_modules()).get(str(of))
+    if original is None or type(original).__qualname__ != copied:
         raise RecordError(
-            f'the layer "{layer.name}" is a copy of the {copied} before it, and "{layer.after}" of '
-            f"this model is a {type(neighbour).__qualname__}."
+            f'the layer "{layer.name}" is a copy of the {copied} "{of or layer.after}", which in '
+            f"this model is a {type(original).__qualname__}."
         )
     try:
-        block = blocks.CopiedBlock(neighbour, list(layer.block["arguments"]["pinned"]))
+        block = blocks.CopiedBlock(original, list(layer.block["arguments"]["pinned"]))
     except (TypeError, KeyError, BlockError) as error:
         raise _damaged(layer, error) from error
     return block.standalone() if layer.placement == "sibling" else block
@@ -232,9 +236,9 @@ def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(int(size) for size in shape) for name, shape in content.items()}
 
 
-def _described_block(block: nn.Module, site: nn.Module) -> dict[str, Any]:
+def _described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
     if isinstance(block, blocks.CopiedBlock):
-        return _described_copy(block, site)
+        return _described_copy(block, site, model)
     if _BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
     arguments = block.config()  # type: ignore[operator]
@@ -247,16 +251,19 @@ def _described_block(block: nn.Module, site: nn.Module) -> dict[str, Any]:
     return {"type": type(block).__name__, "arguments": described if known else None}
 
 
-def _described_copy(block: blocks.CopiedBlock, site: nn.Module) -> dict[str, Any]:
-    """Of which class it is a copy, and of which pins, if it is one of its site."""
-    copied = block.module
-    alike = type(copied) is type(site) and parameter_shapes(copied) == parameter_shapes(site)
+def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """Of which class it is a copy and of which pins, and `of` which module if not of its site."""
+    kind, shapes = type(block.module), parameter_shapes(block.module)
+
+    def is_alike(module: nn.Module) -> bool:
+        return type(module) is kind and parameter_shapes(module) == shapes
+
     pinned = [name.removeprefix("module.") for name in block.pinned]
-    return {
-        "type": type(block).__qualname__,
-        "copied": type(copied).__qualname__,
-        "arguments": {"pinned": pinned} if alike else None,
-    }
+    described = {"type": type(block).__qualname__, "copied": kind.__qualname__}
+    if is_alike(site):
+        return {**described, "arguments": {"pinned": pinned}}
+    of = next((name for name, module in model.named_modules() if is_alike(module)), None)
+    return {**described, "of": of, "arguments": None if of is None else {"pinned": pinned}}
 
 
 def _described_activation(activation: object) -> dict[str, Any] | None:

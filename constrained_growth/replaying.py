@@ -69,7 +69,7 @@ def _repeat(model: nn.Module, layer: InsertedLayer, given: nn.Module | None) -> 
             f'record puts the layer "{layer.name}"; give the model as it was before it was '
             "grown."
         )
-    block = _rebuilt(layer, given, site)
+    block = _rebuilt(layer, given, site, model)
     like = first_parameter(site, model)
     if like is not None:
         block = block.to(device=like.device, dtype=like.dtype)
@@ -86,7 +86,9 @@ def _repeat(model: nn.Module, layer: InsertedLayer, given: nn.Module | None) -> 
     put_next(owner, site, block)
 
 
-def _rebuilt(layer: InsertedLayer, given: nn.Module | None, site: nn.Module) -> nn.Module:
+def _rebuilt(
+    layer: InsertedLayer, given: nn.Module | None, site: nn.Module, model: nn.Module
+) -> nn.Module:
     neighbour = site
     while isinstance(neighbour, Inserted):
         neighbour = neighbour.base
@@ -97,7 +99,7 @@ def _rebuilt(layer: InsertedLayer, given: nn.Module | None, site: nn.Module) -> 
     elif layer.pristine is not None:
         block = copy.deepcopy(layer.pristine)
     else:
-        block = build_copy(layer, neighbour) if is_copy(layer) else build(layer)
+        block = build_copy(layer, neighbour, model) if is_copy(layer) else build(layer)
     shapes = parameter_shapes(block)
     if shapes != dict(layer.parameters):
         raise RecordError(

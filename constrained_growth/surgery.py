@@ -118,7 +118,8 @@ def grow(model: nn.Module, plans: Sequence[Plan]) -> list[InsertedLayer]:
         anchor = anchors[plan.name]
         place = places.get(anchor, anchor)
         sibling = None if plan.list is None else plan.layer
-        layer = describe(plan.name, name_of(model, place), plan.planned, plan.site, sibling)
+        after = name_of(model, place)
+        layer = describe(plan.name, after, plan.planned, plan.site, sibling, model=model)
         if plan.list is None:
             places[anchor] = wrap(model, place, plan.layer, layer)
         else:

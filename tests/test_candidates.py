@@ -175,8 +175,11 @@ def test_images_copies_of_blocks_and_convolutions() -> None:
     data = [(images, torch.randint(3, (6,)))]
     solution = solved(model, data, *found, rule=cg.TopK(9))
     before = model(images)
-    cg.insert(model, solution)
+    record = cg.insert(model, solution)
     assert torch.allclose(model(images), before, rtol=0, atol=1e-12)
+    again = cg.replay(Image(), cg.GrowthRecord.from_json(record.to_json()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.eval()(images), model.eval()(images))
 
 
 def encoder(norm_first: bool) -> nn.Module:

@@ -262,6 +262,34 @@ def test_records_of_copies_are_checked() -> None:
     assert type(again.get_submodule("blocks.2")) is Residual
 
 
+def test_a_copy_of_another_module_of_the_model() -> None:
+    """The record says of which, by the name it has when the layer is put in."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x)
+
+    def make(last: nn.Module) -> nn.Sequential:
+        return nn.Sequential(Wide(), Residual(), last, nn.Linear(4, 3))
+
+    model, data = make(Residual()), classified(12)
+    both = [cg.Candidate(str(i), CopiedBlock(model[2]), name=f"after {i}") for i in (0, 2)]
+    record = cg.insert(model, solved(model, data, *both, rule=cg.TopK(2)))
+    assert [layer.block.get("of") for layer in record.insertions] == ["1", None]
+    text = cg.GrowthRecord.from_json(record.to_json())
+    again = cg.replay(make(Residual()), text)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(data[0][0]), model(data[0][0]))
+    other = make(Residual())
+    other[1] = nn.Tanh()
+    with nothing_left_behind(other), refused(cg.RecordError, '"1"', "Residual", "Tanh"):
+        cg.replay(other, text, strict=False)
+
+
 def test_a_copy_of_something_else_has_to_be_given() -> None:
     class Other(Residual):
         pass
