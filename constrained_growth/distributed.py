@@ -40,7 +40,7 @@ def everywhere(
 
     Args:
         work: Returns what can be pickled. Inside it there are no collective calls, apart from
-            those of this function.
+            those of this function and such as follow it at once.
         group: The processes.
         collective: There are others inside it, those of a sharded model. Then an error goes on at
             once, where it happens, and ends the others when its process ends: they wait in the
@@ -60,18 +60,27 @@ def everywhere(
         try:
             result = work()
         except Exception as caught:
+            if getattr(caught, _TOLD, False):
+                raise  # from within: the others have heard of it there
             error = caught
     kind = type(error) if isinstance(error, GrowthError) else GrowthError
     said = None if error is None else (kind, f"{type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (result, said), group=group)
     if error is not None:
+        setattr(error, _TOLD, True)
         raise error
     for number, (_, said) in enumerate(outcomes):
         if said is not None:
             kind, message = said
-            raise kind(f"process {number} of the group failed with {message}")
+            failure = kind(f"process {number} of the group failed with {message}")
+            setattr(failure, _TOLD, True)
+            raise failure
     return [result for result, _ in outcomes]
+
+
+_TOLD = "_constrained_growth_told_everywhere"
+"""Attribute of an error that all processes have heard of."""
 
 
 def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T, bool]]:

@@ -1,0 +1,114 @@
+"""Training on two processes that torchrun starts, and starts again when one of them has died.
+
+    torchrun --standalone --nproc-per-node 2 --max-restarts 2 elastic.py FOLDER
+
+For a model in DistributedDataParallel, then for one sharded by `fully_shard`: a run in which the
+second process kills itself once, to be taken up by those that come next, and one in which it does
+not. In the end the loss of the second process fails within a decision.
+"""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+import constrained_growth as cg
+from constrained_growth.observation import is_untouched
+from constrained_growth.sharding import whole
+
+DEATH = 11
+"""The step before which the process dies; there is a checkpoint at every fourth."""
+
+
+def wrapped(model: nn.Sequential, wrap: str) -> nn.Module:
+    if wrap == "ddp":
+        return DistributedDataParallel(model)
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model[2])
+    fully_shard(model)
+    return model
+
+
+def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[str, Any]:
+    """A run with two insertions; `disturb(step)` is called before each loss, 0 in a decision."""
+    torch.manual_seed(1)
+    model = wrapped(
+        nn.Sequential(
+            nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 2)
+        ),
+        wrap,
+    )
+    x = torch.randn(72, 2)
+    data = TensorDataset(x, (x.norm(dim=1) > 1.1).long())
+    torch.manual_seed(dist.get_rank())
+    loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data, seed=3))
+    before = "module." if wrap == "ddp" else ""
+    steps = 0
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal steps
+        steps += not is_untouched()
+        disturb(0 if is_untouched() else steps)
+        return nn.functional.cross_entropy(output, target)
+
+    def proposed(_: nn.Module) -> list[cg.Candidate]:
+        mlp = functools.partial(cg.blocks.ResidualMLP, 6, 4, nn.Tanh())
+        return [cg.Candidate(before + site, mlp()) for site in ("1", "3")]
+
+    history = cg.grow(
+        model,
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
+        loss_fn,
+        loader,
+        epochs=4,
+        candidates=proposed,
+        max_insertions=2,
+        checkpoint=path,
+        checkpoint_every=4,
+        progress=False,
+    )
+    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return {"weights": weights, "losses": history.losses, "steps": steps}
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=1000))
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    second = dist.get_rank() == 1
+
+    def keep(name: str, run: dict[str, Any]) -> None:
+        if not second:
+            torch.save(run, folder / name)
+        dist.barrier()
+
+    def die(step: int) -> None:
+        died = folder / f"{wrap} died"
+        if second and step == DEATH and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def fail(step: int) -> None:
+        if second and step == 0:
+            raise OSError("disk full")
+
+    for wrap in ("ddp", "fsdp"):
+        if not (folder / f"{wrap} whole").exists():
+            keep(f"{wrap} taken up", train(wrap, folder / f"{wrap}.safetensors", die))
+            keep(f"{wrap} whole", train(wrap, None, lambda step: None))
+    train("fsdp", None, fail)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
