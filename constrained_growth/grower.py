@@ -287,6 +287,8 @@ class Grower:
         self.record = GrowthRecord.from_json(state["record"])
         for name, part in self._stateful().items():
             part.load_state_dict(state["parts"][name])
+        if hasattr(self.after_insertion, "watch"):
+            self.after_insertion.watch(self.model, self.optimizer)  # type: ignore[union-attr]
 
     def _everywhere(self, work: Callable[[], None]) -> None:
         """Do it on all processes; an error on one is an error on all."""
