@@ -203,8 +203,12 @@ class MultiplierPass:
         loss = loss if counts else loss * 0
         leaves = self._leaves.values
         grads = self._recorder.backward(loss, list(leaves.values()))
-        if not self._streams:
+        if not self._streams and self._leaves.sharded:
             self._add_gradients(dict(zip(leaves, grads, strict=True)))
+        elif not self._streams:
+            for total, grad in zip(self._gradients, grads, strict=True):
+                if grad is not None:
+                    total.add_(grad, alpha=self._size)
         if not counts:
             return
         self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)

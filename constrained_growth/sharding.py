@@ -131,16 +131,18 @@ class Leaves:
         parameters: Name → parameter.
 
     Attributes:
+        sharded: Whether the model is.
         values: Name → tensor, of those that have come to be.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._modules = sharded_modules(model)
+        self.sharded = bool(self._modules)
         self._places = {}
         for name in parameters:
             owner, _, key = name.rpartition(".")
             self._places[name] = (model.get_submodule(owner), key)
-        self.values: dict[str, Tensor] = {} if self._modules else dict(parameters)
+        self.values: dict[str, Tensor] = {} if self.sharded else dict(parameters)
 
     @contextmanager
     def watching(self, see: Callable[[str, Tensor], Any] | None) -> Iterator[None]:
@@ -154,7 +156,7 @@ class Leaves:
             for name in names:
                 owner, key = self._places[name]
                 leaf = owner._parameters[key]
-                if leaf is None or (self._modules and is_spread(leaf)):
+                if leaf is None or (self.sharded and is_spread(leaf)):
                     continue
                 self.values[name] = leaf
                 if see is not None and (name, id(leaf)) not in known:
@@ -167,7 +169,7 @@ class Leaves:
             # fully_shard's own hook comes before it, and has put the whole parameters there
             handles.append(module.register_forward_pre_hook(lambda *_, n=names: note(n)))
         try:
-            if not self._modules:
+            if not self.sharded:
                 note(self._places)
             yield
         finally:
