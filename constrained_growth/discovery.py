@@ -23,7 +23,7 @@ from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.observation import differentiable, untouched
 from constrained_growth.proposals import Proposals
-from constrained_growth.runs import Run, runs_of
+from constrained_growth.runs import Run, follows, runs_of
 
 
 def find_candidates(model: nn.Module, example_input: object) -> Proposals:
@@ -145,7 +145,7 @@ def _propose_after_stacks(search: _Search) -> None:
             continue
         block, why = copies[name]
         following = search.runs.get(stacked[name])
-        if block is None and following is not None and _fits(following, run):
+        if block is None and following is not None and follows(following, run):
             block, reason = _copy_of(following)
             why = f"{reason} of the next" if block is not None else why
         if block is None:
@@ -251,11 +251,6 @@ def _copy_of(run: Run) -> tuple[nn.Module | None, str]:
         return block, f"one more {kind}, a copy"
     except BlockError as error:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
-
-
-def _fits(following: Run, run: Run) -> bool:
-    """Whether a block can be called with what another one gives."""
-    return following.x is not None and run.y is not None and following.x.shape == run.y.shape
 
 
 def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -249,37 +248,3 @@ def watching(
         return hook
 
     return hooked((module, hook_for(name)) for name, module in modules.items())
-
-
-@dataclass
-class Visit:
-    """What was seen of one module in a forward pass.
-
-    Attributes:
-        count: How often it ran.
-        input: Its first positional argument at the last run.
-        output: Its output at the last run.
-        version: The version counter of the output when it came out.
-        autocast: Whether it ran under autocast.
-    """
-
-    count: int = 0
-    input: object = None
-    output: object = None
-    version: int = 0
-    autocast: bool = False
-
-
-def visits(model: nn.Module, input: object, modules: Mapping[str, nn.Module]) -> dict[str, Visit]:
-    """Run the model once and report the visits of some of its modules, in running order."""
-    seen: dict[str, Visit] = {}
-
-    def see(name: str, first: object, output: object) -> None:
-        visit = seen.setdefault(name, Visit())
-        visit.count += 1
-        visit.input, visit.output = first, output
-        visit.version = output._version if isinstance(output, Tensor) else 0
-
-    with watching(modules, see), torch.no_grad():
-        call(model, moved(input, device_of(model)))
-    return seen

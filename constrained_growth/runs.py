@@ -48,9 +48,22 @@ class Run:
         return has_parts and next(self.module.parameters(), None) is not None
 
 
-def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
-    """Run the model once; what was seen of each of its modules, in the order they finished."""
-    names = {module: name for name, module in model.named_modules()}
+def follows(one: Run, other: Run) -> bool:
+    """Whether a module can be called with the tensor that another one gives."""
+    return one.x is not None and other.y is not None and one.x.shape == other.y.shape
+
+
+def runs_of(
+    model: nn.Module, example_input: object, names: Mapping[nn.Module, str] | None = None
+) -> dict[str, Run]:
+    """Run the model once; what was seen of its modules, in the order they finished.
+
+    Args:
+        model: The model.
+        example_input: One input as in the data.
+        names: Module → name of those to watch; None for all. Only then is `on_channels` known.
+    """
+    names = names or {module: name for name, module in model.named_modules()}
     runs: dict[str, Run] = {}
     layouts: dict[int, bool] = {}
     kept: list[Tensor | None] = []  # so that no id is used again

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from transformers import PreTrainedModel
 from constrained_growth import insertion, replaying
 from constrained_growth.blocks import CopiedBlock, ResidualMLP
 from constrained_growth.candidates import Candidate
-from constrained_growth.contexts import context_of
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.integrations.stacks import (
     Arrangement,
@@ -38,18 +36,14 @@ from constrained_growth.integrations.stacks import (
     skeleton,
 )
 from constrained_growth.observation import (
-    call,
-    device_of,
     differentiable,
-    hooked,
-    moved,
     parameter_shapes,
     untouched,
 )
-from constrained_growth.outputs import tensor_in
 from constrained_growth.placement import list_of
 from constrained_growth.proposals import Proposals
 from constrained_growth.records import GrowthRecord
+from constrained_growth.runs import Run, follows, runs_of
 from constrained_growth.solution import Planned, Solution
 
 
@@ -89,13 +83,17 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
     reasons: dict[str, str] = {}
     skipped: dict[str, str] = {}
     with untouched(model), differentiable(), torch.no_grad():
-        calls = _calls(
-            model, stacks, _example_of(model) if example_input is None else example_input
-        )
+        layers = {
+            layer: f"{stack.name}.{place}"
+            for stack in stacks
+            for place, layer in enumerate(layers_of(model, stack))
+        }
+        example = _example_of(model) if example_input is None else example_input
+        runs = runs_of(model, example, layers)
         for stack in stacks:
             names = [f"{stack.name}.{place}" for place in range(len(layers_of(model, stack)))]
             for name, following in zip(names, [*names[1:], ""], strict=True):
-                block, why = _proposed(calls.get(name), calls.get(following))
+                block, why = _proposed(runs.get(name), runs.get(following))
                 if block is None:
                     skipped[name] = why
                 else:
@@ -233,53 +231,26 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
     )
 
 
-@dataclass(frozen=True)
-class _Call:
-    """How a layer was called, and the tensor that came out."""
-
-    layer: nn.Module
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    y: Tensor
-
-
-def _calls(model: nn.Module, stacks: Sequence[Stack], example: object) -> dict[str, _Call]:
-    """Run the model once; qualified name → call of each layer."""
-    names = {
-        layer: f"{stack.name}.{place}"
-        for stack in stacks
-        for place, layer in enumerate(layers_of(model, stack))
-    }
-    found: dict[str, _Call] = {}
-
-    def see(layer: nn.Module, args: Any, kwargs: Any, output: object) -> None:
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        context = context_of(layer, args, kwargs)
-        call = _Call(layer, (x, *context.args), context.kwargs, tensor_in(output))
-        found[names[layer]] = call
-
-    with hooked((layer, see) for layer in names):
-        call(model, moved(example, device_of(model)))
-    return found
-
-
-def _proposed(here: _Call | None, following: _Call | None) -> tuple[nn.Module | None, str]:
+def _proposed(here: Run | None, following: Run | None) -> tuple[nn.Module | None, str]:
     """The block to propose after a layer, or None, and why."""
-    if here is None:
-        return None, "the forward pass does not call it"
-    kind = type(here.layer).__name__
+    if here is None or here.y is None:
+        return None, "the forward pass does not call it, or no tensor comes out"
+    kind = type(here.module).__name__
     try:
-        return CopiedBlock(here.layer, args=here.args, kwargs=here.kwargs), f"one more {kind}"
+        return _copy_of(here), f"one more {kind}"
     except BlockError as error:
-        reason = str(error)
-    if following is not None and here.args[0].shape != here.y.shape == following.y.shape:
+        reason = str(error).partition(". ")[0]
+    if following is not None and not here.keeps_shape and follows(following, here):
         with suppress(BlockError):
-            block = CopiedBlock(following.layer, args=following.args, kwargs=following.kwargs)
-            return block, f"one more {kind}, a copy of the next, as this one changes the shape"
+            return _copy_of(following), f"one more {kind}, a copy of the next"
     if here.y.dim() == 3:
         width = here.y.shape[-1]
-        return ResidualMLP(width, width, nn.GELU()), f"no copy: {reason.partition('. ')[0]}"
+        return ResidualMLP(width, width, nn.GELU()), f"no copy: {reason}"
     return None, reason
+
+
+def _copy_of(run: Run) -> nn.Module:
+    return CopiedBlock(run.module, args=(run.x, *run.context.args), kwargs=run.context.kwargs)
 
 
 def _becomes_element(model: nn.Module, planned: Planned) -> bool:
