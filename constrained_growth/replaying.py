@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -25,7 +26,8 @@ def replay(
     """Repeat recorded insertions on a fresh model, so that `load_state_dict` fits.
 
     Args:
-        model: As it was before the first insertion; changed in place.
+        model: As it was before the first insertion; changed in place. If it was compiled or in a
+            DistributedDataParallel when the record was made, it may be so again, or not.
         record: From `insert`, or `GrowthRecord.from_json`.
         blocks: Name of the inserted layer → block, for blocks and activations of your own, which
             a record that comes from JSON cannot rebuild.
@@ -52,6 +54,7 @@ def replay(
             f"record={record!r:.80} is not a GrowthRecord; make one from JSON text by "
             "cg.GrowthRecord.from_json(text)."
         )
+    record = _without_wrappers(record, model)
     if strict:
         _check_shapes(model, record)
     given = blocks or {}
@@ -59,6 +62,28 @@ def replay(
         for layer in record.insertions:
             _repeat(model, layer, given.get(layer.name))
     return model
+
+
+def _without_wrappers(record: GrowthRecord, model: nn.Module) -> GrowthRecord:
+    """The record of a model that was wrapped, for one that is not."""
+    for wrapper in _WRAPPERS * 2:  # in any order
+        names = [*record.model, *(layer.after for layer in record.insertions)]
+        wrapped = bool(names) and all(name.startswith(wrapper) for name in names)
+        if wrapped and not hasattr(model, wrapper.removesuffix(".")):
+            shapes = {name.removeprefix(wrapper): shape for name, shape in record.model.items()}
+            layers = tuple(_moved(layer, wrapper) for layer in record.insertions)
+            record = replace(record, insertions=layers, model=shapes)
+    return record
+
+
+def _moved(layer: InsertedLayer, wrapper: str) -> InsertedLayer:
+    of = layer.block.get("of")
+    block = {**layer.block, "of": str(of).removeprefix(wrapper)} if of else layer.block
+    return replace(layer, after=layer.after.removeprefix(wrapper), block=block)
+
+
+_WRAPPERS = ("module.", "_orig_mod.")
+"""How the names begin in DistributedDataParallel and DataParallel, and after torch.compile."""
 
 
 def _repeat(model: nn.Module, layer: InsertedLayer, given: nn.Module | None) -> None:

@@ -17,7 +17,7 @@ from helpers import (
     nothing_left_behind,
     refused,
 )
-from stacks import Residual, Stack, both, mlp, plan, steps
+from stacks import Residual, Stack, both, copied, mlp, plan, steps
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
@@ -224,3 +224,29 @@ def test_data_parallel_model() -> None:
     cg.insert(model, plan(model, data, cg.Candidate("module.0", ResidualLinear(4, torch.tanh))))
     assert mean_loss(model, data).item() == before
     assert isinstance(model.module[0], Inserted)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "names"),
+    [
+        (nn.DataParallel, "module."),
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod."),
+        (
+            lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+            "_orig_mod.module.",
+        ),
+    ],
+)
+def test_record_of_a_wrapped_model_replays_without_the_wrapper(
+    wrap: Callable[[Any], Any], names: str
+) -> None:
+    torch.compiler.reset()
+    model, data = Stack(), classified(12)
+    wrapped = wrap(model)
+    solution = plan(wrapped, data, mlp(f"{names}stem"), copied(wrapped, f"{names}blocks.0", "one"))
+    record = cg.GrowthRecord.from_json(cg.insert(wrapped, solution).to_json())
+    for fresh, trained in ((Stack(), model), (wrap(Stack()), wrapped)):
+        again = cg.replay(fresh, record)
+        again.load_state_dict(trained.state_dict())
+        assert torch.equal(again(data[0][0]), model(data[0][0]))
+    torch.compiler.reset()
