@@ -199,7 +199,7 @@ def test_wrapper_of_several_processes_is_to_be_made_anew() -> None:
         ddp = DistributedDataParallel(model)
         optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
         solution = plan(ddp, data, candidate("module.1"))
-        with pytest.warns(UserWarning, match="make the wrapper anew"):
+        with pytest.warns(UserWarning, match="cg.rewrap"):
             cg.insert(ddp, solution, optimizer=optimizer)
         steps(DistributedDataParallel(ddp.module), data, optimizer)
         assert not torch.equal(model.get_parameter("1.inserted.weight"), torch.eye(4))
