@@ -333,7 +333,7 @@ def test_final_losses_and_drops():
     runs = made(loss)
     assert referee.final_loss(runs).tolist() == loss[2:].mean(0).tolist()
     assert referee.drop(runs, 3, 2).tolist() == [4, 4]
-    assert referee.drop(runs, 10, 100).tolist() == [2, 2]
+    assert referee.drop(runs, 0, 11).tolist() == [22, 22]
 
 
 def test_pairs_are_tested_as_scipy_tests_them():
@@ -479,6 +479,13 @@ def test_unknown_names_are_refused():
 
 def test_the_choices_of_the_command_are_the_families_there_are():
     assert [name.value for name in FamilyName] == list(FAMILIES)
+
+
+def test_arms_are_compared_no_later_than_the_end():
+    """Seven epochs after the insertion: after one, and at the end."""
+    content = json.loads(reproduction_report.to_json(reproduce(tiny(), range(3)), "x"))
+    moments = [pair["after"] for pair in content["pairs"] if pair["arms"] == ["LImax", "N1"]]
+    assert moments == [1, None]
 
 
 def test_the_effort_has_no_number_where_the_median_run_never_gets_there():

@@ -78,7 +78,7 @@ def final_loss(runs: Runs) -> Array:
 
 def drop(runs: Runs, epoch: int, after: int) -> Array:
     """By how much the loss of each run fell in so many epochs from this one on."""
-    return (runs.loss[epoch] - runs.loss[min(epoch + after, len(runs.loss) - 1)]).astype(float)
+    return (runs.loss[epoch] - runs.loss[epoch + after]).astype(float)
 
 
 def summary(values: Array) -> Summary:

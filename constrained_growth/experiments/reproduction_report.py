@@ -62,14 +62,14 @@ EVERY = 25
 
 def overview() -> RenderableType:
     """What there is to reproduce."""
-    table = Table("name", "what it stands for", "network", "epochs", "100 seeds take about")
+    table = Table("name", "what it stands for", "network", "epochs", "100 seeds on one core")
     for name, experiment in EXPERIMENTS.items():
         table.add_row(
             name,
             experiment.shows,
             f"{experiment.family} {list(experiment.widths)}",
             f"{experiment.before} + {experiment.after}",
-            f"{experiment.seconds} s",
+            f"about {experiment.seconds} s",
         )
     return table
 
@@ -108,7 +108,7 @@ def to_json(found: Reproduction, command: str) -> str:
         "pairs": [
             {"arms": pair, "after": after, **asdict(_compare(found, pair, after))}
             for pair in PAIRS
-            for after in _moments(pair)
+            for after in _moments(found, pair)
         ],
         "effort": _levels(found),
         "inserted_at": {
@@ -210,7 +210,7 @@ def _pairs(found: Reproduction) -> Table:
     for pair in PAIRS:
         if pair[1] not in _shown(found):
             continue
-        compared = {after: _compare(found, pair, after) for after in _moments(pair)}
+        compared = {after: _compare(found, pair, after) for after in _moments(found, pair)}
         if compared[None].equal == compared[None].runs:
             same.append(f"{pair[0]} and {pair[1]} are the same.")
             continue
@@ -230,9 +230,10 @@ def _pairs(found: Reproduction) -> Table:
     return table
 
 
-def _moments(pair: tuple[str, str]) -> tuple[int | None, ...]:
+def _moments(found: Reproduction, pair: tuple[str, str]) -> tuple[int | None, ...]:
     """After how many epochs to compare; networks that never were the same only at the end."""
-    return (None,) if pair[1].startswith("N2") else (*STEPS, None)
+    steps = () if pair[1].startswith("N2") else STEPS
+    return (*(step for step in steps if step < found.experiment.after), None)
 
 
 def _compare(found: Reproduction, pair: tuple[str, str], after: int | None) -> Paired:
