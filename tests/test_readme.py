@@ -1,6 +1,8 @@
 """Every Python example of the README runs, in the order in which it is read."""
 
 import re
+import sys
+import types
 from pathlib import Path
 
 import torch
@@ -14,7 +16,9 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
     (table,) = re.findall(r"```text\n(.*?)```", README.read_text(), flags=re.DOTALL)
     assert len(examples) >= 8
-    namespace = {}
+    module = types.ModuleType("readme")  # where classes can be pickled from, as from __main__
+    monkeypatch.setitem(sys.modules, "readme", module)
+    namespace = vars(module)
     for example in examples:
         exec(compile(example, str(README), "exec"), namespace)
     printed = capsys.readouterr().out
