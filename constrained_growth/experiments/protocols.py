@@ -152,7 +152,7 @@ class Experiment:
         after: Epochs after it.
         batch: Samples in a batch; None for all of them.
         times: Other epochs to insert at, with the same total.
-        seconds: How long 100 seeds take on two cores, roughly.
+        seconds: How long 100 seeds take on one core, roughly.
         chunk: How many seeds train together: what an interruption can cost.
         data: Seed → the data.
         reference: Arm → what the source's code gives.
@@ -218,6 +218,7 @@ _LIST = (
         (5,),
         0.2,
         1.0,
+        seconds=30,
         reference={
             "LImax": Reference(30, 0.214, 0.211, (0.077, 0.280)),
             "N1": Reference(30, 0.321, 0.299, (0.252, 0.393)),
@@ -233,6 +234,7 @@ _LIST = (
         0.2,
         0.8,
         times=_WHEN,
+        seconds=100,
         reference={
             "LImax": Reference(30, 0.220, 0.130, (0.041, 0.379)),
             "N1": Reference(30, 0.356, 0.383, (0.288, 0.457)),
@@ -248,6 +250,7 @@ _LIST = (
         (4, 4),
         0.2,
         1.0,
+        seconds=70,
         reference={
             "LImax": Reference(30, 0.331, 0.359, (0.213, 0.458)),
             "LImin": Reference(30, 0.310, 0.332, (0.112, 0.447)),
@@ -271,6 +274,7 @@ _LIST = (
         before=150,
         after=3850,
         times=_WHEN,
+        seconds=300,
         reference={
             "LImax": Reference(10, 0.285, 0.253),
             "LImin": Reference(10, 0.285, 0.305),
@@ -286,6 +290,7 @@ _LIST = (
         (3, 3),
         0.1,
         1.0,
+        seconds=60,
         reference={
             "LImax": Reference(20, 0.517, 0.482),
             "LImin": Reference(20, 0.480, 0.478),
@@ -299,6 +304,7 @@ _LIST = (
         (3, 3, 3),
         0.1,
         0.7,
+        seconds=130,
         reference={
             "LImax": Reference(20, 0.438, 0.487),
             "LImin": Reference(20, 0.509, 0.507),
@@ -318,6 +324,7 @@ _LIST = (
         0.01,
         1.0,
         batch=45,
+        seconds=90,
     ),
     Experiment(
         "Exp25",
@@ -329,6 +336,7 @@ _LIST = (
         before=250,
         after=300,
         batch=45,
+        seconds=90,
     ),
 )
 
