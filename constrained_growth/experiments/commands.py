@@ -14,6 +14,7 @@ from constrained_growth.experiments import benchmark_report, benchmarks, monitor
 from constrained_growth.experiments.command_options import Json, Out, Seed, Tables
 from constrained_growth.experiments.decision_command import bench_decisions
 from constrained_growth.experiments.demo import run_demo
+from constrained_growth.experiments.growth_command import bench_growth, bench_steps
 from constrained_growth.experiments.reproduction_command import reproduce
 from constrained_growth.experiments.sampling import run_sampling, table
 from constrained_growth.experiments.timing import one_thread
@@ -28,6 +29,8 @@ bench = typer.Typer(help="What things cost, measured on this machine.", no_args_
 app.add_typer(bench, name="bench")
 app.command()(reproduce)
 bench.command("decisions")(bench_decisions)
+bench.command("growth")(bench_growth)
+bench.command("steps")(bench_steps)
 
 
 class DataName(StrEnum):
