@@ -49,7 +49,8 @@ def test_digits_are_those_of_scikit_learn_centred_and_scaled():
     np.testing.assert_array_equal(counts, np.bincount(labels))
     # distances between images, in units of one unknown scale, are those of the pixels
     x = torch.cat([split.x_train, split.x_test])
-    total = ((x - x.mean(dim=0)) ** 2).sum() / ((pixels - pixels.mean(axis=0)) ** 2).sum()
+    around = np.asarray(pixels) - np.mean(pixels, axis=0)
+    total = float((x - x.mean(dim=0)).square().sum()) / float(np.square(around).sum())
     farthest = x.max() - x.min(dim=0).values[x.max(dim=0).values.argmax()]
     assert farthest.item() == pytest.approx(16 * math.sqrt(total), rel=1e-9)
 
