@@ -145,7 +145,8 @@ def test_the_library_is_asked_as_a_user_would_ask_it():
             cg.Candidate(s, cg.blocks.IdentityLinear(4, nn.ReLU()).double()) for s in ("1", "3")
         ]
         data = [(split.x_train.double(), split.y_train)]
-        solution = cg.solve(cg.GrowthProblem(model, LOSS, data, candidates))
+        problem = cg.GrowthProblem(model, LOSS, data, candidates)
+        solution = cg.solve(problem, norm=cg.norms.KroneckerFisher())
         cg.insert(model, solution)
         assert solution.decision.chosen == (("1", "3")[runs.site[seed]],)
         losses = plain_loop(experiment, model, seed, range(5, 12), experiment.lr)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,11 +15,15 @@ from constrained_growth.candidates import Candidate
 from constrained_growth.experiments.ensemble_growth import NewLayer, insert_layer
 from constrained_growth.experiments.ensembles import Ensemble, Samples
 from constrained_growth.insertion import insert
+from constrained_growth.norms import KroneckerFisher
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
 
 Solver = Callable[[GrowthProblem], Solution]
+
+RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(), stationarity=False)
+"""The largest sensitivity in the norm that decides best of all that cost one pass."""
 
 Group = tuple[NDArray[np.integer], Ensemble]
 """Rows of some replicas, and what they have become."""
@@ -30,7 +35,7 @@ def recommended(
     models: Sequence[nn.Sequential],
     block: Callable[[int], nn.Module],
     layer: NewLayer,
-    solver: Solver = solve,
+    solver: Solver = RECOMMENDED,
 ) -> tuple[NDArray[np.integer], list[Group]]:
     """Ask the library about each replica and insert what it says.
 
@@ -40,7 +45,7 @@ def recommended(
         models: Plain networks of the replicas' architecture; their parameters are overwritten.
         block: Width → the layer that could be inserted at every site.
         layer: The same for an ensemble.
-        solver: `solve` by default: the default rule in the default norm.
+        solver: How to ask; `RECOMMENDED` follows `constrained-growth bench decisions`.
 
     Returns:
         The site of each replica, −1 where nothing is inserted, and the replicas grouped by it.
