@@ -274,7 +274,7 @@ def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> 
 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
-    """Where, and whether, the library says when asked as it recommends; the learning rate is kept."""
+    """Where, and whether, the library says, asked as recommended; the learning rate is kept."""
     models = [
         model.to(setting.dtype)
         for model in networks(
