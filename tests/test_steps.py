@@ -91,7 +91,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
 
 @KINDS
 def test_a_share_of_the_step_is_a_smaller_learning_rate(factory: Any) -> None:
-    ours = grown(factory, steps.NewLayers(scale=0.3, anchored=False))
+    ours = grown(factory, steps.NewLayers(scale=0.3, warmup=0, anchored=False))
     theirs = grown(factory)
     apart(theirs, lr=0.3 * theirs.optimizer.param_groups[0]["lr"])
     train(ours, 8, 4)
@@ -114,7 +114,7 @@ def test_a_warm_up_is_a_learning_rate_that_grows_linearly(factory: Any) -> None:
 
 @pytest.mark.parametrize("factory", [SGD, ADAM], ids=["SGD", "Adam"])
 def test_anchored_decay_is_a_penalty_on_the_deviation_from_the_identity(factory: Any) -> None:
-    ours, theirs = grown(factory, steps.NewLayers()), grown(factory)
+    ours, theirs = grown(factory, steps.NewLayers(warmup=0)), grown(factory)
     decay = theirs.optimizer.param_groups[0]["weight_decay"]
     apart(theirs, weight_decay=0.0)
     new = list(new_parameters(theirs).values())
@@ -130,7 +130,7 @@ def test_anchored_decay_is_a_penalty_on_the_deviation_from_the_identity(factory:
 
 
 def test_anchored_decoupled_decay_is_a_pull_towards_the_identity() -> None:
-    ours, theirs = grown(ADAMW, steps.NewLayers()), grown(ADAMW)
+    ours, theirs = grown(ADAMW, steps.NewLayers(warmup=0)), grown(ADAMW)
     group = theirs.optimizer.param_groups[0]
     apart(theirs, weight_decay=0.0)
     new = list(new_parameters(theirs).values())
@@ -159,9 +159,9 @@ def test_without_gradients_decay_leaves_the_identity_where_it_is(factory: Any) -
     torch.testing.assert_close(weights[1], torch.eye(5))
 
 
-def test_the_default_changes_nothing_where_there_is_no_decay() -> None:
+def test_without_a_warm_up_nothing_changes_where_there_is_no_decay() -> None:
     plain = functools.partial(torch.optim.Adam, lr=0.01)
-    ours, theirs = grown(plain, steps.NewLayers()), grown(plain)
+    ours, theirs = grown(plain, steps.NewLayers(warmup=0)), grown(plain)
     train(ours, 8, 4)
     train(theirs, 8, 4)
     same(ours.model, theirs.model)
@@ -268,7 +268,7 @@ def test_schedulers_go_on_and_the_share_is_one_of_theirs(make: Any) -> None:
         DATA,
         candidates=candidates,
         max_insertions=1,
-        after_insertion=steps.NewLayers(scale=0.25),
+        after_insertion=steps.NewLayers(scale=0.25, warmup=0),
     )
     for epoch in range(8):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -402,10 +402,23 @@ def test_arguments_out_of_range_are_named(make: Callable[[], object], word: str)
         make()
 
 
-def test_names_that_are_not_in_the_model_and_closures_are_refused() -> None:
+def test_names_that_are_not_in_the_model_are_refused() -> None:
     policy, grower = steps.NewLayers(), grown(SGD)
     with pytest.raises(TrainingError, match="no parameters"):
         policy.watch(grower.model, grower.optimizer, ["9.weight"])
-    policy.watch(grower.model, grower.optimizer, new_parameters(grower))
-    with pytest.raises(TrainingError, match="closure"):
-        grower.optimizer.step(lambda: 0.0)
+
+
+@KINDS
+def test_a_closure_finds_the_parameters_where_they_are(factory: Any) -> None:
+    ours, theirs = (grown(factory, steps.NewLayers(0.5, warmup=2)) for _ in range(2))
+    train(theirs, 8, 4)
+    for x, y in DATA[4:]:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> float:
+            ours.optimizer.zero_grad()
+            loss = LOSS(ours.model(x), y)
+            loss.backward()
+            return float(loss.detach())
+
+        ours.optimizer.step(closure)
+    same(ours.model, theirs.model)

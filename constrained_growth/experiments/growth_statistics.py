@@ -11,7 +11,7 @@ from constrained_growth.experiments.decision_statistics import DRAWS, Estimate, 
 
 Array = NDArray[np.float64]
 
-SMOOTH = 3
+SMOOTH = 5
 """The loss is the mean over so many rows."""
 
 
