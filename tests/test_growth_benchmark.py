@@ -166,8 +166,9 @@ def test_charged_for_the_decision_is_the_pass_and_the_look_at_the_output() -> No
 
 def test_smoothing_and_the_first_row_at_a_loss() -> None:
     loss = [5.0, 4.0, 3.0, 1.0, 2.0, 2.0]
-    np.testing.assert_allclose(smoothed(loss), [5, 4.5, 4, 8 / 3, 2, 5 / 3])
-    assert first_at_most(loss, 2.0) == 4
+    np.testing.assert_allclose(smoothed(loss, 3), [5, 4.5, 4, 8 / 3, 2, 5 / 3])
+    np.testing.assert_allclose(smoothed(loss), [5, 4.5, 4, 3.25, 3, 2.4])
+    assert first_at_most(loss, 3.0) == 4
     assert first_at_most(loss, 1.5) is None
 
 
