@@ -90,7 +90,8 @@ class Grower:
             (default) for `find_candidates` with the first input of `data`.
         max_insertions: How many layers in all; None (default) for any number.
         after_insertion: `after_insertion(grower, round)`, called after each insertion: the place
-            for learning rates and the like of the new layers. None (default) for nothing.
+            for learning rates and the like of the new layers, such as `steps.NewLayers()`. None
+            (default) for nothing: they are trained as their neighbours are.
         solver: `solver(problem, rule) -> Solution`; `solve` by default. With
             `functools.partial(cg.solve, norm=…, sampling=…)` it is solved otherwise.
         writer: Gets the sensitivities and the depth at each round (`add_scalar(tag, value,
