@@ -212,7 +212,7 @@ def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
     assert run_growth(plan, arms=arms, cache=tmp_path, progress=False) == first
-    other = replace(plan, tasks=[replace(TINY[0], lr=0.01)])
+    other = replace(plan, tasks=[replace(TINY[0], lr=2 * TINY[0].lr)])
     run_growth(other, arms=arms, cache=tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 4
 
