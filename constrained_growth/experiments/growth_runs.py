@@ -42,6 +42,9 @@ class Arm:
 
 LOSS = nn.CrossEntropyLoss()
 
+CLIP = 1.0
+"""Longer gradients are shortened to this, in every arm: without it the big networks fail at times."""
+
 BIG = "big"
 """The arm that others are compared with."""
 
@@ -88,7 +91,7 @@ class Trace:
     decisions: int
 
 
-NORM = KroneckerFisher(0.1)
+NORM = KroneckerFisher()
 """How large a multiplier is."""
 
 
@@ -173,6 +176,7 @@ def _step(grower: Grower, batch: Batch) -> None:
     grower.optimizer.zero_grad()
     loss = LOSS(grower.model(batch[0]), batch[1])
     loss.backward()
+    nn.utils.clip_grad_norm_(grower.model.parameters(), CLIP)
     grower.optimizer.step()
     grower.step(loss)
 
