@@ -1,7 +1,8 @@
 """A training run to be killed, and a process that begins it again and again.
 
 Run as a script it reads lines "checkpoint log call" and forks a process that trains for each: so
-torch is imported once. It answers with the number of the process, then with how it ended.
+torch is imported once. It answers with the number of the process, and after another line, empty,
+with how it ended; until then the number is not given away again, even if the process has ended.
 """
 
 import os
@@ -103,7 +104,7 @@ def die_at(call: int) -> None:
 def serve() -> None:
     """Train in a new process for each line; `call` 0 for one that does not kill itself."""
     train(None, Path(os.devnull))  # so that all that is imported at first use is there
-    for line in sys.stdin:
+    while line := sys.stdin.readline():
         path, log, call = line.split()
         child = os.fork()
         if child == 0:
@@ -116,6 +117,7 @@ def serve() -> None:
                 os._exit(1)
             os._exit(0)
         print(child, flush=True)
+        sys.stdin.readline()
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
