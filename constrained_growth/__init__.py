@@ -6,9 +6,7 @@ pass.
 """
 
 from constrained_growth import blocks, checkpoint, norms, statistics
-from constrained_growth.candidates import Candidate
-from constrained_growth.directional import directional_derivative
-from constrained_growth.discovery import find_candidates
+from constrained_growth.candidates import Candidate, Proposals, find_candidates
 from constrained_growth.errors import (
     BlockError,
     CandidateError,
@@ -20,13 +18,9 @@ from constrained_growth.errors import (
     RuleError,
     TrainingError,
 )
-from constrained_growth.grower import Grower
-from constrained_growth.history import History
-from constrained_growth.initialisation import best_inner
-from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay
+from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay, rewrap
 from constrained_growth.monitoring import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.proposals import Proposals
 from constrained_growth.rules import (
     Budget,
     DecisionRule,
@@ -44,8 +38,8 @@ from constrained_growth.rules import (
 from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
-from constrained_growth.training import grow
-from constrained_growth.wrapping import rewrap
+from constrained_growth.training import Grower, History, grow
+from constrained_growth.virtual import best_inner, directional_derivative
 
 __version__ = "0.1.0"
 

@@ -12,26 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.contexts import NO_CONTEXT, context_of, detached
 from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
-from constrained_growth.observation import (
+from constrained_growth.models.contexts import NO_CONTEXT, context_of, detached
+from constrained_growth.models.observation import (
     batch_size,
     eagerly,
     hooked,
     is_untouched,
     parameter_shapes,
 )
-from constrained_growth.outputs import tensor_at, with_tensor
+from constrained_growth.models.outputs import tensor_at, with_tensor
+from constrained_growth.multipliers.recording import Site
+from constrained_growth.multipliers.sketching import sketch_variance, sketched_sites
+from constrained_growth.multipliers.tallies import Estimate
+from constrained_growth.multipliers.windows import Batch, Window, plainly
+from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.recording import Site
 from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.sketching import sketch_variance, sketched_sites
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
 from constrained_growth.solve import decide, size_of
 from constrained_growth.statistics import debiased_square
-from constrained_growth.tallies import Estimate
-from constrained_growth.windows import Batch, Window, plainly
 
 _FROBENIUS = Frobenius()
 _TOP_ONE = TopK(1)

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import has_joint_factors, pinned_parameters
-from constrained_growth.candidates import Candidate
-from constrained_growth.contexts import Context, context_of, detached, takes_context
-from constrained_growth.distributed import everywhere, in_step, several, take_from_first
+from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.fitting import check_fit
-from constrained_growth.multipliers import checked_loss
-from constrained_growth.observation import (
+from constrained_growth.models.contexts import Context, context_of, detached, takes_context
+from constrained_growth.models.distributed import everywhere, in_step, several, take_from_first
+from constrained_growth.models.observation import (
     Weight,
     batch_weight,
     batches,
@@ -27,9 +25,11 @@ from constrained_growth.observation import (
     hooked,
     tensors_of,
 )
-from constrained_growth.outputs import Which, tensor_at, with_tensor
-from constrained_growth.recording import Site
-from constrained_growth.sharding import is_sharded, is_spread
+from constrained_growth.models.outputs import Which, tensor_at, with_tensor
+from constrained_growth.models.sharding import is_sharded, is_spread
+from constrained_growth.multipliers.fitting import check_fit
+from constrained_growth.multipliers.one_pass import checked_loss
+from constrained_growth.multipliers.recording import Site
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

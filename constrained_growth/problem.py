@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.candidates import Candidate
-from constrained_growth.distributed import everywhere, several
+from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.observation import Weight, differentiable, untouched
+from constrained_growth.models.distributed import everywhere, several
+from constrained_growth.models.observation import Weight, differentiable, untouched
+from constrained_growth.models.sharding import check_sharding
 from constrained_growth.probing import Place, look_at_sites
-from constrained_growth.sharding import check_sharding
 from constrained_growth.solution import Constraint
 
 if TYPE_CHECKING:

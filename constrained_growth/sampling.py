@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from constrained_growth.errors import DataError, RuleError
-from constrained_growth.multipliers import Measurement, MultiplierPass
+from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import SquaredSizes, slope_of_square, square_on_all
 

@@ -11,17 +11,19 @@ from types import MappingProxyType
 from torch import Tensor
 from tqdm import tqdm
 
-from constrained_growth.distributed import everywhere, several
 from constrained_growth.errors import CandidateError, DataError, RuleError
-from constrained_growth.multipliers import Measurement, MultiplierPass, measure
-from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
-from constrained_growth.observation import (
+from constrained_growth.models.distributed import everywhere, several
+from constrained_growth.models.observation import (
     batches,
     device_of,
     differentiable,
     parameter_shapes,
     untouched,
 )
+from constrained_growth.models.sharding import is_sharded, whole
+from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass, measure
+from constrained_growth.multipliers.tallies import Estimate
+from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, Rule, TopK, needs_model
 from constrained_growth.sampling import (
@@ -32,7 +34,6 @@ from constrained_growth.sampling import (
     length_of,
     read_until,
 )
-from constrained_growth.sharding import is_sharded, whole
 from constrained_growth.solution import (
     Decision,
     Norm,
@@ -42,7 +43,6 @@ from constrained_growth.solution import (
     Status,
 )
 from constrained_growth.statistics import debiased_square, squared_norm
-from constrained_growth.tallies import Estimate
 
 _TOP_ONE = TopK(1)
 _FROBENIUS = Frobenius()

@@ -19,7 +19,7 @@ from scipy import stats
 from torch import Tensor
 
 from constrained_growth.errors import RuleError
-from constrained_growth.sharding import whole
+from constrained_growth.models.sharding import whole
 from constrained_growth.solution import Sensitivity
 
 __all__ = [

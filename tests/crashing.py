@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from constrained_growth import checkpoint as checkpoints
-from constrained_growth.observation import is_untouched
-from constrained_growth.training import grow
+from constrained_growth.checkpoint import files
+from constrained_growth.models.observation import is_untouched
+from constrained_growth.training.loop import grow
 
 STEPS = 60
 
@@ -96,7 +97,7 @@ def die_at(call: int) -> None:
 
         return inner
 
-    checkpoints.save_file = counted(checkpoints.save_file, half=True)
+    files.save_file = counted(files.save_file, half=True)
     for name in ("fsync", "link", "replace"):
         setattr(os, name, counted(getattr(os, name)))
 

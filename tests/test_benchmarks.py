@@ -9,17 +9,10 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from constrained_growth.experiments import benchmark_report, benchmarks
-from constrained_growth.experiments.benchmark_networks import (
-    NewPointwiseConvolution,
-    convolutional,
-    feedforward,
-    pointwise,
-    residual,
-    transformer,
-    with_all_built_in,
-)
-from constrained_growth.experiments.benchmarks import (
+from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.speed import benchmarks
+from constrained_growth.experiments.speed import report as benchmark_report
+from constrained_growth.experiments.speed.benchmarks import (
     COLUMNS,
     FULL,
     QUICK,
@@ -31,9 +24,17 @@ from constrained_growth.experiments.benchmarks import (
     disagreement,
     run_multipliers,
 )
-from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.speed.networks import (
+    NewPointwiseConvolution,
+    convolutional,
+    feedforward,
+    pointwise,
+    residual,
+    transformer,
+    with_all_built_in,
+)
 from constrained_growth.experiments.timing import Effort, Machine, Spread, compare, one_thread
-from constrained_growth.uses import block_multipliers
+from constrained_growth.multipliers.uses import block_multipliers
 
 MAKERS = (feedforward, residual, convolutional, pointwise, transformer)
 

@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.checkpoint import load, previous, restore, resume, save
-from constrained_growth.optimizer_states import load_named_state, named_state
-from constrained_growth.serialization import flattened, unflattened
+from constrained_growth.checkpoint.optimizer_states import load_named_state, named_state
+from constrained_growth.checkpoint.serialization import flattened, unflattened
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),

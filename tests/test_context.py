@@ -19,7 +19,7 @@ from standing import assert_served
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.contexts import context_of
+from constrained_growth.models.contexts import context_of
 
 
 class Attention(nn.Module):

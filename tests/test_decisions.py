@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear
-from constrained_growth.experiments import decision_command, decision_tasks, decisions
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decision_outcomes import continued, key, outcomes
-from constrained_growth.experiments.decision_rules import (
+from constrained_growth.experiments.decisions import command, study
+from constrained_growth.experiments.decisions import tasks as suite
+from constrained_growth.experiments.decisions.outcomes import continued, key, outcomes
+from constrained_growth.experiments.decisions.rules import (
     ARMS,
     Arm,
     choices,
@@ -27,14 +28,15 @@ from constrained_growth.experiments.decision_rules import (
     trial_of,
     trial_passes,
 )
-from constrained_growth.experiments.decision_statistics import (
+from constrained_growth.experiments.decisions.statistics import (
     best_loss,
     estimate,
     resampled_regret,
     signal,
     yardstick,
 )
-from constrained_growth.experiments.decision_tasks import (
+from constrained_growth.experiments.decisions.study import Plan, run_decisions
+from constrained_growth.experiments.decisions.tasks import (
     SUITE,
     Moment,
     Task,
@@ -42,9 +44,8 @@ from constrained_growth.experiments.decision_tasks import (
     feedforward,
     sites_of,
 )
-from constrained_growth.experiments.decisions import Plan, run_decisions
-from constrained_growth.experiments.ensemble_training import SGD, Adam, Optimizer, Shuffle, train
-from constrained_growth.experiments.ensembles import mean_loss
+from constrained_growth.experiments.ensembles.networks import mean_loss
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
 from constrained_growth.rules import Fixed, TopK, Trial, TrustRegion
 from constrained_growth.rules.trial import NOTHING
 
@@ -151,13 +152,13 @@ def test_the_moment_is_that_of_plain_training_and_leaves_the_random_state() -> N
 def test_the_planted_site_is_where_a_block_of_the_teacher_is_missing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made, make = list[nn.Module](), decision_tasks.trained_block
+    made, make = list[nn.Module](), suite.trained_block
 
     def recorded(width: int, scale: float) -> nn.Module:
         made.append(make(width, scale))
         return made[-1]
 
-    monkeypatch.setattr(decision_tasks, "trained_block", recorded)
+    monkeypatch.setattr(suite, "trained_block", recorded)
     (task,) = (task for task in SUITE if task.name == "planted")
     for seed in range(4):
         made.clear()
@@ -314,7 +315,7 @@ def test_arms_are_refused_that_choose_several_layers() -> None:
 
 
 def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(decision_command, "QUICK", plan())
+    monkeypatch.setattr(command, "QUICK", plan())
     file = tmp_path / "decisions.json"
     arguments = ["bench", "decisions", "--quick", "--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
@@ -346,7 +347,7 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "Kronecker-Fisher 0.1" in table
     assert "Mean regret over tasks" in table
 
-    monkeypatch.setattr(decisions, "outcomes", None)  # everything is there already
+    monkeypatch.setattr(study, "outcomes", None)  # everything is there already
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert json.loads(file.read_text()) == first
@@ -355,7 +356,7 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    arms, made, make = CHEAP[:2], list[str](), decisions.outcomes
+    arms, made, make = CHEAP[:2], list[str](), study.outcomes
     whole = run_decisions(plan(), arms=arms)
 
     def dies(moment: Moment, *rest: Any) -> Any:
@@ -364,7 +365,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
             raise KeyboardInterrupt
         return make(moment, *rest)
 
-    monkeypatch.setattr(decisions, "outcomes", dies)
+    monkeypatch.setattr(study, "outcomes", dies)
     with pytest.raises(KeyboardInterrupt):
         run_decisions(plan(), arms=arms, cache=tmp_path)
     resumed = run_decisions(plan(), arms=arms, cache=tmp_path)

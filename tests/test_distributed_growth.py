@@ -23,10 +23,10 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
-from constrained_growth.distributed import in_step
-from constrained_growth.observation import is_untouched
-from constrained_growth.sharding import is_spread, whole
-from constrained_growth.training import evaluate
+from constrained_growth.models.distributed import in_step
+from constrained_growth.models.observation import is_untouched
+from constrained_growth.models.sharding import is_spread, whole
+from constrained_growth.training.loop import evaluate
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

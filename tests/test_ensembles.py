@@ -12,10 +12,9 @@ from helpers import refused
 from torch import nn
 
 import constrained_growth as cg
-from constrained_growth.experiments import ensemble_growth as growth
 from constrained_growth.experiments.data import Split, two_spirals
-from constrained_growth.experiments.ensemble_training import SGD, Adam, Shuffle, train
-from constrained_growth.experiments.ensembles import (
+from constrained_growth.experiments.ensembles import growth
+from constrained_growth.experiments.ensembles.networks import (
     ensemble,
     forward,
     mean_loss,
@@ -23,6 +22,7 @@ from constrained_growth.experiments.ensembles import (
     samples,
     squared_error,
 )
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 
 FOLDER = Path(__file__).parent / "golden"
 TANHLU = cg.blocks.TanhLU

@@ -16,27 +16,23 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth import steps
 from constrained_growth.blocks import TransformerBlock
 from constrained_growth.errors import DataError
-from constrained_growth.experiments import (
-    growth_report,
-    growth_step_policies,
-    growth_steps,
-    growth_steps_report,
-)
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decision_tasks import SUITE, at_the_moment
-from constrained_growth.experiments.ensemble_training import SGD, Adam, Shuffle, train
-from constrained_growth.experiments.ensembles import ensemble, mean_loss, samples
-from constrained_growth.experiments.growth_benchmark import Plan, run_growth
-from constrained_growth.experiments.growth_counting import MultiplyAdds, of_training_step
-from constrained_growth.experiments.growth_runs import ARMS, run
-from constrained_growth.experiments.growth_statistics import first_at_most, saving, smoothed
-from constrained_growth.experiments.growth_step_policies import OLD, ORIGIN, Policy, Stepper
-from constrained_growth.experiments.growth_tasks import TASKS, GrowthTask, ResidualConv1d
-from constrained_growth.experiments.growth_text import python_help, random_windows, windows
+from constrained_growth.experiments.decisions.tasks import SUITE, at_the_moment
+from constrained_growth.experiments.ensembles.networks import ensemble, mean_loss, samples
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
+from constrained_growth.experiments.growth import report, step_policies, steps_report
+from constrained_growth.experiments.growth import steps as step_study
+from constrained_growth.experiments.growth.benchmark import Plan, run_growth
+from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
+from constrained_growth.experiments.growth.runs import ARMS, run
+from constrained_growth.experiments.growth.statistics import first_at_most, saving, smoothed
+from constrained_growth.experiments.growth.step_policies import OLD, ORIGIN, Policy, Stepper
+from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask, ResidualConv1d
+from constrained_growth.experiments.growth.text import python_help, random_windows, windows
 from constrained_growth.testing import check_block
+from constrained_growth.training import steps
 
 TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
@@ -186,7 +182,7 @@ def test_the_saving_is_a_median_and_what_is_not_reached_costs_more_than_anything
 def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_missed() -> None:
     plan = Plan(TINY[:1], seeds=3, workers=1)
     found = run_growth(plan, 5, progress=False)
-    content = json.loads(growth_report.to_json(found, "constrained-growth bench growth"))
+    content = json.loads(report.to_json(found, "constrained-growth bench growth"))
     (arms,) = content["tasks"].values()
     assert set(arms) == set(ARM)
     for name, entry in arms.items():
@@ -202,7 +198,7 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
             assert (entry["seconds"][index] is None) == (row is None)
     assert None not in arms["big"]["multiply_adds"]
     assert content["against_big"]["digits"]["big"]["saved"]["value"] == 0
-    assert growth_report.tables(found) is not None
+    assert report.tables(found) is not None
 
 
 def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:
@@ -240,7 +236,7 @@ def moment(name: str) -> Any:
 def stepped(policy: Policy, name: str = "spirals-4x4-adam") -> Any:
     """The networks that grew at one site, before and after three steps."""
     at = moment(name)
-    rows, begun = growth_steps.grown(at)[0]
+    rows, begun = step_study.grown(at)[0]
     data = samples([at.plain[i][0] for i in rows], [at.plain[i][1] for i in rows])
     begun = replace(begun, memory=policy.begin(begun.memory))
     stepper = Stepper(at.task.optimizer, policy, 10, lambda _: None, [])
@@ -272,7 +268,7 @@ def test_decay_goes_to_zero_or_to_where_a_new_parameter_began() -> None:
     for anchored in (False, True):
         policy = Policy("", "", decay=0.5, anchored=anchored)
         at = moment("spirals-4x2")
-        _, begun = growth_steps.grown(at)[0]
+        _, begun = step_study.grown(at)[0]
         anchor = torch.zeros_like(begun.parameters)
         if anchored:
             new = begun.memory[OLD] == 0
@@ -287,7 +283,7 @@ def test_decay_goes_to_zero_or_to_where_a_new_parameter_began() -> None:
 
 
 def test_memory_forgotten_is_a_new_optimizer_and_an_old_count_only_changes_new_parameters() -> None:
-    policies = {policy.name: policy for policy in growth_step_policies.POLICIES}
+    policies = {policy.name: policy for policy in step_policies.POLICIES}
     at, begun, data, after = stepped(policies["all forgotten"])
     fresh, _ = train(replace(begun, memory={}), data, 3, at.task.optimizer, loss=at.task.loss)
     torch.testing.assert_close(after.parameters, fresh.parameters, rtol=1e-5, atol=1e-6)
@@ -308,7 +304,7 @@ def test_the_line_search_of_ensembles_is_that_of_the_library() -> None:
     begun = ensemble(models)
     stacked = samples([x for x, _ in data], [y for _, y in data], 3)
     loss = SUITE[0].loss
-    found = growth_step_policies.searched(begun, stacked, SGD(20.0, 0.5), 3, loss)
+    found = step_policies.searched(begun, stacked, SGD(20.0, 0.5), 3, loss)
     for index, (model, batch) in enumerate(zip(models, data, strict=True)):
         optimizer = torch.optim.SGD(model.parameters(), lr=20.0, momentum=0.5)
         grower = cg.Grower(model, optimizer, nn.CrossEntropyLoss(), [batch])
@@ -321,8 +317,8 @@ def test_the_line_search_of_ensembles_is_that_of_the_library() -> None:
 
 def test_the_benchmark_of_steps_compares_the_same_networks() -> None:
     tasks = [replace(t, before=3, after=4) for t in SUITE if t.name in ("spirals-4x2", "friedman")]
-    plan = growth_steps.Plan(tasks, networks=3, workers=1)
-    found = growth_steps.run_steps(plan, progress=False)
+    plan = step_study.Plan(tasks, networks=3, workers=1)
+    found = step_study.run_steps(plan, progress=False)
     for task, verdicts in found.verdicts.items():
         assert verdicts["same"].final_difference.value == 0
         still = found.followed[task]["new × 0"]
@@ -330,15 +326,15 @@ def test_the_benchmark_of_steps_compares_the_same_networks() -> None:
         assert ("all forgotten" in verdicts) == (task == "friedman")
         searched = found.followed[task]["line search"]
         assert (searched.jump >= 0).all()
-    content = json.loads(growth_steps_report.to_json(found, ""))
+    content = json.loads(steps_report.to_json(found, ""))
     assert len(content["tasks"]["friedman"]["same"]["finals"]) == 3
-    assert growth_steps_report.tables(found) is not None
+    assert steps_report.tables(found) is not None
 
 
 def test_a_policy_without_a_layer_that_moves_is_a_network_that_did_not_grow() -> None:
     at = moment("spirals-4x2")
-    policies = [p for p in growth_step_policies.POLICIES if p.name == "new × 0"]
-    found = growth_steps.follow(at.task, range(3), policies, progress=False)["new × 0"]
+    policies = [p for p in step_policies.POLICIES if p.name == "new × 0"]
+    found = step_study.follow(at.task, range(3), policies, progress=False)["new × 0"]
     orders = Shuffle([2_000_000 + seed for seed in range(3)])
     _, history = train(at.trained, at.data, 4, at.task.optimizer, batch=at.task.batch, order=orders)
     np.testing.assert_allclose(found.final, history.loss[-1].numpy(), rtol=1e-5)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import constrained_growth as cg
-from constrained_growth.multipliers import measure
+from constrained_growth.multipliers.one_pass import measure
 
 MIB = 2**20
 SMALL_ROOM = 2.5 * MIB

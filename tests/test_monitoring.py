@@ -31,13 +31,14 @@ from torch.utils.checkpoint import checkpoint
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth import monitoring, windows
+from constrained_growth import monitoring
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.experiments import monitoring_cost
 from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.speed import monitoring as monitoring_cost
 from constrained_growth.experiments.timing import Effort
-from constrained_growth.sketching import Sketched, sketched_sites
-from constrained_growth.uses import block_multipliers
+from constrained_growth.multipliers import windows
+from constrained_growth.multipliers.sketching import Sketched, sketched_sites
+from constrained_growth.multipliers.uses import block_multipliers
 
 Loss = Callable[[Any, Any], Tensor]
 ROOMS = pytest.mark.parametrize("room", [2**20, 0], ids=["waiting", "at once"])

@@ -30,9 +30,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth import recording
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
-from constrained_growth.tallies import Squares
+from constrained_growth.multipliers import recording
+from constrained_growth.multipliers.tallies import Squares
 
 BLOCKS: dict[str, Callable[[int], nn.Module]] = {
     "identity": lambda n: IdentityLinear(n, nn.ReLU()),

@@ -12,7 +12,7 @@ from standing import assert_served
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.outputs import tensor_in, with_tensor
+from constrained_growth.models.outputs import tensor_in, with_tensor
 
 
 class Both(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import CopiedBlock, ResidualLinear, ResidualMLP
-from constrained_growth.inserted import Inserted
+from constrained_growth.insertion.inserted import Inserted
 
 
 class Counting(Stack):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_growth as cg
-from constrained_growth.multipliers import measure
+from constrained_growth.multipliers.one_pass import measure
 
 HALF = torch.bfloat16
 LOW = [torch.bfloat16, torch.float16]

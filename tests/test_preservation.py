@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.preservation import check_preserved, outputs_of
+from constrained_growth.insertion.preservation import check_preserved, outputs_of
 
 
 def judged(before: Any, after: Any, dtype: torch.dtype = torch.float64) -> dict[str, float]:

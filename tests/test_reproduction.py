@@ -18,30 +18,26 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.experiments import (
-    referee,
-    reproduction,
-    reproduction_command,
-    reproduction_report,
-)
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
-from constrained_growth.experiments.ensemble_growth import new_layer
-from constrained_growth.experiments.ensemble_training import Shuffle
-from constrained_growth.experiments.ensembles import ensemble, samples
+from constrained_growth.experiments.ensembles.growth import new_layer
+from constrained_growth.experiments.ensembles.networks import ensemble, samples
+from constrained_growth.experiments.ensembles.training import Shuffle
 from constrained_growth.experiments.mnist import mnist
-from constrained_growth.experiments.protocols import (
+from constrained_growth.experiments.reproduction import command, referee, report
+from constrained_growth.experiments.reproduction import reproduce as reproduction
+from constrained_growth.experiments.reproduction.account import account
+from constrained_growth.experiments.reproduction.command import FamilyName
+from constrained_growth.experiments.reproduction.protocols import (
     EXPERIMENTS,
     FAMILIES,
     Count,
     Reference,
     on_images,
 )
-from constrained_growth.experiments.recommendation import recommended
-from constrained_growth.experiments.reproduction import networks, reproduce
-from constrained_growth.experiments.reproduction_account import account
-from constrained_growth.experiments.reproduction_command import FamilyName
-from constrained_growth.experiments.reproduction_runs import Runs
+from constrained_growth.experiments.reproduction.recommendation import recommended
+from constrained_growth.experiments.reproduction.reproduce import networks, reproduce
+from constrained_growth.experiments.reproduction.runs import Runs
 
 LOSS = nn.CrossEntropyLoss()
 NO_SITES = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Unflatten)
@@ -393,7 +389,7 @@ def small_protocols(monkeypatch):
         name: tiny(name, times=(3, 5), reference=reference, counts=counts)
         for name in ("Exp9", "Exp10")
     }
-    monkeypatch.setattr(reproduction_command, "EXPERIMENTS", small)
+    monkeypatch.setattr(command, "EXPERIMENTS", small)
     return small
 
 
@@ -484,14 +480,14 @@ def test_the_choices_of_the_command_are_the_families_there_are():
 
 def test_arms_are_compared_no_later_than_the_end():
     """Seven epochs after the insertion: after one, and at the end."""
-    content = json.loads(reproduction_report.to_json(reproduce(tiny(), range(3)), "x"))
+    content = json.loads(report.to_json(reproduce(tiny(), range(3)), "x"))
     moments = [pair["after"] for pair in content["pairs"] if pair["arms"] == ["LImax", "N1"]]
     assert moments == [1, None]
 
 
 def test_the_effort_has_no_number_where_the_median_run_never_gets_there():
     found = reproduce(tiny(), range(3))
-    content = json.loads(reproduction_report.to_json(found, "x"), parse_constant=pytest.fail)
+    content = json.loads(report.to_json(found, "x"), parse_constant=pytest.fail)
     level = content["effort"]["N1"]["levels"]["0.1"]
     assert level == {"reached": 0.0, "epochs": None, "multiply_adds": None}
 
@@ -559,7 +555,7 @@ def test_images_are_reproduced_too(tmp_path, monkeypatch):
             for e in on_images(data, split)
         ]
 
-    monkeypatch.setattr(reproduction_command, "on_images", small)
+    monkeypatch.setattr(command, "on_images", small)
     file = tmp_path / "numbers.json"
     ran = CliRunner().invoke(app, ["reproduce", "images", "--seeds", "2", "--json", str(file)])
     assert ran.exit_code == 0, ran.output

@@ -12,8 +12,8 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 import constrained_growth as cg
-from constrained_growth import run_plotting as plots
-from constrained_growth.observation import parameter_shapes
+from constrained_growth import plotting as plots
+from constrained_growth.models.observation import parameter_shapes
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 ROUNDS = {2: {"1": 0.5, "3": 0.01}, 5: {"1": 0.2, "1.base": math.nan, "3": 0.0}}

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth.multipliers import MultiplierPass
+from constrained_growth.multipliers.one_pass import MultiplierPass
 from constrained_growth.norms import Entrywise1, KroneckerFisher
 from constrained_growth.sampling import Reach
 from constrained_growth.statistics import SquaredSizes

@@ -12,10 +12,15 @@ from helpers import assert_same
 from rich.console import Console
 from typer.testing import CliRunner
 
-from constrained_growth.experiments import sampling
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import digits, mnist1d, two_spirals
-from constrained_growth.experiments.sampling import Case, Reading, SamplingBenchmark, run_sampling
+from constrained_growth.experiments.speed import sampling
+from constrained_growth.experiments.speed.sampling import (
+    Case,
+    Reading,
+    SamplingBenchmark,
+    run_sampling,
+)
 from constrained_growth.experiments.timing import one_thread
 
 SEEDS = 3

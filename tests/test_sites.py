@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.verification import kkt_residuals
-from constrained_growth.virtual import VirtualLoss
+from constrained_growth.virtual.loss import VirtualLoss
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "closed form": lambda: cg.blocks.ResidualMLP(4, 3, torch.tanh),

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import constrained_growth as cg
-from constrained_growth import steps
 from constrained_growth.errors import TrainingError
-from constrained_growth.history import Round
+from constrained_growth.training import steps
+from constrained_growth.training.history import Round
 
 LOSS = nn.CrossEntropyLoss()
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.02)

@@ -24,7 +24,7 @@ from torch.nn.utils import parametrizations
 
 import constrained_growth as cg
 from constrained_growth.blocks import ResidualLinear
-from constrained_growth.inserted import Inserted
+from constrained_growth.insertion.inserted import Inserted
 
 # --- names ------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.integrations import transformers as cgt
-from constrained_growth.outputs import tensor_in, with_tensor
+from constrained_growth.models.outputs import tensor_in, with_tensor
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.extended import ExtendedProblem
 from constrained_growth.rules.quadratic import ConjugateGradients, Dense
 from constrained_growth.rules.redundancy import gains_beyond_old
 from constrained_growth.rules.trust_region import TrustRegion
-from constrained_growth.virtual import VirtualLoss, gauss_newton, hessian
+from constrained_growth.verification.extended import ExtendedProblem
+from constrained_growth.virtual.loss import VirtualLoss, gauss_newton, hessian
 
 # --- the subproblem -----------------------------------------------------------------------------
 

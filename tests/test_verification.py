@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth import extended
 from constrained_growth.blocks import (
     AffineFactors,
     IdentityLinear,
@@ -31,6 +30,7 @@ from constrained_growth.verification import (
     VerificationReport,
     check_with_cvxpy,
     check_with_scipy,
+    extended,
     kkt_residuals,
 )
 

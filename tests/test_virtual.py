@@ -26,9 +26,9 @@ from torch.utils.flop_counter import flop_registry
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.directional import directional_derivative
-from constrained_growth.extended import ExtendedProblem
-from constrained_growth.virtual import (
+from constrained_growth.verification.extended import ExtendedProblem
+from constrained_growth.virtual.directional import directional_derivative
+from constrained_growth.virtual.loss import (
     FORWARD_PASSES,
     JOINT_PRODUCT_PASSES,
     PRODUCT_PASSES,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from constrained_growth.blocks.branches import ends_of
 from constrained_growth.blocks.pins import change
 from constrained_growth.errors import BlockError
-from constrained_growth.observation import differentiable
+from constrained_growth.models.observation import differentiable
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from constrained_growth.experiments import benchmark_report, benchmarks, monitoring_cost, report
+from constrained_growth.experiments import report
 from constrained_growth.experiments.command_options import Json, Out, Seed, Tables
-from constrained_growth.experiments.decision_command import bench_decisions
+from constrained_growth.experiments.decisions.command import bench_decisions
 from constrained_growth.experiments.demo import run_demo
-from constrained_growth.experiments.growth_command import bench_growth, bench_steps
-from constrained_growth.experiments.reproduction_command import reproduce
-from constrained_growth.experiments.sampling import run_sampling, table
+from constrained_growth.experiments.growth.command import bench_growth, bench_steps
+from constrained_growth.experiments.reproduction.command import reproduce
+from constrained_growth.experiments.speed import benchmarks, monitoring
+from constrained_growth.experiments.speed import report as speed_report
+from constrained_growth.experiments.speed.sampling import run_sampling, table
 from constrained_growth.experiments.timing import one_thread
 
 app = typer.Typer(
@@ -84,9 +86,9 @@ def bench_multipliers(
     """Time the multiplier pass against ordinary gradient passes, on one thread."""
     begin = time.perf_counter()
     console = Console(highlight=False, record=True)
-    console.width = max(console.width, benchmark_report.WIDTH)
+    console.width = max(console.width, speed_report.WIDTH)
     result = benchmarks.run_multipliers(benchmarks.QUICK if quick else benchmarks.FULL, seed)
-    console.print(benchmark_report.multipliers(result))
+    console.print(speed_report.multipliers(result))
     if out is not None:
         console.save_text(str(out / "constrained-growth-bench-multipliers.txt"), clear=False)
     if json is not None:
@@ -103,10 +105,10 @@ def bench_monitoring(
     """Time training steps that are watched against steps that are not, on one thread."""
     begin = time.perf_counter()
     console = Console(highlight=False)
-    console.width = max(console.width, monitoring_cost.WIDTH)
-    plan = monitoring_cost.QUICK if quick else monitoring_cost.FULL
-    result = monitoring_cost.run_monitoring(plan, seed)
-    console.print(monitoring_cost.report(result))
+    console.width = max(console.width, monitoring.WIDTH)
+    plan = monitoring.QUICK if quick else monitoring.FULL
+    result = monitoring.run_monitoring(plan, seed)
+    console.print(monitoring.report(result))
     if json is not None:
         json.write_text(result.to_json() + "\n", encoding="utf-8")
     console.print(f"{time.perf_counter() - begin:.0f} s.")
@@ -121,7 +123,7 @@ def bench_sampling(
     """How much of the data adaptive sampling reads, and how often it decides as all of them do."""
     begin = time.perf_counter()
     console = Console(highlight=False)
-    console.width = max(console.width, benchmark_report.WIDTH)
+    console.width = max(console.width, speed_report.WIDTH)
     with one_thread():
         result = run_sampling(seeds, seed=seed)
     console.print(table(result))

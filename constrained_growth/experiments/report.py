@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from constrained_growth.experiments.demo import DemoResult, Question, Row, Score
-from constrained_growth.plotting import plot_growth
+from constrained_growth.plotting.solutions import plot_growth
 from constrained_growth.solution import Sensitivity
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import CheckpointError, TrainingError
-from constrained_growth.grower import Grower
-from constrained_growth.history import History
-from constrained_growth.optimizer_states import parameter_names, put_right
-from constrained_growth.records import GrowthRecord
-from constrained_growth.replaying import replay
+from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.insertion.replaying import replay
+from constrained_growth.training.grower import Grower
+from constrained_growth.training.history import History
 
 
 class GrowthCallback(Callback):

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth.errors import CandidateError
-from constrained_growth.observation import parameter_shapes, untouched
+from constrained_growth.models.observation import parameter_shapes, untouched
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from constrained_growth import checkpoint
+from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import TrainingError
-from constrained_growth.grower import Grower
-from constrained_growth.history import History, measurements
-from constrained_growth.optimizer_states import parameter_names, put_right
-from constrained_growth.replaying import replay
+from constrained_growth.insertion.replaying import replay
+from constrained_growth.training.grower import Grower
+from constrained_growth.training.history import History, measurements
 
 _FILE = "growth.safetensors"
 

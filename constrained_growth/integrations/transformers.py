@@ -20,10 +20,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from constrained_growth import insertion, replaying
+from constrained_growth import insertion
 from constrained_growth.blocks import CopiedBlock, ResidualMLP
-from constrained_growth.candidates import Candidate
+from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.candidates.proposals import Proposals
+from constrained_growth.candidates.runs import Run, follows, runs_of
 from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.insertion.placement import list_of
+from constrained_growth.insertion.records import GrowthRecord
 from constrained_growth.integrations.stacks import (
     Arrangement,
     Stack,
@@ -35,15 +39,11 @@ from constrained_growth.integrations.stacks import (
     numbering,
     skeleton,
 )
-from constrained_growth.observation import (
+from constrained_growth.models.observation import (
     differentiable,
     parameter_shapes,
     untouched,
 )
-from constrained_growth.placement import list_of
-from constrained_growth.proposals import Proposals
-from constrained_growth.records import GrowthRecord
-from constrained_growth.runs import Run, follows, runs_of
 from constrained_growth.solution import Planned, Solution
 
 
@@ -189,7 +189,7 @@ def replay(
             order = orders.setdefault(stack, list(range(len(layers_of(model, stack)))))
             order.insert(place + 1, order[min(place, len(order) - 1)])
     settle = _settling(model, orders, {})
-    replaying.replay(model, record, blocks=blocks, strict=strict)
+    insertion.replay(model, record, blocks=blocks, strict=strict)
     settle(model)
     return model
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from constrained_growth.contexts import takes_context
-from constrained_growth.distributed import several
 from constrained_growth.errors import RuleError
-from constrained_growth.multipliers import checked_loss
-from constrained_growth.observation import (
+from constrained_growth.models.contexts import takes_context
+from constrained_growth.models.distributed import several
+from constrained_growth.models.observation import (
     batch_size,
     batch_weight,
     batches,
@@ -27,9 +26,10 @@ from constrained_growth.observation import (
     differentiable,
     untouched,
 )
+from constrained_growth.multipliers.one_pass import checked_loss
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Planned, Solution
-from constrained_growth.virtual import FORWARD_PASSES, stand
+from constrained_growth.virtual.loss import FORWARD_PASSES, stand
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 

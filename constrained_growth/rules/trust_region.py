@@ -15,7 +15,7 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.quadratic import QuadraticModel, Step, quadratic_model
 from constrained_growth.rules.redundancy import gains_beyond_old
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.virtual import Curvature, VirtualLoss, hessian
+from constrained_growth.virtual.loss import Curvature, VirtualLoss, hessian
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
-from constrained_growth.contexts import Context, arguments, takes_context
+from constrained_growth.models.contexts import Context, arguments, takes_context
 
 
 @dataclass(frozen=True)

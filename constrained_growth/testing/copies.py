@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from constrained_growth.blocks import change
-from constrained_growth.contexts import Context
-from constrained_growth.observation import parameter_shapes
+from constrained_growth.models.contexts import Context
+from constrained_growth.models.observation import parameter_shapes
 from constrained_growth.testing.case import Case, perturbed
 
 

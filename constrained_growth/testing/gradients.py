@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.contexts import takes_context
+from constrained_growth.models.contexts import takes_context
 from constrained_growth.testing.case import (
     Case,
     autograd_multipliers,

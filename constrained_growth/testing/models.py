@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.candidates import Candidate
+from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion import insert
+from constrained_growth.insertion.inserting import insert
+from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.insertion.replaying import replay
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.records import GrowthRecord
-from constrained_growth.replaying import replay
 from constrained_growth.solution import Decision
 from constrained_growth.solve import solve
 from constrained_growth.testing.case import Case, autograd_multipliers, cotangent, differ, or_zero

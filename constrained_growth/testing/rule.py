@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import IdentityLinear, ResidualMLP, pinned_parameters
-from constrained_growth.candidates import Candidate
+from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import RuleError
-from constrained_growth.observation import untouched
+from constrained_growth.models.observation import untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
 from constrained_growth.solution import Decision, Solution

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import change, pinned_parameters
-from constrained_growth.contexts import arguments
+from constrained_growth.models.contexts import arguments
 from constrained_growth.testing.case import Case, autograd_multipliers, cotangent, has_context, mode
 
 

@@ -1,0 +1,102 @@
+"""What is seen of the modules of a model while it runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from constrained_growth.errors import CandidateError
+from constrained_growth.models.contexts import Context, context_of
+from constrained_growth.models.observation import call, device_of, hooked, moved
+from constrained_growth.models.outputs import tensor_in
+
+
+@dataclass
+class Run:
+    """What was seen of one module.
+
+    Attributes:
+        module: The module.
+        count: How often it ran.
+        x: The first argument of the last call, if it is a tensor.
+        context: The other arguments of that call.
+        y: The tensor in its output; None if there is none.
+        version: The version counter of y when it came out.
+        on_channels: Whether the second dimension of y counts channels, as after a convolution.
+    """
+
+    module: nn.Module
+    count: int = 0
+    x: Tensor | None = None
+    context: Context = field(default_factory=Context)
+    y: Tensor | None = None
+    version: int = 0
+    on_channels: bool = False
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether what comes out has the shape of what goes in."""
+        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether it has parts, and parameters."""
+        has_parts = next(self.module.children(), None) is not None
+        return has_parts and next(self.module.parameters(), None) is not None
+
+
+def follows(one: Run, other: Run) -> bool:
+    """Whether a module can be called with the tensor that another one gives."""
+    return one.x is not None and other.y is not None and one.x.shape == other.y.shape
+
+
+def runs_of(
+    model: nn.Module, example_input: object, names: Mapping[nn.Module, str] | None = None
+) -> dict[str, Run]:
+    """Run the model once; what was seen of its modules, in the order they finished.
+
+    Args:
+        model: The model.
+        example_input: One input as in the data.
+        names: Module → name of those to watch; None for all. Only then is `on_channels` known.
+    """
+    names = names or {module: name for name, module in model.named_modules()}
+    runs: dict[str, Run] = {}
+    layouts: dict[int, bool] = {}
+    kept: list[Tensor | None] = []  # so that no id is used again
+    on_channels = False
+
+    def see(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
+        nonlocal on_channels
+        run = runs.setdefault(names[module], Run(module))
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        run.count += 1
+        run.x = first if isinstance(first, Tensor) else None
+        run.context = context_of(module, args, kwargs)
+        try:
+            run.y = tensor_in(output)
+        except CandidateError:
+            run.y = None
+        run.version = 0 if run.y is None else run.y._version
+        if isinstance(module, nn.GroupNorm) or type(module).__module__ in _ON_CHANNELS:
+            on_channels = True
+        elif isinstance(module, _ON_LAST_DIMENSION):
+            on_channels = False
+        elif run.keeps_shape:
+            on_channels = layouts.get(id(run.x), on_channels)
+        run.on_channels = on_channels and run.y is not None and run.y.dim() > 2
+        layouts[id(run.y)] = on_channels
+        kept.extend((run.x, run.y))
+
+    with hooked((module, see) for module in names):
+        call(model, moved(example_input, device_of(model)))
+    return runs
+
+
+_ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)
+_ON_LAST_DIMENSION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)

@@ -1,0 +1,1 @@
+"""How well rules decide: every site really tried."""

@@ -1,0 +1,185 @@
+"""How rules decided: tables for a terminal, numbers for a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from constrained_growth.experiments.decisions.statistics import LEVEL, Estimate, signal
+from constrained_growth.experiments.decisions.study import (
+    CLEAR,
+    DecisionBenchmark,
+    Judged,
+    Verdict,
+    groups,
+)
+
+WIDTH = 132
+"""Characters in a line of the widest table."""
+
+
+def tables(found: DecisionBenchmark) -> RenderableType:
+    """The machine, how to read it, a table for each task, and the means over the suite."""
+    plan = found.plan
+    return Group(
+        Text(
+            f"{found.machine}; seed {found.seed}. {plan.networks} networks of each task, "
+            f"{plan.runs} runs after every insertion.\n"
+        ),
+        Text(
+            "Regret is relative to random: 0 is always the best site in expectation, 1 no better "
+            f"than chance; in brackets the {LEVEL:.0%} bootstrap interval over networks. “At the "
+            "pins” is the same for the choice of the site alone, where a rule starts its layer "
+            "elsewhere. Loss is the final training loss. “− nothing” is that less the loss of "
+            "inserting nothing. Cost is in gradient passes over the data, for one decision.\n"
+        ),
+        *(_task(task, found.verdicts[task.task]) for task in found.tasks),
+        _means(found),
+    )
+
+
+def to_json(found: DecisionBenchmark, command: str) -> str:
+    """All that the tables show, and the losses and choices that they are made from.
+
+    A number that is not finite is null.
+
+    Args:
+        found: The result.
+        command: What was typed.
+    """
+    plan = found.plan
+    content = {
+        "tasks": {
+            task: {arm: _row(verdict) for arm, verdict in arms.items()}
+            for task, arms in found.verdicts.items()
+        },
+        "means": {
+            group: {arm: _value(estimate) for arm, estimate in arms.items()}
+            for group, arms in found.means.items()
+        },
+        "groups": {
+            name: [task.task for task in tasks] for name, tasks in groups(found.tasks).items()
+        },
+        "details": {task.task: _details(task, found.verdicts[task.task]) for task in found.tasks},
+        "command": command,
+        "machine": asdict(found.machine),
+        "seed": found.seed,
+        "networks": plan.networks,
+        "runs": plan.runs,
+    }
+    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
+
+
+def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
+    clear, planted = signal(task.against), any(site is not None for site in task.planted)
+    matters = "" if clear >= CLEAR else "; the place hardly matters"
+    best, mean = task.against.best.mean(), task.against.mean.mean()
+    table = _titled(
+        f"{task.task}: {task.about}. Best site {best:.4g}, mean site {mean:.4g} "
+        f"({clear:.1f} standard errors apart{matters}), "
+        f"not inserting {task.outcomes.nothing.mean():.4g}. Half {task.half}."
+    )
+    headings = ["regret", "at the pins", "planted", "loss", "− nothing", "inserted", "cost"]
+    columns = [heading for heading in headings if planted or heading != "planted"]
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for arm, v in verdicts.items():
+        cells = {
+            "regret": _shown(v.regret),
+            "at the pins": "" if v.at_pin == v.regret else f"{v.at_pin.value:.2f}",
+            "planted": "" if v.planted_rate is None else f"{v.planted_rate:.0%}",
+            "loss": f"{v.loss:.4g}",
+            "− nothing": _shown(v.against_nothing, ".2g"),
+            "inserted": f"{v.inserted:.0%}",
+            "cost": f"{v.cost_passes:.3g}",
+        }
+        table.add_row(arm, *(cells[heading] for heading in columns))
+    return table
+
+
+def _means(found: DecisionBenchmark) -> Table:
+    among = {name: len(tasks) for name, tasks in groups(found.tasks).items()}
+    table = _titled("Mean regret over tasks")
+    for group in found.means:
+        table.add_column(f"{group} ({among[group]})", justify="right", no_wrap=True)
+    table.add_column("cost", justify="right")
+    for arm in found.means["all"]:
+        costs = [verdicts[arm].cost_passes for verdicts in found.verdicts.values()]
+        estimates = (estimates[arm] for estimates in found.means.values())
+        mean_cost = sum(costs) / len(costs)
+        table.add_row(arm, *(_shown(estimate) for estimate in estimates), f"{mean_cost:.3g}")
+    return table
+
+
+def _titled(title: str) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        min_width=min(len(title), WIDTH),
+    )
+    table.add_column("rule", no_wrap=True)
+    return table
+
+
+def _shown(estimate: Estimate, form: str = ".2f") -> str:
+    return f"{estimate.value:{form}} [{estimate.low:{form}} {estimate.high:{form}}]"
+
+
+def _row(v: Verdict) -> dict[str, Any]:
+    return {
+        "regret": v.regret.value,
+        "interval": [v.regret.low, v.regret.high],
+        "planted_rate": v.planted_rate,
+        "loss": v.loss,
+        "loss_not_inserting": v.loss_not_inserting,
+        "cost_passes": v.cost_passes,
+    }
+
+
+def _value(estimate: Estimate) -> dict[str, Any]:
+    return {"regret": estimate.value, "interval": [estimate.low, estimate.high]}
+
+
+def _details(task: Judged, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
+    found = task.outcomes
+    return {
+        "about": task.about,
+        "half": task.half,
+        "signal": signal(task.against),
+        "planted": task.planted,
+        "best": task.against.best.tolist(),
+        "inserted": found.inserted.tolist(),
+        "nothing": found.nothing.tolist(),
+        "rehearsal": found.rehearsal.tolist(),
+        "rules": {
+            arm: {
+                "regret_at_pins": _value(verdicts[arm].at_pin),
+                "against_nothing": asdict(verdicts[arm].against_nothing),
+                "inserted": verdicts[arm].inserted,
+                "sites": decided.sites.tolist(),
+                "losses": decided.loss.tolist(),
+                "passes": decided.passes.tolist(),
+            }
+            for arm, decided in task.arms.items()
+        },
+    }
+
+
+def _finite(content: Any) -> Any:
+    """The same with null for what JSON has no number for."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,325 @@
+"""The suite on which decisions are judged: networks trained to the moment of an insertion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.blocks import IdentityLinear, ResidualMLP
+from constrained_growth.experiments.data import digits, mnist1d, two_spirals
+from constrained_growth.experiments.ensembles.networks import (
+    Ensemble,
+    Loss,
+    Samples,
+    cross_entropy,
+    ensemble,
+    samples,
+    squared_error,
+)
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+
+Data = tuple[Tensor, Tensor]
+"""Inputs (samples, features); labels (samples,) or targets (samples, outputs)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Networks of one kind, each on data of its own, and how they are trained.
+
+    Attributes:
+        name: In tables and files.
+        about: One line for the reader.
+        begin: Seed → network and data before the first step, and the site (number of the hidden
+            stage after which it is) where a layer is known to be missing, or None.
+        block: Width of a site → the layer that could be inserted there.
+        optimizer: The same before and after.
+        batch: Samples in a batch.
+        before: Epochs to the moment of insertion.
+        after: Epochs after it.
+        loss: What is minimised, for an ensemble.
+        loss_fn: The same for a plain network.
+        half: 0 or 1: constants chosen on one half of the suite are judged on the other.
+    """
+
+    name: str
+    about: str
+    begin: Callable[[int], tuple[nn.Sequential, Data, int | None]]
+    block: Callable[[int], nn.Module]
+    optimizer: Optimizer
+    batch: int
+    before: int
+    after: int
+    half: int
+    loss: Loss = cross_entropy
+    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All networks of a task at the moment of insertion.
+
+    Attributes:
+        task: The task.
+        trained: The networks, one replica each.
+        data: Of each.
+        models: The same networks as plain modules.
+        plain: The same data as plain tensors.
+        blocks: For each network, the layer that could stand at each of its sites.
+        planted: For each network, the site where a layer is missing, or None.
+        seeds: Of the networks.
+    """
+
+    task: Task
+    trained: Ensemble
+    data: Samples
+    models: Sequence[nn.Sequential]
+    plain: Sequence[Data]
+    blocks: Sequence[Sequence[nn.Module]]
+    planted: Sequence[int | None]
+    seeds: Sequence[int]
+
+
+def at_the_moment(
+    task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
+) -> Moment:
+    """Make the networks of a task, one for each seed, and train them to the moment of insertion.
+
+    Args:
+        task: The task.
+        seeds: Of the networks: data, initial values, order of the samples, free parameters of the
+            layers.
+        on_epoch: Called after every epoch.
+    """
+    models, xs, ys, planted, blocks = [], [], [], [], []
+    for seed in seeds:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, (x, y), site = task.begin(seed)
+            widths = [out for _, out in sites_of(model)]
+            blocks.append([task.block(width) for width in widths])
+        models.append(model)
+        xs.append(x)
+        ys.append(y)
+        planted.append(site)
+    data = samples(xs, ys)
+    trained, _ = train(
+        ensemble(models),
+        data,
+        task.before,
+        task.optimizer,
+        loss=task.loss,
+        batch=task.batch,
+        order=Shuffle(list(seeds)),
+        on_epoch=on_epoch,
+    )
+    for model, values in zip(models, trained.parameters, strict=True):
+        nn.utils.vector_to_parameters(values.clone(), model.parameters())
+    return Moment(
+        task, trained, data, models, list(zip(xs, ys, strict=True)), blocks, planted, seeds
+    )
+
+
+def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
+    """Name and width of the modules whose outputs are the sites, in their order."""
+    found, width = [], 0
+    for index, module in enumerate(list(model)[:-1]):
+        if isinstance(module, nn.Linear):
+            width = module.out_features
+        else:
+            found.append((str(index), width))
+    return found
+
+
+def feedforward(widths: Sequence[int]) -> nn.Sequential:
+    """Hidden ReLU layers between input and output, PyTorch's initial values."""
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
+    """A tanh layer and residual tanh blocks with two weights, the outer one random too."""
+    made = [trained_block(width, scale=1.0) for _ in range(blocks)]
+    first, last = nn.Linear(inputs, width), nn.Linear(width, outputs)
+    return nn.Sequential(first, nn.Tanh(), *made, last)
+
+
+def trained_block(width: int, scale: float) -> ResidualMLP:
+    """A residual block away from its pins: outer weights as `nn.Linear` draws them, times scale."""
+    block = ResidualMLP(width, width, nn.Tanh())
+    with torch.no_grad():
+        block.outer.weight.copy_(scale * nn.Linear(width, width).weight)
+    return block
+
+
+def _relu_layer(width: int) -> nn.Module:
+    return IdentityLinear(width, nn.ReLU())
+
+
+def _tanh_block(width: int) -> nn.Module:
+    return ResidualMLP(width, width, nn.Tanh())
+
+
+def _spirals(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+    def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
+        split = two_spirals(seed)
+        return feedforward((2, *hidden, 2)), (split.x_train, split.y_train), None
+
+    return begin
+
+
+def _digits(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+    def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
+        split = digits(seed)
+        return feedforward((64, *hidden, 10)), (split.x_train, split.y_train), None
+
+    return begin
+
+
+def _mnist1d_residual(seed: int) -> tuple[nn.Sequential, Data, None]:
+    split = mnist1d(seed, num_samples=2000)
+    return residual(40, 8, 3, 10), (split.x_train, split.y_train), None
+
+
+def _mnist1d_bottleneck(seed: int) -> tuple[nn.Sequential, Data, None]:
+    split = mnist1d(seed, num_samples=2000)
+    return feedforward((40, 16, 4, 16, 4, 10)), (split.x_train, split.y_train), None
+
+
+def _friedman(seed: int) -> tuple[nn.Sequential, Data, None]:
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(500, n_features=6, noise=0.1, random_state=seed)
+    target = torch.as_tensor((y - y.mean()) / y.std()).float().unsqueeze(1)
+    inputs = torch.as_tensor(2 * x - 1).float()
+    return feedforward((6, 8, 8, 8, 8, 1)), (inputs, target), None
+
+
+def _planted(seed: int) -> tuple[nn.Sequential, Data, int]:
+    """A teacher with four residual blocks; the student is the teacher without one of them.
+
+    The missing block comes after site k, the output of the tanh layer (0) or of a block.
+    """
+    width, depth = 6, 4
+    blocks = [trained_block(width, scale=3.0) for _ in range(depth)]
+    first, last = nn.Linear(6, width), nn.Linear(width, 3)
+    with torch.no_grad():
+        first.weight.mul_(3)
+    missing = seed % depth
+    teacher = nn.Sequential(first, nn.Tanh(), *blocks, last)
+    x = torch.randn(500, 6)
+    with torch.no_grad():
+        y = teacher(x)
+        y = (y - y.mean(0)) / y.std(0)
+    kept = [block for index, block in enumerate(blocks) if index != missing]
+    return nn.Sequential(first, nn.Tanh(), *kept, last), (x, y), missing
+
+
+SUITE: tuple[Task, ...] = (
+    Task(
+        "spirals-4x2",
+        "two spirals, ReLU [4, 4], SGD, far from stationary",
+        _spirals(4, 4),
+        _relu_layer,
+        SGD(0.2),
+        batch=225,
+        before=400,
+        after=800,
+        half=0,
+    ),
+    Task(
+        "spirals-6x4",
+        "two spirals, ReLU [6] × 4, SGD, far from stationary",
+        _spirals(6, 6, 6, 6),
+        _relu_layer,
+        SGD(0.1),
+        batch=225,
+        before=400,
+        after=800,
+        half=1,
+    ),
+    Task(
+        "spirals-4x4-adam",
+        "two spirals, ReLU [4] × 4, Adam, nearly stationary",
+        _spirals(4, 4, 4, 4),
+        _relu_layer,
+        Adam(0.005),
+        batch=225,
+        before=800,
+        after=800,
+        half=0,
+    ),
+    Task(
+        "digits-8x5",
+        "digits, ReLU [8] × 5, SGD with momentum",
+        _digits(8, 8, 8, 8, 8),
+        _relu_layer,
+        SGD(0.02, 0.9),
+        batch=128,
+        before=40,
+        after=60,
+        half=1,
+    ),
+    Task(
+        "digits-8x5-adam",
+        "digits, ReLU [8] × 5, Adam",
+        _digits(8, 8, 8, 8, 8),
+        _relu_layer,
+        Adam(0.002),
+        batch=128,
+        before=60,
+        after=60,
+        half=0,
+    ),
+    Task(
+        "mnist1d-residual",
+        "MNIST-1D, residual tanh blocks of width 8, Adam",
+        _mnist1d_residual,
+        _tanh_block,
+        Adam(0.005),
+        batch=200,
+        before=60,
+        after=60,
+        half=1,
+    ),
+    Task(
+        "mnist1d-bottleneck",
+        "MNIST-1D, ReLU [16, 4, 16, 4], Adam",
+        _mnist1d_bottleneck,
+        _relu_layer,
+        Adam(0.005),
+        batch=200,
+        before=60,
+        after=60,
+        half=0,
+    ),
+    Task(
+        "friedman",
+        "Friedman's first function, ReLU [8] × 4, SGD with momentum",
+        _friedman,
+        _relu_layer,
+        SGD(0.02, 0.9),
+        batch=100,
+        before=100,
+        after=150,
+        half=1,
+        loss=squared_error,
+        loss_fn=nn.MSELoss(),
+    ),
+    Task(
+        "planted",
+        "a student that lacks one residual block of its teacher, Adam, nearly stationary",
+        _planted,
+        _tanh_block,
+        Adam(0.003),
+        batch=250,
+        before=300,
+        after=300,
+        half=1,
+        loss=squared_error,
+        loss_fn=nn.MSELoss(),
+    ),
+)

@@ -1,0 +1,194 @@
+"""Where a layer would help the replicas of an ensemble, and its insertion, each at its own site."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.activations import computes_same
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import CandidateError
+from constrained_growth.experiments.ensembles.networks import (
+    Ensemble,
+    Loss,
+    Samples,
+    Stack,
+    cross_entropy,
+    forward,
+    parts,
+)
+from constrained_growth.experiments.ensembles.stages import Stage, stage_of
+
+
+@dataclass(frozen=True)
+class NewLayer:
+    """A layer that can be inserted.
+
+    Attributes:
+        stage: What it computes.
+        start: Its parameters at the pins, shape (replicas or 1, parameters).
+        names: Of its parameters in the plain block.
+        pinned: Which of them are pinned.
+    """
+
+    stage: Stage
+    start: Tensor
+    names: tuple[str, ...]
+    pinned: tuple[str, ...]
+
+
+def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
+    """A block of the library as a layer to insert: the same for all replicas, or one for each.
+
+    Args:
+        blocks: One, or as many as there are replicas.
+        after: A stage that it may follow; needed for a convolution, to know the size of images.
+
+    Raises:
+        BlockError: It has no stacked form, see `stage_of`.
+    """
+    each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
+    return NewLayer(
+        stage_of(each[0], after),
+        torch.stack([nn.utils.parameters_to_vector(b.parameters()).detach() for b in each]),
+        tuple(name for name, _ in each[0].named_parameters()),
+        tuple(pinned_parameters(each[0])),
+    )
+
+
+def multipliers(
+    trained: Ensemble,
+    data: Samples,
+    layer: NewLayer,
+    loss: Loss = cross_entropy,
+    *,
+    sites: Sequence[int] | None = None,
+) -> list[dict[str, Tensor]]:
+    """λ = −∇_v L(θ, 0) of a layer at the sites of every replica, in one pass.
+
+    As in `solve`, no candidate stands in the network: its multipliers are made from the tensor x
+    at the site and δ = ∂L/∂x.
+
+    Args:
+        trained: The replicas.
+        data: Over which the loss is a mean.
+        layer: Of the width of these sites.
+        loss: Mean loss of each replica.
+        sites: Which; None (default) for all. Site k is the output of hidden stage k = 0, 1, ….
+
+    Returns:
+        For each of the sites: pinned parameter → λ, shape (replicas, *its shape).
+    """
+    at = range(len(trained.stack.stages)) if sites is None else sites
+    _check_width(trained.stack, layer, at)
+    with torch.enable_grad():
+        leaf = trained.parameters.detach().requires_grad_()
+        output, there = forward(trained.stack, leaf, data.x)
+        tensors = [there[k] for k in at]
+        deltas = torch.autograd.grad(loss(output, data.y).sum(), tensors)
+    return [_at_site(layer, x.detach(), d) for x, d in zip(tensors, deltas, strict=True)]
+
+
+def frobenius(found: Sequence[Mapping[str, Tensor]], only: str | None = None) -> Tensor:
+    """‖λ‖_F of every replica and site, shape (replicas, sites); `only` of one pinned parameter."""
+    squares = [
+        sum(v.flatten(1).square().sum(1) for name, v in at.items() if only in (None, name))
+        for at in found
+    ]
+    return torch.stack([torch.as_tensor(square) for square in squares], dim=1).sqrt()
+
+
+def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLayer) -> Ensemble:
+    """Every replica gains the layer, each at its own site; what it computes does not change.
+
+    The memory of the optimizer is kept; that of the new parameters is zero.
+
+    Args:
+        trained: The replicas; not changed.
+        sites: Site k is the output of hidden stage k = 0, 1, …; shape (replicas,).
+        layer: What to insert.
+
+    Raises:
+        CandidateError: There is no such site, the widths differ, or the replicas would no longer
+            be of one architecture. Then insert into `trained.take(…)`, site by site.
+    """
+    places, stages = torch.as_tensor(sites), trained.stack.stages
+    distinct = sorted(set(places.tolist()))
+    if places.shape != (len(trained),) or distinct[0] < 0 or distinct[-1] >= len(stages):
+        raise CandidateError(
+            f"sites must be one number from 0 to {len(stages) - 1} for each of the "
+            f"{len(trained)} replicas; got shape {tuple(places.shape)}, values {distinct}."
+        )
+    _check_width(trained.stack, layer, distinct)
+    grown = [
+        replace(trained.stack, stages=(*stages[: k + 1], layer.stage, *stages[k + 1 :]))
+        for k in distinct
+    ]
+    if any(not _same(grown[0].stages, other.stages) for other in grown):
+        raise CandidateError(
+            f"inserting at sites {distinct} gives different architectures; insert into "
+            "take(…) of the replicas, one site at a time."
+        )
+    ends = list(
+        itertools.accumulate(
+            sum(math.prod(shape) for shape in shapes) for shapes in trained.stack.shapes
+        )
+    )
+    count, added = trained.parameters.shape[1], layer.start.shape[1]
+    columns = torch.empty(len(stages), count + added, dtype=torch.long)
+    for k in distinct:
+        old, new = torch.arange(count), torch.arange(count, count + added)
+        columns[k] = torch.cat([old[: ends[k]], new, old[ends[k] :]])
+    index, start = columns[places], layer.start.to(trained.parameters.dtype)
+    fresh = start.expand(len(trained), -1)
+    return replace(
+        trained,
+        stack=grown[0],
+        parameters=torch.cat([trained.parameters, fresh], 1).gather(1, index),
+        memory={
+            key: torch.cat([value, torch.zeros_like(fresh)], 1).gather(1, index)
+            for key, value in trained.memory.items()
+        },
+    )
+
+
+def _at_site(layer: NewLayer, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    shapes = layer.stage.shapes(x.shape[1])
+    start = layer.start.to(x.dtype).expand(len(x), -1)
+    with torch.enable_grad():
+        (values,) = parts(start, (shapes,))
+        leaves = [value.clone().requires_grad_() for value in values]
+        found = torch.autograd.grad(layer.stage(leaves, x), leaves, delta, allow_unused=True)
+    return {
+        name: -value
+        for name, value in zip(layer.names, found, strict=True)
+        if name in layer.pinned and value is not None
+    }
+
+
+def _check_width(stack: Stack, layer: NewLayer, sites: Sequence[int]) -> None:
+    widths = sorted({stack.stages[k].width for k in sites})
+    if widths != [layer.stage.width]:
+        raise CandidateError(
+            f"layer has width {layer.stage.width}, the sites have {widths}; insert into take(…) "
+            "of the replicas, one width at a time."
+        )
+
+
+def _same(some: Iterable[Stage], others: Iterable[Stage]) -> bool:
+    """Whether two sequences of stages compute the same; activations are compared by value."""
+    return all(
+        type(a) is type(b)
+        and all(
+            computes_same(getattr(a, f.name), getattr(b, f.name))
+            if f.name == "activation"
+            else getattr(a, f.name) == getattr(b, f.name)
+            for f in fields(a)  # type: ignore[arg-type]
+        )
+        for a, b in zip(some, others, strict=True)
+    )

@@ -1,0 +1,207 @@
+"""Training of an ensemble: every replica on its own data, in its own order, until it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from constrained_growth.experiments.ensembles.networks import (
+    Ensemble,
+    Loss,
+    Samples,
+    cross_entropy,
+    error_rate,
+    gradient,
+)
+
+
+class Optimizer(Protocol):
+    """One step of all replicas."""
+
+    def step(
+        self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
+    ) -> None:
+        """Move the parameters, and update the memory, in place.
+
+        Args:
+            parameters: Shape (replicas, parameters).
+            gradient: Same shape.
+            memory: What is remembered, in the same shape; empty before the first step.
+            running: 1.0 for replicas that are trained, 0.0 for others, shape (replicas, 1).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class SGD:
+    """As `torch.optim.SGD`.
+
+    Attributes:
+        lr: Learning rate; a tensor (replicas, 1) or (replicas, parameters) for different ones.
+        momentum: As there.
+    """
+
+    lr: float | Tensor
+    momentum: float = 0.0
+
+    def step(
+        self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
+    ) -> None:
+        """One step."""
+        if self.momentum:
+            velocity = memory.setdefault("momentum", torch.zeros_like(parameters))
+            gradient = velocity.mul_(self.momentum).add_(gradient)
+        parameters.sub_(gradient * (self.lr * running))
+
+
+@dataclass(frozen=True)
+class Adam:
+    """As `torch.optim.Adam`; parameters that come later count their steps from then on.
+
+    Attributes:
+        lr: Learning rate; a tensor (replicas, 1) or (replicas, parameters) for different ones.
+        betas: As there.
+        eps: As there.
+    """
+
+    lr: float | Tensor
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def step(
+        self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
+    ) -> None:
+        """One step."""
+        for name in ("steps", "mean", "square"):
+            memory.setdefault(name, torch.zeros_like(parameters))
+        first, second = self.betas
+        steps = memory["steps"].add_(1)
+        mean = memory["mean"].lerp_(gradient, 1 - first)
+        square = memory["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        scale = (square / (1 - second**steps)).sqrt_().add_(self.eps)
+        parameters.sub_(mean / (1 - first**steps) / scale * (self.lr * running))
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """A new order of the samples in every epoch: the same for the same seed and epoch.
+
+    Attributes:
+        seeds: One for each replica.
+    """
+
+    seeds: Sequence[int]
+
+    def __call__(self, epoch: int, count: int) -> Tensor:
+        """Orders of `count` samples, shape (replicas, count)."""
+        generator = torch.Generator()
+        return torch.stack(
+            [
+                torch.randperm(count, generator=generator.manual_seed(seed * 1_000_003 + epoch))
+                for seed in self.seeds
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class History:
+    """What training recorded; replicas that stopped keep their last values.
+
+    Attributes:
+        loss: Mean over the batches of an epoch of the loss before each step, (epochs, replicas).
+        test_error: Share of wrong test samples after each epoch, (epochs, replicas), or None.
+        trained: How many epochs each replica was trained, (replicas,).
+    """
+
+    loss: Tensor
+    test_error: Tensor | None
+    trained: Tensor
+
+
+def train(
+    begun: Ensemble,
+    data: Samples,
+    epochs: int,
+    optimizer: Optimizer,
+    *,
+    loss: Loss = cross_entropy,
+    batch: int | None = None,
+    order: Callable[[int, int], Tensor] | None = None,
+    test: Samples | None = None,
+    stop_at: float | None = 0.0,
+    on_epoch: Callable[[], object] = lambda: None,
+) -> tuple[Ensemble, History]:
+    """Train all replicas together for some epochs.
+
+    Args:
+        begun: The replicas; not changed.
+        data: To train on.
+        epochs: At most so many more.
+        optimizer: How to step; its memory goes on from `begun.memory`.
+        loss: Mean loss of each replica.
+        batch: Samples in a batch, the last one may be smaller; None for all of them.
+        order: (epoch, samples) → in which order to read, (replicas, samples), such as `Shuffle`;
+            None for that of the data. Epochs count from `begun.epochs`.
+        test: Data to watch the error rate on, after every epoch.
+        stop_at: A replica whose test error is not above this stops for good; None never stops.
+        on_epoch: Called after every epoch, such as `bar.update` of a progress bar.
+
+    Returns:
+        The replicas as they are then, and what was recorded.
+    """
+    parameters, running = begun.parameters.clone(), begun.running.clone()
+    memory = {key: value.clone() for key, value in begun.memory.items()}
+    losses, errors, trained = list[Tensor](), list[Tensor](), torch.zeros(len(begun)).long()
+    last_loss = begun.last_loss
+    last_error = None if test is None else error_rate(begun.stack, parameters, test)
+    for epoch in range(begun.epochs, begun.epochs + epochs):
+        if running.any():
+            moving = running.unsqueeze(1).to(parameters.dtype)
+            rows = None if order is None else order(epoch, data.x.shape[2])
+            now = list[Tensor]()
+            for part in _batches(data, batch, rows):
+                value, slope = gradient(begun.stack, parameters, part, loss)
+                optimizer.step(parameters, slope, memory, moving)
+                now.append(value)
+            last_loss = torch.where(running, torch.stack(now).mean(0), last_loss)
+            trained += running
+            if test is not None:
+                last_error = error_rate(begun.stack, parameters, test)
+                if stop_at is not None:
+                    running &= last_error > stop_at
+        losses.append(last_loss)
+        if last_error is not None:
+            errors.append(last_error)
+        on_epoch()
+    after = replace(
+        begun,
+        parameters=parameters,
+        memory=memory,
+        running=running,
+        last_loss=last_loss,
+        epochs=begun.epochs + epochs,
+    )
+    recorded = torch.stack(losses) if losses else parameters.new_empty(0, len(begun))
+    return after, History(recorded, torch.stack(errors) if errors else None, trained)
+
+
+def _batches(data: Samples, size: int | None, order: Tensor | None) -> Iterator[Samples]:
+    """One after the other, so that never more than a batch is copied."""
+    count = data.x.shape[2]
+    size = count if size is None else min(size, count)
+    for begin in range(0, count, size):
+        if order is None:
+            part = slice(begin, begin + size)
+            yield Samples(data.x[:, :, part], data.y[:, :, part])
+        else:
+            rows = order[:, begin : begin + size].unsqueeze(1)
+            yield Samples(_gathered(data.x, rows), _gathered(data.y, rows))
+
+
+def _gathered(values: Tensor, rows: Tensor) -> Tensor:
+    index = rows.expand(-1, values.shape[1], -1)
+    return values.expand(len(rows), -1, -1).gather(2, index)

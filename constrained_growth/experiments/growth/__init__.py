@@ -1,0 +1,1 @@
+"""Whether growing pays, and how to go on after an insertion."""

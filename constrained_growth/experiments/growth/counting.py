@@ -1,0 +1,106 @@
+"""Multiplications with an addition, counted while the operations run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
+
+from constrained_growth.models.observation import call
+
+Shape = Sequence[int]
+
+
+class MultiplyAdds:
+    """Counts the multiply-adds of all matrix products, convolutions and decompositions within.
+
+    Half of what `torch.utils.flop_counter` counts, with formulas for operations that it passes
+    over: attention on the CPU, products with vectors, eigenvalues and singular values. What is
+    done elementwise is not counted, as everywhere in the literature.
+
+    Attributes:
+        total: So far.
+
+    Example:
+        >>> with MultiplyAdds() as counter:
+        ...     _ = torch.ones(2, 3) @ torch.ones(3, 4)
+        >>> counter.total
+        24
+    """
+
+    def __init__(self) -> None:
+        self._mode = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+
+    @property
+    def total(self) -> int:
+        """So far."""
+        return self._mode.get_total_flops() // 2
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._mode.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End."""
+        self._mode.__exit__(kind, error, trace)
+
+
+def of_training_step(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, Any]
+) -> int:
+    """Multiply-adds of one forward and backward pass of a model, run on a copy of it."""
+    model = copy.deepcopy(model)
+    with MultiplyAdds() as counter:
+        loss_fn(call(model, batch[0]), batch[1]).backward()
+    return counter.total
+
+
+def _product(a: Shape, b: Shape, *_: Any, **__: Any) -> int:
+    """A matrix or a vector times a vector: two operations for each entry of the first."""
+    return 2 * math.prod(a)
+
+
+def _eigenvalues(a: Shape, *_: Any, **__: Any) -> int:
+    """Symmetric, with vectors, by the QR algorithm: 9 n³ (Golub and Van Loan, 8.3)."""
+    return math.prod(a[:-2]) * 9 * a[-1] ** 3
+
+
+def _singular_values(a: Shape, *_: Any, **__: Any) -> int:
+    """With vectors: 4 m²n + 8 mn² + 9 n³, n ≤ m (Golub and Van Loan, 8.6)."""
+    m, n = max(a[-2:]), min(a[-2:])
+    return math.prod(a[:-2]) * (4 * m * m * n + 8 * m * n * n + 9 * n**3)
+
+
+def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q, k, v)
+
+
+def _attention_backward(g: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(g, q, k, v)
+
+
+_aten = torch.ops.aten
+_FORMULAS = {
+    _aten.mv: _product,
+    _aten.dot: _product,
+    _aten._linalg_eigh: _eigenvalues,
+    _aten._linalg_svd: _singular_values,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}

@@ -1,0 +1,1 @@
+"""The source's experiments, run again and held to account."""

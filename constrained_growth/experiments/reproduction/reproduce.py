@@ -1,0 +1,352 @@
+"""Runs the source's experiments: all seeds of an arm together, the same start for every arm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from constrained_growth.experiments.ensembles.growth import (
+    NewLayer,
+    frobenius,
+    insert_layer,
+    multipliers,
+    new_layer,
+)
+from constrained_growth.experiments.ensembles.networks import (
+    Ensemble,
+    Samples,
+    Stack,
+    ensemble,
+    multiply_adds,
+    samples,
+)
+from constrained_growth.experiments.ensembles.training import SGD, History, Shuffle, train
+from constrained_growth.experiments.reproduction.protocols import FAMILIES, Experiment
+from constrained_growth.experiments.reproduction.recommendation import recommended
+from constrained_growth.experiments.reproduction.runs import (
+    Array,
+    Integers,
+    Reproduction,
+    Runs,
+    file_name,
+    joined,
+    load,
+    save,
+)
+
+_AT_ONCE = 500
+"""Of how many samples λ is measured at a time, where training is in batches."""
+
+TRACE = 50
+"""Every so many epochs the sensitivities of the small network are recorded."""
+
+
+def reproduce(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    *,
+    cache: Path | None = None,
+    progress: bool | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Reproduction:
+    """Run an experiment for many seeds.
+
+    Args:
+        experiment: One of `protocols.EXPERIMENTS`, or a changed one.
+        seeds: One for each run.
+        cache: Folder in which finished chunks of seeds wait until all are done, so that an
+            interrupted run goes on where it was. None keeps nothing.
+        progress: Show a bar; None (default) only on a terminal.
+        dtype: Of data and parameters. Not float32, as in the source: what a step gains is often
+            less than its last digit.
+
+    Returns:
+        All runs. A run is the same whatever other seeds it is run with, but for rounding.
+    """
+    step = experiment.chunk
+    parts = [tuple(seeds[i : i + step]) for i in range(0, len(seeds), step)]
+    total = len(parts) * _epochs_in_all(experiment)
+    hide = None if progress is None else not progress
+    found, files = list[Reproduction](), list[Path]()
+    with tqdm(total=total, desc=experiment.name, unit=" epochs", disable=hide) as bar:
+        for part in parts:
+            file = None if cache is None else cache / file_name(experiment, part, dtype)
+            if file is not None and file.exists():
+                found.append(load(file, experiment, part))
+                bar.update(_epochs_in_all(experiment))
+            else:
+                found.append(_run(experiment, part, dtype, bar.update))
+                if file is not None:
+                    save(file, found[-1])
+            if file is not None:
+                files.append(file)
+    for file in files:
+        file.unlink()
+    return joined(found)
+
+
+def networks(
+    experiment: Experiment, widths: Sequence[int], seeds: Sequence[int], inputs: int, outputs: int
+) -> list[nn.Sequential]:
+    """Freshly initialised networks, one for each seed; the random state is left as it was."""
+    made = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in seeds:
+            torch.manual_seed(seed)
+            made.append(FAMILIES[experiment.family].build(inputs, widths, outputs))
+    return made
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Everything that the arms of a chunk share."""
+
+    experiment: Experiment
+    seeds: tuple[int, ...]
+    data: Samples
+    test: Samples
+    dtype: torch.dtype
+    on_epoch: Callable[[], object]
+
+    def start(self, widths: Sequence[int]) -> Ensemble:
+        inputs, outputs = self.data.x.shape[1], self.data.y.shape[1]
+        models = networks(self.experiment, widths, self.seeds, inputs, outputs)
+        return ensemble([model.to(self.dtype) for model in models])
+
+    def train(
+        self, begun: Ensemble, epochs: int, factor: float = 1.0, rows: Sequence[int] | None = None
+    ) -> tuple[Ensemble, History]:
+        rows = range(len(self.seeds)) if rows is None else rows
+        order = Shuffle([self.seeds[r] for r in rows]) if self.experiment.batch else None
+        return train(
+            begun,
+            Samples(self.data.x[list(rows)], self.data.y[list(rows)]),
+            epochs,
+            SGD(self.experiment.lr * factor),
+            batch=self.experiment.batch,
+            order=order,
+            test=Samples(self.test.x[list(rows)], self.test.y[list(rows)]),
+            on_epoch=self.on_epoch,
+        )
+
+    def layer(self, before: Ensemble) -> NewLayer:
+        block = FAMILIES[self.experiment.family].block(self.experiment.widths[-1])
+        return new_layer(block.to(self.dtype), before.stack.stages[-1])
+
+    def sizes(self, trained: Ensemble) -> Array:
+        """‖λ_W‖_F of every replica and site; a batch at a time where there are batches."""
+        selected = FAMILIES[self.experiment.family].selected
+        layer, count = self.layer(trained), self.data.x.shape[2]
+        at_once = _AT_ONCE if self.experiment.batch else count
+        total = list[dict[str, Tensor]]()
+        for begin in range(0, count, at_once):
+            part = slice(begin, begin + at_once)
+            some = Samples(self.data.x[:, :, part], self.data.y[:, :, part])
+            found = multipliers(trained, some, layer)
+            share = some.x.shape[2] / count
+            total = total or [{name: torch.zeros_like(v) for name, v in f.items()} for f in found]
+            for sums, f in zip(total, found, strict=True):
+                for name, value in f.items():
+                    sums[name] += share * value
+        return _array(frobenius(total, only=selected))
+
+
+def _run(
+    experiment: Experiment,
+    seeds: tuple[int, ...],
+    dtype: torch.dtype,
+    on_epoch: Callable[[], object],
+) -> Reproduction:
+    splits = [experiment.data(seed) for seed in seeds]
+    classes = max(split.num_classes for split in splits)
+    setting = _Setting(
+        experiment,
+        seeds,
+        samples([s.x_train.to(dtype) for s in splits], [s.y_train for s in splits], classes),
+        samples([s.x_test.to(dtype) for s in splits], [s.y_test for s in splits], classes),
+        dtype,
+        on_epoch,
+    )
+    small = setting.start(experiment.widths)
+    kept, moments, trace = _keep(setting, small)
+    before = moments[experiment.before]
+    sizes = setting.sizes(before)
+    sites = range(sizes.shape[1])
+    each = [_grown(setting, kept, before, np.full(len(seeds), k)) for k in sites]
+    draws = [int(np.random.default_rng(seed).integers(sizes.shape[1])) for seed in seeds]
+    deep, deep_changed = _deep(setting)
+    twice = 2 * experiment.widths
+    arms = {
+        "N1": kept,
+        "LImax": _picked(each, sizes.argmax(1)),
+        "LImin": _picked(each, sizes.argmin(1)),
+        "random": _picked(each, np.array(draws)),
+        "N2": deep if len(twice) == len(experiment.widths) + 1 else _fresh(setting, twice),
+        "N2fix": deep,
+        "N1lr": _changed(setting, kept, before),
+        "N2lr": deep_changed,
+        "recommended": _recommended(setting, kept, before),
+    }
+    inserted_at = {
+        epoch: arms["LImax"]
+        if epoch == experiment.before
+        else _grown(setting, kept, moments[epoch], setting.sizes(moments[epoch]).argmax(1))
+        for epoch in experiment.times
+    }
+    epochs = sorted(trace)
+    return Reproduction(
+        experiment,
+        seeds,
+        setting.data.x.shape[2],
+        arms,
+        inserted_at,
+        sizes,
+        np.stack([trace[epoch] for epoch in epochs]),
+        np.array(epochs),
+    )
+
+
+def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble], dict[int, Array]]:
+    """The small network trained to the end, as it was when layers are inserted, and its λ."""
+    experiment = setting.experiment
+    wanted = {experiment.before, *experiment.times}
+    stops = sorted({*wanted, *range(0, experiment.epochs, TRACE), experiment.epochs})
+    moments, trace, histories = dict[int, Ensemble](), dict[int, Array](), list[History]()
+    for stop in stops:
+        if stop > small.epochs:
+            small, history = setting.train(small, stop - small.epochs)
+            histories.append(history)
+        if stop in wanted:
+            moments[stop] = small
+        if stop % TRACE == 0:
+            trace[stop] = setting.sizes(small)
+    return _runs(histories, small), moments, trace
+
+
+def _fresh(setting: _Setting, widths: Sequence[int]) -> Runs:
+    trained, history = setting.train(setting.start(widths), setting.experiment.epochs)
+    return _runs([history], trained)
+
+
+def _deep(setting: _Setting) -> tuple[Runs, Runs]:
+    """The network of the grown one's depth from the start, with one learning rate and with two."""
+    experiment = setting.experiment
+    widths = (*experiment.widths, experiment.widths[-1])
+    before, first = setting.train(setting.start(widths), experiment.before)
+    trained, second = setting.train(before, experiment.after)
+    runs = _runs([first, second], trained)
+    return runs, _changed(setting, runs, before)
+
+
+def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
+    """Nothing inserted, but the learning rate changed as if there were."""
+    if setting.experiment.factor == 1:
+        return runs
+    trained, history = setting.train(before, setting.experiment.after, setting.experiment.factor)
+    rows = np.arange(len(before))
+    part = (rows, _runs([history], trained))
+    return _continued(runs, before.epochs, [part], np.full(len(before), -1))
+
+
+def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> Runs:
+    """A layer at a site of each replica, and the rest of the epochs.
+
+    Replicas are trained together only where that gives the same architecture.
+    """
+    factor, after = setting.experiment.factor, setting.experiment.epochs - before.epochs
+    shifted = setting.experiment.family == "tanhlu" and len(set(sites.tolist())) > 1
+    groups = [sites == k for k in sorted(set(sites.tolist()))] if shifted else [sites >= 0]
+    parts = list[tuple[Integers, Runs]]()
+    for group in groups:
+        rows = np.flatnonzero(group)
+        grown = insert_layer(
+            before.take(rows.tolist()), torch.as_tensor(sites[rows]), setting.layer(before)
+        )
+        trained, history = setting.train(grown, after, factor, rows.tolist())
+        parts.append((rows, _runs([history], trained, before)))
+    return _continued(kept, before.epochs, parts, sites)
+
+
+def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
+    """Where, and whether, the library says, asked as recommended; the learning rate is kept."""
+    models = [
+        model.to(setting.dtype)
+        for model in networks(
+            setting.experiment,
+            setting.experiment.widths,
+            setting.seeds,
+            setting.data.x.shape[1],
+            setting.data.y.shape[1],
+        )
+    ]
+    block = FAMILIES[setting.experiment.family].block
+    sites, groups = recommended(before, setting.data, models, block, setting.layer(before))
+    after = setting.experiment.epochs - before.epochs
+    parts = list[tuple[Integers, Runs]]()
+    for rows, grown in groups:
+        trained, history = setting.train(grown, after, 1.0, rows.tolist())
+        parts.append((rows, _runs([history], trained, before)))
+    return _continued(kept, before.epochs, parts, sites)
+
+
+def _continued(
+    kept: Runs, epoch: int, parts: Sequence[tuple[Integers, Runs]], sites: Integers
+) -> Runs:
+    """The small network up to an epoch, then these runs, each of some of the seeds."""
+    loss, error = kept.loss.copy(), kept.test_error.copy()
+    trained = np.minimum(kept.trained, epoch)
+    for rows, runs in parts:
+        loss[epoch:, rows], error[epoch:, rows] = runs.loss, runs.test_error
+        trained[rows] += runs.trained
+    return Runs(loss, error, trained, sites, parts[0][1].operations)
+
+
+def _picked(each: Sequence[Runs], sites: Integers) -> Runs:
+    """Of every seed the run that gained a layer at this site."""
+    seeds = np.arange(len(sites))
+    return Runs(
+        np.stack([runs.loss for runs in each])[sites, :, seeds].T,
+        np.stack([runs.test_error for runs in each])[sites, :, seeds].T,
+        np.stack([runs.trained for runs in each])[sites, seeds],
+        sites.copy(),
+        each[0].operations,
+    )
+
+
+def _runs(histories: Sequence[History], trained: Ensemble, before: Ensemble | None = None) -> Runs:
+    errors = [h.test_error for h in histories if h.test_error is not None]
+    then, now = (trained if before is None else before).stack, multiply_adds(trained.stack)
+    return Runs(
+        _array(torch.cat([h.loss for h in histories])),
+        _array(torch.cat(errors)),
+        np.sum([h.trained.numpy() for h in histories], axis=0),
+        np.full(len(trained), -1),
+        np.array([multiply_adds(then), now, _choosing(then, trained.stack)]),
+    )
+
+
+def _choosing(before: Stack, after: Stack) -> int:
+    """Forward, backward to the inputs, and at every site at most two passes of the new layer."""
+    if len(after.stages) == len(before.stages):
+        return 0
+    new = after.stages[-1]
+    sites = len(before.stages) * 2 * new.multiply_adds(new.width)
+    return 2 * multiply_adds(before) + sites
+
+
+def _array(values: Tensor) -> Array:
+    return values.numpy().astype(np.float32 if values.dtype == torch.float32 else np.float64)
+
+
+def _epochs_in_all(experiment: Experiment) -> int:
+    """Epochs of all arms of one chunk, the recommended one counted once."""
+    sites, deep = len(experiment.widths), 1 if len(experiment.widths) == 1 else 2
+    others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
+    changed = 0 if experiment.factor == 1 else 2 * experiment.after
+    return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others + changed

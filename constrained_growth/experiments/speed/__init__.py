@@ -1,0 +1,1 @@
+"""How fast the multipliers are, and how little data they need."""

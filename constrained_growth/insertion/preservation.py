@@ -1,0 +1,242 @@
+"""Does a model still give what it gave? Seen on an input, in train and in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.errors import BlockError, DataError
+from constrained_growth.models.observation import (
+    as_written,
+    batches,
+    call,
+    device_of,
+    moved,
+    untouched,
+)
+from constrained_growth.models.sharding import is_sharded
+
+Outputs = Mapping[str, Any]
+""""train" or "eval" → the tensors of the output in that mode; the model's present mode first."""
+
+
+def first_input(data: object, model: nn.Module) -> object | None:
+    """The input of the first `(input, target)` batch, on the model's device; None without one.
+
+    Raises:
+        DataError: The data cannot be iterated, or are no such pairs.
+    """
+    if not isinstance(data, Iterable):
+        raise DataError(f"data={data!r:.80} is not iterable; give [(input, target)].")
+    with untouched(model, data):
+        return next((input for input, _ in batches(data, device_of(model))), None)
+
+
+def outputs_of(model: nn.Module, example: object) -> Outputs:
+    """What the model gives now, from the present random state, in its own mode and the other.
+
+    The model is left as it was. A mode in which it fails (BatchNorm on one sample, say) is left
+    out, if it is not its own. A sharded model runs in its own mode only, as all processes have to
+    run it equally often.
+
+    Raises:
+        DataError: It fails in its own mode.
+    """
+    own = model.training
+    found: dict[str, Any] = {}
+    for training in (own,) if is_sharded(model) else (own, not own):
+        try:
+            found[_name(training)] = _output(model, example, training)
+        except Exception as error:
+            if training is own:
+                raise DataError(
+                    f"model={type(model).__name__} fails on the input of the first batch, on "
+                    f"which it was to be seen that its function does not move: {error}; give "
+                    "another: insert(..., data=[(input, target)])."
+                ) from error
+    return found
+
+
+def check_preserved(
+    model: nn.Module, example: object, before: Outputs, inserted: Mapping[str, nn.Module]
+) -> dict[str, float]:
+    """The largest difference of the outputs in each mode, if it is no more than rounding.
+
+    Judged is the mode the model is in: the outputs may differ by 1000 ε (at most 1/16) of their
+    largest entry in size, with ε the coarsest machine precision among parameters, outputs,
+    autocast and float32 matrix products. In the other mode the difference is only reported, as
+    there are blocks that are exact in one mode. Random numbers that the inserted layers draw do
+    not count: all others get those that they got before.
+
+    Args:
+        model: Grown.
+        example: Its input.
+        before: What `outputs_of` gave before; with no mode in it nothing is checked.
+        inserted: Name → inserted layer.
+
+    Returns:
+        Mode → largest difference, in the units of the output. A mode without a floating-point
+        tensor in the output (tensors, and tuples, lists, mappings and dataclasses of them) is
+        left out.
+
+    Raises:
+        BlockError: The output moved by more, a layer is never reached, or the grown model fails.
+    """
+    differences: dict[str, float] = {}
+    reached: set[str] = set()
+    for mode, output in before.items():
+        try:
+            with _standing_aside(inserted, reached):
+                grown = _output(model, example, mode == _name(True))
+        except Exception as error:
+            raise BlockError(
+                f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
+                f"{type(error).__name__}: {error}. Nothing was changed."
+            ) from error
+        pairs = list(_pairs(output, grown))
+        if pairs:
+            differences[mode] = max(_difference(*pair) for pair in pairs)
+        epsilon = _epsilon(model, [one for one, _ in pairs])
+        beyond = [p for p in pairs if not _difference(*p) <= _allowed(p[0], epsilon)]
+        if beyond and mode == next(iter(before)):
+            worst = max(_difference(*pair) for pair in beyond)
+            raise BlockError(
+                f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
+                f"{mode} mode, where rounding may do {_allowed(beyond[0][0], epsilon):.3g}: a "
+                "block is not the identity there, or the model is not a function of its input "
+                "and the random state. Nothing was changed. Choose a block that is the identity "
+                "on what arrives at its site; insert(..., data=()) leaves this check out."
+            )
+    missing = [name for name in inserted if name not in reached] if before else []
+    if missing:
+        raise BlockError(
+            f"the layers {missing} would never be reached in the forward pass (a list is gone "
+            "through by numbers of its own, say). Nothing was changed. Choose another site, or a "
+            "block without standalone(), which stands around its site."
+        )
+    return differences
+
+
+def _name(training: bool) -> str:
+    return "train" if training else "eval"
+
+
+def _output(model: nn.Module, example: object, training: bool) -> Any:
+    """A picture of the output in one of the modes; the model and the input stay as they were."""
+    with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
+        try:
+            if training != model.training:
+                model.train(training)
+            return _picture(call(model, moved(_fresh(example), device_of(model))))
+        finally:
+            torch.clear_autocast_cache()  # or it would hold weights cast without gradients
+
+
+def _fresh(value: Any) -> Any:
+    """An input that the model may write on."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: _fresh(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_fresh(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def _picture(value: Any) -> Any:
+    """Copies of the floating-point tensors in an output, in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        counts = value.is_floating_point() or value.is_complex()
+        return value.detach().clone() if counts and value.layout is torch.strided else None
+    if isinstance(value, Mapping):
+        return {key: _picture(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_picture(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {f.name: _picture(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return None
+
+
+def _pairs(before: Any, after: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tensors at the same place; sequences that became longer (one entry a layer) are left out."""
+    if isinstance(before, Tensor) and isinstance(after, Tensor):
+        if before.numel() > 0:
+            yield before, after
+    elif isinstance(before, dict) and isinstance(after, dict):
+        for key in before.keys() & after.keys():
+            yield from _pairs(before[key], after[key])
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for one, other in zip(before, after, strict=True):
+            yield from _pairs(one, other)
+
+
+def _difference(before: Tensor, after: Tensor) -> float:
+    """Largest difference of an entry; equal infinities and NaN at the same places are none."""
+    if before.shape != after.shape:
+        return math.inf
+    same = (before == after) | (before.isnan() & after.isnan())
+    return float((before - after).abs().masked_fill(same, 0.0).nan_to_num(math.inf).max())
+
+
+def _allowed(before: Tensor, epsilon: float) -> float:
+    sizes = before.abs()
+    largest = float(sizes.masked_fill(~sizes.isfinite(), 0.0).max())
+    scale = max(largest, 1.0) if before.numel() == 1 else largest  # a loss may be near zero
+    return min(1e3 * epsilon, 1 / 16) * scale
+
+
+def _epsilon(model: nn.Module, outputs: Iterable[Tensor]) -> float:
+    tensors = [*outputs, *(p for p in model.parameters() if p.is_floating_point())]
+    dtypes = {tensor.dtype for tensor in tensors}
+    for device in {tensor.device.type for tensor in tensors}:
+        if torch.is_autocast_enabled(device):
+            dtypes.add(torch.get_autocast_dtype(device))
+    products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+    rough = products[torch.get_float32_matmul_precision()] if torch.float32 in dtypes else 0.0
+    return max([rough, *(torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+@contextmanager
+def _standing_aside(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
+    """Let layers leave the random state as they found it, and note which ones run."""
+    states: list[Any] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        states.append(_random_state(module))
+        reached.update(name for name, layer in layers.items() if layer is module)
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        _set_random_state(module, states.pop())
+
+    handles = [layer.register_forward_pre_hook(enter) for layer in layers.values()]
+    handles += [layer.register_forward_hook(leave) for layer in layers.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _random_state(module: nn.Module) -> tuple[Any, ...]:
+    device = device_of(module)
+    cuda = torch.cuda.get_rng_state(device) if device and device.type == "cuda" else None
+    numbers = np.random.get_state()  # noqa: NPY002
+    return torch.get_rng_state(), cuda, random.getstate(), numbers
+
+
+def _set_random_state(module: nn.Module, state: tuple[Any, ...]) -> None:
+    cpu, cuda, python, numbers = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device_of(module) or "cuda")
+    random.setstate(python)
+    np.random.set_state(numbers)  # noqa: NPY002

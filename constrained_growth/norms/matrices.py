@@ -1,0 +1,161 @@
+"""Norms of the multiplier alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Frobenius:
+    """‖λ‖_F = √(Σ λ_ij²) over all pinned parameters: the dual of the Frobenius (Euclidean) ball.
+
+    The norm of plain SGD: one step of size η gains η‖λ‖²_F to first order.
+
+    Example:
+        >>> Frobenius()({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([4.0])}).item()
+        5.0
+    """
+
+    def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
+        """The norm of one candidate's multiplier."""
+        squares = [tensor.square().sum() for tensor in multiplier.values()]
+        return torch.stack(squares).sum().sqrt()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PerParameter:
+    """‖λ‖_F / √P, P the number of pinned parameters: the root-mean-square entry of λ.
+
+    A size-fair Frobenius norm, since the raw one favours wide layers. It is the dual of the ball
+    √P ‖v‖_F ≤ 1, in which a larger layer may move less.
+
+    Example:
+        >>> multiplier = {"weight": torch.tensor([[1.0, 7.0], [5.0, 5.0]])}
+        >>> PerParameter()(multiplier).item()
+        5.0
+    """
+
+    def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
+        """The norm of one candidate's multiplier."""
+        return Frobenius()(multiplier) * self.lipschitz(multiplier)
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1/√P."""
+        return count(multiplier) ** -0.5
+
+
+@dataclass(frozen=True)
+class Entrywise1:
+    """Σ |λ_ij| over all pinned parameters: the dual of the ball max |v_ij| ≤ 1.
+
+    The norm of sign descent, one step of which gains η Σ |λ_ij| to first order, and of Adam,
+    whose first step is η sign(λ).
+
+    Source:
+        Kingma and Ba, *Adam*, 2015; Bernstein et al., *signSGD*, 2018; Bernstein and Newhouse,
+        *Old Optimizer, New Norm: An Anthology*, 2024.
+
+    Example:
+        >>> Entrywise1()({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([-4.0])}).item()
+        7.0
+    """
+
+    def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
+        """The norm of one candidate's multiplier."""
+        return torch.stack([tensor.abs().sum() for tensor in multiplier.values()]).sum()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """√P, by the Cauchy-Schwarz inequality."""
+        return count(multiplier) ** 0.5
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """The largest singular value of diag(λ_W, λ_b, …): the dual of the nuclear-norm ball.
+
+    That is the largest of the tensors' own spectral norms, and the ball allows
+    Σ_p ‖v_p‖_nuclear ≤ 1 over the pinned tensors p. Its best step has rank one, as one of
+    Frank-Wolfe over that ball does.
+
+    Source:
+        Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jaggi, *Revisiting
+        Frank-Wolfe*, 2013.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 3.0], [4.0, 0.0]])
+        >>> Spectral()({"weight": weight, "bias": torch.tensor([0.0, 2.0])}).item()
+        4.0
+    """
+
+    def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
+        """The norm of one candidate's multiplier."""
+        return singular_values(multiplier).max()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """1: the largest singular value against the root of the sum of all their squares."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Nuclear:
+    """The sum of the singular values of diag(λ_W, λ_b, …): the dual of the spectral ball.
+
+    That is the sum of the tensors' own nuclear norms, and the ball allows every pinned tensor a
+    spectral norm of 1: the norm of Muon, which moves every matrix on its own by an
+    orthogonal factor. A vector is a matrix with one column, which gains η‖λ_b‖₂; Muon itself
+    leaves vectors to another optimizer, usually AdamW, for which `Entrywise1` would be right.
+
+    Source:
+        Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jordan et al., *Muon*, 2024;
+        Bernstein and Newhouse, *Old Optimizer, New Norm: An Anthology*, 2024.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 3.0], [4.0, 0.0]])
+        >>> Nuclear()({"weight": weight, "bias": torch.tensor([0.0, 2.0])}).item()
+        9.0
+    """
+
+    def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
+        """The norm of one candidate's multiplier."""
+        return singular_values(multiplier).sum()
+
+    def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
+        """√r by the Cauchy-Schwarz inequality, r = Σ_p min(rows, columns) singular values."""
+        return sum(min(as_matrix(tensor).shape) for tensor in multiplier.values()) ** 0.5
+
+
+def count(multiplier: Mapping[str, Tensor]) -> int:
+    """How many entries it has."""
+    return sum(tensor.numel() for tensor in multiplier.values())
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """(out, everything else), a vector as one column; in a precision LAPACK knows."""
+    matrix = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
+    return matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
+
+
+def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
+    """Those of the block-diagonal matrix of all tensors; NaN where an entry is not finite."""
+    matrices = [as_matrix(tensor) for tensor in multiplier.values()]
+    if not all(is_finite(matrix) for matrix in matrices):
+        return matrices[0].new_full((1,), math.nan)
+    return torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is."""
+    return bool(tensor.isfinite().all())

@@ -1,0 +1,194 @@
+"""Norms that also ask what pinned parameters see: second moments of features, cotangents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from constrained_growth.errors import RuleError
+from constrained_growth.solution import Norm
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+
+from constrained_growth.norms.matrices import as_matrix, is_finite
+
+
+@dataclass(frozen=True, eq=False)
+class SecondMoments:
+    """What a pinned affine map Wφ + b sees: the second moments of features and cotangents.
+
+    Both are means over samples, so those of a data set are the means of those of its batches,
+    weighted by their numbers of samples. With T positions per sample (a sequence, an image) A
+    is the mean over them and G the sum, as if the positions were independent.
+
+    Attributes:
+        features: A = E[φ̃ φ̃ᵀ], with φ̃ = (φ, 1) if there is a bias and φ̃ = φ if not; shape
+            (in + 1, in + 1) or (in, in).
+        cotangents: G = E[ψ ψᵀ], shape (out, out), with ψ = ∂ℓ_n/∂(Wφ + b) of the loss ℓ_n of one
+            sample, *not* divided by the number of samples.
+        bias: Name of the pinned bias b, or None.
+
+    Source:
+        Martens and Grosse, arXiv 1503.05671; with positions: Grosse and Martens, *A
+        Kronecker-factored approximate Fisher matrix for convolution layers*, 2016.
+    """
+
+    features: Tensor
+    cotangents: Tensor
+    bias: str | None = None
+
+    @classmethod
+    def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
+        """The second moments of given samples.
+
+        Args:
+            features: φ, shape (samples, ..., in), without the 1 that stands for the bias.
+            cotangents: ψ of the loss of each sample, shape (samples, ..., out).
+            bias: Name of the pinned bias, or None.
+
+        Example:
+            >>> SecondMoments.of(torch.tensor([[1.0], [3.0]]), torch.ones(2, 1), "bias").features
+            tensor([[5., 2.],
+                    [2., 1.]])
+        """
+        phi, psi = features.flatten(0, -2), cotangents.flatten(0, -2)
+        if bias is not None:
+            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=1)
+        return cls(phi.T @ phi / len(phi), psi.T @ psi / len(cotangents), bias)
+
+
+class MomentNorm(Protocol):
+    """A norm that also wants the second moments of every pinned affine map.
+
+    Attributes:
+        needs_moments: True. A norm without this attribute is called with the multiplier alone.
+    """
+
+    needs_moments: ClassVar[bool]
+
+    def __call__(
+        self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
+    ) -> Tensor | float:
+        """The norm of one candidate's multiplier, `moments` by name of the pinned weight."""
+        ...
+
+
+def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
+    """Whether a norm is called as `norm(multiplier, moments)`.
+
+    Example:
+        >>> needs_moments(KroneckerFisher()), needs_moments(Frobenius())
+        (True, False)
+    """
+    return bool(getattr(norm, "needs_moments", False))
+
+
+@dataclass(frozen=True)
+class KroneckerFisher:
+    """√(Σ tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ)): the dual of the ball Σ ⟨v, (A ⊗ G) v⟩ ≤ 1.
+
+    The sums run over the pinned affine maps Wφ + b of a candidate, with λ̃ = [λ_W, λ_b],
+    A = E[φ̃ φ̃ᵀ] and G = E[ψ ψᵀ] (see `SecondMoments`). A ⊗ G is the K-FAC approximation of the
+    Fisher matrix, so this is the norm of natural-gradient descent and of K-FAC: a step inside
+    the ball changes the distribution of the output by a given amount, whatever the units of
+    features and outputs are. G is taken at the targets of the data (the empirical Fisher).
+
+    With `damping=0` the norm does not change under any invertible affine change of the features
+    (with a bias; linear without) and of the outputs. Singular moments, as dead units or the
+    cotangents of a softmax make them, are inverted on their range; λ lies in it when all come
+    from the same samples, and what rounding puts outside is dropped. With one position per
+    sample the norm is then √(Σ ρ_i²), with ρ_i the canonical correlations of φ̃ and ψ (about 0,
+    not the mean): at most √min(rank A, rank G), and free of the scale of the loss. Beware of few
+    samples: features and cotangents that have nothing to do with each other give a square of
+    about (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples give N whatever they are.
+
+    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I take the places of A and G:
+    the factored Tikhonov regularisation of K-FAC (section 6.3) with the weight d² times the mean
+    eigenvalue of A ⊗ G. Of the invariance, changes of scale and (without a bias) rotations stay.
+
+    Attributes:
+        damping: d, relative to the mean eigenvalue of each factor; 0.03 by default, of 0.01 … 1
+            the one that decides best (`constrained-growth bench decisions`). 0 for exact
+            invariance.
+
+    Raises:
+        RuleError: `damping` is negative or not finite; or, when called, a pinned parameter has
+            no second moments or ones of another shape.
+
+    Source:
+        Amari, *Natural gradient works efficiently in learning*, 1998; Martens and Grosse,
+        *Optimizing neural networks with Kronecker-factored approximate curvature*, 2015,
+        arXiv 1503.05671.
+
+    Example:
+        >>> features = torch.tensor([[1.0], [1.0]])
+        >>> cotangents = torch.tensor([[2.0], [4.0]])
+        >>> moments = SecondMoments.of(features, cotangents)  # A = 1, G = 10
+        >>> KroneckerFisher(damping=0.0)({"weight": torch.tensor([[-3.0]])}, {"weight": moments})
+        tensor(0.9487, dtype=torch.float64)
+    """
+
+    damping: float = 0.03
+    needs_moments: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping < math.inf:
+            raise RuleError(
+                f"damping={self.damping!r} is not a finite number >= 0; it is relative to the "
+                "mean eigenvalue, 1e-3 by default."
+            )
+
+    def __call__(
+        self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
+    ) -> Tensor:
+        """The norm of one candidate's multiplier, in float64.
+
+        Args:
+            multiplier: Pinned parameter → λ.
+            moments: Pinned weight → the second moments of its affine map.
+        """
+        biases = (seen.bias for seen in moments.values() if seen.bias is not None)
+        served = {*moments, *biases}
+        if served != set(multiplier):
+            raise RuleError(
+                f"norm={self!r} needs the second moments of each pinned weight and the name of "
+                f"its bias; they are there for {sorted(served)}, and {sorted(multiplier)} are "
+                "pinned. A block that offers factors(x, delta) for all its pins has them; for "
+                "other blocks use another norm."
+            )
+        squares = [self._square(multiplier, name, seen) for name, seen in moments.items()]
+        return torch.stack(squares).sum().sqrt()
+
+    def _square(self, multiplier: Mapping[str, Tensor], name: str, seen: SecondMoments) -> Tensor:
+        """tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ) of one affine map."""
+        joint = as_matrix(multiplier[name])
+        if seen.bias is not None:
+            joint = torch.cat([joint, as_matrix(multiplier[seen.bias])], dim=1)
+        rows, columns = joint.shape
+        shapes = tuple(seen.cotangents.shape), tuple(seen.features.shape)
+        if shapes != ((rows, rows), (columns, columns)):
+            raise RuleError(
+                f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} '
+                f"(cotangents), and must be of shape {(columns, columns)} and {(rows, rows)}."
+            )
+        if not all(is_finite(tensor) for tensor in (joint, seen.features, seen.cotangents)):
+            return joint.new_full((), math.nan, dtype=torch.float64)
+        left = _inverse_root(seen.cotangents, self.damping)
+        right = _inverse_root(seen.features, self.damping)
+        return (left.T @ joint.double() @ right).square().sum()
+
+
+def _inverse_root(moment: Tensor, damping: float) -> Tensor:
+    """R with R Rᵀ = M⁻¹, M the damped moment; undamped, the pseudo-inverse on its range."""
+    values, vectors = torch.linalg.eigh(moment.double())
+    damped = values.clamp(min=0) + damping * values.mean()
+    rounding = len(values) * torch.finfo(moment.dtype).eps * damped.max()
+    kept = damped > (0.0 if damping else rounding)
+    return vectors[:, kept] / damped[kept].sqrt()

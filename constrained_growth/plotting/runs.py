@@ -1,0 +1,224 @@
+"""Pictures of a training run that grows: where and why it did, and what became of it.
+
+Every function draws on the Axes it is given, or makes a figure of its own, as in `plotting`. All
+can be read in black and white. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from constrained_growth.plotting.solutions import GROWN, INK, KEPT, QUIET, axes, scale, tidy
+
+
+def plot_training(
+    losses: Sequence[float],
+    insertions: Mapping[int, str],
+    ax: Axes | None = None,
+    *,
+    ylabel: str = "training loss",
+) -> Axes:
+    """The loss over the epochs, each insertion marked where it happened and named.
+
+    Args:
+        losses: Of the epochs 1, 2, ….
+        insertions: Epoch at whose end something was inserted → what to write there.
+        ax: Where to draw; None for a new figure.
+        ylabel: Name and unit of the loss.
+
+    Returns:
+        The Axes.
+    """
+    ax = ax or axes(height=4.2)
+    ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2)
+    for epoch, name in insertions.items():
+        ax.axvline(epoch, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        ax.plot(epoch, losses[epoch - 1], "v", color=GROWN, markersize=9, markeredgecolor=INK)
+        ax.annotate(
+            f"+ {name}",
+            (epoch, 1),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(-3, 3),
+            textcoords="offset points",
+            rotation=30,  # so that neighbours do not collide
+            rotation_mode="anchor",
+            fontsize=9,
+            color=INK,
+        )
+    scale(ax, losses)
+    ax.set_xlim(0.5, len(losses) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_xlabel("epoch")
+    ax.set_ylabel(ylabel)
+    tidy(ax, grid="y")
+    return ax
+
+
+def plot_sensitivity_map(
+    rounds: Mapping[int, Mapping[str, float]],
+    chosen: Mapping[int, Collection[str]],
+    ax: Axes | None = None,
+) -> Axes:
+    """Heat map of the sensitivities: a row for each candidate, a column for each decision.
+
+    Darker is larger, on a logarithmic scale where they span a factor of ten or more; a cross
+    marks what was inserted; hatched is what was no candidate then, or not above zero.
+
+    Args:
+        rounds: Epoch of a decision → candidate → sensitivity.
+        chosen: Epoch → names of the candidates inserted.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The Axes.
+    """
+    latest_first = reversed(list(rounds.values()))  # the order of depth as it is in the end
+    names = list(dict.fromkeys(name for found in latest_first for name in found))
+    ax = ax or axes(height=1.6 + 0.35 * len(names))
+    table = [[found.get(name, math.nan) for found in rounds.values()] for name in names]
+    known = [value for row in table for value in row if math.isfinite(value) and value > 0]
+    low, high = (min(known), max(known)) if known else (1.0, 1.0)
+    norm = (LogNorm if high >= 10 * low else Normalize)(low if high >= 10 * low else 0, high)
+    shown = [[v if math.isfinite(v) and v > 0 else math.nan for v in row] for row in table]
+    ax.set_facecolor("white")
+    ax.patch.set(hatch="////", edgecolor=QUIET)
+    image = ax.imshow(shown, cmap="Greys", norm=norm, aspect="auto", interpolation="nearest")
+    for column, epoch in enumerate(rounds):
+        for name in chosen.get(epoch, ()):
+            row = names.index(name)
+            dark = math.isfinite(shown[row][column]) and norm(shown[row][column]) > 0.5
+            ax.plot(column, row, "X", color="white" if dark else INK, markersize=8)
+    ax.set_yticks(range(len(names)), names)
+    ticks = range(0, len(rounds), max(1, math.ceil(len(rounds) / 15)))
+    ax.set_xticks(list(ticks), [str(list(rounds)[tick]) for tick in ticks])
+    ax.set_xlabel("decision after epoch")
+    ax.tick_params(labelsize=10, colors=INK, length=0)
+    ax.xaxis.label.set(fontsize=11, color=INK)
+    bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label("sensitivity ‖λ‖   (× inserted)", color=INK)
+    return ax
+
+
+def plot_predictions(
+    predicted: Sequence[float], actual: Sequence[float], ax: Axes | None = None
+) -> Axes:
+    """Predicted against actual decrease of the loss; on the dashed line the prediction was right.
+
+    Args:
+        predicted: Decrease that was promised for each step.
+        actual: Decrease that came.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The Axes.
+    """
+    ax = ax or axes(height=5.5)
+    ends = [min(0.0, *predicted, *actual), max(0.0, *predicted, *actual)]
+    ax.plot(ends, ends, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    ax.axhline(0, color=QUIET, linewidth=0.8)
+    ax.plot(predicted, actual, "o", color=KEPT, markersize=7, markeredgecolor=INK)
+    ax.annotate(
+        "as predicted",
+        (ends[1], ends[1]),
+        xytext=(-8, 0),
+        textcoords="offset points",
+        ha="right",
+        fontsize=10,
+        color=INK,
+    )
+    ax.set_xlabel("predicted decrease of the loss")
+    ax.set_ylabel("actual decrease")
+    tidy(ax, grid="both")
+    return ax
+
+
+def plot_architecture(
+    before: Mapping[str, tuple[int, ...]],
+    after: Mapping[str, tuple[int, ...]],
+    ax: Axes | None = None,
+) -> Axes:
+    """The weight layers of a network before and after it grew, from the top down; new ones hatched.
+
+    Args:
+        before: Name → shape of the parameters the network had, such as `record.model`.
+        after: Name → shape of those it has now.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The Axes.
+    """
+    columns = [_weights(before), _weights(after)]
+    old = set(columns[0])
+    rows = max(len(column) for column in columns)
+    ax = ax or axes(height=1.2 + 0.5 * rows)
+    place = 0
+    for x, column in enumerate(columns):
+        for place, (name, shape) in enumerate(column.items()):
+            new = x == 1 and name.replace(".base", "") not in old
+            hatch, colour = ("////", "white") if new else (None, "#E3E7EB")
+            box = {"width": 0.8, "height": 0.7, "edgecolor": INK}
+            ax.add_patch(Rectangle((x - 0.4, place - 0.35), facecolor=colour, hatch=hatch, **box))
+            ax.text(
+                x,
+                place,
+                f"{name}   {' × '.join(map(str, shape))}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                fontweight="bold" if new else "normal",
+                color=INK,
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
+            )
+    ax.set_xlim(-0.55, 1.55)
+    ax.set_ylim(rows - 0.4, -0.6)
+    ax.set_xticks([0, 1], ["before", "after   (hatched: new)"], fontsize=11, color=INK)
+    ax.xaxis.tick_top()
+    ax.set_yticks([])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    return ax
+
+
+def plot_run(
+    losses: Sequence[float],
+    insertions: Mapping[int, str],
+    rounds: Mapping[int, Mapping[str, float]],
+    chosen: Mapping[int, Collection[str]],
+) -> Figure:
+    """`plot_training` above `plot_sensitivity_map`, where there was a decision.
+
+    Args:
+        losses: As for `plot_training`.
+        insertions: As for `plot_training`.
+        rounds: As for `plot_sensitivity_map`.
+        chosen: As for `plot_sensitivity_map`.
+
+    Returns:
+        The figure, ready for `savefig`.
+    """
+    names = {name for found in rounds.values() for name in found}
+    height = 1.0 + 0.3 * len(names) if rounds else 0.0
+    figure = Figure(figsize=(8, 4.2 + height), dpi=160, layout="constrained")
+    if not rounds:
+        plot_training(losses, insertions, figure.subplots())
+        return figure
+    above, below = figure.subplots(2, 1, height_ratios=(4.2, height))
+    plot_training(losses, insertions, above)
+    plot_sensitivity_map(rounds, chosen, below)
+    return figure
+
+
+def _weights(parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Owner → shape of the parameters of two and more dimensions."""
+    return {
+        name.removesuffix(".weight"): tuple(shape)
+        for name, shape in parameters.items()
+        if len(shape) > 1
+    }

@@ -1,0 +1,186 @@
+"""What a solver found beside what `solve` says, and how far that is from a KKT point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from constrained_growth.models.observation import watching
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.solution import Constraint, Solution
+from constrained_growth.solve import solve
+from constrained_growth.verification.extended import ExtendedProblem
+
+
+@dataclass(frozen=True)
+class KKTResiduals:
+    """How far (θ, 0, λ) is from the first-order conditions; all zero at a KKT point.
+
+    The constraints are equalities, so there is neither a sign of λ nor complementarity to check.
+
+    Attributes:
+        primal: Largest change of an entry of the tensor at a site by the block there, at v = 0.
+        dual: ‖∇_v L(θ, 0) + λ‖₂ over all pins.
+        stationarity: ‖∇_θ L(θ, 0)‖₂ over the trainable parameters.
+    """
+
+    primal: float
+    dual: float
+    stationarity: float
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """What a solver found, beside what `solve` says at the same θ*.
+
+    Attributes:
+        solver: Name of the solver.
+        status: What it says about its own answer.
+        objective: L(θ*, v*) as the solver has it; to be compared with `solution.loss`.
+        primal: max |v*|, how far the solver's answer leaves the pins.
+        duals: The solver's multiplier of each pin, in the shape of the pin.
+        problem: The problem at θ*, a float64 copy on the CPU.
+        solution: `solve(problem)` there.
+        residuals: `kkt_residuals(problem, solution)` there.
+    """
+
+    solver: str
+    status: str
+    objective: float
+    primal: float
+    duals: Mapping[Constraint, Tensor] = field(repr=False)
+    problem: GrowthProblem = field(repr=False)
+    solution: Solution = field(repr=False)
+    residuals: KKTResiduals
+
+    @property
+    def dual_errors(self) -> dict[Constraint, float]:
+        """‖dual − λ‖₂ / ‖λ‖₂ of each pin.
+
+        Where λ itself is zero but for rounding, this is rounding over rounding; `print(report)`
+        shows the norms.
+        """
+        return {
+            pin: ratio(norm_of(dual - self.solution.dual_value(pin)), norm_of(dual))
+            for pin, dual in self.duals.items()
+        }
+
+    @property
+    def dual_error(self) -> float:
+        """The largest of the `dual_errors`."""
+        return max(self.dual_errors.values())
+
+    @property
+    def objective_error(self) -> float:
+        """|L there − L here| / |L here|."""
+        return ratio(abs(self.objective - self.solution.loss), abs(self.solution.loss))
+
+    def __str__(self) -> str:
+        names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
+        width = max(map(len, names.values()))
+        errors = self.dual_errors
+        rows = [
+            f"{names[pin]:{width}}  {norm_of(dual):13.6e}  "
+            f"{norm_of(self.solution.dual_value(pin)):13.6e}  {errors[pin]:8.1e}"
+            for pin, dual in self.duals.items()
+        ]
+        return "\n".join(
+            [
+                f"{self.solver}: {self.status}",
+                f"L there {self.objective:.12g}, here {self.solution.loss:.12g}, "
+                f"relative difference {self.objective_error:.1e}",
+                f"max |v| there {self.primal:.1e}, blocks move their sites by "
+                f"{self.residuals.primal:.1e}",
+                f"|grad_theta L| {self.residuals.stationarity:.1e}, "
+                f"|grad_v L + lambda| {self.residuals.dual:.1e}",
+                f"{'pin':{width}}  {'|dual| there':>13}  {'|lambda| here':>13}  rel. err",
+                *rows,
+            ]
+        )
+
+
+def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
+    """The KKT residuals of a solution, from autograd on the network with all blocks in it.
+
+    Args:
+        problem: The problem; left as it was.
+        solution: What `solve(problem)` gave. Residuals are computed in float64 also when the
+            model is not, so they show the rounding of a float32 solution.
+
+    Raises:
+        DataError: L is not the same in two passes.
+        CandidateError: A pin is not in `solution`.
+
+    Source:
+        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, eq. (12.34).
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        >>> data = [(torch.randn(8, 2).double(), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.ResidualMLP(4, 4, torch.tanh))
+        >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
+        >>> residuals = kkt_residuals(problem, cg.solve(problem))
+        >>> residuals.primal, residuals.dual < 1e-14
+        (0.0, True)
+    """
+    multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
+    extended = ExtendedProblem(problem)
+    moves = [0.0]
+
+    def see(_: str, x: object, y: object) -> None:
+        assert isinstance(x, Tensor)
+        assert isinstance(y, Tensor)
+        moves.append((y - x).abs().max().item())
+
+    with watching(dict(extended.network.blocks.named_children()), see):
+        _, gradient = extended.loss_and_gradient(extended.zero.numpy())
+    grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
+    return KKTResiduals(
+        primal=max(moves),
+        dual=norm_of(grad_v + torch.cat(multipliers).to(grad_v)),
+        stationarity=norm_of(grad_theta),
+    )
+
+
+def report_of(
+    extended: ExtendedProblem,
+    *,
+    solver: str,
+    status: str,
+    objective: float,
+    z: NDArray[np.float64],
+    duals: Sequence[NDArray[np.float64]],
+) -> VerificationReport:
+    """Beside what a solver found, what `solve` says there."""
+    problem = extended.problem_at(z)
+    solution = solve(problem, progress=False)
+    return VerificationReport(
+        solver=solver,
+        status=status,
+        objective=objective,
+        primal=float(np.abs(z[extended.sizes[0] :]).max()),
+        duals={
+            pin: torch.tensor(dual, dtype=torch.float64).reshape(pin.shape)
+            for pin, dual in zip(problem.constraints, duals, strict=True)
+        },
+        problem=problem,
+        solution=solution,
+        residuals=kkt_residuals(problem, solution),
+    )
+
+
+def norm_of(tensor: Tensor) -> float:
+    """‖·‖₂ of all entries."""
+    return torch.linalg.vector_norm(tensor).item()
+
+
+def ratio(difference: float, size: float) -> float:
+    """Difference / size, and 0 where there is no difference."""
+    return 0.0 if difference == 0 else difference / size if size else math.inf
