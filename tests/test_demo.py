@@ -11,11 +11,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.plotting import solutions as plotting
 from constrained_growth.experiments import report
 from constrained_growth.experiments.commands import DataName, app
 from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.demo import DATA, SETTINGS, on_plateau, run_demo
+from constrained_growth.plotting import solutions as plotting
 
 
 def tiny(seed=0, data="spirals", **kwargs):

@@ -33,6 +33,7 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         `KroneckerFisher`, which changes with the sample itself.
 
     Example:
+        >>> from constrained_growth.norms import Entrywise1
         >>> lipschitz(Entrywise1(), {"weight": torch.zeros(2, 8)})
         4.0
     """

@@ -84,6 +84,7 @@ def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
     """Whether a norm is called as `norm(multiplier, moments)`.
 
     Example:
+        >>> from constrained_growth.norms import Frobenius
         >>> needs_moments(KroneckerFisher()), needs_moments(Frobenius())
         (True, False)
     """

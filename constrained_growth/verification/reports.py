@@ -121,6 +121,7 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
         Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, eq. (12.34).
 
     Example:
+        >>> from torch import nn
         >>> import constrained_growth as cg
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3)).double()
         >>> data = [(torch.randn(8, 2).double(), torch.randint(3, (8,)))]

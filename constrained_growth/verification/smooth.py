@@ -46,6 +46,8 @@ def check_with_scipy(
         and Plantenga, *SIAM J. Optim.* 8 (1998) 682-706.
 
     Example:
+        >>> import torch
+        >>> from torch import nn
         >>> import constrained_growth as cg
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
