@@ -22,7 +22,7 @@ from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.decisions.tasks import SUITE, at_the_moment
 from constrained_growth.experiments.ensembles.networks import ensemble, mean_loss, samples
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
-from constrained_growth.experiments.growth import report, step_policies, steps_report
+from constrained_growth.experiments.growth import figures, report, step_policies, steps_report
 from constrained_growth.experiments.growth import steps as step_study
 from constrained_growth.experiments.growth.benchmark import Plan, run_growth
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
@@ -199,6 +199,11 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
     assert None not in arms["big"]["multiply_adds"]
     assert content["against_big"]["digits"]["big"]["saved"]["value"] == 0
     assert report.tables(found) is not None
+    drawn = {str(line.get_label()): line for line in figures.picture(found).axes[0].get_lines()}
+    assert list(drawn) == list(arms)
+    ends = [np.asarray(line.get_ydata())[-1] for line in drawn.values()]
+    finals = [np.median(entry["final_loss"]) for entry in arms.values()]
+    assert ends == pytest.approx(finals, rel=0.2)
 
 
 def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:

@@ -64,19 +64,22 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verdict:
-    """An arm against the big network from the start, on the same seeds.
+    """An arm against the big network from the start, and against the first arm, on the same seeds.
 
     Attributes:
         saved: Share of the multiply-adds to the target, the median over seeds.
         saved_seconds: Share of the time.
         reached: In how many of the seeds the target was reached.
-        difference: Of the final losses at equal multiply-adds, the mean over seeds.
+        difference: Of the final losses at equal multiply-adds to the big network's, the mean over
+            seeds.
+        behind: The same difference to the first arm's.
     """
 
     saved: Estimate
     saved_seconds: Estimate
     reached: int
     difference: Estimate
+    behind: Estimate
 
 
 @dataclass(frozen=True)
@@ -148,25 +151,32 @@ def run_growth(
         for task in plan.tasks
     }
     verdicts = {
-        task: {name: verdict(each, those[BIG]) for name, each in those.items()}
+        task: {name: verdict(each, those[BIG], those[arms[0].name]) for name, each in those.items()}
         for task, those in outcomes.items()
     }
     return GrowthBenchmark(machine, seed, plan, outcomes, verdicts)
 
 
-def verdict(outcome: Outcome, big: Outcome) -> Verdict:
-    """How an arm compares with the big network from the start.
+def verdict(outcome: Outcome, big: Outcome, first: Outcome) -> Verdict:
+    """How an arm compares with the big network from the start, and with the first arm.
 
     Args:
         outcome: Of the arm.
         big: Of the big network on the same seeds.
+        first: Of the first arm on the same seeds.
     """
     return Verdict(
         saved=saving(outcome.multiply_adds, big.multiply_adds),
         saved_seconds=saving(outcome.seconds, big.seconds),
         reached=sum(cost is not None for cost in outcome.multiply_adds),
-        difference=mean_difference(np.array(outcome.final_loss), np.array(big.final_loss), 0),
+        difference=_difference(outcome, big),
+        behind=_difference(outcome, first),
     )
+
+
+def _difference(one: Outcome, other: Outcome) -> Estimate:
+    """Of the final losses, the mean over the seeds."""
+    return mean_difference(np.array(one.final_loss), np.array(other.final_loss), 0)
 
 
 def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> Outcome:

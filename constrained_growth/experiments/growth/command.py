@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from constrained_growth.experiments.command_options import Json, Seed, Tables
-from constrained_growth.experiments.growth import report, steps, steps_report
+from constrained_growth.experiments.growth import figures, report, steps, steps_report
 from constrained_growth.experiments.growth.benchmark import FULL, QUICK, Plan, run_growth
 
 
@@ -39,6 +39,7 @@ def bench_growth(
     console.print(report.tables(found))
     if out is not None:
         console.save_text(str(out / "constrained-growth-bench-growth.txt"), clear=False)
+        figures.picture(found).savefig(out / "constrained-growth-bench-growth.png")
     if json is not None:
         command = shlex.join(["constrained-growth", *sys.argv[1:]])
         json.write_text(report.to_json(found, command) + "\n", encoding="utf-8")

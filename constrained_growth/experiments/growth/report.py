@@ -19,7 +19,7 @@ from constrained_growth.experiments.growth.benchmark import GrowthBenchmark, Out
 from constrained_growth.experiments.growth.runs import BIG
 from constrained_growth.experiments.growth.tasks import GrowthTask
 
-WIDTH = 132
+WIDTH = 150
 """Characters in a line of the widest table."""
 
 
@@ -35,15 +35,16 @@ def tables(found: GrowthBenchmark) -> RenderableType:
             "training loss is the one that the big network trained from the start ends with: "
             "medians over seeds, and how much less than the big network needs, with the "
             f"{LEVEL:.0%} bootstrap interval. Final loss: when as many multiply-adds are spent as "
-            "in the whole run of the big network; the mean over seeds, and its difference to the "
-            "big network's. Where the target is not reached the cost counts as infinite.\n"
+            "in the whole run of the big network; the mean over seeds, and its difference to that "
+            "of the big network and of the first arm, with intervals. Where the target is not "
+            "reached the cost counts as infinite.\n"
         ),
         *(_task(task, found) for task in found.plan.tasks),
     )
 
 
 def to_json(found: GrowthBenchmark, command: str) -> str:
-    """All that the tables show, and the runs that they are made from; null for what is not finite.
+    """All that the tables show, seed by seed; null for what is not finite.
 
     Args:
         found: The result.
@@ -59,10 +60,6 @@ def to_json(found: GrowthBenchmark, command: str) -> str:
             for task, arms in found.verdicts.items()
         },
         "settings": {task.name: _settings(task) for task in found.plan.tasks},
-        "runs": {
-            task: {arm: [asdict(t) for t in outcome.traces] for arm, outcome in arms.items()}
-            for task, arms in found.outcomes.items()
-        },
         "command": command,
         "machine": asdict(found.machine),
         "seed": found.seed,
@@ -90,6 +87,7 @@ def _task(task: GrowthTask, found: GrowthBenchmark) -> Table:
         "reached",
         "final loss",
         f"− {BIG}",
+        f"− {next(iter(found.outcomes[task.name]))}",
         "held out",
     )
     for heading in headings:
@@ -108,6 +106,7 @@ def _cells(outcome: Outcome, verdict: Verdict) -> list[str]:
         f"{verdict.reached}/{len(outcome.multiply_adds)}",
         f"{mean(outcome.final_loss):.3g}",
         _difference(verdict.difference),
+        _difference(verdict.behind),
         f"{mean(outcome.held_out):.3g}",
     ]
 
