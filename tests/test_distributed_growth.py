@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ import constrained_growth as cg
 from constrained_growth.models.distributed import in_step
 from constrained_growth.models.observation import is_untouched
 from constrained_growth.models.sharding import is_spread, whole
-from constrained_growth.training.loop import evaluate
+from constrained_growth.training import LineSearch, evaluate
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -159,6 +160,25 @@ def ddp_trains_as_one_process(rank: Rank) -> None:
 def fsdp_trains_as_one_process(rank: Rank) -> None:
     same_training(rank, fsdp, ADAM)
     same_training(rank, fsdp, ADAGRAD)  # has a state before the first step
+
+
+def searched(wrap: Wrap, data: list[Any]) -> dict[str, Any]:
+    """The share of each step of a line search, and where it led."""
+    torch.manual_seed(1)
+    model = wrap(feedforward(2, 5, 5, 3, activation=nn.Tanh))
+    optimizer = torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
+    grower = cg.Grower(model, optimizer, CROSS_ENTROPY, data)
+    shares = LineSearch(6, sufficient=0.1)(grower, SimpleNamespace(new_parameters=()))
+    return {"shares": shares, "weights": weights(model)}
+
+
+def line_searches_as_one_process(rank: Rank) -> None:
+    """Also where one process has more data than the other."""
+    data, expected = ragged(), rank.expected["searched"]
+    for wrap in (ddp, fsdp):
+        found = searched(wrap, data[:4] if rank.number == 0 else data[4:])
+        assert found["shares"] == expected["shares"]
+        assert_close(found["weights"], expected["weights"])
 
 
 # --- what one process measures and all do -----------------------------------------------------
@@ -564,6 +584,7 @@ CASES: list[Callable[[Rank], None]] = [
     items_in_step,
     ddp_trains_as_one_process,
     fsdp_trains_as_one_process,
+    line_searches_as_one_process,
     fsdp_measures_as_one_process,
     fsdp_module_that_is_used_twice,
     candidates_found_in_a_sharded_model,
@@ -607,6 +628,8 @@ def test_processes_grow_as_one(folder: Path) -> None:
     expected: dict[str, Any] = {
         made_by(factory): train(ALONE, plain, factory, data) for factory in (ADAM, ADAGRAD, SGD)
     }
+    expected["searched"] = searched(plain, ragged())
+    assert len(set(expected["searched"]["shares"])) > 2, expected["searched"]
     for width in WIDTHS:
         expected[f"measured {width}"] = measured(wide(width), ragged(), width)
     expected["weighted"] = measured(wide(6), ragged(), 6, weight=weight)

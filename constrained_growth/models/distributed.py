@@ -33,6 +33,11 @@ def rank(group: ProcessGroup | None) -> int:
     return dist.get_rank(group) if several(group) else 0
 
 
+def num_processes(group: ProcessGroup | None) -> int:
+    """How many there are in the group; 1 without others."""
+    return dist.get_world_size(group) if several(group) else 1
+
+
 def everywhere(
     work: Callable[[], T], group: ProcessGroup | None, *, collective: bool = False
 ) -> list[T]:

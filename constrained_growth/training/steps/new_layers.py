@@ -1,34 +1,15 @@
-"""The steps after an insertion: how new layers move, whatever the optimizer."""
+"""New layers at a learning rate of their own, and with a weight decay of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth.errors import TrainingError
-from constrained_growth.models.distributed import several
-from constrained_growth.models.observation import batch_size, batches, call, device_of
-
-
-class Grown(Protocol):
-    """What a policy is told about: a `Grower`."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    loss_fn: Callable[[Any, Any], Tensor]
-    data: Iterable[Any]
-
-
-class Inserted(Protocol):
-    """What was inserted: a `Round` of the history."""
-
-    @property
-    def new_parameters(self) -> tuple[str, ...]:
-        """Names of parameters."""
-        ...
+from constrained_growth.training.steps.protocol import Grown, Inserted
 
 
 class NewLayers:
@@ -64,6 +45,7 @@ class NewLayers:
 
     Example:
         >>> import constrained_growth as cg
+        >>> from constrained_growth.training import NewLayers
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
         >>> optimizer = torch.optim.AdamW(net.parameters())
@@ -193,146 +175,3 @@ class NewLayers:
                 self._shift(-1)
 
         return evaluated
-
-
-class LineSearch:
-    """The first steps after an insertion with a line search, so that the loss does not jump.
-
-    A policy for `Grower(after_insertion=…)`. The optimizer makes `steps` steps on the data that
-    decided, all of them at once. Where a step s from θ does not lower the loss L on them enough,
-    it is shortened to t s with t = β, β², …, until it does (Armijo):
-
-        L(θ + t s) ≤ L(θ) + c t ⟨∇L(θ), s⟩,    only L(θ + t s) ≤ L(θ) where ⟨∇L, s⟩ > 0,
-
-    and taken back if that does not happen within `halvings` times. The memory of the optimizer is
-    that of whole steps. Each step costs a gradient pass over the data, and a forward pass for
-    each length that is tried; the random state goes on.
-
-    Args:
-        steps: How many.
-        shrink: β.
-        sufficient: c.
-        halvings: How often a step is shortened at most.
-
-    Raises:
-        TrainingError: An argument is out of range.
-
-    Source:
-        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithm 3.1.
-
-    Example:
-        >>> LineSearch(steps=3)
-        LineSearch(steps=3)
-    """
-
-    def __init__(
-        self, steps: int = 5, *, shrink: float = 0.5, sufficient: float = 1e-4, halvings: int = 20
-    ) -> None:
-        for name, value in (("steps", steps), ("halvings", halvings)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TrainingError(f"{name}={value!r} of LineSearch is not a positive number.")
-        if not 0 < shrink < 1 or not 0 <= sufficient < 1:
-            raise TrainingError(
-                f"shrink={shrink!r} of LineSearch must lie between 0 and 1, and "
-                f"sufficient={sufficient!r} not below 0 but below 1."
-            )
-        self.steps, self.halvings = steps, halvings
-        self.shrink, self.sufficient = shrink, sufficient
-
-    def __repr__(self) -> str:
-        return f"LineSearch(steps={self.steps})"
-
-    def __call__(self, grower: Grown, one: Inserted) -> list[float]:
-        """Make the steps.
-
-        Returns:
-            The share of each step that was taken.
-
-        Raises:
-            TrainingError: There are several processes.
-        """
-        if several(None):
-            raise TrainingError(
-                "LineSearch works on one process: on several each would shorten its steps by "
-                "itself; use NewLayers(warmup=…) there."
-            )
-        return [self._step(grower) for _ in range(self.steps)]
-
-    def _step(self, grower: Grown) -> float:
-        optimizer = grower.optimizer
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.zero_grad()
-        begin = _mean_loss(grower, backward=True)
-        slopes = [None if p.grad is None else p.grad.clone() for p in trained]
-        before = [p.detach().clone() for p in trained]
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            moved = [p - b for p, b in zip(trained, before, strict=True)]
-            slope = sum(
-                float((g * s).sum()) for g, s in zip(slopes, moved, strict=True) if g is not None
-            )
-            share = 1.0
-            for _ in range(self.halvings):
-                if _mean_loss(grower) <= begin + self.sufficient * share * min(slope, 0.0):
-                    return share
-                share *= self.shrink
-                for p, b, s in zip(trained, before, moved, strict=True):
-                    p.copy_(b + share * s)
-            for p, b in zip(trained, before, strict=True):
-                p.copy_(b)
-        return 0.0
-
-
-class Together:
-    """Several policies as one, one after the other.
-
-    Args:
-        *policies: Of this module, or functions of your own.
-
-    Example:
-        >>> policy = Together(NewLayers(warmup=50), LineSearch())
-    """
-
-    def __init__(self, *policies: Callable[[Any, Any], object]) -> None:
-        self.policies = policies
-
-    def __repr__(self) -> str:
-        return f"Together({', '.join(map(repr, self.policies))})"
-
-    def __call__(self, grower: Grown, one: Inserted) -> None:
-        """Call all of them."""
-        for policy in self.policies:
-            policy(grower, one)
-
-    def watch(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Let those go on that were given a state."""
-        for policy in self._with("watch"):
-            policy.watch(model, optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Of those that remember something."""
-        return {"policies": [policy.state_dict() for policy in self._with("state_dict")]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
-        for policy, kept in zip(self._with("load_state_dict"), state["policies"], strict=True):
-            policy.load_state_dict(kept)
-
-    def _with(self, method: str) -> list[Any]:
-        return [policy for policy in self.policies if hasattr(policy, method)]
-
-
-def _mean_loss(grower: Grown, *, backward: bool = False) -> float:
-    """Of the data that decide, and its gradient if asked for."""
-    pairs = [
-        (batch_size((x,), (y,)), x, y) for x, y in batches(grower.data, device_of(grower.model))
-    ]
-    total = sum(size for size, _, _ in pairs)
-    value = 0.0
-    for size, x, y in pairs:
-        loss = grower.loss_fn(call(grower.model, x), y) * (size / total)
-        if backward:
-            loss.backward()
-        value += float(loss.detach())
-    return value
