@@ -38,6 +38,7 @@ from constrained_growth.experiments.reproduction.protocols import (
 from constrained_growth.experiments.reproduction.recommendation import recommended
 from constrained_growth.experiments.reproduction.reproduce import networks, reproduce
 from constrained_growth.experiments.reproduction.runs import Runs
+from constrained_growth.training import NewLayers
 
 LOSS = nn.CrossEntropyLoss()
 NO_SITES = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Unflatten)
@@ -60,7 +61,12 @@ def plain(experiment, seed, widths):
 
 
 def plain_loop(experiment, model, seed, epochs, rate):
-    split, optimizer = experiment.data(seed), torch.optim.SGD(model.parameters(), rate)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
+    return loop_with(optimizer, experiment, model, seed, epochs)
+
+
+def loop_with(optimizer, experiment, model, seed, epochs):
+    split = experiment.data(seed)
     x, y = split.x_train.double(), split.y_train
     losses = []
     for epoch in epochs:
@@ -130,12 +136,14 @@ def test_every_arm_is_what_a_plain_loop_gives(family, batch):
 
 
 def test_the_library_is_asked_as_a_user_would_ask_it():
-    experiment = tiny(factor=1.0)
+    """Three batches in each of nine epochs: the warm-up over 20 steps comes to its end."""
+    experiment = tiny(batch=13, before=5, after=9)
     found = reproduce(experiment, range(4))
     runs = found.arms["recommended"]
     for seed in range(4):
         model = plain(experiment, seed, (4, 4))
-        plain_loop(experiment, model, seed, range(5), experiment.lr)
+        optimizer = torch.optim.SGD(model.parameters(), experiment.lr)
+        loop_with(optimizer, experiment, model, seed, range(5))
         split = experiment.data(seed)
         candidates = [
             cg.Candidate(s, cg.blocks.IdentityLinear(4, nn.ReLU()).double()) for s in ("1", "3")
@@ -143,9 +151,13 @@ def test_the_library_is_asked_as_a_user_would_ask_it():
         data = [(split.x_train.double(), split.y_train)]
         problem = cg.GrowthProblem(model, LOSS, data, candidates)
         solution = cg.solve(problem, norm=cg.norms.KroneckerFisher())
-        cg.insert(model, solution)
+        before = {id(parameter) for parameter in model.parameters()}
+        cg.insert(model, solution, optimizer=optimizer)
+        new = [name for name, p in model.named_parameters() if id(p) not in before]
+        assert [name.rpartition(".")[2] for name in new] == ["weight", "bias"]
+        NewLayers().watch(model, optimizer, new)
         assert solution.decision.chosen == (("1", "3")[runs.site[seed]],)
-        losses = plain_loop(experiment, model, seed, range(5, 12), experiment.lr)
+        losses = loop_with(optimizer, experiment, model, seed, range(5, 14))
         np.testing.assert_allclose(runs.loss[5:, seed], losses, rtol=0, atol=1e-12)
 
 

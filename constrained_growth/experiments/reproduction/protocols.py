@@ -353,5 +353,6 @@ The figures under `reference` come from its code, rerun with fixed data handling
     N2fix        the network of the grown one's depth, from the start
     N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer: what of
                  the difference is due to the layer, and what to the learning rate
-    recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept
+    recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept, new
+                 layers warmed up as by `training.NewLayers`
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
 from constrained_growth.experiments.ensembles.networks import Ensemble, Samples
+from constrained_growth.experiments.ensembles.training import Optimizer
 from constrained_growth.insertion.inserting import insert
 from constrained_growth.norms import KroneckerFisher
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
+from constrained_growth.training.steps import NewLayers
 
 Solver = Callable[[GrowthProblem], Solution]
 
 RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(), stationarity=False)
 """The largest sensitivity in the norm that decides best of all that cost one pass."""
+
+AGE = "age"
+"""Memory of how many steps a parameter has made since it was inserted; ∞ for older ones."""
 
 Group = tuple[NDArray[np.integer], Ensemble]
 """Rows of some replicas, and what they have become."""
@@ -48,8 +53,11 @@ def recommended(
         solver: How to ask; `RECOMMENDED` follows `constrained-growth bench decisions`.
 
     Returns:
-        The site of each replica, −1 where nothing is inserted, and the replicas grouped by it.
+        The site of each replica, −1 where nothing is inserted, and the replicas grouped by it,
+        ready for `StepsAfter`.
     """
+    old = {AGE: torch.full_like(trained.parameters, torch.inf)}
+    trained = replace(trained, memory={**trained.memory, **old})
     sites, rows = list[int](), list[Tensor]()
     for r, model in enumerate(models):
         nn.utils.vector_to_parameters(trained.parameters[r], model.parameters())
@@ -73,6 +81,29 @@ def recommended(
         grown = some if site < 0 else insert_layer(some, torch.as_tensor(where[mine]), layer)
         groups.append((mine, replace(grown, parameters=torch.stack([rows[r] for r in mine]))))
     return where, groups
+
+
+@dataclass(frozen=True)
+class StepsAfter:
+    """An optimizer with the library's policy for the steps after an insertion, without decay.
+
+    Attributes:
+        base: The optimizer.
+        policy: Which share of their steps new parameters make; by default as recommended.
+    """
+
+    base: Optimizer
+    policy: NewLayers = field(default_factory=NewLayers)
+
+    def step(
+        self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
+    ) -> None:
+        """One step."""
+        before = parameters.clone()
+        self.base.step(parameters, gradient, memory, running)
+        warm = (memory[AGE].add_(1) / (self.policy.warmup + 1)).clamp(max=1)
+        share = torch.where(memory[AGE].isinf(), 1.0, self.policy.scale * warm)
+        parameters.copy_(before.lerp(parameters, share))
 
 
 def _sites(model: nn.Sequential) -> dict[str, int]:

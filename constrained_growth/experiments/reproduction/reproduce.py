@@ -26,9 +26,15 @@ from constrained_growth.experiments.ensembles.networks import (
     multiply_adds,
     samples,
 )
-from constrained_growth.experiments.ensembles.training import SGD, History, Shuffle, train
+from constrained_growth.experiments.ensembles.training import (
+    SGD,
+    History,
+    Optimizer,
+    Shuffle,
+    train,
+)
 from constrained_growth.experiments.reproduction.protocols import FAMILIES, Experiment
-from constrained_growth.experiments.reproduction.recommendation import recommended
+from constrained_growth.experiments.reproduction.recommendation import StepsAfter, recommended
 from constrained_growth.experiments.reproduction.runs import (
     Array,
     Integers,
@@ -120,7 +126,12 @@ class _Setting:
         return ensemble([model.to(self.dtype) for model in models])
 
     def train(
-        self, begun: Ensemble, epochs: int, factor: float = 1.0, rows: Sequence[int] | None = None
+        self,
+        begun: Ensemble,
+        epochs: int,
+        factor: float = 1.0,
+        rows: Sequence[int] | None = None,
+        policy: Callable[[Optimizer], Optimizer] = lambda sgd: sgd,
     ) -> tuple[Ensemble, History]:
         rows = range(len(self.seeds)) if rows is None else rows
         order = Shuffle([self.seeds[r] for r in rows]) if self.experiment.batch else None
@@ -128,7 +139,7 @@ class _Setting:
             begun,
             Samples(self.data.x[list(rows)], self.data.y[list(rows)]),
             epochs,
-            SGD(self.experiment.lr * factor),
+            policy(SGD(self.experiment.lr * factor)),
             batch=self.experiment.batch,
             order=order,
             test=Samples(self.test.x[list(rows)], self.test.y[list(rows)]),
@@ -274,7 +285,7 @@ def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> 
 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
-    """Where, and whether, the library says, asked as recommended; the learning rate is kept."""
+    """Where, whether, and with which steps after, the library says; the learning rate is kept."""
     models = [
         model.to(setting.dtype)
         for model in networks(
@@ -290,7 +301,7 @@ def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
     after = setting.experiment.epochs - before.epochs
     parts = list[tuple[Integers, Runs]]()
     for rows, grown in groups:
-        trained, history = setting.train(grown, after, 1.0, rows.tolist())
+        trained, history = setting.train(grown, after, 1.0, rows.tolist(), StepsAfter)
         parts.append((rows, _runs([history], trained, before)))
     return _continued(kept, before.epochs, parts, sites)
 
