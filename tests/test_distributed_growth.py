@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -168,7 +167,8 @@ def searched(wrap: Wrap, data: list[Any]) -> dict[str, Any]:
     model = wrap(feedforward(2, 5, 5, 3, activation=nn.Tanh))
     optimizer = torch.optim.SGD(model.parameters(), lr=3.0, momentum=0.9)
     grower = cg.Grower(model, optimizer, CROSS_ENTROPY, data)
-    shares = LineSearch(6, sufficient=0.1)(grower, SimpleNamespace(new_parameters=()))
+    round: Any = None
+    shares = LineSearch(6, sufficient=0.1)(grower, round)
     return {"shares": shares, "weights": weights(model)}
 
 

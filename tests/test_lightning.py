@@ -1,6 +1,8 @@
 """Growing inside a real Lightning fit: grows, checkpoints, is taken up again, logs."""
 
 import csv
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,13 @@ from helpers import assert_same, candidate, classified, feedforward, refused
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from processes import together
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import constrained_growth as cg
 from constrained_growth.integrations.lightning import GrowthCallback
+from constrained_growth.training import LineSearch, NewLayers, Together
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -54,17 +58,25 @@ def callback(data: Any, **options: Any) -> GrowthCallback:
         nn.CrossEntropyLoss(),
         data,
         model=lambda module: module.get_submodule("net"),
-        candidates=[candidate("1"), candidate("3")],
         when=lambda losses: len(losses) >= 2,
-        **{"max_insertions": 2, **options},
+        **{"candidates": [candidate("1"), candidate("3")], "max_insertions": 2, **options},
     )
 
 
 def fit(
-    folder: Path, growth: GrowthCallback, data: Any, epochs: int, module: Any = None, **options: Any
+    folder: Path,
+    growth: GrowthCallback,
+    data: Any,
+    epochs: int,
+    module: Any = None,
+    processes: int = 1,
+    **options: Any,
 ) -> tuple[Classifier, Trainer]:
     module = module or Classifier()
     trainer = Trainer(
+        devices=processes,
+        strategy="ddp" if processes > 1 else "auto",
+        use_distributed_sampler=False,
         accelerator="cpu",
         max_epochs=epochs,
         callbacks=[growth, ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
@@ -151,3 +163,80 @@ def test_several_optimizers_are_refused(tmp_path: Path) -> None:
     data = classified(16, batch=8)
     with refused(cg.TrainingError, "one optimizer", "2", "cg.Grower"):
         fit(tmp_path, callback(data), data, 1, Two())
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+
+def halves(data: Any, number: int) -> Any:
+    """A process's half of every global batch."""
+    return [(x[number::2], y[number::2]) for x, y in data]
+
+
+def drawn(number: int, data: Any) -> GrowthCallback:
+    """Its blocks and policies; every process draws other ones."""
+    torch.manual_seed(number)
+    blocks = {site: cg.blocks.ResidualMLP(4, 3, nn.Tanh()) for site in ("1", "3")}
+    policy = Together(NewLayers(warmup=4), LineSearch(2))
+    sites = [candidate(site, block=block) for site, block in blocks.items()]
+    return callback(data, candidates=sites, after_insertion=policy)
+
+
+def outcome(module: nn.Module, growth: GrowthCallback) -> dict[str, Any]:
+    rounds = growth.history.insertions
+    return {
+        "weights": {name: p.detach() for name, p in module.named_parameters()},
+        "losses": growth.history.losses,
+        "chosen": [one.chosen for one in rounds],
+        "sensitivities": [list(one.sensitivities.values()) for one in rounds],
+    }
+
+
+def assert_close(found: Any, expected: Any) -> None:
+    for key in ("chosen", "losses", "sensitivities"):
+        assert len(expected[key]) > 1
+    assert found["chosen"] == expected["chosen"]
+    for key in ("losses", "sensitivities"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
+    assert list(found["weights"]) == list(expected["weights"])
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def fit_with_another(number: int, folder: Path) -> None:
+    """As one process would, and again from a checkpoint."""
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_RANK"] = str(number)
+    kept = torch.load(folder / "expected", weights_only=True)
+    data = halves(kept["data"], number)
+    growth = drawn(number, data)
+    module, trainer = fit(folder / "whole", growth, data, 7, processes=2)
+    assert trainer.world_size == 2
+    assert_close(outcome(module, growth), kept["outcome"])
+
+    again, fresh = drawn(number, data), Classifier()
+    path = folder / "whole" / "epoch=2.ckpt"  # between the insertions
+    fit(folder / "part", again, data, 7, fresh, 2, ckpt_path=path, weights_only=True)
+    assert_same(outcome(fresh, again), outcome(module, growth))
+
+    assert again.grower is not None
+    again.grower.step(number + 1.0)
+    losses = again.state_dict()["losses"]  # in the row that is open
+    assert losses == [{"sum": 1.0, "count": 1}, {"sum": 2.0, "count": 1}]
+
+
+def test_two_processes_grow_as_one(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    growth = drawn(0, data)
+    module, _ = fit(tmp_path / "alone", growth, data, 7)
+    kept = {"data": data, "outcome": outcome(module, growth)}
+    torch.save(kept, tmp_path / "expected")
+    together(fit_with_another, tmp_path, tmp_path)
+
+
+def test_processes_that_do_not_bring_the_model_back_are_refused(tmp_path: Path) -> None:
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False, default_root_dir=tmp_path
+    )
+    with refused(cg.TrainingError, "2 processes", 'strategy="ddp"', "DDPStrategy"):
+        callback([]).setup(trainer, Classifier(), "fit")

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion.records import GrowthRecord
 from constrained_growth.insertion.replaying import replay
+from constrained_growth.models.distributed import everywhere, rank
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
 
@@ -21,12 +23,17 @@ class GrowthCallback(Callback):
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on. The
-    sensitivities, decisions and depth go to the loggers of the trainer. One optimizer, one process.
+    sensitivities, decisions and depth go to the loggers of the trainer. One optimizer.
+
+    With `strategy="ddp"` all processes insert the same layer, and the trainer's
+    DistributedDataParallel is made anew where it is. Other strategies for several processes are
+    refused, also `"ddp_spawn"` and its like: they bring the weights back into a model that did not
+    grow.
 
     Args:
         loss_fn: `loss_fn(output, target)`, as for `GrowthProblem`.
         data: What decides where to grow, as for `GrowthProblem`: give a loader of its own, not
-            the one that is being iterated.
+            the one that is being iterated. On several processes, the shard of each.
         model: `model(module)`: what is called with the inputs of `data` and grows; the
             LightningModule itself by default.
         blocks: For blocks of your own, by name of the inserted layer, when a run is taken up.
@@ -37,7 +44,8 @@ class GrowthCallback(Callback):
         grower: The `Grower`, once training has begun.
 
     Raises:
-        TrainingError: There are several optimizers or processes.
+        TrainingError: There are several optimizers, or several processes in another way than by
+            `strategy="ddp"`.
         CheckpointError: What is to be taken up was saved without this callback.
 
     Example:
@@ -71,10 +79,13 @@ class GrowthCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """See to it that a fresh module is grown before the weights of a checkpoint are loaded."""
-        if trainer.world_size > 1:
+        strategy = trainer.strategy
+        plain = isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
+        if trainer.world_size > 1 and not plain:
             raise TrainingError(
-                f"GrowthCallback grows on one process, and the trainer has {trainer.world_size}; "
-                "use Trainer(devices=1)."
+                f"GrowthCallback grows on {trainer.world_size} processes that "
+                'Trainer(strategy="ddp") or torchrun starts, and the trainer has a '
+                f"{type(strategy).__name__} that does otherwise; use that, or devices=1."
             )
         own = pl_module.on_load_checkpoint
 
@@ -98,12 +109,14 @@ class GrowthCallback(Callback):
                 f"{len(trainer.optimizers)}; grow in a loop of your own with cg.Grower."
             )
         model, optimizer = self._model(pl_module), trainer.optimizers[0]
-        options = {"writer": _Loggers(trainer), **self._options}
+        wrapper = trainer.strategy.model if trainer.world_size > 1 else None
+        options = {"writer": _Loggers(trainer), "wrapper": wrapper, **self._options}
         before, kept = self.grower, self._kept
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
         if kept is not None:
             put_right(optimizer, model, kept["names"])
-            self.grower.load_state_dict(kept["grower"])
+            losses = kept["losses"][rank(None) % len(kept["losses"])]
+            self.grower.load_state_dict({**kept["grower"], **losses})
             self._kept = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
@@ -127,11 +140,16 @@ class GrowthCallback(Callback):
             self.grower.maybe_grow(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: how the model grew, and whose states the optimizer's are."""
+        """For the checkpoint: how the model grew, and whose states the optimizer's are.
+
+        Lightning calls it on all processes; `losses` are those of each in the row that is open.
+        """
         if self.grower is None:
             return {}
         names = parameter_names(self.grower.optimizer, self.grower.model)
-        return {"grower": self.grower.state_dict(), "names": names}
+        state = self.grower.state_dict()
+        losses = everywhere(lambda: {key: state[key] for key in ("sum", "count")}, None)
+        return {"grower": state, "names": names, "losses": losses}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""

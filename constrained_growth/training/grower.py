@@ -96,6 +96,8 @@ class Grower:
             `functools.partial(cg.solve, norm=…, sampling=…)` it is solved otherwise.
         writer: Gets the sensitivities and the depth at each round (`add_scalar(tag, value,
             step)`), such as TensorBoard's `SummaryWriter`. None (default) for nobody.
+        wrapper: The DistributedDataParallel that trains the model, where `model` is given as what
+            is inside it; None (default) where `model` is given as it is trained.
 
     Attributes:
         history: Losses and decisions so far.
@@ -141,6 +143,7 @@ class Grower:
         after_insertion: AfterInsertion | None = None,
         solver: Callable[[GrowthProblem, Rule], Solution] = solve,
         writer: Writer | None = None,
+        wrapper: nn.Module | None = None,
     ) -> None:
         _check(confirm=confirm, after_insertion=after_insertion, solver=solver)
         if not (when is None or isinstance(when, Watch) or callable(when)):
@@ -162,6 +165,7 @@ class Grower:
         self.after_insertion = after_insertion
         self.solver = solver
         self.writer = writer
+        self.wrapper = wrapper
         self.history = History()
         self.record = GrowthRecord((), parameter_shapes(model))
         self.num_steps = 0
@@ -239,7 +243,7 @@ class Grower:
         solution, answer, record = found[0]
         self.record = self.record + record
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
-        rewrap(self.model, self.optimizer)
+        rewrap(self.model if self.wrapper is None else self.wrapper, self.optimizer)
         one = round_of(
             solution,
             self.model,

@@ -1,0 +1,40 @@
+"""Several processes for a test: they meet in a file, and all end when one of them fails."""
+
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+PATIENCE = timedelta(minutes=10)
+"""How long one waits for the others, however busy the machine is. Only what hangs takes as long."""
+
+
+def together(work: Callable[..., None], folder: Path, *args: Any, processes: int = 2) -> None:
+    """Call `work(number, *args)` in processes of one group.
+
+    Args:
+        work: Can be imported.
+        folder: Where they meet.
+        *args: Can be pickled.
+        processes: How many.
+    """
+    spawn(_begin, (work, str(folder / "meeting"), processes, args), nprocs=processes)
+
+
+def _begin(
+    number: int, work: Callable[..., None], meeting: str, processes: int, args: tuple[Any, ...]
+) -> None:
+    warnings.simplefilter("error")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", f"file://{meeting}", PATIENCE, rank=number, world_size=processes
+    )
+    work(number, *args)
+    dist.barrier()
+    dist.destroy_process_group()
