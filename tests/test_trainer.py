@@ -1,12 +1,17 @@
 """Growing inside a real `Trainer` of Transformers: grows, checkpoints, is taken up again."""
 
+import os
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same, refused
-from torch import nn
+from processes import together
+from torch import Tensor, nn
+from torch.nn.modules import module
 from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -42,7 +47,7 @@ def gpt() -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def callback() -> GrowthCallback:
+def callback(data: Any = None, **options: Any) -> GrowthCallback:
     batch = next(iter(DataLoader(Counting(), batch_size=32)))
 
     def candidates(model: nn.Module) -> list[cg.Candidate]:
@@ -55,18 +60,26 @@ def callback() -> GrowthCallback:
         ]
 
     return GrowthCallback(
-        [(batch, None)],
+        data or [(batch, None)],
+        **options,
         candidates=candidates,
         when=lambda losses: len(losses) >= 2,
         max_insertions=2,
     )
 
 
-def train(folder: Path, growth: GrowthCallback, model: nn.Module, **options: Any) -> Trainer:
+def train(
+    folder: Path,
+    growth: GrowthCallback,
+    model: nn.Module,
+    processes: int = 1,
+    loss: Any = None,
+    **options: Any,
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=24,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=8 // processes,
         learning_rate=0.01,
         logging_steps=4,
         save_steps=4,
@@ -75,7 +88,13 @@ def train(folder: Path, growth: GrowthCallback, model: nn.Module, **options: Any
         disable_tqdm=True,
         seed=1,
     )
-    trainer = Trainer(model, arguments, train_dataset=Counting(), callbacks=[growth])
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=Counting(),
+        callbacks=[growth],
+        compute_loss_func=loss,
+    )
     trainer.train(**options)
     return trainer
 
@@ -108,3 +127,79 @@ def test_a_second_training_goes_on(tmp_path: Path) -> None:
     train(tmp_path, growth, model)
     train(tmp_path, growth, model)
     assert len(growth.history.losses) == 12
+
+
+# --- two processes ------------------------------------------------------------------------------
+
+
+def own_loss(output: Any, target: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """In float64, where the models of the library calculate theirs in float32."""
+    found = nn.functional.cross_entropy(
+        output["logits"][:, :-1].flatten(0, 1), target[:, 1:].flatten(), reduction="sum"
+    )
+    return found / (target[:, 1:].numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def drawn(number: int, processes: int) -> GrowthCallback:
+    """On one of several processes, with its share of the data that decide."""
+    batch = next(iter(DataLoader(Counting(), batch_size=32)))
+    ids = batch["input_ids"][number::processes]
+    return callback([({"input_ids": ids}, ids)], loss_fn=own_loss)
+
+
+def outcome(model: nn.Module, growth: GrowthCallback) -> dict[str, Any]:
+    rounds = growth.history.insertions
+    return {
+        "weights": {name: p.detach() for name, p in model.named_parameters()},
+        "losses": growth.history.losses,
+        "steps": [one.step for one in rounds],
+        "chosen": [one.chosen for one in rounds],
+        "sensitivities": [list(one.sensitivities.values()) for one in rounds],
+    }
+
+
+def train_with_another(number: int, folder: Path) -> None:
+    """As one process would, and again from a checkpoint."""
+    warnings.simplefilter("ignore")
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    os.environ.update({"RANK": str(number), "LOCAL_RANK": str(number), **shared})
+    expected = torch.load(folder / "expected", weights_only=True)
+    growth, model = drawn(number, 2), gpt()
+    trainer = train(folder / "whole", growth, model, 2, own_loss)
+    assert trainer.args.world_size == 2
+    found = outcome(model, growth)
+    for key in ("steps", "chosen"):
+        assert found[key] == expected[key]
+    for key in ("losses", "sensitivities"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
+    assert list(found["weights"]) == list(expected["weights"])
+    for name, value in expected["weights"].items():
+        torch.testing.assert_close(found["weights"][name], value, rtol=1e-9, atol=1e-12, msg=name)
+
+    again = drawn(number, 2)
+    part = folder / "whole" / "checkpoint-12"  # between the insertions
+    fresh = again.resume(gpt(), part)
+    train(folder / "part", again, fresh, 2, own_loss, resume_from_checkpoint=str(part))
+    assert_same(outcome(fresh, again), found)
+
+
+def test_other_wrappers_are_refused_and_no_hook_is_left() -> None:
+    growth, model = callback(), gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    args: Any = SimpleNamespace(world_size=2)
+    state: Any = SimpleNamespace(global_step=1, max_steps=2)
+    control: Any = None
+    growth.on_train_begin(args, state, control, model=model, optimizer=optimizer)
+    model(torch.zeros(1, 2, dtype=torch.long))
+    assert len(module._global_forward_pre_hooks) == 1
+    with refused(cg.TrainingError, "2 processes", "DistributedDataParallel", "another way"):
+        growth.on_log(args, state, control, {"loss": 1.0})
+    assert not module._global_forward_pre_hooks
+
+
+def test_two_processes_grow_as_one(tmp_path: Path) -> None:
+    growth, model = drawn(0, 1), gpt()
+    train(tmp_path / "alone", growth, model, 1, own_loss)
+    assert len(growth.history.insertions) == 2
+    torch.save(outcome(model, growth), tmp_path / "expected")
+    together(train_with_another, tmp_path, tmp_path)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from constrained_growth import checkpoint
@@ -37,11 +40,13 @@ class GrowthCallback(TrainerCallback):
         trainer = Trainer(model, arguments, callbacks=[callback], …)
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
 
-    One process.
+    On several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
+    DistributedDataParallel around the model is made anew where it is; other wrappers are refused.
 
     Args:
         data: What decides where to grow: `(inputs, None)` pairs with a dict of inputs, labels
-            among them, such as `[(batch, None) for batch in loader]`.
+            among them, such as `[(batch, None) for batch in loader]`. On several processes, the
+            shard of each.
         loss_fn: `loss_fn(output, target)`; by default the loss the model returns.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
@@ -50,7 +55,7 @@ class GrowthCallback(TrainerCallback):
         grower: The `Grower`, once training has begun.
 
     Raises:
-        TrainingError: There are several processes.
+        TrainingError: There are several processes, and no DistributedDataParallel.
 
     Example:
         >>> from constrained_growth.integrations.trainer import GrowthCallback
@@ -71,6 +76,7 @@ class GrowthCallback(TrainerCallback):
         self._loss_fn = loss_fn
         self._options = options
         self._kept: checkpoint.Checkpoint | None = None
+        self._search: RemovableHandle | None = None
 
     @property
     def history(self) -> History:
@@ -107,11 +113,6 @@ class GrowthCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to watch, with what a checkpoint had."""
-        if args.world_size > 1:
-            raise TrainingError(
-                f"GrowthCallback grows on one process, and there are {args.world_size}; start the "
-                "Trainer on one."
-            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         before, kept = self.grower, self._kept
@@ -122,6 +123,8 @@ class GrowthCallback(TrainerCallback):
             self._kept = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
+        if args.world_size > 1:
+            self._search = _look_for_wrapper(self.grower)
 
     def on_log(
         self,
@@ -134,6 +137,13 @@ class GrowthCallback(TrainerCallback):
         """Close a row of the history with the loss that is logged; grow if it is time to."""
         if self.grower is None or logs is None or "loss" not in logs:
             return
+        self._stop_searching()
+        if args.world_size > 1 and self.grower.wrapper is None:
+            raise TrainingError(
+                f"GrowthCallback grows on the {args.world_size} processes of a "
+                "DistributedDataParallel, and the Trainer has wrapped the model in another way; "
+                "train without fsdp, deepspeed and the like, or on one process."
+            )
         self.grower.step(logs["loss"])
         self.grower.num_steps = state.global_step
         if state.global_step >= state.max_steps:
@@ -143,11 +153,17 @@ class GrowthCallback(TrainerCallback):
         if one is not None:
             state.log_history.append({**measurements(one), "step": state.global_step})
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave no hook behind."""
+        self._stop_searching()
+
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the growth into the checkpoint folder."""
-        if self.grower is None or not state.is_world_process_zero:
+        if self.grower is None:
             return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
         checkpoint.save(
@@ -158,3 +174,22 @@ class GrowthCallback(TrainerCallback):
             extra=parameter_names(self.grower.optimizer, self.grower.model),
             grower=self.grower,
         )
+
+    def _stop_searching(self) -> None:
+        if self._search is not None:
+            self._search.remove()
+
+
+def _look_for_wrapper(grower: Grower) -> RemovableHandle:
+    """Tell a grower the DistributedDataParallel around its model as soon as that is called.
+
+    A callback is given the model without it.
+    """
+
+    def see(module: nn.Module, args: Any) -> None:
+        if isinstance(module, DistributedDataParallel) and grower.model in module.modules():
+            grower.wrapper = module
+            handle.remove()
+
+    handle = register_module_forward_pre_hook(see)
+    return handle
