@@ -4,11 +4,9 @@ Starting processes takes seconds, so one start serves all cases: a case is a fun
 `Rank`, and runs on three processes, and on two of them as a group of their own.
 """
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CROSS_ENTROPY, Gain, candidate, classified, feedforward, nothing_left_behind
+from processes import together
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
@@ -346,13 +344,7 @@ def refused_by(rank: Rank, error: type[Exception], word: str) -> Iterator[None]:
 # --- the processes ----------------------------------------------------------------------------
 
 
-def run_cases(number: int, path: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{path}", timedelta(seconds=60), rank=number, world_size=PROCESSES
-    )
+def run_cases(number: int) -> None:
     alone = [dist.new_group([each]) for each in range(PROCESSES)][number]
     last_two = dist.new_group([1, 2])
     for case in CASES:
@@ -360,12 +352,10 @@ def run_cases(number: int, path: str) -> None:
     if number > 0:
         for case in CASES:
             case(Rank(number - 1, 2, last_two, alone))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_processes_agree(tmp_path: Path) -> None:
-    spawn(run_cases, (str(tmp_path / "meeting"),), nprocs=PROCESSES)
+    together(run_cases, tmp_path, processes=PROCESSES)
 
 
 def test_one_process_needs_no_group() -> None:

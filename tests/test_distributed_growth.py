@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CROSS_ENTROPY, Gain, candidate, choose, classified, feedforward
+from processes import together
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
@@ -603,19 +602,10 @@ CASES: list[Callable[[Rank], None]] = [
 # --- the processes ----------------------------------------------------------------------------
 
 
-def run_cases(number: int, folder: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    path = Path(folder)
-    dist.init_process_group(
-        "gloo", f"file://{path}/meeting", timedelta(seconds=60), rank=number, world_size=PROCESSES
-    )
-    rank = Rank(number, path, torch.load(path / "expected", weights_only=True))
+def run_cases(number: int, folder: Path) -> None:
+    rank = Rank(number, folder, torch.load(folder / "expected", weights_only=True))
     for case in CASES:
         case(rank)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -635,7 +625,7 @@ def test_processes_grow_as_one(folder: Path) -> None:
     expected["weighted"] = measured(wide(6), ragged(), 6, weight=weight)
     expected["twice"] = used_twice()
     torch.save(expected, folder / "expected")
-    spawn(run_cases, (str(folder),), nprocs=PROCESSES)
+    together(run_cases, folder, folder, processes=PROCESSES)
     for name in ("ddp", "fsdp"):  # what several have written one can read, and not take up
         path = folder / f"{name}.safetensors"
         assert len(cg.checkpoint.load(path).weights) == 12

@@ -1,7 +1,5 @@
 """Rules that ask the model, on two processes with a shard each, against one with all the data."""
 
-import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CROSS_ENTROPY, classified, feedforward, nothing_left_behind, refused
+from processes import together
 from torch import nn
-from torch.multiprocessing.spawn import spawn
 
 import constrained_growth as cg
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 
-def compare(number: int, path: str) -> None:
-    warnings.simplefilter("error")
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", f"file://{path}", timedelta(seconds=60), rank=number, world_size=2
-    )
+def compare(number: int) -> None:
     groups: list[Any] = [dist.new_group([each]) for each in range(2)]
     torch.manual_seed(1)
     model, data = feedforward(2, 4, 4, 3, activation=nn.Tanh), classified(38, batch=7)
@@ -58,8 +50,7 @@ def compare(number: int, path: str) -> None:
         cg.solve(problems[0], rule=cg.Trial(3, torch.optim.Adam))
     with refused(cg.DataError, "several processes"):
         cg.best_inner(problems[0], candidates[0])
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    spawn(compare, (str(tmp_path / "store"),), nprocs=2)
+    together(compare, tmp_path)
