@@ -6,9 +6,15 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=40)
+settings.register_profile(
+    "suite",
+    deadline=None,  # nor anything else that depends on how fast or busy the machine is
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=40,
+)
 settings.load_profile("suite")
 
 
