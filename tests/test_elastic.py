@@ -18,13 +18,15 @@ def test_torchrun_restarts_take_up_the_run(tmp_path: Path) -> None:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", "2", "--max-restarts", "2"),
+            # on a busy machine torchrun may miss heartbeats of its own, and take itself for dead
+            *("--rdzv-conf", "keep_alive_max_attempt=100"),
             *(str(Path(__file__).with_name("elastic.py")), str(tmp_path)),
         ],
         # by default torchrun gives a second attempt the addresses of the first one's processes
         env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=1500,
         check=False,
     )
     for wrap in ("ddp", "fsdp"):
