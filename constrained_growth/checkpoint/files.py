@@ -15,6 +15,8 @@ from torch import Tensor
 from constrained_growth.errors import CheckpointError
 
 KEY = "constrained_growth"
+VERSION = 1
+"""Of the format."""
 
 
 def previous(path: str | os.PathLike[str]) -> Path:
