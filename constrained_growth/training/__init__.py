@@ -1,8 +1,9 @@
 """Growing while training: a loop, calls for a loop of your own, and the steps after."""
 
+from constrained_growth.training.evaluation import evaluate
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
-from constrained_growth.training.loop import evaluate, grow
+from constrained_growth.training.loop import grow
 from constrained_growth.training.steps import LineSearch, NewLayers, Together
 
 __all__ = [

@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from constrained_growth import checkpoint as checkpoints
-from constrained_growth.errors import DataError, TrainingError
-from constrained_growth.models.distributed import everywhere, in_step, rank
-from constrained_growth.models.observation import (
-    batch_size,
-    batches,
-    call,
-    device_of,
-    generators_of,
-)
-from constrained_growth.models.sharding import is_sharded, reshard
+from constrained_growth.errors import TrainingError
+from constrained_growth.models.distributed import everywhere, rank
+from constrained_growth.models.observation import call
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
+from constrained_growth.training.evaluation import evaluate
 from constrained_growth.training.grower import AfterInsertion, Candidates, Grower, Schedule
 from constrained_growth.training.history import History, Writer
+from constrained_growth.training.run import Run
 
 _TOP_ONE = TopK(1)
+_LOSS = "validation loss"
 
 
 def grow(
@@ -140,7 +133,7 @@ def grow(
         solver=solver,
         writer=writer,
     )
-    run = _Run(make, loader, optimizer_factory, scheduler_factory, checkpoint, blocks)
+    run = Run(make, model, loader, optimizer_factory, scheduler_factory, checkpoint, blocks)
     grower, history = run.grower, run.grower.history
     measured = loader if validation is None else validation
 
@@ -174,154 +167,6 @@ def grow(
             bar.set_postfix(_news(history), refresh=False)
             bar.update()
     return history
-
-
-_LOSS = "validation loss"
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    metrics: Mapping[str, Callable[[Any, Any], Tensor | float]],
-    data: Iterable[Any],
-) -> dict[str, float]:
-    """Means over all samples, of all processes, in eval mode; modes are put back.
-
-    Args:
-        model: What to measure.
-        metrics: Name → `metric(output, target)`, a mean over the samples of a batch.
-        data: `(input, target)` batches.
-
-    Returns:
-        Name → mean.
-
-    Raises:
-        DataError: There is no batch.
-    """
-    modes = [(module, module.training) for module in model.modules()]
-    sharded = is_sharded(model)
-
-    def read() -> tuple[dict[str, float], int]:
-        sums, samples = dict.fromkeys(metrics, 0.0), 0
-        pairs = batches(data, device_of(model))
-        counted = in_step(pairs, None) if sharded else ((pair, True) for pair in pairs)
-        for (input, target), counts in counted:
-            size, output = batch_size((input,), (target,)) * counts, call(model, input)
-            samples += size
-            for name, metric in metrics.items() if counts else ():
-                sums[name] += size * float(metric(output, target))
-        return sums, samples
-
-    try:
-        model.eval()
-        found = everywhere(read, None, collective=sharded)
-    finally:
-        reshard(model)
-        for module, training in modes:
-            module.training = training
-    samples = sum(number for _, number in found)
-    if not samples:
-        raise DataError("validation is empty; give at least one (input, target) batch.")
-    return {name: sum(sums[name] for sums, _ in found) / samples for name in metrics}
-
-
-class _Run:
-    """Where a training run stands, begun or taken up from a checkpoint."""
-
-    def __init__(
-        self,
-        make: Callable[..., Grower],
-        loader: Iterable[Any],
-        optimizer_factory: Callable[[Any], torch.optim.Optimizer],
-        scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None,
-        path: str | os.PathLike[str] | None,
-        blocks: Mapping[str, nn.Module] | None,
-    ) -> None:
-        self._loader = loader
-        self._path = None if path is None else Path(path)
-        self._start: Mapping[str, Any] | None = None  # random state at the beginning of the epoch
-        self.epoch, self.done, self.stopped = 0, 0, False
-        self.model: nn.Module = make.args[0]  # type: ignore[attr-defined]
-        resumed = None
-        path = self._path
-        if path is not None and everywhere(path.exists, None)[0]:
-            resumed = checkpoints.resume(
-                path,
-                self.model,
-                optimizer_factory,
-                scheduler_factory=scheduler_factory,
-                blocks=blocks,
-                loader=loader,
-            )
-        optimizer = resumed.optimizer if resumed else optimizer_factory(self.model.parameters())
-        self.grower = make(optimizer=optimizer)
-        if resumed:
-            self.scheduler = resumed.scheduler
-            self.grower.load_state_dict(resumed.checkpoint.states["grower"])
-            place = resumed.checkpoint.extra
-            self.epoch, self.done, self.stopped = place["epoch"], place["done"], place["stopped"]
-            self._start = place["start"]
-        else:
-            self.scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
-
-    def batches(self) -> Iterator[tuple[Any, Any]]:
-        """What is left of the epoch, the very batches that an uninterrupted run would see."""
-        device = device_of(self.model)
-        sampler = getattr(self._loader, "sampler", None)
-        if callable(getattr(sampler, "set_epoch", None)):  # a DistributedSampler
-            sampler.set_epoch(self.epoch)  # type: ignore[union-attr]
-        if self._start is None or not self.done:
-            self._start = self._random()
-            iterator = batches(self._loader, device)
-        else:
-            now = self._random()
-            self._set_random(self._start)
-            iterator = batches(self._loader, device)
-            for _ in range(self.done):
-                next(iterator)
-            self._set_random(now)
-        yield from iterator
-        if not self.done:
-            raise DataError("loader is empty; give at least one (input, target) batch.")
-
-    def end_epoch(self) -> None:
-        """Step the scheduler; the next epoch is next."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(self.grower.history.losses[-1])
-        elif self.scheduler is not None:
-            self.scheduler.step()
-        self.epoch, self.done, self._start = self.epoch + 1, 0, None
-
-    def save(self) -> None:
-        """Write the checkpoint, if there is to be one."""
-        if self._path is None:
-            return
-        states = {"grower": self.grower, "loader": self._loader}
-        if self.scheduler is not None:
-            states["scheduler"] = self.scheduler
-        checkpoints.save(
-            self._path,
-            self.model,
-            optimizer=self.grower.optimizer,
-            record=self.grower.record,
-            step=self.grower.num_steps,
-            extra={
-                "epoch": self.epoch,
-                "done": self.done,
-                "stopped": self.stopped,
-                "start": self._start,
-            },
-            **states,
-        )
-
-    def _random(self) -> dict[str, Any]:
-        generators = [generator.get_state() for generator in generators_of(self._loader)]
-        return {"global": checkpoints.random_state(), "loader": generators}
-
-    def _set_random(self, state: Mapping[str, Any]) -> None:
-        checkpoints.set_random_state(state["global"])
-        for generator, kept in zip(generators_of(self._loader), state["loader"], strict=True):
-            generator.set_state(kept)
 
 
 def _train_step(
