@@ -103,15 +103,19 @@ class Token:
 class Watched(nn.Module):
     """Remembers, weakly, the tensors it has seen and the graph they belong to."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
         super().__init__()
+        self.batch = batch
         self.seen: list[weakref.ref[Any]] = []
         self.batches: list[weakref.ref[Any]] = []
+        self.most = 0
 
     def forward(self, x: Tensor) -> Tensor:
         gc.collect()
-        earlier = self.seen + self.batches[1:-2]  # the problem keeps the input of the first batch
+        here = 2 * max(1, len(x) // self.batch)  # input and target of what runs together
+        earlier = self.seen + self.batches[1:-here]  # the problem keeps the first input
         assert [ref() for ref in earlier] == [None] * len(earlier)
+        self.most = max(self.most, len(x))
         y = x * 1.0
         self.seen += [weakref.ref(x), weakref.ref(y)]
         if y.grad_fn is not None:
@@ -122,20 +126,23 @@ class Watched(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("width", [4, 600])  # (x, δ) wait for more, or are worked off at once
-def test_nothing_of_an_earlier_batch_is_alive(width: int) -> None:
-    watched = Watched()
+@pytest.mark.parametrize(
+    ("width", "batch", "at_once"),
+    [(4, 128, 6), (600, 128, 3), (100, 1024, 1)],  # together, some of them, one by one
+)
+def test_nothing_of_an_earlier_batch_is_alive(width: int, batch: int, at_once: int) -> None:
+    watched = Watched(batch)
     model = nn.Sequential(nn.Linear(2, width), nn.Tanh(), watched, nn.Linear(width, 3))
 
     class Data:
         def __iter__(self) -> Iterator[Any]:
-            for _ in range(4):
-                batch = [(torch.randn(128, 2), torch.randint(3, (128,)))]
-                watched.batches += [weakref.ref(tensor) for tensor in batch[0]]
-                yield batch.pop()
+            for _ in range(7):
+                pair = [(torch.randn(batch, 2), torch.randint(3, (batch,)))]
+                watched.batches += [weakref.ref(tensor) for tensor in pair[0]]
+                yield pair.pop()
 
     block = cg.blocks.ResidualLinear(width, torch.tanh)
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, Data(), [cg.Candidate("1", block)])
     cg.solve(problem)
-    assert len(watched.batches) >= 4 * 2
-    assert len(watched.seen) >= 4 * 3
+    assert len(watched.batches) >= 7 * 2
+    assert watched.most == at_once * batch

@@ -30,6 +30,7 @@ from constrained_growth.models.observation import (
     hooked,
 )
 from constrained_growth.models.sharding import Leaves, is_sharded, is_spread, summed_like
+from constrained_growth.multipliers.merging import in_groups, joined, treats_samples_alone
 from constrained_growth.multipliers.recording import Recorder, Site
 from constrained_growth.multipliers.tallies import Estimate, accumulation_dtype, scaled
 
@@ -112,8 +113,7 @@ def measure(
         pairs = batches(bar, device_of(model))
         with running.watching():
             if not sharded:
-                for input, target in pairs:
-                    running.add(input, target)
+                running.add_all(pairs, merging=not several(group))
                 return
             counting = (pair for pair in pairs if batch_weight(weight, *pair) > 0)
             for (input, target), new in in_step(counting, group):
@@ -161,9 +161,9 @@ class MultiplierPass:
         self._streams = sum(total.nbytes for total in self._gradients) > _SMALL
         device = device_of(model) or torch.device("cpu")
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
-        self._size = 0
         self._num_samples = 0
         self._num_batches = 0
+        self._size = 0
         self._whole = 0.0
 
     @contextmanager
@@ -192,14 +192,52 @@ class MultiplierPass:
             DataError: The batch or its loss cannot be used.
             CandidateError: A site was not reached exactly once.
         """
-        self._size = batch_size(input, target)
-        weight = batch_weight(self._weight, input, target)
-        if weight == 0:  # where a mean is over nothing, the loss is NaN
+        self._add_group([(input, target)], counts=counts)
+
+    def add_all(self, pairs: Iterable[tuple[Any, Any]], *, merging: bool) -> None:
+        """Take in batches one after the other, small ones several at a time where that is exact.
+
+        The loss is that of each batch alone, on its part of the output. It is done where
+        multipliers and variances have closed forms, and the model treats every sample by itself,
+        as the first batch shows.
+
+        Args:
+            pairs: `(input, target)` batches.
+            merging: Whether several may be run through the model as one.
+
+        Raises:
+            DataError, CandidateError: As `add`.
+        """
+        pairs = iter(pairs)
+        first = next((pair for pair in pairs if batch_weight(self._weight, *pair) > 0), None)
+        if first is None:
             return
+        output = self._add_group([first])
+        at_most = self._recorder.mergeable(batch_size(*first)) if merging else 1
+        if at_most > 1 and not treats_samples_alone(self._model, *first, output):
+            at_most = 1
+        del first, output
+        for group in in_groups(pairs, at_most):
+            self._add_group(group)
+
+    def _add_group(self, group: Sequence[tuple[Any, Any]], *, counts: bool = True) -> object:
+        """One forward and one backward pass over batches put together; what came out."""
+        weights = [batch_weight(self._weight, *pair) for pair in group]
+        if not all(weights):  # where a mean is over nothing, the loss is NaN
+            group = [pair for pair, weight in zip(group, weights, strict=True) if weight]
+            weights = [weight for weight in weights if weight]
+        if not group:
+            return None
+        sizes = [batch_size(*pair) for pair in group]
+        self._size = sum(sizes)
         self._recorder.begin(self._size, counts=counts)
-        loss = checked_loss(self._loss_fn(call(self._model, input), target))
-        if weight != self._size:
-            loss = loss * (weight / self._size)
+        output = call(self._model, joined([input for input, _ in group]))
+        outputs = [output] if len(group) == 1 else torch.unsafe_split_with_sizes(output, sizes)
+        loss: Any = 0
+        for part, (_, target), weight in zip(outputs, group, weights, strict=True):
+            share = weight / self._size
+            mean = checked_loss(self._loss_fn(part, target))
+            loss = loss + (mean if share == 1 else mean * share)
         loss = loss if counts else loss * 0
         leaves = self._leaves.values
         grads = self._recorder.backward(loss, list(leaves.values()))
@@ -209,12 +247,14 @@ class MultiplierPass:
             for total, grad in zip(self._gradients, grads, strict=True):
                 if grad is not None:
                     total.add_(grad, alpha=self._size)
+        output = output.detach() if isinstance(output, Tensor) else None
         if not counts:
-            return
+            return output
         self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)
         self._num_samples += self._size
-        self._num_batches += 1
-        self._whole += weight
+        self._num_batches += len(group)
+        self._whole += sum(weights)
+        return output
 
     def _add_gradients(self, grads: Mapping[str, Tensor | None]) -> None:
         for (name, parameter), total in zip(self._parameters.items(), self._gradients, strict=True):

@@ -122,6 +122,17 @@ class Recorder:
         sites = enumerate(self._sites)
         return [(site.module, functools.partial(self._see, index)) for index, site in sites]
 
+    def mergeable(self, size: int) -> int:
+        """How many batches of `size` samples may be run through the model as one.
+
+        More than one only where all that is known of a multiplier is a sum over samples, and
+        then what waits takes no more than `_MERGED` bytes.
+        """
+        by_sample = all(len(s.shape) > 1 and s.shape[0] == size for s in self._sites)
+        if self._streams or not self._all_closed or not by_sample:
+            return 1
+        return max(1, max(self._room, _MERGED) // max(self._batch_bytes, 1))
+
     def begin(self, size: int, *, counts: bool = True) -> None:
         """Get ready for a batch of `size` samples, of which nothing is kept unless it counts."""
         self._counts = counts
@@ -349,6 +360,9 @@ class Recorder:
 
 _SMALL = 2**20
 """Bytes of (x, δ) that may always wait."""
+
+_MERGED = 2**22
+"""Bytes of (x, δ) of batches that may be run through the model as one."""
 
 _STROKE = 2**18
 """Bytes of (x, δ) of one batch that are worked off in one stroke: they should stay in the cache."""
