@@ -1,5 +1,6 @@
 """Several processes for a test: they meet in a file, and all end when one of them fails."""
 
+import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,7 +16,7 @@ PATIENCE = timedelta(minutes=10)
 
 
 def together(work: Callable[..., None], folder: Path, *args: Any, processes: int = 2) -> None:
-    """Call `work(number, *args)` in processes of one group.
+    """Call `work(number, *args)` in processes of one group, with an environment as by torchrun.
 
     Args:
         work: Can be imported.
@@ -32,6 +33,9 @@ def _begin(
     warnings.simplefilter("error")
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
+    places = {"RANK": number, "LOCAL_RANK": number}
+    places |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in places.items()})
     dist.init_process_group(
         "gloo", f"file://{meeting}", PATIENCE, rank=number, world_size=processes
     )

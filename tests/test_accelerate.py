@@ -1,5 +1,6 @@
 """The two calls in a loop with Accelerate, and a checkpoint of it."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers import assert_same, candidate, classified, feedforward
+from processes import together
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,26 +21,27 @@ def adamw(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=0.02)
 
 
-def train(data: Any, epochs: int, path: Path) -> tuple[nn.Module, cg.History]:
+def train(data: Any, epochs: int, path: Path, batch_size: int = 10) -> tuple[nn.Module, cg.History]:
     """Go on from the checkpoint if it is there, and write one after each epoch."""
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, loader = feedforward(2, 4, 4, 3), DataLoader(TensorDataset(*data), batch_size=5)
+    model, loader = feedforward(2, 4, 4, 3), DataLoader(TensorDataset(*data), batch_size=batch_size)
     resumed = cg.checkpoint.resume(path, model, adamw) if path.exists() else None
     optimizer = resumed.optimizer if resumed else adamw(model.parameters())
+    prepared, trained, batches = accelerator.prepare(model, optimizer, loader)
     sites = [candidate("1"), candidate("3")]
     grower = cg.Grower(
         model,
         optimizer,
         nn.CrossEntropyLoss(),
-        loader,
+        batches,
         candidates=sites,
         when=lambda losses: len(losses) >= 2,
         max_insertions=2,
+        wrapper=prepared,
     )
     if resumed:
         grower.load_state_dict(resumed.checkpoint.states["grower"])
-    prepared, trained, batches = accelerator.prepare(model, optimizer, loader)
     while len(grower.history.losses) < epochs:
         for input, target in batches:
             with accelerator.accumulate(prepared):
@@ -61,3 +64,26 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     again, resumed = train((x, y), 6, tmp_path / "part")
     assert_same(dict(again.state_dict()), dict(whole.state_dict()))
     assert resumed.losses == history.losses
+
+
+def train_with_another(number: int, data: Any, expected: Any, folder: Path) -> None:
+    """As one process would with the same global batches, and again from a checkpoint."""
+    warnings.simplefilter("ignore")
+    whole, history = train(data, 6, folder / "whole", batch_size=5)
+    assert [one.chosen for one in history.insertions] == expected["chosen"]
+    torch.testing.assert_close(history.losses, expected["losses"], rtol=1e-9, atol=1e-12)
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(value, expected["weights"][name], rtol=1e-9, atol=1e-12)
+    train(data, 3, folder / "part", batch_size=5)
+    again, resumed = train(data, 6, folder / "part", batch_size=5)
+    assert_same(dict(again.state_dict()), dict(whole.state_dict()))
+    assert resumed.losses == history.losses
+
+
+def test_two_processes_grow_as_one(tmp_path: Path) -> None:
+    ((x, y),) = classified(40)
+    model, history = train((x, y), 6, tmp_path / "alone")
+    chosen = [one.chosen for one in history.insertions]
+    assert len(chosen) == 2
+    expected = {"chosen": chosen, "losses": history.losses, "weights": dict(model.state_dict())}
+    together(train_with_another, tmp_path, (x, y), expected, tmp_path)

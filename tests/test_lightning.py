@@ -1,7 +1,6 @@
 """Growing inside a real Lightning fit: grows, checkpoints, is taken up again, logs."""
 
 import csv
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -206,7 +205,6 @@ def assert_close(found: Any, expected: Any) -> None:
 def fit_with_another(number: int, folder: Path) -> None:
     """As one process would, and again from a checkpoint."""
     warnings.simplefilter("ignore")
-    os.environ["LOCAL_RANK"] = str(number)
     kept = torch.load(folder / "expected", weights_only=True)
     data = halves(kept["data"], number)
     growth = drawn(number, data)

@@ -1,6 +1,5 @@
 """Growing inside a real `Trainer` of Transformers: grows, checkpoints, is taken up again."""
 
-import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,8 +160,6 @@ def outcome(model: nn.Module, growth: GrowthCallback) -> dict[str, Any]:
 def train_with_another(number: int, folder: Path) -> None:
     """As one process would, and again from a checkpoint."""
     warnings.simplefilter("ignore")
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    os.environ.update({"RANK": str(number), "LOCAL_RANK": str(number), **shared})
     expected = torch.load(folder / "expected", weights_only=True)
     growth, model = drawn(number, 2), gpt()
     trainer = train(folder / "whole", growth, model, 2, own_loss)
