@@ -265,6 +265,7 @@ class Half(nn.Module):
         return x
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("at", [3, 14])
 def test_taken_up_in_the_middle_of_an_epoch(workers: int, at: int, tmp_path: Path) -> None:
