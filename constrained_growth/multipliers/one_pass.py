@@ -233,6 +233,10 @@ class MultiplierPass:
         self._recorder.begin(self._size, counts=counts)
         output = call(self._model, joined([input for input, _ in group]))
         outputs = [output] if len(group) == 1 else torch.unsafe_split_with_sizes(output, sizes)
+        reached: list[bool] = []  # by backward, in a group of several
+        if len(group) > 1:
+            for part in outputs:
+                part.register_hook(lambda gradient: reached.append(gradient is not None))
         loss: Any = 0
         for part, (_, target), weight in zip(outputs, group, weights, strict=True):
             share = weight / self._size
@@ -241,6 +245,8 @@ class MultiplierPass:
         loss = loss if counts else loss * 0
         leaves = self._leaves.values
         grads = self._recorder.backward(loss, list(leaves.values()))
+        if 1 < len(group) != sum(reached):
+            self._recorder.refuse_unreached()
         if not self._streams and self._leaves.sharded:
             self._add_gradients(dict(zip(leaves, grads, strict=True)))
         elif not self._streams:

@@ -350,6 +350,15 @@ class Recorder:
         )
         group[0].tally.add_samples(x, delta, self._size)
 
+    def refuse_unreached(self) -> None:
+        """Say that the loss of one of the batches that ran together does not depend on the model.
+
+        Raises:
+            CandidateError: Always.
+        """
+        self._xs = [None] * len(self._sites)
+        self._complain(lambda x: True)
+
     def _complain(self, is_bad: Callable[[Tensor | None], bool]) -> None:
         bad = [s.after for s, x in zip(self._sites, self._xs, strict=True) if is_bad(x)]
         raise CandidateError(
