@@ -22,6 +22,7 @@ from constrained_growth.experiments.ensembles.networks import (
     samples,
     squared_error,
 )
+from constrained_growth.experiments.ensembles.stages import Convolution
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 
 FOLDER = Path(__file__).parent / "golden"
@@ -398,6 +399,28 @@ def test_convolutions_are_trained_and_grow_as_plain_ones_do():
         losses = plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[10 + e])
         close(history.loss[:, r], torch.tensor(losses).view(10, 3).mean(1), 1e-12)
         close(after.parameters[r], vector(model), 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "kernel"),
+    [((5, 4), (1, 1), 3), ((5, 8), (2, 2), 3), ((6, 5), (2, 1), 5), ((1, 9), (1, 2), 3)],
+)
+def test_convolutions_are_those_of_torch(size, stride, kernel):
+    stage = Convolution(3, size, kernel, stride, torch.tanh)
+    x = torch.randn(2, 2 * size[0] * size[1], 7, requires_grad=True)
+    weight = torch.randn(2, 3, 2, kernel, kernel, requires_grad=True)
+    bias, toward = torch.randn(2, 3, requires_grad=True), torch.randn(2, stage.width, 7)
+    alone = [
+        nn.functional.conv2d(images.view(2, *size, 7).movedim(-1, 0), w, b, stride, kernel // 2)
+        for images, w, b in zip(x, weight, bias, strict=True)
+    ]
+    expected = torch.stack([y.tanh().flatten(1).T for y in alone])
+    found = stage((weight, bias), x)
+    close(found, expected, 1e-13)
+    leaves = (x, weight, bias)
+    slopes, others = (torch.autograd.grad((y * toward).sum(), leaves) for y in (found, expected))
+    for slope, other in zip(slopes, others, strict=True):
+        close(slope, other, 1e-12)
 
 
 def test_convolutions_of_another_kind_are_refused():

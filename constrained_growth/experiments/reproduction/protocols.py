@@ -188,22 +188,22 @@ def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...
         data: What to call the images.
         split: Seed → the images, as rows.
     """
-    widths = {"relu": (8, 8), "residual-outer": (8, 8), "convolution": (4, 4)}
+    kinds = {"relu": ((8, 8), 25), "residual-outer": ((8, 8), 25), "convolution": ((4, 4), 10)}
     return tuple(
         Experiment(
             f"{data}-{family}",
             f"With and without insertion on images ({data}).",
             family,
-            widths[family],
+            widths,
             0.05,
             1.0,
             before=20,
             after=40,
             batch=50,
-            chunk=10,
+            chunk=chunk,
             data=split,
         )
-        for family in widths
+        for family, (widths, chunk) in kinds.items()
     )
 
 
