@@ -22,7 +22,7 @@ from constrained_growth.models.observation import (
     parameter_shapes,
 )
 from constrained_growth.models.outputs import tensor_at, with_tensor
-from constrained_growth.multipliers.recording import Site
+from constrained_growth.multipliers.grouping import Site
 from constrained_growth.multipliers.sketching import sketch_variance, sketched_sites
 from constrained_growth.multipliers.tallies import Estimate
 from constrained_growth.multipliers.windows import Batch, Window, plainly

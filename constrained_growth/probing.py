@@ -28,8 +28,8 @@ from constrained_growth.models.observation import (
 from constrained_growth.models.outputs import Which, tensor_at, with_tensor
 from constrained_growth.models.sharding import is_sharded, is_spread
 from constrained_growth.multipliers.fitting import check_fit
+from constrained_growth.multipliers.grouping import Site
 from constrained_growth.multipliers.one_pass import checked_loss
-from constrained_growth.multipliers.recording import Site
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -30,8 +30,9 @@ from constrained_growth.models.observation import (
     hooked,
 )
 from constrained_growth.models.sharding import Leaves, is_sharded, is_spread, summed_like
+from constrained_growth.multipliers.grouping import Site
 from constrained_growth.multipliers.merging import in_groups, joined, treats_samples_alone
-from constrained_growth.multipliers.recording import Recorder, Site
+from constrained_growth.multipliers.recording import Recorder
 from constrained_growth.multipliers.tallies import Estimate, accumulation_dtype, scaled
 
 if TYPE_CHECKING:

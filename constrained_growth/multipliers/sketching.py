@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, has_factors, pinned_parameters
-from constrained_growth.multipliers.recording import Site
+from constrained_growth.multipliers.grouping import Site
 
 RandomRows = Callable[[int, torch.dtype, torch.device], Tensor]
 """`(width, dtype, device)` → Ω of shape (k, width), with E[ΩᵀΩ] the identity."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from constrained_growth.errors import DataError
 from constrained_growth.models.contexts import Context
-from constrained_growth.multipliers.recording import Member, Site, grouped, stacked
+from constrained_growth.multipliers.grouping import Member, Site, grouped, stacked
 from constrained_growth.multipliers.tallies import Estimate, Squares, accumulation_dtype
 from constrained_growth.multipliers.uses import Use
 
