@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import shard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
@@ -33,10 +34,7 @@ DEATH = 11
 def wrapped(model: nn.Sequential, wrap: str) -> nn.Module:
     if wrap == "ddp":
         return DistributedDataParallel(model)
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model[2])
-    fully_shard(model)
+    shard(model[2], model)
     return model
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 PATIENCE = timedelta(minutes=10)
@@ -42,3 +43,13 @@ def _begin(
     work(number, *args)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def shard(*modules: nn.Module, **options: Any) -> None:
+    """Call `fully_shard` on each, on the CPU also where there is another device."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in modules:
+        fully_shard(module, **{"mesh": mesh, **options})

@@ -105,6 +105,7 @@ def assert_as_if_never_killed(trainings: Trainings, folder: Path) -> None:
     assert_same(dict(checkpoint.weights), dict(model.state_dict()))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_thirty_random_moments(server: subprocess.Popen[str], tmp_path: Path) -> None:
     """However fast the machine: a training that came to its end is followed by another."""
     moments = random.Random(0)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import CROSS_ENTROPY, Gain, candidate, choose, classified, feedforward
-from processes import together
+from processes import shard, together
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,10 +51,7 @@ def ddp(model: nn.Module) -> nn.Module:
 
 def fsdp(model: nn.Module) -> nn.Module:
     """One group of parameters for a module inside, one for what is left."""
-    from torch.distributed.fsdp import fully_shard
-
-    fully_shard(model[2])  # type: ignore[index]
-    fully_shard(model)
+    shard(model[2], model)  # type: ignore[index]
     return model
 
 
@@ -228,8 +225,8 @@ def fsdp_measures_as_one_process(rank: Rank) -> None:
         for shares in ((3, 3), (5, 1)):
             model = fsdp(wide(width))
             begin = rank.number * shares[0]
-            shard = ragged()[begin : begin + shares[rank.number]]
-            found = measured(model, shard, width)
+            part = ragged()[begin : begin + shares[rank.number]]
+            found = measured(model, part, width)
             for key, value in rank.expected[f"measured {width}"].items():
                 assert_close(found[key], value)
             assert all(is_spread(p) and p.grad is None for p in model.parameters())
@@ -461,10 +458,8 @@ def new_layers_are_sharded(rank: Rank) -> None:
 
 
 def sharded(**options: Any) -> nn.Module:
-    from torch.distributed.fsdp import fully_shard
-
     model = feedforward(2, 4, 3)
-    fully_shard(model, **options)
+    shard(model, **options)
     return model
 
 
@@ -493,7 +488,7 @@ def sharded_in_other_ways(rank: Rank) -> None:
 
 
 def what_sharded_models_cannot(rank: Rank) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
     data = split(rank, global_batches())
     model = fsdp(feedforward(2, 4, 4, 3))
@@ -508,7 +503,7 @@ def what_sharded_models_cannot(rank: Rank) -> None:
     with pytest.raises(cg.CandidateError, match="MixedPrecisionPolicy"):
         cg.GrowthProblem(reduced, CROSS_ENTROPY, data, [candidate("1")])
     block = cg.blocks.ResidualLinear(4, nn.Tanh())
-    fully_shard(block)
+    shard(block)
     copied = cg.Candidate("1", block)
     with pytest.raises(cg.CandidateError, match="sharded parameters of its own"):
         cg.GrowthProblem(model, CROSS_ENTROPY, data, [copied])
