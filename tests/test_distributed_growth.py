@@ -8,7 +8,7 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -432,6 +432,30 @@ def wrapper_made_anew_has_its_settings(rank: Rank) -> None:
     assert torch.equal(*others)
 
 
+def a_wrapper_is_told_of_or_missed(rank: Rank) -> None:
+    """The model given is what is inside of it; gradients of new layers are averaged if it is."""
+    data = split(rank, global_batches())
+    for told in (True, False):
+        model = wide(6)
+        wrapper = ddp(model) if told else None
+        grower = cg.Grower(
+            model,
+            SGD(model.parameters()),
+            CROSS_ENTROPY,
+            data,
+            candidates=[candidate("1", block=cg.blocks.ResidualMLP(6, 4, nn.Tanh()))],
+            wrapper=wrapper,
+        )
+        with nullcontext() if told else pytest.warns(UserWarning, match="wrapper="):
+            grower.ask()
+        CROSS_ENTROPY((wrapper or model)(data[0][0]), data[0][1]).backward()
+        grad = model.get_parameter("1.inserted.outer.weight").grad
+        assert grad is not None
+        others = [torch.empty_like(grad) for _ in range(PROCESSES)]
+        dist.all_gather(others, grad)
+        assert torch.equal(*others) == told
+
+
 def wrappers_that_cannot_be_made_anew(rank: Rank) -> None:
     model = ddp(feedforward(2, 4, 3))
     model.mixed_precision = object()  # type: ignore[assignment]
@@ -586,6 +610,7 @@ CASES: list[Callable[[Rank], None]] = [
     failures_on_one_process,
     failure_after_an_insertion,
     wrapper_made_anew_has_its_settings,
+    a_wrapper_is_told_of_or_missed,
     wrappers_that_cannot_be_made_anew,
     new_layers_are_sharded,
     sharded_in_other_ways,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.discovery import find_candidates
@@ -20,7 +21,7 @@ from constrained_growth.insertion.optimizers import kept_on_error
 from constrained_growth.insertion.placement import structure_kept_on_error
 from constrained_growth.insertion.records import GrowthRecord
 from constrained_growth.insertion.wrapping import rewrap
-from constrained_growth.models.distributed import everywhere
+from constrained_growth.models.distributed import everywhere, several
 from constrained_growth.models.observation import parameter_shapes, untouched
 from constrained_growth.models.sharding import is_sharded, reshard
 from constrained_growth.problem import GrowthProblem
@@ -90,14 +91,15 @@ class Grower:
             (default) for `find_candidates` with the first input of `data`.
         max_insertions: How many layers in all; None (default) for any number.
         after_insertion: `after_insertion(grower, round)`, called after each insertion: the place
-            for learning rates and the like of the new layers, such as `steps.NewLayers()`. None
-            (default) for nothing: they are trained as their neighbours are.
+            for learning rates and the like of the new layers, such as `training.NewLayers()`.
+            None (default) for nothing: they are trained as their neighbours are.
         solver: `solver(problem, rule) -> Solution`; `solve` by default. With
             `functools.partial(cg.solve, norm=…, sampling=…)` it is solved otherwise.
         writer: Gets the sensitivities and the depth at each round (`add_scalar(tag, value,
             step)`), such as TensorBoard's `SummaryWriter`. None (default) for nobody.
-        wrapper: The DistributedDataParallel that trains the model, where `model` is given as what
-            is inside it; None (default) where `model` is given as it is trained.
+        wrapper: The DistributedDataParallel around the model, where `model` is what is inside it,
+            as Accelerate's `prepare` returns it; made anew where it is after an insertion. None
+            (default) where `model` is given as it is trained.
 
     Attributes:
         history: Losses and decisions so far.
@@ -243,7 +245,7 @@ class Grower:
         solution, answer, record = found[0]
         self.record = self.record + record
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
-        rewrap(self.model if self.wrapper is None else self.wrapper, self.optimizer)
+        self._rewrap()
         one = round_of(
             solution,
             self.model,
@@ -294,6 +296,19 @@ class Grower:
             part.load_state_dict(state["parts"][name])
         if hasattr(self.after_insertion, "watch"):
             self.after_insertion.watch(self.model, self.optimizer)  # type: ignore[union-attr]
+
+    def _rewrap(self) -> None:
+        """Let the wrapper know what was inserted."""
+        trained = self.model if self.wrapper is None else self.wrapper
+        wrapped = any(isinstance(one, DistributedDataParallel) for one in trained.modules())
+        if several(None) and not wrapped and not is_sharded(trained):
+            warnings.warn(
+                f"there are several processes, and {type(trained).__name__} is wrapped neither in "
+                "DistributedDataParallel nor by fully_shard: if one is around it, give that as "
+                "wrapper=, or the gradients of new layers are not averaged.",
+                stacklevel=4,
+            )
+        rewrap(trained, self.optimizer)
 
     def _everywhere(self, work: Callable[[], None]) -> None:
         """Do it on all processes; an error on one is an error on all."""
