@@ -69,13 +69,14 @@ class Recorder:
     def mergeable(self, size: int) -> int:
         """How many batches of `size` samples may be run through the model as one.
 
-        More than one only where all that is known of a multiplier is a sum over samples, and
-        then what waits takes no more than `_MERGED` bytes.
+        More than one only where all that is known of a multiplier is a sum over samples. Their
+        (x, δ) then take no more than the multipliers do (as much as an ordinary pass spends on
+        the gradient of θ), or 4 MiB.
         """
         by_sample = all(len(s.shape) > 1 and s.shape[0] == size for s in self._sites)
         if self._streams or not self._all_closed or not by_sample:
             return 1
-        return max(1, max(self._room, _MERGED) // max(self._batch_bytes, 1))
+        return max(1, max(2 * self._room, _MERGED) // max(self._batch_bytes, 1))
 
     def begin(self, size: int, *, counts: bool = True) -> None:
         """Get ready for a batch of `size` samples, of which nothing is kept unless it counts."""
