@@ -91,7 +91,7 @@ def test_table_says_what_was_missed():
 
 def test_command(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        "constrained_growth.experiments.commands.run_sampling",
+        "constrained_growth.experiments.speed.command.run_sampling",
         lambda seeds, seed: run_sampling(seeds, cases=SMALL[1:2], seed=seed),
     )
     file = tmp_path / "numbers.json"

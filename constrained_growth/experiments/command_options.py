@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
 
@@ -45,3 +47,25 @@ Tables = Annotated[
         "--out", help="Folder for the tables.", callback=_writable_folder_if_any, metavar="DIR"
     ),
 ]
+
+
+class Plan(Protocol):
+    """What is run: a data class, its tasks with names."""
+
+    @property
+    def tasks(self) -> Sequence[Any]:
+        """Which tasks."""
+        ...
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+def only(plan: AnyPlan, names: list[str]) -> AnyPlan:
+    """The plan with the tasks of these names, or all of them if none is given."""
+    known = [task.name for task in plan.tasks]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"--task {name} is none of {', '.join(known)}.")
+    tasks = [task for task in plan.tasks if not names or task.name in names]
+    return replace(plan, tasks=tasks)  # type: ignore[type-var]

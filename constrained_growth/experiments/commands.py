@@ -11,15 +11,16 @@ import typer
 from rich.console import Console
 
 from constrained_growth.experiments import report
-from constrained_growth.experiments.command_options import Json, Out, Seed, Tables
+from constrained_growth.experiments.command_options import Json, Out, Seed
 from constrained_growth.experiments.decisions.command import bench_decisions
 from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.growth.command import bench_growth, bench_steps
 from constrained_growth.experiments.reproduction.command import reproduce
-from constrained_growth.experiments.speed import benchmarks, monitoring
-from constrained_growth.experiments.speed import report as speed_report
-from constrained_growth.experiments.speed.sampling import run_sampling, table
-from constrained_growth.experiments.timing import one_thread
+from constrained_growth.experiments.speed.command import (
+    bench_monitoring,
+    bench_multipliers,
+    bench_sampling,
+)
 
 app = typer.Typer(
     add_completion=False,
@@ -30,6 +31,9 @@ app = typer.Typer(
 bench = typer.Typer(help="What things cost, measured on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.command()(reproduce)
+bench.command("multipliers")(bench_multipliers)
+bench.command("monitoring")(bench_monitoring)
+bench.command("sampling")(bench_sampling)
 bench.command("decisions")(bench_decisions)
 bench.command("growth")(bench_growth)
 bench.command("steps")(bench_steps)
@@ -74,59 +78,3 @@ def demo(
         json.write_text(result.to_json() + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
-
-
-@bench.command("multipliers")
-def bench_multipliers(
-    quick: Annotated[bool, typer.Option("--quick", help="A few small cells, three pairs.")] = False,
-    seed: Seed = 0,
-    out: Tables = None,
-    json: Json = None,
-) -> None:
-    """Time the multiplier pass against ordinary gradient passes, on one thread."""
-    begin = time.perf_counter()
-    console = Console(highlight=False, record=True)
-    console.width = max(console.width, speed_report.WIDTH)
-    result = benchmarks.run_multipliers(benchmarks.QUICK if quick else benchmarks.FULL, seed)
-    console.print(speed_report.multipliers(result))
-    if out is not None:
-        console.save_text(str(out / "constrained-growth-bench-multipliers.txt"), clear=False)
-    if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
-    console.print(f"{time.perf_counter() - begin:.0f} s.")
-
-
-@bench.command("monitoring")
-def bench_monitoring(
-    quick: Annotated[bool, typer.Option("--quick", help="Two small cells, three rounds.")] = False,
-    seed: Seed = 0,
-    json: Json = None,
-) -> None:
-    """Time training steps that are watched against steps that are not, on one thread."""
-    begin = time.perf_counter()
-    console = Console(highlight=False)
-    console.width = max(console.width, monitoring.WIDTH)
-    plan = monitoring.QUICK if quick else monitoring.FULL
-    result = monitoring.run_monitoring(plan, seed)
-    console.print(monitoring.report(result))
-    if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
-    console.print(f"{time.perf_counter() - begin:.0f} s.")
-
-
-@bench.command("sampling")
-def bench_sampling(
-    seeds: Annotated[int, typer.Option(min=1, help="How many random orders to read in.")] = 100,
-    seed: Seed = 0,
-    json: Json = None,
-) -> None:
-    """How much of the data adaptive sampling reads, and how often it decides as all of them do."""
-    begin = time.perf_counter()
-    console = Console(highlight=False)
-    console.width = max(console.width, speed_report.WIDTH)
-    with one_thread():
-        result = run_sampling(seeds, seed=seed)
-    console.print(table(result))
-    if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
-    console.print(f"{time.perf_counter() - begin:.0f} s.")

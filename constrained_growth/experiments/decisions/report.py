@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +20,7 @@ from constrained_growth.experiments.decisions.study import (
     Verdict,
     groups,
 )
+from constrained_growth.experiments.tables import titled
 
 WIDTH = 132
 """Characters in a line of the widest table."""
@@ -82,15 +82,16 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
     clear, planted = signal(task.against), any(site is not None for site in task.planted)
     matters = "" if clear >= CLEAR else "; the place hardly matters"
     best, mean = task.against.best.mean(), task.against.mean.mean()
-    table = _titled(
-        f"{task.task}: {task.about}. Best site {best:.4g}, mean site {mean:.4g} "
-        f"({clear:.1f} standard errors apart{matters}), "
-        f"not inserting {task.outcomes.nothing.mean():.4g}. Half {task.half}."
-    )
     headings = ["regret", "at the pins", "planted", "loss", "− nothing", "inserted", "cost"]
     columns = [heading for heading in headings if planted or heading != "planted"]
-    for heading in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = titled(
+        f"{task.task}: {task.about}. Best site {best:.4g}, mean site {mean:.4g} "
+        f"({clear:.1f} standard errors apart{matters}), "
+        f"not inserting {task.outcomes.nothing.mean():.4g}. Half {task.half}.",
+        "rule",
+        *columns,
+        width=WIDTH,
+    )
     for arm, v in verdicts.items():
         cells = {
             "regret": _shown(v.regret),
@@ -107,28 +108,13 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
 
 def _means(found: DecisionBenchmark) -> Table:
     among = {name: len(tasks) for name, tasks in groups(found.tasks).items()}
-    table = _titled("Mean regret over tasks")
-    for group in found.means:
-        table.add_column(f"{group} ({among[group]})", justify="right", no_wrap=True)
-    table.add_column("cost", justify="right")
+    columns = [f"{group} ({among[group]})" for group in found.means]
+    table = titled("Mean regret over tasks", "rule", *columns, "cost", width=WIDTH)
     for arm in found.means["all"]:
         costs = [verdicts[arm].cost_passes for verdicts in found.verdicts.values()]
         estimates = (estimates[arm] for estimates in found.means.values())
         mean_cost = sum(costs) / len(costs)
         table.add_row(arm, *(_shown(estimate) for estimate in estimates), f"{mean_cost:.3g}")
-    return table
-
-
-def _titled(title: str) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        min_width=min(len(title), WIDTH),
-    )
-    table.add_column("rule", no_wrap=True)
     return table
 
 

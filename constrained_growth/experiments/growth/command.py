@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-import time
-from dataclasses import replace
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from constrained_growth.experiments.command_options import Json, Seed, Tables
+from constrained_growth.experiments.command_options import Json, Seed, Tables, only
+from constrained_growth.experiments.command_output import carry_out, command_line
 from constrained_growth.experiments.growth import figures, report, steps, steps_report
-from constrained_growth.experiments.growth.benchmark import FULL, QUICK, Plan, run_growth
+from constrained_growth.experiments.growth.benchmark import FULL, QUICK, run_growth
 
 
 def bench_growth(
@@ -31,19 +27,18 @@ def bench_growth(
 
     With --out, every run stays there: an interrupted benchmark goes on where it was.
     """
-    begin = time.perf_counter()
-    plan = _only(QUICK if quick else FULL, task or [])
-    console = Console(highlight=False, record=True)
-    console.width = max(console.width, report.WIDTH)
-    found = run_growth(plan, seed, cache=out)
-    console.print(report.tables(found))
+    plan = only(QUICK if quick else FULL, task or [])
+    found = carry_out(
+        "growth",
+        lambda: run_growth(plan, seed, cache=out),
+        report.tables,
+        lambda found: report.to_json(found, command_line()),
+        width=report.WIDTH,
+        out=out,
+        json=json,
+    )
     if out is not None:
-        console.save_text(str(out / "constrained-growth-bench-growth.txt"), clear=False)
         figures.picture(found).savefig(out / "constrained-growth-bench-growth.png")
-    if json is not None:
-        command = shlex.join(["constrained-growth", *sys.argv[1:]])
-        json.write_text(report.to_json(found, command) + "\n", encoding="utf-8")
-    console.print(f"{time.perf_counter() - begin:.0f} s.")
 
 
 def bench_steps(
@@ -53,22 +48,12 @@ def bench_steps(
     json: Json = None,
 ) -> None:
     """The same networks with the same new layer, trained on in different ways."""
-    begin = time.perf_counter()
-    console = Console(highlight=False, record=True)
-    console.width = max(console.width, steps_report.WIDTH)
-    found = steps.run_steps(steps.QUICK if quick else steps.FULL, seed)
-    console.print(steps_report.tables(found))
-    if out is not None:
-        console.save_text(str(out / "constrained-growth-bench-steps.txt"), clear=False)
-    if json is not None:
-        command = shlex.join(["constrained-growth", *sys.argv[1:]])
-        json.write_text(steps_report.to_json(found, command) + "\n", encoding="utf-8")
-    console.print(f"{time.perf_counter() - begin:.0f} s.")
-
-
-def _only(plan: Plan, names: list[str]) -> Plan:
-    known = [task.name for task in plan.tasks]
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"--task {name} is none of {', '.join(known)}.")
-    return replace(plan, tasks=[t for t in plan.tasks if not names or t.name in names])
+    carry_out(
+        "steps",
+        lambda: steps.run_steps(steps.QUICK if quick else steps.FULL, seed),
+        steps_report.tables,
+        lambda found: steps_report.to_json(found, command_line()),
+        width=steps_report.WIDTH,
+        out=out,
+        json=json,
+    )

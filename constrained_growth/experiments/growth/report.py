@@ -9,7 +9,6 @@ from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +17,7 @@ from constrained_growth.experiments.decisions.statistics import LEVEL, Estimate
 from constrained_growth.experiments.growth.benchmark import GrowthBenchmark, Outcome, Verdict
 from constrained_growth.experiments.growth.runs import BIG
 from constrained_growth.experiments.growth.tasks import GrowthTask
+from constrained_growth.experiments.tables import titled
 
 WIDTH = 150
 """Characters in a line of the widest table."""
@@ -70,15 +70,6 @@ def to_json(found: GrowthBenchmark, command: str) -> str:
 
 def _task(task: GrowthTask, found: GrowthBenchmark) -> Table:
     title = f"{task.name}: {task.about}. {task.small} → {task.big} blocks, {task.steps} steps"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        min_width=min(len(title), WIDTH),
-    )
-    table.add_column("arm", no_wrap=True)
     headings = (
         "multiply-adds",
         "saved",
@@ -90,8 +81,7 @@ def _task(task: GrowthTask, found: GrowthBenchmark) -> Table:
         f"− {next(iter(found.outcomes[task.name]))}",
         "held out",
     )
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = titled(title, "arm", *headings, width=WIDTH)
     for arm, outcome in found.outcomes[task.name].items():
         table.add_row(arm, *_cells(outcome, found.verdicts[task.name][arm]))
     return table

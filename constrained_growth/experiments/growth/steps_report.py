@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +13,7 @@ from rich.text import Text
 from constrained_growth.experiments.decisions.statistics import LEVEL, Estimate
 from constrained_growth.experiments.growth.step_policies import POLICIES
 from constrained_growth.experiments.growth.steps import WATCHED, StepBenchmark
+from constrained_growth.experiments.tables import titled
 
 WIDTH = 132
 """Characters in a line of the widest table."""
@@ -66,17 +66,7 @@ def to_json(found: StepBenchmark, command: str) -> str:
 def _task(task: str, found: StepBenchmark) -> Table:
     about = {one.name: one.about for one in found.plan.tasks}
     title = f"{task}: {about[task]}"
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        min_width=min(len(title), WIDTH),
-    )
-    table.add_column("policy", no_wrap=True)
-    for heading in ("final loss", "difference", "jump", "difference"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = titled(title, "policy", "final loss", "difference", "jump", "difference", width=WIDTH)
     for name, verdict in found.verdicts[task].items():
         table.add_row(
             name,

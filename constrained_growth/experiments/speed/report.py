@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +15,7 @@ from constrained_growth.experiments.speed.benchmarks import (
     MultiplierBenchmark,
     Target,
 )
+from constrained_growth.experiments.tables import titled
 from constrained_growth.experiments.timing import Spread
 
 WIDTH = 120
@@ -66,13 +66,16 @@ def multipliers(found: MultiplierBenchmark) -> RenderableType:
 
 def _table(name: str, cells: Sequence[Cell]) -> Table:
     samples = sorted({cell.samples for cell in cells})
-    table = _titled(
+    sizes = "depth", "width", "batch", "plain/ms"
+    table = titled(
         f"{TITLES.get(name, name)}; {' to '.join(f'{n:,}' for n in samples)} samples",
         "network" if name == "others" else "",
+        *sizes,
+        *(HEADINGS[column] for column in COLUMNS),
+        "pairs",
+        "λ differs",
+        width=WIDTH,
     )
-    sizes = "depth", "width", "batch", "plain/ms"
-    for heading in (*sizes, *(HEADINGS[column] for column in COLUMNS), "pairs", "λ differs"):
-        table.add_column(heading, justify="right", no_wrap=True)
     for cell in cells:
         table.add_row(
             NETWORKS.get(cell.network, ""),
@@ -90,38 +93,24 @@ def _table(name: str, cells: Sequence[Cell]) -> Table:
 
 
 def _whole(cell: Cell) -> Table:
-    table = _titled(
+    table = titled(
         f"solve as a whole: {cell.network}, depth {cell.depth}, width {cell.width}, "
         f"batch {cell.batch}; {cell.samples:,} samples, {cell.pairs} pairs",
         "",
+        "in ordinary passes",
+        width=WIDTH,
     )
-    table.add_column("in ordinary passes", justify="right")
     for name, spread in cell.ratios.items():
         table.add_row("multiplier pass" if name == "ratio" else HEADINGS[name], _spread(spread))
     return table
 
 
 def _targets(targets: Sequence[Target]) -> Table:
-    table = _titled("Targets", "")
-    for heading in ("measured", "limit", ""):
-        table.add_column(heading, justify="right")
+    table = titled("Targets", "", "measured", "limit", "", width=WIDTH)
     for target in targets:
         met, style = ("met", None) if target.met else ("missed", "bold")
         table.add_row(target.what, f"{target.value:.3g}", f"{target.limit:g}", met, style=style)
     return table
-
-
-def _titled(title: str, first: str) -> Table:
-    """A table without rows, wide enough for its title."""
-    return Table(
-        first,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        min_width=min(len(title), WIDTH),
-    )
 
 
 def _spread(spread: Spread) -> str:
