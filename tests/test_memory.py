@@ -112,7 +112,8 @@ class Watched(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gc.collect()
-        here = 2 * max(1, len(x) // self.batch)  # input and target of what runs together
+        # input and target of what runs together, or of a part of the first batch and the second
+        here = 2 * (len(x) // self.batch or 2)
         earlier = self.seen + self.batches[1:-here]  # the problem keeps the first input
         assert [ref() for ref in earlier] == [None] * len(earlier)
         self.most = max(self.most, len(x))

@@ -292,6 +292,15 @@ def test_blocks_without_a_closed_form_need_the_batches() -> None:
     assert model.sizes == [8, 8, 8, 8]
 
 
+def test_a_single_batch_runs_once() -> None:
+    torch.manual_seed(7)
+    model = Counted(mlp())
+    here = problem(model, classes(8))
+    model.sizes.clear()
+    cg.solve(here, progress=False)
+    assert model.sizes == [8]
+
+
 def test_groups_end_where_shapes_change() -> None:
     wide = torch.zeros(2, 5)
     pairs = [(torch.zeros(2, 3), 0)] * 2 + [(wide, 0)] + [(wide.float(), 0)] * 2 + [("word", wide)]

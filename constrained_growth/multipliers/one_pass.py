@@ -8,6 +8,7 @@ and worked off together; large ones are worked off as backward delivers them and
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -214,11 +215,12 @@ class MultiplierPass:
         if first is None:
             return
         output = self._add_group([first])
-        at_most = self._recorder.mergeable(batch_size(*first)) if merging else 1
+        others = list(itertools.islice(pairs, 1))
+        at_most = self._recorder.mergeable(batch_size(*first)) if merging and others else 1
         if at_most > 1 and not treats_samples_alone(self._model, *first, output):
             at_most = 1
         del first, output
-        for group in in_groups(pairs, at_most):
+        for group in in_groups(_emptying(others, pairs), at_most):
             self._add_group(group)
 
     def _add_group(self, group: Sequence[tuple[Any, Any]], *, counts: bool = True) -> object:
@@ -354,6 +356,13 @@ class MultiplierPass:
             num_samples=count,
             num_batches=self._num_batches,
         )
+
+
+def _emptying(some: list[Any], others: Iterable[Any]) -> Iterator[Any]:
+    """Those of the list, which forgets them, and then the others."""
+    while some:
+        yield some.pop(0)
+    yield from others
 
 
 _SMALL = 2**20
