@@ -27,6 +27,7 @@ from constrained_growth.models.observation import (
 )
 from constrained_growth.models.outputs import Which, tensor_at, with_tensor
 from constrained_growth.models.sharding import is_sharded, is_spread
+from constrained_growth.multipliers.anchors import anchors_of
 from constrained_growth.multipliers.fitting import check_fit
 from constrained_growth.multipliers.grouping import Site
 from constrained_growth.multipliers.one_pass import checked_loss
@@ -268,12 +269,13 @@ def _probe(
                     f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
                     "data, the model's parameters, or the loss."
                 )
-            anchors = _anchors(loss, places, seen)
+            passed = [[use.passed for use in here] for here in seen]
+            anchors = anchors_of(loss, [place.after for place in places], passed)
     finally:
         for handle in starts:
             handle.remove()
     facts = []
-    for place, here in zip(places, seen, strict=True):
+    for index, here in enumerate(seen):
         x = here[0].x
         overwritten = any(use.passed._version != use.version for use in here)
         facts.append(
@@ -283,7 +285,7 @@ def _probe(
                 dtype=_parameter_dtype(model, x.dtype) if here[0].autocast else x.dtype,
                 overwritten=overwritten,
                 copied=overwritten or any(use.foreign for use in here),
-                anchor=place in anchors,
+                anchor=index in anchors,
                 shared=len(here) > 1,
             )
         )
@@ -325,61 +327,6 @@ def _check_seen(after: str, seen: Sequence[_Seen]) -> None:
         raise CandidateError(
             f'after="{after}" is never reached in the forward pass; choose another submodule.'
         )
-
-
-def _anchors(loss: Tensor, places: Sequence[Place], seen: Sequence[Sequence[_Seen]]) -> set[Place]:
-    """Sites to ask backward for, so that it passes all the others on its way.
-
-    Raises:
-        CandidateError: The loss does not depend on some site, or backward goes through what
-            was checkpointed with use_reentrant=True.
-    """
-    _refuse_reentrant(loss)
-    passed: set[Place] = set()
-
-    def note(place: Place) -> Callable[[Tensor], None]:
-        return lambda _: passed.add(place)
-
-    handles = [
-        use.passed.register_hook(note(place))
-        for place, here in zip(places, seen, strict=True)
-        for use in here
-    ]
-    anchors: set[Place] = set()
-    for place, here in zip(places, seen, strict=True):
-        if place in passed:
-            continue
-        xs = [use.passed for use in here]
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, xs, allow_unused=True, retain_graph=True)
-        else:
-            grads = (None,)
-        if all(grad is None for grad in grads):
-            raise CandidateError(
-                f'after="{place.after}": the loss does not depend on the output of this module, '
-                "so no layer there could change it; choose another submodule."
-            )
-        anchors.add(place)
-    for handle in handles:
-        handle.remove()
-    return anchors
-
-
-def _refuse_reentrant(loss: Tensor) -> None:
-    """Refuse a graph with a part that was checkpointed in the way that takes no `autograd.grad`."""
-    nodes, known = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise CandidateError(
-                "model: a part of it is checkpointed with use_reentrant=True, through which "
-                "PyTorch gives no gradients with respect to tensors on the way; use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-            )
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _brought(
