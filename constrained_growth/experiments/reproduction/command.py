@@ -122,7 +122,7 @@ def _images(data: ImageName, root: Path) -> Callable[[int], Split]:
         except DataError as error:
             raise typer.BadParameter(str(error)) from None
         return functools.partial(mnist, root)
-    return digits if data is ImageName.DIGITS else mnist1d
+    return digits if data is ImageName.DIGITS else functools.cache(mnist1d)  # a second for each
 
 
 def _as(experiment: Experiment, family: str) -> Experiment:
