@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,24 +107,23 @@ class Watched(nn.Module):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
-        self.seen: list[weakref.ref[Any]] = []
+        self.notes = SimpleNamespace(most=0, seen=[])  # which is nothing that a model keeps
         self.batches: list[weakref.ref[Any]] = []
-        self.most = 0
 
     def forward(self, x: Tensor) -> Tensor:
         gc.collect()
         # input and target of what runs together, or of a part of the first batch and the second
         here = 2 * (len(x) // self.batch or 2)
-        earlier = self.seen + self.batches[1:-here]  # the problem keeps the first input
+        earlier = self.notes.seen + self.batches[1:-here]  # the problem keeps the first input
         assert [ref() for ref in earlier] == [None] * len(earlier)
-        self.most = max(self.most, len(x))
+        self.notes.most = max(self.notes.most, len(x))
         y = x * 1.0
-        self.seen += [weakref.ref(x), weakref.ref(y)]
+        self.notes.seen += [weakref.ref(x), weakref.ref(y)]
         if y.grad_fn is not None:
             token = Token()
             metadata: Any = y.grad_fn.metadata  # which lives as long as the graph
             metadata["token"] = token
-            self.seen.append(weakref.ref(token))
+            self.notes.seen.append(weakref.ref(token))
         return y
 
 
@@ -146,4 +146,4 @@ def test_nothing_of_an_earlier_batch_is_alive(width: int, batch: int, at_once: i
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, Data(), [cg.Candidate("1", block)])
     cg.solve(problem)
     assert len(watched.batches) >= 7 * 2
-    assert watched.most == at_once * batch
+    assert watched.notes.most == at_once * batch

@@ -1,7 +1,8 @@
 """Batches that run through the model together: as alone, and only where that is exact."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,11 @@ class Counted(nn.Module):
         super().__init__()
         for name, module in model.named_children():
             self.add_module(name, module)
-        self.sizes: list[int] = []
+        self._seen = SimpleNamespace(sizes=[])  # a list would be something that the model keeps
+
+    @property
+    def sizes(self) -> list[int]:
+        return self._seen.sizes
 
     def forward(self, x: Tensor) -> Tensor:
         self.sizes.append(len(x))
@@ -99,11 +104,9 @@ def assert_same(one: one_pass.Measurement, other: one_pass.Measurement) -> None:
 
 
 def assert_merged(model: Counted, data: Data) -> None:
-    """In fewer runs than there are batches, one of them a part of the first batch."""
-    first = len(data[0][0])
-    assert model.sizes[:2] == [first, first // 2 - first // 4]
-    assert len(model.sizes) < len(data)
-    assert sum(model.sizes) == sum(len(x) for x, _ in data) + model.sizes[1]
+    """The first batch, two parts of it, and all the others together."""
+    first, *others = (len(x) for x, _ in data)
+    assert model.sizes == [first, (first + 2) // 4, (first + 1) // 4, sum(others)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -161,7 +164,7 @@ def test_weights_are_those_of_each_batch() -> None:
     expected = alone(here)
     model.sizes.clear()
     assert_same(together(here), expected)
-    assert len(model.sizes) < len(data) - 1
+    assert model.sizes == [8, 2, 2, 26]
 
 
 class Named(nn.Module):
@@ -170,8 +173,10 @@ class Named(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b, self.act = nn.Linear(2, 3), nn.Linear(3, 3), nn.Tanh()
+        self.seen = SimpleNamespace(sizes=[])
 
     def forward(self, *, x: Tensor, scale: Tensor) -> Tensor:
+        self.seen.sizes.append(len(x))
         return self.b(self.act(self.a(x)) * scale)
 
 
@@ -179,16 +184,12 @@ def test_inputs_of_several_tensors() -> None:
     torch.manual_seed(3)
     data = [({"x": x, "scale": torch.rand(len(x), 1)}, y) for x, y in classes(8, 8, 3, 8, 8)]
     model = Named()
-    calls = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append(len(kwargs["x"])), with_kwargs=True
-    )
     block = cg.blocks.ResidualMLP(3, 2, torch.tanh)
     here = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [cg.Candidate("act", block)])
     expected = alone(here)
-    calls.clear()
+    model.seen.sizes.clear()
     assert_same(together(here), expected)
-    assert calls == [8, 2, 27]
+    assert model.seen.sizes == [8, 2, 2, 27]
 
 
 class AcrossSamples(nn.Module):
@@ -258,16 +259,192 @@ def test_what_is_not_of_samples_stays_alone(input: Any, output: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: nn.BatchNorm1d(3), lambda: nn.Dropout(0.3), AcrossSamples]
+    ("make", "tried"),
+    [(lambda: nn.BatchNorm1d(3), []), (lambda: nn.Dropout(0.3), []), (AcrossSamples, [2])],
 )
-def test_models_that_mix_samples_run_batch_by_batch(make: Callable[[], nn.Module]) -> None:
+def test_models_that_mix_samples_run_batch_by_batch(
+    make: Callable[[], nn.Module], tried: list[int]
+) -> None:
     torch.manual_seed(5)
     data = classes(8, 8, 8, 8)
     model = Counted(nn.Sequential(*mlp(), make()))
     here = problem(model, data)
     model.sizes.clear()
     cg.solve(here, progress=False)
-    assert model.sizes == [8, 2, 8, 8, 8]
+    assert model.sizes == [8, *tried, 8, 8, 8]
+
+
+class OverTheLargest(nn.Module):
+    """Every sample is divided by the largest number of all."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / x.abs().max()
+
+
+def test_what_depends_on_one_sample_of_all() -> None:
+    """Whichever it is."""
+    for seed in range(12):
+        torch.manual_seed(seed)
+        model, x = OverTheLargest(), torch.randn(8, 2)
+        assert not treats_samples_alone(model, x, None, model(x))
+
+
+class Pairs(nn.Module):
+    """Samples that follow each other are mixed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([some - some.mean(0) for some in x.split(2)])
+
+
+class Carried(nn.Module):
+    """The state at the end of a batch is that at the beginning of the next."""
+
+    state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = 0 if self.state is None or self.state.shape != x.shape else self.state
+        self.state = torch.tanh(x + before).detach()
+        return torch.tanh(x + before)
+
+
+class Later(nn.Module):
+    """Something else, after some batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x if self.count < 3 else 2 * x
+
+
+class Bank(nn.Module):
+    """What came earlier, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bank: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.bank.append(x.detach().mean(0))
+        return x if len(self.bank) < 3 else x - torch.stack(self.bank).mean(0)
+
+
+def spectral() -> nn.Module:
+    """Which improves its singular vectors whenever it runs."""
+    return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("make", [Pairs, Carried, Later, Bank, spectral, lambda: nn.Dropout(1e-9)])
+def test_what_is_kept_or_drawn_is_as_batch_by_batch(make: Callable[[], nn.Module]) -> None:
+    """Also not changed by a run more than there are batches."""
+    measured = []
+    for way in (alone, together):
+        torch.manual_seed(6)
+        model = Counted(nn.Sequential(*mlp(), make()))
+        here = problem(model, classes(8, 7, 8, 8, 8))
+        model.sizes.clear()
+        torch.manual_seed(7)
+        measured.append(way(here))
+    assert_same(*measured)
+    assert model.sizes[-4:] == [7, 8, 8, 8]
+
+
+def test_a_loss_of_what_was_inside_the_model() -> None:
+    """By an attribute, or by a hook."""
+
+    class Inside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            self.spread = x.var()
+            return x
+
+    torch.manual_seed(8)
+    inside, seen = Inside(), []
+
+    def by_attribute(output: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(output, target) + inside.spread
+
+    def by_hook(output: Tensor, target: Tensor) -> Tensor:
+        inner = torch.cat(seen)
+        seen.clear()
+        return nn.functional.cross_entropy(output, target) + inner.var()
+
+    data = classes(8, 7, 8, 8)
+    here = problem(nn.Sequential(*mlp(), inside), data, by_attribute)
+    assert_same(together(here), alone(here))
+    model = mlp()
+    model[2].register_forward_hook(lambda module, args, output: seen.append(output))
+    here = problem(model, data, by_hook)
+    assert_same(together(here), alone(here))
+
+
+def test_a_loss_with_derivatives_in_it() -> None:
+    def slopes(output: Tensor, x: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return (slope.square().sum(1) + output.square().sum(1)).mean()
+
+    torch.manual_seed(9)
+    data = [(x.requires_grad_(), x) for x, _ in classes(8, 7, 8, 8)]
+    model = Counted(mlp())
+    here = problem(model, data, slopes)
+    expected = alone(here)
+    model.sizes.clear()
+    assert_same(together(here), expected)
+    assert_merged(model, data)
+
+
+def test_a_model_that_refuses_many_samples_runs_batch_by_batch() -> None:
+    class AtMost(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert len(x) <= 8
+            return x
+
+    torch.manual_seed(10)
+    model = Counted(nn.Sequential(*mlp(), AtMost()))
+    here = problem(model, classes(8, 7, 8, 8))
+    expected = alone(here)
+    model.sizes.clear()
+    assert_same(together(here), expected)
+    assert model.sizes == [8, 2, 2, 23, 7, 8, 8]
+
+
+def test_sites_whose_first_dimension_is_only_as_long() -> None:
+    """Time first inside the model, with as many steps as the batch has samples."""
+
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.act(self.a(x.transpose(0, 1))).transpose(0, 1))
+
+    torch.manual_seed(11)
+    data = [(torch.randn(8, 8, 2), torch.randn(8, 8, 3)) for _ in range(4)]
+    block = cg.blocks.ResidualMLP(3, 2, torch.tanh)
+    here = cg.GrowthProblem(TimeFirst(), nn.MSELoss(), data, [cg.Candidate("act", block)])
+    assert_same(together(here), alone(here))
+
+
+def test_data_that_fills_the_same_memory_again() -> None:
+    class Refilled:
+        batches = classes(8, 8, 8, 8)
+
+        def __iter__(self) -> Iterator[Any]:
+            x, target = torch.empty(8, 2), torch.empty(8, dtype=torch.int64)
+            for new_x, new_target in self.batches:
+                yield x.copy_(new_x), target.copy_(new_target)
+
+    torch.manual_seed(12)
+    here = problem(mlp(), Refilled())  # type: ignore[arg-type]
+    assert_same(together(here), alone(here))
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.int64])
+def test_outputs_without_gradients_stay_alone(kind: torch.dtype) -> None:
+    x = torch.zeros(8, 2, dtype=kind)
+    assert not treats_samples_alone(nn.Identity(), x, None, x)
 
 
 def test_blocks_without_a_closed_form_need_the_batches() -> None:
@@ -304,8 +481,16 @@ def test_a_single_batch_runs_once() -> None:
 def test_groups_end_where_shapes_change() -> None:
     wide = torch.zeros(2, 5)
     pairs = [(torch.zeros(2, 3), 0)] * 2 + [(wide, 0)] + [(wide.float(), 0)] * 2 + [("word", wide)]
-    assert [len(group) for group in in_groups(pairs, 9)] == [2, 1, 2, 1]
-    assert [len(group) for group in in_groups([], 9)] == []
+    assert [len(group) for group in in_groups(pairs, 99)] == [2, 1, 2, 1]
+    assert [len(group) for group in in_groups([], 99)] == []
+
+
+def test_groups_have_room_for_large_batches() -> None:
+    """However small the first one was."""
+    sizes = (1, 1, 4, 1, 2, 2, 2, 9, 1)
+    pairs = [(torch.zeros(n, 3), 0) for n in sizes]
+    groups = [[len(x) for x, _ in group] for group in in_groups(pairs, 12)]
+    assert groups == [[1, 1], [4], [1, 2], [2, 2], [9], [1]]
 
 
 def test_joining_keeps_the_structure() -> None:

@@ -32,7 +32,15 @@ from constrained_growth.models.observation import (
 )
 from constrained_growth.models.sharding import Leaves, is_sharded, is_spread, summed_like
 from constrained_growth.multipliers.grouping import Site
-from constrained_growth.multipliers.merging import in_groups, joined, treats_samples_alone
+from constrained_growth.multipliers.keeping import is_as_before, is_watched, kept_in
+from constrained_growth.multipliers.merging import (
+    emptying,
+    in_groups,
+    joined,
+    may_merge,
+    numbers_in,
+    parts_of,
+)
 from constrained_growth.multipliers.recording import Recorder
 from constrained_growth.multipliers.tallies import Estimate, accumulation_dtype, scaled
 
@@ -110,12 +118,13 @@ def measure(
     bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
 
     sharded = is_sharded(model)
+    merging = not several(group) and not is_watched(model)
 
     def read() -> None:
         pairs = batches(bar, device_of(model))
         with running.watching():
             if not sharded:
-                running.add_all(pairs, merging=not several(group))
+                running.add_all(pairs, merging=merging)
                 return
             counting = (pair for pair in pairs if batch_weight(weight, *pair) > 0)
             for (input, target), new in in_step(counting, group):
@@ -199,9 +208,8 @@ class MultiplierPass:
     def add_all(self, pairs: Iterable[tuple[Any, Any]], *, merging: bool) -> None:
         """Take in batches one after the other, small ones several at a time where that is exact.
 
-        The loss is that of each batch alone, on its part of the output. It is done where
-        multipliers and variances have closed forms, and the model treats every sample by itself,
-        as the first batch shows.
+        The loss is that of each batch alone, on its part of the output. It is done where all
+        blocks have closed forms, and the model treats every sample alone and keeps nothing of it.
 
         Args:
             pairs: `(input, target)` batches.
@@ -214,13 +222,15 @@ class MultiplierPass:
         first = next((pair for pair in pairs if batch_weight(self._weight, *pair) > 0), None)
         if first is None:
             return
+        at_most = self._recorder.mergeable(batch_size(*first)) if merging else 1
+        kept = kept_in(self._model, self._loss_fn) if at_most > 1 else None
         output = self._add_group([first])
+        still = kept is not None and is_as_before(kept, kept_in(self._model, self._loss_fn))
         others = list(itertools.islice(pairs, 1))
-        at_most = self._recorder.mergeable(batch_size(*first)) if merging and others else 1
-        if at_most > 1 and not treats_samples_alone(self._model, *first, output):
-            at_most = 1
-        del first, output
-        for group in in_groups(_emptying(others, pairs), at_most):
+        merges = still and may_merge(self._model, first, others, output)
+        room = at_most * numbers_in(first[0]) if merges else 0
+        del first, output, kept
+        for group in in_groups(emptying(others, pairs), room):
             self._add_group(group)
 
     def _add_group(self, group: Sequence[tuple[Any, Any]], *, counts: bool = True) -> object:
@@ -234,21 +244,26 @@ class MultiplierPass:
         sizes = [batch_size(*pair) for pair in group]
         self._size = sum(sizes)
         self._recorder.begin(self._size, counts=counts)
-        output = call(self._model, joined([input for input, _ in group]))
-        outputs = [output] if len(group) == 1 else torch.unsafe_split_with_sizes(output, sizes)
-        reached: list[bool] = []  # by backward, in a group of several
-        if len(group) > 1:
-            for part in outputs:
-                part.register_hook(lambda gradient: reached.append(gradient is not None))
+        try:
+            output = call(self._model, joined([input for input, _ in group]))
+            if len(group) > 1:
+                self._recorder.check_samples()
+            parts, reached = parts_of(output, sizes)
+        except Exception:
+            if len(group) == 1:
+                raise
+            for pair in group:  # a model may well refuse so many samples
+                self.add(*pair)
+            return None
         loss: Any = 0
-        for part, (_, target), weight in zip(outputs, group, weights, strict=True):
+        for part, (_, target), weight in zip(parts, group, weights, strict=True):
             share = weight / self._size
             mean = checked_loss(self._loss_fn(part, target))
             loss = loss + (mean if share == 1 else mean * share)
         loss = loss if counts else loss * 0
         leaves = self._leaves.values
         grads = self._recorder.backward(loss, list(leaves.values()))
-        if 1 < len(group) != sum(reached):
+        if len(reached) < len(group):
             self._recorder.refuse_unreached()
         if not self._streams and self._leaves.sharded:
             self._add_gradients(dict(zip(leaves, grads, strict=True)))
@@ -256,14 +271,13 @@ class MultiplierPass:
             for total, grad in zip(self._gradients, grads, strict=True):
                 if grad is not None:
                     total.add_(grad, alpha=self._size)
-        output = output.detach() if isinstance(output, Tensor) else None
         if not counts:
-            return output
+            return None
         self._loss.add_(loss.detach().to(self._loss.device), alpha=self._size)
         self._num_samples += self._size
         self._num_batches += len(group)
         self._whole += sum(weights)
-        return output
+        return output.detach() if isinstance(output, Tensor) else None
 
     def _add_gradients(self, grads: Mapping[str, Tensor | None]) -> None:
         for (name, parameter), total in zip(self._parameters.items(), self._gradients, strict=True):
@@ -356,13 +370,6 @@ class MultiplierPass:
             num_samples=count,
             num_batches=self._num_batches,
         )
-
-
-def _emptying(some: list[Any], others: Iterable[Any]) -> Iterator[Any]:
-    """Those of the list, which forgets them, and then the others."""
-    while some:
-        yield some.pop(0)
-    yield from others
 
 
 _SMALL = 2**20

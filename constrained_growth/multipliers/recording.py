@@ -84,7 +84,18 @@ class Recorder:
         if size != self._size:
             self.flush()
         self._size = size
+        self._xs = [None] * len(self._sites)  # of a forward pass that has failed
         self._forward = True
+
+    def check_samples(self) -> None:
+        """Ask that all sites were reached in forward, and hold something for each sample.
+
+        Raises:
+            CandidateError: Otherwise.
+        """
+        size = self._size
+        if not all(x is not None and x.dim() > 1 and len(x) == size for x in self._xs):
+            self._complain(lambda x: x is None or x.dim() < 2 or len(x) != size)
 
     def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """One backward pass down to the sites (and parameters, whose gradients it returns).
