@@ -73,7 +73,7 @@ def overview() -> RenderableType:
         )
     kinds = "relu [8, 8], residual-outer [8, 8], convolution [4, 4]"
     images = "With and without insertion on images: --data digits, mnist1d or mnist."
-    table.add_row("images", images, kinds, "20 + 40", "about 30 min")
+    table.add_row("images", images, kinds, "20 + 40", "about 25 min")
     return table
 
 
