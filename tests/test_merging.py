@@ -104,9 +104,9 @@ def assert_same(one: one_pass.Measurement, other: one_pass.Measurement) -> None:
 
 
 def assert_merged(model: Counted, data: Data) -> None:
-    """The first batch, two parts of it, and all the others together."""
+    """The first batch, two of its samples, two others, and all other batches together."""
     first, *others = (len(x) for x, _ in data)
-    assert model.sizes == [first, (first + 2) // 4, (first + 1) // 4, sum(others)]
+    assert model.sizes == [first, 2, 2, sum(others)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -289,6 +289,29 @@ def test_what_depends_on_one_sample_of_all() -> None:
         assert not treats_samples_alone(model, x, None, model(x))
 
 
+class Halves(nn.Module):
+    """Each sample of the first half of a batch is mixed with one of the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = x.chunk(2)
+        return torch.cat([one - other, one + other])
+
+
+class Room(nn.Module):
+    """As with experts, which take half of the samples at most, the first that come."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mine = x[:, :1] > 0
+        return torch.where(mine & (mine.cumsum(0) > len(x) // 2), 0.0, x)
+
+
+def test_what_depends_on_how_many_came_before() -> None:
+    """Also where there was room enough."""
+    x = torch.tensor([1.0, -1, -1, -1, 1, 1, 1, -1])[:, None]
+    assert torch.equal(Room()(x), x)
+    assert not treats_samples_alone(Room(), x, None, x)
+
+
 class Pairs(nn.Module):
     """Samples that follow each other are mixed."""
 
@@ -336,19 +359,21 @@ def spectral() -> nn.Module:
     return nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
 
 
-@pytest.mark.parametrize("make", [Pairs, Carried, Later, Bank, spectral, lambda: nn.Dropout(1e-9)])
+@pytest.mark.parametrize(
+    "make", [Pairs, Halves, Carried, Later, Bank, spectral, lambda: nn.Dropout(1e-9)]
+)
 def test_what_is_kept_or_drawn_is_as_batch_by_batch(make: Callable[[], nn.Module]) -> None:
     """Also not changed by a run more than there are batches."""
     measured = []
     for way in (alone, together):
         torch.manual_seed(6)
         model = Counted(nn.Sequential(*mlp(), make()))
-        here = problem(model, classes(8, 7, 8, 8, 8))
+        here = problem(model, classes(8, 6, 8, 8, 8))
         model.sizes.clear()
         torch.manual_seed(7)
         measured.append(way(here))
     assert_same(*measured)
-    assert model.sizes[-4:] == [7, 8, 8, 8]
+    assert model.sizes[-4:] == [6, 8, 8, 8]
 
 
 def test_a_loss_of_what_was_inside_the_model() -> None:
