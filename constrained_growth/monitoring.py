@@ -29,8 +29,9 @@ from constrained_growth.multipliers.windows import Batch, Window, plainly
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.rules.deciding import decide
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
-from constrained_growth.solve import decide, size_of
+from constrained_growth.solve import size_of
 from constrained_growth.statistics import debiased_square
 
 _FROBENIUS = Frobenius()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +24,8 @@ from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass,
 from constrained_growth.multipliers.tallies import Estimate
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import DecisionRule, Rule, TopK, needs_model
+from constrained_growth.rules import Rule, TopK, needs_model
+from constrained_growth.rules.deciding import decide, decide_about
 from constrained_growth.sampling import (
     AdaptiveSampling,
     Reach,
@@ -58,6 +58,7 @@ def solve(
     throw: bool = True,
     progress: bool | None = None,
     sampling: AdaptiveSampling | None = None,
+    merge: bool = True,
 ) -> Solution:
     """The multipliers of all pins, how large they are, and what the rule makes of them.
 
@@ -85,6 +86,10 @@ def solve(
         sampling: `AdaptiveSampling()` to read no more of the data than the decision needs; None
             (default) reads all. The solution says what part it was (`data_fraction`), and all
             its numbers are then estimates from that part.
+        merge: Run small batches through the model several at a time (True, default), each with
+            its own loss, where that gives the same: where the first batch shows that the model
+            treats every sample by itself and keeps nothing. False for a model that mixes the
+            samples of a batch in some later batch only, or in backward only.
 
     Returns:
         The solution, pure data.
@@ -117,7 +122,7 @@ def solve(
     _check(problem, rule, norm, gtol)
     with untouched(problem.model, problem.data), differentiable():
         if sampling is None:
-            found, reach = _measured(problem, norm, stationarity, progress), None
+            found, reach = _measured(problem, norm, stationarity, progress, merge), None
         else:
             found, reach = _sampled(problem, rule, norm, stationarity, progress, sampling)
     sensitivities = _sensitivities(problem, found, norm)
@@ -176,7 +181,11 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
 
 
 def _measured(
-    problem: GrowthProblem, norm: Norm | MomentNorm, stationarity: bool, progress: bool | None
+    problem: GrowthProblem,
+    norm: Norm | MomentNorm,
+    stationarity: bool,
+    progress: bool | None,
+    merge: bool,
 ) -> Measurement:
     return measure(
         problem.model,
@@ -188,6 +197,7 @@ def _measured(
         progress=progress,
         group=problem.group,
         weight=problem.weight,
+        merge=merge,
     )
 
 
@@ -338,55 +348,3 @@ def _status(
     if residual is None:
         return Status.STATIONARITY_UNKNOWN
     return Status.KKT_MULTIPLIERS if residual <= gtol else Status.LEAST_SQUARES_ESTIMATES
-
-
-def decide_about(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
-    """What a rule of either kind decides about a solution, if it is a decision about it.
-
-    Raises:
-        RuleError: It is not.
-    """
-    if not needs_model(rule):
-        return decide(rule, solution.sensitivities)
-    with untouched(problem.model, problem.data):
-        return checked_decision(rule, rule.decide(problem, solution), solution.sensitivities)
-
-
-def decide(rule: DecisionRule, sensitivities: Mapping[str, Sensitivity]) -> Decision:
-    """What a rule that needs the sensitivities alone decides, if it is a decision about them.
-
-    Raises:
-        RuleError: It is not.
-    """
-    return checked_decision(rule, rule(MappingProxyType(dict(sensitivities))), sensitivities)
-
-
-def checked_decision(
-    rule: object, decision: object, sensitivities: Mapping[str, Sensitivity]
-) -> Decision:
-    """The decision, if it is one about these candidates.
-
-    Raises:
-        RuleError: It is not.
-    """
-    if not isinstance(decision, Decision):
-        raise RuleError(
-            f"rule={rule!r} returned {decision!r}, not a cg.Decision; return "
-            "cg.Decision(chosen=('name of a candidate', ...)), with () to insert nothing."
-        )
-    named = isinstance(decision.chosen, Iterable) and not isinstance(decision.chosen, str)
-    if not named or not all(isinstance(name, str) for name in decision.chosen):
-        raise RuleError(f"rule={rule!r} chose {decision.chosen!r}, not a tuple of names.")
-    unknown = [name for name in decision.chosen if name not in sensitivities]
-    if unknown or len(set(decision.chosen)) != len(decision.chosen):
-        raise RuleError(
-            f"rule={rule!r} chose {decision.chosen}; the candidates are {tuple(sensitivities)}, "
-            "each to be chosen at most once."
-        )
-    strangers = [name for name in decision.values if name not in decision.chosen]
-    if strangers:
-        raise RuleError(
-            f"rule={rule!r} gives values for {strangers}, which it did not choose; it chose "
-            f"{decision.chosen}."
-        )
-    return decision

@@ -494,6 +494,18 @@ def test_blocks_without_a_closed_form_need_the_batches() -> None:
     assert model.sizes == [8, 8, 8, 8]
 
 
+def test_one_at_a_time_if_asked() -> None:
+    torch.manual_seed(8)
+    model = Counted(mlp())
+    here = problem(model, classes(8, 8, 8, 8))
+    model.sizes.clear()
+    alone, merged = (cg.solve(here, merge=merge, progress=False) for merge in (False, True))
+    assert model.sizes[:4] == [8, 8, 8, 8]
+    assert 24 in model.sizes[4:]
+    for pin in here.constraints:
+        torch.testing.assert_close(alone.dual_value(pin), merged.dual_value(pin))
+
+
 def test_a_single_batch_runs_once() -> None:
     torch.manual_seed(7)
     model = Counted(mlp())

@@ -78,6 +78,7 @@ def measure(
     progress: bool | None = None,
     group: ProcessGroup | None = None,
     weight: Weight = None,
+    merge: bool = True,
 ) -> Measurement:
     """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
 
@@ -105,6 +106,7 @@ def measure(
         group: The processes that have a shard of the data each. They all call this, and get the
             means over all the data; sums and counts are added up, never norms.
         weight: How much a batch counts, as in `GrowthProblem`; those of weight 0 are passed over.
+        merge: Whether small batches may run together.
 
     Raises:
         DataError: No batches, or a batch or loss that cannot be used.
@@ -118,13 +120,13 @@ def measure(
     bar = tqdm(data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
 
     sharded = is_sharded(model)
-    merging = not several(group) and not is_watched(model)
+    merge = merge and not several(group) and not is_watched(model)
 
     def read() -> None:
         pairs = batches(bar, device_of(model))
         with running.watching():
             if not sharded:
-                running.add_all(pairs, merging=merging)
+                running.add_all(pairs, merge=merge)
                 return
             counting = (pair for pair in pairs if batch_weight(weight, *pair) > 0)
             for (input, target), new in in_step(counting, group):
@@ -205,7 +207,7 @@ class MultiplierPass:
         """
         self._add_group([(input, target)], counts=counts)
 
-    def add_all(self, pairs: Iterable[tuple[Any, Any]], *, merging: bool) -> None:
+    def add_all(self, pairs: Iterable[tuple[Any, Any]], *, merge: bool) -> None:
         """Take in batches one after the other, small ones several at a time where that is exact.
 
         The loss is that of each batch alone, on its part of the output. It is done where all
@@ -213,7 +215,7 @@ class MultiplierPass:
 
         Args:
             pairs: `(input, target)` batches.
-            merging: Whether several may be run through the model as one.
+            merge: Whether several may be run through the model as one.
 
         Raises:
             DataError, CandidateError: As `add`.
@@ -222,7 +224,7 @@ class MultiplierPass:
         first = next((pair for pair in pairs if batch_weight(self._weight, *pair) > 0), None)
         if first is None:
             return
-        at_most = self._recorder.mergeable(batch_size(*first)) if merging else 1
+        at_most = self._recorder.mergeable(batch_size(*first)) if merge else 1
         kept = kept_in(self._model, self._loss_fn) if at_most > 1 else None
         output = self._add_group([first])
         still = kept is not None and is_as_before(kept, kept_in(self._model, self._loss_fn))
