@@ -265,6 +265,6 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch):
     written = (folder / "constrained-growth-bench-multipliers.txt").read_text(encoding="utf-8")
     assert written.strip()
     command, _, *lines = written.splitlines()
-    assert command.startswith("$ constrained-growth ")
+    assert command.startswith("$ constrained-growth")
     shown = [line.rstrip() for line in ran.output.splitlines()]
     assert lines == shown[: len(lines)]
