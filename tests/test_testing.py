@@ -359,7 +359,7 @@ DEFECTS: dict[Callable[[], nn.Module], list[str]] = {
     Sharing: ["shares parameters"],
     Hidden: ["the tensor 'rows' is neither a parameter nor a buffer"],
     Forgetful: ["with its state dict loaded into a copy"],
-    Unpicklable: ["Pickled and read again", "Can't pickle"],
+    Unpicklable: ["Pickled and read again", "local object"],
     Configured: ["config", "TypeError"],
     OtherConfig: ["config() builds parameters", "(2, 4)"],
     OneDtype: ["moved by .to(torch.float32) it gives torch.float64"],
