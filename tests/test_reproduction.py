@@ -579,3 +579,18 @@ def test_images_are_reproduced_too(tmp_path, monkeypatch):
 
 def _some(split):
     return dataclasses.replace(split, x_train=split.x_train[:99], y_train=split.y_train[:99])
+
+
+def test_the_bar_ends_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where an arm is trained in groups, by the sites that the replicas choose."""
+    bars = []
+
+    class Bar(reproduction.tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+    monkeypatch.setattr(reproduction, "tqdm", Bar)
+    reproduction.reproduce(tiny(), range(8), progress=True)
+    (bar,) = bars
+    assert bar.n == bar.total > 0

@@ -143,7 +143,7 @@ class _Setting:
             batch=self.experiment.batch,
             order=order,
             test=Samples(self.test.x[list(rows)], self.test.y[list(rows)]),
-            on_epoch=self.on_epoch,
+            on_epoch=self.on_epoch if 0 in rows else _nothing,  # an arm in groups counts once
         )
 
     def layer(self, before: Ensemble) -> NewLayer:
@@ -361,3 +361,7 @@ def _epochs_in_all(experiment: Experiment) -> int:
     others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
     changed = 0 if experiment.factor == 1 else 2 * experiment.after
     return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others + changed
+
+
+def _nothing() -> None:
+    pass
