@@ -591,6 +591,7 @@ def test_the_bar_ends_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
             bars.append(self)
 
     monkeypatch.setattr(reproduction, "tqdm", Bar)
-    reproduction.reproduce(tiny(), range(8), progress=True)
+    found = reproduction.reproduce(tiny(chunk=20), range(20), progress=True)
+    assert len(set(found.arms["recommended"].site)) > 1
     (bar,) = bars
     assert bar.n == bar.total > 0
