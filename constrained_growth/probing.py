@@ -21,6 +21,7 @@ from constrained_growth.models.observation import (
     batch_weight,
     batches,
     call,
+    checked_loss,
     device_of,
     hooked,
     tensors_of,
@@ -30,7 +31,6 @@ from constrained_growth.models.sharding import is_sharded, is_spread
 from constrained_growth.multipliers.anchors import anchors_of
 from constrained_growth.multipliers.fitting import check_fit
 from constrained_growth.multipliers.grouping import Site
-from constrained_growth.multipliers.one_pass import checked_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -220,6 +220,8 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     )
     resumed = reproduce(experiment, range(5), cache=tmp_path)
     assert seen == [(2, 3), (4,)]
+    assert len(list(tmp_path.iterdir())) == 3
+    reproduction.forget(experiment, range(5), tmp_path)
     assert list(tmp_path.iterdir()) == []
     assert resumed.seeds == at_once.seeds == tuple(range(5))
     assert resumed.samples == at_once.samples
@@ -403,6 +405,26 @@ def small_protocols(monkeypatch):
     }
     monkeypatch.setattr(command, "EXPERIMENTS", small)
     return small
+
+
+def test_a_command_of_several_experiments_repeats_none_of_them(
+    tmp_path, monkeypatch, small_protocols
+):
+    honest, ran = reproduction._run, []
+
+    def interrupted(experiment, seeds, *rest):
+        ran.append(experiment.name)
+        if ran == ["Exp9", "Exp10"]:
+            raise KeyboardInterrupt
+        return honest(experiment, seeds, *rest)
+
+    monkeypatch.setattr(reproduction, "_run", interrupted)
+    arguments = ["reproduce", "all", "--seeds", "3", "--out", str(tmp_path)]
+    assert CliRunner().invoke(app, arguments).exit_code != 0
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 0, again.output
+    assert ran == ["Exp9", "Exp10", "Exp10"]
+    assert not list(tmp_path.glob("*.npz"))
 
 
 def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, small_protocols):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import typer
 
@@ -52,6 +52,8 @@ Tables = Annotated[
 class Plan(Protocol):
     """What is run: a data class, its tasks with names."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def tasks(self) -> Sequence[Any]:
         """Which tasks."""
@@ -68,4 +70,4 @@ def only(plan: AnyPlan, names: list[str]) -> AnyPlan:
         if name not in known:
             raise typer.BadParameter(f"--task {name} is none of {', '.join(known)}.")
     tasks = [task for task in plan.tasks if not names or task.name in names]
-    return replace(plan, tasks=tasks)  # type: ignore[type-var]
+    return replace(plan, tasks=tasks)

@@ -127,6 +127,25 @@ def call(model: Callable[..., Any], input: object) -> Any:
     return model(input)
 
 
+def checked_loss(loss: object) -> Tensor:
+    """The loss, if it is a scalar tensor.
+
+    Raises:
+        DataError: It is not.
+    """
+    if not isinstance(loss, Tensor):
+        raise DataError(
+            f"loss_fn returned a {type(loss).__name__}, not a scalar tensor; it is called as "
+            "loss_fn(model output, target)."
+        )
+    if loss.dim() != 0:
+        raise DataError(
+            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar; use the mean "
+            'over the samples (reduction="mean").'
+        )
+    return loss
+
+
 def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     """Name → shape of the parameters of a module."""
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

@@ -27,6 +27,7 @@ from constrained_growth.models.observation import (
     batch_weight,
     batches,
     call,
+    checked_loss,
     device_of,
     hooked,
 )
@@ -381,22 +382,3 @@ _SMALL = 2**20
 def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
     same = len(sizes) == len(others)
     return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)
-
-
-def checked_loss(loss: object) -> Tensor:
-    """The loss, if it is a scalar tensor.
-
-    Raises:
-        DataError: It is not.
-    """
-    if not isinstance(loss, Tensor):
-        raise DataError(
-            f"loss_fn returned a {type(loss).__name__}, not a scalar tensor; it is called as "
-            "loss_fn(model output, target)."
-        )
-    if loss.dim() != 0:
-        raise DataError(
-            f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar; use the mean "
-            'over the samples (reduction="mean").'
-        )
-    return loss

@@ -22,11 +22,11 @@ from constrained_growth.models.observation import (
     batch_weight,
     batches,
     call,
+    checked_loss,
     device_of,
     differentiable,
     untouched,
 )
-from constrained_growth.multipliers.one_pass import checked_loss
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Planned, Solution
 from constrained_growth.virtual.loss import FORWARD_PASSES, stand

@@ -14,12 +14,12 @@ from constrained_growth.models.observation import (
     batch_weight,
     batches,
     call,
+    checked_loss,
     device_of,
     differentiable,
     untouched,
 )
 from constrained_growth.models.outputs import tensor_in, with_tensor
-from constrained_growth.multipliers.one_pass import checked_loss
 from constrained_growth.problem import GrowthProblem
 
 

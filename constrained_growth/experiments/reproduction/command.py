@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json as jsons
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +17,13 @@ from rich.console import Console, RenderableType
 
 from constrained_growth.errors import DataError
 from constrained_growth.experiments.command_options import Json, Seed, Tables
+from constrained_growth.experiments.command_output import command_line
 from constrained_growth.experiments.data import Split, digits, mnist1d
 from constrained_growth.experiments.mnist import mnist
 from constrained_growth.experiments.reproduction import figures, report
 from constrained_growth.experiments.reproduction.account import account
 from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, Experiment, on_images
+from constrained_growth.experiments.reproduction.reproduce import forget
 from constrained_growth.experiments.reproduction.reproduce import reproduce as run
 from constrained_growth.experiments.reproduction.runs import Reproduction
 from constrained_growth.experiments.timing import one_thread
@@ -84,13 +84,14 @@ def reproduce(
         console.print(report.overview())
         return
     results = dict[str, dict[str, Any]]()
-    for experiment in _named(name, network, data, root):
+    experiments = _named(name, network, data, root)
+    each, dtype = range(seed, seed + seeds), torch.float32 if float32 else torch.float64
+    for experiment in experiments:
         begin = time.perf_counter()
         console.print(report.describe(experiment))
         with one_thread():
-            dtype = torch.float32 if float32 else torch.float64
-            found = run(experiment, range(seed, seed + seeds), cache=out, dtype=dtype)
-        results[experiment.name] = jsons.loads(report.to_json(found, _command()))
+            found = run(experiment, each, cache=out, dtype=dtype)
+        results[experiment.name] = jsons.loads(report.to_json(found, command_line()))
         console.print(report.tables(found))
         if out is not None:
             _write(found, out, results[experiment.name])
@@ -102,6 +103,9 @@ def reproduce(
     if json is not None:
         content = results if len(results) > 1 else next(iter(results.values()))
         json.write_text(jsons.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    if out is not None:  # only now: an interrupted command goes on where it was
+        for experiment in experiments:
+            forget(experiment, each, out, dtype)
 
 
 def _named(name: str, network: FamilyName | None, data: ImageName, root: Path) -> list[Experiment]:
@@ -146,11 +150,6 @@ def _write(found: Reproduction, folder: Path, content: object) -> None:
 def _write_tables(path: Path, *tables: RenderableType) -> None:
     with path.open("w", encoding="utf-8") as file:
         written = Console(file=file, width=WIDTH, highlight=False)
-        written.print(f"{_command()}\n", soft_wrap=True)
+        written.print(f"{command_line()}\n", soft_wrap=True)
         for table in tables:
             written.print(table)
-
-
-def _command() -> str:
-    """What was typed."""
-    return shlex.join(["constrained-growth", *sys.argv[1:]])

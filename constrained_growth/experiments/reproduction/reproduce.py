@@ -66,8 +66,8 @@ def reproduce(
     Args:
         experiment: One of `protocols.EXPERIMENTS`, or a changed one.
         seeds: One for each run.
-        cache: Folder in which finished chunks of seeds wait until all are done, so that an
-            interrupted run goes on where it was. None keeps nothing.
+        cache: Folder in which finished chunks of seeds wait, so that an interrupted run goes on
+            where it was, until `forget` is called. None keeps nothing.
         progress: Show a bar; None (default) only on a terminal.
         dtype: Of data and parameters. Not float32, as in the source: what a step gains is often
             less than its last digit.
@@ -75,11 +75,10 @@ def reproduce(
     Returns:
         All runs. A run is the same whatever other seeds it is run with, but for rounding.
     """
-    step = experiment.chunk
-    parts = [tuple(seeds[i : i + step]) for i in range(0, len(seeds), step)]
+    parts = _chunks(experiment, seeds)
     total = len(parts) * _epochs_in_all(experiment)
     hide = None if progress is None else not progress
-    found, files = list[Reproduction](), list[Path]()
+    found = list[Reproduction]()
     with tqdm(total=total, desc=experiment.name, unit=" epochs", disable=hide) as bar:
         for part in parts:
             file = None if cache is None else cache / file_name(experiment, part, dtype)
@@ -90,11 +89,23 @@ def reproduce(
                 found.append(_run(experiment, part, dtype, bar.update))
                 if file is not None:
                     save(file, found[-1])
-            if file is not None:
-                files.append(file)
-    for file in files:
-        file.unlink()
     return joined(found)
+
+
+def forget(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    cache: Path,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Delete the chunks that `reproduce`, called with the same, has left in a folder."""
+    for part in _chunks(experiment, seeds):
+        (cache / file_name(experiment, part, dtype)).unlink(missing_ok=True)
+
+
+def _chunks(experiment: Experiment, seeds: Sequence[int]) -> list[tuple[int, ...]]:
+    step = experiment.chunk
+    return [tuple(seeds[i : i + step]) for i in range(0, len(seeds), step)]
 
 
 def networks(
