@@ -7,7 +7,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -93,10 +93,14 @@ def as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off on a device, if it is on."""
-    on = torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
+@contextmanager
+def full_precision(*devices: torch.device) -> Iterator[None]:
+    """Autocast off on these devices, where it is on."""
+    with ExitStack() as stack:
+        for kind in {device.type for device in devices}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def generators_of(other: object) -> list[torch.Generator]:

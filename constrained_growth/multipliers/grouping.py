@@ -69,7 +69,7 @@ class Member:
     closed: bool
 
 
-_STROKE = 2**18
+STROKE = 2**18
 """Bytes of (x, δ) of one batch that are worked off in one stroke: they should stay in the cache."""
 
 
@@ -91,7 +91,7 @@ def grouped(
     found: Counter[Hashable] = Counter()
     for index, site in enumerate(sites):
         together = joint and all(has_factors(block) for block in site.blocks.values())
-        most = max(1, _STROKE // (2 * max(site.bytes, 1)))
+        most = max(1, STROKE // (2 * max(site.bytes, 1)))
         for name, block in site.blocks.items():
             key: Hashable = name
             kind = site.kinds[name]

@@ -258,11 +258,12 @@ class MultiplierPass:
             for pair in group:  # a model may well refuse so many samples
                 self.add(*pair)
             return None
-        loss: Any = 0
+        loss: Any = None
         for part, (_, target), weight in zip(parts, group, weights, strict=True):
             share = weight / self._size
             mean = checked_loss(self._loss_fn(part, target))
-            loss = loss + (mean if share == 1 else mean * share)
+            part_of_it = mean if share == 1 else mean * share
+            loss = part_of_it if loss is None else loss + part_of_it
         loss = loss if counts else loss * 0
         leaves = self._leaves.values
         grads = self._recorder.backward(loss, list(leaves.values()))

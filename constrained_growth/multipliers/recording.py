@@ -16,7 +16,7 @@ from constrained_growth.models.contexts import NO_CONTEXT, Context, context_of, 
 from constrained_growth.models.distributed import add_up, everywhere
 from constrained_growth.models.observation import full_precision
 from constrained_growth.models.outputs import tensor_at, with_tensor
-from constrained_growth.multipliers.grouping import Member, Site, grouped, stacked
+from constrained_growth.multipliers.grouping import STROKE, Member, Site, grouped, stacked
 from constrained_growth.multipliers.tallies import Counts, Estimate, Squares
 from constrained_growth.multipliers.uses import Use
 
@@ -42,13 +42,14 @@ class Recorder:
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites) // 2)
         shared = any(site.shared for site in sites)
-        self._streams = self._batch_bytes > self._room or shared
+        alone = self._batch_bytes >= STROKE * len(sites)  # nothing gains from waiting for others
+        self._streams = self._batch_bytes > self._room or shared or alone
         self._squares: dict[torch.device, Squares] = {}
         self._groups = grouped(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
             [m for g in self._groups for m in g if m.site == i] for i in range(len(sites))
         ]
-        self._all_closed = all(member.closed for group in self._groups for member in group)
+        self._closed = [all(member.closed for member in here) for here in self._here]
         self._xs: list[Tensor | None] = [None] * len(sites)
         self._inputs: list[Tensor | GradientEdge | None] = [None] * len(sites)
         self._contexts: list[Context] = [NO_CONTEXT] * len(sites)
@@ -74,7 +75,7 @@ class Recorder:
         the gradient of θ), or 4 MiB.
         """
         by_sample = all(len(s.shape) > 1 and s.shape[0] == size for s in self._sites)
-        if self._streams or not self._all_closed or not by_sample:
+        if self._streams or not all(self._closed) or not by_sample:
             return 1
         return max(1, max(2 * self._room, _MERGED) // max(self._batch_bytes, 1))
 
@@ -108,16 +109,13 @@ class Recorder:
         self._forward = False  # what backward runs again (checkpointing) is not looked at
         inputs: list[Any] = [edge for edge in self._inputs if edge is not None]
         inputs += [use[-1] for use in self._uses]
-        grads = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
-        self._inputs = [None] * len(self._sites)
-        if self._uses:
-            self._receive_uses(grads[len(inputs) - len(self._uses) : len(inputs)])
-        if not self._streams:
-            shapes = [x.shape for x in self._xs if x is not None]
-            if shapes != self._shapes:
-                self.flush()
-            self._shapes = shapes
-            self._receive_all(grads)
+        with full_precision(*self._squares):  # PyTorch advises against backward under autocast too
+            grads = torch.autograd.grad(loss, [*inputs, *parameters], allow_unused=True)
+            self._inputs = [None] * len(self._sites)
+            if self._uses:
+                self._receive_uses(grads[len(inputs) - len(self._uses) : len(inputs)])
+            if not self._streams:
+                self._receive_all(grads)
         if any(x is not None for x in self._xs):
             self._complain(lambda x: x is not None)
         if self._streams or self._pending_bytes + self._batch_bytes > self._room:
@@ -125,27 +123,31 @@ class Recorder:
         return grads[len(inputs) :]
 
     def _receive_all(self, deltas: Sequence[Tensor | None]) -> None:
-        """Take δ at all sites; where all can wait, without a look at each."""
+        """Take δ at all sites, to be worked off later where that can be."""
         size = self._size
         if not self._counts:
             self._xs = [None] * len(self._sites)
             return
-        if self._all_closed and all(len(s) > 1 and s[0] == size for s in self._shapes):
+        shapes = [x.shape for x in self._xs if x is not None]
+        if shapes != self._shapes:
+            self.flush()
+        self._shapes = shapes
+        with torch.no_grad():
             for index, pending in enumerate(self._pending):
                 x, delta = self._xs[index], deltas[index]
-                if x is not None and delta is not None:
+                if x is None or delta is None:
+                    continue
+                if self._closed[index] and x.dim() > 1 and len(x) == size:
                     pending.append((x, delta))
                     self._pending_bytes += x.nbytes + delta.nbytes
                     self._xs[index] = None
-            return
-        with torch.no_grad():
-            for index in range(len(self._sites)):
-                self._receive(index, deltas[index])
+                else:
+                    self._receive(index, delta)
 
     def flush(self) -> None:
         """Work off whatever is pending."""
         if self._pending_bytes:
-            with torch.no_grad():
+            with full_precision(*self._squares), torch.no_grad():
                 for group in self._groups:
                     self._work_off(group)
             self._pending = [[] for _ in self._sites]
@@ -249,22 +251,19 @@ class Recorder:
                 )
 
     def _receive(self, index: int, delta: Tensor | None) -> None:
-        """Take δ at a site, to be worked off at once where memory counts, else later."""
+        """Take δ at a site and work it off at once."""
         x = self._xs[index]
         if x is None or delta is None:
             return
         self._xs[index] = None
+        context, self._contexts[index] = self._contexts[index], NO_CONTEXT
         if not self._counts:
-            self._contexts[index] = NO_CONTEXT
             return
-        members = self._here[index]
-        by_sample = x.dim() > 1 and x.shape[0] == self._size
-        if by_sample and not self._streams and all(member.closed for member in members):
-            self._pending[index].append((x, delta))
-            self._pending_bytes += x.nbytes + delta.nbytes
-            return
-        self._add(index, [Use(x, delta, self._contexts[index])])
-        self._contexts[index] = NO_CONTEXT
+        if x.dim() > 1 and len(x) == self._size and self._closed[index]:
+            for member in self._here[index]:
+                member.tally.add_samples(x, delta, self._size)
+        else:
+            self._add(index, [Use(x, delta, context)])
 
     def _receive_uses(self, deltas: Sequence[Tensor | None]) -> None:
         """Take δ at the sites that are used several times; a use may be of no consequence."""

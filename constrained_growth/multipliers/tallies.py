@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
-from constrained_growth.models.observation import full_precision
 from constrained_growth.multipliers.uses import Use, differentiated, over_uses
 from constrained_growth.norms import SecondMoments
 
@@ -63,11 +61,11 @@ class Squares:
 
     def note(self, index: int, psi: Tensor, phi: Tensor, size: int, *, has_bias: bool) -> None:
         """Take in one batch at one candidate: ψ and φ, shape (samples, out) and (samples, in)."""
-        fits = self._psi.dtype == psi.dtype and self._psi.shape[1] == psi.shape[0]
-        if not fits or index in self._noted:
+        if len(psi) != self._length or psi.dtype != self._psi.dtype:
             self.settle(size)
-        if not fits:
             self._make_room(psi)
+        elif index in self._noted:
+            self.settle(size)
         if has_bias != (index in self._with_bias):
             self._with_bias ^= {index}
             self._biases[index] = float(has_bias)
@@ -78,13 +76,18 @@ class Squares:
 
     def settle(self, size: int) -> None:
         """Put together what was noted, from batches of `size` samples each."""
-        if self._noted:
-            phi = self._phi.square().add_(self._biases)
-            self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
-            self._psi.zero_()
-            self._noted.clear()
+        if not self._noted:
+            return
+        if len(self._noted) < len(self._rows):
+            for index in set(range(len(self._rows))) - self._noted:
+                for row in self._rows[index]:
+                    row.zero_()
+        phi = self._phi.square_().add_(self._biases)
+        self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
+        self._noted.clear()
 
     def _make_room(self, psi: Tensor) -> None:
+        self._length = len(psi)
         self._psi = psi.new_zeros(len(self.values), len(psi))
         self._phi = torch.zeros_like(self._psi)
         self._biases = psi.new_zeros(len(self.values), 1)
@@ -127,22 +130,10 @@ class Counts:
     moments: dict[str, tuple[str | None, torch.Size, torch.Size, int]]
 
 
-_Method = TypeVar("_Method", bound=Callable[..., Any])
-
-
-def _in_full_precision(method: _Method) -> _Method:
-    """A method of `Tally` without autocast, which would multiply in a lower precision."""
-
-    @functools.wraps(method)
-    def precise(self: Tally, *args: Any, **options: Any) -> Any:
-        with full_precision(self.squares.device):
-            return method(self, *args, **options)
-
-    return precise  # type: ignore[return-value]
-
-
 class Tally:
     """Σ n_b λ_b and Σ ‖·‖² for one candidate, or for several of one kind worked off together.
+
+    Batches are to be taken in without autocast, which would multiply in a lower precision.
 
     Args:
         blocks: The blocks of the candidates; more than one only if their `joint_kind()` is equal.
@@ -163,6 +154,11 @@ class Tally:
             )
             for name, p in pinned_parameters(blocks[0]).items()
         }
+        self._matrices = {  # a kernel as a matrix
+            name: total.flatten(1 + len(several))
+            for name, total in self._sums.items()
+            if total.dim() > 1 + len(several)
+        }
         self._dtype = next(iter(pinned_parameters(blocks[0]).values())).dtype
         self._all_squares = squares
         self._first = first
@@ -171,7 +167,6 @@ class Tally:
         self._samples = 0
         self._batches = [0] * len(blocks)
 
-    @_in_full_precision
     def add_samples(self, x: Tensor, delta: Tensor, size: int) -> None:
         """Take in batches of `size` samples each by closed forms, for all candidates at once.
 
@@ -184,7 +179,6 @@ class Tally:
         self._add_factors(self._factors(x, delta), size)
         self._samples += x.shape[int(self._joint)]
 
-    @_in_full_precision
     def add_uses(self, uses: Sequence[Use], size: int) -> None:
         """Take in one batch by closed forms, at a site that is used several times.
 
@@ -197,7 +191,8 @@ class Tally:
         self._samples += size
 
     def _factors(self, x: Tensor, delta: Tensor) -> Iterable[AffineFactors]:
-        x, delta = x.to(self._dtype), delta.to(self._dtype)
+        if x.dtype != self._dtype or delta.dtype != self._dtype:
+            x, delta = x.to(self._dtype), delta.to(self._dtype)
         first: Any = self._blocks[0]
         if self._joint:
             return first.joint_factors(self._blocks, x, delta)
@@ -206,7 +201,7 @@ class Tally:
     def _add_factors(self, factors: Iterable[AffineFactors], size: int) -> None:
         joint = int(self._joint)
         for factor in factors:
-            weight = self._sums[factor.weight].flatten(1 + joint)  # a kernel as a matrix
+            weight = self._matrices[factor.weight]
             psi, phi = factor.cotangent, factor.features
             if psi.dtype != weight.dtype or phi.dtype != weight.dtype:
                 psi, phi = psi.to(weight.dtype), phi.to(weight.dtype)
@@ -230,7 +225,6 @@ class Tally:
             if factor.bias is not None:
                 self._sums[factor.bias].sub_(psi.sum(-2), alpha=size)
 
-    @_in_full_precision
     def add_batch(self, index: int, uses: Sequence[Use], size: int) -> list[Tensor]:
         """Take in one batch of one candidate as a whole, by differentiating its block alone.
 

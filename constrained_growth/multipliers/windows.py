@@ -11,6 +11,7 @@ from torch import Tensor
 
 from constrained_growth.errors import DataError
 from constrained_growth.models.contexts import Context
+from constrained_growth.models.observation import full_precision
 from constrained_growth.multipliers.grouping import Member, Site, grouped, stacked
 from constrained_growth.multipliers.tallies import Estimate, Squares, accumulation_dtype
 from constrained_growth.multipliers.uses import Use
@@ -100,11 +101,12 @@ class Window:
         """Work off what one batch has brought to a site, for each of its candidates."""
         self._settle(size)
         by_sample = all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
-        for member in self._here[index]:
-            if by_sample and member.closed:
-                member.tally.add_uses(uses, size)
-            else:
-                member.tally.add_batch(member.index, uses, size)
+        with full_precision(uses[0].x.device):
+            for member in self._here[index]:
+                if by_sample and member.closed:
+                    member.tally.add_uses(uses, size)
+                else:
+                    member.tally.add_batch(member.index, uses, size)
 
     def make_room(self) -> None:
         """Work off what waits if another batch of the kind would be too much."""
@@ -185,7 +187,8 @@ class Window:
             x, delta = (
                 stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
             )
-            group[0].tally.add_samples(x, delta, size)
+            with full_precision(x.device):
+                group[0].tally.add_samples(x, delta, size)
 
 
 @contextmanager
