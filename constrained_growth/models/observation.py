@@ -93,13 +93,17 @@ def as_written() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-@contextmanager
-def full_precision(*devices: torch.device) -> Iterator[None]:
+def full_precision(*devices: torch.device) -> AbstractContextManager[Any]:
     """Autocast off on these devices, where it is on."""
+    on = [device.type for device in devices if torch.is_autocast_enabled(device.type)]
+    return _without_autocast(set(on)) if on else nullcontext()
+
+
+@contextmanager
+def _without_autocast(kinds: Iterable[str]) -> Iterator[None]:
     with ExitStack() as stack:
-        for kind in {device.type for device in devices}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
         yield
 
 

@@ -233,7 +233,8 @@ class MultiplierPass:
         merges = still and may_merge(self._model, first, others, output)
         room = at_most * numbers_in(first[0]) if merges else 0
         del first, output, kept
-        for group in in_groups(emptying(others, pairs), room):
+        left = emptying(others, pairs)
+        for group in in_groups(left, room) if room else ([pair] for pair in left):
             self._add_group(group)
 
     def _add_group(self, group: Sequence[tuple[Any, Any]], *, counts: bool = True) -> object:

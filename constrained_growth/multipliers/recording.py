@@ -42,8 +42,9 @@ class Recorder:
         self._batch_bytes = 2 * sum(site.bytes for site in sites)
         self._room = max(_SMALL, sum(site.pinned_bytes for site in sites) // 2)
         shared = any(site.shared for site in sites)
-        alone = self._batch_bytes >= STROKE * len(sites)  # nothing gains from waiting for others
-        self._streams = self._batch_bytes > self._room or shared or alone
+        many = all(site.shape[:1] >= (_MANY,) for site in sites)
+        large = many and self._batch_bytes >= STROKE * len(sites)
+        self._streams = self._batch_bytes > self._room or shared or large
         self._squares: dict[torch.device, Squares] = {}
         self._groups = grouped(sites, self._squares, joint=not self._streams, moments=moments)
         self._here = [
@@ -96,7 +97,7 @@ class Recorder:
         """
         size = self._size
         if not all(x is not None and x.dim() > 1 and len(x) == size for x in self._xs):
-            self._complain(lambda x: x is None or x.dim() < 2 or len(x) != size)
+            self._complain(lambda x: x is None or x.dim() < 2 or x.shape[0] != size)
 
     def backward(self, loss: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """One backward pass down to the sites (and parameters, whose gradients it returns).
@@ -137,7 +138,7 @@ class Recorder:
                 x, delta = self._xs[index], deltas[index]
                 if x is None or delta is None:
                     continue
-                if self._closed[index] and x.dim() > 1 and len(x) == size:
+                if self._closed[index] and x.dim() > 1 and x.shape[0] == size:
                     pending.append((x, delta))
                     self._pending_bytes += x.nbytes + delta.nbytes
                     self._xs[index] = None
@@ -259,7 +260,7 @@ class Recorder:
         context, self._contexts[index] = self._contexts[index], NO_CONTEXT
         if not self._counts:
             return
-        if x.dim() > 1 and len(x) == self._size and self._closed[index]:
+        if x.dim() > 1 and x.shape[0] == self._size and self._closed[index]:
             for member in self._here[index]:
                 member.tally.add_samples(x, delta, self._size)
         else:
@@ -321,6 +322,9 @@ class Recorder:
             "depend on them; choose sites that every batch passes."
         )
 
+
+_MANY = 512
+"""Samples that make good use of the machine in a product; with more at a time nothing is gained."""
 
 _SMALL = 2**20
 """Bytes of (x, δ) that may always wait."""

@@ -61,7 +61,7 @@ class Squares:
 
     def note(self, index: int, psi: Tensor, phi: Tensor, size: int, *, has_bias: bool) -> None:
         """Take in one batch at one candidate: ψ and φ, shape (samples, out) and (samples, in)."""
-        if len(psi) != self._length or psi.dtype != self._psi.dtype:
+        if psi.shape[0] != self._length or psi.dtype != self._psi.dtype:
             self.settle(size)
             self._make_room(psi)
         elif index in self._noted:
