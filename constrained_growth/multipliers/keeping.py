@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -49,7 +48,8 @@ def kept_in(*owners: object) -> Kept:
     kept: Kept = [(value, _copied(value)) for value in found]
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     kept += [(None, state) for state in (torch.get_rng_state(), *devices)]
-    return [*kept, (None, pickle.dumps((random.getstate(), np.random.get_state())))]  # noqa: NPY002
+    name, keys, *place = np.random.get_state()  # noqa: NPY002
+    return [*kept, (None, (random.getstate(), name, np.asarray(keys).tobytes(), place))]
 
 
 def is_as_before(before: Kept, after: Kept) -> bool:
