@@ -34,6 +34,8 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1)
         cg.TrustRegion(max_products=3),
         cg.TrustRegion(joint=True, max_products=2),
         cg.Trial(4, SGD),
+        cg.Stable(SGD, max_products=2),
+        cg.then(cg.TopK(1), cg.Stable(SGD)),
         cg.then(cg.TopK(1), cg.TrustRegion(max_products=3)),
         cg.then(cg.Threshold(absolute=0.0), cg.TopK(1)),
     ],

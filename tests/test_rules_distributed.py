@@ -1,5 +1,6 @@
 """Rules that ask the model, on two processes with a shard each, against one with all the data."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def compare(number: int) -> None:
         lambda: cg.TrustRegion(max_products=5),
         lambda: cg.TrustRegion(max_products=5, joint=True),
         lambda: cg.Budget(parameters=20, multiply_adds=16),
+        lambda: cg.Stable(functools.partial(torch.optim.SGD, lr=0.1)),
     ]
     for rule in rules:
         with nothing_left_behind(model):
@@ -43,6 +45,8 @@ def compare(number: int) -> None:
         for key in ("predicted", "actual", "gain"):
             if key in single.evidence:
                 assert together.evidence[key] == pytest.approx(single.evidence[key], rel=1e-6)
+        parts = [decision.evidence.get("stability", {}) for decision in (together, single)]
+        assert parts[0] == {name: pytest.approx(part, rel=1e-9) for name, part in parts[1].items()}
     step = cg.solve(problems[1]).multipliers["1"]
     slopes = [cg.directional_derivative(problem, "1", step) for problem in problems]
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-10)

@@ -11,6 +11,7 @@ from constrained_growth.rules.controls import Fixed, Random
 from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
 from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.ranking import Threshold, TopK
+from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trial import Trial
 from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState
 
@@ -24,6 +25,7 @@ __all__ = [
     "PlateauState",
     "Random",
     "Rule",
+    "Stable",
     "Threshold",
     "TopK",
     "Trial",

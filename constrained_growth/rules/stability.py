@@ -1,0 +1,246 @@
+"""Whether the optimizer's steps would still be stable with a layer inserted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.linalg import eigh_tridiagonal
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from constrained_growth.errors import RuleError
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.solution import Decision, Solution
+from constrained_growth.virtual.loss import VirtualLoss
+
+SGDFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+"""`(parameters) -> optimizer`, such as `functools.partial(torch.optim.SGD, lr=0.1)`."""
+
+
+@dataclass(frozen=True)
+class Stable:
+    """Those candidates with which the steps of SGD stay below the limit of their stability.
+
+    On a quadratic loss, steps of size η with momentum β grow without bound along a direction of
+    curvature κ, however small they begin, where
+
+        η κ > 2(1 + β)    (with Nesterov's momentum: η κ > 2(1 + β)/(1 + 2β)).
+
+    A new layer adds directions, also while it does nothing: the largest eigenvalue of the
+    Gauss–Newton matrix in (θ, v) is never below that in θ alone. A candidate is refused where η
+    times that, at v = 0, is above `factor` times the limit. λ says how fast the loss falls along
+    the new directions and nothing about this, so that it is a question for a second rule:
+    `then(TopK(1), Stable(optimizer))` inserts the best candidate or nothing, and
+    `then(Stable(optimizer), TopK(1))` the best of those that are stable, at a cost for each.
+
+    What the optimizer does with dampening, weight decay and groups of different learning rates
+    is counted; the pins are taken to have the largest rate. For noise of small batches, which
+    lowers the limit, take a `factor` below 1.
+
+    The decision's evidence has `stability`, candidate → part of the limit that is used (None where
+    it is not finite), and `passes`: 3 gradient passes for each product, and one for where to begin.
+
+    Args:
+        optimizer: The `torch.optim.SGD` that trains the model, asked for its present settings; or
+            a function that makes one of parameters.
+        factor: How much of the limit may be used. 1.0, the limit itself, by default.
+        max_products: How many products with the matrix are spent on each candidate. With 6 the
+            largest eigenvalue is found to about 1 % where it stands apart from the others, as it
+            does in trained networks; what is found is never too large.
+        progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
+            longer than a second.
+
+    Raises:
+        RuleError: An argument is out of range; when asked, that the optimizer is no SGD (for
+            others, as Adam, no limit is known that foresees anything for parameters without a
+            history), or not the model's, or has groups of different momentum.
+
+    Source:
+        Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964; Cohen et
+        al., *Gradient descent on neural networks typically occurs at the edge of stability*, ICLR
+        2021, appendix B.
+
+    Example:
+        >>> import functools
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
+        >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
+        >>> for lr in (0.1, 100.0):
+        ...     rule = cg.then(cg.TopK(1), Stable(torch.optim.SGD(net.parameters(), lr=lr)))
+        ...     print(cg.solve(problem, rule=rule).decision.chosen)
+        ('1',)
+        ()
+    """
+
+    optimizer: torch.optim.Optimizer | SGDFactory
+    factor: float = 1.0
+    max_products: int = 6
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not (callable(self.optimizer) or isinstance(self.optimizer, torch.optim.Optimizer)):
+            raise RuleError(
+                f"optimizer={self.optimizer!r} of Stable is neither an optimizer nor a function "
+                "that makes one; give functools.partial(torch.optim.SGD, lr=0.1), say."
+            )
+        if not 0 < self.factor < math.inf:
+            raise RuleError(f"factor={self.factor!r} of Stable must be positive and finite.")
+        products = self.max_products
+        if not isinstance(products, int) or isinstance(products, bool) or products < 1:
+            raise RuleError(f"max_products={products!r} of Stable is not a positive whole number.")
+
+    def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
+        """All candidates that are stable."""
+        trained = [p for p in problem.model.parameters() if p.requires_grad]
+        steps = _steps(_sgd(self.optimizer, trained), trained)
+        names = tuple(solution.sensitivities)
+        quiet = None if self.progress is None else not self.progress
+        bar = tqdm(names, desc="stability", unit="candidate", leave=False, delay=1, disable=quiet)
+        used, passes = {}, 0.0
+        for name in bar:
+            loss = VirtualLoss(problem, solution.candidates[name], joint=True)
+            used[name] = self._used(loss, steps)
+            passes += loss.passes
+        chosen = tuple(name for name in names if used[name] <= self.factor)
+        reason = f"{len(chosen)} of {len(names)} use at most {self.factor:g} of the stability limit"
+        evidence = {"stability": _plain(used), "passes": passes}
+        return Decision(chosen, reason, evidence=evidence)
+
+    def _used(self, loss: VirtualLoss, steps: _Steps) -> float:
+        """Which part of the limit is used with one candidate."""
+        zero = loss.zero()
+        counts = [*(p.numel() for p in steps.parameters), loss.size]
+        rates, decays = (
+            torch.cat([zero.new_full((n,), value) for n, value in zip(counts, v, strict=True)])
+            for v in (steps.rates, steps.decays)
+        )
+        root = rates.sqrt()
+
+        def product(vector: Tensor) -> Tensor:
+            scaled = root * vector
+            return root * (loss.gauss_newton_product(scaled) + decays * scaled)
+
+        start = root * loss.gradient()  # which lies among the sharpest directions, mostly
+        noise = torch.randn(len(zero), generator=torch.Generator().manual_seed(0)).to(zero)
+        start = start / (start.norm() or 1.0) + 0.1 * noise / noise.norm()
+        if not bool(start.isfinite().all()):
+            return math.inf
+        return largest_eigenvalue(product, start, self.max_products) / steps.limit
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """What SGD does, for each trained parameter and then for the pins.
+
+    Attributes:
+        parameters: The trained parameters.
+        rates: η of each; 0 where the optimizer leaves it alone.
+        decays: Its weight decay.
+        limit: The largest η κ that is stable.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    rates: Sequence[float]
+    decays: Sequence[float]
+    limit: float
+
+
+def stability_limit(momentum: float = 0.0, *, nesterov: bool = False) -> float:
+    """The largest step size times curvature with which SGD does not diverge on a quadratic loss.
+
+    Example:
+        >>> stability_limit(), stability_limit(0.9)
+        (2.0, 3.8)
+    """
+    return 2 * (1 + momentum) / (1 + 2 * momentum if nesterov else 1)
+
+
+def largest_eigenvalue(
+    product: Callable[[Tensor], Tensor], start: Tensor, max_products: int
+) -> float:
+    """The largest eigenvalue of a symmetric matrix, from below, by Lanczos' method.
+
+    Args:
+        product: v ↦ B v.
+        start: Not zero.
+        max_products: How many products are spent, or fewer where that is exact already.
+
+    Returns:
+        The largest Ritz value; infinite where a product is not finite.
+
+    Source:
+        Golub and Van Loan, *Matrix Computations*, 4th ed. 2013, section 10.1.
+    """
+    basis, diagonal, beside = start.new_zeros(0, len(start)), [], []
+    vector, value = start / start.norm(), math.inf
+    for _ in range(min(max_products, len(start))):
+        basis = torch.cat([basis, vector[None]])
+        image = product(vector)
+        if not bool(image.isfinite().all()):
+            return math.inf
+        diagonal.append(float(vector @ image))
+        last = (len(beside), len(beside))
+        value = float(
+            eigh_tridiagonal(diagonal, beside, eigvals_only=True, select="i", select_range=last)[0]
+        )
+        for _ in range(2):  # once leaves rounding errors that grow
+            image = image - basis.mT @ (basis @ image)
+        rest = float(image.norm())
+        if rest <= 1e-12 * max(map(abs, diagonal)):
+            break
+        beside.append(rest)
+        vector = image / rest
+    return value
+
+
+def _sgd(
+    optimizer: torch.optim.Optimizer | SGDFactory, trained: Sequence[nn.Parameter]
+) -> torch.optim.SGD:
+    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained)
+    if not isinstance(made, torch.optim.SGD) or any(g["maximize"] for g in made.param_groups):
+        raise RuleError(
+            f"optimizer={type(made).__name__} of Stable: the limit is known for torch.optim.SGD "
+            "that minimises, with momentum or without; leave Stable out for others."
+        )
+    return made
+
+
+def _steps(optimizer: torch.optim.SGD, trained: Sequence[nn.Parameter]) -> _Steps:
+    groups = optimizer.param_groups
+    ways = {(float(g["momentum"]), bool(g["nesterov"])) for g in groups}
+    if len(ways) > 1:
+        raise RuleError(
+            f"optimizer of Stable: its groups have different (momentum, nesterov), {sorted(ways)}; "
+            "the limit is known for one momentum in all of them."
+        )
+    found = {
+        id(p): (_rate(group), float(group["weight_decay"]))
+        for group in groups
+        for p in group["params"]
+    }
+    settings = [found.get(id(p), (0.0, 0.0)) for p in trained]
+    if trained and not any(id(p) in found for p in trained):
+        raise RuleError(
+            "optimizer of Stable: it has none of the parameters of the model; give the one that "
+            "trains it."
+        )
+    settings.append(max(found.values()))
+    momentum, nesterov = ways.pop()
+    limit = stability_limit(momentum, nesterov=nesterov)
+    return _Steps(trained, [r for r, _ in settings], [d for _, d in settings], limit)
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """Step size: once the momentum runs, a gradient counts 1 − dampening times."""
+    return float(group["lr"]) * (1 - float(group["dampening"]) * (group["momentum"] != 0))
+
+
+def _plain(used: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: part if math.isfinite(part) else None for name, part in used.items()}

@@ -1,0 +1,277 @@
+"""Whether SGD stays stable with a layer inserted: against dense matrices, SciPy and real steps."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse.linalg
+import torch
+from helpers import classified, feedforward, nothing_left_behind, refused, splice
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call, jacrev, vmap
+
+import constrained_growth as cg
+from constrained_growth.rules import Stable
+from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
+
+ENOUGH = 80
+"""Products that give the exact eigenvalue of the networks here."""
+
+SGD = functools.partial(torch.optim.SGD, lr=0.3)
+
+
+def candidates() -> list[cg.Candidate]:
+    torch.manual_seed(3)
+    return [
+        cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()), name="identity"),
+        cg.Candidate("1", cg.blocks.ResidualMLP(4, 3, torch.tanh), name="residual"),
+    ]
+
+
+def problem_of(model: nn.Module, data: list[Any]) -> cg.GrowthProblem:
+    return cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates())
+
+
+def used(optimizer: Any, problem: cg.GrowthProblem, **options: Any) -> dict[str, float]:
+    rule = Stable(optimizer, max_products=options.pop("max_products", ENOUGH), **options)
+    return dict(cg.solve(problem, rule=rule).decision.evidence["stability"])
+
+
+def gauss_newton(model: nn.Module, data: list[Any], names: Sequence[str]) -> Tensor:
+    """JᵀHJ/N of the cross-entropy in some parameters, from the jacobians of single samples."""
+    x = torch.cat([input for input, _ in data])
+    values = {name: p.detach() for name, p in model.named_parameters()}
+
+    def output(moving: dict[str, Tensor], one: Tensor) -> Tensor:
+        return functional_call(model, values | moving, (one[None],))[0]
+
+    by_name = vmap(jacrev(output), (None, 0))({name: values[name] for name in names}, x)
+    jacobian = torch.cat([by_name[name].flatten(2) for name in names], 2)
+    p = model(x).detach().softmax(1)
+    bent = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    return torch.einsum("nap,nab,nbq->pq", jacobian, bent, jacobian) / len(x)
+
+
+def of_grown(model: nn.Module, data: list[Any], one: cg.Candidate) -> Tensor:
+    """The matrix of a copy in which the layer really stands: first its old parameters, then v."""
+    grown = splice(model, one.after, one.block)
+    old = [
+        name.replace("1.", "1.0.", 1) if name.startswith("1.") else name for name in names(model)
+    ]
+    pins = [f"{one.after}.1.{pin}" for pin in one.block.pinned]  # type: ignore[union-attr]
+    return gauss_newton(grown, data, [*old, *pins])
+
+
+def names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def largest(matrix: Tensor) -> float:
+    return float(torch.linalg.eigvalsh(matrix)[-1])
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    return feedforward(2, 4, 3)
+
+
+@pytest.fixture
+def data() -> list[Any]:
+    return classified(31, batch=10)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["identity", "residual"])
+def test_it_is_that_of_the_network_with_the_layer(
+    model: nn.Module, data: list[Any], which: int
+) -> None:
+    one = candidates()[which]
+    optimizer = SGD(model.parameters(), momentum=0.8)
+    with nothing_left_behind(model):
+        found = used(optimizer, problem_of(model, data))
+    assert not optimizer.state
+    matrix = of_grown(model, data, one)
+    assert found[one.name] == pytest.approx(0.3 * largest(matrix) / (2 * 1.8), rel=1e-9)
+    assert found[one.name] > 0.3 * largest(gauss_newton(model, data, names(model))) / (2 * 1.8)
+
+
+def test_groups_of_different_rates_weight_decay_dampening(
+    model: nn.Module, data: list[Any]
+) -> None:
+    first, last = [*model[0].parameters()], [*model[2].parameters()]  # type: ignore[index]
+    optimizer = torch.optim.SGD(
+        [{"params": first, "lr": 0.1}, {"params": last, "lr": 0.5, "weight_decay": 0.7}],
+        lr=1.0,
+        momentum=0.6,
+        dampening=0.2,
+    )
+    one = candidates()[0]
+    count = [sum(p.numel() for p in some) for some in (first, last)]
+    pins = 4 * 4 + 4  # with the larger rate, and its weight decay
+    rates = torch.tensor([0.1] * count[0] + [0.5] * (count[1] + pins)) * 0.8
+    decays = torch.tensor([0.0] * count[0] + [0.7] * (count[1] + pins))
+    steps = rates.diag() @ (of_grown(model, data, one) + decays.diag())
+    expected = float(torch.linalg.eigvals(steps).real.max()) / (2 * 1.6)
+    assert used(optimizer, problem_of(model, data))["identity"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_parameters_that_stay_do_not_count(model: nn.Module, data: list[Any]) -> None:
+    matrix, problem = of_grown(model, data, candidates()[0]), problem_of(model, data)
+    kept = torch.ones(len(matrix), dtype=torch.bool)
+    kept[: 2 * 4 + 4] = False
+    expected = 0.3 * largest(matrix[kept][:, kept]) / 2
+    left_alone = SGD([*model[2].parameters()])  # type: ignore[index]
+    assert used(left_alone, problem)["identity"] == pytest.approx(expected, rel=1e-9)
+    model[0].requires_grad_(False)  # type: ignore[index]
+    frozen = used(SGD(model.parameters()), problem_of(model, data))
+    assert frozen["identity"] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("dampening", [0.0, 0.3])
+def test_real_steps_shrink_below_the_limit_and_grow_above_it(
+    momentum: float, dampening: float, nesterov: bool
+) -> None:
+    if nesterov and (momentum == 0 or dampening > 0):
+        pytest.skip("torch.optim.SGD refuses it")
+    rate = 0.1 / (1 - dampening * (momentum > 0))
+
+    def after(part: float) -> float:
+        curvature = part * stability_limit(momentum, nesterov=nesterov) / 0.1
+        w = nn.Parameter(torch.ones(1))
+        optimizer = torch.optim.SGD(
+            [w], rate, momentum, dampening=dampening, nesterov=nesterov, weight_decay=curvature / 4
+        )
+        for _ in range(3000):
+            optimizer.zero_grad()
+            (0.75 * curvature * w.square() / 2).sum().backward()
+            optimizer.step()
+        return abs(w.item())
+
+    assert after(0.99) < 1e-6
+    assert not after(1.01) < 1e6
+
+
+def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> None:
+    problem = problem_of(model, data)
+    part = used(SGD(model.parameters()), problem)
+    between = 0.3 / math.sqrt(part["identity"] * part["residual"])
+    tamer = min(part, key=lambda name: part[name])
+    rule = Stable(SGD(model.parameters(), lr=between), max_products=ENOUGH)
+    decision = cg.solve(problem, rule=rule).decision
+    assert decision.chosen == (tamer,)
+    assert decision.reason == "1 of 2 use at most 1 of the stability limit"
+    few = cg.solve(problem, rule=Stable(SGD)).decision
+    assert few.evidence["passes"] == 2 * (1 + 3 * 6)
+    chained = cg.then(cg.TopK(1), Stable(SGD(model.parameters(), lr=1e4)))
+    assert cg.solve(problem, rule=chained).decision.chosen == ()
+    loose = Stable(SGD(model.parameters(), lr=between), factor=1e6)
+    assert cg.solve(problem, rule=loose).decision.chosen == ("identity", "residual")
+
+
+def test_a_function_that_makes_the_optimizer(model: nn.Module, data: list[Any]) -> None:
+    problem = problem_of(model, data)
+    assert used(SGD, problem) == used(SGD(model.parameters()), problem)
+
+
+def test_the_settings_are_those_of_the_moment(model: nn.Module, data: list[Any]) -> None:
+    problem, optimizer = problem_of(model, data), SGD(model.parameters())
+    before = used(optimizer, problem)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert used(optimizer, problem) == {n: pytest.approx(p / 2) for n, p in before.items()}
+
+
+def test_a_few_products_are_never_too_much_and_nearly_enough(
+    model: nn.Module, data: list[Any]
+) -> None:
+    problem, optimizer = problem_of(model, data), SGD(model.parameters())
+    exact = used(optimizer, problem)
+    parts = [used(optimizer, problem, max_products=n) for n in (1, 2, 4, 6)]
+    for fewer, more in zip(parts, [*parts[1:], exact], strict=True):
+        assert all(fewer[name] <= more[name] * (1 + 1e-9) for name in exact)
+    assert all(parts[-1][name] > 0.97 * exact[name] for name in exact)
+
+
+def test_without_a_slope_it_begins_somewhere(data: list[Any]) -> None:
+    model = feedforward(2, 4, 3)
+    nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
+    balanced = [(x, torch.full((len(x), 3), 1 / 3)) for x, _ in data]
+    problem = problem_of(model, balanced)
+    nn.init.zeros_(model[2].bias)  # type: ignore[arg-type]
+    assert float(cg.solve(problem).stationarity or 0.0) < 1e-12
+    expected = 0.3 * largest(of_grown(model, data, candidates()[0])) / 2
+    assert used(SGD, problem)["identity"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_is_not_finite_is_refused(model: nn.Module, data: list[Any]) -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:  # finite, with an infinite bend
+        return output.abs().pow(1.5).mean()
+
+    with torch.no_grad():
+        model[2].weight.zero_()  # type: ignore[index, union-attr]
+        model[2].bias.zero_()  # type: ignore[index, union-attr]
+    problem = cg.GrowthProblem(model, loss_fn, data, candidates())
+    decision = cg.solve(problem, rule=Stable(SGD)).decision
+    assert decision.chosen == ()
+    assert set(decision.evidence["stability"].values()) == {None}
+
+
+@given(st.integers(1, 12), st.integers(0, 2**31 - 1))
+def test_the_eigenvalue_is_scipys(size: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    factor = rng.standard_normal((size, rng.integers(1, size + 1)))
+    matrix = torch.from_numpy(factor @ factor.T)
+    start = torch.from_numpy(rng.standard_normal(size))
+    found = largest_eigenvalue(lambda v: matrix @ v, start, size)
+    assert found == pytest.approx(largest(matrix), rel=1e-9)
+    if size > 2:
+        theirs = scipy.sparse.linalg.eigsh(matrix.numpy(), k=1, which="LA", v0=start.numpy())[0]
+        assert found == pytest.approx(theirs[0], rel=1e-9)
+    assert largest_eigenvalue(lambda v: matrix @ v, start, 2) <= found * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "words"),
+    [
+        (torch.optim.Adam, ("optimizer=Adam", "torch.optim.SGD")),
+        (
+            functools.partial(torch.optim.SGD, lr=0.1, maximize=True),
+            ("torch.optim.SGD", "minimise"),
+        ),
+        (
+            lambda some: torch.optim.SGD(
+                [{"params": some[:1], "momentum": 0.5}, {"params": some[1:]}], lr=0.1
+            ),
+            ("groups", "(0.0, False), (0.5, False)", "one momentum"),
+        ),
+        (SGD([nn.Parameter(torch.ones(1))]), ("none of the parameters", "trains it")),
+    ],
+)
+def test_optimizers_of_which_no_limit_is_known(
+    model: nn.Module, data: list[Any], optimizer: Any, words: tuple[str, ...]
+) -> None:
+    problem = problem_of(model, data)
+    with nothing_left_behind(model), refused(cg.RuleError, *words):
+        cg.solve(problem, rule=Stable(optimizer))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "SGD"},
+        {"factor": 0.0},
+        {"factor": math.inf},
+        {"factor": math.nan},
+        {"max_products": 0},
+        {"max_products": 1.5},
+        {"max_products": True},
+    ],
+)
+def test_arguments_out_of_range(options: dict[str, Any]) -> None:
+    with refused(cg.RuleError, next(iter(options)), "Stable"):
+        Stable(**{"optimizer": SGD, **options})
