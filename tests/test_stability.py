@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 import constrained_growth as cg
-from constrained_growth.rules import Stable
+from constrained_growth.rules import Stable, rule_for
 from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
 
 ENOUGH = 80
@@ -162,7 +162,7 @@ def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> Non
     part = used(SGD(model.parameters()), problem)
     between = 0.3 / math.sqrt(part["identity"] * part["residual"])
     tamer = min(part, key=lambda name: part[name])
-    rule = Stable(SGD(model.parameters(), lr=between), max_products=ENOUGH)
+    rule = Stable(SGD(model.parameters(), lr=between), factor=1.0, max_products=ENOUGH)
     decision = cg.solve(problem, rule=rule).decision
     assert decision.chosen == (tamer,)
     assert decision.reason == "1 of 2 use at most 1 of the stability limit"
@@ -275,3 +275,22 @@ def test_optimizers_of_which_no_limit_is_known(
 def test_arguments_out_of_range(options: dict[str, Any]) -> None:
     with refused(cg.RuleError, next(iter(options)), "Stable"):
         Stable(**{"optimizer": SGD, **options})
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "RMSprop"])
+def test_the_rule_for_an_optimizer_costs_no_more_than_twenty_passes(
+    model: nn.Module, data: list[Any], kind: str
+) -> None:
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    rule = rule_for(optimizer)
+    asked = Stable if kind == "SGD" else cg.TrustRegion
+    assert [type(part) for part in rule.rules] == [cg.TopK, asked]  # type: ignore[union-attr]
+    decision = cg.solve(problem_of(model, data), rule, norm=cg.norms.KroneckerFisher()).decision
+    assert len(decision.chosen) == 1
+    assert 1 + decision.evidence["passes"] <= 20
+    assert bool(decision.values) == (kind != "SGD")
+
+
+def test_there_is_no_rule_for_what_is_no_optimizer() -> None:
+    with refused(cg.RuleError, "optimizer=", "torch.optim.Optimizer"):
+        rule_for(torch.optim.SGD)  # type: ignore[arg-type]

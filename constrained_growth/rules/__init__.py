@@ -8,6 +8,7 @@ Decision`, if it has to ask the model more than that. Nothing else is asked of i
 from constrained_growth.rules.budget import Budget, half_square
 from constrained_growth.rules.composition import then
 from constrained_growth.rules.controls import Fixed, Random
+from constrained_growth.rules.matching import rule_for
 from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
 from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.ranking import Threshold, TopK
@@ -34,5 +35,6 @@ __all__ = [
     "When",
     "half_square",
     "needs_model",
+    "rule_for",
     "then",
 ]

@@ -32,7 +32,18 @@ from constrained_growth.norms import (
     Spectral,
 )
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Fixed, Random, Rule, Threshold, TopK, Trial, TrustRegion, then
+from constrained_growth.rules import (
+    Fixed,
+    Random,
+    Rule,
+    Stable,
+    Threshold,
+    TopK,
+    Trial,
+    TrustRegion,
+    rule_for,
+    then,
+)
 from constrained_growth.rules.trial import kept, lengths
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.solve import solve
@@ -220,6 +231,12 @@ def epochs_of_trial(epochs: int, asked: Asked) -> Trial:
     return Trial(epochs * math.ceil(asked.samples / asked.task.batch), asked.optimizer, math.inf)
 
 
+def if_stable(asked: Asked) -> Rule:
+    """The best candidate, and nothing where that is too much for the steps of SGD."""
+    is_sgd = isinstance(asked.optimizer, torch.optim.SGD)
+    return then(TopK(1), Stable(asked.optimizer)) if is_sgd else TopK(1)
+
+
 def rehearsed(asked: Asked) -> Rule:
     """One full training for each site, and the best of them."""
 
@@ -271,6 +288,13 @@ ARMS: tuple[Arm, ...] = (
         KroneckerFisher(0.1),
         in_batches=True,
     ),
+    Arm("Kronecker-Fisher, if stable", if_stable, KroneckerFisher()),
+    Arm(
+        "Kronecker-Fisher, then step",
+        lambda asked: then(TopK(1), TrustRegion(max_products=10)),
+        KroneckerFisher(),
+    ),
+    Arm("rule_for(optimizer)", lambda asked: rule_for(asked.optimizer), KroneckerFisher()),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
     Arm("trial, 20 passes, no margin", lambda asked: trial_of(20.0, asked, 0.0), in_batches=True),
     Arm("trial, 20 epochs each", lambda asked: epochs_of_trial(20, asked), in_batches=True),

@@ -59,7 +59,7 @@ class Plan:
     workers: int = 2
 
 
-FULL = Plan(SUITE, networks=24, runs=8)
+FULL = Plan(SUITE, networks=72, runs=8)
 
 QUICK = Plan(
     [replace(t, before=20, after=20) for t in SUITE if t.name in ("spirals-4x2", "planted")],
