@@ -58,7 +58,8 @@ class Window:
         self.grouped = grouped(sites, self._squares, joint=waits, moments=moments)
         members = [member for group in self.grouped for member in group]
         self._here = [[m for m in members if m.site == index] for index in range(len(sites))]
-        self._waits = [waits and all(member.closed for member in here) for here in self._here]
+        self._closed = [all(member.closed for member in here) for here in self._here]
+        self._waits = waits
         self._names = [site.after for site in sites]
         self._shared = [site.shared for site in sites]
         self._using: list[Batch] = []
@@ -92,10 +93,15 @@ class Window:
             if not batch.uses:
                 self._using.append(batch)
             batch.uses.setdefault(index, []).append(Use(x, delta, context))
-        elif self._waits[index] and x.dim() > 1 and x.shape[0] == batch.size:
+        elif not (self._closed[index] and x.dim() > 1 and x.shape[0] == batch.size):
+            self._add(index, [Use(x, delta, context)], batch.size)
+        elif self._waits:
             self._keep(index, x, delta, batch)
         else:
-            self._add(index, [Use(x, delta, context)], batch.size)
+            self._settle(batch.size)
+            with full_precision(x.device):
+                for member in self._here[index]:
+                    member.tally.add_samples(x, delta, batch.size)
 
     def _add(self, index: int, uses: Sequence[Use], size: int) -> None:
         """Work off what one batch has brought to a site, for each of its candidates."""
