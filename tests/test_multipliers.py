@@ -516,3 +516,56 @@ def test_rows_noted_once_stay_finite_while_others_go_on() -> None:
         squares.settle(1)
     size = 18.0  # ‖ψ‖² = ‖φ‖²
     assert squares.values.tolist() == pytest.approx([400 * size * size, size * (size + 1)])
+
+
+class Masked(nn.Module):
+    """Its second layer sees some of the samples only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.h = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.r1, self.r2 = nn.ReLU(), nn.ReLU()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        some = self.r2(self.b(self.r1(self.a(x))[mask]))
+        return self.h(some.new_zeros(len(x), 4).masked_scatter(mask[:, None], some))
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("missing", [3, 4])
+def test_sites_of_one_kind_of_which_one_holds_fewer_samples(missing: int, merge: bool) -> None:
+    model, x, y = Masked(), torch.randn(8, 4), torch.randint(3, (8,))
+    full = torch.ones(8, dtype=torch.bool)
+    some = full.clone()
+    some[:missing] = False
+    data = [((x, full), y), ((x, some), y), ((x, some), y), ((x, full), y)]
+    candidates = [cg.Candidate(a, cg.blocks.IdentityLinear(4, nn.ReLU())) for a in ("r1", "r2")]
+    together = cg.solve(
+        cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates), merge=merge
+    )
+    for one in candidates:
+        expected = autograd_multipliers(model, data, one)
+        assert_multipliers(together, one.name, expected)
+
+
+def test_the_variance_under_autocast_is_that_without() -> None:
+    class Off(nn.Module):
+        """A model that autocast does not touch."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                return self.net(x)
+
+    x, y = 1 + 0.01 * torch.randn(40, 4), torch.zeros(40, 1)
+    model, data = Off().float(), [(x[:20].float(), y[:20]), (x[20:].float(), y[20:])]
+    one = cg.Candidate("net.1", cg.blocks.ResidualMLP(16, 4, torch.tanh), name="one")
+    problem = cg.GrowthProblem(model, lambda out, _: 3 * (out - 5).mean(), data, [one])
+    expected = cg.solve(problem).sensitivities["one"].standard_error
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cg.solve(problem).sensitivities["one"].standard_error
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert expected > 0

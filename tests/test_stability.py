@@ -14,10 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
+from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.rules import Stable, rule_for
 from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
+from constrained_growth.virtual import hessian
 
 ENOUGH = 80
 """Products that give the exact eigenvalue of the networks here."""
@@ -249,6 +251,7 @@ def test_the_eigenvalue_is_scipys(size: int, seed: int) -> None:
             ),
             ("groups", "(0.0, False), (0.5, False)", "one momentum"),
         ),
+        (functools.partial(torch.optim.SGD, lr=0.1, momentum=1.0), ("(1.0, False)", "below 1")),
         (SGD([nn.Parameter(torch.ones(1))]), ("none of the parameters", "trains it")),
     ],
 )
@@ -270,6 +273,8 @@ def test_optimizers_of_which_no_limit_is_known(
         {"max_products": 0},
         {"max_products": 1.5},
         {"max_products": True},
+        {"factor": "1"},
+        {"curvature": "hessian"},
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any]) -> None:
@@ -291,6 +296,101 @@ def test_the_rule_for_an_optimizer_costs_no_more_than_twenty_passes(
     assert bool(decision.values) == (kind != "SGD")
 
 
-def test_there_is_no_rule_for_what_is_no_optimizer() -> None:
-    with refused(cg.RuleError, "optimizer=", "torch.optim.Optimizer"):
-        rule_for(torch.optim.SGD)  # type: ignore[arg-type]
+def test_a_rule_for_what_makes_an_optimizer(model: nn.Module, data: list[Any]) -> None:
+    problem = problem_of(model, data)
+    rules = [rule_for(SGD), rule_for(SGD(model.parameters()))]
+    found = [cg.solve(problem, rule).decision for rule in rules]
+    assert found[0].evidence == found[1].evidence != {}
+    assert [type(part) for part in rule_for(torch.optim.AdamW).rules] == [  # type: ignore[union-attr]
+        cg.TopK,
+        cg.TrustRegion,
+    ]
+
+
+class Wrapper(torch.optim.Optimizer):
+    """An optimizer around another, of which nothing is known here."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "SGD",
+        torch.optim.LBFGS([nn.Parameter(torch.ones(1))]),
+        torch.optim.ASGD([nn.Parameter(torch.ones(1))]),
+        Wrapper(SGD([nn.Parameter(torch.ones(1))])),
+    ],
+    ids=["str", "LBFGS", "ASGD", "Wrapper"],
+)
+def test_there_is_no_rule_for_what_is_not_known(optimizer: Any) -> None:
+    with refused(cg.RuleError, "optimizer=", "torch.optim.SGD"):
+        rule_for(optimizer)
+
+
+def test_the_rule_grows_and_what_it_remembers_is_saved() -> None:
+    rule = cg.then(cg.TopK(1), cg.TrustRegion(radius=0.5), Stable(SGD))
+    assert rule.state_dict() == {"1": {"radius": 0.5}}  # type: ignore[union-attr]
+    other: Any = cg.then(cg.TopK(1), cg.TrustRegion(), Stable(SGD))
+    other.load_state_dict({"1": {"radius": 0.25}})
+    assert other.rules[1].state.radius == 0.25
+    with refused(cg.RuleError, "state_dict=", "['1']"):
+        other.load_state_dict({"0": {"radius": 0.25}})
+
+
+def test_a_loss_that_is_linear_in_the_outputs(data: list[Any]) -> None:
+    torch.manual_seed(1)
+    plain = feedforward(2, 4, 3)
+    model = nn.Sequential(*plain, nn.LogSoftmax(1))
+    problem = cg.GrowthProblem(model, nn.NLLLoss(), data, candidates())
+    with nothing_left_behind(model), refused(cg.RuleError, "NLLLoss", "curvature=cg.virtual"):
+        cg.solve(problem, Stable(SGD))
+    found = used(SGD, problem, curvature=hessian)
+    bent = used(SGD, problem_of(plain, data), curvature=hessian)
+    assert found == {name: pytest.approx(part, rel=1e-9) for name, part in bent.items()}
+
+
+def test_a_site_within_what_is_checkpointed(model: nn.Module, data: list[Any]) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.net, x, use_reentrant=False)  # type: ignore[return-value]
+
+    one = cg.Candidate("net.1", cg.blocks.IdentityLinear(4, nn.ReLU()), name="identity")
+    problem = cg.GrowthProblem(Checkpointed(), nn.CrossEntropyLoss(), data, [one])
+    expected = used(SGD, problem_of(model, data))["identity"]
+    assert used(SGD, problem)["identity"] == pytest.approx(expected, rel=1e-9)
+    plain = cg.solve(cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates()[:1]))
+    decision = cg.solve(problem, cg.TrustRegion()).decision
+    assert decision.evidence["predicted"] > 0
+    assert cg.solve(problem).sensitivities["identity"].value == pytest.approx(
+        plain.sensitivities["identity"].value, rel=1e-12
+    )
+
+
+def test_other_models_in_the_optimizer_do_not_count(model: nn.Module, data: list[Any]) -> None:
+    problem, others = problem_of(model, data), [nn.Parameter(torch.ones(1))]
+    both = torch.optim.SGD(
+        [{"params": model.parameters()}, {"params": others, "lr": 50.0, "momentum": 0.5}], lr=0.3
+    )
+    assert used(both, problem) == used(SGD, problem)
+
+
+def test_a_frozen_model(model: nn.Module, data: list[Any]) -> None:
+    model.requires_grad_(False)
+    matrix = of_grown(model, data, candidates()[0])[-20:, -20:]
+    assert used(SGD, problem_of(model, data))["identity"] == pytest.approx(
+        0.3 * largest(matrix) / 2, rel=1e-9
+    )
+
+
+def test_within_inference_mode(model: nn.Module, data: list[Any]) -> None:
+    problem = problem_of(model, data)
+    expected = used(SGD, problem)
+    with torch.inference_mode():
+        assert used(SGD, problem) == expected

@@ -294,9 +294,10 @@ class Recorder:
     def _work_off(self, group: Sequence[Member]) -> None:
         """Work off what is pending for the members of a group, if it can be done in one stroke."""
         pending = [self._pending[member.site] for member in group]
-        if not pending[0]:
+        if not any(pending):
             return
-        if len({x.shape for pairs in pending for x, _ in pairs}) > 1:
+        alike = len({x.shape for pairs in pending for x, _ in pairs}) == 1
+        if not alike or len({len(pairs) for pairs in pending}) > 1:
             for member, pairs in zip(group, pending, strict=True):
                 for x, delta in pairs:
                     member.tally.add_batch(member.index, [Use(x, delta)], self._size)

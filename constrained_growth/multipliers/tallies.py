@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.models.observation import full_precision
 from constrained_growth.multipliers.uses import Use, differentiated, over_uses
 from constrained_growth.norms import SecondMoments
 
@@ -83,7 +84,9 @@ class Squares:
                 for row in self._rows[index]:
                     row.zero_()
         phi = self._phi.square_().add_(self._biases)
-        self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
+        with full_precision(self.values.device):
+            each = torch.linalg.vecdot(self._psi.square_(), phi)
+        self.values.add_(each, alpha=size**2)
         self._noted.clear()
 
     def _make_room(self, psi: Tensor) -> None:

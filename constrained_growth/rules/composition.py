@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
@@ -45,7 +46,34 @@ def then(*rules: Rule) -> Rule:
 
 
 @dataclass(frozen=True)
-class Chain:
+class _Chained:
+    """Rules, and what they remember."""
+
+    rules: tuple[Rule, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What those of the rules remember that remember something, to be saved in a checkpoint."""
+        rules: dict[str, Any] = {str(i): rule for i, rule in enumerate(self.rules)}
+        return {i: r.state_dict() for i, r in rules.items() if hasattr(r, "state_dict")}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from what was saved.
+
+        Raises:
+            RuleError: It is not from such a chain.
+        """
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
+            raise RuleError(
+                f"state_dict={state_dict!r} is not that of then{self.rules!r}, whose rules with a "
+                f"state are those numbered {sorted(self.state_dict())}."
+            )
+        for i, state in state_dict.items():
+            rule: Any = self.rules[int(i)]
+            rule.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class Chain(_Chained):
     """Rules that need the sensitivities alone, one after the other; see `then`."""
 
     rules: tuple[DecisionRule, ...]
@@ -62,10 +90,8 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class ModelChain:
+class ModelChain(_Chained):
     """Rules of both kinds, one after the other; see `then`."""
-
-    rules: tuple[Rule, ...]
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """What the last one chooses of what the others have left."""

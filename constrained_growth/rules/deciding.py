@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
+import torch
+
 from constrained_growth.errors import RuleError
 from constrained_growth.models.observation import untouched
 from constrained_growth.problem import GrowthProblem
@@ -20,7 +22,7 @@ def decide_about(rule: Rule, problem: GrowthProblem, solution: Solution) -> Deci
     """
     if not needs_model(rule):
         return decide(rule, solution.sensitivities)
-    with untouched(problem.model, problem.data):
+    with torch.inference_mode(False), untouched(problem.model, problem.data):
         return checked_decision(rule, rule.decide(problem, solution), solution.sensitivities)
 
 

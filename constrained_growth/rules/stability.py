@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.virtual.loss import VirtualLoss
+from constrained_growth.virtual.loss import Curvature, VirtualLoss, gauss_newton
 
 SGDFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 """`(parameters) -> optimizer`, such as `functools.partial(torch.optim.SGD, lr=0.1)`."""
@@ -38,27 +38,32 @@ class Stable:
     `then(Stable(optimizer), TopK(1))` the best of those that are stable, at a cost for each.
 
     What the optimizer does with dampening, weight decay and groups of different learning rates
-    is counted; the pins are taken to have the largest rate.
+    is counted; the pins are taken to have the largest rate of the model's parameters, and those
+    that the optimizer does not have not to move.
 
     The decision's evidence has `stability`, candidate → part of the limit that is used (None where
-    it is not finite), and `passes`: 3 gradient passes for each product, and one for where to begin.
+    it is not finite), and `passes`: 3 gradient passes for each product (half of it where θ is
+    frozen), and one for where to begin.
 
     Args:
-        optimizer: The `torch.optim.SGD` that trains the model, asked for its present settings; or
-            a function that makes one of parameters.
+        optimizer: The `torch.optim.SGD` that trains the model now, asked for its settings of the
+            moment; or a function that makes one of parameters, as `grow` takes it.
         factor: How much of the limit may be used. Three quarters by default, since the noise of
             batches lowers the limit, and training raises the curvature. (Of 0.5, 0.75 and 1 it did
             best on networks 0 to 23 of `constrained-growth bench decisions`.)
         max_products: How many products with the matrix are spent on each candidate. With 6 the
             largest eigenvalue is found to about 1 % where it stands apart from the others, as it
             does in trained networks; what is found is never too large.
+        curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
+            the outputs of the model, as NLLLoss is after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
             longer than a second.
 
     Raises:
         RuleError: An argument is out of range; when asked, that the optimizer is no SGD (for
             others, as Adam, no limit is known that foresees anything for parameters without a
-            history), or not the model's, or has groups of different momentum.
+            history), or not the model's, or has groups of different momentum, or a momentum of 1
+            or more; or that the matrix is zero.
 
     Source:
         Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964; Cohen et
@@ -80,9 +85,10 @@ class Stable:
         ()
     """
 
-    optimizer: torch.optim.Optimizer | SGDFactory
+    optimizer: torch.optim.Optimizer | SGDFactory = field(repr=False)
     factor: float = 0.75
     max_products: int = 6
+    curvature: Curvature = gauss_newton
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -91,16 +97,20 @@ class Stable:
                 f"optimizer={self.optimizer!r} of Stable is neither an optimizer nor a function "
                 "that makes one; give functools.partial(torch.optim.SGD, lr=0.1), say."
             )
-        if not 0 < self.factor < math.inf:
+        if not isinstance(self.factor, int | float) or not 0 < self.factor < math.inf:
             raise RuleError(f"factor={self.factor!r} of Stable must be positive and finite.")
+        if not callable(self.curvature):
+            raise RuleError(
+                f"curvature={self.curvature!r} of Stable cannot be called; give "
+                "cg.virtual.gauss_newton or cg.virtual.hessian."
+            )
         products = self.max_products
         if not isinstance(products, int) or isinstance(products, bool) or products < 1:
             raise RuleError(f"max_products={products!r} of Stable is not a positive whole number.")
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """All candidates that are stable."""
-        trained = [p for p in problem.model.parameters() if p.requires_grad]
-        steps = _steps(_sgd(self.optimizer, trained), trained)
+        steps = _steps(_sgd(self.optimizer, problem.model), problem.model)
         names = tuple(solution.sensitivities)
         quiet = None if self.progress is None else not self.progress
         bar = tqdm(names, desc="stability", unit="candidate", leave=False, delay=1, disable=quiet)
@@ -126,7 +136,14 @@ class Stable:
 
         def product(vector: Tensor) -> Tensor:
             scaled = root * vector
-            return root * (loss.gauss_newton_product(scaled) + decays * scaled)
+            image = self.curvature(loss, scaled)
+            if bool(scaled.any()) and not bool(image.any()):
+                raise RuleError(
+                    "curvature of Stable: the matrix is zero, as the Gauss–Newton matrix of a loss "
+                    "that is linear in the outputs of the model (NLLLoss after LogSoftmax); give "
+                    "Stable(..., curvature=cg.virtual.hessian)."
+                )
+            return root * (image + decays * scaled)
 
         start = root * loss.gradient()  # which lies among the sharpest directions, mostly
         noise = torch.randn(len(zero), generator=torch.Generator().manual_seed(0)).to(zero)
@@ -201,10 +218,13 @@ def largest_eigenvalue(
     return value
 
 
-def _sgd(
-    optimizer: torch.optim.Optimizer | SGDFactory, trained: Sequence[nn.Parameter]
-) -> torch.optim.SGD:
-    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(trained)
+def _sgd(optimizer: torch.optim.Optimizer | SGDFactory, model: nn.Module) -> torch.optim.SGD:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        made = optimizer
+    else:
+        made = optimizer(
+            [p for p in model.parameters() if p.requires_grad] or [*model.parameters()]
+        )
     if not isinstance(made, torch.optim.SGD) or any(g["maximize"] for g in made.param_groups):
         raise RuleError(
             f"optimizer={type(made).__name__} of Stable: the limit is known for torch.optim.SGD "
@@ -213,29 +233,27 @@ def _sgd(
     return made
 
 
-def _steps(optimizer: torch.optim.SGD, trained: Sequence[nn.Parameter]) -> _Steps:
-    groups = optimizer.param_groups
-    ways = {(float(g["momentum"]), bool(g["nesterov"])) for g in groups}
-    if len(ways) > 1:
-        raise RuleError(
-            f"optimizer of Stable: its groups have different (momentum, nesterov), {sorted(ways)}; "
-            "the limit is known for one momentum in all of them."
-        )
-    found = {
-        id(p): (_rate(group), float(group["weight_decay"]))
-        for group in groups
-        for p in group["params"]
-    }
-    settings = [found.get(id(p), (0.0, 0.0)) for p in trained]
-    if trained and not any(id(p) in found for p in trained):
+def _steps(optimizer: torch.optim.SGD, model: nn.Module) -> _Steps:
+    mine = {id(p) for p in model.parameters()}
+    groups = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
+    if not groups:
         raise RuleError(
             "optimizer of Stable: it has none of the parameters of the model; give the one that "
             "trains it."
         )
-    settings.append(max(found.values()))
+    ways = {(float(g["momentum"]), bool(g["nesterov"])) for g in groups}
+    if len(ways) > 1 or not max(ways)[0] < 1:
+        raise RuleError(
+            f"optimizer of Stable: its groups have (momentum, nesterov) {sorted(ways)}; the limit "
+            "is known for one momentum below 1 in all of them."
+        )
+    settings = [(_rate(group), float(group["weight_decay"])) for group in groups]
+    of = {id(p): way for way, group in zip(settings, groups, strict=True) for p in group["params"]}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    each = [*(of.get(id(p), (0.0, 0.0)) for p in trained), max(settings)]
     momentum, nesterov = ways.pop()
     limit = stability_limit(momentum, nesterov=nesterov)
-    return _Steps(trained, [r for r, _ in settings], [d for _, d in settings], limit)
+    return _Steps(trained, [rate for rate, _ in each], [decay for _, decay in each], limit)
 
 
 def _rate(group: Mapping[str, Any]) -> float:

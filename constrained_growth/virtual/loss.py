@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -117,8 +118,8 @@ class VirtualLoss:
         """L(θ, v), the mean over all samples; v of `size` entries."""
 
         def one(input: object, target: object) -> Tensor:
-            with torch.no_grad():
-                return self._loss(self._output(input, v), target)
+            with torch.no_grad(), self._standing(v):
+                return self._loss(call(self._problem.model, input), target)
 
         self.passes += FORWARD_PASSES
         return float(self._mean(one, self.zero()[0]))
@@ -132,8 +133,9 @@ class VirtualLoss:
 
         def one(input: object, target: object) -> Tensor:
             variables = self._variables()
-            loss = self._loss(self._output(input, variables[-1]), target)
-            return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
+            with self._standing(variables[-1]):
+                loss = self._loss(call(self._problem.model, input), target)
+                return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
 
         self.passes += 1.0
         return self._mean(one, self.zero())
@@ -143,9 +145,12 @@ class VirtualLoss:
 
         def one(input: object, target: object) -> Tensor:
             variables = self._variables()
-            loss = self._loss(self._output(input, variables[-1]), target)
-            grads = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-            return _gradient_of_product(grads, self._split(vector), variables)
+            with self._standing(variables[-1]):
+                loss = self._loss(call(self._problem.model, input), target)
+                grads = torch.autograd.grad(
+                    loss, variables, create_graph=True, materialize_grads=True
+                )
+                return _gradient_of_product(grads, self._split(vector), variables)
 
         self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
         return self._mean(one, self.zero())
@@ -162,38 +167,52 @@ class VirtualLoss:
 
         def one(input: object, target: object) -> Tensor:
             variables = self._variables()
-            leaves, structure = pytree.tree_flatten(self._output(input, variables[-1]))
-            outputs = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
-            probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
-            # the derivative of ⟨probes, J vector⟩ by the probes is J vector
-            grads = torch.autograd.grad(
-                outputs, variables, probes, create_graph=True, materialize_grads=True
-            )
-            pushed = torch.autograd.grad(
-                grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
-            )
-            cut = {id(y): y.detach().requires_grad_() for y in outputs}
-            again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
-            points = list(cut.values())
-            slopes = torch.autograd.grad(
-                self._loss(again, target), points, create_graph=True, materialize_grads=True
-            )
-            if not any(slope.requires_grad for slope in slopes):
-                raise RuleError(
-                    "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "
-                    "Gauss–Newton matrix is zero; take curvature=hessian, or a model that returns "
-                    "its predictions and a loss_fn that compares them with the target."
-                )
-            bent = torch.autograd.grad(
-                [s for s in slopes if s.requires_grad],
-                points,
-                [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad],
-                materialize_grads=True,
-            )
-            return _flat(torch.autograd.grad(outputs, variables, bent, materialize_grads=True))
+            with self._standing(variables[-1]):
+                output = call(self._problem.model, input)
+                return self._there_and_back(output, target, variables, vector)
 
         self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
         return self._mean(one, self.zero())
+
+    def _there_and_back(
+        self, output: Any, target: object, variables: Sequence[Tensor], vector: Tensor
+    ) -> Tensor:
+        """The Gauss–Newton product of one batch: J, the bend of the loss, Jᵀ."""
+        leaves, structure = pytree.tree_flatten(output)
+        outputs = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        if not outputs:
+            raise RuleError(
+                f"curvature=gauss_newton: no tensor was found in the model's output, a "
+                f"{type(output).__name__}; register its class by "
+                "torch.utils._pytree.register_dataclass, or take curvature=hessian."
+            )
+        probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+        # the derivative of ⟨probes, J vector⟩ by the probes is J vector
+        grads = torch.autograd.grad(
+            outputs, variables, probes, create_graph=True, materialize_grads=True
+        )
+        pushed = torch.autograd.grad(
+            grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
+        )
+        cut = {id(y): y.detach().requires_grad_() for y in outputs}
+        again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
+        points = list(cut.values())
+        slopes = torch.autograd.grad(
+            self._loss(again, target), points, create_graph=True, materialize_grads=True
+        )
+        if not any(slope.requires_grad for slope in slopes):
+            raise RuleError(
+                "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "
+                "Gauss–Newton matrix is zero; take curvature=cg.virtual.hessian, or a model that "
+                "returns its predictions and a loss_fn that compares them with the target."
+            )
+        bent = torch.autograd.grad(
+            [s for s in slopes if s.requires_grad],
+            points,
+            [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad],
+            materialize_grads=True,
+        )
+        return _flat(torch.autograd.grad(outputs, variables, bent, materialize_grads=True))
 
     def _variables(self) -> list[Tensor]:
         """The parameters of the model, and v as a leaf."""
@@ -205,8 +224,9 @@ class VirtualLoss:
         *old, v = vector.split([*(p.numel() for p in self._old), self.size])
         return [*(t.view_as(p).to(p.dtype) for t, p in zip(old, self._old, strict=True)), v]
 
-    def _output(self, input: object, v: Tensor) -> Any:
-        """What the model gives with the block standing at its site, moved by v."""
+    @contextmanager
+    def _standing(self, v: Tensor) -> Iterator[None]:
+        """The block at its site, moved by v, also for what backward runs again (checkpointing)."""
         block = self._planned.block
         values = {n: self._pins[n].detach() + d for n, d in self.unflatten(v).items()}
 
@@ -222,7 +242,7 @@ class VirtualLoss:
             detach=not self._old,
         )
         try:
-            return call(self._problem.model, input)
+            yield
         finally:
             handle.remove()
 
@@ -271,7 +291,8 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in tensors])
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
+    return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in dense])
 
 
 def _gradient_of_product(
