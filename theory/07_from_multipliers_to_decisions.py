@@ -414,8 +414,9 @@ ax.spines[["top", "right"]].set_visible(False)
 # $$\frac{\mathbb E\,[\text{loss at the chosen site}] - \mathbb E\,[\text{loss at the best site}]}
 # {\mathbb E\,[\text{loss at a random site}] - \mathbb E\,[\text{loss at the best site}]} :$$
 #
-# $0$ is the best site, $1$ no better than chance. It takes half an hour, so that its result is read here and not computed. The mean is
-# over the tasks on which the place matters: best and mean site are two standard errors apart.
+# $0$ is the best site, $1$ no better than chance. It takes 40 minutes, so that its result is read here and not computed. The mean is
+# over the tasks on which the place matters: best and mean site are two standard errors apart. The constants of the rules were chosen on
+# other networks of the same tasks.
 
 # %%
 import json
@@ -451,10 +452,12 @@ ax.spines[["top", "right"]].set_visible(False)
 # **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: clear of chance).
 #
 # Four things to read off. The norm matters more than anything else that is cheap: the same multipliers, measured by the Fisher norm
-# of notebook 5, leave a quarter of the regret of chance, by the Frobenius norm nearly all of it. Second order, in the new parameters
-# alone or beyond what the old ones could do, is better than the Frobenius norm and no better than the Fisher norm, at many times
-# the cost. Short trials mislead: what helps in twenty epochs is not what helps in the end. And a place can be found at all: one full
-# training per site comes close to the best.
+# of notebook 5, leave two thirds of the regret of chance, by the Frobenius norm all of it. What was asked next matters more: for about
+# twenty passes, whether the layer would be stable (SGD, claim 6) or at which step it should begin (Adam, claim 3), which is `rule_for`,
+# halves that: the lowest of all, and as good as one full training of each site at a hundredth of its cost. Short trials mislead:
+# what helps in twenty epochs is not what helps in the end. And one network in 72 can decide: a layer at the first site of one of
+# Friedman's, where every norm puts it, blows training up in half of the orders of the data, which alone makes the regret there 2
+# and which one full training of each site, in another order, did not foresee.
 
 # %%
 fisher, frobenius_norm = arms["Kronecker-Fisher 0.03"], arms["Frobenius"]
@@ -463,7 +466,10 @@ assert fisher["regret"] < min(
     arms[control]["regret"] for control in ("first site", "last site", "random")
 )
 assert arms["trial, 20 passes in all"]["regret"] > 1
-assert arms["full training of each"]["interval"][0] < 0.2
+asked = arms["rule_for(optimizer)"]
+assert cost["rule_for(optimizer)"] <= 20
+assert asked["regret"] == min(arm["regret"] for arm in arms.values())
+assert asked["interval"][1] < fisher["regret"]
 
 # %% [markdown]
 # ## Exercises
