@@ -28,7 +28,7 @@ def rule_for(
 
     Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher())`, which says which
     candidate is best; with λ it costs at most 20 gradient passes. `constrained-growth bench
-    decisions` judges it, and its parts, beside all other rules.
+    decisions` judges it, and its parts, beside all other rules, with SGD and Adam.
 
     Args:
         optimizer: The one that trains the model now and will train the new layer; or the function
