@@ -35,7 +35,8 @@ def rule_for(
             that makes one of parameters, as `grow` takes it.
 
     Returns:
-        A rule for `solve` and `grow`.
+        A rule for `solve` and, with `solver=functools.partial(cg.solve, norm=KroneckerFisher())`,
+        for `grow`.
 
     Raises:
         RuleError: It is neither, or an optimizer of which nothing is known.
