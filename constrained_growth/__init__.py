@@ -5,7 +5,7 @@ constraints; the Lagrange multipliers of these constraints are the answer, and c
 pass.
 """
 
-from constrained_growth import blocks, checkpoint, norms, statistics
+from constrained_growth import blocks, checkpoint, norms, rules, statistics, virtual
 from constrained_growth.candidates import Candidate, Proposals, find_candidates
 from constrained_growth.errors import (
     BlockError,
@@ -91,7 +91,9 @@ __all__ = [
     "norms",
     "replay",
     "rewrap",
+    "rules",
     "solve",
     "statistics",
     "then",
+    "virtual",
 ]
