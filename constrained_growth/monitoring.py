@@ -25,7 +25,7 @@ from constrained_growth.models.outputs import tensor_at, with_tensor
 from constrained_growth.multipliers.grouping import Site
 from constrained_growth.multipliers.sketching import sketch_variance, sketched_sites
 from constrained_growth.multipliers.tallies import Estimate
-from constrained_growth.multipliers.windows import Batch, Window, plainly
+from constrained_growth.multipliers.windows import Batch, Window
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
@@ -185,7 +185,7 @@ class Monitor:
                 f"sketch={self._sketch} keeps the size of the multipliers and not themselves; ask "
                 "for sensitivities(), or monitor with sketch=None."
             )
-        return {name: estimate.multiplier for name, estimate in self._estimates().items()}
+        return {name: estimate.multiplier for name, estimate in self._window.estimates().items()}
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """Candidate → how large its λ, the average over the window, is.
@@ -206,7 +206,7 @@ class Monitor:
         Raises:
             DataError: No backward pass arrived at some site in this window.
         """
-        estimates = self._estimates()
+        estimates = self._window.estimates()
         planned = {n: (site, b) for site in self._problem.sites for n, b in site.blocks.items()}
         return {
             candidate.name: self._sensitivity(estimates[candidate.name], *planned[candidate.name])
@@ -302,10 +302,6 @@ class Monitor:
         if not replaced:
             return None
         return y if isinstance(output, Tensor) else with_tensor(output, site.output, y)
-
-    def _estimates(self) -> dict[str, Estimate]:
-        with plainly():
-            return self._window.estimates()
 
     def _sensitivity(self, estimate: Estimate, site: Site, block: nn.Module) -> Sensitivity:
         multiplier, variance = estimate.multiplier, estimate.variance

@@ -147,14 +147,14 @@ class Recorder:
 
     def flush(self) -> None:
         """Work off whatever is pending."""
-        if self._pending_bytes:
-            with full_precision(*self._squares), torch.no_grad():
+        with full_precision(*self._squares), torch.no_grad():
+            if self._pending_bytes:
                 for group in self._groups:
                     self._work_off(group)
-            self._pending = [[] for _ in self._sites]
-            self._pending_bytes = 0
-        for squares in self._squares.values():
-            squares.settle(self._size)
+                self._pending = [[] for _ in self._sites]
+                self._pending_bytes = 0
+            for squares in self._squares.values():
+                squares.settle(self._size)
 
     def reduce(self, group: ProcessGroup | None) -> None:
         """Sum over the processes of a group, which all call this."""

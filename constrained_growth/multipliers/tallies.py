@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import AffineFactors, pinned_parameters
-from constrained_growth.models.observation import full_precision
 from constrained_growth.multipliers.uses import Use, differentiated, over_uses
 from constrained_growth.norms import SecondMoments
 
@@ -44,7 +43,7 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 
 
 class Squares:
-    """Σ_n ‖λ_n‖² of all candidates on one device.
+    """Σ_n ‖λ_n‖² of all candidates on one device; to be used without autocast, as `Tally`.
 
     Without further dimensions at a site, ‖λ_n‖² = ‖ψ_n‖²(‖φ_n‖² + 1), the 1 for the bias. The
     norms of the rows of ψ and φ are noted as they come, in memory that is made once, and put
@@ -84,9 +83,7 @@ class Squares:
                 for row in self._rows[index]:
                     row.zero_()
         phi = self._phi.square_().add_(self._biases)
-        with full_precision(self.values.device):
-            each = torch.linalg.vecdot(self._psi.square_(), phi)
-        self.values.add_(each, alpha=size**2)
+        self.values.add_(torch.linalg.vecdot(self._psi.square_(), phi), alpha=size**2)
         self._noted.clear()
 
     def _make_room(self, psi: Tensor) -> None:

@@ -93,35 +93,40 @@ class Window:
             if not batch.uses:
                 self._using.append(batch)
             batch.uses.setdefault(index, []).append(Use(x, delta, context))
-        elif not (self._closed[index] and x.dim() > 1 and x.shape[0] == batch.size):
-            self._add(index, [Use(x, delta, context)], batch.size)
+        else:
+            with full_precision(x.device):
+                self._take(index, Use(x, delta, context), batch)
+
+    def _take(self, index: int, use: Use, batch: Batch) -> None:
+        """Take in one use at a site, to be worked off at once or later."""
+        by_sample = use.x.dim() > 1 and use.x.shape[0] == batch.size
+        if not (by_sample and self._closed[index]):
+            self._add(index, [use], batch.size)
         elif self._waits:
-            self._keep(index, x, delta, batch)
+            self._keep(index, use.x, use.delta, batch)
         else:
             self._settle(batch.size)
-            with full_precision(x.device):
-                for member in self._here[index]:
-                    member.tally.add_samples(x, delta, batch.size)
+            for member in self._here[index]:
+                member.tally.add_samples(use.x, use.delta, batch.size)
 
     def _add(self, index: int, uses: Sequence[Use], size: int) -> None:
         """Work off what one batch has brought to a site, for each of its candidates."""
-        self._settle(size)
         by_sample = all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
-        with full_precision(uses[0].x.device):
-            for member in self._here[index]:
-                if by_sample and member.closed:
-                    member.tally.add_uses(uses, size)
-                else:
-                    member.tally.add_batch(member.index, uses, size)
+        self._settle(size)
+        for member in self._here[index]:
+            if by_sample and member.closed:
+                member.tally.add_uses(uses, size)
+            else:
+                member.tally.add_batch(member.index, uses, size)
 
     def make_room(self) -> None:
         """Work off what waits if another batch of the kind would be too much."""
         if self._using:
-            with plainly():
+            with plainly(*self._squares):
                 self._work_off_uses()
         count = len(self._waiting)
         if self._bytes * (count + 1) > _ROOM * count:
-            with plainly():
+            with plainly(*self._squares):
                 self._work_off()
 
     def estimates(self) -> dict[str, Estimate]:
@@ -130,9 +135,13 @@ class Window:
         Raises:
             DataError: None do.
         """
-        self._work_off_uses()
-        self._work_off()
-        self._settle(0)
+        with plainly(*self._squares):
+            self._work_off_uses()
+            self._work_off()
+            self._settle(0)
+            return self._estimates()
+
+    def _estimates(self) -> dict[str, Estimate]:
         silent = [n for n, count in zip(self._names, self.samples, strict=True) if count == 0]
         if silent:
             raise DataError(
@@ -193,14 +202,13 @@ class Window:
             x, delta = (
                 stacked([pair[i] for pairs in fits for pair in pairs], len(group)) for i in (0, 1)
             )
-            with full_precision(x.device):
-                group[0].tally.add_samples(x, delta, size)
+            group[0].tally.add_samples(x, delta, size)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """Without a graph, and with tensors that may be changed later, whatever the caller is in."""
-    with torch.inference_mode(False), torch.no_grad():
+def plainly(*devices: torch.device) -> Iterator[None]:
+    """Without a graph or autocast, and with tensors that may be changed later."""
+    with torch.inference_mode(False), torch.no_grad(), full_precision(*devices):
         yield
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import nn
 
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import Frobenius, norm_for
 from constrained_growth.rules.composition import then
-from constrained_growth.rules.protocol import Rule
+from constrained_growth.rules.protocol import OptimizerFactory, Rule
 from constrained_growth.rules.ranking import TopK
 from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trust_region import TrustRegion
 
 
 def rule_for(
-    optimizer: torch.optim.Optimizer | Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer],
+    optimizer: torch.optim.Optimizer | OptimizerFactory,
 ) -> Rule:
     """The best candidate, asked what matters most for an optimizer, for twenty gradient passes.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol, runtime_checkable
 
+import torch
+from torch import nn
 from typing_extensions import TypeIs
 
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Sensitivity, Solution
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+"""`(parameters) -> optimizer`, such as `functools.partial(torch.optim.SGD, lr=0.1)`."""
 
 
 class DecisionRule(Protocol):

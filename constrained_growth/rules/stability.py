@@ -14,11 +14,9 @@ from tqdm import tqdm
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.protocol import OptimizerFactory
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.virtual.loss import Curvature, VirtualLoss, gauss_newton
-
-SGDFactory = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
-"""`(parameters) -> optimizer`, such as `functools.partial(torch.optim.SGD, lr=0.1)`."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,10 @@ class Stable:
         optimizer: The `torch.optim.SGD` that trains the model now, asked for its settings of the
             moment; or a function that makes one of parameters, as `grow` takes it.
         factor: How much of the limit may be used. Three quarters by default, since the noise of
-            batches lowers the limit, and training raises the curvature. (Of 0.5, 0.75 and 1 it did
-            best on networks 0 to 23 of `constrained-growth bench decisions`.)
+            batches lowers the limit, and training raises the curvature.
         max_products: How many products with the matrix are spent on each candidate. With 6 the
-            largest eigenvalue is found to about 1 % where it stands apart from the others, as it
-            does in trained networks; what is found is never too large.
+            largest eigenvalue is found to a few per cent where it stands apart from the others, as
+            it does in trained networks; what is found is never too large.
         curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
             the outputs of the model, as NLLLoss is after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
@@ -85,7 +82,7 @@ class Stable:
         ()
     """
 
-    optimizer: torch.optim.Optimizer | SGDFactory = field(repr=False)
+    optimizer: torch.optim.Optimizer | OptimizerFactory = field(repr=False)
     factor: float = 0.75
     max_products: int = 6
     curvature: Curvature = gauss_newton
@@ -218,7 +215,7 @@ def largest_eigenvalue(
     return value
 
 
-def _sgd(optimizer: torch.optim.Optimizer | SGDFactory, model: nn.Module) -> torch.optim.SGD:
+def _sgd(optimizer: torch.optim.Optimizer | OptimizerFactory, model: nn.Module) -> torch.optim.SGD:
     if isinstance(optimizer, torch.optim.Optimizer):
         made = optimizer
     else:

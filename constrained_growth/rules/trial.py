@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,9 @@ from constrained_growth.models.observation import (
     untouched,
 )
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.protocol import OptimizerFactory
 from constrained_growth.solution import Decision, Planned, Solution
 from constrained_growth.virtual.loss import FORWARD_PASSES, stand
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 NOTHING = "(nothing)"
 """What inserting nothing is called in the evidence."""
