@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
 
-from constrained_growth.errors import DataError, RuleError
+from constrained_growth.errors import RuleError
 from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import SquaredSizes, slope_of_square, square_on_all
@@ -106,33 +105,6 @@ class AdaptiveSampling:
         """
         share = look / (look + 1) if fraction is None else math.sqrt(fraction)
         return (1 - self.confidence) * share
-
-
-def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
-    """The batches of a sequence in a random permutation; anything else as it is.
-
-    Raises:
-        DataError: A DataLoader reads in a fixed order.
-    """
-    if isinstance(data, DataLoader):
-        if isinstance(getattr(data.batch_sampler, "sampler", data.sampler), SequentialSampler):
-            raise DataError(
-                "data=DataLoader reads in a fixed order, and sampling needs batches in random "
-                "order; make it with shuffle=True, or call solve without sampling."
-            )
-        return data
-    if isinstance(data, Sequence):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        return (data[index] for index in order.tolist())
-    return data
-
-
-def length_of(data: Iterable[Any]) -> int | None:
-    """How many batches there are, or None where the data do not say."""
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:  # also a DataLoader of a stream
-        return None
 
 
 @dataclass(frozen=True)

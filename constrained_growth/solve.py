@@ -19,6 +19,7 @@ from constrained_growth.models.observation import (
     parameter_shapes,
     untouched,
 )
+from constrained_growth.models.reading import in_random_order, length_of
 from constrained_growth.models.sharding import is_sharded, whole
 from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass, measure
 from constrained_growth.multipliers.tallies import Estimate
@@ -29,9 +30,7 @@ from constrained_growth.rules.deciding import decide, decide_about
 from constrained_growth.sampling import (
     AdaptiveSampling,
     Reach,
-    in_random_order,
     is_settled,
-    length_of,
     read_until,
 )
 from constrained_growth.solution import (

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
 import constrained_growth as cg
+from constrained_growth.models.reading import in_random_order
 from constrained_growth.rules import Stable, rule_for
 from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
 from constrained_growth.virtual import hessian
@@ -166,6 +168,44 @@ def test_real_steps_shrink_below_the_limit_and_grow_above_it(
     assert not after(1.01) < 1e6
 
 
+def test_of_many_samples_a_part_is_enough(model: nn.Module) -> None:
+    data = classified(600, batch=10)
+    optimizer, read = SGD(model.parameters()), in_random_order(data, 0)
+    part = list(itertools.islice(read, 15))
+    decision = cg.solve(problem_of(model, data), rule=Stable(optimizer)).decision
+    assert decision.evidence["passes"] == 2 * 0.25 * (1 + 3 * 4)
+    found = decision.evidence["stability"]
+    assert found == used(optimizer, problem_of(model, part), max_products=4, data_fraction=1.0)
+    whole = used(optimizer, problem_of(model, data), data_fraction=1.0)
+    assert found != whole
+    assert found == pytest.approx(whole, rel=0.15)
+    half = cg.solve(problem_of(model, data), rule=Stable(optimizer, data_fraction=0.5)).decision
+    assert half.evidence["passes"] == 2 * 0.5 * (1 + 3 * 4)
+    few = cg.solve(problem_of(model, data[:20]), rule=Stable(optimizer)).decision
+    assert few.evidence["passes"] == 2 * 0.5 * (1 + 3 * 4)  # 100 of 200 samples
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_of_a_loader_the_first_batches_are_read_if_it_shuffles(
+    model: nn.Module, shuffle: bool
+) -> None:
+    ((x, y),) = classified(600)
+    loader = DataLoader(TensorDataset(x, y), batch_size=10, shuffle=shuffle)
+    problem, read = problem_of(model, loader), 0
+
+    def counted(module: nn.Module, args: Any) -> None:
+        nonlocal read
+        read += len(args[0])
+
+    solution = cg.solve(problem)
+    with nothing_left_behind(model):
+        handle = model.register_forward_pre_hook(counted)
+        decision = Stable(SGD(model.parameters())).decide(problem, solution)
+        handle.remove()
+    assert read == 2 * (1 + 4) * (150 if shuffle else 600)
+    assert decision.evidence["passes"] == 2 * (0.25 if shuffle else 1.0) * (1 + 3 * 4)
+
+
 def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> None:
     problem = problem_of(model, data)
     part = used(SGD(model.parameters()), problem)
@@ -176,7 +216,7 @@ def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> Non
     assert decision.chosen == (tamer,)
     assert decision.reason == "1 of 2 use at most 1 of the stability limit"
     few = cg.solve(problem, rule=Stable(SGD)).decision
-    assert few.evidence["passes"] == 2 * (1 + 3 * 6)
+    assert few.evidence["passes"] == 2 * (1 + 3 * 4)
     chained = cg.then(cg.TopK(1), Stable(SGD(model.parameters(), lr=1e4)))
     assert cg.solve(problem, rule=chained).decision.chosen == ()
     loose = Stable(SGD(model.parameters(), lr=between), factor=1e6)
@@ -280,6 +320,8 @@ def test_optimizers_of_which_no_limit_is_known(
         {"max_products": 0},
         {"max_products": 1.5},
         {"max_products": True},
+        {"data_fraction": 0.0},
+        {"data_fraction": 1.5},
         {"factor": "1"},
         {"curvature": "hessian"},
     ],

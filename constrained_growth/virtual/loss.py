@@ -27,6 +27,7 @@ from constrained_growth.models.observation import (
     untouched,
 )
 from constrained_growth.models.outputs import tensor_in, with_tensor
+from constrained_growth.models.reading import part_of
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
@@ -83,16 +84,27 @@ class VirtualLoss:
         problem: The problem.
         planned: The candidate, from `solution.candidates`.
         joint: Differentiate by θ too.
+        data_fraction: Of the batches, how many the means are over, as `part_of` reads them.
 
     Attributes:
         size: How many entries v has.
         num_old: How many entries of θ come before them; 0 unless `joint`.
         passes: What was spent so far, in gradient passes over the data: a third for a loss, one
-            for a gradient, one and a half for a product and three for a joint one.
+            for a gradient, one and a half for a product and three for a joint one; of a part of
+            the data, that part of it.
     """
 
-    def __init__(self, problem: GrowthProblem, planned: Planned, *, joint: bool = False) -> None:
+    def __init__(
+        self,
+        problem: GrowthProblem,
+        planned: Planned,
+        *,
+        joint: bool = False,
+        data_fraction: float = 1.0,
+    ) -> None:
         self._problem = problem
+        self._part = part_of(problem.data, data_fraction)
+        self._share = 1.0 if self._part is None else self._part.share
         self._planned = planned
         self._module = problem.model.get_submodule(planned.after)
         self._pins = pinned_parameters(planned.block)
@@ -115,13 +127,13 @@ class VirtualLoss:
         }
 
     def __call__(self, v: Tensor) -> float:
-        """L(θ, v), the mean over all samples; v of `size` entries."""
+        """L(θ, v), the mean over the samples; v of `size` entries."""
 
         def one(input: object, target: object) -> Tensor:
             with torch.no_grad(), self._standing(v):
                 return self._loss(call(self._problem.model, input), target)
 
-        self.passes += FORWARD_PASSES
+        self.passes += self._share * FORWARD_PASSES
         return float(self._mean(one, self.zero()[0]))
 
     def rounding(self, loss: float) -> float:
@@ -137,7 +149,7 @@ class VirtualLoss:
                 loss = self._loss(call(self._problem.model, input), target)
                 return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
 
-        self.passes += 1.0
+        self.passes += self._share
         return self._mean(one, self.zero())
 
     def hessian_product(self, vector: Tensor) -> Tensor:
@@ -152,7 +164,7 @@ class VirtualLoss:
                 )
                 return _gradient_of_product(grads, self._split(vector), variables)
 
-        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
+        self.passes += self._share * (JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
         return self._mean(one, self.zero())
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
@@ -171,7 +183,7 @@ class VirtualLoss:
                 output = call(self._problem.model, input)
                 return self._there_and_back(output, target, variables, vector)
 
-        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
+        self.passes += self._share * (JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
         return self._mean(one, self.zero())
 
     def _there_and_back(
@@ -250,9 +262,10 @@ class VirtualLoss:
         return checked_loss(self._problem.loss_fn(output, target))
 
     def _mean(self, one: Callable[[object, object], Tensor], like: Tensor) -> Tensor:
-        """The mean over all samples of something of a batch, in float64."""
+        """The mean over the samples of something of a batch, in float64."""
         total, count = torch.zeros_like(like), like.new_zeros(())
         problem = self._problem
+        data = problem.data if self._part is None else self._part
 
         def read() -> None:
             # attention is differentiated twice only in its plain form
@@ -261,7 +274,7 @@ class VirtualLoss:
                 differentiable(),
                 sdpa_kernel(SDPBackend.MATH),
             ):
-                for input, target in batches(problem.data, device_of(problem.model)):
+                for input, target in batches(data, device_of(problem.model)):
                     weight = batch_weight(problem.weight, input, target)
                     if weight > 0:
                         total.add_(one(input, target).detach().to(total), alpha=weight)
