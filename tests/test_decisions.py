@@ -19,7 +19,7 @@ from constrained_growth.blocks import IdentityLinear, ResidualLinear
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.decisions import command, study
 from constrained_growth.experiments.decisions import tasks as suite
-from constrained_growth.experiments.decisions.outcomes import continued, key, outcomes
+from constrained_growth.experiments.decisions.outcomes import MORE, continued, key, outcomes
 from constrained_growth.experiments.decisions.rules import (
     ARMS,
     Arm,
@@ -79,7 +79,7 @@ def candidates(moment: Moment, network: int) -> list[cg.Candidate]:
     return [cg.Candidate(name, block) for name, block in zip(names, blocks, strict=True)]
 
 
-def plainly(moment: Moment, network: int, rule: Any, order: int) -> float:
+def plainly(moment: Moment, network: int, rule: Any, order: int, more: int = 0) -> float:
     """Insert and train on as a user would, and the final loss."""
     task, model = moment.task, copy.deepcopy(moment.models[network])
     memory = {name: flat[network] for name, flat in moment.trained.memory.items()}
@@ -88,7 +88,7 @@ def plainly(moment: Moment, network: int, rule: Any, order: int) -> float:
     problem = cg.GrowthProblem(model, task.loss_fn, [(x, y)], candidates(moment, network))
     cg.insert(model, cg.solve(problem, rule), optimizer=optimizer)
     losses = []
-    for epoch in range(task.before, task.before + task.after):
+    for epoch in range(task.before, task.before + task.after + more):
         batches = []
         for rows in Shuffle([order])(epoch, len(x))[0].split(task.batch):
             optimizer.zero_grad()
@@ -107,15 +107,17 @@ def plainly(moment: Moment, network: int, rule: Any, order: int) -> float:
 def test_outcomes_are_those_of_plain_networks_that_were_really_grown(optimizer: Optimizer) -> None:
     moment = at_the_moment(tiny(optimizer), [7, 8])
     found = outcomes(moment, runs=2)
-    assert found.inserted.shape == (3, 2, 2)
+    assert found.inserted.shape == (3, 2, 2, 1 + MORE)
     orders = [1_007_000, 1_008_001]
     for network, run in ((0, 0), (1, 1)):
         order = orders[network]
         expected = plainly(moment, network, Fixed(), order)
-        assert found.nothing[network, run] == pytest.approx(expected, rel=1e-9)
+        assert found.nothing[network, run, 0] == pytest.approx(expected, rel=1e-9)
         for site in range(3):
-            expected = plainly(moment, network, Fixed(site), order)
-            assert found.inserted[site, network, run] == pytest.approx(expected, rel=1e-9)
+            for more in (0, 1, MORE):
+                expected = plainly(moment, network, Fixed(site), order, more)
+                ours = found.inserted[site, network, run, more]
+                assert ours == pytest.approx(expected, rel=1e-9)
     rehearsal = plainly(moment, 0, Fixed(1), 1_007_002)
     assert found.rehearsal[1, 0] == pytest.approx(rehearsal, rel=1e-9)
 
@@ -128,7 +130,7 @@ def test_layers_that_start_elsewhere_are_trained_on_from_there() -> None:
     found = continued(moment, chosen.sites.tolist(), chosen.blocks, [1])
     for network in range(2):
         expected = plainly(moment, network, TrustRegion(0.1), 1_007_001 + 1_000 * network)
-        assert found[network, 0] == pytest.approx(expected, rel=1e-9)
+        assert found[network, 0, 0] == pytest.approx(expected, rel=1e-9)
     at_pin = continued(moment, chosen.sites.tolist(), moment.blocks, [1])
     assert not np.allclose(found, at_pin, rtol=1e-4)
 
@@ -311,6 +313,32 @@ def test_arms_are_refused_that_choose_several_layers() -> None:
         choices(moment, [Arm("several", lambda asked: TopK(2))], np.zeros((3, 1)))
 
 
+def one_step() -> Any:
+    return cg.then(TopK(1), TrustRegion(0.1, max_products=3))
+
+
+def test_at_equal_cost_what_a_decision_leaves_is_spent_on_training() -> None:
+    costs = {"free": 0.0, "one": 1.0, "three": 3.25, "all": MORE, "too much": MORE + 0.5}
+    arms = [Arm(name, lambda asked: Fixed(1), passes=cost) for name, cost in costs.items()]
+    arms.append(Arm("step", lambda asked: one_step()))
+    found = run_decisions(plan(tasks=[tiny()]), arms=arms)
+    (task,) = found.tasks
+    for name, more in (("free", MORE), ("one", MORE - 1), ("three", MORE - 4), ("all", 0)):
+        expected = task.outcomes.inserted[1, :, :, more].mean(1)
+        assert task.arms[name].trained_on.tolist() == expected.tolist()
+        regret = resampled_regret(expected, task.against, seed=0)
+        assert found.verdicts["tiny"][name].equal_cost == estimate(regret)
+        assert found.equal_cost[name].value == regret[0]
+    assert found.verdicts["tiny"]["all"].equal_cost == found.verdicts["tiny"]["all"].regret
+    assert found.verdicts["tiny"]["too much"].equal_cost is None
+    assert "too much" not in found.equal_cost
+    moved, moment = task.arms["step"], at_the_moment(tiny(), [0, 1])
+    left = int(MORE - moved.passes[0])
+    assert 0 < left < MORE - 1
+    expected = [plainly(moment, 0, one_step(), 1_000_000 + run, left) for run in (0, 1)]
+    assert moved.trained_on[0] == pytest.approx(np.mean(expected), rel=1e-9)
+
+
 # --- all of it --------------------------------------------------------------------------------
 
 
@@ -343,6 +371,9 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
         np.mean([rules["last site"]["regret"] for rules in first["tasks"].values()])
     )
     assert first["groups"]["half 1"] == ["other"]
+    equal = first["equal_cost"]
+    assert equal["tasks"]["tiny"].keys() >= equal["mean"].keys() >= {"first site", "nothing"}
+    assert "full training of each" not in equal["mean"]
     table = (tmp_path / "constrained-growth-bench-decisions.txt").read_text()
     assert "Kronecker-Fisher 0.1" in table
     assert "Mean regret over tasks" in table

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def candidates() -> list[cg.Candidate]:
     ]
 
 
-def problem_of(model: nn.Module, data: list[Any]) -> cg.GrowthProblem:
+def problem_of(model: nn.Module, data: Iterable[Any]) -> cg.GrowthProblem:
     return cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates())
 
 
@@ -332,17 +332,17 @@ def test_arguments_out_of_range(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["SGD", "Adam", "RMSprop"])
-def test_the_rule_for_an_optimizer_costs_no_more_than_twenty_passes(
-    model: nn.Module, data: list[Any], kind: str
+def test_the_rule_for_an_optimizer_is_the_best_candidate_if_its_steps_stay_stable(
+    model: nn.Module, kind: str
 ) -> None:
-    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
-    rule: Any = rule_for(optimizer)
-    asked = Stable if kind == "SGD" else cg.TrustRegion
-    assert [type(part) for part in rule.rules] == [cg.TopK, asked]
-    decision = cg.solve(problem_of(model, data), rule, norm=cg.norms.KroneckerFisher()).decision
-    assert len(decision.chosen) == 1
-    assert 1 + decision.evidence["passes"] <= 20
-    assert bool(decision.values) == (kind != "SGD")
+    problem = problem_of(model, classified(400, batch=10))
+    norm = cg.norms.KroneckerFisher()
+    best = cg.solve(problem, cg.TopK(1), norm=norm).decision.chosen
+    for lr, chosen in ((1e-3, best), (1e3, () if kind == "SGD" else best)):
+        rule = rule_for(getattr(torch.optim, kind)(model.parameters(), lr=lr))
+        decision = cg.solve(problem, rule, norm=norm).decision
+        assert decision.chosen == chosen
+        assert decision.evidence.get("passes", 0.0) == (3.25 if kind == "SGD" else 0.0)
 
 
 def test_a_rule_for_what_makes_an_optimizer(model: nn.Module, data: list[Any]) -> None:
@@ -350,8 +350,7 @@ def test_a_rule_for_what_makes_an_optimizer(model: nn.Module, data: list[Any]) -
     rules = [rule_for(SGD), rule_for(SGD(model.parameters()))]
     found = [cg.solve(problem, rule).decision for rule in rules]
     assert found[0].evidence == found[1].evidence != {}
-    adams: Any = rule_for(torch.optim.AdamW)
-    assert [type(part) for part in adams.rules] == [cg.TopK, cg.TrustRegion]
+    assert rule_for(torch.optim.AdamW) == cg.TopK(1)
 
 
 class Wrapper(torch.optim.Optimizer):
@@ -459,6 +458,5 @@ def test_growing_by_the_rule_for_what_makes_the_optimizer(data: list[Any], kind:
         progress=False,
     )
     (inserted,) = history.insertions
-    evidence = "stability" if kind is torch.optim.SGD else "rho"
-    assert inserted.evidence[evidence]
+    assert ("stability" in inserted.evidence) == (kind is torch.optim.SGD)
     assert inserted.layers == 3

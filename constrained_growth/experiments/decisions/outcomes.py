@@ -22,14 +22,18 @@ Array = NDArray[np.float64]
 LAST = 10
 """The final loss is the mean over the last tenth of the epochs."""
 
+MORE = 21
+"""So many epochs more are trained, so that it is known what passes would buy that a rule spends."""
+
 
 @dataclass(frozen=True)
 class Outcomes:
     """Final training losses of a task's networks. The same run has the same order everywhere.
 
     Attributes:
-        inserted: A layer at each site, at its pins; shape (sites, networks, runs).
-        nothing: Inserting nothing, shape (networks, runs).
+        inserted: A layer at each site, at its pins; shape (sites, networks, runs, 1 + MORE), the
+            last index for how many epochs more than the task says.
+        nothing: Inserting nothing, shape (networks, runs, 1 + MORE).
         rehearsal: One more run with an order of its own, for a rule that tries every site to the
             end; shape (sites, networks).
     """
@@ -52,7 +56,7 @@ def outcomes(moment: Moment, runs: int, on_epoch: Callable[[], object] = lambda:
     losses = np.stack(
         [continued(moment, [k] * count, moment.blocks, range(runs + 1), on_epoch) for k in sites]
     )
-    return Outcomes(losses[..., :runs], nothing, losses[..., runs])
+    return Outcomes(losses[:, :, :runs], nothing, losses[:, :, runs, 0])
 
 
 def continued(
@@ -72,9 +76,11 @@ def continued(
         on_epoch: Called after every epoch; networks of one site are trained together.
 
     Returns:
-        Final training losses, shape (networks, runs).
+        Final training losses after 0, 1, … MORE epochs more than the task says, shape (networks,
+        runs, 1 + MORE).
     """
-    found = np.empty((len(sites), len(runs)))
+    task = moment.task
+    found = np.empty((len(sites), len(runs), 1 + MORE))
     for site in sorted(set(sites)):
         mine = [i for i, other in enumerate(sites) if other == site]
         rows = [i for i in mine for _ in runs]
@@ -82,25 +88,26 @@ def continued(
         if site >= 0:
             layer = new_layer([blocks[i][site] for i in rows])
             begun = insert_layer(begun, [site] * len(rows), layer)
-        task = moment.task
         _, history = train(
             begun,
             Samples(moment.data.x[rows], moment.data.y[rows]),
-            task.after,
+            task.after + MORE,
             task.optimizer,
             loss=task.loss,
             batch=task.batch,
             order=Shuffle([_order(moment.seeds[i], run) for i in mine for run in runs]),
             on_epoch=on_epoch,
         )
-        last = history.loss[-max(1, task.after // LAST) :].double().mean(0)
-        found[mine] = last.view(len(mine), len(runs)).numpy()
+        loss, last = history.loss.double().numpy(), max(1, task.after // LAST)
+        ends = range(task.after, task.after + MORE + 1)
+        final = np.stack([loss[end - last : end].mean(0) for end in ends], 1)
+        found[mine] = final.reshape(len(mine), len(runs), 1 + MORE)
     return found
 
 
 def epochs(task: Task, sites: int) -> int:
     """How often `outcomes` calls back."""
-    return (1 + sites) * task.after
+    return (1 + sites) * (task.after + MORE)
 
 
 def _order(seed: int, run: int) -> int:
@@ -114,7 +121,7 @@ def key(task: Task, seeds: Sequence[int], runs: int) -> str:
         torch.manual_seed(seeds[0])
         model, data, _ = task.begin(seeds[0])
         block = task.block(8)
-    settings = (task.optimizer, task.batch, task.before, task.after, task.loss.__name__)
+    settings = (task.optimizer, task.batch, task.before, task.after, MORE, task.loss.__name__)
     described = repr((settings, tuple(seeds), runs, str(model), str(block)))
     digest = hashlib.sha256(described.encode())
     for tensor in (*model.parameters(), *data):

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from constrained_growth.experiments.decisions.outcomes import MORE
 from constrained_growth.experiments.decisions.statistics import LEVEL, Estimate, signal
 from constrained_growth.experiments.decisions.study import (
     CLEAR,
@@ -39,7 +40,10 @@ def tables(found: DecisionBenchmark) -> RenderableType:
             f"than chance; in brackets the {LEVEL:.0%} bootstrap interval over networks. “At the "
             "pins” is the same for the choice of the site alone, where a rule starts its layer "
             "elsewhere. Loss is the final training loss. “− nothing” is that less the loss of "
-            "inserting nothing. Cost is in gradient passes over the data, for one decision.\n"
+            "inserting nothing. Cost is in gradient passes over the data, for one decision. Regret "
+            f"“at equal cost”: every rule has {MORE} passes, and what its decision does not take "
+            "of them is spent on epochs more of training; held against the same best and mean "
+            "site, so that it is below 0 where these epochs buy more than the best site.\n"
         ),
         *(_task(task, found.verdicts[task.task]) for task in found.tasks),
         _means(found),
@@ -68,6 +72,14 @@ def to_json(found: DecisionBenchmark, command: str) -> str:
         "groups": {
             name: [task.task for task in tasks] for name, tasks in groups(found.tasks).items()
         },
+        "equal_cost": {
+            "passes": MORE,
+            "tasks": {
+                task: {arm: _value(v.equal_cost) for arm, v in arms.items() if v.equal_cost}
+                for task, arms in found.verdicts.items()
+            },
+            "mean": {arm: _value(estimate) for arm, estimate in found.equal_cost.items()},
+        },
         "details": {task.task: _details(task, found.verdicts[task.task]) for task in found.tasks},
         "command": command,
         "machine": asdict(found.machine),
@@ -82,12 +94,13 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
     clear, planted = signal(task.against), any(site is not None for site in task.planted)
     matters = "" if clear >= CLEAR else "; the place hardly matters"
     best, mean = task.against.best.mean(), task.against.mean.mean()
-    headings = ["regret", "at the pins", "planted", "loss", "− nothing", "inserted", "cost"]
+    headings = ["regret", "at the pins", "at equal cost", "planted", "loss", "− nothing"]
+    headings += ["inserted", "cost"]
     columns = [heading for heading in headings if planted or heading != "planted"]
     table = titled(
         f"{task.task}: {task.about}. Best site {best:.4g}, mean site {mean:.4g} "
         f"({clear:.1f} standard errors apart{matters}), "
-        f"not inserting {task.outcomes.nothing.mean():.4g}. Half {task.half}.",
+        f"not inserting {task.outcomes.nothing[..., 0].mean():.4g}. Half {task.half}.",
         "rule",
         *columns,
         width=WIDTH,
@@ -96,6 +109,7 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
         cells = {
             "regret": _shown(v.regret),
             "at the pins": "" if v.at_pin == v.regret else f"{v.at_pin.value:.2f}",
+            "at equal cost": f"{v.equal_cost.value:.2f}" if v.equal_cost else "",
             "planted": "" if v.planted_rate is None else f"{v.planted_rate:.0%}",
             "loss": f"{v.loss:.4g}",
             "− nothing": _shown(v.against_nothing, ".2g"),
@@ -109,12 +123,13 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
 def _means(found: DecisionBenchmark) -> Table:
     among = {name: len(tasks) for name, tasks in groups(found.tasks).items()}
     columns = [f"{group} ({among[group]})" for group in found.means]
+    columns.append("at equal cost")
     table = titled("Mean regret over tasks", "rule", *columns, "cost", width=WIDTH)
     for arm in found.means["all"]:
         costs = [verdicts[arm].cost_passes for verdicts in found.verdicts.values()]
-        estimates = (estimates[arm] for estimates in found.means.values())
-        mean_cost = sum(costs) / len(costs)
-        table.add_row(arm, *(_shown(estimate) for estimate in estimates), f"{mean_cost:.3g}")
+        shown = [_shown(estimates[arm]) for estimates in found.means.values()]
+        shown.append(_shown(found.equal_cost[arm]) if arm in found.equal_cost else "")
+        table.add_row(arm, *shown, f"{sum(costs) / len(costs):.3g}")
     return table
 
 
@@ -145,8 +160,8 @@ def _details(task: Judged, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
         "signal": signal(task.against),
         "planted": task.planted,
         "best": task.against.best.tolist(),
-        "inserted": found.inserted.tolist(),
-        "nothing": found.nothing.tolist(),
+        "inserted": found.inserted[..., 0].tolist(),
+        "nothing": found.nothing[..., 0].tolist(),
         "rehearsal": found.rehearsal.tolist(),
         "rules": {
             arm: {
@@ -155,6 +170,7 @@ def _details(task: Judged, verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
                 "inserted": verdicts[arm].inserted,
                 "sites": decided.sites.tolist(),
                 "losses": decided.loss.tolist(),
+                "losses_at_equal_cost": decided.trained_on.tolist(),
                 "passes": decided.passes.tolist(),
             }
             for arm, decided in task.arms.items()

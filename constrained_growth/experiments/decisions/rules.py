@@ -231,10 +231,11 @@ def epochs_of_trial(epochs: int, asked: Asked) -> Trial:
     return Trial(epochs * math.ceil(asked.samples / asked.task.batch), asked.optimizer, math.inf)
 
 
-def if_stable(asked: Asked) -> Rule:
-    """The best candidate, and nothing where that is too much for the steps of SGD."""
+def stable_or_step(asked: Asked) -> Rule:
+    """`rule_for(optimizer)`, and for Adam a step of a trust region where the layer starts."""
     is_sgd = isinstance(asked.optimizer, torch.optim.SGD)
-    return then(TopK(1), Stable(asked.optimizer)) if is_sgd else TopK(1)
+    second = Stable(asked.optimizer) if is_sgd else TrustRegion(max_products=10)
+    return then(TopK(1), second)
 
 
 def rehearsed(asked: Asked) -> Rule:
@@ -288,13 +289,18 @@ ARMS: tuple[Arm, ...] = (
         KroneckerFisher(0.1),
         in_batches=True,
     ),
-    Arm("Kronecker-Fisher, if stable", if_stable, KroneckerFisher()),
     Arm(
         "Kronecker-Fisher, then step",
         lambda asked: then(TopK(1), TrustRegion(max_products=10)),
         KroneckerFisher(),
     ),
-    Arm("rule_for(optimizer)", lambda asked: rule_for(asked.optimizer), KroneckerFisher()),
+    Arm(
+        "rule_for(optimizer)",
+        lambda asked: rule_for(asked.optimizer),
+        KroneckerFisher(),
+        in_batches=True,
+    ),
+    Arm("… and with Adam then step", stable_or_step, KroneckerFisher(), in_batches=True),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
     Arm("trial, 20 passes, no margin", lambda asked: trial_of(20.0, asked, 0.0), in_batches=True),
     Arm("trial, 20 epochs each", lambda asked: epochs_of_trial(20, asked), in_batches=True),

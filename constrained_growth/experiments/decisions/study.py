@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from constrained_growth.errors import DataError
 from constrained_growth.experiments.decisions.outcomes import (
+    MORE,
     Outcomes,
     continued,
     epochs,
@@ -78,12 +79,15 @@ class Decided:
         loss: Final training loss, the mean over the runs, shape (networks,). Layers that start
             elsewhere than at their pins are trained on from there.
         at_pin: The same where these start at their pins as all others do.
+        trained_on: Final loss where what is left of `MORE` passes is spent on as many epochs more
+            of training; NaN where the decision costs more than these. Shape (networks,).
     """
 
     sites: NDArray[np.int64]
     passes: Array
     loss: Array
     at_pin: Array
+    trained_on: Array
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,9 @@ class Verdict:
     Attributes:
         regret: Relative to random, with its interval over networks.
         at_pin: The same for the sites alone: all layers start at their pins.
+        equal_cost: The same where every arm has `MORE` passes, those that its decision does not
+            take being spent on epochs more of training; held against the same best and mean site.
+            None where a decision costs more.
         planted_rate: In which share of the networks the planted site was chosen, or None.
         loss: Final training loss, the mean over networks and runs.
         loss_not_inserting: That of inserting nothing.
@@ -126,6 +133,7 @@ class Verdict:
 
     regret: Estimate
     at_pin: Estimate
+    equal_cost: Estimate | None
     planted_rate: float | None
     loss: float
     loss_not_inserting: float
@@ -145,6 +153,7 @@ class DecisionBenchmark:
         tasks: In the order of the plan.
         verdicts: Task → arm → how it did.
         means: Group of tasks (see `groups`) → arm → mean regret over them.
+        equal_cost: Arm → mean over all tasks of the regret at equal cost, for arms that have one.
     """
 
     machine: Machine
@@ -153,6 +162,7 @@ class DecisionBenchmark:
     tasks: tuple[Judged, ...]
     verdicts: Mapping[str, Mapping[str, Verdict]]
     means: Mapping[str, Mapping[str, Estimate]]
+    equal_cost: Mapping[str, Estimate]
 
 
 def run_decisions(
@@ -195,16 +205,19 @@ def run_decisions(
         found: Any = Parallel(n_jobs=min(plan.workers, len(jobs)))(jobs)
         machine = Machine.here()
     names = [arm.name for arm in arms]
+    verdicts = {task.task: {name: verdict(task, name) for name in names} for task in found}
+    cheap = [name for name in names if all(arms[name].equal_cost for arms in verdicts.values())]
     return DecisionBenchmark(
         machine,
         seed,
         plan,
         tuple(found),
-        {task.task: {name: verdict(task, name) for name in names} for task in found},
+        verdicts,
         {
             group: {name: mean_regret(tasks, name) for name in names}
             for group, tasks in groups(found).items()
         },
+        {name: mean_regret(found, name, loss="trained_on") for name in cheap},
     )
 
 
@@ -242,7 +255,7 @@ def judge(
         task.half,
         tuple(moment.planted),
         found,
-        yardstick(found.inserted),
+        yardstick(found.inserted[..., 0]),
         decided,
     )
 
@@ -256,12 +269,17 @@ def verdict(judged: Judged, arm: str, seed: int = 0) -> Verdict:
         seed: Of the bootstrap.
     """
     decided = judged.arms[arm]
-    nothing = judged.outcomes.nothing.mean(1)
+    nothing = judged.outcomes.nothing[..., 0].mean(1)
     known = [(p, site) for p, site in zip(judged.planted, decided.sites, strict=True)]
     planted = [p == site for p, site in known if p is not None]
+
+    def regret(loss: Array) -> Estimate:
+        return estimate(resampled_regret(loss, judged.against, seed))
+
     return Verdict(
-        regret=estimate(resampled_regret(decided.loss, judged.against, seed)),
-        at_pin=estimate(resampled_regret(decided.at_pin, judged.against, seed)),
+        regret=regret(decided.loss),
+        at_pin=regret(decided.at_pin),
+        equal_cost=None if np.isnan(decided.trained_on).any() else regret(decided.trained_on),
         planted_rate=float(np.mean(planted)) if planted else None,
         loss=float(decided.loss.mean()),
         loss_not_inserting=float(nothing.mean()),
@@ -271,16 +289,19 @@ def verdict(judged: Judged, arm: str, seed: int = 0) -> Verdict:
     )
 
 
-def mean_regret(tasks: Sequence[Judged], arm: str, seed: int = 0) -> Estimate:
+def mean_regret(
+    tasks: Sequence[Judged], arm: str, seed: int = 0, *, loss: str = "loss"
+) -> Estimate:
     """Mean over tasks of the regret relative to random, the networks of each drawn anew.
 
     Args:
         tasks: At least one.
         arm: Name of the arm.
         seed: Of the bootstrap.
+        loss: Which loss of a `Decided`.
     """
     each = [
-        resampled_regret(task.arms[arm].loss, task.against, seed + 1_000 * (1 + index))
+        resampled_regret(getattr(task.arms[arm], loss), task.against, seed + 1_000 * (1 + index))
         for index, task in enumerate(tasks)
     ]
     return estimate(np.mean(each, axis=0))
@@ -313,10 +334,12 @@ def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Dec
     """What became of the choices; of layers that start elsewhere it has to be seen first."""
     known = np.concatenate([found.inserted, found.nothing[None]]).mean(2)
     at_pin = known[chosen.sites, np.arange(len(chosen.sites))]
-    if chosen.blocks is None:
-        return Decided(chosen.sites, chosen.passes, at_pin, at_pin)
-    sites = chosen.sites.tolist()
-    bar.total += moment.task.after * len(set(sites))
-    runs = range(found.nothing.shape[1])
-    loss = continued(moment, sites, chosen.blocks, runs, bar.update).mean(1)
-    return Decided(chosen.sites, chosen.passes, loss, at_pin)
+    loss = at_pin
+    if chosen.blocks is not None:
+        sites, runs = chosen.sites.tolist(), range(found.nothing.shape[1])
+        bar.total += epochs(moment.task, len(set(sites)) - 1)
+        loss = continued(moment, sites, chosen.blocks, runs, bar.update).mean(1)
+    left = np.floor(MORE - chosen.passes)
+    rows, more = np.arange(len(left)), np.maximum(left, 0).astype(int)
+    trained_on = np.where(left >= 0, loss[rows, more], np.nan)
+    return Decided(chosen.sites, chosen.passes, loss[:, 0], at_pin[:, 0], trained_on)
