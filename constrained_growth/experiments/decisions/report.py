@@ -23,7 +23,7 @@ from constrained_growth.experiments.decisions.study import (
 )
 from constrained_growth.experiments.tables import titled
 
-WIDTH = 132
+WIDTH = 148
 """Characters in a line of the widest table."""
 
 
@@ -94,7 +94,7 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
     clear, planted = signal(task.against), any(site is not None for site in task.planted)
     matters = "" if clear >= CLEAR else "; the place hardly matters"
     best, mean = task.against.best.mean(), task.against.mean.mean()
-    headings = ["regret", "at the pins", "at equal cost", "planted", "loss", "− nothing"]
+    headings = ["regret", "at the pins", "equal cost", "planted", "loss", "− nothing"]
     headings += ["inserted", "cost"]
     columns = [heading for heading in headings if planted or heading != "planted"]
     table = titled(
@@ -109,7 +109,7 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
         cells = {
             "regret": _shown(v.regret),
             "at the pins": "" if v.at_pin == v.regret else f"{v.at_pin.value:.2f}",
-            "at equal cost": f"{v.equal_cost.value:.2f}" if v.equal_cost else "",
+            "equal cost": f"{v.equal_cost.value:.2f}" if v.equal_cost else "",
             "planted": "" if v.planted_rate is None else f"{v.planted_rate:.0%}",
             "loss": f"{v.loss:.4g}",
             "− nothing": _shown(v.against_nothing, ".2g"),
@@ -123,7 +123,7 @@ def _task(task: Judged, verdicts: Mapping[str, Verdict]) -> Table:
 def _means(found: DecisionBenchmark) -> Table:
     among = {name: len(tasks) for name, tasks in groups(found.tasks).items()}
     columns = [f"{group} ({among[group]})" for group in found.means]
-    columns.append("at equal cost")
+    columns.append("equal cost (all)")
     table = titled("Mean regret over tasks", "rule", *columns, "cost", width=WIDTH)
     for arm in found.means["all"]:
         costs = [verdicts[arm].cost_passes for verdicts in found.verdicts.values()]
