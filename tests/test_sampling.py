@@ -18,7 +18,14 @@ from helpers import (
     solved,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+)
 
 import constrained_growth as cg
 from constrained_growth.multipliers.one_pass import MultiplierPass
@@ -184,9 +191,22 @@ def test_nothing_is_left_behind() -> None:
     assert solution.data_fraction == solution.num_batches / 300 < 1
 
 
-def test_a_data_loader_that_does_not_shuffle_is_refused() -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda samples: {},
+        lambda samples: {"sampler": DistributedSampler(samples, 1, 0, shuffle=False)},
+        lambda samples: {
+            "sampler": BatchSampler(SequentialSampler(samples), 4, False),
+            "batch_size": None,
+        },
+    ],
+    ids=["in order", "distributed", "nested"],
+)
+def test_a_data_loader_that_does_not_shuffle_is_refused(options: Any) -> None:
     model, data, candidates = setting()
-    loader = DataLoader(TensorDataset(torch.cat([x for x, _ in data]), torch.zeros(1200).long()))
+    samples = TensorDataset(torch.cat([x for x, _ in data]), torch.zeros(1200).long())
+    loader = DataLoader(samples, **options(samples))
     with refused(cg.DataError, "fixed order", "shuffle=True"):
         solved(model, loader, *candidates, sampling=cg.AdaptiveSampling())
 

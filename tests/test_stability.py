@@ -3,7 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth.models.reading import in_random_order
+from constrained_growth.models.observation import generators_of
+from constrained_growth.models.reading import some_of
 from constrained_growth.rules import Stable, rule_for
 from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
 from constrained_growth.virtual import hessian
@@ -168,42 +170,94 @@ def test_real_steps_shrink_below_the_limit_and_grow_above_it(
     assert not after(1.01) < 1e6
 
 
-def test_of_many_samples_a_part_is_enough(model: nn.Module) -> None:
-    data = classified(600, batch=10)
-    optimizer, read = SGD(model.parameters()), in_random_order(data, 0)
-    part = list(itertools.islice(read, 15))
-    decision = cg.solve(problem_of(model, data), rule=Stable(optimizer)).decision
-    assert decision.evidence["passes"] == 2 * 0.25 * (1 + 3 * 4)
-    found = decision.evidence["stability"]
-    assert found == used(optimizer, problem_of(model, part), max_products=4, data_fraction=1.0)
-    whole = used(optimizer, problem_of(model, data), data_fraction=1.0)
-    assert found != whole
-    assert found == pytest.approx(whole, rel=0.15)
-    half = cg.solve(problem_of(model, data), rule=Stable(optimizer, data_fraction=0.5)).decision
-    assert half.evidence["passes"] == 2 * 0.5 * (1 + 3 * 4)
-    few = cg.solve(problem_of(model, data[:20]), rule=Stable(optimizer)).decision
-    assert few.evidence["passes"] == 2 * 0.5 * (1 + 3 * 4)  # 100 of 200 samples
+def ordered(num: int) -> list[Any]:
+    """Batches of ten samples that grow from the first to the last."""
+    ((x, y),) = classified(num)
+    x = x * torch.linspace(0.1, 2, num)[:, None]
+    return list(zip(x.split(10), y.split(10), strict=True))
 
 
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_of_a_loader_the_first_batches_are_read_if_it_shuffles(
-    model: nn.Module, shuffle: bool
+class Stream:
+    """Batches in a fixed order, of which nobody knows how many there are, in one place."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = torch.empty_like(self._data[0][0]), torch.empty_like(self._data[0][1])
+        for input, target in self._data:
+            yield x.copy_(input), y.copy_(target)
+
+
+def loader(data: list[Any], **options: Any) -> DataLoader[Any]:
+    samples = TensorDataset(*(torch.cat(part) for part in zip(*data, strict=True)))
+    if options.pop("nested", False):
+        drawn = RandomSampler(samples, generator=torch.Generator())
+        return DataLoader(samples, sampler=BatchSampler(drawn, 10, False), batch_size=None)
+    return DataLoader(samples, batch_size=10, **options)
+
+
+READ = {
+    "list": lambda data: data,
+    "stream": Stream,
+    "in order": loader,
+    "shuffled": functools.partial(loader, shuffle=True),
+    "generator of its own": functools.partial(loader, shuffle=True, generator=torch.Generator()),
+    "nested samplers": functools.partial(loader, nested=True),
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_of_many_samples_some_are_enough_in_whatever_order_they_come(
+    model: nn.Module, kind: str
 ) -> None:
-    ((x, y),) = classified(600)
-    loader = DataLoader(TensorDataset(x, y), batch_size=10, shuffle=shuffle)
-    problem, read = problem_of(model, loader), 0
+    data, optimizer, read = ordered(2000), SGD(model.parameters()), 0
 
     def counted(module: nn.Module, args: Any) -> None:
         nonlocal read
         read += len(args[0])
 
+    problem = problem_of(model, READ[kind](data))
+    generators = [g.get_state() for g in generators_of(problem.data)]
     solution = cg.solve(problem)
     with nothing_left_behind(model):
         handle = model.register_forward_pre_hook(counted)
-        decision = Stable(SGD(model.parameters())).decide(problem, solution)
+        decision = Stable(optimizer).decide(problem, solution)
         handle.remove()
-    assert read == 2 * (1 + 4) * (150 if shuffle else 600)
-    assert decision.evidence["passes"] == 2 * (0.25 if shuffle else 1.0) * (1 + 3 * 4)
+    assert all(map(torch.equal, generators, [g.get_state() for g in generators_of(problem.data)]))
+    assert read == 2 * (1 + 4) * 500
+    assert decision.evidence["passes"] == pytest.approx(2 * (1 + 3 * 4) * 500 / 2000)
+    whole = used(optimizer, problem, max_samples=None, max_products=4)
+    assert decision.evidence["stability"] == pytest.approx(whole, rel=0.25)
+
+
+def test_every_product_is_of_the_same_batches(model: nn.Module) -> None:
+    data = ordered(1000)
+
+    class Shuffled:
+        def __iter__(self) -> Iterator[Any]:
+            return iter(random.sample(data, len(data)))
+
+    problem = problem_of(model, Shuffled())
+    random.seed(5)
+    found = used(SGD(model.parameters()), problem, max_samples=30)
+    random.seed(5)
+    drawn, _ = some_of(random.sample(data, len(data)), 3)
+    for one in candidates():
+        expected = 0.15 * largest(of_grown(model, drawn, one))
+        assert found[one.name] == pytest.approx(expected, rel=1e-9)
+
+
+def test_batches_without_weight_are_not_drawn(model: nn.Module) -> None:
+    data = [
+        (x, torch.full_like(y, -100)) if i % 20 else (x, y)
+        for i, (x, y) in enumerate(ordered(1000))
+    ]
+    problem = cg.GrowthProblem(
+        model, nn.CrossEntropyLoss(), data, candidates(), weight=lambda i, t: (t != -100).sum()
+    )
+    found = used(SGD(model.parameters()), problem, max_samples=500)
+    assert found == used(SGD(model.parameters()), problem, max_samples=None)
 
 
 def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> None:
@@ -320,8 +374,8 @@ def test_optimizers_of_which_no_limit_is_known(
         {"max_products": 0},
         {"max_products": 1.5},
         {"max_products": True},
-        {"data_fraction": 0.0},
-        {"data_fraction": 1.5},
+        {"max_samples": 0},
+        {"max_samples": 0.25},
         {"factor": "1"},
         {"curvature": "hessian"},
     ],
@@ -342,7 +396,7 @@ def test_the_rule_for_an_optimizer_is_the_best_candidate_if_its_steps_stay_stabl
         rule = rule_for(getattr(torch.optim, kind)(model.parameters(), lr=lr))
         decision = cg.solve(problem, rule, norm=norm).decision
         assert decision.chosen == chosen
-        assert decision.evidence.get("passes", 0.0) == (3.25 if kind == "SGD" else 0.0)
+        assert decision.evidence.get("passes", 0.0) == (13.0 if kind == "SGD" else 0.0)
 
 
 def test_a_rule_for_what_makes_an_optimizer(model: nn.Module, data: list[Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from constrained_growth.errors import DataError
 from constrained_growth.models.distributed import unwrapped
+from constrained_growth.models.reading import samplers_of
 from constrained_growth.models.sharding import reshard
 
 
@@ -109,10 +110,7 @@ def _without_autocast(kinds: Iterable[str]) -> Iterator[None]:
 
 def generators_of(other: object) -> list[torch.Generator]:
     """The generators that a data loader and its samplers draw from."""
-    batch_sampler = getattr(other, "batch_sampler", None)
-    samplers = (getattr(other, "sampler", None), getattr(batch_sampler, "sampler", None))
-    holders = (other, batch_sampler, *samplers)
-    found = [getattr(holder, "generator", None) for holder in holders]
+    found = [getattr(holder, "generator", None) for holder in (other, *samplers_of(other))]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
@@ -172,12 +170,23 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 def moved(value: Any, device: torch.device | None) -> Any:
     """The tensors in a batch on the model's device; everything else as it is."""
+    if device is None:
+        return _with_tensors(value, lambda tensor: tensor)
+    return _with_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def copied(value: Any) -> Any:
+    """A batch with tensors of its own, to be held while a loader may write to its own again."""
+    return _with_tensors(value, torch.clone)
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value if device is None else value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: _with_tensors(item, change) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return tuple(moved(item, device) for item in value)
+        return tuple(_with_tensors(item, change) for item in value)
     return value
 
 

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import itertools
-import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from constrained_growth.errors import DataError
 
+T = TypeVar("T")
 
-def has_fixed_order(data: Iterable[Any]) -> bool:
-    """Whether it is a DataLoader that does not shuffle."""
-    if not isinstance(data, DataLoader):
-        return False
-    return isinstance(getattr(data.batch_sampler, "sampler", data.sampler), SequentialSampler)
+
+def samplers_of(data: object) -> Iterator[object]:
+    """The samplers of a data loader and those within them, as in a BatchSampler."""
+    for name in ("batch_sampler", "sampler"):
+        sampler = getattr(data, name, None)
+        if sampler is not None:
+            yield sampler
+            yield from samplers_of(sampler)
 
 
 def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
@@ -27,7 +29,7 @@ def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
     Raises:
         DataError: A DataLoader reads in a fixed order.
     """
-    if has_fixed_order(data):
+    if isinstance(data, DataLoader) and any(map(_is_fixed, samplers_of(data))):
         raise DataError(
             "data=DataLoader reads in a fixed order, and sampling needs batches in random "
             "order; make it with shuffle=True, or call solve without sampling."
@@ -38,6 +40,36 @@ def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
     return data
 
 
+def some_of(items: Iterable[T], count: int, seed: int = 0) -> tuple[list[T], bool]:
+    """Some items, each as likely to be among them as any other, whatever their order is.
+
+    All are looked at and at most `count` are held at a time.
+
+    Args:
+        items: As many as there are.
+        count: How many are taken, 1 or more.
+        seed: Of a generator of its own.
+
+    Returns:
+        The items, and whether they are all that there were.
+
+    Source:
+        Vitter, *Random sampling with a reservoir*, 1985, algorithm R.
+
+    Example:
+        >>> some_of("abcdef", 3), some_of("ab", 3)
+        ((['f', 'b', 'c'], False), (['a', 'b'], True))
+    """
+    draw, taken, seen = random.Random(seed), list[T](), 0
+    for item in items:
+        seen += 1
+        if len(taken) < count:
+            taken.append(item)
+        elif (place := draw.randrange(seen)) < count:
+            taken[place] = item
+    return taken, seen <= count
+
+
 def length_of(data: Iterable[Any]) -> int | None:
     """How many batches there are, or None where the data do not say."""
     try:
@@ -46,41 +78,6 @@ def length_of(data: Iterable[Any]) -> int | None:
         return None
 
 
-@dataclass(frozen=True)
-class Part:
-    """Some batches of the data, the same every time where these come in the same order.
-
-    Attributes:
-        data: All of them.
-        count: How many are read, from a random permutation of a list.
-        share: Of all batches.
-    """
-
-    data: Iterable[Any]
-    count: int
-    share: float
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.islice(in_random_order(self.data, 0), self.count)
-
-
-def part_of(data: Iterable[Any], fraction: float) -> Part | None:
-    """About a fraction of the batches, at least one.
-
-    Args:
-        data: Batches.
-        fraction: How many of them, up to 1.
-
-    Returns:
-        The part, or None where all are to be read: for a fraction of 1, where their number is not
-        known, and of a DataLoader in a fixed order, the first of which may be all of one kind.
-
-    Example:
-        >>> part_of([1, 2, 3, 4, 5], 0.25).count, part_of([1], 0.25)
-        (2, None)
-    """
-    total = length_of(data)
-    if total is None or has_fixed_order(data):
-        return None
-    count = max(1, math.ceil(fraction * total))
-    return Part(data, count, count / total) if count < total else None
+def _is_fixed(sampler: object) -> bool:
+    unshuffled = isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    return unshuffled or isinstance(sampler, SequentialSampler)

@@ -19,8 +19,8 @@ def rule_for(
     """The best candidate, unless the optimizer's steps would diverge with it.
 
     * SGD has a largest stable step, which a layer may exceed: the candidate is inserted if it does
-      not, and else nothing is: `then(TopK(1), Stable(optimizer))`, for 3.25 gradient passes where
-      a quarter of the batches has a hundred samples.
+      not, and else nothing is: `then(TopK(1), Stable(optimizer))`, for 13 gradient passes over 500
+      of the samples.
     * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none.
 
     Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher())`, which says which

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,13 +13,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from constrained_growth.errors import RuleError
+from constrained_growth.models.distributed import num_processes
+from constrained_growth.models.observation import (
+    batch_size,
+    batch_weight,
+    batches,
+    copied,
+    untouched,
+)
+from constrained_growth.models.reading import some_of
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.protocol import OptimizerFactory
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.virtual.loss import Curvature, VirtualLoss, gauss_newton
-
-LEAST_SAMPLES = 100
-"""On fewer than these, all that there are are read: the largest eigenvalue of few is too large."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +49,9 @@ class Stable:
     that the optimizer does not have not to move.
 
     The decision's evidence has `stability`, candidate → part of the limit that is used (None where
-    it is not finite), and `passes`: of the data that are read, 3 gradient passes for each product
-    (half of it where θ is frozen), and one for where to begin; 3.25 gradient passes for a candidate
-    by default.
+    it is not finite), and `passes`: 3 gradient passes over what is read for each product (half of
+    it where θ is frozen), and one for where to begin; 13 · 500/N for a candidate by default, of N
+    samples.
 
     Args:
         optimizer: The `torch.optim.SGD` that trains the model now, asked for its settings of the
@@ -55,10 +61,9 @@ class Stable:
         max_products: How many products with the matrix are spent on each candidate. With 4 the
             largest eigenvalue is found to a few per cent where it stands apart from the others, as
             it does in trained networks; what is found is never too large.
-        data_fraction: Of the batches, how many are read, but for 100 samples at least; a quarter by
-            default, as the largest eigenvalue is about the same on any random part. From a
-            list a random part is read and from a DataLoader that shuffles the first batches; one
-            that does not, and data of unknown length, are read whole.
+        max_samples: Batches are drawn from the data at random until they have about so many
+            samples, and held; None for all of the data. That of 500 is a little too large on
+            average, and off by some 10 % either way.
         curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
             the outputs of the model, as NLLLoss is after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
@@ -93,7 +98,7 @@ class Stable:
     optimizer: torch.optim.Optimizer | OptimizerFactory = field(repr=False)
     factor: float = 0.75
     max_products: int = 4
-    data_fraction: float = 0.25
+    max_samples: int | None = 500
     curvature: Curvature = gauss_newton
     progress: bool | None = None
 
@@ -113,10 +118,10 @@ class Stable:
         products = self.max_products
         if not isinstance(products, int) or isinstance(products, bool) or products < 1:
             raise RuleError(f"max_products={products!r} of Stable is not a positive whole number.")
-        fraction = self.data_fraction
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+        most = self.max_samples
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
             raise RuleError(
-                f"data_fraction={fraction!r} of Stable must be above 0 and at most 1, such as 0.25."
+                f"max_samples={most!r} of Stable is not a positive whole number, nor None for all."
             )
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
@@ -125,17 +130,30 @@ class Stable:
         names = tuple(solution.sensitivities)
         quiet = None if self.progress is None else not self.progress
         bar = tqdm(names, desc="stability", unit="candidate", leave=False, delay=1, disable=quiet)
-        fraction = min(1.0, max(self.data_fraction, LEAST_SAMPLES / solution.num_samples))
+        data, share = self._drawn(problem, solution)
         used, passes = {}, 0.0
         for name in bar:
             planned = solution.candidates[name]
-            loss = VirtualLoss(problem, planned, joint=True, data_fraction=fraction)
+            loss = VirtualLoss(problem, planned, joint=True, data=data)
             used[name] = self._used(loss, steps)
-            passes += loss.passes
+            passes += share * loss.passes
         chosen = tuple(name for name in names if used[name] <= self.factor)
         reason = f"{len(chosen)} of {len(names)} use at most {self.factor:g} of the stability limit"
         evidence = {"stability": _plain(used), "passes": passes}
         return Decision(chosen, reason, evidence=evidence)
+
+    def _drawn(self, problem: GrowthProblem, solution: Solution) -> tuple[Iterable[Any], float]:
+        """Some batches of the data, and about which part of it they are."""
+        if self.max_samples is None:
+            return problem.data, 1.0
+        processes = num_processes(problem.group)
+        number = self.max_samples * solution.num_batches / solution.num_samples / processes
+        with untouched(problem.model, problem.data):
+            read = batches(problem.data, None)
+            counting = (copied(pair) for pair in read if batch_weight(problem.weight, *pair) > 0)
+            drawn, all_of_it = some_of(counting, math.ceil(number))
+        samples = processes * sum(batch_size(*pair) for pair in drawn)
+        return drawn, 1.0 if all_of_it else min(1.0, samples / solution.num_samples)
 
     def _used(self, loss: VirtualLoss, steps: _Steps) -> float:
         """Which part of the limit is used with one candidate."""

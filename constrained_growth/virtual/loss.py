@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,6 @@ from constrained_growth.models.observation import (
     untouched,
 )
 from constrained_growth.models.outputs import tensor_in, with_tensor
-from constrained_growth.models.reading import part_of
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
@@ -84,14 +83,13 @@ class VirtualLoss:
         problem: The problem.
         planned: The candidate, from `solution.candidates`.
         joint: Differentiate by θ too.
-        data_fraction: Of the batches, how many the means are over, as `part_of` reads them.
+        data: Batches that the means are over; the problem's by default.
 
     Attributes:
         size: How many entries v has.
         num_old: How many entries of θ come before them; 0 unless `joint`.
-        passes: What was spent so far, in gradient passes over the data: a third for a loss, one
-            for a gradient, one and a half for a product and three for a joint one; of a part of
-            the data, that part of it.
+        passes: What was spent so far, in gradient passes over these data: a third for a loss, one
+            for a gradient, one and a half for a product and three for a joint one.
     """
 
     def __init__(
@@ -100,11 +98,10 @@ class VirtualLoss:
         planned: Planned,
         *,
         joint: bool = False,
-        data_fraction: float = 1.0,
+        data: Iterable[Any] | None = None,
     ) -> None:
         self._problem = problem
-        self._part = part_of(problem.data, data_fraction)
-        self._share = 1.0 if self._part is None else self._part.share
+        self._data = problem.data if data is None else data
         self._planned = planned
         self._module = problem.model.get_submodule(planned.after)
         self._pins = pinned_parameters(planned.block)
@@ -127,13 +124,13 @@ class VirtualLoss:
         }
 
     def __call__(self, v: Tensor) -> float:
-        """L(θ, v), the mean over the samples; v of `size` entries."""
+        """L(θ, v), the mean over all samples; v of `size` entries."""
 
         def one(input: object, target: object) -> Tensor:
             with torch.no_grad(), self._standing(v):
                 return self._loss(call(self._problem.model, input), target)
 
-        self.passes += self._share * FORWARD_PASSES
+        self.passes += FORWARD_PASSES
         return float(self._mean(one, self.zero()[0]))
 
     def rounding(self, loss: float) -> float:
@@ -149,7 +146,7 @@ class VirtualLoss:
                 loss = self._loss(call(self._problem.model, input), target)
                 return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
 
-        self.passes += self._share
+        self.passes += 1.0
         return self._mean(one, self.zero())
 
     def hessian_product(self, vector: Tensor) -> Tensor:
@@ -164,7 +161,7 @@ class VirtualLoss:
                 )
                 return _gradient_of_product(grads, self._split(vector), variables)
 
-        self.passes += self._share * (JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
+        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
         return self._mean(one, self.zero())
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
@@ -183,7 +180,7 @@ class VirtualLoss:
                 output = call(self._problem.model, input)
                 return self._there_and_back(output, target, variables, vector)
 
-        self.passes += self._share * (JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
+        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
         return self._mean(one, self.zero())
 
     def _there_and_back(
@@ -262,19 +259,18 @@ class VirtualLoss:
         return checked_loss(self._problem.loss_fn(output, target))
 
     def _mean(self, one: Callable[[object, object], Tensor], like: Tensor) -> Tensor:
-        """The mean over the samples of something of a batch, in float64."""
+        """The mean over all samples of something of a batch, in float64."""
         total, count = torch.zeros_like(like), like.new_zeros(())
         problem = self._problem
-        data = problem.data if self._part is None else self._part
 
         def read() -> None:
             # attention is differentiated twice only in its plain form
             with (
-                untouched(problem.model, problem.data),
+                untouched(problem.model, self._data),
                 differentiable(),
                 sdpa_kernel(SDPBackend.MATH),
             ):
-                for input, target in batches(data, device_of(problem.model)):
+                for input, target in batches(self._data, device_of(problem.model)):
                     weight = batch_weight(problem.weight, input, target)
                     if weight > 0:
                         total.add_(one(input, target).detach().to(total), alpha=weight)

@@ -43,7 +43,8 @@ def tables(found: DecisionBenchmark) -> RenderableType:
             "inserting nothing. Cost is in gradient passes over the data, for one decision. Regret "
             f"“at equal cost”: every rule has {MORE} passes, and what its decision does not take "
             "of them is spent on epochs more of training; held against the same best and mean "
-            "site, so that it is below 0 where these epochs buy more than the best site.\n"
+            "site, so that it is below 0 where these epochs buy more than the best site, and "
+            "blank where a decision takes more.\n"
         ),
         *(_task(task, found.verdicts[task.task]) for task in found.tasks),
         _means(found),

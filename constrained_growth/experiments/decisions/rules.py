@@ -300,7 +300,7 @@ ARMS: tuple[Arm, ...] = (
         KroneckerFisher(),
         in_batches=True,
     ),
-    Arm("… and with Adam then step", stable_or_step, KroneckerFisher(), in_batches=True),
+    Arm("rule_for(optimizer), step for Adam", stable_or_step, KroneckerFisher(), in_batches=True),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
     Arm("trial, 20 passes, no margin", lambda asked: trial_of(20.0, asked, 0.0), in_batches=True),
     Arm("trial, 20 epochs each", lambda asked: epochs_of_trial(20, asked), in_batches=True),

@@ -80,7 +80,7 @@ class Decided:
             elsewhere than at their pins are trained on from there.
         at_pin: The same where these start at their pins as all others do.
         trained_on: Final loss where what is left of `MORE` passes is spent on as many epochs more
-            of training; NaN where the decision costs more than these. Shape (networks,).
+            of training; NaN for networks where the decision costs more than these.
     """
 
     sites: NDArray[np.int64]
@@ -279,7 +279,7 @@ def verdict(judged: Judged, arm: str, seed: int = 0) -> Verdict:
     return Verdict(
         regret=regret(decided.loss),
         at_pin=regret(decided.at_pin),
-        equal_cost=None if np.isnan(decided.trained_on).any() else regret(decided.trained_on),
+        equal_cost=None if (decided.passes > MORE).any() else regret(decided.trained_on),
         planted_rate=float(np.mean(planted)) if planted else None,
         loss=float(decided.loss.mean()),
         loss_not_inserting=float(nothing.mean()),
@@ -339,7 +339,7 @@ def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Dec
         sites, runs = chosen.sites.tolist(), range(found.nothing.shape[1])
         bar.total += epochs(moment.task, len(set(sites)) - 1)
         loss = continued(moment, sites, chosen.blocks, runs, bar.update).mean(1)
-    left = np.floor(MORE - chosen.passes)
+    left = np.floor(MORE - chosen.passes + 1e-9)  # passes are sums of thirds
     rows, more = np.arange(len(left)), np.maximum(left, 0).astype(int)
     trained_on = np.where(left >= 0, loss[rows, more], np.nan)
     return Decided(chosen.sites, chosen.passes, loss[:, 0], at_pin[:, 0], trained_on)
