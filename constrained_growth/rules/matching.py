@@ -24,9 +24,9 @@ def rule_for(
     * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none.
 
     Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher())`, which says which
-    candidate is best. Whoever has more passes than that to spend buys more by training for as many
-    epochs more than by trials or second-order steps before: `constrained-growth bench decisions`
-    holds them against each other, at the cost of each and at equal cost.
+    candidate is best. Passes that are left buy more, in the mean, as epochs of training than as
+    trials or second-order steps: `constrained-growth bench decisions` holds the rules against each
+    other, at the cost of each and at equal cost.
 
     Args:
         optimizer: The one that trains the model now and will train the new layer; or the function
