@@ -427,35 +427,53 @@ arms = bench["means"]["place matters"]
 cost = {
     arm: np.mean([task[arm]["cost_passes"] for task in bench["tasks"].values()]) for arm in arms
 }
+equal = bench["equal_cost"]["mean"]
 order = sorted(arms, key=lambda arm: arms[arm]["regret"])
+
+
+def shown(found):
+    low, high = found["interval"]
+    return f"{found['regret']:5.2f} [{low:5.2f}, {high:5.2f}]"
+
+
 print(
     f"{bench['networks']} networks of each of {len(bench['tasks'])} tasks, {bench['runs']} runs after every insertion"
 )
 for arm in order:
-    regret, (low, high) = arms[arm]["regret"], arms[arm]["interval"]
-    print(f"{arm:36} regret {regret:5.2f} [{low:5.2f}, {high:5.2f}]   cost {cost[arm]:8.1f} passes")
+    at_equal_cost = shown(equal[arm]) if arm in equal else ""
+    print(f"{arm:36} {shown(arms[arm])}   {cost[arm]:6.1f} passes   {at_equal_cost}")
 
-fig, ax = plt.subplots(figsize=(6.6, 0.3 * len(order) + 1))
-for i, arm in enumerate(order):
-    regret, (low, high) = arms[arm]["regret"], arms[arm]["interval"]
-    colour = BLUE if high < 1 else GREY
-    ax.plot([low, high], [i, i], color=colour)
-    ax.plot(regret, i, "o", color=colour)
-ax.axvline(1, color="black", linestyle="--", linewidth=1)
-ax.axvline(0, color="black", linewidth=0.8)
-ax.set_yticks(range(len(order)), order, fontsize=8)
-ax.invert_yaxis()
-ax.set_xlabel("regret relative to random (0: best site, 1: chance; no unit)")
-ax.spines[["top", "right"]].set_visible(False)
+fig, axes = plt.subplots(1, 2, figsize=(7.0, 0.21 * len(order) + 1), sharey=True)
+for ax, found in zip(axes, (arms, equal), strict=True):
+    for i, arm in enumerate(order):
+        if arm in found:
+            colour = BLUE if cost[arm] <= 1 else RED
+            ax.plot(found[arm]["interval"], [i, i], color=colour)
+            ax.plot(found[arm]["regret"], i, "o", color=colour, markersize=5)
+    ax.axvline(1, color="black", linestyle="--", linewidth=1)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.spines[["top", "right"]].set_visible(False)
+axes[0].set_yticks(range(len(order)), order, fontsize=8)
+axes[0].invert_yaxis()
+axes[0].set_xlabel("regret relative to random")
+axes[1].set_xlabel("the same at equal cost")
+fig.tight_layout()
 
 # %% [markdown]
-# **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: clear of chance).
+# **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: one pass or none; red: more). *Left:* whatever
+# a decision costs. The line at 0 is the best site, the dashed one chance. *Right:* every rule has 21 passes, and what its decision leaves of
+# them is spent on epochs more of training; rules that need more are left out. Below 0 the epochs are worth more than the best site.
 #
-# Three things to read off. The norm matters more than anything else that is cheap: the same multipliers, measured by the Fisher norm
+# Read off on the left: the norm matters more than anything else that is cheap. The same multipliers, measured by the Fisher norm
 # of notebook 5, leave less than half of the regret of chance, by the Frobenius norm all of it. Short trials mislead: what helps in
 # twenty epochs is not what helps in the end. And what is asked beside $\lambda$ lowers the regret further: whether the layer would be
 # stable (SGD, claim 6) or at which step it should begin (Adam, claim 3); one full training of each site is better still, for a
 # thousand passes and more.
+#
+# Read off on the right: a pass spent on a decision is a pass not spent on training. Those of trials and of second-order steps would
+# have bought more as training, so that the cheapest question is the best one: one pass, and the Fisher norm. `rule_for` asks about
+# stability with SGD alone, at a cost that the mean hardly shows; it is an insurance. The intervals are wide, and the mean is mostly
+# that of the tasks with few epochs, where twenty more are worth much.
 
 # %%
 fisher, frobenius_norm = arms["Kronecker-Fisher 0.03"], arms["Frobenius"]
@@ -466,42 +484,9 @@ assert fisher["regret"] < min(
 assert arms["trial, 20 passes in all"]["regret"] > fisher["interval"][1]
 stepped = arms["rule_for(optimizer), step for Adam"]
 assert arms["full training of each"]["regret"] < stepped["regret"] < fisher["regret"]
-
-# %% [markdown]
-# But a pass spent on a decision is a pass not spent on training. Give every rule the same number of passes, and spend on epochs more
-# of training what its decision leaves of them.
-
-# %%
-equal = bench["equal_cost"]["mean"]
-shown = sorted(equal, key=lambda arm: equal[arm]["regret"])
-for arm in shown:
-    regret, (low, high) = equal[arm]["regret"], equal[arm]["interval"]
-    print(f"{arm:36} {bench['equal_cost']['passes']} passes: {regret:5.2f} [{low:5.2f}, {high:5.2f}]")
-
-fig, ax = plt.subplots(figsize=(6.6, 0.3 * len(shown) + 1))
-for i, arm in enumerate(shown):
-    regret, (low, high) = equal[arm]["regret"], equal[arm]["interval"]
-    colour = RED if cost[arm] > 5 else BLUE
-    ax.plot([low, high], [i, i], color=colour)
-    ax.plot(regret, i, "o", color=colour)
-ax.axvline(1, color="black", linestyle="--", linewidth=1)
-ax.axvline(0, color="black", linewidth=0.8)
-ax.set_yticks(range(len(shown)), shown, fontsize=8)
-ax.invert_yaxis()
-ax.set_xlabel("regret relative to random, at equal cost (below 0: better than the best site; no unit)")
-ax.spines[["top", "right"]].set_visible(False)
-
-# %% [markdown]
-# **Figure 6.** The same at equal cost (red: rules that spend more than five passes in the mean). The passes of trials and of
-# second-order steps would have bought more as training, so that the cheapest question is the best one: one pass, and the Fisher norm.
-# `rule_for` asks about stability with SGD alone, at a cost that the mean hardly shows; it is an insurance. The intervals are wide, and
-# the mean is mostly that of the tasks with few epochs, where twenty more are worth much.
-
-# %%
 one_pass = equal["Kronecker-Fisher 0.03"]["regret"]
-for arm in ("trial, 20 passes in all", "Kronecker-Fisher, then step", "first site", "random"):
-    assert one_pass < equal[arm]["regret"]
-assert equal["rule_for(optimizer)"]["regret"] < equal["rule_for(optimizer), step for Adam"]["regret"]
+for dearer in ("trial, 20 passes in all", "Kronecker-Fisher, then step", "first site", "random"):
+    assert one_pass < equal[dearer]["regret"]
 
 # %% [markdown]
 # ## Exercises
