@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
 from constrained_growth import checkpoint as checkpoints
 from constrained_growth.checkpoint import files
@@ -103,7 +105,13 @@ def die_at(call: int) -> None:
 
 
 def serve() -> None:
-    """Train in a new process for each line; `call` 0 for one that does not kill itself."""
+    """Train in a new process for each line; `call` 0 for one that does not kill itself.
+
+    tqdm's own lock is a semaphore that all forked processes share, and stays locked for all of
+    them when one is killed that holds it; its thread may hold it in the moment of a fork.
+    """
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     train(None, Path(os.devnull))  # so that all that is imported at first use is there
     while line := sys.stdin.readline():
         path, log, call = line.split()
