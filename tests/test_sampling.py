@@ -23,6 +23,7 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    RandomSampler,
     SequentialSampler,
     TensorDataset,
 )
@@ -209,6 +210,19 @@ def test_a_data_loader_that_does_not_shuffle_is_refused(options: Any) -> None:
     loader = DataLoader(samples, **options(samples))
     with refused(cg.DataError, "fixed order", "shuffle=True"):
         solved(model, loader, *candidates, sampling=cg.AdaptiveSampling())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_data_loader_whose_innermost_sampler_shuffles_is_read(nested: bool) -> None:
+    model, data, candidates = setting()
+    samples = TensorDataset(*(torch.cat(part) for part in zip(*data, strict=True)))
+    batches = BatchSampler(RandomSampler(samples), 4, False)
+    options: Any = (
+        {"sampler": batches, "batch_size": None} if nested else {"batch_sampler": batches}
+    )
+    loader = DataLoader(samples, **options)
+    found = solved(model, loader, *candidates, sampling=cg.AdaptiveSampling())
+    assert found.data_fraction == found.num_batches / 300 < 1
 
 
 def test_data_of_unknown_length() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +29,7 @@ def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
     Raises:
         DataError: A DataLoader reads in a fixed order.
     """
-    if isinstance(data, DataLoader) and any(map(_is_fixed, samplers_of(data))):
+    if isinstance(data, DataLoader) and _is_fixed(data):
         raise DataError(
             "data=DataLoader reads in a fixed order, and sampling needs batches in random "
             "order; make it with shuffle=True, or call solve without sampling."
@@ -73,11 +73,15 @@ def some_of(items: Iterable[T], count: int, seed: int = 0) -> tuple[list[T], boo
 def length_of(data: Iterable[Any]) -> int | None:
     """How many batches there are, or None where the data do not say."""
     try:
-        return len(data)  # type: ignore[arg-type]
-    except TypeError:  # also a DataLoader of a stream
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader of a stream
         return None
 
 
-def _is_fixed(sampler: object) -> bool:
+def _is_fixed(loader: DataLoader[Any]) -> bool:
+    """Whether the innermost sampler has one order only; a batch sampler without one is taken to."""
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    while (inner := getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
     unshuffled = isinstance(sampler, DistributedSampler) and not sampler.shuffle
     return unshuffled or isinstance(sampler, SequentialSampler)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from constrained_growth.errors import RuleError
-from constrained_growth.models.distributed import num_processes
+from constrained_growth.models.distributed import everywhere, num_processes
 from constrained_growth.models.observation import (
     batch_size,
     batch_weight,
@@ -50,8 +50,8 @@ class Stable:
 
     The decision's evidence has `stability`, candidate → part of the limit that is used (None where
     it is not finite), and `passes`: 3 gradient passes over what is read for each product (half of
-    it where θ is frozen), and one for where to begin; 13 · 500/N for a candidate by default, of N
-    samples.
+    it where θ is frozen), and one for where to begin; by default 13 for a candidate, or 13 · 500/N
+    of more than 500 samples.
 
     Args:
         optimizer: The `torch.optim.SGD` that trains the model now, asked for its settings of the
@@ -60,10 +60,10 @@ class Stable:
             batches lowers the limit, and training raises the curvature.
         max_products: How many products with the matrix are spent on each candidate. With 4 the
             largest eigenvalue is found to a few per cent where it stands apart from the others, as
-            it does in trained networks; what is found is never too large.
+            it does in trained networks; what is found is never above that of what is read.
         max_samples: Batches are drawn from the data at random until they have about so many
-            samples, and held; None for all of the data. That of 500 is a little too large on
-            average, and off by some 10 % either way.
+            samples, and held; None for all of the data. The eigenvalue of a part is off either
+            way, and too large on average, the more so the fewer samples it has.
         curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
             the outputs of the model, as NLLLoss is after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
@@ -146,14 +146,20 @@ class Stable:
         """Some batches of the data, and about which part of it they are."""
         if self.max_samples is None:
             return problem.data, 1.0
-        processes = num_processes(problem.group)
-        number = self.max_samples * solution.num_batches / solution.num_samples / processes
-        with untouched(problem.model, problem.data):
-            read = batches(problem.data, None)
-            counting = (copied(pair) for pair in read if batch_weight(problem.weight, *pair) > 0)
-            drawn, all_of_it = some_of(counting, math.ceil(number))
-        samples = processes * sum(batch_size(*pair) for pair in drawn)
-        return drawn, 1.0 if all_of_it else min(1.0, samples / solution.num_samples)
+        of_each = self.max_samples / num_processes(problem.group)
+        number = math.ceil(of_each * solution.num_batches / solution.num_samples)
+        drawn: list[Any] = []
+
+        def draw() -> tuple[int, bool]:
+            with untouched(problem.model, problem.data):
+                read = batches(problem.data, None)
+                counting = (pair for pair in read if batch_weight(problem.weight, *pair) > 0)
+                some, all_of_it = some_of(map(copied, counting), number)
+            drawn.extend(some)
+            return sum(batch_size(*pair) for pair in some), all_of_it
+
+        sizes, whole = zip(*everywhere(draw, problem.group), strict=True)
+        return drawn, 1.0 if all(whole) else min(1.0, sum(sizes) / solution.num_samples)
 
     def _used(self, loss: VirtualLoss, steps: _Steps) -> float:
         """Which part of the limit is used with one candidate."""

@@ -214,10 +214,10 @@ def run_decisions(
         tuple(found),
         verdicts,
         {
-            group: {name: mean_regret(tasks, name) for name in names}
+            group: {name: mean_regret(tasks, [t.arms[name].loss for t in tasks]) for name in names}
             for group, tasks in groups(found).items()
         },
-        {name: mean_regret(found, name, loss="trained_on") for name in cheap},
+        {name: mean_regret(found, [t.arms[name].trained_on for t in found]) for name in cheap},
     )
 
 
@@ -289,20 +289,17 @@ def verdict(judged: Judged, arm: str, seed: int = 0) -> Verdict:
     )
 
 
-def mean_regret(
-    tasks: Sequence[Judged], arm: str, seed: int = 0, *, loss: str = "loss"
-) -> Estimate:
+def mean_regret(tasks: Sequence[Judged], losses: Sequence[Array], seed: int = 0) -> Estimate:
     """Mean over tasks of the regret relative to random, the networks of each drawn anew.
 
     Args:
         tasks: At least one.
-        arm: Name of the arm.
+        losses: Of an arm on each of them, shape (networks,).
         seed: Of the bootstrap.
-        loss: Which loss of a `Decided`.
     """
     each = [
-        resampled_regret(getattr(task.arms[arm], loss), task.against, seed + 1_000 * (1 + index))
-        for index, task in enumerate(tasks)
+        resampled_regret(loss, task.against, seed + 1_000 * (1 + index))
+        for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
     ]
     return estimate(np.mean(each, axis=0))
 
