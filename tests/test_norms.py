@@ -48,10 +48,16 @@ def multiplier_of(features: Tensor, cotangents: Tensor) -> dict[str, Tensor]:
     }
 
 
-def kronecker_fisher(features: Tensor, cotangents: Tensor, damping: float = 0.0) -> float:
+Order = Literal["fro", "nuc"]
+
+
+def kronecker_fisher(
+    features: Tensor, cotangents: Tensor, damping: float = 0.0, order: Order = "fro"
+) -> float:
     """The norm of the multiplier of these samples, moments collected from the same ones."""
     moments = {"weight": SecondMoments.of(features, cotangents, "bias")}
-    return float(KroneckerFisher(damping)(multiplier_of(features, cotangents), moments))
+    norm = KroneckerFisher(damping, order)
+    return float(norm(multiplier_of(features, cotangents), moments))
 
 
 def random_multiplier(seed: int) -> dict[str, Tensor]:
@@ -69,6 +75,7 @@ NORMS: dict[str, Norm] = {
     "spectral": Spectral(),
     "nuclear": Nuclear(),
     "kronecker-fisher": FISHER,
+    "kronecker-fisher-nuclear": partial(KroneckerFisher(ord="nuc"), moments=MOMENTS),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS.keys())
 
@@ -81,16 +88,27 @@ def entries(w: cp.Variable, b: cp.Variable) -> cp.Expression:
 
 
 def fisher(damping: float) -> Array:
-    """A ⊗ G assembled entry by entry, damped as the docstring says."""
+    """A ⊗ G assembled entry by entry."""
+    return np.kron(*damped_moments(damping))
+
+
+def damped_moments(damping: float) -> list[Array]:
+    """A and G, damped as the docstring says."""
     damped = []
     for moment in (MOMENTS["weight"].features.numpy(), MOMENTS["weight"].cotangents.numpy()):
         mean_eigenvalue = np.trace(moment) / len(moment)
         damped.append(moment + damping * mean_eigenvalue * np.eye(len(moment)))
-    return np.kron(damped[0], damped[1])
+    return damped
 
 
 def fisher_length(w: cp.Variable, b: cp.Variable) -> cp.Expression:
     return cp.norm(np.linalg.cholesky(fisher(KroneckerFisher().damping)).T @ entries(w, b))
+
+
+def largest_whitened(w: cp.Variable, b: cp.Variable) -> cp.Expression:
+    """The largest singular value of Cᵀ[w, b]D with G = CCᵀ and A = DDᵀ."""
+    a, g = (np.linalg.cholesky(m) for m in damped_moments(KroneckerFisher().damping))
+    return cp.sigma_max(g.T @ cp.hstack([w, cp.reshape(b, (OUT, 1), order="F")]) @ a)
 
 
 PRIMAL: dict[str, Callable[[cp.Variable, cp.Variable], cp.Expression]] = {
@@ -100,6 +118,7 @@ PRIMAL: dict[str, Callable[[cp.Variable, cp.Variable], cp.Expression]] = {
     "spectral": lambda w, b: cp.normNuc(w) + cp.norm(b),
     "nuclear": lambda w, b: cp.maximum(cp.sigma_max(w), cp.norm(b)),
     "kronecker-fisher": fisher_length,
+    "kronecker-fisher-nuclear": largest_whitened,
 }
 
 
@@ -236,16 +255,19 @@ def test_kronecker_fisher_by_brute_force(damping: float) -> None:
     assert found == pytest.approx(expected, rel=1e-10)
 
 
-def test_kronecker_fisher_of_several_maps_is_the_root_of_the_summed_squares() -> None:
+def test_kronecker_fisher_of_several_maps() -> None:
+    """The root of the summed squares, or the sum."""
     first, second = samples(0), samples(1)
-    multiplier, moments, squares = {}, {}, 0.0
+    multiplier, moments, squares, total = {}, {}, 0.0, 0.0
     for name, (features, cotangents) in {"q": first, "k": second}.items():
         own = multiplier_of(features, cotangents)
         multiplier |= {f"{name}.{key}": value for key, value in own.items()}
         moments[f"{name}.weight"] = SecondMoments.of(features, cotangents, f"{name}.bias")
         squares += kronecker_fisher(features, cotangents) ** 2
+        total += kronecker_fisher(features, cotangents, order="nuc")
     found = float(KroneckerFisher(0.0)(multiplier, moments))
     assert found == pytest.approx(squares**0.5, rel=1e-12)
+    assert float(KroneckerFisher(0.0, "nuc")(multiplier, moments)) == pytest.approx(total, rel=1e-9)
 
 
 def canonical_correlations(features: Tensor, cotangents: Tensor) -> Array:
@@ -266,13 +288,16 @@ def with_dead_unit_and_softmax() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("data", [samples(2), with_dead_unit_and_softmax()])
-def test_kronecker_fisher_is_the_length_of_the_canonical_correlations(
+def test_kronecker_fisher_is_the_length_or_the_sum_of_the_canonical_correlations(
     data: tuple[Tensor, Tensor],
 ) -> None:
     correlations = canonical_correlations(*data)
     found = kronecker_fisher(*data)
     assert found == pytest.approx(np.linalg.norm(correlations), rel=1e-8)
     assert found <= len(correlations) ** 0.5
+    total = kronecker_fisher(*data, order="nuc")
+    assert total == pytest.approx(correlations.sum(), rel=1e-8)
+    assert total <= len(correlations)
 
 
 def test_kronecker_fisher_without_any_relation_and_with_too_few_samples() -> None:
@@ -281,8 +306,9 @@ def test_kronecker_fisher_without_any_relation_and_with_too_few_samples() -> Non
     for _ in range(200):
         squares.append(kronecker_fisher(normal(n, IN), normal(n, OUT)) ** 2)
     assert np.mean(squares) == pytest.approx((IN + 1) * OUT / n, rel=0.1)
-    few = kronecker_fisher(normal(2, IN), normal(2, OUT))
-    assert few == pytest.approx(2**0.5, rel=1e-8)
+    few = normal(2, IN), normal(2, OUT)
+    assert kronecker_fisher(*few) == pytest.approx(2**0.5, rel=1e-8)
+    assert kronecker_fisher(*few, order="nuc") == pytest.approx(2, rel=1e-8)
 
 
 def loss_of_samples(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -294,8 +320,9 @@ def cotangents_by_autograd(loss: Callable[[Tensor], Tensor], outputs: Tensor) ->
     return torch.autograd.grad(loss(outputs), outputs)[0]
 
 
+@pytest.mark.parametrize("order", ["fro", "nuc"])
 @pytest.mark.parametrize("dead", [False, True])
-def test_kronecker_fisher_is_invariant_under_affine_changes(dead: bool) -> None:
+def test_kronecker_fisher_is_invariant_under_affine_changes(dead: bool, order: Order) -> None:
     """The samples themselves are transformed; autograd gives the new cotangents."""
     draw = torch.Generator().manual_seed(4)
     normal = partial(torch.randn, generator=draw, dtype=torch.float64)
@@ -306,18 +333,19 @@ def test_kronecker_fisher_is_invariant_under_affine_changes(dead: bool) -> None:
     outputs = features @ normal(IN, OUT) + normal(OUT)
     loss = partial(loss_of_samples, targets=targets)
     cotangents = cotangents_by_autograd(loss, outputs)  # sum to 0: G is singular
-    value = kronecker_fisher(features, cotangents)
+    length = partial(kronecker_fisher, order=order)
+    value = length(features, cotangents)
 
     change, offset = normal(IN, IN), 10 * normal(IN)
     new_features = features @ change.T + offset
-    assert kronecker_fisher(new_features, cotangents) == pytest.approx(value, rel=1e-8)
+    assert length(new_features, cotangents) == pytest.approx(value, rel=1e-8)
 
     mixing, shift = normal(OUT, OUT), normal(OUT)
     undo = torch.linalg.inv(mixing)
     new_outputs = outputs @ mixing.T + shift
     new_cotangents = cotangents_by_autograd(lambda z: loss((z - shift) @ undo.T), new_outputs)
-    assert kronecker_fisher(features, new_cotangents) == pytest.approx(value, rel=1e-8)
-    assert kronecker_fisher(new_features, new_cotangents) == pytest.approx(value, rel=1e-8)
+    assert length(features, new_cotangents) == pytest.approx(value, rel=1e-8)
+    assert length(new_features, new_cotangents) == pytest.approx(value, rel=1e-8)
 
     for norm in (Frobenius(), Entrywise1(), Spectral(), Nuclear()):
         before = float(norm(multiplier_of(features, cotangents)))
@@ -325,14 +353,15 @@ def test_kronecker_fisher_is_invariant_under_affine_changes(dead: bool) -> None:
         assert after != pytest.approx(before, rel=0.05)
 
 
-def test_damped_kronecker_fisher_keeps_scale_and_rotation() -> None:
+@pytest.mark.parametrize("order", ["fro", "nuc"])
+def test_damped_kronecker_fisher_keeps_scale_and_rotation(order: Order) -> None:
     draw = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(IN, IN, generator=draw, dtype=torch.float64)).Q
 
     def value(features: Tensor, cotangents: Tensor) -> float:
         multiplier = {"weight": multiplier_of(features, cotangents)["weight"]}
         moments = {"weight": SecondMoments.of(features, cotangents)}
-        return float(KroneckerFisher(0.1)(multiplier, moments))
+        return float(KroneckerFisher(0.1, order)(multiplier, moments))
 
     features, cotangents = samples(6)
     expected = value(features, cotangents)
@@ -356,6 +385,7 @@ def test_moments_that_are_all_zero_give_zero() -> None:
     features, cotangents = samples(0)
     for damping in (0.0, 1e-3):
         assert kronecker_fisher(features, 0 * cotangents, damping) == 0
+        assert kronecker_fisher(features, 0 * cotangents, damping, "nuc") == 0
 
 
 def test_float32_moments_find_the_same_rank() -> None:
@@ -372,13 +402,19 @@ def test_moments_that_are_not_finite() -> None:
     features, cotangents = samples(0)
     features[0, 0] = float("nan")
     moments = {"weight": SecondMoments.of(features, cotangents, "bias")}
-    assert np.isnan(float(KroneckerFisher()(random_multiplier(0), moments)))
+    for order in ("fro", "nuc"):
+        assert np.isnan(float(KroneckerFisher(ord=order)(random_multiplier(0), moments)))
 
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf")])
 def test_damping_is_checked(damping: float) -> None:
     with pytest.raises(cg.RuleError, match="damping="):
         KroneckerFisher(damping)
+
+
+def test_ord_is_checked() -> None:
+    with pytest.raises(cg.RuleError, match='ord=2 is neither "fro" nor "nuc"'):
+        KroneckerFisher(ord=2)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 
-from constrained_growth.norms.matrices import as_matrix, is_finite
+from constrained_growth.norms.matrices import as_matrix, is_finite, singular_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,40 +93,52 @@ def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
 
 @dataclass(frozen=True)
 class KroneckerFisher:
-    """√(Σ tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ)): the dual of the ball Σ ⟨v, (A ⊗ G) v⟩ ≤ 1.
+    """The norm of G^(-1/2) λ̃ A^(-1/2): of λ in the geometry of natural gradients.
 
-    The sums run over the pinned affine maps Wφ + b of a candidate, with λ̃ = [λ_W, λ_b],
-    A = E[φ̃ φ̃ᵀ] and G = E[ψ ψᵀ] (see `SecondMoments`). A ⊗ G is the K-FAC approximation of the
-    Fisher matrix, so this is the norm of natural-gradient descent and of K-FAC: a step inside
-    the ball changes the distribution of the output by a given amount, whatever the units of
-    features and outputs are. G is taken at the targets of the data (the empirical Fisher).
+    Of a pinned affine map Wφ + b, λ̃ = [λ_W, λ_b], and A = E[φ̃ φ̃ᵀ] and G = E[ψ ψᵀ] are its
+    `SecondMoments`. A ⊗ G is the K-FAC approximation of the Fisher matrix, so that a step v̂ =
+    G^(1/2) v A^(1/2) of a given size changes the distribution of the output by a given amount,
+    whatever the units of features and outputs are. G is taken at the targets of the data (the
+    empirical Fisher). `ord` says in which norm v̂ is measured, and so of which it is the dual:
+
+    * "fro": √(Σ σ_i²) = √tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ), the dual of the ball ⟨v, (A ⊗ G) v⟩ ≤ 1, the norm of
+      natural-gradient descent and of K-FAC.
+    * "nuc": Σ σ_i, the dual of the ball in which no singular value of v̂ exceeds 1. It counts in
+      how many directions the layer could help, where "fro" is content with one that is strong.
+      It decides best (`constrained-growth bench decisions`, the README's "Which rule when?").
+
+    σ_i are the singular values of G^(-1/2) λ̃ A^(-1/2). Those of all pinned affine maps of a
+    candidate are taken together, as of one block-diagonal matrix.
 
     With `damping=0` the norm does not change under any invertible affine change of the features
     (with a bias; linear without) and of the outputs. Singular moments, as dead units or the
     cotangents of a softmax make them, are inverted on their range; λ lies in it when all come
     from the same samples, and what rounding puts outside is dropped. With one position per
-    sample the norm is then √(Σ ρ_i²), with ρ_i the canonical correlations of φ̃ and ψ (about 0,
-    not the mean): at most √min(rank A, rank G), and free of the scale of the loss. Beware of few
-    samples: features and cotangents that have nothing to do with each other give a square of
-    about (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples give N whatever they are.
+    sample σ_i is then ρ_i, the canonical correlations of φ̃ and ψ (about 0, not the mean): free
+    of the scale of the loss, and "fro" at most √r, "nuc" at most r, with r = min(rank A, rank G).
+    Beware of few samples: of features and cotangents that have nothing to do with each other
+    Σ ρ_i² is about (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples give N whatever they
+    are.
 
     With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I take the places of A and G:
     the factored Tikhonov regularisation of K-FAC (section 6.3) with the weight d² times the mean
     eigenvalue of A ⊗ G. Of the invariance, changes of scale and (without a bias) rotations stay.
 
     Attributes:
-        damping: d, relative to the mean eigenvalue of each factor; 0.03 by default; from 0.01
-            to 0.3 it decides alike, within the noise (`constrained-growth bench decisions --seed
-            2`). 0 for exact invariance.
+        damping: d, relative to the mean eigenvalue of each factor; 0.1 by default; from 0.03
+            to 0.3 it decides alike, within the noise (`constrained-growth bench decisions`).
+            0 for exact invariance.
+        ord: "fro" or "nuc", as for `torch.linalg.matrix_norm`; "fro" by default.
 
     Raises:
-        RuleError: `damping` is negative or not finite; or, when called, a pinned parameter has
-            no second moments or ones of another shape.
+        RuleError: `damping` is negative or not finite, or `ord` another; or, when called, a pinned
+            parameter has no second moments or ones of another shape.
 
     Source:
         Amari, *Natural gradient works efficiently in learning*, 1998; Martens and Grosse,
         *Optimizing neural networks with Kronecker-factored approximate curvature*, 2015,
-        arXiv 1503.05671.
+        arXiv 1503.05671. Canonical correlations: Hotelling, *Relations between two sets of
+        variates*, 1936.
 
     Example:
         >>> features = torch.tensor([[1.0], [1.0]])
@@ -136,15 +148,18 @@ class KroneckerFisher:
         tensor(0.9487, dtype=torch.float64)
     """
 
-    damping: float = 0.03
+    damping: float = 0.1
+    ord: Literal["fro", "nuc"] = "fro"
     needs_moments: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping < math.inf:
             raise RuleError(
                 f"damping={self.damping!r} is not a finite number >= 0; it is relative to the "
-                "mean eigenvalue, 1e-3 by default."
+                "mean eigenvalue, 0.1 by default."
             )
+        if self.ord not in ("fro", "nuc"):
+            raise RuleError(f'ord={self.ord!r} is neither "fro" nor "nuc".')
 
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
@@ -164,11 +179,13 @@ class KroneckerFisher:
                 "pinned. A block that offers factors(x, delta) for all its pins has them; for "
                 "other blocks use another norm."
             )
-        squares = [self._square(multiplier, name, seen) for name, seen in moments.items()]
-        return torch.stack(squares).sum().sqrt()
+        whitened = [self._whitened(multiplier, name, seen) for name, seen in moments.items()]
+        if self.ord == "fro":
+            return torch.stack([matrix.square().sum() for matrix in whitened]).sum().sqrt()
+        return singular_values(dict(zip(moments, whitened, strict=True))).sum()
 
-    def _square(self, multiplier: Mapping[str, Tensor], name: str, seen: SecondMoments) -> Tensor:
-        """tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ) of one affine map."""
+    def _whitened(self, multiplier: Mapping[str, Tensor], name: str, seen: SecondMoments) -> Tensor:
+        """λ̃ of one affine map, in coordinates in which A and G are the identity."""
         joint = as_matrix(multiplier[name])
         if seen.bias is not None:
             joint = torch.cat([joint, as_matrix(multiplier[seen.bias])], dim=1)
@@ -180,10 +197,10 @@ class KroneckerFisher:
                 f"(cotangents), and must be of shape {(columns, columns)} and {(rows, rows)}."
             )
         if not all(is_finite(tensor) for tensor in (joint, seen.features, seen.cotangents)):
-            return joint.new_full((), math.nan, dtype=torch.float64)
+            return joint.new_full((1, 1), math.nan, dtype=torch.float64)
         left = _inverse_root(seen.cotangents, self.damping)
         right = _inverse_root(seen.features, self.damping)
-        return (left.T @ joint.double() @ right).square().sum()
+        return left.T @ joint.double() @ right
 
 
 def _inverse_root(moment: Tensor, damping: float) -> Tensor:
