@@ -34,6 +34,7 @@ from constrained_growth.rules import (
     Trial,
     TrustRegion,
     When,
+    otherwise,
     then,
 )
 from constrained_growth.sampling import AdaptiveSampling
@@ -89,6 +90,7 @@ __all__ = [
     "insert",
     "monitor",
     "norms",
+    "otherwise",
     "replay",
     "rewrap",
     "rules",

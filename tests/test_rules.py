@@ -19,10 +19,10 @@ from helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.rules import Fixed, Random, then
+from constrained_growth.rules import Fixed, Random, otherwise, then
 
 
 def sensitivities(**values: float) -> dict[str, cg.Sensitivity]:
@@ -296,9 +296,40 @@ def test_rules_that_ask_the_model_do_not_go_with_sampling() -> None:
 
 
 @pytest.mark.parametrize("rules", [(), (None,), (cg.TopK(1), "TopK"), (cg.TopK,)])
-def test_then_of_no_rules(rules: Any) -> None:
-    with refused(cg.RuleError, "then"):
-        then(*rules)
+@pytest.mark.parametrize("compose", [then, otherwise])
+def test_composed_of_no_rules(compose: Any, rules: Any) -> None:
+    with refused(cg.RuleError, compose.__name__):
+        compose(*rules)
+
+
+def test_otherwise_is_the_first_rule_that_chooses_anything() -> None:
+    given = sensitivities(a=0.1, b=0.3, c=0.2)
+    high, low = cg.Threshold(absolute=9.0), cg.Threshold(absolute=0.15)
+    assert otherwise(low, Fixed("a"))(given).chosen == ("b", "c")  # type: ignore[operator]
+    decision = otherwise(high, Fixed(), Fixed("a"), low)(given)  # type: ignore[operator]
+    assert decision.chosen == ("a",)
+    assert decision.reason.split("; otherwise ")[1:] == ["fixed beforehand"] * 2
+    assert otherwise(high, Fixed())(given).chosen == ()  # type: ignore[operator]
+    assert otherwise(high, low)({}).chosen == ()  # type: ignore[operator]
+
+
+def test_otherwise_with_a_rule_that_asks_the_model() -> None:
+    """A step that is accepted, and the pins where none is."""
+    model, data = feedforward(2, 4, 4, 3), classified(20)
+    candidates = [candidate("1"), candidate("3"), cg.Candidate("0", Gain(4))]
+
+    def straight(_: Any, vector: Tensor) -> Tensor:
+        return torch.zeros_like(vector)
+
+    for radius, moved in ((0.1, True), (1000.0, False)):
+        first, second = (cg.TrustRegion(radius, curvature=straight, max_tries=1) for _ in range(2))
+        rule: Any = then(cg.TopK(1), otherwise(first, cg.TopK(1)))
+        decision = solved(model, data, *candidates, rule=rule).decision
+        alone = solved(model, data, *candidates, rule=then(cg.TopK(1), second)).decision
+        assert len(decision.chosen) == 1
+        assert bool(alone.chosen) == bool(decision.values) == moved
+        assert decision.evidence["passes"] == pytest.approx(alone.evidence["passes"])
+        assert rule.state_dict() == {"1": {"0": second.state_dict()}}
 
 
 def test_values_of_candidates_that_were_not_chosen() -> None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from constrained_growth.solution import Norm
-
-if TYPE_CHECKING:
-    pass
-
-
 from constrained_growth.norms.moments import MomentNorm, needs_moments
+from constrained_growth.solution import Norm
 
 
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Norm
-
-if TYPE_CHECKING:
-    pass
-
-
 from constrained_growth.norms.matrices import Entrywise1, Frobenius, Nuclear
+from constrained_growth.solution import Norm
 
 _EUCLIDEAN = (torch.optim.SGD, torch.optim.ASGD)
 

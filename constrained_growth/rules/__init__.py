@@ -6,7 +6,7 @@ Decision`, if it has to ask the model more than that. Nothing else is asked of i
 """
 
 from constrained_growth.rules.budget import Budget, half_square
-from constrained_growth.rules.composition import then
+from constrained_growth.rules.composition import otherwise, then
 from constrained_growth.rules.controls import Fixed, Random
 from constrained_growth.rules.matching import rule_for
 from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
@@ -35,6 +35,7 @@ __all__ = [
     "When",
     "half_square",
     "needs_model",
+    "otherwise",
     "rule_for",
     "then",
 ]

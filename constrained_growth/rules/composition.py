@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,17 +36,52 @@ def then(*rules: Rule) -> Rule:
         >>> then(Threshold(absolute=0.3), TopK(1))(given).chosen
         ('b',)
     """
+    plain = _plain(rules, "then")
+    return ModelChain(rules) if plain is None else Chain(plain)
+
+
+def otherwise(*rules: Rule) -> Rule:
+    """The first rule that chooses anything.
+
+    All decide about the same candidates; one that inserts nothing passes the question on. So
+    `then(TopK(1), otherwise(TrustRegion(), TopK(1)))` lets the best candidate start at the step
+    of a trust region, and at its pins where no step is accepted.
+
+    Args:
+        *rules: At least one.
+
+    Returns:
+        A function of the sensitivities where all of them are; otherwise a rule that is asked with
+        the problem.
+
+    Raises:
+        RuleError: There is none, or something is no rule.
+
+    Example:
+        >>> from constrained_growth.rules import Threshold, TopK
+        >>> given = {"a": Sensitivity(0.2), "b": Sensitivity(0.5)}
+        >>> otherwise(Threshold(absolute=0.9), TopK(1))(given).chosen
+        ('b',)
+    """
+    plain = _plain(rules, "otherwise")
+    return ModelFallback(rules) if plain is None else Fallback(plain)
+
+
+def _plain(rules: tuple[Rule, ...], of: str) -> tuple[DecisionRule, ...] | None:
+    """The rules, if none of them has to ask the model."""
     for rule in rules:
         if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-            raise RuleError(f"rule={rule!r} of then is no rule; give cg.TopK(1), say.")
+            raise RuleError(f"rule={rule!r} of {of} is no rule; give cg.TopK(1), say.")
     if not rules:
-        raise RuleError("then needs at least one rule, such as then(cg.TopK(3), cg.TrustRegion()).")
+        raise RuleError(
+            f"{of} needs at least one rule, such as {of}(cg.TopK(3), cg.TrustRegion())."
+        )
     plain = tuple(rule for rule in rules if not needs_model(rule))
-    return Chain(plain) if len(plain) == len(rules) else ModelChain(rules)
+    return plain if len(plain) == len(rules) else None
 
 
 @dataclass(frozen=True)
-class _Chained:
+class _Composed:
     """Rules, and what they remember."""
 
     rules: tuple[Rule, ...]
@@ -60,12 +95,12 @@ class _Chained:
         """Go on from what was saved.
 
         Raises:
-            RuleError: It is not from such a chain.
+            RuleError: It is not from rules composed like these.
         """
         if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
             raise RuleError(
-                f"state_dict={state_dict!r} is not that of then{self.rules!r}, whose rules with a "
-                f"state are those numbered {sorted(self.state_dict())}."
+                f"state_dict={state_dict!r} is not that of {self!r}, whose rules with a state are "
+                f"those numbered {sorted(self.state_dict())}."
             )
         for i, state in state_dict.items():
             rule: Any = self.rules[int(i)]
@@ -73,7 +108,7 @@ class _Chained:
 
 
 @dataclass(frozen=True)
-class Chain(_Chained):
+class Chain(_Composed):
     """Rules that need the sensitivities alone, one after the other; see `then`."""
 
     rules: tuple[DecisionRule, ...]
@@ -86,24 +121,55 @@ class Chain(_Chained):
             left = {name: left[name] for name in left if name in decisions[-1].chosen}
             if not left:
                 break
-        return _together(decisions)
+        return _together(decisions, "then")
 
 
 @dataclass(frozen=True)
-class ModelChain(_Chained):
+class ModelChain(_Composed):
     """Rules of both kinds, one after the other; see `then`."""
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """What the last one chooses of what the others have left."""
         decisions = []
         for rule in self.rules:
-            asked = needs_model(rule)
-            decision = rule.decide(problem, solution) if asked else rule(solution.sensitivities)
-            decisions.append(decision)
-            solution = _only(solution, decision.chosen)
-            if not decision.chosen:
+            decisions.append(_asked(rule, problem, solution))
+            solution = _only(solution, decisions[-1].chosen)
+            if not decisions[-1].chosen:
                 break
-        return _together(decisions)
+        return _together(decisions, "then")
+
+
+@dataclass(frozen=True)
+class Fallback(_Composed):
+    """Rules that need the sensitivities alone, until one chooses anything; see `otherwise`."""
+
+    rules: tuple[DecisionRule, ...]
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """What the first one chooses that chooses anything."""
+        return _first(rule(sensitivities) for rule in self.rules)
+
+
+@dataclass(frozen=True)
+class ModelFallback(_Composed):
+    """Rules of both kinds, until one chooses anything; see `otherwise`."""
+
+    def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
+        """What the first one chooses that chooses anything."""
+        return _first(_asked(rule, problem, solution) for rule in self.rules)
+
+
+def _first(decided: Iterable[Decision]) -> Decision:
+    decisions = []
+    for decision in decided:
+        decisions.append(decision)
+        if decision.chosen:
+            break
+    return _together(decisions, "otherwise")
+
+
+def _asked(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
+    return rule.decide(problem, solution) if needs_model(rule) else rule(solution.sensitivities)
 
 
 def _only(solution: Solution, names: tuple[str, ...]) -> Solution:
@@ -112,7 +178,7 @@ def _only(solution: Solution, names: tuple[str, ...]) -> Solution:
     return replace(solution, sensitivities=sensitivities)
 
 
-def _together(decisions: list[Decision]) -> Decision:
+def _together(decisions: list[Decision], word: str) -> Decision:
     """The last one, with the reasons of all, and the evidence of all where there is any."""
     last = decisions[-1]
     found = [dict(decision.evidence) for decision in decisions]
@@ -122,5 +188,5 @@ def _together(decisions: list[Decision]) -> Decision:
     passes = [one["passes"] for one in found if "passes" in one]
     if passes:
         evidence["passes"] = sum(passes)
-    reason = "; then ".join(decision.reason for decision in decisions)
+    reason = f"; {word} ".join(decision.reason for decision in decisions)
     return Decision(last.chosen, reason, last.values, evidence)
