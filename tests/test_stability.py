@@ -407,6 +407,25 @@ def test_a_rule_for_what_makes_an_optimizer(model: nn.Module, data: list[Any]) -
     assert rule_for(torch.optim.AdamW) == cg.TopK(1)
 
 
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_the_rule_for_an_optimizer_with_a_step(model: nn.Module, kind: str) -> None:
+    """With Adam the layer starts where the loss is lower; with SGD the flag changes nothing."""
+    problem = problem_of(model, classified(400, batch=10))
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    found = cg.solve(problem, rule_for(optimizer, step=True)).decision
+    plain = cg.solve(problem, rule_for(optimizer)).decision
+    assert found.chosen == plain.chosen != ()
+    if kind == "SGD":
+        assert found == plain
+        return
+    region = cg.then(cg.Fixed(found.chosen[0]), cg.TrustRegion(max_products=10))
+    step = cg.solve(problem, region).decision
+    assert found.evidence["actual"] == step.evidence["actual"] > 0
+    (values,), (expected,) = found.values.values(), step.values.values()
+    torch.testing.assert_close(dict(values), dict(expected), rtol=0, atol=0)
+    assert 1 < found.evidence["passes"] <= 19
+
+
 class Wrapper(torch.optim.Optimizer):
     """An optimizer around another, of which nothing is known here."""
 

@@ -7,15 +7,14 @@ from torch import nn
 
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import Frobenius, norm_for
-from constrained_growth.rules.composition import then
+from constrained_growth.rules.composition import otherwise, then
 from constrained_growth.rules.protocol import OptimizerFactory, Rule
 from constrained_growth.rules.ranking import TopK
 from constrained_growth.rules.stability import Stable
+from constrained_growth.rules.trust_region import TrustRegion
 
 
-def rule_for(
-    optimizer: torch.optim.Optimizer | OptimizerFactory,
-) -> Rule:
+def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool = False) -> Rule:
     """The best candidate, unless the optimizer's steps would diverge with it.
 
     * SGD has a largest stable step, which a layer may exceed: the candidate is inserted if it does
@@ -23,21 +22,24 @@ def rule_for(
       of the samples.
     * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none.
 
-    Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher())`, which says which
-    candidate is best. Passes that are left buy more, in the mean, as epochs of training than as
-    trials or second-order steps: `constrained-growth bench decisions` holds the rules against each
-    other, at the cost of each and at equal cost.
+    Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher(ord="nuc"))`, which says
+    which candidate is best. Passes that are left buy more, in the mean, as epochs of training than
+    as trials or second-order steps: `constrained-growth bench decisions` holds the rules against
+    each other, at the cost of each and at equal cost.
 
     Args:
         optimizer: The one that trains the model now and will train the new layer; or the function
             that makes one of parameters, as `grow` takes it.
+        step: Where nothing is asked, spend up to 19 passes on where the layer starts: at the step
+            of `TrustRegion(max_products=10)`, or at its pins where no step is accepted. False by
+            default. It changes nothing for SGD, whose passes are spent already.
 
     Returns:
-        A rule for `solve` and, with `solver=functools.partial(cg.solve, norm=KroneckerFisher())`,
-        for `grow`.
+        A rule for `solve` and, with `solver=functools.partial(cg.solve,
+        norm=KroneckerFisher(ord="nuc"))`, for `grow`.
 
     Raises:
-        RuleError: It is neither, or an optimizer of which nothing is known.
+        RuleError: `optimizer` is neither, or one of which nothing is known.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -49,12 +51,14 @@ def rule_for(
         made = optimizer([nn.Parameter(torch.zeros(1, 1))])
     if isinstance(made, torch.optim.SGD):
         return then(TopK(1), Stable(optimizer))
-    if _scales_its_steps(made):
-        return TopK(1)
-    raise RuleError(
-        f"optimizer={optimizer!r} is no optimizer of which it is known what to ask; give the "
-        "torch.optim.SGD or torch.optim.Adam that trains the model, say, or take cg.TopK(1)."
-    )
+    if not _scales_its_steps(made):
+        raise RuleError(
+            f"optimizer={optimizer!r} is no optimizer of which it is known what to ask; give the "
+            "torch.optim.SGD or torch.optim.Adam that trains the model, say, or take cg.TopK(1)."
+        )
+    if step:
+        return then(TopK(1), otherwise(TrustRegion(max_products=10), TopK(1)))
+    return TopK(1)
 
 
 def _scales_its_steps(made: object) -> bool:

@@ -231,13 +231,6 @@ def epochs_of_trial(epochs: int, asked: Asked) -> Trial:
     return Trial(epochs * math.ceil(asked.samples / asked.task.batch), asked.optimizer, math.inf)
 
 
-def stable_or_step(asked: Asked) -> Rule:
-    """`rule_for(optimizer)`, and for Adam a step of a trust region where the layer starts."""
-    is_sgd = isinstance(asked.optimizer, torch.optim.SGD)
-    second = Stable(asked.optimizer) if is_sgd else TrustRegion(max_products=10)
-    return then(TopK(1), second)
-
-
 def rehearsed(asked: Asked) -> Rule:
     """One full training for each site, and the best of them."""
 
@@ -270,37 +263,38 @@ ARMS: tuple[Arm, ...] = (
     Arm("entrywise 1", lambda asked: TopK(1), Entrywise1()),
     Arm("spectral", lambda asked: TopK(1), Spectral()),
     Arm("nuclear", lambda asked: TopK(1), Nuclear()),
-    Arm("Kronecker-Fisher 0.01", lambda asked: TopK(1), KroneckerFisher(0.01)),
     Arm("Kronecker-Fisher 0.03", lambda asked: TopK(1), KroneckerFisher(0.03)),
     Arm("Kronecker-Fisher 0.1", lambda asked: TopK(1), KroneckerFisher(0.1)),
     Arm("Kronecker-Fisher 0.3", lambda asked: TopK(1), KroneckerFisher(0.3)),
-    Arm("Kronecker-Fisher 1", lambda asked: TopK(1), KroneckerFisher(1.0)),
+    Arm("Kronecker-Fisher nuclear 0.03", lambda asked: TopK(1), KroneckerFisher(0.03, "nuc")),
+    Arm("Kronecker-Fisher nuclear 0.1", lambda asked: TopK(1), KroneckerFisher(0.1, "nuc")),
+    Arm("Kronecker-Fisher nuclear 0.3", lambda asked: TopK(1), KroneckerFisher(0.3, "nuc")),
     Arm("threshold", lambda asked: Threshold(relative=1.0, max_insertions=1)),
     Arm("trust region", lambda asked: TrustRegion()),
     Arm("trust region, joint", lambda asked: TrustRegion(joint=True)),
     Arm(
-        "Kronecker-Fisher, then joint",
+        "shortlist, then joint",
         lambda asked: then(TopK(2), TrustRegion(joint=True)),
-        KroneckerFisher(0.1),
+        KroneckerFisher(ord="nuc"),
     ),
     Arm(
-        "Kronecker-Fisher, then trial",
+        "shortlist, then trial",
         lambda asked: then(TopK(2), trial_of(20.0, asked, 0.0, sites=2)),
-        KroneckerFisher(0.1),
+        KroneckerFisher(ord="nuc"),
         in_batches=True,
-    ),
-    Arm(
-        "Kronecker-Fisher, then step",
-        lambda asked: then(TopK(1), TrustRegion(max_products=10)),
-        KroneckerFisher(),
     ),
     Arm(
         "rule_for(optimizer)",
         lambda asked: rule_for(asked.optimizer),
-        KroneckerFisher(),
+        KroneckerFisher(ord="nuc"),
         in_batches=True,
     ),
-    Arm("rule_for(optimizer), step for Adam", stable_or_step, KroneckerFisher(), in_batches=True),
+    Arm(
+        "rule_for(optimizer, step=True)",
+        lambda asked: rule_for(asked.optimizer, step=True),
+        KroneckerFisher(ord="nuc"),
+        in_batches=True,
+    ),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
     Arm("trial, 20 passes, no margin", lambda asked: trial_of(20.0, asked, 0.0), in_batches=True),
     Arm("trial, 20 epochs each", lambda asked: epochs_of_trial(20, asked), in_batches=True),
