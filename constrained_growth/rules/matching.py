@@ -30,7 +30,7 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
     Args:
         optimizer: The one that trains the model now and will train the new layer; or the function
             that makes one of parameters, as `grow` takes it.
-        step: Where nothing is asked, spend up to 19 passes on where the layer starts: at the step
+        step: Where nothing is asked, spend up to 18 passes on where the layer starts: at the step
             of `TrustRegion(max_products=10)`, or at its pins where no step is accepted. False by
             default. It changes nothing for SGD, whose passes are spent already.
 

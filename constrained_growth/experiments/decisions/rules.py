@@ -36,7 +36,6 @@ from constrained_growth.rules import (
     Fixed,
     Random,
     Rule,
-    Stable,
     Threshold,
     TopK,
     Trial,
