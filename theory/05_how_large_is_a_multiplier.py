@@ -243,6 +243,35 @@ ax.spines[["top", "right"]].set_visible(False)
 # **Figure 2.** Thirteen networks that compute the same function, and the sensitivity of the same candidate in
 # each. No unit.
 #
+# In these coordinates, too, there is more than one norm. The singular values of $G^{-1/2}\lambda A^{-1/2}$ are the **canonical
+# correlations** $\rho_i$ of the features and of what the loss asks of them (Hotelling 1936): cosines between the two spaces of
+# functions on the data. `KroneckerFisher()` is their length $\sqrt{\sum\rho_i^2}$. `KroneckerFisher(ord="nuc")` is their sum,
+# the dual of the ball in which no direction may move further than another. It counts in *how many* directions a layer could
+# help, where the length is content with one strong direction. Which of the two decides better is no theorem but a measurement: notebook 7.
+
+# %%
+layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))
+here = cg.GrowthProblem(model, nn.MSELoss(), [(x, y)], [layer])
+h = model[:2](x).detach().requires_grad_()
+(delta,) = torch.autograd.grad(nn.functional.mse_loss(model[2:](h), y), h)
+features = torch.cat([h.detach(), torch.ones(len(x), 1)], dim=1)  # the last one for the bias
+spaces = torch.linalg.qr(features).Q, torch.linalg.qr(delta).Q  # no second moments here
+rho = torch.linalg.svdvals(spaces[0].T @ spaces[1])
+for order, expected in (("fro", rho.norm()), ("nuc", rho.sum())):
+    norm = cg.norms.KroneckerFisher(damping=0.0, ord=order)
+    found = cg.solve(here, norm=norm).sensitivities["1"].value
+    print(f"{order}: {found:.6f}, by the correlations {rho.numpy().round(3)}: {expected:.6f}")
+    assert np.isclose(found, expected.item(), rtol=1e-6)
+
+one_strong, all_alike = torch.diag(torch.tensor([0.8, 0, 0, 0])), 0.4 * torch.eye(4)
+plain = {"weight": cg.norms.SecondMoments(torch.eye(4), torch.eye(4))}
+for order in ("fro", "nuc"):
+    norm = cg.norms.KroneckerFisher(damping=0.0, ord=order)
+    sizes = [float(norm({"weight": lam}, plain)) for lam in (one_strong, all_alike)]
+    print(f"{order}: one direction of 0.8 counts {sizes[0]:.2f}, four of 0.4 count {sizes[1]:.2f}")
+    assert np.allclose(sizes, (0.8, 0.8) if order == "fro" else (0.8, 1.6))
+
+# %% [markdown]
 # ## Claim 4. Five published criteria are points in one plane
 #
 # Ask two questions of a criterion. *In what is a step measured?* In parameters (Frobenius), in what the step adds to the
@@ -422,6 +451,7 @@ check_3(factor=1)  # x / 10 and 10 delta: a scalar change cancels, a matrix does
 # * K. Jordan et al., *Muon: An optimizer for hidden layers in neural networks*, 2024, kellerjordan.github.io/posts/muon.
 # * J. Bernstein and L. Newhouse, *Old Optimizer, New Norm: An Anthology*, arXiv 2409.20325, 2024.
 # * S. Amari, *Natural gradient works efficiently in learning*, Neural Computation 10(2), 1998, 251-276.
+# * H. Hotelling, *Relations between two sets of variates*, Biometrika 28(3/4), 1936, 321-377.
 # * J. Martens and R. Grosse, *Optimizing Neural Networks with Kronecker-factored Approximate Curvature*, ICML 2015,
 #   arXiv 1503.05671.
 # * E. Herberg et al., *Sensitivity-Based Layer Insertion for Residual and Feedforward Neural Networks*, arXiv 2311.15995, 2023.

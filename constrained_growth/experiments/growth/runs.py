@@ -91,7 +91,7 @@ class Trace:
     decisions: int
 
 
-NORM = KroneckerFisher()
+NORM = KroneckerFisher(damping=0.03)
 """How large a multiplier is."""
 
 

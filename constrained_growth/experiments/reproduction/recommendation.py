@@ -24,7 +24,7 @@ from constrained_growth.training.steps import NewLayers
 
 Solver = Callable[[GrowthProblem], Solution]
 
-RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(), stationarity=False)
+RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(damping=0.03), stationarity=False)
 """The largest sensitivity in the norm that decides best of all that cost one pass."""
 
 AGE = "age"
