@@ -18,8 +18,8 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
     """The best candidate, unless the optimizer's steps would diverge with it.
 
     * SGD has a largest stable step, which a layer may exceed: the candidate is inserted if it does
-      not, and else nothing is: `then(TopK(1), Stable(optimizer))`, for 13 gradient passes over 500
-      of the samples.
+      not, and else nothing is: `then(TopK(1), Stable(optimizer))`, for 10 gradient passes over 100
+      of the samples (or one batch, if that has more).
     * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none.
 
     Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher(ord="nuc"))`, which says
