@@ -222,11 +222,14 @@ class Monitor:
             rule: `rule(sensitivities) -> Decision`.
 
         Raises:
-            RuleError: `rule` cannot be called, or does not return a decision.
+            RuleError: `rule` cannot be called (it asks the model), or returns no decision.
             DataError: No backward pass arrived at some site in this window.
         """
         if not callable(rule):
-            raise RuleError(f"rule={rule!r} cannot be called; give cg.TopK(1), or a function.")
+            raise RuleError(
+                f"rule={rule!r} cannot be called with sensitivities; give cg.TopK(1), or a function. "
+                "One that asks the model is for cg.solve."
+            )
         sensitivities = self.sensitivities()
         finite = all(math.isfinite(sensitivity.value) for sensitivity in sensitivities.values())
         status = Status.STATIONARITY_UNKNOWN if finite else Status.NOT_FINITE

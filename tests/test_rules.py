@@ -332,6 +332,42 @@ def test_otherwise_with_a_rule_that_asks_the_model() -> None:
         assert rule.state_dict() == {"1": {"0": second.state_dict()}}
 
 
+def test_what_rules_found_is_kept_however_deep_they_are_composed() -> None:
+    def noted(name: str, *chosen: str) -> Any:
+        def rule(given: Any, /) -> cg.Decision:
+            return cg.Decision(tuple(c for c in chosen if c in given), name, {}, {name: 1})
+
+        return rule
+
+    given = sensitivities(a=0.1, b=0.3)
+    inner = otherwise(noted("second"), noted("third", "b"))
+    rule: Any = then(noted("first", "a", "b"), inner, noted("last", "b"))
+    assert rule(given).evidence == {
+        "last": 1,
+        "before": [{"first": 1}, {"third": 1, "before": [{"second": 1}]}],
+    }
+    rule = then(noted("first", "a", "b"), inner)
+    assert rule(given).evidence == {"third": 1, "before": [{"first": 1}, {"second": 1}]}
+
+
+@pytest.mark.parametrize("compose", [then, otherwise])
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [(None, "not a cg.Decision"), (cg.Decision(("z",)), "candidates are")],
+)
+def test_a_rule_among_others_that_returns_no_decision(
+    compose: Any, answer: Any, words: str
+) -> None:
+    def broken(_: Any) -> Any:
+        return answer
+
+    with refused(cg.RuleError, "broken", words):
+        compose(broken, cg.TopK(1))(sensitivities(a=0.1))
+    model, data = feedforward(2, 4, 3), classified(20)
+    with nothing_left_behind(model), refused(cg.RuleError, "broken", words):
+        solved(model, data, candidate(), rule=compose(broken, Asking()))
+
+
 def test_values_of_candidates_that_were_not_chosen() -> None:
     class Confused(Asking):
         def decide(self, problem: cg.GrowthProblem, solution: cg.Solution, /) -> cg.Decision:

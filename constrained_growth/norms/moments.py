@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
@@ -105,7 +105,8 @@ class KroneckerFisher:
       natural-gradient descent and of K-FAC.
     * "nuc": Σ σ_i, the dual of the ball in which no singular value of v̂ exceeds 1. It counts in
       how many directions the layer could help, where "fro" is content with one that is strong.
-      It decides best (`constrained-growth bench decisions`, the README's "Which rule when?").
+      In the mean it decides a little better (`constrained-growth bench decisions`, the README's
+      "Which rule when?").
 
     σ_i are the singular values of G^(-1/2) λ̃ A^(-1/2). Those of all pinned affine maps of a
     candidate are taken together, as of one block-diagonal matrix.
@@ -128,7 +129,8 @@ class KroneckerFisher:
         damping: d, relative to the mean eigenvalue of each factor; 0.1 by default; from 0.03
             to 0.3 it decides alike, within the noise (`constrained-growth bench decisions`).
             0 for exact invariance.
-        ord: "fro" or "nuc", as for `torch.linalg.matrix_norm`; "fro" by default.
+        ord: "fro" or "nuc", as for `torch.linalg.matrix_norm`, by keyword; "fro" by default, as
+            there, and since that is the norm of K-FAC.
 
     Raises:
         RuleError: `damping` is negative or not finite, or `ord` another; or, when called, a pinned
@@ -149,17 +151,19 @@ class KroneckerFisher:
     """
 
     damping: float = 0.1
-    ord: Literal["fro", "nuc"] = "fro"
+    ord: Literal["fro", "nuc"] = field(default="fro", kw_only=True)
     needs_moments: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.damping < math.inf:
+        if not isinstance(self.damping, int | float) or not 0 <= self.damping < math.inf:
             raise RuleError(
-                f"damping={self.damping!r} is not a finite number >= 0; it is relative to the "
-                "mean eigenvalue, 0.1 by default."
+                f"damping={self.damping!r} of KroneckerFisher is not a finite number >= 0; it is "
+                'relative to the mean eigenvalue, 0.1 by default. An order is given as ord="nuc".'
             )
-        if self.ord not in ("fro", "nuc"):
-            raise RuleError(f'ord={self.ord!r} is neither "fro" nor "nuc".')
+        if not isinstance(self.ord, str) or self.ord not in ("fro", "nuc"):
+            raise RuleError(
+                f'ord={self.ord!r} of KroneckerFisher is not known; give "fro" or "nuc".'
+            )
 
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]

@@ -8,6 +8,7 @@ from typing import Any
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.deciding import checked_decision
 from constrained_growth.rules.protocol import DecisionRule, Rule, needs_model
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
@@ -18,7 +19,8 @@ def then(*rules: Rule) -> Rule:
     The last one has the last word, also about where a layer starts. So
     `then(Threshold(relative=1.0), TopK(1))` takes the best of those above the bar, and
     `then(TopK(3), TrustRegion())` spends second-order information on three candidates only. A
-    rule that finds nothing left is not asked.
+    rule that finds nothing left is not asked. On several processes the rules must decide alike on
+    all of them, as those of this library do.
 
     Args:
         *rules: At least one.
@@ -45,7 +47,8 @@ def otherwise(*rules: Rule) -> Rule:
 
     All decide about the same candidates; one that inserts nothing passes the question on. So
     `then(TopK(1), otherwise(TrustRegion(), TopK(1)))` lets the best candidate start at the step
-    of a trust region, and at its pins where no step is accepted.
+    of a trust region, and at its pins where no step is accepted. On several processes the rules
+    must decide alike on all of them, as those of this library do, so that all ask the same ones.
 
     Args:
         *rules: At least one.
@@ -95,7 +98,7 @@ class _Composed:
         """Go on from what was saved.
 
         Raises:
-            RuleError: It is not from rules composed like these.
+            RuleError: It is not from as many rules with a state at the same places.
         """
         if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
             raise RuleError(
@@ -117,7 +120,7 @@ class Chain(_Composed):
         """What the last one chooses of what the others have left."""
         left, decisions = dict(sensitivities), []
         for rule in self.rules:
-            decisions.append(rule(left))
+            decisions.append(checked_decision(rule, rule(left), left))
             left = {name: left[name] for name in left if name in decisions[-1].chosen}
             if not left:
                 break
@@ -147,7 +150,7 @@ class Fallback(_Composed):
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """What the first one chooses that chooses anything."""
-        return _first(rule(sensitivities) for rule in self.rules)
+        return _first(checked_decision(r, r(sensitivities), sensitivities) for r in self.rules)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,9 @@ def _first(decided: Iterable[Decision]) -> Decision:
 
 
 def _asked(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
-    return rule.decide(problem, solution) if needs_model(rule) else rule(solution.sensitivities)
+    asked = needs_model(rule)
+    decision = rule.decide(problem, solution) if asked else rule(solution.sensitivities)
+    return checked_decision(rule, decision, solution.sensitivities)
 
 
 def _only(solution: Solution, names: tuple[str, ...]) -> Solution:
@@ -184,7 +189,7 @@ def _together(decisions: list[Decision], word: str) -> Decision:
     found = [dict(decision.evidence) for decision in decisions]
     evidence = dict(last.evidence)
     if any(found[:-1]):
-        evidence["before"] = found[:-1]
+        evidence["before"] = [*found[:-1], *evidence.get("before", [])]
     passes = [one["passes"] for one in found if "passes" in one]
     if passes:
         evidence["passes"] = sum(passes)

@@ -20,7 +20,7 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
     * SGD has a largest stable step, which a layer may exceed: the candidate is inserted if it does
       not, and else nothing is: `then(TopK(1), Stable(optimizer))`, for 10 gradient passes over 100
       of the samples (or one batch, if that has more).
-    * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none.
+    * Adam and its like, and Muon, scale their steps themselves: `TopK(1)`, for none (but `step`).
 
     Made for `solve(problem, rule_for(optimizer), norm=KroneckerFisher(ord="nuc"))`, which says
     which candidate is best. Passes that are left buy more, in the mean, as epochs of training than
@@ -30,9 +30,10 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
     Args:
         optimizer: The one that trains the model now and will train the new layer; or the function
             that makes one of parameters, as `grow` takes it.
-        step: Where nothing is asked, spend up to 18 passes on where the layer starts: at the step
-            of `TrustRegion(max_products=10)`, or at its pins where no step is accepted. False by
-            default. It changes nothing for SGD, whose passes are spent already.
+        step: With Adam and its like, and Muon, spend up to 18 passes on where the layer starts: at
+            the step of `TrustRegion(max_products=10)`, whose radius is remembered from one
+            decision to the next, or at its pins where no step is accepted. False by default. With
+            SGD it changes nothing: what is stable at the pins need not be so at the step.
 
     Returns:
         A rule for `solve` and, with `solver=functools.partial(cg.solve,

@@ -25,7 +25,10 @@ from constrained_growth.training.steps import NewLayers
 Solver = Callable[[GrowthProblem], Solution]
 
 RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(damping=0.03), stationarity=False)
-"""The largest sensitivity in the norm that decides best of all that cost one pass."""
+"""The largest sensitivity in the norm that was recommended when the figures were made.
+
+Today that is `KroneckerFisher(ord="nuc")`, which is a little better (`bench decisions`).
+"""
 
 AGE = "age"
 """Memory of how many steps a parameter has made since it was inserted; ∞ for older ones."""
@@ -50,7 +53,7 @@ def recommended(
         models: Plain networks of the replicas' architecture; their parameters are overwritten.
         block: Width → the layer that could be inserted at every site.
         layer: The same for an ensemble.
-        solver: How to ask; `RECOMMENDED` follows `constrained-growth bench decisions`.
+        solver: How to ask.
 
     Returns:
         The site of each replica, −1 where nothing is inserted, and the replicas grouped by it,
