@@ -227,8 +227,8 @@ class Monitor:
         """
         if not callable(rule):
             raise RuleError(
-                f"rule={rule!r} cannot be called with sensitivities; give cg.TopK(1), or a function. "
-                "One that asks the model is for cg.solve."
+                f"rule={rule!r} cannot be called with sensitivities; give cg.TopK(1), or a "
+                "function. One that asks the model is for cg.solve."
             )
         sensitivities = self.sensitivities()
         finite = all(math.isfinite(sensitivity.value) for sensitivity in sensitivities.values())
