@@ -253,18 +253,18 @@ class Asking:
 
 def test_then_decides_about_what_is_left() -> None:
     given = sensitivities(a=0.1, b=0.3, c=0.2, d=0.25)
-    assert then(cg.TopK(3), Fixed(0))(given).chosen == ("b",)  # type: ignore[operator]
+    assert then(cg.TopK(3), Fixed(0))(given).chosen == ("b",)
     rule = then(cg.Threshold(absolute=0.15), cg.TopK(3), Fixed(-1))
-    decision = rule(given)  # type: ignore[operator]
+    decision = rule(given)
     assert decision.chosen == ("d",)
     assert decision.reason.split("; then ") == [
         "3 of 4 sensitivities above 0.15",
         "largest sensitivity of 3",
         "fixed beforehand",
     ]
-    nothing = then(cg.Threshold(absolute=9.0), Fixed("a"))(given)  # type: ignore[operator]
+    nothing = then(cg.Threshold(absolute=9.0), Fixed("a"))(given)
     assert nothing.chosen == ()
-    assert then(cg.TopK(1))(given).chosen == ("b",)  # type: ignore[operator]
+    assert then(cg.TopK(1))(given).chosen == ("b",)
 
 
 def test_then_with_a_rule_that_asks_the_model() -> None:
@@ -305,12 +305,12 @@ def test_composed_of_no_rules(compose: Any, rules: Any) -> None:
 def test_otherwise_is_the_first_rule_that_chooses_anything() -> None:
     given = sensitivities(a=0.1, b=0.3, c=0.2)
     high, low = cg.Threshold(absolute=9.0), cg.Threshold(absolute=0.15)
-    assert otherwise(low, Fixed("a"))(given).chosen == ("b", "c")  # type: ignore[operator]
-    decision = otherwise(high, Fixed(), Fixed("a"), low)(given)  # type: ignore[operator]
+    assert otherwise(low, Fixed("a"))(given).chosen == ("b", "c")
+    decision = otherwise(high, Fixed(), Fixed("a"), low)(given)
     assert decision.chosen == ("a",)
     assert decision.reason.split("; otherwise ")[1:] == ["fixed beforehand"] * 2
-    assert otherwise(high, Fixed())(given).chosen == ()  # type: ignore[operator]
-    assert otherwise(high, low)({}).chosen == ()  # type: ignore[operator]
+    assert otherwise(high, Fixed())(given).chosen == ()
+    assert otherwise(high, low)({}).chosen == ()
 
 
 def test_otherwise_with_a_rule_that_asks_the_model() -> None:
@@ -347,7 +347,12 @@ def test_what_rules_found_is_kept_however_deep_they_are_composed() -> None:
         "before": [{"first": 1}, {"third": 1, "before": [{"second": 1}]}],
     }
     rule = then(noted("first", "a", "b"), inner)
-    assert rule(given).evidence == {"third": 1, "before": [{"first": 1}, {"second": 1}]}
+    assert rule(given).evidence == {
+        "third": 1,
+        "before": [{"first": 1}, {"before": [{"second": 1}]}],
+    }
+    rule = then(noted("first", "a", "b"), noted("before", "b"))  # a word that a rule may use too
+    assert rule(given).evidence == {"before": [{"first": 1}, {"before": 1}]}
 
 
 @pytest.mark.parametrize("compose", [then, otherwise])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, TypeVar
 
 import torch
@@ -40,7 +40,9 @@ def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
     return data
 
 
-def some_of(items: Iterable[T], count: int, seed: int = 0) -> tuple[list[T], bool]:
+def some_of(
+    items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
+) -> tuple[list[T], bool]:
     """Some items, each as likely to be among them as any other, whatever their order is.
 
     All are looked at and at most `count` are held at a time.
@@ -49,6 +51,7 @@ def some_of(items: Iterable[T], count: int, seed: int = 0) -> tuple[list[T], boo
         items: As many as there are.
         count: How many are taken, 1 or more.
         seed: Of a generator of its own.
+        keep: What is held of an item that is taken, such as a copy.
 
     Returns:
         The items, and whether they are all that there were.
@@ -64,9 +67,9 @@ def some_of(items: Iterable[T], count: int, seed: int = 0) -> tuple[list[T], boo
     for item in items:
         seen += 1
         if len(taken) < count:
-            taken.append(item)
+            taken.append(keep(item))
         elif (place := draw.randrange(seen)) < count:
-            taken[place] = item
+            taken[place] = keep(item)
     return taken, seen <= count
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
@@ -133,8 +134,8 @@ class KroneckerFisher:
             there, and since that is the norm of K-FAC.
 
     Raises:
-        RuleError: `damping` is negative or not finite, or `ord` another; or, when called, a pinned
-            parameter has no second moments or ones of another shape.
+        RuleError: `damping` is no finite number >= 0, or `ord` neither of the two; or, when
+            called, a pinned parameter has no second moments or ones of another shape.
 
     Source:
         Amari, *Natural gradient works efficiently in learning*, 1998; Martens and Grosse,
@@ -155,7 +156,7 @@ class KroneckerFisher:
     needs_moments: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.damping, int | float) or not 0 <= self.damping < math.inf:
+        if not isinstance(self.damping, Real) or not 0 <= self.damping < math.inf:
             raise RuleError(
                 f"damping={self.damping!r} of KroneckerFisher is not a finite number >= 0; it is "
                 'relative to the mean eigenvalue, 0.1 by default. An order is given as ord="nuc".'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, overload
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
@@ -13,6 +13,10 @@ from constrained_growth.rules.protocol import DecisionRule, Rule, needs_model
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
 
+@overload
+def then(*rules: DecisionRule) -> DecisionRule: ...
+@overload
+def then(*rules: Rule) -> Rule: ...
 def then(*rules: Rule) -> Rule:
     """One rule after the other, each deciding about what the one before it has chosen.
 
@@ -42,6 +46,10 @@ def then(*rules: Rule) -> Rule:
     return ModelChain(rules) if plain is None else Chain(plain)
 
 
+@overload
+def otherwise(*rules: DecisionRule) -> DecisionRule: ...
+@overload
+def otherwise(*rules: Rule) -> Rule: ...
 def otherwise(*rules: Rule) -> Rule:
     """The first rule that chooses anything.
 
@@ -189,7 +197,8 @@ def _together(decisions: list[Decision], word: str) -> Decision:
     found = [dict(decision.evidence) for decision in decisions]
     evidence = dict(last.evidence)
     if any(found[:-1]):
-        evidence["before"] = [*found[:-1], *evidence.get("before", [])]
+        own = [{"before": evidence["before"]}] if "before" in evidence else []
+        evidence["before"] = [*found[:-1], *own]
     passes = [one["passes"] for one in found if "passes" in one]
     if passes:
         evidence["passes"] = sum(passes)

@@ -62,9 +62,9 @@ class Stable:
             largest eigenvalue is found to a few per cent where it stands apart from the others, as
             it does in trained networks; what is found is never above that of what is read.
         max_samples: Batches are drawn from the data at random until they have about so many
-            samples, at least one, and held; None for all of the data. The eigenvalue of a part is
-            off either way, and too large on average, the more so the fewer samples it has; with
-            100 the decisions of `constrained-growth bench decisions` are as good as with all.
+            samples, at least one, and held; None for all of the data. 100 by default, so that the
+            question costs little beside λ. The eigenvalue of a part is off either way, and too
+            large on average, the more so the fewer samples it has.
         curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
             the outputs of the model, as NLLLoss is after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
@@ -155,7 +155,7 @@ class Stable:
             with untouched(problem.model, problem.data):
                 read = batches(problem.data, None)
                 counting = (pair for pair in read if batch_weight(problem.weight, *pair) > 0)
-                some, all_of_it = some_of(map(copied, counting), number)
+                some, all_of_it = some_of(counting, number, keep=copied)
             drawn.extend(some)
             return sum(batch_size(*pair) for pair in some), all_of_it
 
