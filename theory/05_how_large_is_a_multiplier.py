@@ -246,8 +246,9 @@ ax.spines[["top", "right"]].set_visible(False)
 # In these coordinates, too, there is more than one norm. The singular values of $G^{-1/2}\lambda A^{-1/2}$ are the **canonical
 # correlations** $\rho_i$ of the features and of what the loss asks of them (Hotelling 1936): cosines between the two spaces of
 # functions on the data. `KroneckerFisher(damping=0)` is their length $\sqrt{\sum\rho_i^2}$. `KroneckerFisher(damping=0, ord="nuc")`
-# is their sum, the dual of the ball in which no direction moves further than $1$. (Damping, $0.1$ by default, makes both a little smaller.) The sum counts in *how many* directions a layer could
-# help, where the length is content with one strong direction. Which of the two decides better is no theorem but a measurement: notebook 7.
+# is their sum, the dual of the ball in which no direction moves further than $1$. (Damping, $0.1$ by default, makes both a little
+# smaller.) The sum counts in *how many* directions a layer could help, where the length is content with one strong direction. Which
+# of the two decides better is no theorem but a measurement: notebook 7.
 
 # %%
 layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))

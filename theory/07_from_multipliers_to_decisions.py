@@ -466,7 +466,7 @@ fig.tight_layout()
 #
 # Read off on the left: the norm matters more than anything else that is cheap. The same multipliers, measured by the Fisher norm
 # of notebook 5, leave half of the regret of chance, by the Frobenius norm all of it; the sum of the canonical correlations a little
-# less than their length (the intervals overlap; on each of four sets of networks the sum was lower). Short trials mislead: what
+# less than their length (the intervals overlap; with `--seed 1` to `4` the sum is lower each time). Short trials mislead: what
 # helps in twenty epochs is not what helps in the end. And what is asked beside $\lambda$ lowers the regret further: whether the layer
 # would be stable (SGD, claim 6) and at which step it should begin (Adam, claim 3; `step=True`); one full training of each site is
 # better still, for a thousand passes and more. Other networks of the same tasks give other figures: on 72 more (`--seed 4`) the rule
