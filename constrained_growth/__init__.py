@@ -5,8 +5,10 @@ constraints; the Lagrange multipliers of these constraints are the answer, and c
 pass.
 """
 
-from constrained_growth import blocks, checkpoint, norms, rules, statistics, virtual
+from constrained_growth import blocks, checkpoint, curvature, norms, rules, statistics
+from constrained_growth._initialisation import best_inner
 from constrained_growth.candidates import Candidate, Proposals, find_candidates
+from constrained_growth.directional import directional_derivative
 from constrained_growth.errors import (
     BlockError,
     CandidateError,
@@ -19,7 +21,7 @@ from constrained_growth.errors import (
     TrainingError,
 )
 from constrained_growth.insertion import GrowthRecord, InsertedLayer, insert, replay, rewrap
-from constrained_growth.monitoring import Monitor, monitor
+from constrained_growth.monitor import Monitor, monitor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import (
     Budget,
@@ -41,7 +43,6 @@ from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 from constrained_growth.training import Grower, History, grow
-from constrained_growth.virtual import best_inner, directional_derivative
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "best_inner",
     "blocks",
     "checkpoint",
+    "curvature",
     "directional_derivative",
     "find_candidates",
     "grow",
@@ -97,5 +99,4 @@ __all__ = [
     "solve",
     "statistics",
     "then",
-    "virtual",
 ]

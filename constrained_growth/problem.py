@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from constrained_growth._data import Weight
+from constrained_growth._distributed import everywhere, several
+from constrained_growth._probing import Place, look_at_sites
+from constrained_growth._sharding import check_sharding
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.models.distributed import everywhere, several
-from constrained_growth.models.observation import Weight, differentiable, untouched
-from constrained_growth.models.sharding import check_sharding
-from constrained_growth.probing import Place, look_at_sites
 from constrained_growth.solution import Constraint
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from constrained_growth._multipliers.one_pass import Measurement, MultiplierPass
 from constrained_growth.errors import RuleError
-from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import SquaredSizes, slope_of_square, square_on_all
 

@@ -10,19 +10,14 @@ from functools import partial
 from torch import Tensor
 from tqdm import tqdm
 
+from constrained_growth._data import batches, in_random_order, length_of
+from constrained_growth._distributed import everywhere, several
+from constrained_growth._multipliers.one_pass import Measurement, MultiplierPass, measure
+from constrained_growth._multipliers.tallies import Estimate
+from constrained_growth._sharding import is_sharded, whole
+from constrained_growth._sites.model import device_of, parameter_shapes
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import CandidateError, DataError, RuleError
-from constrained_growth.models.distributed import everywhere, several
-from constrained_growth.models.observation import (
-    batches,
-    device_of,
-    differentiable,
-    parameter_shapes,
-    untouched,
-)
-from constrained_growth.models.reading import in_random_order, length_of
-from constrained_growth.models.sharding import is_sharded, whole
-from constrained_growth.multipliers.one_pass import Measurement, MultiplierPass, measure
-from constrained_growth.multipliers.tallies import Estimate
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scipy import stats
 from torch import Tensor
 
+from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
-from constrained_growth.models.sharding import whole
 from constrained_growth.solution import Sensitivity
 
 __all__ = [

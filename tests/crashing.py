@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from constrained_growth import checkpoint as checkpoints
+from constrained_growth._sites.untouched import is_untouched
 from constrained_growth.checkpoint import files
-from constrained_growth.models.observation import is_untouched
 from constrained_growth.training.loop import grow
 
 STEPS = 60

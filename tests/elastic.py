@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth.models.observation import is_untouched
-from constrained_growth.models.sharding import whole
+from constrained_growth._sharding import whole
+from constrained_growth._sites.untouched import is_untouched
 
 DEATH = 11
 """The step before which the process dies; there is a checkpoint at every fourth."""

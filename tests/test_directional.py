@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
-from constrained_growth.virtual.directional import directional_derivative
+from constrained_growth.directional import directional_derivative
 
 
 def slopes(model: nn.Module, data: Any, one: cg.Candidate, step: Any) -> tuple[float, float, float]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
+from constrained_growth._distributed import add_up, everywhere
 from constrained_growth.insertion.wrapping import rewrap
-from constrained_growth.models.distributed import add_up, everywhere
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 

@@ -18,8 +18,8 @@ from helpers import (
 from torch import Tensor, nn
 
 import constrained_growth as cg
+from constrained_growth._initialisation import ascend, best_inner
 from constrained_growth.blocks import ResidualMLP
-from constrained_growth.virtual.initialisation import ascend, best_inner
 
 
 def squared(model: nn.Module, data: Any, one: cg.Candidate) -> float:

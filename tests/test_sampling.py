@@ -29,7 +29,7 @@ from torch.utils.data import (
 )
 
 import constrained_growth as cg
-from constrained_growth.multipliers.one_pass import MultiplierPass
+from constrained_growth._multipliers.one_pass import MultiplierPass
 from constrained_growth.norms import Entrywise1, KroneckerFisher
 from constrained_growth.sampling import Reach
 from constrained_growth.statistics import SquaredSizes

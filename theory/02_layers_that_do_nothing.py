@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import constrained_growth as cg
-from constrained_growth.activations import identity_shift
+from constrained_growth._activations import identity_shift
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)

@@ -10,7 +10,7 @@ A block may also offer `factors(x, delta)`: the closed form of its multipliers a
 cotangents and features. Without it λ comes from differentiating the block alone.
 """
 
-from constrained_growth.activations import TanhLU
+from constrained_growth._activations import TanhLU
 from constrained_growth.blocks.convolution import (
     IdentityConv2d,
     ResidualBottleneck2d,

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import nn
 
-from constrained_growth.activations import (
+from constrained_growth._activations import (
     MAX_AUTOMATIC_SHIFT,
     Activation,
     identity_error,

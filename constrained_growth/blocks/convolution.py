@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from constrained_growth.activations import (
+from constrained_growth._activations import (
     Activation,
     as_activation,
     computes_same,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._sites.outputs import tensor_in
 from constrained_growth.blocks.pins import pinned_parameters
 from constrained_growth.blocks.zeros import zeros_of
 from constrained_growth.errors import BlockError
-from constrained_growth.models.outputs import tensor_in
 
 
 class CopiedBlock(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from constrained_growth.models.contexts import takes_context
+from constrained_growth._sites.context import takes_context
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
 from constrained_growth.errors import BlockError
-from constrained_growth.models.contexts import NO_CONTEXT, Context, arguments
 
 
 def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

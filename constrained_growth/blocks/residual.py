@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from constrained_growth.activations import Activation, as_activation, value_at_zero
+from constrained_growth._activations import Activation, as_activation, value_at_zero
 from constrained_growth.blocks.checks import activation_kind, checked_slope, positive
 from constrained_growth.blocks.factors import AffineFactors
 from constrained_growth.errors import BlockError

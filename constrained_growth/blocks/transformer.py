@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from constrained_growth.activations import Activation, as_activation
+from constrained_growth._activations import Activation, as_activation
 from constrained_growth.blocks.checks import positive
 from constrained_growth.blocks.factors import AffineFactors
 from constrained_growth.errors import BlockError

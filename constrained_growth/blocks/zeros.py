@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from constrained_growth._sites.untouched import differentiable
 from constrained_growth.blocks.branches import ends_of
 from constrained_growth.blocks.pins import change
 from constrained_growth.errors import BlockError
-from constrained_growth.models.observation import differentiable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.activations import TanhLU
+from constrained_growth._activations import TanhLU
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import (
     CopiedBlock,
     IdentityConv2d,
@@ -23,7 +24,6 @@ from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.proposals import Proposals
 from constrained_growth.candidates.runs import Run, follows, runs_of
 from constrained_growth.errors import BlockError, CandidateError
-from constrained_growth.models.observation import differentiable, untouched
 
 
 def find_candidates(model: nn.Module, example_input: object) -> Proposals:

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from constrained_growth._data import moved
+from constrained_growth._sites.collector import hooked
+from constrained_growth._sites.context import Context, context_of
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.outputs import tensor_in
 from constrained_growth.errors import CandidateError
-from constrained_growth.models.contexts import Context, context_of
-from constrained_growth.models.observation import call, device_of, hooked, moved
-from constrained_growth.models.outputs import tensor_in
 
 
 @dataclass

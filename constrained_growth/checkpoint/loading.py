@@ -12,11 +12,11 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
+from constrained_growth._distributed import rank
 from constrained_growth.checkpoint.files import KEY, VERSION, checksum, hint, read
 from constrained_growth.checkpoint.serialization import unflattened
 from constrained_growth.errors import CheckpointError
 from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.models.distributed import rank
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from constrained_growth._sharding import state_like
 from constrained_growth.errors import CheckpointError
-from constrained_growth.models.sharding import state_like
 
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

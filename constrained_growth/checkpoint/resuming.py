@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._distributed import everywhere, num_processes
+from constrained_growth._sharding import reshard, spread_like
 from constrained_growth.checkpoint.loading import Checkpoint, load
 from constrained_growth.checkpoint.optimizer_states import check_named_state, load_named_state
 from constrained_growth.checkpoint.random_states import set_random_state
@@ -17,8 +19,6 @@ from constrained_growth.checkpoint.states import give_state
 from constrained_growth.errors import CheckpointError
 from constrained_growth.insertion.replaying import replay
 from constrained_growth.insertion.wrapping import rewrap
-from constrained_growth.models.distributed import everywhere, num_processes
-from constrained_growth.models.sharding import reshard, spread_like
 
 
 @dataclass(frozen=True)

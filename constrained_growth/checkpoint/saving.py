@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from constrained_growth._distributed import everywhere, rank
+from constrained_growth._sharding import is_spread, reshard, whole
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.checkpoint.files import KEY, VERSION, checksum, write
 from constrained_growth.checkpoint.optimizer_states import named_state
 from constrained_growth.checkpoint.random_states import random_state
 from constrained_growth.checkpoint.serialization import flattened
 from constrained_growth.checkpoint.states import state_of
 from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.models.distributed import everywhere, rank
-from constrained_growth.models.observation import parameter_shapes
-from constrained_growth.models.sharding import is_spread, reshard, whole
 
 
 def save(

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from constrained_growth._sites.untouched import generators_of
 from constrained_growth.errors import CheckpointError
-from constrained_growth.models.observation import generators_of
 
 
 def state_of(thing: Any) -> Any:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from constrained_growth.models.contexts import context_of, takes_context
-from constrained_growth.models.outputs import tensor_in, with_tensor
+from constrained_growth._sites.context import context_of, takes_context
+from constrained_growth._sites.outputs import tensor_in, with_tensor
 
 
 class Inserted(nn.Module):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from constrained_growth._sharding import is_sharded
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.insertion.inserted import Inserted
@@ -31,8 +33,6 @@ from constrained_growth.insertion.preservation import (
 from constrained_growth.insertion.records import GrowthRecord, InsertedLayer
 from constrained_growth.insertion.replaying import replay
 from constrained_growth.insertion.surgery import Plan, counterparts, grow, plans_for
-from constrained_growth.models.observation import parameter_shapes
-from constrained_growth.models.sharding import is_sharded
 from constrained_growth.solution import Solution
 
 __all__ = ["GrowthRecord", "Inserted", "InsertedLayer", "insert", "replay"]

@@ -14,16 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._data import batches, moved
+from constrained_growth._sharding import is_sharded
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.untouched import as_written, untouched
 from constrained_growth.errors import BlockError, DataError
-from constrained_growth.models.observation import (
-    as_written,
-    batches,
-    call,
-    device_of,
-    moved,
-    untouched,
-)
-from constrained_growth.models.sharding import is_sharded
 
 Outputs = Mapping[str, Any]
 """"train" or "eval" → the tensors of the output in that mode; the model's present mode first."""

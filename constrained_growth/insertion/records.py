@@ -12,9 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from constrained_growth import activations, blocks
+from constrained_growth import _activations as activations
+from constrained_growth import blocks
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.errors import BlockError, RecordError
-from constrained_growth.models.observation import parameter_shapes
 from constrained_growth.solution import Planned
 
 _VERSION = 2

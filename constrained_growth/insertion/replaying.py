@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.errors import RecordError
 from constrained_growth.insertion.inserted import Inserted
 from constrained_growth.insertion.placement import list_of, put_next, structure_kept_on_error
@@ -19,7 +20,6 @@ from constrained_growth.insertion.records import (
     is_copy,
 )
 from constrained_growth.insertion.surgery import first_parameter, standing_alone, wrap
-from constrained_growth.models.observation import parameter_shapes
 
 
 def replay(

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from constrained_growth._distributed import take_from_first
+from constrained_growth._sharding import is_spread, sharded_modules, state_like
+from constrained_growth._sites.model import tensors_of
 from constrained_growth.errors import CandidateError
 from constrained_growth.insertion.inserted import Inserted
 from constrained_growth.insertion.optimizers import as_optimizers
-from constrained_growth.models.distributed import take_from_first
-from constrained_growth.models.observation import tensors_of
-from constrained_growth.models.sharding import is_spread, sharded_modules, state_like
 
 
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:

@@ -9,11 +9,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from constrained_growth._distributed import everywhere, rank
 from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion.records import GrowthRecord
 from constrained_growth.insertion.replaying import replay
-from constrained_growth.models.distributed import everywhere, rank
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
 

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import CandidateError
-from constrained_growth.models.observation import parameter_shapes, untouched
 
 
 @dataclass(frozen=True)

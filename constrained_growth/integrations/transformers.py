@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from constrained_growth import insertion
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import CopiedBlock, ResidualMLP
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.proposals import Proposals
@@ -38,11 +40,6 @@ from constrained_growth.integrations.stacks import (
     longer_config,
     numbering,
     skeleton,
-)
-from constrained_growth.models.observation import (
-    differentiable,
-    parameter_shapes,
-    untouched,
 )
 from constrained_growth.solution import Planned, Solution
 

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from constrained_growth._data import batch_size, batches
+from constrained_growth._distributed import everywhere
+from constrained_growth._sites.context import takes_context
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.untouched import untouched
+from constrained_growth.curvature import stand
 from constrained_growth.errors import DataError
-from constrained_growth.models.contexts import takes_context
-from constrained_growth.models.distributed import everywhere
-from constrained_growth.models.observation import batch_size, batches, call, device_of, untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
-from constrained_growth.virtual.loss import stand
 
 
 def multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> dict[str, float]:

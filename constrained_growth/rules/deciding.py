@@ -7,8 +7,8 @@ from types import MappingProxyType
 
 import torch
 
+from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import RuleError
-from constrained_growth.models.observation import untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.protocol import DecisionRule, Rule, needs_model
 from constrained_growth.solution import Decision, Sensitivity, Solution

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from constrained_growth.curvature import VirtualLoss, gauss_newton
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
-from constrained_growth.virtual.loss import VirtualLoss, gauss_newton
 
 
 def gains_beyond_old(

@@ -12,20 +12,14 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from constrained_growth._data import batch_size, batch_weight, batches, copied, some_of
+from constrained_growth._distributed import everywhere, num_processes
+from constrained_growth._sites.untouched import untouched
+from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
-from constrained_growth.models.distributed import everywhere, num_processes
-from constrained_growth.models.observation import (
-    batch_size,
-    batch_weight,
-    batches,
-    copied,
-    untouched,
-)
-from constrained_growth.models.reading import some_of
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.protocol import OptimizerFactory
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.virtual.loss import Curvature, VirtualLoss, gauss_newton
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ class Stable:
         if not callable(self.curvature):
             raise RuleError(
                 f"curvature={self.curvature!r} of Stable cannot be called; give "
-                "cg.virtual.gauss_newton or cg.virtual.hessian."
+                "cg.curvature.gauss_newton or cg.curvature.hessian."
             )
         products = self.max_products
         if not isinstance(products, int) or isinstance(products, bool) or products < 1:
@@ -179,7 +173,7 @@ class Stable:
                 raise RuleError(
                     "curvature of Stable: the matrix is zero, as the Gauss–Newton matrix of a loss "
                     "that is linear in the outputs of the model (NLLLoss after LogSoftmax); give "
-                    "Stable(..., curvature=cg.virtual.hessian)."
+                    "Stable(..., curvature=cg.curvature.hessian)."
                 )
             return root * (image + decays * scaled)
 

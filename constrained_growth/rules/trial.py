@@ -14,23 +14,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from constrained_growth._data import batch_size, batch_weight, batches
+from constrained_growth._distributed import several
+from constrained_growth._sites.context import takes_context
+from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth.curvature import FORWARD_PASSES, stand
 from constrained_growth.errors import RuleError
-from constrained_growth.models.contexts import takes_context
-from constrained_growth.models.distributed import several
-from constrained_growth.models.observation import (
-    batch_size,
-    batch_weight,
-    batches,
-    call,
-    checked_loss,
-    device_of,
-    differentiable,
-    untouched,
-)
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.protocol import OptimizerFactory
 from constrained_growth.solution import Decision, Planned, Solution
-from constrained_growth.virtual.loss import FORWARD_PASSES, stand
 
 NOTHING = "(nothing)"
 """What inserting nothing is called in the evidence."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from constrained_growth.curvature import Curvature, VirtualLoss, hessian
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.quadratic import QuadraticModel, Step, quadratic_model
 from constrained_growth.rules.redundancy import gains_beyond_old
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.virtual.loss import Curvature, VirtualLoss, hessian
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class TrustRegion:
         if not callable(curvature):
             raise RuleError(
                 f"curvature={curvature!r} of TrustRegion cannot be called; give "
-                "cg.virtual.hessian or cg.virtual.gauss_newton."
+                "cg.curvature.hessian or cg.curvature.gauss_newton."
             )
         self.eta1, self.eta2 = eta1, eta2
         self.shrink, self.grow, self.max_radius = shrink, grow, max_radius

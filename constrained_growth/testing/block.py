@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from constrained_growth._sites.context import Context
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError
-from constrained_growth.models.contexts import Context
-from constrained_growth.models.observation import differentiable, untouched
 from constrained_growth.testing.case import Case, said
 from constrained_growth.testing.copies import (
     can_be_built_from_its_config,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._sites.context import Context, arguments, takes_context
 from constrained_growth.blocks import AffineFactors, pinned_parameters
-from constrained_growth.models.contexts import Context, arguments, takes_context
 
 
 @dataclass(frozen=True)

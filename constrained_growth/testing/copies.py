@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from constrained_growth._sites.context import Context
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import change
-from constrained_growth.models.contexts import Context
-from constrained_growth.models.observation import parameter_shapes
 from constrained_growth.testing.case import Case, perturbed
 
 

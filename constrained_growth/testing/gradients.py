@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from constrained_growth._sites.context import takes_context
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.models.contexts import takes_context
 from constrained_growth.testing.case import (
     Case,
     autograd_multipliers,

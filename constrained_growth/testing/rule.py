@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import IdentityLinear, ResidualMLP, pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import RuleError
-from constrained_growth.models.observation import untouched
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.deciding import checked_decision

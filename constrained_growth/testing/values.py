@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._sites.context import arguments
 from constrained_growth.blocks import change, pinned_parameters
-from constrained_growth.models.contexts import arguments
 from constrained_growth.testing.case import Case, autograd_multipliers, cotangent, has_context, mode
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._data import batch_size, batches
+from constrained_growth._distributed import everywhere, in_step
+from constrained_growth._sharding import is_sharded, reshard
+from constrained_growth._sites.model import call, device_of
 from constrained_growth.errors import DataError
-from constrained_growth.models.distributed import everywhere, in_step
-from constrained_growth.models.observation import batch_size, batches, call, device_of
-from constrained_growth.models.sharding import is_sharded, reshard
 
 
 @torch.no_grad()

@@ -13,6 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from constrained_growth._distributed import everywhere, several
+from constrained_growth._sharding import is_sharded, reshard
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.untouched import untouched
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.discovery import find_candidates
 from constrained_growth.errors import DataError, TrainingError
@@ -21,9 +25,6 @@ from constrained_growth.insertion.optimizers import kept_on_error
 from constrained_growth.insertion.placement import structure_kept_on_error
 from constrained_growth.insertion.records import GrowthRecord
 from constrained_growth.insertion.wrapping import rewrap
-from constrained_growth.models.distributed import everywhere, several
-from constrained_growth.models.observation import parameter_shapes, untouched
-from constrained_growth.models.sharding import is_sharded, reshard
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When

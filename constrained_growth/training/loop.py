@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from constrained_growth._distributed import everywhere, rank
+from constrained_growth._sites.model import call
 from constrained_growth.errors import TrainingError
-from constrained_growth.models.distributed import everywhere, rank
-from constrained_growth.models.observation import call
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When

@@ -12,9 +12,11 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from constrained_growth import checkpoint
+from constrained_growth._data import batches
+from constrained_growth._distributed import everywhere
+from constrained_growth._sites.model import device_of
+from constrained_growth._sites.untouched import generators_of
 from constrained_growth.errors import DataError
-from constrained_growth.models.distributed import everywhere
-from constrained_growth.models.observation import batches, device_of, generators_of
 from constrained_growth.training.grower import Grower
 
 

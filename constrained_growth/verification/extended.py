@@ -16,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from constrained_growth._data import batch_weight, batches
+from constrained_growth._sites.context import arguments, context_of
+from constrained_growth._sites.model import call
+from constrained_growth._sites.outputs import Which, tensor_in, with_tensor
+from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth.errors import DataError
-from constrained_growth.models.contexts import arguments, context_of
-from constrained_growth.models.observation import batch_weight, batches, call, eagerly, untouched
-from constrained_growth.models.outputs import Which, tensor_in, with_tensor
 from constrained_growth.problem import GrowthProblem
 
 

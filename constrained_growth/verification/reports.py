@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from constrained_growth.models.observation import watching
+from constrained_growth._sites.collector import watching
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.curvature import FORWARD_PASSES
 from constrained_growth.errors import RuleError
 from constrained_growth.experiments.decisions.tasks import Moment, Task, sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
@@ -46,7 +47,6 @@ from constrained_growth.rules import (
 from constrained_growth.rules.trial import kept, lengths
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.solve import solve
-from constrained_growth.virtual.loss import FORWARD_PASSES
 
 Array = NDArray[np.float64]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from constrained_growth.activations import computes_same
+from constrained_growth._activations import computes_same
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError
 from constrained_growth.experiments.ensembles.networks import (

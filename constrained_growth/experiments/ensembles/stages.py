@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from constrained_growth.activations import Activation
+from constrained_growth._activations import Activation
 from constrained_growth.blocks import (
     IdentityConv2d,
     IdentityLinear,

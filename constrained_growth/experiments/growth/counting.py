@@ -16,7 +16,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from constrained_growth.models.observation import call
+from constrained_growth._sites.model import call
 
 Shape = Sequence[int]
 

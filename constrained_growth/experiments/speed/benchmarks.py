@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import constrained_growth as cg
+from constrained_growth._multipliers.one_pass import measure
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments.speed.networks import (
     Network,
@@ -34,7 +35,6 @@ from constrained_growth.experiments.timing import (
     compare,
     one_thread,
 )
-from constrained_growth.multipliers.one_pass import measure
 
 Multipliers = Mapping[str, Mapping[str, Tensor]]
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from constrained_growth._data import batch_size, batches
+from constrained_growth._distributed import add_up, everywhere, in_step, num_processes
+from constrained_growth._sharding import is_sharded, reshard, whole
+from constrained_growth._sites.model import call, device_of
 from constrained_growth.errors import TrainingError
-from constrained_growth.models.distributed import add_up, everywhere, in_step, num_processes
-from constrained_growth.models.observation import batch_size, batches, call, device_of
-from constrained_growth.models.sharding import is_sharded, reshard, whole
 from constrained_growth.training.steps.protocol import Grown, Inserted
 
 

@@ -1,0 +1,181 @@
+"""The batches of a user's data: what is in them, how much they count, in which order they come."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+
+from constrained_growth.errors import DataError
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """The tensors in a batch on the model's device; everything else as it is."""
+    if device is None:
+        return _with_tensors(value, lambda tensor: tensor)
+    return _with_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def copied(value: Any) -> Any:
+    """A batch with tensors of its own, to be held while a loader may write to its own again."""
+    return _with_tensors(value, torch.clone)
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: _with_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return tuple(_with_tensors(item, change) for item in value)
+    return value
+
+
+def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
+    """The `(input, target)` pairs of the data, on the model's device.
+
+    Raises:
+        DataError: A batch is not a pair.
+    """
+    for index, batch in enumerate(data):
+        if not isinstance(batch, tuple | list) or len(batch) != 2:
+            raise DataError(
+                f"data: batch {index} is a {type(batch).__name__}, not an (input, target) pair; "
+                "give an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)."
+            )
+        yield moved(batch[0], device), moved(batch[1], device)
+
+
+def batch_size(input: object, target: object) -> int:
+    """How many samples a batch has: the first dimension of its first tensor.
+
+    Raises:
+        DataError: There is no tensor with a first dimension, or it has length 0.
+    """
+    for tensor in (*_tensors(input), *_tensors(target)):
+        if tensor.dim() > 0:
+            if tensor.shape[0] == 0:
+                raise DataError("data: a batch has no samples (a tensor of first dimension 0).")
+            return tensor.shape[0]
+    raise DataError(
+        "data: a batch holds no tensor with a batch dimension; inputs are a tensor, a tuple or a "
+        "dict of tensors whose first dimension counts the samples."
+    )
+
+
+Weight = Callable[[Any, Any], float | Tensor] | None
+"""`(input, target) -> number`: how much a batch counts; None for its number of samples."""
+
+
+def batch_weight(weight: Weight, input: object, target: object) -> float:
+    """How much a batch counts in the mean over all of them.
+
+    Raises:
+        DataError: The weight is negative or not finite; or the batch has no samples.
+    """
+    size = batch_size(input, target)
+    if weight is None:
+        return size
+    value = float(weight(input, target))
+    if not 0 <= value < math.inf:
+        raise DataError(
+            f"weight={weight!r} gives {value} for a batch of {size} samples; it is called as "
+            "weight(input, target) and says over how many items, 0 or more, the loss of that batch "
+            "is the mean."
+        )
+    return value
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+T = TypeVar("T")
+
+
+def samplers_of(data: object) -> Iterator[object]:
+    """The samplers of a data loader and those within them, as in a BatchSampler."""
+    for name in ("batch_sampler", "sampler"):
+        sampler = getattr(data, name, None)
+        if sampler is not None:
+            yield sampler
+            yield from samplers_of(sampler)
+
+
+def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
+    """The batches of a sequence in a random permutation; anything else as it is.
+
+    Raises:
+        DataError: A DataLoader reads in a fixed order.
+    """
+    if isinstance(data, DataLoader) and _is_fixed(data):
+        raise DataError(
+            "data=DataLoader reads in a fixed order, and sampling needs batches in random "
+            "order; make it with shuffle=True, or call solve without sampling."
+        )
+    if isinstance(data, Sequence):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+        return (data[index] for index in order.tolist())
+    return data
+
+
+def some_of(
+    items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
+) -> tuple[list[T], bool]:
+    """Some items, each as likely to be among them as any other, whatever their order is.
+
+    All are looked at and at most `count` are held at a time.
+
+    Args:
+        items: As many as there are.
+        count: How many are taken, 1 or more.
+        seed: Of a generator of its own.
+        keep: What is held of an item that is taken, such as a copy.
+
+    Returns:
+        The items, and whether they are all that there were.
+
+    Source:
+        Vitter, *Random sampling with a reservoir*, 1985, algorithm R.
+
+    Example:
+        >>> some_of("abcdef", 3), some_of("ab", 3)
+        ((['f', 'b', 'c'], False), (['a', 'b'], True))
+    """
+    draw, taken, seen = random.Random(seed), list[T](), 0
+    for item in items:
+        seen += 1
+        if len(taken) < count:
+            taken.append(keep(item))
+        elif (place := draw.randrange(seen)) < count:
+            taken[place] = keep(item)
+    return taken, seen <= count
+
+
+def length_of(data: Iterable[Any]) -> int | None:
+    """How many batches there are, or None where the data do not say."""
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader of a stream
+        return None
+
+
+def _is_fixed(loader: DataLoader[Any]) -> bool:
+    """Whether the innermost sampler has one order only; a batch sampler without one is taken to."""
+    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    while (inner := getattr(sampler, "sampler", None)) is not None:
+        sampler = inner
+    unshuffled = isinstance(sampler, DistributedSampler) and not sampler.shuffle
+    return unshuffled or isinstance(sampler, SequentialSampler)

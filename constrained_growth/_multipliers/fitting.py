@@ -1,0 +1,92 @@
+"""Does a block fit its site? Tried on the tensor that is there."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._multipliers.uses import block_multipliers
+from constrained_growth._sites.context import Context
+from constrained_growth._sites.untouched import full_precision, untouched
+from constrained_growth.blocks import has_factors, moves, pinned_parameters
+from constrained_growth.errors import BlockError
+
+
+def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
+    """Try a block on the tensor at its site, in the block's own precision.
+
+    Args:
+        name: Name of the candidate.
+        block: The block, on the device of its site.
+        x: The tensor.
+        context: What else the module there was called with.
+
+    Raises:
+        BlockError: It fails there, is not the identity, or its multipliers are 0 whatever arrives.
+    """
+    x = x.to(next(block.parameters()).dtype)
+    with full_precision(x.device), torch.no_grad():
+        where = f'block={type(block).__name__} of candidate "{name}"'
+        _check_identity(block, x, context, where)
+
+
+def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
+    try:
+        moved = float(moves(block, x, context))
+    except BlockError:
+        raise
+    except Exception as error:
+        raise BlockError(
+            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
+            f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
+        ) from error
+    if moved > 1:
+        raise BlockError(
+            f"{where} is not the identity at its pins on the data: it moves the tensor at its "
+            f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
+            "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
+        )
+    _refuse_dead(block, x, context, where)
+
+
+def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
+    """Refuse a block whose multipliers are 0 whatever arrives."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
+
+    x, delta = draw(), draw()
+    with untouched(block):
+        multipliers = block_multipliers(block, x, delta, context)
+        if has_factors(block):
+            _check_factors(block, x, delta, where)
+    if not any(bool(value.any()) for value in multipliers.values()):
+        raise BlockError(
+            f"{where} has multipliers that vanish identically (both factors of a product are zero, "
+            "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "
+            'factor a non-zero value, or use ResidualMLP(width, hidden, activation, "outer").'
+        )
+
+
+def _check_factors(block: Any, x: Tensor, delta: Tensor, where: str) -> None:
+    """Refuse a closed form of other parameters than the pinned ones, or of other shapes."""
+    pinned = {name: tuple(p.shape) for name, p in pinned_parameters(block).items()}
+    given: dict[str, tuple[int, ...]] = {}
+    for factor in block.factors(x, delta):
+        out, width = factor.cotangent.shape[-1], factor.features.shape[-1]
+        given[factor.weight] = (out, width)
+        given |= {factor.bias: (out,)} if factor.bias is not None else {}
+    fits = given.keys() == pinned.keys() and all(
+        (shape[0], math.prod(shape[1:])) == (given[name][0], math.prod(given[name][1:]))
+        for name, shape in pinned.items()
+    )
+    if not fits:
+        raise BlockError(
+            f"{where}: factors(x, delta) gives multipliers of the shapes {given}, and the pinned "
+            f"parameters are {pinned}; it has to give each of them, with cotangents in the first "
+            "dimension and features in the second, or leave factors out."
+        )

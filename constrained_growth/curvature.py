@@ -1,0 +1,311 @@
+"""L(θ, v) and its derivatives with one candidate standing at its site, nothing inserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from constrained_growth._data import batch_weight, batches
+from constrained_growth._distributed import add_up, everywhere
+from constrained_growth._sites.context import context_of, takes_context
+from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.outputs import tensor_in, with_tensor
+from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import RuleError
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.solution import Planned
+
+FORWARD_PASSES = 1 / 3
+"""What a forward pass costs, in gradient passes: backward is two products for each one forward."""
+
+PRODUCT_PASSES = 1.5
+"""What a product with a Hessian or Gauss–Newton matrix in v costs at most, in gradient passes."""
+
+JOINT_PRODUCT_PASSES = 3.0
+"""The same in (θ, v)."""
+
+
+def stand(
+    module: nn.Module,
+    block: Callable[..., Tensor],
+    *,
+    takes_context: bool = False,
+    output: int | str | None = None,
+    detach: bool = False,
+) -> RemovableHandle:
+    """Let a layer act on what comes out of a module, by a forward hook.
+
+    Args:
+        module: The site.
+        block: What acts there.
+        takes_context: Whether it is called with the further arguments of the module too.
+        output: Which tensor of the module's output is meant, as in `Candidate`.
+        detach: Cut the graph before it.
+
+    Returns:
+        What takes it away again.
+    """
+
+    def hook(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        x = tensor_in(out, output)
+        x = x.detach() if detach else x
+        context = context_of(site, args, kwargs)
+        y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
+        return with_tensor(out, output, y.clone())  # as the model may change it in place
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+class VirtualLoss:
+    """L(θ, v) as a function of the pins of one candidate, the model untouched.
+
+    The block acts on its site by a forward hook, with v added to its pinned parameters for the
+    time of a pass; all passes see the same random numbers and batches in the same order. Vectors
+    are flat and in float64: v, the pinned parameters one after the other, and with `joint` the
+    trainable parameters of the model before them, (θ, v).
+
+    Args:
+        problem: The problem.
+        planned: The candidate, from `solution.candidates`.
+        joint: Differentiate by θ too.
+        data: Batches that the means are over; the problem's by default.
+
+    Attributes:
+        size: How many entries v has.
+        num_old: How many entries of θ come before them; 0 unless `joint`.
+        passes: What was spent so far, in gradient passes over these data: a third for a loss, one
+            for a gradient, one and a half for a product and three for a joint one.
+    """
+
+    def __init__(
+        self,
+        problem: GrowthProblem,
+        planned: Planned,
+        *,
+        joint: bool = False,
+        data: Iterable[Any] | None = None,
+    ) -> None:
+        self._problem = problem
+        self._data = problem.data if data is None else data
+        self._planned = planned
+        self._module = problem.model.get_submodule(planned.after)
+        self._pins = pinned_parameters(planned.block)
+        self._old = [p for p in problem.model.parameters() if p.requires_grad and joint]
+        self.size = sum(pin.numel() for pin in self._pins.values())
+        self.num_old = sum(p.numel() for p in self._old)
+        self.passes = 0.0
+
+    def zero(self) -> Tensor:
+        """The vector (θ −) θ₀, v = 0."""
+        device = next(iter(self._pins.values())).device
+        return torch.zeros(self.num_old + self.size, dtype=torch.float64, device=device)
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """The parts of v by pinned parameter, in its shape and dtype."""
+        pieces = v.split([pin.numel() for pin in self._pins.values()])
+        return {
+            name: piece.view_as(pin).to(pin.dtype)
+            for (name, pin), piece in zip(self._pins.items(), pieces, strict=True)
+        }
+
+    def __call__(self, v: Tensor) -> float:
+        """L(θ, v), the mean over all samples; v of `size` entries."""
+
+        def one(input: object, target: object) -> Tensor:
+            with torch.no_grad(), self._standing(v):
+                return self._loss(call(self._problem.model, input), target)
+
+        self.passes += FORWARD_PASSES
+        return float(self._mean(one, self.zero()[0]))
+
+    def rounding(self, loss: float) -> float:
+        """Differences of losses about as large as this one say nothing below this."""
+        return 10 * max(torch.finfo(p.dtype).eps for p in self._pins.values()) * abs(loss)
+
+    def gradient(self) -> Tensor:
+        """∇L at v = 0."""
+
+        def one(input: object, target: object) -> Tensor:
+            variables = self._variables()
+            with self._standing(variables[-1]):
+                loss = self._loss(call(self._problem.model, input), target)
+                return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
+
+        self.passes += 1.0
+        return self._mean(one, self.zero())
+
+    def hessian_product(self, vector: Tensor) -> Tensor:
+        """∇²L at v = 0 times a vector, by differentiating ⟨∇L, vector⟩."""
+
+        def one(input: object, target: object) -> Tensor:
+            variables = self._variables()
+            with self._standing(variables[-1]):
+                loss = self._loss(call(self._problem.model, input), target)
+                grads = torch.autograd.grad(
+                    loss, variables, create_graph=True, materialize_grads=True
+                )
+                return _gradient_of_product(grads, self._split(vector), variables)
+
+        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
+        return self._mean(one, self.zero())
+
+    def gauss_newton_product(self, vector: Tensor) -> Tensor:
+        """Jᵀ (∇² of the loss by the outputs) J times a vector, at v = 0.
+
+        J is the derivative of the model's outputs.
+
+        Raises:
+            RuleError: The loss is linear in the outputs of the model, as where the model returns
+                its own loss: then the matrix is zero.
+        """
+
+        def one(input: object, target: object) -> Tensor:
+            variables = self._variables()
+            with self._standing(variables[-1]):
+                output = call(self._problem.model, input)
+                return self._there_and_back(output, target, variables, vector)
+
+        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
+        return self._mean(one, self.zero())
+
+    def _there_and_back(
+        self, output: Any, target: object, variables: Sequence[Tensor], vector: Tensor
+    ) -> Tensor:
+        """The Gauss–Newton product of one batch: J, the bend of the loss, Jᵀ."""
+        leaves, structure = pytree.tree_flatten(output)
+        outputs = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        if not outputs:
+            raise RuleError(
+                f"curvature=gauss_newton: no tensor was found in the model's output, a "
+                f"{type(output).__name__}; register its class by "
+                "torch.utils._pytree.register_dataclass, or take curvature=hessian."
+            )
+        probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+        # the derivative of ⟨probes, J vector⟩ by the probes is J vector
+        grads = torch.autograd.grad(
+            outputs, variables, probes, create_graph=True, materialize_grads=True
+        )
+        pushed = torch.autograd.grad(
+            grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
+        )
+        cut = {id(y): y.detach().requires_grad_() for y in outputs}
+        again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
+        points = list(cut.values())
+        slopes = torch.autograd.grad(
+            self._loss(again, target), points, create_graph=True, materialize_grads=True
+        )
+        if not any(slope.requires_grad for slope in slopes):
+            raise RuleError(
+                "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "
+                "Gauss–Newton matrix is zero; take curvature=cg.curvature.hessian, or a model that "
+                "returns its predictions and a loss_fn that compares them with the target."
+            )
+        bent = torch.autograd.grad(
+            [s for s in slopes if s.requires_grad],
+            points,
+            [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad],
+            materialize_grads=True,
+        )
+        return _flat(torch.autograd.grad(outputs, variables, bent, materialize_grads=True))
+
+    def _variables(self) -> list[Tensor]:
+        """The parameters of the model, and v as a leaf."""
+        v = torch.zeros_like(self.zero()[self.num_old :], requires_grad=True)
+        return [*self._old, v]
+
+    def _split(self, vector: Tensor) -> list[Tensor]:
+        """A vector in the shapes of the variables."""
+        *old, v = vector.split([*(p.numel() for p in self._old), self.size])
+        return [*(t.view_as(p).to(p.dtype) for t, p in zip(old, self._old, strict=True)), v]
+
+    @contextmanager
+    def _standing(self, v: Tensor) -> Iterator[None]:
+        """The block at its site, moved by v, also for what backward runs again (checkpointing)."""
+        block = self._planned.block
+        values = {n: self._pins[n].detach() + d for n, d in self.unflatten(v).items()}
+
+        def moved(*args: Any, **kwargs: Any) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+            return functional_call(block, values | buffers, args, kwargs)
+
+        handle = stand(
+            self._module,
+            moved,
+            takes_context=takes_context(block),
+            output=self._planned.output,
+            detach=not self._old,
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _loss(self, output: object, target: object) -> Tensor:
+        return checked_loss(self._problem.loss_fn(output, target))
+
+    def _mean(self, one: Callable[[object, object], Tensor], like: Tensor) -> Tensor:
+        """The mean over all samples of something of a batch, in float64."""
+        total, count = torch.zeros_like(like), like.new_zeros(())
+        problem = self._problem
+
+        def read() -> None:
+            # attention is differentiated twice only in its plain form
+            with (
+                untouched(problem.model, self._data),
+                differentiable(),
+                sdpa_kernel(SDPBackend.MATH),
+            ):
+                for input, target in batches(self._data, device_of(problem.model)):
+                    weight = batch_weight(problem.weight, input, target)
+                    if weight > 0:
+                        total.add_(one(input, target).detach().to(total), alpha=weight)
+                        count.add_(weight)
+
+        everywhere(read, problem.group)
+        add_up([total, count], problem.group)
+        return total / count
+
+
+Curvature = Callable[[VirtualLoss, Tensor], Tensor]
+"""The product of a symmetric matrix that stands for ∇²L, at v = 0, with a vector."""
+
+
+def hessian(loss: VirtualLoss, vector: Tensor) -> Tensor:
+    """The Hessian itself, indefinite in general, as a `curvature`."""
+    return loss.hessian_product(vector)
+
+
+def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
+    """The Gauss–Newton matrix, positive semidefinite for convex losses, as a `curvature`.
+
+    It is Jᵀ (∇² of the loss by the outputs) J: for the cross-entropy the Fisher matrix, for the
+    mean squared error 2 JᵀJ / N.
+    """
+    return loss.gauss_newton_product(vector)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
+    return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in dense])
+
+
+def _gradient_of_product(
+    grads: Sequence[Tensor], vectors: Sequence[Tensor], variables: Sequence[Tensor]
+) -> Tensor:
+    """The gradient of ⟨grads, vectors⟩; zero where the grads do not depend on the variables."""
+    live = [(g, w) for g, w in zip(grads, vectors, strict=True) if g.requires_grad]
+    if not live:
+        return _flat([torch.zeros_like(variable) for variable in variables])
+    found = torch.autograd.grad(
+        [g for g, _ in live], variables, [w for _, w in live], materialize_grads=True
+    )
+    return _flat(found)

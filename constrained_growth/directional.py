@@ -1,0 +1,170 @@
+"""The slope of the loss along a step of the pins, to the side of the step where there is a kink."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call
+
+from constrained_growth._activations import derivative
+from constrained_growth._distributed import add_up, everywhere
+from constrained_growth._gathering import gather
+from constrained_growth._sites.context import arguments
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import CandidateError
+from constrained_growth.problem import GrowthProblem
+
+
+def directional_derivative(
+    problem: GrowthProblem, candidate: str, step: Mapping[str, Tensor]
+) -> float:
+    """The limit of (L(θ, t s) − L(θ, 0))/t as t falls to 0, along a step s of a candidate's pins.
+
+    At a ReLU identity layer that is not −⟨λ, s⟩: the units that are off stand at the kink, where
+    autograd takes the derivative 0, and a step that would wake them counts for nothing in λ. Here
+    every elementwise activation of the block is differentiated to the side to which the step
+    moves what goes into it. For blocks without kinks at their pins both agree.
+
+    The part of the model behind the site is differentiated by autograd: a kink right behind the
+    site (a second ReLU without a layer between) is taken by its convention.
+
+    Args:
+        problem: The problem, left as it is.
+        candidate: Name of one of its candidates.
+        step: Pinned parameter → s, in its shape; a parameter that is not in it does not move.
+
+    Returns:
+        The slope; negative where the step lowers the loss.
+
+    Raises:
+        CandidateError: There is no such candidate, or the step does not fit its pins.
+
+    Source:
+        Clarke, *Optimization and Nonsmooth Analysis*, 1983, for one-sided derivatives; forward
+        mode: Griewank and Walther, *Evaluating Derivatives*, 2nd ed. 2008, sections 3.1 and 14.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
+        >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
+        >>> step = cg.solve(problem).multipliers["1"]
+        >>> linear = -sum(float((v * v).sum()) for v in step.values())
+        >>> directional_derivative(problem, "1", step) == linear
+        False
+    """
+    site = next((s for s in problem.sites if candidate in s.blocks), None)
+    if site is None:
+        names = tuple(c.name for c in problem.candidates)
+        raise CandidateError(f"candidate={candidate!r} is none of the problem; they are {names}.")
+    block = one_sided(site.blocks[candidate])
+    pins = {name: pin.detach() for name, pin in pinned_parameters(block).items()}
+    _check(step, pins)
+    tangents = {
+        n: step[n].to(pin) if n in step else torch.zeros_like(pin) for n, pin in pins.items()
+    }
+    total = torch.zeros((), dtype=torch.float64, device=site.device)
+    count = torch.zeros_like(total)
+
+    def read() -> None:
+        batch = None
+        for seen in gather(problem, site.after, site.output):
+            args, kwargs = arguments(block, seen.x, seen.context)
+            buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+            with _forward_mode():
+                moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
+                y = functional_call(block, moving | buffers, args, kwargs)
+                slope = forward_ad.unpack_dual(y).tangent
+            if slope is not None:
+                total.add_((seen.delta * slope).sum(dtype=torch.float64), alpha=seen.weight)
+            if seen.batch != batch:
+                count.add_(seen.weight)
+                batch = seen.batch
+
+    everywhere(read, problem.group)
+    add_up([total, count], problem.group)
+    return float(total / count)
+
+
+@contextmanager
+def _forward_mode() -> Iterator[None]:
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        # PyTorch itself scripts a few rules when forward mode is first used
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
+        yield
+
+
+def one_sided(block: nn.Module) -> nn.Module:
+    """A copy of a block whose activations have one-sided derivatives in forward mode.
+
+    These are its attribute `activation`, if there is one, and PyTorch's activation modules in it.
+    """
+    copied = copy.deepcopy(block).requires_grad_(False)
+    activation = getattr(copied, "activation", None)
+    if callable(activation):
+        if "activation" in copied._modules:
+            del copied._modules["activation"]
+        copied.activation = OneSided(activation)
+    for module in list(copied.modules()):
+        for name, child in module.named_children():
+            if type(child).__module__ == nn.ReLU.__module__ and not any(child.parameters()):
+                setattr(module, name, OneSided(child))
+    return copied
+
+
+class OneSided(nn.Module):
+    """An elementwise activation, in forward mode differentiated to the side of the tangent."""
+
+    def __init__(self, activation: Any) -> None:
+        super().__init__()
+        self._activation = [activation]  # in a list, not to be found among the modules
+
+    def forward(self, x: Tensor) -> Tensor:
+        """σ(x)."""
+        result = _OneSided.apply(x, self._activation[0])
+        assert isinstance(result, Tensor)
+        return result
+
+
+class _OneSided(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, activation: Any) -> Tensor:
+        return activation(x.clone())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
+        x, ctx.activation = inputs
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        (x,), tangent = ctx.saved_tensors, tangents[0]
+        return tangent * derivative(ctx.activation, _beside(x.detach(), tangent))
+
+
+def _beside(x: Tensor, tangent: Tensor) -> Tensor:
+    """The next number to the side of the tangent; at 0 the smallest that is never taken for 0."""
+    far = torch.copysign(torch.full_like(x, torch.inf), tangent)
+    next_ = torch.where(
+        x == 0, torch.copysign(x.new_tensor(torch.finfo(x.dtype).tiny), tangent), x.nextafter(far)
+    )
+    return torch.where(tangent == 0, x, next_)
+
+
+def _check(step: Mapping[str, Tensor], pins: Mapping[str, Tensor]) -> None:
+    shapes = {name: tuple(pin.shape) for name, pin in pins.items()}
+    for name, value in step.items():
+        if name not in pins or tuple(value.shape) != shapes[name]:
+            raise CandidateError(
+                f'step: "{name}" of shape {tuple(value.shape)} is no pin of this candidate; its '
+                f"pins are {shapes}."
+            )

@@ -1,0 +1,171 @@
+"""Facts about activations, found by calling them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import label, refused
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth._activations import (
+    as_activation,
+    derivative,
+    identity_error,
+    identity_shift,
+    slope_at_zero,
+    value_at_zero,
+    vector_jacobian,
+)
+from constrained_growth.blocks import TanhLU
+
+
+def half_idempotent(x: Tensor) -> Tensor:
+    """A user's own: the distance to [−1, 1] is cut off, so that σ∘σ = σ."""
+    return x.clamp(-1, 1)
+
+
+def straight_from_three(x: Tensor) -> Tensor:
+    """Range [2, ∞), straight from 3 on: the shift has to be 1."""
+    return torch.where(x >= 3, x, 2 + (x.clamp(min=1, max=3) - 1) ** 2 / 4)
+
+
+IDEMPOTENT = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Identity(), torch.relu, half_idempotent]
+BENT = [nn.Tanh(), nn.Sigmoid(), nn.LeakyReLU(), nn.LeakyReLU(0.5), nn.PReLU(), torch.sin]
+
+
+@pytest.mark.parametrize("activation", IDEMPOTENT, ids=label)
+def test_idempotent_functions_need_no_shift(activation: nn.Module) -> None:
+    assert identity_shift(activation) == 0.0
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Mish()], ids=label)
+def test_shift_of_smooth_functions_lies_where_they_are_straight_to_rounding(
+    activation: nn.Module,
+) -> None:
+    shift = identity_shift(activation)
+    assert shift is not None
+    assert shift > 5
+    x = activation(torch.linspace(-40, 40, 10_001))
+    torch.testing.assert_close(activation(x + shift), x + shift, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", BENT, ids=label)
+def test_other_functions_have_no_shift(activation: nn.Module) -> None:
+    assert identity_shift(activation) is None
+
+
+@pytest.mark.parametrize(
+    ("activation", "shift"),
+    [
+        (TanhLU(), 0.01),
+        (TanhLU(0.05), 0.05),
+        (TanhLU(0.3), 0.3),
+        (TanhLU(1.0), 1.0),
+        (straight_from_three, 1.0),
+        (nn.ELU(), 1.0),
+        (nn.ELU(alpha=1.0, inplace=True), 1.0),
+    ],
+    ids=label,
+)
+def test_shift_is_found_exactly(activation: nn.Module, shift: float) -> None:
+    assert identity_shift(activation) == shift
+
+
+@pytest.mark.parametrize(
+    ("activation", "error"),
+    [
+        (nn.Tanh(), lambda y: (torch.tanh(y) - y).abs()),
+        (nn.LeakyReLU(0.01), lambda y: (0.01 * y - y).abs() * (y < 0)),
+    ],
+    ids=label,
+)
+def test_identity_error_is_that_of_the_formula(activation: nn.Module, error: object) -> None:
+    y = activation(torch.linspace(-64e4, 64e4, 200_001))
+    expected = (error(y) / y.abs().clamp(min=1)).max().item()  # type: ignore[operator]
+    assert identity_error(activation, 0.0) == pytest.approx(expected, rel=1e-6)
+
+
+@given(st.floats(-50, 50), st.floats(0.001, 2.0))
+def test_tanhlu_is_its_formula_and_smooth(x: float, eps: float) -> None:
+    point = torch.tensor(x, requires_grad=True)
+    value = TanhLU(eps)(point)
+    expected = x if x >= eps else eps * (torch.tanh(torch.tensor((x - eps) / eps)) + 1).item()
+    assert value.item() == expected
+    (slope,) = torch.autograd.grad(value, point)
+    below = 1 - torch.tanh(torch.tensor((x - eps) / eps)).item() ** 2
+    assert slope.item() == pytest.approx(1.0 if x >= eps else below, abs=1e-12)
+
+
+def test_tanhlu_keeps_gradients_finite_far_below() -> None:
+    x = torch.tensor([-1e300, -1e3, 1e300], requires_grad=True)
+    (slope,) = torch.autograd.grad(TanhLU()(x).sum(), x)
+    assert slope.tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("activation", "value", "slope"),
+    [
+        (nn.ReLU(), 0.0, 0.0),
+        (nn.Tanh(), 0.0, 1.0),
+        (nn.GELU(), 0.0, 0.5),
+        (nn.SiLU(), 0.0, 0.5),
+        (nn.Sigmoid(), 0.5, 0.25),
+        (torch.sin, 0.0, 1.0),
+        (nn.ELU(), 0.0, 1.0),
+    ],
+    ids=label,
+)
+def test_value_and_slope_at_zero(activation: nn.Module, value: float, slope: float) -> None:
+    assert value_at_zero(activation) == value
+    assert slope_at_zero(activation) == pytest.approx(slope, abs=1e-15)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), torch.relu, F.relu, nn.ReLU(inplace=True)])
+def test_the_short_cut_for_relu_is_autograd(activation: nn.Module) -> None:
+    x, cotangent = torch.randn(5, 7), torch.randn(5, 7)
+    x[0, 0] = 0.0
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(torch.clamp_min(leaf, 0), leaf, cotangent)
+    expected[0, 0] = 0.0  # autograd's convention for ReLU at its kink
+    before = x.clone()
+    assert torch.equal(vector_jacobian(activation, x, cotangent), expected)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU(), nn.ELU(inplace=True), torch.sin])
+def test_derivative_is_that_of_finite_differences(activation: nn.Module) -> None:
+    x, h = torch.randn(50), 1e-6
+    expected = (activation(x + h) - activation(x - h)) / (2 * h)
+    with torch.no_grad():
+        found = derivative(activation, x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("activation", "words"),
+    [
+        ("relu", ["activation='relu'", "cannot be called", "nn.ReLU()"]),
+        (None, ["activation=None", "cannot be called"]),
+        (lambda x: x.sum(), ["not elementwise"]),
+        (lambda x: None, ["not elementwise"]),
+        (lambda x: x @ x, ["fails on a float64 tensor"]),
+    ],
+)
+def test_what_is_no_activation_is_refused(activation: object, words: list[str]) -> None:
+    with refused(cg.BlockError, *words):
+        as_activation(activation)
+
+
+def test_looking_at_an_activation_leaves_no_trace() -> None:
+    activation = nn.PReLU(dtype=torch.float32)
+    weight = activation.weight
+    state = torch.get_rng_state()
+    for look in (identity_shift, slope_at_zero, value_at_zero, as_activation):
+        look(activation)
+    assert activation.weight is weight
+    assert weight.dtype == torch.float32
+    assert weight.grad is None
+    assert torch.equal(torch.get_rng_state(), state)

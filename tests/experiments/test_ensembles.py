@@ -1,0 +1,431 @@
+"""Replicas trained together against the plain loop, the library, and the golden cases."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import refused
+from torch import nn
+
+import constrained_growth as cg
+from constrained_growth.experiments.data import Split, two_spirals
+from constrained_growth.experiments.ensembles import growth
+from constrained_growth.experiments.ensembles.networks import (
+    ensemble,
+    forward,
+    mean_loss,
+    multiply_adds,
+    samples,
+    squared_error,
+)
+from constrained_growth.experiments.ensembles.stages import Convolution
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
+
+FOLDER = Path(__file__).parent.parent / "golden"
+TANHLU = cg.blocks.TanhLU
+SPLITS = [two_spirals(seed, points_per_class=40, dtype=torch.float64) for seed in range(3)]
+TRAIN = samples([s.x_train for s in SPLITS], [s.y_train for s in SPLITS])
+TEST = samples([s.x_test for s in SPLITS], [s.y_test for s in SPLITS])
+
+
+def block(kind, width=4):
+    """A plain block with nothing at its pins."""
+    made = {
+        "one weight": lambda: cg.blocks.ResidualLinear(width, torch.tanh),
+        "outer": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh),
+        "inner": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh, "inner"),
+        "identity": lambda: cg.blocks.IdentityLinear(width, nn.ReLU()),
+        "shifted": lambda: cg.blocks.IdentityLinear(width, TANHLU(0.01)),
+    }[kind]()
+    return made
+
+
+def plain(kind, width=4, outputs=2):
+    """Two hidden layers of one kind."""
+    if kind == "identity":
+        hidden = [nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    elif kind == "shifted":
+        hidden = [nn.Linear(2, width), TANHLU(0.01), nn.Linear(width, width), TANHLU(0.01)]
+    else:
+        hidden = [nn.Linear(2, width), nn.Tanh(), block(kind, width)]
+        for parameter in hidden[-1].parameters():
+            nn.init.normal_(parameter, std=0.4)
+    return nn.Sequential(*hidden, nn.Linear(width, outputs))
+
+
+KINDS = ["identity", "shifted", "one weight", "outer", "inner"]
+
+
+def vector(model):
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def close(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def plain_loop(model, optimizer, split, steps, batch, orders, loss=nn.CrossEntropyLoss()):  # noqa: B008
+    losses, done = [], 0
+    for epoch in range(steps):
+        order = orders(epoch)
+        for rows in order.split(batch):
+            optimizer.zero_grad()
+            value = loss(model(split.x_train[rows]), split.y_train[rows])
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+            done += 1
+            if done == steps:
+                return losses
+    return losses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_hundred_steps_are_those_of_the_plain_loop(kind):
+    models = [plain(kind) for _ in SPLITS]
+    together, history = train(ensemble(models), TRAIN, 200, SGD(0.1), test=TEST)
+    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        order = torch.arange(60)
+        losses = plain_loop(model, optimizer, split, 200, 60, lambda _, order=order: order)
+        close(history.loss[:, r], torch.tensor(losses), 1e-13)
+        close(together.parameters[r], vector(model), 1e-12)
+        wrong = (model(split.x_test).argmax(1) != split.y_test).double().mean()
+        assert history.test_error is not None
+        close(history.test_error[-1, r], wrong, 1e-15)
+
+
+@pytest.mark.parametrize(
+    ("together", "alone"),
+    [
+        (SGD(0.05), lambda p: torch.optim.SGD(p, 0.05)),
+        (SGD(0.05, momentum=0.9), lambda p: torch.optim.SGD(p, 0.05, momentum=0.9)),
+        (Adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),
+    ],
+)
+def test_batches_in_orders_of_their_own(together, alone):
+    """13 does not divide 60: the last batch of an epoch is smaller."""
+    models = [plain("identity") for _ in SPLITS]
+    shuffle = Shuffle((5, 6, 7))
+    after, history = train(ensemble(models), TRAIN, 40, together, batch=13, order=shuffle)
+    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
+        orders = [shuffle(epoch, 60)[r] for epoch in range(40)]
+        optimizer = alone(model.parameters())
+        losses = plain_loop(model, optimizer, split, 200, 13, lambda e, o=orders: o[e])
+        close(history.loss[:, r], torch.tensor(losses).view(40, 5).mean(1), 1e-12)
+        close(after.parameters[r], vector(model), 1e-11)
+
+
+def test_orders_belong_to_seed_and_epoch():
+    first, again = Shuffle((1, 2))(3, 50), Shuffle((2, 9))(3, 50)
+    assert torch.equal(first[1], again[0])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first, Shuffle((1, 2))(4, 50))
+    assert torch.equal(first.sort(1).values, torch.arange(50).expand(2, 50))
+
+
+def test_regression_on_data_that_all_replicas_share():
+    x = torch.linspace(-1, 1, 20).unsqueeze(1)
+    y = torch.cat([torch.sin(3 * x), x**2], 1)
+    models = [nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 2)) for _ in range(2)]
+    data = samples([x], [y])
+    after, history = train(ensemble(models), data, 30, SGD(0.1), loss=squared_error)
+    for r, model in enumerate(models):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        for epoch in range(30):
+            optimizer.zero_grad()
+            value = nn.functional.mse_loss(model(x), y)
+            close(history.loss[epoch, r], value.detach(), 1e-14)
+            value.backward()
+            optimizer.step()
+        close(after.parameters[r], vector(model), 1e-13)
+        close(mean_loss(after, data, squared_error)[r], nn.functional.mse_loss(model(x), y), 1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_multipliers_are_those_of_solve(kind):
+    models = [plain(kind) for _ in SPLITS]
+    new = block(kind)
+    found = growth.multipliers(ensemble(models), TRAIN, growth.new_layer(new))
+    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
+        sites = ("1", "3") if kind in ("identity", "shifted") else ("1", "2")
+        candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in sites]
+        data = [(split.x_train, split.y_train)]
+        problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
+        solution = cg.solve(problem, stationarity=False)
+        for k, site in enumerate(sites):
+            assert set(found[k]) == set(new.pinned)
+            for name, value in solution.multipliers[site].items():
+                close(found[k][name][r], value)
+            close(growth.frobenius(found)[r, k].item(), solution.sensitivities[site].value, 1e-10)
+            name = new.pinned[0]
+            alone = solution.multipliers[site][name].norm()
+            close(growth.frobenius(found, only=name)[r, k], alone)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_replica_grows_at_its_own_site(kind):
+    models, new = [plain(kind) for _ in SPLITS], block(kind)
+    names = {0: "1", 1: "3" if kind in ("identity", "shifted") else "2"}
+    optimizer = SGD(0.1, momentum=0.5)
+    sites = [1, 1, 1] if kind == "shifted" else [1, 0, 1]  # only the new layer has a shift
+    before, _ = train(ensemble(models), TRAIN, 5, optimizer)
+    grown = growth.insert_layer(before, sites, growth.new_layer(new))
+    after, history = train(grown, TRAIN, 20, optimizer)
+    close(mean_loss(grown, TRAIN), mean_loss(before, TRAIN), 1e-14)
+    assert grown.stack == after.stack
+    assert len(grown.stack.stages) == 3
+    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
+        alone = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
+        data = [(split.x_train, split.y_train)]
+        plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
+        candidate = cg.Candidate(names[sites[r]], copy.deepcopy(new))
+        problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [candidate])
+        rule = lambda _, site=sites[r]: cg.Decision((names[site],))  # noqa: E731
+        cg.insert(model, cg.solve(problem, rule), optimizer=alone)
+        close(grown.parameters[r], vector(model), 1e-12)
+        losses = plain_loop(model, alone, split, 20, 60, lambda _: torch.arange(60))
+        close(history.loss[:, r], torch.tensor(losses), 1e-12)
+        close(after.parameters[r], vector(model), 1e-11)
+
+
+def test_adam_counts_the_steps_of_new_parameters_from_their_first():
+    models, new = [plain("identity") for _ in SPLITS], block("identity")
+    before, _ = train(ensemble(models), TRAIN, 5, Adam(0.01))
+    grown = growth.insert_layer(before, [0, 0, 0], growth.new_layer(new))
+    after, _ = train(grown, TRAIN, 5, Adam(0.01))
+    model, split = models[0], SPLITS[0]
+    alone = torch.optim.Adam(model.parameters(), 0.01)
+    plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
+    candidate = cg.Candidate("1", new)
+    data = [(split.x_train, split.y_train)]
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [candidate])
+    cg.insert(model, cg.solve(problem, lambda _: cg.Decision(("1",))), optimizer=alone)
+    plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
+    close(after.parameters[0], vector(model), 1e-12)
+
+
+def test_free_factors_may_differ_between_replicas():
+    blocks = [cg.blocks.ResidualMLP(4, 3, torch.tanh) for _ in SPLITS]
+    models = [plain("outer") for _ in SPLITS]
+    layer = growth.new_layer(blocks)
+    found = growth.multipliers(ensemble(models), TRAIN, layer)
+    grown = growth.insert_layer(ensemble(models), [0, 1, 1], layer)
+    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
+        data = [(split.x_train, split.y_train)]
+        problem = cg.GrowthProblem(
+            model, nn.CrossEntropyLoss(), data, [cg.Candidate("2", blocks[r])]
+        )
+        close(found[1]["outer.weight"][r], cg.solve(problem).multipliers["2"]["outer.weight"])
+        inner = blocks[r].inner.weight.detach().flatten()
+        assert torch.isin(inner, grown.parameters[r]).all()
+
+
+def test_a_replica_stops_for_good_when_it_makes_no_error():
+    """Replica 1 has nothing to learn on its test data; the others never come to 0."""
+    easy = copy.deepcopy(TEST)
+    models = [plain("identity") for _ in SPLITS]
+    begun = ensemble(models)
+    label = forward(begun.stack, begun.parameters, easy.x)[0].detach().argmax(1)
+    easy.y[:] = nn.functional.one_hot(1 - label, 2).mT
+    easy.y[1] = nn.functional.one_hot(label[1], 2).mT
+    after, history = train(begun, TRAIN, 6, SGD(0.01), test=easy)
+    free, without = train(begun, TRAIN, 6, SGD(0.01), test=easy, stop_at=None)
+    assert history.test_error is not None
+    assert after.running.tolist() == [True, False, True]
+    assert history.trained.tolist() == [6, 1, 6]
+    assert history.loss[:, 1].tolist() == [without.loss[0, 1].item()] * 6
+    assert torch.equal(history.loss[:, [0, 2]], without.loss[:, [0, 2]])
+    assert torch.equal(after.parameters[[0, 2]], free.parameters[[0, 2]])
+    one, _ = train(begun, TRAIN, 1, SGD(0.01), test=easy)
+    assert torch.equal(after.parameters[1], one.parameters[1])
+    further, later = train(after, TRAIN, 2, SGD(0.01), test=easy)
+    assert later.loss[:, 1].tolist() == [without.loss[0, 1].item()] * 2
+    assert torch.equal(further.parameters[1], one.parameters[1])
+    alone, none = train(
+        after.take([1]), samples([SPLITS[1].x_train], [SPLITS[1].y_train]), 2, SGD(1.0)
+    )
+    assert torch.equal(alone.parameters, after.parameters[1:2])
+    assert none.trained.tolist() == [0]
+
+
+def test_training_in_parts_is_training_at_once():
+    begun = ensemble([plain("outer") for _ in SPLITS])
+    options = {"batch": 20, "order": Shuffle((0, 1, 2))}
+    at_once, history = train(begun, TRAIN, 7, Adam(0.01), **options)
+    half, first = train(begun, TRAIN, 3, Adam(0.01), **options)
+    parts, second = train(half, TRAIN, 4, Adam(0.01), **options)
+    assert torch.equal(at_once.parameters, parts.parameters)
+    assert torch.equal(history.loss, torch.cat([first.loss, second.loss]))
+    assert torch.equal(begun.parameters, ensemble([plain("outer")] * 3).parameters) is False
+
+
+def test_learning_rates_may_differ():
+    begun = ensemble([plain("identity")] * 2)
+    data = samples([SPLITS[0].x_train], [SPLITS[0].y_train])
+    both, _ = train(begun, data, 3, SGD(torch.tensor([[0.1], [0.3]])))
+    for r, rate in enumerate((0.1, 0.3)):
+        one, _ = train(begun.take([r]), data, 3, SGD(rate))
+        close(both.parameters[r], one.parameters[0], 1e-15)
+
+
+def test_operations_are_counted():
+    count = lambda model: multiply_adds(ensemble([model]).stack)  # noqa: E731
+    assert count(nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))) == 20
+    assert count(plain("outer")) == 8 + 2 * 12 + 8
+
+
+def test_what_does_not_fit_is_refused():
+    begun = ensemble([plain("identity")] * 2)
+    layer = growth.new_layer(block("identity"))
+    with refused(cg.CandidateError, "sites", "0 to 1", "[0, 2]"):
+        growth.insert_layer(begun, [0, 2], layer)
+    with refused(cg.CandidateError, "width 3", "[4]"):
+        growth.insert_layer(begun, [0, 0], growth.new_layer(block("identity", 3)))
+    with refused(cg.CandidateError, "different architectures", "take"):
+        growth.insert_layer(begun, [0, 1], growth.new_layer(block("outer")))
+    with refused(cg.CandidateError, "different shapes"):
+        ensemble([plain("identity"), plain("identity", 3)])
+    with refused(cg.CandidateError, "nn.Linear"):
+        ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU())])
+    with refused(cg.BlockError, "Conv1d", "no stacked form"):
+        ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(1, 1, 1), nn.Linear(2, 2))])
+    with refused(cg.DataError, "one size"):
+        samples([torch.zeros(3, 2), torch.zeros(4, 2)], [torch.zeros(3).long()] * 2)
+
+
+GOLDEN = [
+    f"{kind}_{case}"
+    for kind in ("fwd_relu", "res1_tanh", "res2v1_tanh", "res2v2_tanh")
+    for case in ("1_spiral_full", "2_spiral_mb64")
+]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden(name):
+    """The whole protocol from the initial parameters to the last, as the reference ran it."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = dict(file)
+    meta = json.loads(str(arrays["meta"]))
+    widths, two = meta["widths"], meta["type"] == "res2"
+    pinned = "inner" if meta["v2"] else "outer"
+
+    def parameters(prefix):
+        keys = sorted(k for k in arrays if k.startswith(prefix) and k[-2:].isdigit())
+        return torch.from_numpy(np.concatenate([arrays[key].ravel() for key in keys]))
+
+    def new(width):
+        if meta["type"] == "fwd":
+            return cg.blocks.IdentityLinear(width, nn.ReLU())
+        if two:
+            return cg.blocks.ResidualMLP(width, width, torch.tanh, pinned, inner_init=0.8)
+        return cg.blocks.ResidualLinear(width, torch.tanh)
+
+    layers = [nn.Linear(2, widths[0]), nn.ReLU() if meta["type"] == "fwd" else nn.Tanh()]
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()] if meta["type"] == "fwd" else [new(after)]
+    model = nn.Sequential(*layers, nn.Linear(widths[-1], 2))
+    nn.utils.vector_to_parameters(parameters("init_"), model.parameters())
+
+    x, y = torch.from_numpy(arrays["X"]), torch.from_numpy(arrays["y"]).long()
+    data, batch = samples([x], [y]), meta["batch"]
+    first, second = meta["epochs"]
+    before, history = train(ensemble([model]), data, first, SGD(meta["lr"]), batch=batch)
+    expected = torch.from_numpy(arrays["loss_pre"]).view(first, -1).mean(1)
+    close(history.loss[:, 0], expected, 1e-10)
+    close(before.parameters[0], parameters("before_"), 1e-10)
+
+    layers = [growth.new_layer(new(widths[k])) for k in range(len(arrays["sens"]))]
+    found = [
+        growth.multipliers(before, data, layer, sites=[k])[0] for k, layer in enumerate(layers)
+    ]
+    squares = growth.frobenius(found, only=layers[0].pinned[0])[0] ** 2
+    if "full" in name:
+        close(squares, torch.from_numpy(arrays["sens"]))
+    chosen = squares.argmax() if meta["mode"] == "abs max" else squares.argmin()
+    assert chosen == meta["argmax" if meta["mode"] == "abs max" else "argmin"]
+    grown = growth.insert_layer(before, [int(chosen)], layers[chosen])
+    close(grown.parameters[0], parameters("after_"), 1e-10)
+    optimizer = SGD(meta["lr"] * meta["factor"])
+    after, history = train(grown, data, second, optimizer, batch=batch)
+    expected = torch.from_numpy(arrays["loss_post"]).view(second, -1).mean(1)
+    close(history.loss[:, 0], expected, 1e-8)
+    close(after.parameters[0], parameters("final_"), 1e-8)
+
+
+def images(channels=3):
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 5, 4)),
+        nn.Conv2d(1, channels, 3, stride=(1, 2), padding=1),
+        nn.ReLU(),
+        nn.Conv2d(channels, channels, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(channels * 10, 3),
+    )
+
+
+def test_convolutions_are_trained_and_grow_as_plain_ones_do():
+    """Images of 5 × 4 pixels; the first convolution goes to 5 × 2."""
+    x, y = torch.randn(3, 12, 20), torch.randint(3, (3, 12))
+    models, data, optimizer = (
+        [images() for _ in range(3)],
+        samples(x.unbind(), y.unbind()),
+        SGD(0.1),
+    )
+    before, _ = train(ensemble(models), data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
+    new = cg.blocks.IdentityConv2d(3, nn.ReLU())
+    layer = growth.new_layer(new, before.stack.stages[-1])
+    found = growth.multipliers(before, data, layer)
+    grown = growth.insert_layer(before, [0, 1, 1], layer)
+    after, history = train(grown, data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
+    assert multiply_adds(before.stack) == 10 * 3 * 9 + 10 * 3 * 3 * 9 + 30 * 3
+    for r, model in enumerate(models):
+        alone, split = torch.optim.SGD(model.parameters(), 0.1), Split(x[r], y[r], x[r], y[r])
+        orders = [Shuffle((r + 1,))(epoch, 12)[0] for epoch in range(20)]
+        plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[e])
+        candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in ("2", "4")]
+        problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [(x[r], y[r])], candidates)
+        chosen = "2" if r == 0 else "4"
+        solution = cg.solve(problem, lambda _, name=chosen: cg.Decision((name,)))
+        for k, site in enumerate(("2", "4")):
+            for name, value in solution.multipliers[site].items():
+                close(found[k][name][r], value)
+        cg.insert(model, solution, optimizer=alone)
+        losses = plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[10 + e])
+        close(history.loss[:, r], torch.tensor(losses).view(10, 3).mean(1), 1e-12)
+        close(after.parameters[r], vector(model), 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "kernel"),
+    [((5, 4), (1, 1), 3), ((5, 8), (2, 2), 3), ((6, 5), (2, 1), 5), ((1, 9), (1, 2), 3)],
+)
+def test_convolutions_are_those_of_torch(size, stride, kernel):
+    stage = Convolution(3, size, kernel, stride, torch.tanh)
+    x = torch.randn(2, 2 * size[0] * size[1], 7, requires_grad=True)
+    weight = torch.randn(2, 3, 2, kernel, kernel, requires_grad=True)
+    bias, toward = torch.randn(2, 3, requires_grad=True), torch.randn(2, stage.width, 7)
+    alone = [
+        nn.functional.conv2d(images.view(2, *size, 7).movedim(-1, 0), w, b, stride, kernel // 2)
+        for images, w, b in zip(x, weight, bias, strict=True)
+    ]
+    expected = torch.stack([y.tanh().flatten(1).T for y in alone])
+    found = stage((weight, bias), x)
+    close(found, expected, 1e-13)
+    leaves = (x, weight, bias)
+    slopes, others = (torch.autograd.grad((y * toward).sum(), leaves) for y in (found, expected))
+    for slope, other in zip(slopes, others, strict=True):
+        close(slope, other, 1e-12)
+
+
+def test_convolutions_of_another_kind_are_refused():
+    padded = nn.Conv2d(1, 2, 3)
+    with refused(cg.CandidateError, "Conv2d", "no stacked form", "half of its kernel"):
+        ensemble([nn.Sequential(nn.Unflatten(1, (1, 4, 4)), padded, nn.ReLU(), nn.Linear(8, 2))])
+    with refused(cg.BlockError, "IdentityConv2d", "no stacked form"):
+        growth.new_layer(cg.blocks.IdentityConv2d(3, nn.ReLU()))

@@ -1,0 +1,460 @@
+"""The trust-region subproblem, and the rule that tries its steps."""
+
+import copy
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import cvxpy as cp
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    CROSS_ENTROPY,
+    Gain,
+    candidate,
+    classified,
+    feedforward,
+    mean_loss,
+    moved_loss,
+    nothing_left_behind,
+    refused,
+)
+from scipy.optimize._trustregion_exact import IterativeSubproblem
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.curvature import VirtualLoss, gauss_newton, hessian
+from constrained_growth.rules.quadratic import ConjugateGradients, Dense
+from constrained_growth.rules.redundancy import gains_beyond_old
+from constrained_growth.rules.trust_region import TrustRegion
+from constrained_growth.verification.extended import ExtendedProblem
+
+# --- the subproblem -----------------------------------------------------------------------------
+
+
+def symmetric(size: int, *, convex: bool) -> Tensor:
+    matrix = torch.randn(size, size)
+    return matrix @ matrix.mT / size + 0.01 * torch.eye(size) if convex else matrix + matrix.mT
+
+
+def dense(multiplier: Tensor, matrix: Tensor) -> Dense:
+    return Dense.of(multiplier, lambda s: matrix @ s)
+
+
+def path(
+    multiplier: Tensor, matrix: Tensor, radius: float, tolerance: float = 1e-12
+) -> ConjugateGradients:
+    return ConjugateGradients.of(
+        multiplier, lambda s: matrix @ s, radius, max_products=200, tolerance=tolerance
+    )
+
+
+def decrease(multiplier: Tensor, matrix: Tensor, s: Tensor) -> float:
+    return float(multiplier @ s - s @ matrix @ s / 2)
+
+
+def best_by_scipy(multiplier: Tensor, matrix: Tensor, radius: float) -> Tensor:
+    """What `scipy.optimize.minimize(method="trust-exact")` solves in each step, to the end."""
+    subproblem = IterativeSubproblem(
+        np.zeros(len(multiplier)),
+        lambda s: 0.0,
+        lambda s: -multiplier.numpy(),
+        lambda s: matrix.numpy(),
+        k_easy=1e-13,
+        k_hard=1e-13,
+    )
+    return torch.tensor(subproblem.solve(radius)[0])
+
+
+@pytest.mark.parametrize("convex", [True, False], ids=["convex", "indefinite"])
+@pytest.mark.parametrize("radius", [0.01, 0.5, 3.0, 100.0])
+def test_dense_steps_against_scipy(convex: bool, radius: float) -> None:
+    for size in (1, 3, 8, 20):
+        matrix, multiplier = symmetric(size, convex=convex), torch.randn(size)
+        step = dense(multiplier, matrix).step(radius)
+        expected = best_by_scipy(multiplier, matrix, radius)
+        best = decrease(multiplier, matrix, expected)
+        assert step.predicted == pytest.approx(best, rel=1e-2)  # where it stops short of Δ
+        assert step.predicted >= best * (1 - 1e-12)
+        assert float(step.vector.norm()) <= radius * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("radius", [0.1, 1.0, 30.0])
+def test_convex_steps_against_cvxpy(radius: float) -> None:
+    for size in (2, 6):
+        matrix, multiplier = symmetric(size, convex=True), torch.randn(size)
+        s = cp.Variable(size)
+        model = multiplier.numpy() @ s - cp.quad_form(s, cp.psd_wrap(matrix.numpy())) / 2
+        problem = cp.Problem(cp.Maximize(model), [cp.norm(s) <= radius])
+        problem.solve(solver=cp.CLARABEL)
+        best = float(problem.value)  # type: ignore[arg-type]
+        step = dense(multiplier, matrix).step(radius)
+        assert step.predicted == pytest.approx(best, rel=1e-6)
+        torch.testing.assert_close(step.vector, torch.tensor(s.value), rtol=1e-3, atol=1e-4)
+        cut = path(multiplier, matrix, radius).step(radius)
+        assert best / 2 <= cut.predicted <= best * (1 + 1e-6)
+        if not step.at_boundary:
+            torch.testing.assert_close(cut.vector, step.vector, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [2, 5])
+def test_optimality_conditions_of_dense_steps(size: int) -> None:
+    """(B + μI)s = λ, B + μI ⪰ 0, μ(‖s‖ − Δ) = 0, which no worse step satisfies."""
+    for radius in (1e-3, 1.0, 50.0):
+        matrix, multiplier = symmetric(size, convex=False), torch.randn(size)
+        step = dense(multiplier, matrix).step(radius)
+        s = step.vector
+        shift = float(s @ (multiplier - matrix @ s) / (s @ s))
+        torch.testing.assert_close(matrix @ s + shift * s, multiplier, rtol=1e-7, atol=1e-7)
+        assert float(torch.linalg.eigvalsh(matrix)[0]) + shift >= -1e-8
+        assert step.at_boundary
+        assert float(s.norm()) == pytest.approx(radius, rel=1e-10)
+
+
+def test_hard_case_and_flat_models() -> None:
+    """No slope along the direction that bends downwards most: it is followed all the same."""
+    matrix, multiplier = torch.diag(torch.tensor([-2.0, 1.0])), torch.tensor([0.0, 3.0])
+    step = dense(multiplier, matrix).step(4.0)
+    assert step.predicted == pytest.approx(3 * 1 - 1 / 2 + 2 * (16 - 1) / 2)
+    assert float(step.vector[1]) == pytest.approx(1.0)
+    flat = dense(torch.tensor([0.0, 3.0]), torch.diag(torch.tensor([0.0, 2.0]))).step(4.0)
+    assert (flat.predicted, flat.at_boundary) == (pytest.approx(9 / 4), False)
+    linear = dense(torch.tensor([3.0, 4.0]), torch.zeros(2, 2)).step(2.0)
+    torch.testing.assert_close(linear.vector, torch.tensor([1.2, 1.6]))
+    assert linear.predicted == pytest.approx(10.0)
+    for nothing in (dense(torch.zeros(2), torch.eye(2)), path(torch.zeros(2), torch.eye(2), 1.0)):
+        assert not nothing.step(1.0).at_boundary
+        assert nothing.step(1.0).predicted == 0.0
+        assert not bool(nothing.step(1.0).vector.any())
+
+
+@pytest.mark.parametrize("convex", [True, False], ids=["convex", "indefinite"])
+def test_a_smaller_radius_cuts_the_path_shorter(convex: bool) -> None:
+    matrix, multiplier = symmetric(12, convex=convex), torch.randn(12)
+    long = path(multiplier, matrix, 20.0)
+    steps = [long.step(radius) for radius in np.geomspace(1e-3, 20.0, 25)]
+    for radius, step in zip(np.geomspace(1e-3, 20.0, 25), steps, strict=True):
+        again = path(multiplier, matrix, float(radius)).step(float(radius))
+        torch.testing.assert_close(step.vector, again.vector, rtol=1e-10, atol=1e-12)
+        assert step.predicted == pytest.approx(decrease(multiplier, matrix, step.vector), rel=1e-9)
+        assert step.at_boundary == (abs(float(step.vector.norm()) - radius) < 1e-9)
+        assert step.predicted <= dense(multiplier, matrix).step(float(radius)).predicted + 1e-12
+    gains = [step.predicted for step in steps]
+    assert gains == sorted(gains)
+    cauchy = multiplier / multiplier.norm() * 1e-3
+    assert gains[0] >= decrease(multiplier, matrix, cauchy) - 1e-15
+
+
+def test_path_that_runs_out_of_products() -> None:
+    matrix, multiplier = symmetric(30, convex=True), torch.randn(30)
+    products = 0
+
+    def product(s: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return matrix @ s
+
+    short = ConjugateGradients.of(multiplier, product, 1e6, max_products=3, tolerance=1e-12)
+    assert products == 3
+    step = short.step(1e6)
+    assert not step.at_boundary
+    assert 0 < step.predicted < dense(multiplier, matrix).step(1e6).predicted
+
+
+# --- the rule -------------------------------------------------------------------------------------
+
+
+def three(activation: Callable[[], nn.Module] = nn.Tanh) -> tuple[nn.Sequential, Any, list[Any]]:
+    model, data = feedforward(2, 4, 4, 3, activation=activation), classified(40, batch=16)
+    return (
+        model,
+        data,
+        [
+            cg.Candidate("1", ResidualMLP(4, 5, torch.tanh)),
+            cg.Candidate("3", ResidualLinear(4, torch.tanh)),
+            cg.Candidate("2", Gain(4)),
+        ],
+    )
+
+
+def solved_by(rule: Any, model: nn.Module, data: Any, candidates: Any, loss: Any = CROSS_ENTROPY):
+    return cg.solve(cg.GrowthProblem(model, loss, data, candidates), rule=rule)
+
+
+@pytest.mark.parametrize("curvature", [hessian, gauss_newton])
+@pytest.mark.parametrize("max_products", [3, 40], ids=["steihaug", "dense"])
+def test_the_accepted_step_lowers_the_loss_by_what_the_evidence_says(
+    curvature: Any, max_products: int
+) -> None:
+    model, data, candidates = three()
+    rule = TrustRegion(curvature=curvature, max_products=max_products)
+    with nothing_left_behind(model):
+        solution = solved_by(rule, model, data, candidates)
+    decision = solution.decision
+    (name,) = decision.chosen
+    one = next(c for c in candidates if c.name == name)
+    before, after = (
+        mean_loss(model, data).item(),
+        moved_loss(model, data, one, decision.values[name]),
+    )
+    evidence = decision.evidence
+    assert after < before
+    assert evidence["actual"] == pytest.approx(before - after, rel=1e-9)
+    assert evidence["rho"] == pytest.approx(evidence["actual"] / evidence["predicted"])
+    assert evidence["rho"] >= rule.eta1
+    assert evidence["predictions"][name] == max(evidence["predictions"].values())
+    assert json.loads(json.dumps(evidence)) == evidence
+    shapes = {k: v.shape for k, v in solution.multipliers[name].items()}
+    assert {k: v.shape for k, v in decision.values[name].items()} == shapes
+
+
+@pytest.mark.parametrize("kind", ["residual", "identity"])
+def test_the_layer_is_inserted_at_the_accepted_step(kind: str) -> None:
+    model, data, candidates = three(nn.ReLU if kind == "identity" else nn.Tanh)
+    if kind == "identity":
+        candidates = [cg.Candidate(site, IdentityLinear(4, nn.ReLU())) for site in ("1", "3")]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    solution = solved_by(TrustRegion(), model, data, candidates)
+    before = mean_loss(model, data).item()
+    cg.insert(model, solution, optimizer=optimizer)
+    fall = before - mean_loss(model, data).item()
+    assert fall == pytest.approx(solution.decision.evidence["actual"], rel=1e-9)
+    assert fall > 0
+
+
+def test_predictions_against_dense_algebra() -> None:
+    """The predicted decrease is ⟨λ, s⟩ − ½⟨s, B s⟩ with the Hessian of the extended network."""
+    model, data, candidates = three()
+    for one in candidates:
+        rule = TrustRegion(radius=0.05, max_products=50)
+        decision = solved_by(rule, model, data, [one]).decision
+        extended = ExtendedProblem(cg.GrowthProblem(model, CROSS_ENTROPY, data, [one]))
+        skip = extended.sizes[0]
+        _, slope = extended.loss_and_gradient(extended.zero.numpy())
+        bend = extended.hessian(extended.zero.numpy())[skip:, skip:]
+        s = np.concatenate([v.numpy().ravel() for v in decision.values[one.name].values()])
+        expected = -slope[skip:] @ s - s @ bend @ s / 2
+        assert decision.evidence["predicted"] == pytest.approx(expected, rel=1e-9)
+        assert np.linalg.norm(s) == pytest.approx(0.05)
+
+
+def test_where_the_loss_is_quadratic_the_step_is_the_least_squares_fit() -> None:
+    """Outer factor and a linear tail: ρ = 1, Δ grows while the fit lies outside of it."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    x, y = torch.randn(50, 2), torch.randn(50, 3)
+    one = cg.Candidate("1", ResidualMLP(3, 2, torch.tanh))
+    rule = TrustRegion(radius=0.25, eta2=0.9, max_products=6)
+    radii = []
+    for _ in range(3):
+        decision = solved_by(rule, model, [(x, y)], [one], nn.MSELoss()).decision
+        radii.append(rule.state.radius)
+        assert decision.evidence["rho"] == pytest.approx(1.0, abs=1e-9)
+    assert radii == [0.5, 1.0, 2.0]
+    rule = TrustRegion(radius=500.0, max_products=6)
+    decision = solved_by(rule, model, [(x, y)], [one], nn.MSELoss()).decision
+    assert rule.state.radius == 500.0
+    with torch.no_grad():
+        hidden = model[:2](x)
+        features = torch.tanh(one.block.inner(hidden))  # type: ignore[operator]
+        tail = model.get_parameter("2.weight")
+        residual = y - hidden @ tail.mT
+        # (W features) through the tail fits the residual; the tail is square, so undo it first
+        fit = torch.linalg.lstsq(features, residual).solution @ torch.linalg.inv(tail).mT
+    expected = fit.mT
+    torch.testing.assert_close(decision.values["1"]["outer.weight"], expected)
+
+
+def test_rejected_steps_shrink_the_radius_until_one_is_accepted() -> None:
+    model, data, candidates = three()
+    rule = TrustRegion(radius=300.0, eta1=0.6, max_products=30)
+    decision = solved_by(rule, model, data, candidates).decision
+    tries = decision.evidence["tries"]
+    assert len(tries) > 1
+    assert all(one["rho"] < 0.6 for one in tries[:-1])
+    assert tries[-1]["rho"] >= 0.6
+    for before, after in pairwise(tries):
+        assert after["radius"] == pytest.approx(0.25 * min(before["radius"], before["length"]))
+        assert after["length"] <= after["radius"] * (1 + 1e-12)
+    assert rule.state.radius in (tries[-1]["radius"], 2 * tries[-1]["radius"])
+
+
+def test_when_no_step_does_what_was_predicted_nothing_is_inserted() -> None:
+    model, data, candidates = three()
+    rule = TrustRegion(radius=300.0, eta1=0.99, eta2=1.0, max_tries=2)
+    grown = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(grown.parameters(), lr=0.1, momentum=0.9)
+    with nothing_left_behind(grown):
+        solution = solved_by(rule, grown, data, candidates)
+        cg.insert(grown, solution, optimizer=optimizer)
+    assert solution.decision.chosen == ()
+    assert solution.decision.values == {}
+    assert len(solution.decision.evidence["tries"]) == 2
+    assert rule.state.radius < 300.0
+
+
+def test_a_step_into_infinity_is_rejected() -> None:
+    """The loss is the logarithm of what a far step makes negative."""
+
+    class Scaled(nn.Module):
+        pinned = ("scale",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.zeros(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (1 + self.scale)
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Softplus(), nn.Identity())
+    data = [(torch.randn(30, 2) + 3, None)]
+
+    def loss(output: Tensor, _: Any) -> Tensor:
+        return output.mean() + (1 + output).log().mean()
+
+    rule = TrustRegion(radius=50.0)
+    decision = solved_by(rule, model, data, [cg.Candidate("1", Scaled())], loss).decision
+    first = decision.evidence["tries"][0]
+    assert (first["actual"], first["rho"]) == (None, None)
+    assert decision.chosen == ("1",)
+    assert json.loads(json.dumps(decision.evidence)) == decision.evidence
+
+
+def test_at_a_kink_the_trial_decides() -> None:
+    """ReLU identity layers: autograd's slope is not the one-sided one, but the trial is exact."""
+    model, data = feedforward(2, 4, 4, 3), classified(40, batch=16)
+    candidates = [cg.Candidate(site, IdentityLinear(4, nn.ReLU())) for site in ("1", "3")]
+    decision = solved_by(TrustRegion(), model, data, candidates).decision
+    (name,) = decision.chosen
+    one = next(c for c in candidates if c.name == name)
+    fall = mean_loss(model, data).item() - moved_loss(model, data, one, decision.values[name])
+    assert decision.evidence["actual"] == pytest.approx(fall, rel=1e-9)
+    assert fall > 0
+
+
+def test_nothing_to_gain() -> None:
+    model, data = feedforward(2, 4, 3), classified(20)
+    nn.init.constant_(model.get_parameter("0.bias"), -100.0)
+    rule = TrustRegion()
+    decision = solved_by(rule, model, data, [candidate()]).decision
+    assert (decision.chosen, decision.reason) == ((), "nothing to gain")
+    assert rule.state.radius == 1.0
+
+
+def test_state_survives_a_checkpoint() -> None:
+    model, data, candidates = three()
+    rule = TrustRegion(radius=0.01)
+    solved_by(rule, model, data, candidates)
+    assert rule.state.radius == 0.02
+    other = TrustRegion()
+    other.load_state_dict(json.loads(json.dumps(rule.state_dict())))
+    assert other.state == rule.state
+    one, two = (solved_by(r, model, data, candidates).decision for r in (rule, other))
+    assert one == two
+    assert one.evidence == two.evidence
+    for bad in ({}, {"radius": -1.0}, {"radius": "x"}, None):
+        with refused(cg.RuleError, "radius"):
+            other.load_state_dict(bad)  # type: ignore[arg-type]
+
+
+def test_passes_are_counted() -> None:
+    """One candidate of 4 parameters: 4 products, the loss at the pin and at the step."""
+    model, data = feedforward(2, 4, 3, activation=nn.Tanh), classified(20)
+    gain = cg.Candidate("1", Gain(4))
+    decision = solved_by(TrustRegion(radius=1e-3), model, data, [gain]).decision
+    assert len(decision.evidence["tries"]) == 1
+    assert decision.evidence["passes"] == pytest.approx(5 * 1.5 + 2 / 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"radius": 0.0},
+        {"radius": -1.0},
+        {"radius": float("nan")},
+        {"eta1": -0.1},
+        {"eta1": 1.5},
+        {"eta2": 2.0},
+        {"eta2": 0.01},
+        {"shrink": 1.5},
+        {"grow": 0.5},
+        {"max_tries": 0},
+        {"max_products": 1.5},
+        {"curvature": "hessian"},
+    ],
+)
+def test_arguments_that_make_no_sense(options: dict[str, Any]) -> None:
+    with refused(cg.RuleError, next(iter(options)), "TrustRegion"):
+        TrustRegion(**options)
+
+
+# --- beyond the old parameters --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-3, 0.3])
+def test_gains_beyond_the_old_parameters_against_dense_algebra(damping: float) -> None:
+    """½⟨g, (B + μ)⁻¹g⟩ − ½⟨g_θ, (B_θθ + μ)⁻¹g_θ⟩, and the same by the Schur complement."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
+    data = [(torch.randn(30, 2), torch.randn(30, 1)), (torch.randn(9, 2), torch.randn(9, 1))]
+    candidates = [
+        cg.Candidate("1", ResidualLinear(3, torch.tanh)),
+        cg.Candidate("3", ResidualMLP(3, 2, torch.tanh)),
+    ]
+    problem = cg.GrowthProblem(model, nn.MSELoss(), data, candidates)
+    planned = cg.solve(problem).candidates
+    with nothing_left_behind(model):
+        gains, passes = gains_beyond_old(
+            problem, planned, damping=damping, max_products=400, tolerance=1e-11
+        )
+    assert passes > 0
+    shift = None
+    for one in candidates:
+        loss = VirtualLoss(problem, planned[one.name], joint=True)
+        g, old = loss.gradient(), loss.num_old
+        matrix = torch.stack([loss.gauss_newton_product(e) for e in torch.eye(len(g))])
+        if shift is None:
+            u = g[:old]
+            shift = damping * float(u @ matrix[:old, :old] @ u / (u @ u))
+        damped = matrix + shift * torch.eye(len(g))
+        inner = damped[:old, :old]
+        both = g @ torch.linalg.solve(damped, g) / 2
+        alone = g[:old] @ torch.linalg.solve(inner, g[:old]) / 2
+        assert gains[one.name] == pytest.approx(float(both - alone), rel=1e-6)
+        cross = damped[old:, :old]
+        reduced = -g[old:] + cross @ torch.linalg.solve(inner, g[:old])
+        schur = damped[old:, old:] - cross @ torch.linalg.solve(inner, cross.mT)
+        assert gains[one.name] == pytest.approx(
+            float(reduced @ torch.linalg.solve(schur, reduced) / 2), rel=1e-6
+        )
+
+
+def test_what_the_old_parameters_can_do_anyway_does_not_count() -> None:
+    """A linear layer before a linear one promises much on its own and nothing beyond it."""
+
+    class Linear(nn.Module):
+        pinned = ("weight",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + x @ self.weight.mT
+
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    x = torch.randn(40, 2)
+    data = [(x, torch.sin(3 * x[:, :1]) * x[:, 1:])]
+    candidates = [
+        cg.Candidate("1", Linear(), "linear"),
+        cg.Candidate("1", ResidualMLP(3, 12, nn.GELU()), "bent"),
+    ]
+    by_itself = solved_by(TrustRegion(radius=100.0), model, data, candidates, nn.MSELoss()).decision
+    joint = TrustRegion(radius=100.0, joint=True, damping=1e-5, max_products=60)
+    decision = solved_by(joint, model, data, candidates, nn.MSELoss()).decision
+    beyond = decision.evidence["beyond_old"]
+    promised = by_itself.evidence["predictions"]["linear"]
+    assert beyond["linear"] < 0.05 * min(beyond["bent"], promised)  # 0 without damping
+    assert decision.chosen == ("bent",)
+    assert decision.evidence["passes"] > by_itself.evidence["passes"]
