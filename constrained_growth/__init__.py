@@ -6,7 +6,6 @@ pass.
 """
 
 from constrained_growth import blocks, checkpoint, curvature, norms, rules, statistics
-from constrained_growth._initialisation import best_inner
 from constrained_growth.candidates import Candidate, Proposals, find_candidates
 from constrained_growth.directional import directional_derivative
 from constrained_growth.errors import (
@@ -39,7 +38,6 @@ from constrained_growth.rules import (
     otherwise,
     then,
 )
-from constrained_growth.sampling import AdaptiveSampling
 from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 from constrained_growth.training import Grower, History, grow
@@ -47,7 +45,6 @@ from constrained_growth.training import Grower, History, grow
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptiveSampling",
     "BlockError",
     "Budget",
     "Candidate",
@@ -82,7 +79,6 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "When",
-    "best_inner",
     "blocks",
     "checkpoint",
     "curvature",
