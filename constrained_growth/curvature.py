@@ -56,7 +56,7 @@ def stand(
         y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
         return y.clone()  # as the model may change it in place
 
-    return collecting([(module, output, layer)])
+    return collecting([("", module, output, layer)])
 
 
 class VirtualLoss:

@@ -255,7 +255,7 @@ class Monitor:
         elif not self._hooked:
             self._hooks.enter_context(
                 collecting(
-                    (site.module, site.output, functools.partial(self._see, index))
+                    (site.after, site.module, site.output, functools.partial(self._see, index))
                     for index, site in enumerate(self._problem.sites)
                 )
             )

@@ -44,7 +44,7 @@ def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -
             f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
             f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
         ) from error
-    if moved > 1:
+    if not moved <= 1:  # nor may it be NaN
         raise BlockError(
             f"{where} is not the identity at its pins on the data: it moves the tensor at its "
             f"site by {moved:.2g} times what rounding may do. An identity layer stands right "

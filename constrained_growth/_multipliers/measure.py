@@ -192,7 +192,13 @@ class Pass:
         return loss.detach()
 
     def _loss_of(self, input: Any, target: Any) -> Tensor:
-        return checked_loss(self._loss_fn(call(self._model, input), target))
+        loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        if not loss.requires_grad:
+            raise DataError(
+                "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
+                "from the model's output without detach(), item() or torch.no_grad()."
+            )
+        return loss
 
     def accumulate(self, uses: Sequence[Sequence[Use]], size: int, weight: float) -> None:
         """Take in what one batch has brought to each site."""
@@ -309,7 +315,7 @@ def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
         BlockError: There are such.
     """
     for name, estimate in estimates.items():
-        if not estimate.moved <= 1:
+        if estimate.moved > 1:  # NaN is for the status of the solution
             raise BlockError(
                 f'the block of candidate "{name}" is the identity on the first batch and not '
                 "on a later one. An identity layer belongs right after its own activation; "

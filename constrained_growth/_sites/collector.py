@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
-from constrained_growth._sites.outputs import Which, tensor_in, with_tensor
+from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import full_precision
 from constrained_growth.errors import CandidateError
@@ -70,23 +70,25 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 
 
 @contextmanager
-def collecting(sites: Iterable[tuple[nn.Module, Which, See]]) -> Iterator[None]:
+def collecting(sites: Iterable[tuple[str, nn.Module, Which, See]]) -> Iterator[None]:
     """Call `see(x, context)` whenever a module has run; what it returns takes the place of x.
 
     Args:
-        sites: The module, which tensor of its output is meant (as in `Candidate`), and `see`.
+        sites: A name for errors, the module, which tensor of its output is meant (as in
+            `Candidate`), and `see`.
     """
 
-    def hook_for(which: Which, see: See) -> Hook:
+    def hook_for(after: str, which: Which, see: See) -> Hook:
         return lambda module, args, kwargs, output: replaced(
-            module, args, kwargs, output, which, see
+            after, module, args, kwargs, output, which, see
         )
 
-    with hooked((module, hook_for(which, see)) for module, which, see in sites):
+    with hooked((m, hook_for(after, which, see)) for after, m, which, see in sites):
         yield
 
 
 def replaced(
+    after: str,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -95,7 +97,7 @@ def replaced(
     see: See,
 ) -> Any:
     """The output of `module(*args, **kwargs)` with what `see` returns in the place of its x."""
-    x = output if which is None and isinstance(output, Tensor) else tensor_in(output, which)
+    x = output if which is None and isinstance(output, Tensor) else tensor_at(after, output, which)
     y = see(x, context_of(module, args, kwargs))
     if y is None or y is x:
         return output
@@ -152,7 +154,7 @@ class Collector:
     def watching(self) -> Iterator[None]:
         """Watch the model for a while."""
         with collecting(
-            (site.module, site.output, functools.partial(self._see, index))
+            (site.after, site.module, site.output, functools.partial(self._see, index))
             for index, site in enumerate(self._sites)
         ):
             yield
