@@ -38,7 +38,7 @@ from constrained_growth.rules import (
     otherwise,
     then,
 )
-from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
+from constrained_growth.solution import Constraint, Decision, Method, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 from constrained_growth.training import Grower, History, grow
 
@@ -62,6 +62,7 @@ __all__ = [
     "GrowthRecord",
     "History",
     "InsertedLayer",
+    "Method",
     "Monitor",
     "OptimizerError",
     "Plateau",

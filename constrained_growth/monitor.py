@@ -149,6 +149,7 @@ class Monitor:
         self._batch: _Batch | None = None
         self._hooks = ExitStack()
         self._hooked = False
+        self._forward = False
         self.reset()
 
     def reset(self) -> None:
@@ -228,13 +229,16 @@ class Monitor:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the model for a while; windows go on from one time to the next."""
-        begin = self._problem.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        try:
-            with eagerly():
+        model = self._problem.model
+        with (
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end),
+            eagerly(),
+        ):
+            try:
                 yield
-        finally:
-            begin.remove()
-            self._watch(None)
+            finally:
+                self._watch(None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins: is it to be watched?"""
@@ -246,6 +250,11 @@ class Monitor:
                 self._window.begin(batch)
             self._passes += 1
         self._watch(batch)
+        self._forward = True
+
+    def _end(self, *_: object) -> None:
+        """The forward pass is over, and backward may run parts of it again (checkpointing)."""
+        self._forward = False
 
     def _watch(self, batch: _Batch | None) -> None:
         """Hooks at the sites for a batch, or none, so that an unwatched pass goes unhindered."""
@@ -270,7 +279,9 @@ class Monitor:
         # a tensor that requires no gradient may be the user's own input, written over when read
         x = x.detach() if x.requires_grad else x.detach().clone()
         context = detached(context) if site.needs_context else NO_CONTEXT
-        batch.seen[index] += 1
+        # what backward runs again (checkpointing) is the same use, and only with use_reentrant=True
+        # the one in which δ arrives
+        batch.seen[index] += self._forward or not batch.seen[index]
         # x lives as long as the graph does, and no longer where no backward pass comes
         skips = callable(self._scale)
         arrive = functools.partial(self._window.arrive, index, batch, x, context, skips)

@@ -46,7 +46,9 @@ class Standing:
     @contextmanager
     def in_model(self) -> Iterator[None]:
         """Let the blocks stand; what backward runs again (checkpointing) finds them there too."""
-        with collecting((s.after, s.module, s.output, self._layer(s, name)) for s, name in self._places):
+        with collecting(
+            (s.after, s.module, s.output, self._layer(s, name)) for s, name in self._places
+        ):
             yield
 
     def _layer(self, site: Site, name: str) -> See:
