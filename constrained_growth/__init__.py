@@ -6,6 +6,7 @@ pass.
 """
 
 from constrained_growth import blocks, checkpoint, curvature, norms, rules, statistics
+from constrained_growth._data import rebatch
 from constrained_growth.candidates import Candidate, Proposals, find_candidates
 from constrained_growth.directional import directional_derivative
 from constrained_growth.errors import (
@@ -90,6 +91,7 @@ __all__ = [
     "monitor",
     "norms",
     "otherwise",
+    "rebatch",
     "replay",
     "rewrap",
     "rules",
