@@ -102,11 +102,19 @@ class Accumulator:
         self._cotangents: dict[str, Tensor] = {}
         self.counts = Counts(0, 0.0, 0, 0, 0, {}, {})
 
-    def add(self, uses: Sequence[Use], size: int, weight: float, *, again: bool = False) -> None:
+    def add(
+        self,
+        uses: Sequence[Use],
+        size: int,
+        weight: float,
+        *,
+        batches: int = 1,
+        again: bool = False,
+    ) -> None:
         """Take in one batch of `size` samples: what it brought to the site, at each use.
 
-        A batch that comes `again` (a second backward pass through its graph) adds to the sums
-        and does not count twice.
+        Several `batches` of this weight may come as one, of all their samples. A batch that comes
+        `again` (a second backward pass through its graph) adds to the sums and does not count twice.
         """
         before = replace(self.counts)
         if not uses:
@@ -115,7 +123,7 @@ class Accumulator:
         elif has_factors(self._block) and by_sample(uses, size):
             self._add_samples(uses, weight)
             self.counts.by_sample += size
-            self._count(size, weight)
+            self._count(size, weight * batches)
         else:
             self.add_whole(*self._differentiate(uses), size, weight)
         if again:
@@ -139,6 +147,11 @@ class Accumulator:
                 here = change(use.x.to(y.dtype), y)
                 moved = here if moved is None else torch.maximum(moved, here)
         return total, moved
+
+    @property
+    def nbytes(self) -> int:
+        """The size of λ."""
+        return sum(total.nbytes for total in self._sums.values())
 
     def add_whole(
         self,
