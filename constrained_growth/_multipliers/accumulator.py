@@ -113,8 +113,8 @@ class Accumulator:
     ) -> None:
         """Take in one batch of `size` samples: what it brought to the site, at each use.
 
-        Several `batches` of this weight may come as one, of all their samples. A batch that comes
-        `again` (a second backward pass through its graph) adds to the sums and does not count twice.
+        Several `batches` of this weight may come as one, of all their samples. A batch that
+        comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
         before = replace(self.counts)
         if not uses:

@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_weight, batches
-from constrained_growth._distributed import everywhere, in_step
+from constrained_growth._data import Weight, batch_size, batch_weight, batches
+from constrained_growth._distributed import add_up, everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import (
+    Accumulator,
+    Counts,
     Estimate,
     accumulation_dtype,
 )
-from constrained_growth._multipliers.in_graph import rounds
-from constrained_growth._sharding import Leaves, is_sharded
+from constrained_growth._multipliers.closed_form import by_sample
+from constrained_growth._multipliers.in_graph import Standing, rounds
+from constrained_growth._sharding import Leaves, is_sharded, is_spread, summed_like
 from constrained_growth._sites.collector import Collector, Use
-from constrained_growth._sites.model import device_of
+from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.site import Site
+from constrained_growth._sites.untouched import full_precision, untouched
 from constrained_growth.blocks import has_factors
+from constrained_growth.errors import BlockError, DataError
 from constrained_growth.solution import Method
 
 if TYPE_CHECKING:
@@ -135,3 +144,230 @@ class Pass:
         self._waiting: list[list[Use]] = [[] for _ in sites]
         self._waiting_bytes, self._waiting_for = 0, (0, 0.0)
         self._room = max(2**20, sum(a.nbytes for a in self.accumulators.values()) // 2)
+        self._now = 0.0  # the weight of the batch that is on its way
+
+    def watching(self) -> ExitStack:
+        """The hooks on the model and its parameters, which `add` needs, for a while."""
+        with ExitStack() as stack:
+            stack.enter_context(self._leaves.watching(self._stream))
+            if not self._rounds:
+                stack.enter_context(self._collector.watching())
+            return stack.pop_all()
+
+    def _stream(self, name: str, leaf: Tensor) -> Any:
+        return leaf.register_hook(functools.partial(self._take, self._totals[name]))
+
+    def _take(self, total: Tensor, gradient: Tensor) -> Tensor:
+        """Add up a gradient as backward delivers it, and send it on without its memory."""
+        if is_spread(total):
+            total.add_(summed_like(gradient.to(total.dtype) * self._now, total))
+        else:
+            total.add_(gradient, alpha=self._now)
+        return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    def add(self, input: Any, target: Any, weight: float, *, counts: bool = True) -> Tensor:
+        """Take in one batch: one forward and one backward pass; in the graph one for each round.
+
+        Args:
+            input: Of the model.
+            target: Goes to the loss with the output.
+            weight: How much the batch counts.
+            counts: False for one that is run only because other processes run one.
+
+        Returns:
+            The loss.
+
+        Raises:
+            DataError: The batch or its loss cannot be used.
+        """
+        size = batch_size(input, target)
+        self._now = weight if counts else 0.0
+        if self._rounds:
+            loss = self._add_in_graph(input, target, size, weight, counts=counts)
+        else:
+            self._collector.begin()
+            loss = self._loss_of(input, target)
+            uses, _ = self._collector.backward(loss, list(self._leaves.values.values()))
+            if counts:
+                self.accumulate(uses, size, weight)
+        if counts:
+            self._loss.add_(loss.detach().to(self._loss.device), alpha=weight)
+            self._samples += size
+            self._batches += 1
+            self._weight += weight
+        return loss.detach()
+
+    def _loss_of(self, input: Any, target: Any) -> Tensor:
+        loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        if not loss.requires_grad:
+            raise DataError(
+                "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
+                "from the model's output without detach(), item() or torch.no_grad()."
+            )
+        return loss
+
+    def accumulate(self, uses: Sequence[Sequence[Use]], size: int, weight: float) -> None:
+        """Take in what one batch has brought to each site, now or with the next ones.
+
+        A product over few samples is slow, as it reads and writes all of λ. So small batches
+        of the same size and weight wait to be joined, in half the room of λ.
+        """
+        if (size, weight) != self._waiting_for:
+            self._flush()
+            self._waiting_for = size, weight
+        for index, here in enumerate(uses):
+            if self._joinable[index] and len(here) == 1 and by_sample(here, size):
+                self._waiting[index].append(here[0])
+                self._waiting_bytes += here[0].x.nbytes + here[0].delta.nbytes
+            else:
+                self._add(index, here, size)
+        if self._waiting_bytes > self._room:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Take in what waits."""
+        size, _ = self._waiting_for
+        for index, waiting in enumerate(self._waiting):
+            shapes = {use.x.shape for use in waiting}
+            for uses in [waiting] if len(shapes) == 1 else [[use] for use in waiting]:
+                self._add(index, [_joined(uses)], size * len(uses), len(uses))
+        self._waiting = [[] for _ in self._sites]
+        self._waiting_bytes = 0
+
+    def _add(self, index: int, uses: Sequence[Use], size: int, batches: int = 1) -> None:
+        _, weight = self._waiting_for
+        with torch.no_grad(), full_precision(*self._devices):
+            for name in self._sites[index].blocks:
+                self.accumulators[name].add(uses, size, weight, batches=batches)
+
+    def _add_in_graph(
+        self, input: Any, target: Any, size: int, weight: float, *, counts: bool
+    ) -> Tensor:
+        first: Tensor | None = None
+        for index, names in enumerate(self._rounds):
+            standing = Standing(self._sites, names)
+            pins = [leaf for leaves in standing.leaves.values() for leaf in leaves.values()]
+            leaves = list(self._leaves.values.values()) if index == 0 else []
+            with ExitStack() as stack:
+                if index < len(self._rounds) - 1:  # each round sees the same random numbers
+                    stack.enter_context(untouched(self._model))
+                stack.enter_context(standing.in_model())
+                loss = self._loss_of(input, target)
+                grads: Sequence[Tensor | None] = [None] * len(pins)
+                if loss.requires_grad:
+                    with full_precision(*self._devices):
+                        grads = torch.autograd.grad(loss, [*pins, *leaves], allow_unused=True)
+            first = loss if first is None else first
+            if counts:
+                found = iter(grads)
+                for name, here in standing.leaves.items():
+                    there = list(itertools.islice(found, len(here)))
+                    self.reached.update({name} if any(g is not None for g in there) else ())
+                    multiplier = {
+                        key: torch.zeros_like(pin) if grad is None else -grad
+                        for (key, pin), grad in zip(here.items(), there, strict=True)
+                    }
+                    moved = standing.moved.get(name)
+                    self.accumulators[name].add_whole(multiplier, moved, size, weight)
+        assert first is not None
+        return first
+
+    def reduce(self, group: ProcessGroup | None) -> None:
+        """Add up what the processes of a group have taken in, each its part; all call this.
+
+        Afterwards each has the sums of all, so that this is done once, at the end.
+
+        Raises:
+            DataError: The model is not the same on all processes.
+        """
+        self._flush()
+        if not several(group):
+            return
+        mine = {name: accumulator.counts for name, accumulator in self.accumulators.items()}
+        found = everywhere(
+            lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
+        )
+        if any(not _close(sizes, found[0][3]) for _, _, _, sizes, _ in found):
+            raise DataError(
+                "model: its parameters are not the same on all processes of the group; load the "
+                "same state dict on each, or train with DistributedDataParallel."
+            )
+        self._samples, self._batches, self._weight = (
+            sum(process[i] for process in found) for i in range(3)
+        )
+        sums = [self._loss, *(t for t in self._totals.values() if not is_spread(t))]
+        for name, accumulator in self.accumulators.items():
+            counts: list[Counts] = [process[4][name] for process in found]
+            sums += accumulator.join(counts)
+        add_up(sums, group)
+
+    def _sizes(self) -> list[float]:
+        """The norms of the parameters, to tell one model from another."""
+        kept = (p for p in self._model.parameters() if p.is_floating_point())
+        parameters = (p.detach() for p in kept if not is_spread(p))
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
+        return torch.stack(norms).tolist() if norms else []
+
+    def estimates(self, *, last: bool = False) -> dict[str, Estimate]:
+        """Candidate → what is known of it; with `last` the sums become the means in place."""
+        self._flush()
+        return {name: a.estimate(last=last) for name, a in self.accumulators.items()}
+
+    def measurement(self) -> Measurement:
+        """The means over what was taken in; the sums become them in place.
+
+        Raises:
+            DataError: Nothing was taken in.
+            BlockError: A block is not the identity on a later batch.
+        """
+        if self._samples == 0:
+            raise DataError(
+                "data yields no batches; give an iterable that can be iterated more than once, "
+                "such as a DataLoader or a list of (input, target) pairs (a generator is "
+                "exhausted after its first use)."
+            )
+        estimates = self.estimates(last=True)
+        refuse_moving(estimates)
+        gradients = {name: total.div_(self._weight) for name, total in self._totals.items()}
+        return Measurement(
+            loss=float(self._loss) / self._weight,
+            estimates=estimates,
+            gradients=gradients if self._with_gradients else None,
+            num_samples=self._samples,
+            num_batches=self._batches,
+        )
+
+
+def _joined(uses: Sequence[Use]) -> Use:
+    if len(uses) == 1:
+        return uses[0]
+    return Use(torch.cat([use.x for use in uses]), torch.cat([use.delta for use in uses]))
+
+
+def accumulators(sites: Sequence[Site], *, moments: bool) -> dict[str, Accumulator]:
+    """Candidate → what its multiplier is summed up in."""
+    return {
+        name: Accumulator(block, moments=moments, conditional=name in site.conditional)
+        for site in sites
+        for name, block in site.blocks.items()
+    }
+
+
+def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
+    """Refuse blocks that are the identity on the first batch and not on a later one.
+
+    Raises:
+        BlockError: There are such.
+    """
+    for name, estimate in estimates.items():
+        if estimate.moved > 1:  # NaN is for the status of the solution
+            raise BlockError(
+                f'the block of candidate "{name}" is the identity on the first batch and not '
+                "on a later one. An identity layer belongs right after its own activation; "
+                "elsewhere use ResidualMLP(width, hidden, activation)."
+            )
+
+
+def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
+    same = len(sizes) == len(others)
+    return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)

@@ -212,7 +212,8 @@ class Collector:
         y = alias(x, overwritten=site.overwritten)
         if self._recording:
             context = detached(context) if site.needs_context else NO_CONTEXT
-            x = x.detach()
+            # where no gradient is required x may be the user's own input, written over when read
+            x = x.detach() if x.requires_grad else x.detach().clone()
             edge = get_gradient_edge(y)
             self.seen[index].append(Seen(x, x._version, context, y, y._version, edge))
         return y
