@@ -25,7 +25,7 @@ from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use
-from constrained_growth._sites.context import takes_context
+from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of, tensors_of
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
@@ -75,7 +75,7 @@ class _FirstBatch:
         input, target, weight: Of the batch.
         loss: Its loss.
         uses: For each site what it brought there, on which the loss depends.
-        xs: For each site all that was there.
+        seen: For each site all that was there, δ not being known.
     """
 
     input: Any
@@ -83,7 +83,7 @@ class _FirstBatch:
     weight: float
     loss: float
     uses: list[list[Use]]
-    xs: list[list[Use]]
+    seen: list[list[Use]]
 
 
 def look_at_sites(
@@ -151,7 +151,7 @@ def look_at_sites(
         take_from_first([t.detach() for block in blocks for t in tensors_of(block)], group)
 
     def check() -> None:
-        for site, here in zip(sites, first.xs if first else [[] for _ in sites], strict=True):
+        for site, here in zip(sites, first.seen if first else [[] for _ in sites], strict=True):
             for name, block in site.blocks.items():
                 for use in here:
                     check_fit(name, block, use.x, use.context)
@@ -176,29 +176,43 @@ def _run(
     # copies, so that in-place changes of what is handed on show, and x is what it was
     sites = [Site(p.after, p.module, p.output, {}, (), cpu, True, True) for p in places]
     dtypes: dict[str, torch.dtype] = {}
-    reached: set[str] = set()
+    seen: list[list[Use]] = [[] for _ in places]  # δ still to come
+    versions: list[list[tuple[Tensor, int]]] = [[] for _ in places]
+    originals: list[tuple[Tensor, int]] = []
+    uses: list[list[Use]] = [[] for _ in places]
+    reached: set[int] = set()
 
-    def inspect(site: Site, x: Tensor) -> None:
-        reached.add(site.after)
-        _check_tensor(site.after, x.detach())
+    def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
+        after = places[index].after
+        reached.add(index)
+        _check_tensor(after, x.detach())
+        if alias is None:
+            return
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtypes[site.after] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
+        dtypes[after] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
+        seen[index].append(Use(x.detach(), x.detach(), detached(context)))
+        versions[index].append((alias, alias._version))
+        originals.append((x.detach(), x._version))
+
+    def take(index: int, here: list[Use], _: object) -> None:
+        uses[index] = here
 
     collector = Collector(sites, inspect)
     input, target, weight = batch
     with untouched(model), collector.watching():
-        collector.begin()
+        collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
-        for place in places:
-            _check_reached(place.after, place.after in reached)
+        for index, place in enumerate(places):
+            _check_reached(place.after, index in reached)
         _check_finite(loss)
-        changed, originals_changed = collector.changed_in_place()
-        xs = [[Use(one.x, one.x, one.context) for one in here] for here in collector.seen]
-        for place, here in zip(places, xs, strict=True):
+        changed = [any(a._version != v for a, v in here) for here in versions]
+        originals_changed = any(x._version != version for x, version in originals)
+        for place, here in zip(places, seen, strict=True):
             _check_differentiable(place.after, bool(here))
         _refuse_reentrant(loss)
-        uses, _ = collector.backward(loss)
-    first = _FirstBatch(input, target, weight, float(loss.detach()), uses, xs)
+        if loss.requires_grad:
+            collector.backward(loss)
+    first = _FirstBatch(input, target, weight, float(loss.detach()), uses, seen)
     if originals_changed or any(changed):
         _refuse_kept_and_overwritten(model, loss_fn, first, places, changed)
     facts = [_Facts(dtypes[p.after], flag) for p, flag in zip(places, changed, strict=True)]
@@ -430,7 +444,7 @@ def _site(
 def _device(
     module: nn.Module, model: nn.Module, first: _FirstBatch | None, index: int
 ) -> torch.device:
-    found = first.xs[index][0].x.device if first else device_of(module) or device_of(model)
+    found = first.seen[index][0].x.device if first else device_of(module) or device_of(model)
     return found or torch.device("cpu")
 
 

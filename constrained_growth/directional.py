@@ -84,6 +84,11 @@ def directional_derivative(
     }
     total = torch.zeros((), dtype=torch.float64, device=site.device)
     count = torch.zeros_like(total)
+
+    def take(_: int, uses: list[Use], weight: float) -> None:
+        for use in uses:
+            total.add_(_slope(block, pins, tangents, use), alpha=weight)
+
     collector = Collector([site])
 
     def read() -> None:
@@ -92,10 +97,9 @@ def directional_derivative(
                 weight = batch_weight(problem.weight, input, target)
                 if weight == 0:  # there is no mean loss
                     continue
-                collector.begin()
+                collector.begin(take, weight)
                 loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                for use in collector.backward(loss)[0][0]:
-                    total.add_(_slope(block, pins, tangents, use), alpha=weight)
+                collector.backward(loss)
                 count.add_(weight)
 
     everywhere(read, problem.group)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
-from constrained_growth._sites.collector import Use, alias, collecting
-from constrained_growth._sites.context import NO_CONTEXT, Context, detached
+from constrained_growth._sites.collector import Collector, Forward, Use, settle
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.site import Site
-from constrained_growth._sites.untouched import eagerly, full_precision, is_untouched
+from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
 from constrained_growth.problem import GrowthProblem
@@ -117,15 +115,13 @@ class _Batch:
     Attributes:
         size: How many samples.
         scale: What its loss will be multiplied with.
-        seen: For each site, how often its module has run.
-        waiting: For each site whose module runs several times, the uses at which δ has arrived.
-        counted: The sites at which the batch counts already.
+        window: Where it counts.
+        counted: The sites at which it counts already.
     """
 
     size: int
     scale: float
-    seen: Counter[int] = field(default_factory=Counter)
-    waiting: dict[int, list[Use]] = field(default_factory=dict)
+    window: _Window
     counted: set[int] = field(default_factory=set)
 
 
@@ -146,10 +142,10 @@ class Monitor:
         self._norm = norm
         self._every = every
         self._scale = scale
-        self._batch: _Batch | None = None
+        self._collector = Collector(problem.sites)
+        self._latest: weakref.ref[Forward] | None = None
         self._hooks = ExitStack()
         self._hooked = False
-        self._forward = False
         self.reset()
 
     def reset(self) -> None:
@@ -158,7 +154,7 @@ class Monitor:
         A backward pass still to come through an earlier forward pass counts for the old one.
         """
         self._passes = 0
-        self._batch = None
+        self._settle()
         self._window = _Window(self._problem.sites, moments=needs_moments(self._norm))
 
     @property
@@ -178,7 +174,7 @@ class Monitor:
             DataError: No backward pass arrived at some site in this window.
             BlockError: A block is the identity on the first batch and not on a later one.
         """
-        return {name: estimate.multiplier for name, estimate in self._window.estimates().items()}
+        return {name: estimate.multiplier for name, estimate in self._estimates().items()}
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """Candidate → how large its λ, the average over the window, is.
@@ -189,7 +185,7 @@ class Monitor:
         Raises:
             DataError, BlockError: As `multipliers`.
         """
-        return sensitivities_of(self._problem, self._window.estimates(), self._norm)
+        return sensitivities_of(self._problem, self._estimates(), self._norm)
 
     def solution(self, rule: DecisionRule = _TOP_ONE) -> Solution:
         """The window's multipliers and a rule's decision about them; `insert` takes it.
@@ -232,116 +228,71 @@ class Monitor:
         model = self._problem.model
         with (
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
-            model.register_forward_hook(self._end),
+            model.register_forward_hook(lambda *_: self._collector.end()),
             eagerly(),
         ):
             try:
                 yield
             finally:
-                self._watch(None)
+                self._settle()
+                self._watch(False)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins: is it to be watched?"""
-        batch = None
+        watched = False
         if torch.is_grad_enabled() and not is_untouched():
-            if self._passes % self._every == 0:
-                scale = self._scale() if callable(self._scale) else self._scale
-                batch = _Batch(batch_size(args, kwargs), scale)
-                self._window.begin(batch)
+            watched = self._passes % self._every == 0
             self._passes += 1
-        self._watch(batch)
-        self._forward = True
+        if watched:
+            scale = self._scale() if callable(self._scale) else self._scale
+            self._settle()
+            batch = _Batch(batch_size(args, kwargs), scale, self._window)
+            self._latest = weakref.ref(self._collector.begin(self._take, batch, keeps=True))
+        self._watch(watched)
 
-    def _end(self, *_: object) -> None:
-        """The forward pass is over, and backward may run parts of it again (checkpointing)."""
-        self._forward = False
-
-    def _watch(self, batch: _Batch | None) -> None:
+    def _watch(self, watched: bool) -> None:
         """Hooks at the sites for a batch, or none, so that an unwatched pass goes unhindered."""
-        self._batch = batch
-        if batch is None:
+        if watched and not self._hooked:
+            self._hooks.enter_context(self._collector.watching())
+        elif not watched:
             self._hooks.close()
-        elif not self._hooked:
-            self._hooks.enter_context(
-                collecting(
-                    (site.after, site.module, site.output, functools.partial(self._see, index))
-                    for index, site in enumerate(self._problem.sites)
-                )
-            )
-        self._hooked = batch is not None
+        self._hooked = watched
 
-    def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
-        """Note x at a site in the forward pass, and wait for its δ."""
-        batch, site = self._batch, self._problem.sites[index]
-        if batch is None or not torch.is_grad_enabled():
-            return None
-        y = alias(x, overwritten=site.overwritten)
-        # a tensor that requires no gradient may be the user's own input, written over when read
-        x = x.detach() if x.requires_grad else x.detach().clone()
-        context = detached(context) if site.needs_context else NO_CONTEXT
-        # what backward runs again (checkpointing) is the same use, and only with use_reentrant=True
-        # the one in which δ arrives
-        batch.seen[index] += self._forward or not batch.seen[index]
-        # x lives as long as the graph does, and no longer where no backward pass comes
-        skips = callable(self._scale)
-        arrive = functools.partial(self._window.arrive, index, batch, x, context, skips)
-        y.register_hook(arrive)
-        return y
+    def _settle(self) -> None:
+        """Take in what has arrived of the latest batch, no more of it being waited for."""
+        latest = self._latest() if self._latest is not None else None
+        settle(latest)
+
+    def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
+        if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
+            return
+        if batch.scale != 1.0:  # in a precision where what is small stays
+            dtype = accumulation_dtype(uses[0].delta.dtype)
+            uses = [replace(use, delta=use.delta.to(dtype) / batch.scale) for use in uses]
+        batch.window.take(index, uses, batch.size, again=index in batch.counted)
+        batch.counted.add(index)
+
+    def _estimates(self) -> dict[str, Estimate]:
+        self._settle()
+        return self._window.estimates()
 
 
 class _Window:
-    """The sums of a window of training, as the user's backward passes deliver δ."""
+    """The sums of a window of training."""
 
     def __init__(self, sites: Sequence[Site], *, moments: bool) -> None:
         self._sites = sites
         self.accumulators = accumulators(sites, moments=moments)
         self.batches: Counter[int] = Counter()
-        self._latest: weakref.ref[_Batch] | None = None
 
-    def begin(self, batch: _Batch) -> None:
-        """A forward pass begins; of the one before it nothing more is waited for."""
-        self._settle()
-        self._latest = weakref.ref(batch)
-
-    def arrive(
-        self,
-        index: int,
-        batch: _Batch,
-        x: Tensor,
-        context: Context,
-        skips: bool,
-        delta: Tensor | None,
-    ) -> None:
-        """Take in δ at a site; where the module runs several times, when all have arrived."""
-        if delta is None or (skips and not bool(delta.isfinite().all())):
-            return
-        with torch.no_grad():
-            delta = delta.detach()
-            if batch.scale != 1.0:  # in a precision where what is small stays
-                delta = delta.to(accumulation_dtype(delta.dtype)) / batch.scale
-            waiting = batch.waiting.setdefault(index, [])
-            waiting.append(Use(x, delta, context))
-            if len(waiting) == batch.seen[index]:
-                self._take(index, batch)
-
-    def _take(self, index: int, batch: _Batch) -> None:
-        uses, again = batch.waiting.pop(index), index in batch.counted
-        site = self._sites[index]
-        with torch.inference_mode(False), torch.no_grad(), full_precision(site.device):
-            for name in site.blocks:
-                self.accumulators[name].add(uses, batch.size, batch.size, again=again)
-        batch.counted.add(index)
+    def take(self, index: int, uses: list[Use], size: int, *, again: bool) -> None:
+        """Take in what a batch has brought to a site, at all uses."""
+        for name in self._sites[index].blocks:
+            self.accumulators[name].add(uses, size, size, again=again)
         self.batches[index] += not again
-
-    def _settle(self) -> None:
-        """Take in uses that wait for others, to which no backward pass has led."""
-        batch = self._latest() if self._latest is not None else None
-        for index in list(batch.waiting) if batch is not None else ():
-            self._take(index, batch)  # type: ignore[arg-type]
 
     def estimates(self) -> dict[str, Estimate]:
         """Candidate → what is known of it, over the samples that count at its site."""
-        self._settle()
         silent = [
             site.after
             for site in self._sites

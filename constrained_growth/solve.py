@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
@@ -163,7 +164,7 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     return everywhere(ask, problem.group)[0]
 
 
-def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
+def _check(problem: object, rule: object, norm: Any, gtol: float) -> None:
     if not isinstance(problem, GrowthProblem):
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
     modules = dict(problem.model.named_modules(remove_duplicate=False))
@@ -186,7 +187,8 @@ def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
         )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
-    if needs_moments(norm) and problem.method is Method.IN_GRAPH:
+    how: Any = norm
+    if needs_moments(how) and problem.method is Method.IN_GRAPH:
         raise RuleError(
             f"norm={norm!r} needs second moments of what the pinned parameters see. They exist "
             "only where λ has a closed form, and with this loss it has none (problem.method says "

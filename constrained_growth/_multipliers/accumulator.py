@@ -62,7 +62,6 @@ class Counts:
         weight: W, what they weigh.
         by_sample: How many of the samples came one by one.
         batches: How many batches came as a whole.
-        idle: How many batches did not pass the site; their λ is zero.
         rows: Pinned weight → over how many rows (samples and positions) its moments are.
         biases: Pinned weight → the bias of the same affine map, if it is pinned too.
     """
@@ -71,7 +70,6 @@ class Counts:
     weight: float
     by_sample: int
     batches: int
-    idle: int
     rows: dict[str, int]
     biases: dict[str, str | None]
 
@@ -100,7 +98,7 @@ class Accumulator:
         self._with_moments = moments
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
-        self.counts = Counts(0, 0.0, 0, 0, 0, {}, {})
+        self.counts = Counts(0, 0.0, 0, 0, {}, {})
 
     def add(
         self,
@@ -117,10 +115,7 @@ class Accumulator:
         comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
         before = replace(self.counts)
-        if not uses:
-            self.counts.idle += 1
-            self._count(size, weight)
-        elif has_factors(self._block) and by_sample(uses, size):
+        if has_factors(self._block) and by_sample(uses, size):
             self._add_samples(uses, weight)
             self.counts.by_sample += size
             self._count(size, weight * batches)
@@ -210,6 +205,11 @@ class Accumulator:
         self._cotangents[name] = matrix.new_zeros(out, out)
         self.counts.biases[name] = bias
 
+    def count_all(self, samples: int, weight: float, batches: int) -> None:
+        """Count the batches too that did not pass the site, where λ is zero."""
+        whole = batches if self.counts.batches else 0
+        self.counts = replace(self.counts, samples=samples, weight=weight, batches=whole)
+
     def join(self, counts: Sequence[Counts]) -> list[Tensor]:
         """Count what the accumulators of several processes have taken in, of which this is one.
 
@@ -220,9 +220,12 @@ class Accumulator:
         for name in biases.keys() - self._features.keys():
             self._make_moments(name, biases[name])
         self.counts = Counts(
-            *(sum(getattr(c, key) for c in counts) for key in _NUMBERS),
-            {name: sum(c.rows.get(name, 0) for c in counts) for name in biases},
-            biases,
+            samples=sum(c.samples for c in counts),
+            weight=sum(c.weight for c in counts),
+            by_sample=sum(c.by_sample for c in counts),
+            batches=sum(c.batches for c in counts),
+            rows={name: sum(c.rows.get(name, 0) for c in counts) for name in biases},
+            biases=biases,
         )
         moments = [t for name in biases for t in (self._features[name], self._cotangents[name])]
         return [*self._sums.values(), *moments, self._squares]
@@ -249,13 +252,10 @@ class Accumulator:
     def _variance(self, spread: float) -> float:
         counts = self.counts
         mixed = counts.by_sample > 0 and counts.batches > 0
-        units = counts.samples if counts.by_sample else counts.batches + counts.idle
+        units = counts.samples if counts.by_sample else counts.batches
         if mixed or units < 2:
             return math.nan
         return max(spread, 0.0) / (units - 1) * counts.samples / counts.weight**2
-
-
-_NUMBERS = ("samples", "weight", "by_sample", "batches", "idle")
 
 
 def squared_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:

@@ -185,17 +185,21 @@ class Pass:
         if self._rounds:
             loss = self._add_in_graph(input, target, size, weight, counts=counts)
         else:
-            self._collector.begin()
+            self._start(size, weight)
+            self._collector.begin(self.take, counts)
             loss = self._loss_of(input, target)
-            uses, _ = self._collector.backward(loss, list(self._leaves.values.values()))
-            if counts:
-                self.accumulate(uses, size, weight)
+            self._collector.backward(loss, list(self._leaves.values.values()))
+            if self._waiting_bytes > self._room:
+                self._flush()
         if counts:
             self._loss.add_(loss.detach().to(self._loss.device), alpha=weight)
-            self._samples += size
-            self._batches += 1
-            self._weight += weight
+            self._count(size, weight)
         return loss.detach()
+
+    def _count(self, size: int, weight: float) -> None:
+        self._samples += size
+        self._batches += 1
+        self._weight += weight
 
     def _loss_of(self, input: Any, target: Any) -> Tensor:
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
@@ -206,39 +210,58 @@ class Pass:
             )
         return loss
 
-    def accumulate(self, uses: Sequence[Sequence[Use]], size: int, weight: float) -> None:
-        """Take in what one batch has brought to each site, now or with the next ones.
+    def accumulate(self, uses: Sequence[list[Use]], size: int, weight: float) -> None:
+        """Take in a batch of which is known what it brought to each site."""
+        self._start(size, weight)
+        with torch.no_grad(), full_precision(*self._devices):
+            for index, here in enumerate(uses):
+                if here:
+                    self.take(index, here, True)
+        self._count(size, weight)
+
+    def _start(self, size: int, weight: float) -> None:
+        """Batches of one size and weight may be joined."""
+        if (size, weight) != self._waiting_for:
+            self._flush()
+            self._waiting_for = size, weight
+
+    def take(self, index: int, uses: list[Use], counts: bool) -> None:
+        """Take in what a batch has brought to a site, now or with the next ones.
 
         A product over few samples is slow, as it reads and writes all of λ. So small batches
         of the same size and weight wait to be joined, in half the room of λ.
         """
-        if (size, weight) != self._waiting_for:
-            self._flush()
-            self._waiting_for = size, weight
-        for index, here in enumerate(uses):
-            if self._joinable[index] and len(here) == 1 and by_sample(here, size):
-                self._waiting[index].append(here[0])
-                self._waiting_bytes += here[0].x.nbytes + here[0].delta.nbytes
-            else:
-                self._add(index, here, size)
-        if self._waiting_bytes > self._room:
-            self._flush()
+        if not counts:
+            return
+        size, _ = self._waiting_for
+        bytes_here = uses[0].x.nbytes + uses[0].delta.nbytes
+        joinable = self._joinable[index] and len(uses) == 1 and by_sample(uses, size)
+        if joinable and len(self._sites) * bytes_here <= self._room:
+            self._waiting[index].append(uses[0])
+            self._waiting_bytes += bytes_here
+        else:
+            self._add(index, uses, size)
+
+    def _complete(self) -> None:
+        self._flush()
+        for accumulator in self.accumulators.values():
+            accumulator.count_all(self._samples, self._weight, self._batches)
 
     def _flush(self) -> None:
         """Take in what waits."""
         size, _ = self._waiting_for
-        for index, waiting in enumerate(self._waiting):
-            shapes = {use.x.shape for use in waiting}
-            for uses in [waiting] if len(shapes) == 1 else [[use] for use in waiting]:
-                self._add(index, [_joined(uses)], size * len(uses), len(uses))
+        with torch.no_grad(), full_precision(*self._devices):
+            for index, waiting in enumerate(self._waiting):
+                shapes = {use.x.shape for use in waiting}
+                for uses in [waiting] if len(shapes) == 1 else [[use] for use in waiting]:
+                    self._add(index, [_joined(uses)], size * len(uses), len(uses))
         self._waiting = [[] for _ in self._sites]
         self._waiting_bytes = 0
 
     def _add(self, index: int, uses: Sequence[Use], size: int, batches: int = 1) -> None:
         _, weight = self._waiting_for
-        with torch.no_grad(), full_precision(*self._devices):
-            for name in self._sites[index].blocks:
-                self.accumulators[name].add(uses, size, weight, batches=batches)
+        for name in self._sites[index].blocks:
+            self.accumulators[name].add(uses, size, weight, batches=batches)
 
     def _add_in_graph(
         self, input: Any, target: Any, size: int, weight: float, *, counts: bool
@@ -280,7 +303,7 @@ class Pass:
         Raises:
             DataError: The model is not the same on all processes.
         """
-        self._flush()
+        self._complete()
         if not several(group):
             return
         mine = {name: accumulator.counts for name, accumulator in self.accumulators.items()}
@@ -292,9 +315,9 @@ class Pass:
                 "model: its parameters are not the same on all processes of the group; load the "
                 "same state dict on each, or train with DistributedDataParallel."
             )
-        self._samples, self._batches, self._weight = (
-            sum(process[i] for process in found) for i in range(3)
-        )
+        self._samples = sum(process[0] for process in found)
+        self._batches = sum(process[1] for process in found)
+        self._weight = sum(process[2] for process in found)
         sums = [self._loss, *(t for t in self._totals.values() if not is_spread(t))]
         for name, accumulator in self.accumulators.items():
             counts: list[Counts] = [process[4][name] for process in found]
@@ -310,7 +333,7 @@ class Pass:
 
     def estimates(self, *, last: bool = False) -> dict[str, Estimate]:
         """Candidate → what is known of it; with `last` the sums become the means in place."""
-        self._flush()
+        self._complete()
         return {name: a.estimate(last=last) for name, a in self.accumulators.items()}
 
     def measurement(self) -> Measurement:

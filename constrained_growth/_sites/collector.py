@@ -18,9 +18,10 @@ the paths to the loss that such a layer will change, and ∂L/∂x would count t
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -104,31 +105,41 @@ def replaced(
     return y if x is output else with_tensor(output, which, y)
 
 
-def alias(x: Tensor, *, overwritten: bool = False) -> Tensor:
-    """A tensor of the same values that autograd tells from x; it always requires gradients.
+def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
+    """X again, as a node of its own in the graph, which always requires gradients.
 
     Args:
-        x: The tensor at a site. Where it requires no gradients (all before it is frozen), a leaf
-            takes its place.
+        x: The tensor at a site. Where it requires no gradients a leaf takes its place, a copy, as
+            it may be the user's own input, written over when it has been read.
         overwritten: Whether the model will change it in place. Then the alias is a copy: autograd
             rewrites the history of a view that is changed in place, and the gradient with respect
-            to what the view was would be lost.
+            to what the view was is lost.
     """
-    if not x.requires_grad:
-        x = x.detach().requires_grad_()
+    x = x if x.requires_grad else x.detach().clone().requires_grad_()
     return x.clone() if overwritten else x.view_as(x)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One run of the module at a site, δ still to come; with the version counters as they were."""
+Take = Callable[[int, list[Use], Any], None]
+"""`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""
 
-    x: Tensor
-    x_version: int
-    context: Context
-    alias: Tensor
-    version: int
-    edge: GradientEdge
+
+@dataclass(eq=False)
+class Forward:
+    """One forward pass that is watched.
+
+    Attributes:
+        batch: What the caller wants to know of it when δ arrives.
+        take: Whom to tell.
+        keeps: Whether x is kept as long as the graph is.
+        seen: For each site, how often its module has run.
+        waiting: For each site, the uses at which δ has arrived, until it has at all of them.
+    """
+
+    batch: Any
+    take: Take
+    keeps: bool
+    seen: Counter[int] = field(default_factory=Counter)
+    waiting: dict[int, list[Use]] = field(default_factory=dict)
 
 
 class Collector:
@@ -136,19 +147,21 @@ class Collector:
 
     Args:
         sites: The sites.
-        inspect: Called with each site and what is there, also where no gradient passes.
-
-    Attributes:
-        seen: For each site what it brought in this forward pass.
+        inspect: `inspect(index, x, context, alias)` is called at each site in forward; the alias
+            is None where gradients are switched off.
     """
 
     def __init__(
-        self, sites: Sequence[Site], inspect: Callable[[Site, Tensor], None] | None = None
+        self,
+        sites: Sequence[Site],
+        inspect: Callable[[int, Tensor, Context, Tensor | None], None] | None = None,
     ) -> None:
-        self._sites = sites
-        self._inspect = inspect
-        self.seen: list[list[Seen]] = [[] for _ in sites]
-        self._recording = False
+        self._sites, self._inspect = sites, inspect
+        self._now: Forward | None = None
+        self._running = False
+        # into the graph, whose hooks lead back here; so they are let go before anything else is
+        self._edges: list[GradientEdge] = []
+        self._versions: list[tuple[int, Tensor, int]] = []
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -157,71 +170,95 @@ class Collector:
             (site.after, site.module, site.output, functools.partial(self._see, index))
             for index, site in enumerate(self._sites)
         ):
-            yield
+            try:
+                yield
+            finally:
+                self._let_go()
+                self._now = None
 
-    def begin(self) -> None:
-        """Get ready for the forward pass of a batch, and for its loss."""
-        self.seen = [[] for _ in self._sites]
-        self._recording = True
+    def _let_go(self) -> None:
+        self._edges, self._versions = [], []
 
-    def backward(
-        self, loss: Tensor, leaves: Sequence[Tensor] = ()
-    ) -> tuple[list[list[Use]], Sequence[Tensor | None]]:
-        """One backward pass down to the sites and to some leaves.
+    def begin(self, take: Take, batch: Any = None, *, keeps: bool = False) -> Forward:
+        """Get ready for the forward pass of a batch, and for its loss.
 
-        Returns:
-            For each site its uses in this batch, those on which the loss depends; and the
-            gradients of the leaves.
+        Args:
+            take: Is told of δ.
+            batch: What it is to know of this batch.
+            keeps: Whether backward is the user's, who may go through the graph again: then x is
+                kept as long as the graph is. Else it is let go as soon as δ has arrived.
+        """
+        self._let_go()
+        self._now, self._running = Forward(batch, take, keeps), True
+        return self._now
+
+    def end(self) -> None:
+        """The forward pass is over, and backward may run parts of it again (checkpointing)."""
+        self._running = False
+
+    def backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> Sequence[Tensor | None]:
+        """One backward pass down to the sites and to some leaves, whose gradients it returns.
 
         Raises:
             CandidateError: A site was changed in place of which this was not known.
         """
-        self._recording = False  # what backward runs again (checkpointing) is not looked at
-        seen, self.seen = self.seen, [[] for _ in self._sites]
-        self._check_versions(seen)
-        edges = [one.edge for here in seen for one in here]
-        grads: Sequence[Tensor | None] = [None] * (len(edges) + len(leaves))
-        if loss.requires_grad and (edges or leaves):
-            devices = {site.device for site in self._sites}
-            with full_precision(*devices):  # PyTorch advises against backward under autocast too
-                grads = torch.autograd.grad(loss, [*edges, *leaves], allow_unused=True)
-        deltas = iter(grads)
-        uses = [
-            [Use(o.x, delta, o.context) for o in here if (delta := next(deltas)) is not None]
-            for here in seen
-        ]
-        return uses, grads[len(edges) :]
-
-    def changed_in_place(self) -> tuple[list[bool], bool]:
-        """After forward: at which sites the model changed what it was given, or the tensor itself.
-
-        Returns:
-            For each site, whether the alias was changed; and whether some x was, which is not the
-            alias where that is a copy.
-        """
-        aliases = [any(one.alias._version != one.version for one in here) for here in self.seen]
-        originals = any(one.x._version != one.x_version for here in self.seen for one in here)
-        return aliases, originals
-
-    def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
-        site = self._sites[index]
-        if self._recording and self._inspect is not None:
-            self._inspect(site, x)
-        if not torch.is_grad_enabled():  # no gradient passes here, as the user wants it
-            return None
-        y = alias(x, overwritten=site.overwritten)
-        if self._recording:
-            context = detached(context) if site.needs_context else NO_CONTEXT
-            # where no gradient is required x may be the user's own input, written over when read
-            x = x.detach() if x.requires_grad else x.detach().clone()
-            edge = get_gradient_edge(y)
-            self.seen[index].append(Seen(x, x._version, context, y, y._version, edge))
-        return y
-
-    def _check_versions(self, seen: Sequence[Sequence[Seen]]) -> None:
-        for site, here in zip(self._sites, seen, strict=True):
-            if not site.overwritten and any(one.alias._version != one.version for one in here):
+        self.end()
+        forward = self._now
+        assert forward is not None
+        for index, alias, version in self._versions:
+            site = self._sites[index]
+            if alias._version != version and not site.overwritten:
                 raise CandidateError(
                     f'after="{site.after}": the tensor there is changed in place in a later batch '
                     "and not in the first one; put a batch in front in which it is changed."
                 )
+        inputs: list[Any] = [*self._edges, *leaves]
+        count = len(self._edges)
+        self._let_go()
+        grads: Sequence[Tensor | None] = ()
+        if inputs:
+            with full_precision(*{site.device for site in self._sites}):  # as PyTorch advises
+                grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+        settle(forward)
+        self._now = None
+        return grads[count:]
+
+    def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
+        forward, site, alias = self._now, self._sites[index], None
+        if torch.is_grad_enabled() and forward is not None:
+            alias = alias_of(x, overwritten=site.overwritten)
+            kept = detached(context) if site.needs_context else NO_CONTEXT
+            here = [x.detach() if x.requires_grad else x.detach().clone()]
+            alias.register_hook(functools.partial(_arrive, forward, index, kept, here))
+            # what backward runs again is the same use; with checkpoint(use_reentrant=True) it is
+            # the only one in which gradients are on
+            forward.seen[index] += self._running or not forward.seen[index]
+            if self._running and not forward.keeps:
+                self._edges.append(get_gradient_edge(alias))
+                self._versions.append((index, alias, alias._version))
+        if self._running and self._inspect is not None:
+            self._inspect(index, x, context, alias)
+        return alias
+
+
+def _arrive(
+    forward: Forward, index: int, context: Context, here: list[Tensor], delta: Tensor
+) -> None:
+    """δ of one use; a function, as a method would keep the collector alive as long as the graph."""
+    waiting = forward.waiting.setdefault(index, [])
+    waiting.append(Use(here[0] if forward.keeps else here.pop(), delta.detach(), context))
+    if len(waiting) == forward.seen[index]:
+        _pass_on(forward, index)
+
+
+def _pass_on(forward: Forward, index: int) -> None:
+    uses = forward.waiting.pop(index)
+    with torch.inference_mode(False), torch.no_grad(), full_precision(uses[0].x.device):
+        forward.take(index, uses, forward.batch)
+
+
+def settle(forward: Forward | None) -> None:
+    """Take what waits for other uses of its site, through which backward has not come."""
+    if forward is not None:
+        for index in list(forward.waiting):
+            _pass_on(forward, index)
