@@ -26,7 +26,7 @@ from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.rules.deciding import decide
+from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
 from constrained_growth.solve import size_of
 from constrained_growth.statistics import debiased_square
