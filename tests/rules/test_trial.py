@@ -132,8 +132,7 @@ def test_nothing_is_changed_and_the_next_trial_is_the_same() -> None:
         model.train(mode)
         with nothing_left_behind(model, generator):
             one, two = (
-                decided(Trial(7, optimizer, eta=float("inf")), model, data, twins)
-                for _ in range(2)
+                decided(Trial(7, optimizer, eta=float("inf")), model, data, twins) for _ in range(2)
             )
         assert one.evidence == two.evidence
         losses = one.evidence["losses"]
@@ -215,9 +214,7 @@ def test_halving_leaves_one(
 ) -> None:
     """After how many steps the losses of how many candidates are compared."""
     torch.manual_seed(2)
-    several = [
-        cg.Candidate("1", ResidualMLP(4, 1 + i, torch.tanh), f"c{i}") for i in range(number)
-    ]
+    several = [cg.Candidate("1", ResidualMLP(4, 1 + i, torch.tanh), f"c{i}") for i in range(number)]
     decision = decided(Trial(steps, SGD, eta=eta), feedforward(2, 4, 3), classified(6), several)
     found = decision.evidence["rungs"]
     assert [(rung["steps"], len(rung["losses"]) - 1) for rung in found] == rungs
