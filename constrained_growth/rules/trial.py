@@ -32,20 +32,20 @@ NOTHING = "(nothing)"
 class Trial:
     """The candidate that trains best for some steps, if it beats inserting nothing.
 
-    Every candidate is put at its pins into a copy of the model. The copies, and one without a new
-    layer, are trained on the same batches with the same random numbers. The best 1/η of the
-    candidates train η times as long, until one is left; it is chosen if its loss is below that of
-    the copy without a new layer. Model, optimizer, data and random state stay as they are. This is
-    the expensive brute force against which to compare other rules.
+    Copies of the model, each with one candidate at its pins or with none, are trained on the same
+    batches with the same random numbers. The best 1/η of the candidates train η times as long,
+    until one is left; it is chosen if its loss is below that of the copy without a new layer.
+    Model, optimizer, data and random state stay as they are. This is the expensive brute force to
+    compare other rules with.
 
     The decision's evidence holds `rungs`, a list of {"steps": number, "losses": {name: loss}},
     the `losses` of the last rung, and `passes`.
 
     Args:
         steps: For how many steps the last candidate is trained.
-        optimizer: The optimizer that trains the model now, whose state the copies start from (the
-            new parameters get the settings of its last group); or a function that makes a fresh
-            one from parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
+        optimizer: The optimizer that trains the model now, to go on from its state (the new
+            parameters get the settings of its last group); or a function that makes a fresh one
+            from parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eta: η, above 1; 3 as in the source. Infinite: every candidate is trained for all steps.
         data: Batches on which the losses are compared; those of the problem by default.
         seed: Of the order in which a list of batches is read; other data are just read again.
@@ -104,53 +104,38 @@ class Trial:
         left = list(solution.sensitivities)
         if not left:
             return Decision((), "no candidates")
-        cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
-        data = problem.data if self.data is None else self.data
-        schedule = lengths(len(left), self.steps, self.eta)
+        numbers = [len(left)]  # of the candidates that are trained in each rung
+        while numbers[-1] > 1 and math.isfinite(self.eta):
+            numbers.append(max(1, int(numbers[-1] / self.eta)))
         rungs, losses, done = [], dict[str, float](), 0
+        data = problem.data if self.data is None else self.data
+        cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
         quiet = None if self.progress is None else not self.progress
         bar = tqdm(total=self.steps, desc="trial", unit="step", leave=False, delay=1, disable=quiet)
         with untouched(problem.model, problem.data, data), differentiable(), bar:
             copies = {name: _Copy(problem, self, solution.candidates[name]) for name in left}
             copies[NOTHING] = _Copy(problem, self, None)
             stream = _endless(problem, self.seed)
-            for length in schedule:
-                for batch in itertools.islice(stream, length - done):
+            for rung, number in enumerate(numbers):
+                left = sorted(left, key=lambda name: losses.get(name, 0.0))[:number]
+                steps = max(1, round(self.steps / self.eta ** (len(numbers) - 1 - rung)))
+                for batch in itertools.islice(stream, steps - done):
                     for name in left:
                         with torch.random.fork_rng(devices=cuda):
                             copies[name].step(*batch)
-                    copies[NOTHING].step(*batch)  # and the random state moves on
+                    copies[NOTHING].step(*batch)  # this one advances the random state
                     bar.update()
-                done = length
+                done = steps
                 losses = {name: copies[name].loss(data) for name in (*left, NOTHING)}
                 finite = {n: loss if math.isfinite(loss) else None for n, loss in losses.items()}
-                rungs.append({"steps": done, "losses": finite})
-                keep = 1 if length == schedule[-1] else kept(len(left), self.eta)
-                left = sorted(left, key=lambda name: losses[name])[:keep]
+                rungs.append({"steps": steps, "losses": finite})
         passes = sum(one.samples for one in copies.values()) / solution.num_samples
         evidence = {"losses": rungs[-1]["losses"], "rungs": rungs, "passes": passes}
-        gain = losses[NOTHING] - losses[left[0]]
-        if gain > 0:
-            return Decision((left[0],), f"loss lower by {gain:.3g}", evidence=evidence)
-        return Decision((), f'"{left[0]}" ends no lower than inserting nothing', evidence=evidence)
-
-
-def lengths(candidates: int, steps: int, eta: float) -> list[int]:
-    """The numbers of steps after which the losses are compared; the last one is `steps`.
-
-    Example:
-        >>> lengths(10, 90, 3.0), lengths(1, 90, 3.0), lengths(10, 90, math.inf)
-        ([10, 30, 90], [90], [90])
-    """
-    halvings = 0
-    while candidates > 1 and math.isfinite(eta):
-        candidates, halvings = kept(candidates, eta), halvings + 1
-    return sorted({max(1, round(steps / eta**k)) for k in range(halvings + 1)})
-
-
-def kept(candidates: int, eta: float) -> int:
-    """How many candidates go on: 1/η of them, at least one."""
-    return max(1, int(candidates / eta))
+        best = min(left, key=lambda name: losses[name])
+        if losses[best] < losses[NOTHING]:
+            reason = f"loss {losses[best]:.3g}, without a new layer {losses[NOTHING]:.3g}"
+            return Decision((best,), reason, evidence=evidence)
+        return Decision((), f'"{best}" ends no lower than inserting nothing', evidence=evidence)
 
 
 class _Copy:
@@ -169,11 +154,11 @@ class _Copy:
             trained = [p for p in self.parts.parameters() if p.requires_grad]
             optimizer = rule.optimizer(trained)  # type: ignore[operator]
         elif planned is not None:
-            group = {k: v for k, v in optimizer.param_groups[-1].items() if k != "params"}
+            group = {**optimizer.param_groups[-1]}
             named = group.pop("param_names", None) is not None  # then the new ones need names too
             new = [(f"(trial).{n}", p) for n, p in self.parts[1].named_parameters()]
-            params = [(n, p) if named else p for n, p in new if p.requires_grad]
-            optimizer.add_param_group({**group, "params": params})
+            group["params"] = [(n, p) if named else p for n, p in new if p.requires_grad]
+            optimizer.add_param_group(group)
         self.optimizer = optimizer
 
     def step(self, input: Any, target: Any) -> None:
@@ -209,17 +194,15 @@ class _Copy:
 def _weighted(problem: GrowthProblem, data: Iterable[Any]) -> Iterator[tuple[Any, Any, float]]:
     """The batches and their weights, without those of weight 0, which have no mean loss."""
     for input, target in batches(data, device_of(problem.model)):
-        weight = batch_weight(problem.weight, input, target)
-        if weight > 0:
+        if (weight := batch_weight(problem.weight, input, target)) > 0:
             yield input, target, weight
 
 
 def _endless(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
     """The batches again and again; a list of them in another order each time."""
-    generator, data = torch.Generator().manual_seed(seed), problem.data
+    generator, read = torch.Generator().manual_seed(seed), problem.data
     while True:
-        read: Iterable[Any] = data
-        if isinstance(data, Sequence):
-            read = [data[i] for i in torch.randperm(len(data), generator=generator).tolist()]
+        if isinstance(read, Sequence):
+            read = [read[i] for i in torch.randperm(len(read), generator=generator).tolist()]
         for input, target, _ in _weighted(problem, read):
             yield input, target
