@@ -109,10 +109,8 @@ class Budget:
             planned = {name: solution.candidates[name] for name in names}
             costs["multiply_adds"] = _multiply_adds(problem, planned) if names else {}
         limits = {key: float(getattr(self, key)) for key in costs}
-        rows, bounds = (
-            [[cost[name] for name in names] for cost in costs.values()],
-            [*limits.values()],
-        )
+        rows = [[cost[name] for name in names] for cost in costs.values()]
+        bounds = list(limits.values())
         if self.per_site is not None:
             for site in dict.fromkeys(given[name].site for name in names):
                 rows.append([float(given[name].site == site) for name in names])
@@ -125,7 +123,8 @@ class Budget:
         chosen = tuple(sorted((names[i] for i in taken), key=lambda name: -gains[name]))
         spent = {key: sum(cost[name] for name in chosen) for key, cost in costs.items()}
         parts = (f"{spent[key]:g} of {limits[key]:g} {key.replace('_', '-')}" for key in limits)
-        reason = f"the best {len(chosen)} for {' and '.join(parts)}"
+        best = f"the best {len(chosen)} for {' and '.join(parts)}"
+        reason = best if chosen else "no candidate with a gain fits the budget"
         evidence = {
             **found,
             "prices": dict(zip(costs, found["prices"], strict=False)),  # not those of the sites
@@ -135,7 +134,6 @@ class Budget:
             "limits": limits,
             "passes": 0.0,
         }
-        reason = reason if chosen else "no candidate with a gain fits the budget"
         return Decision(chosen, reason, evidence=evidence)
 
     def _gain(self, name: str, sensitivity: Sensitivity) -> float:
@@ -185,20 +183,15 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
 
 
 def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> dict[str, float]:
-    """Multiply-adds per sample that each block spends on the activations of the first batch.
-
-    The calls of a module that runs several times are added up.
-    """
+    """Multiply-adds per sample of each block on the first batch, over all calls of its site."""
 
     def count() -> dict[str, float] | None:
         with untouched(problem.model, problem.data), torch.no_grad(), ExitStack() as stack:
             for first in batches(problem.data, device_of(problem.model)):
                 totals = dict.fromkeys(candidates, 0.0)
                 for name, planned in candidates.items():
-                    site, takes = (
-                        problem.model.get_submodule(planned.after),
-                        takes_context(planned.block),
-                    )
+                    site = problem.model.get_submodule(planned.after)
+                    takes = takes_context(planned.block)
                     counted = partial(_counted, totals, name, planned.block)
                     handle = stand(site, counted, takes_context=takes, output=planned.output)
                     stack.callback(handle.remove)

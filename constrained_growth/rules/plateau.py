@@ -125,21 +125,11 @@ class Exhausted:
         significance: A multiplier counts as zero if its norm is below this many standard errors;
             not if its standard error is unknown.
 
+    Called with a solution, it returns a `When`.
+
     Raises:
         RuleError: An argument is negative; or, when called, the solution has no stationarity or
             no multipliers.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> import constrained_growth as cg
-        >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
-        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
-        >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
-        >>> solution = cg.solve(cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate]))
-        >>> [Exhausted(ratio, significance=0.0)(solution).name for ratio in (0.1, 9.0)]
-        ['NOW', 'LATER']
     """
 
     ratio: float = 1.0
@@ -160,7 +150,7 @@ class Exhausted:
             )
         missing = [name for name in solution.sensitivities if name not in solution.multipliers]
         if missing:
-            raise RuleError(f"solution has no multipliers of {missing}, which Exhausted needs.")
+            raise RuleError(f"solution has no multipliers of {missing}; Exhausted needs them.")
         sizes = {n: math.sqrt(squared_norm(m.values())) for n, m in solution.multipliers.items()}
         zero = all(
             sizes[name] <= self.significance * math.sqrt(sensitivity.variance)

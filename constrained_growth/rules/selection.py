@@ -78,11 +78,9 @@ class Threshold:
             error is unknown.
 
     Example:
-        >>> rule = Threshold(absolute=0.3)
-        >>> rule({"a": Sensitivity(0.2), "b": Sensitivity(0.5)}).chosen
-        ('b',)
-        >>> Threshold(relative=1.0)({"a": Sensitivity(0.2, baseline=0.4)}).chosen
-        ()
+        >>> given = {"a": Sensitivity(0.2, baseline=0.1), "b": Sensitivity(0.5, baseline=0.1)}
+        >>> Threshold(absolute=0.3)(given).chosen, Threshold(relative=1.0)(given).chosen
+        (('b',), ('b', 'a'))
     """
 
     absolute: float | None = None
@@ -91,10 +89,8 @@ class Threshold:
     confidence: float | None = None
 
     def __post_init__(self) -> None:
-        if self.absolute is None and self.relative is None and self.confidence is None:
-            raise RuleError(
-                "Threshold needs absolute=…, relative=… or confidence=…, such as relative=1.0."
-            )
+        if self.absolute is self.relative is self.confidence is None:
+            raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
         for name in ("absolute", "relative"):
             value = getattr(self, name)
             if value is not None and not value >= 0:

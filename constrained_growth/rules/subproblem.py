@@ -88,8 +88,6 @@ def _exact(multiplier: Tensor, product: Product) -> Steps:
         return y, True
 
     def step(radius: float) -> Step:
-        if not bool(slope.any()) and lowest >= 0:
-            return Step(torch.zeros_like(slope), 0.0, False)
         y, at_boundary = solved(radius)
         predicted = float(slope @ y - (values * y.square()).sum() / 2)
         return Step(vectors @ y, max(predicted, 0.0), at_boundary)

@@ -49,8 +49,7 @@ class Trial:
         eta: η, above 1; 3 as in the source. Infinite: every candidate is trained for all steps.
         data: Batches on which the losses are compared; those of the problem by default.
         seed: Of the order in which a list of batches is read; other data are just read again.
-        progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
-            longer than a second.
+        progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 
     Raises:
         RuleError: An argument is out of range, the optimizer is not the model's, or there are
@@ -61,14 +60,13 @@ class Trial:
         optimization*, 2016, arXiv 1502.07943.
 
     Example:
-        >>> import functools
         >>> import constrained_growth as cg
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
         >>> data = [(torch.randn(8, 2), torch.randint(3, (8,))) for _ in range(4)]
         >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
         >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
-        >>> rule = Trial(20, functools.partial(torch.optim.SGD, lr=0.1))
+        >>> rule = Trial(20, lambda parameters: torch.optim.SGD(parameters, lr=0.1))
         >>> sorted(cg.solve(problem, rule=rule).decision.evidence["losses"])
         ['(nothing)', '1']
     """

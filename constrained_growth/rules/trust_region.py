@@ -60,8 +60,7 @@ class TrustRegion:
             Steihaug–Toint for the others.
         tolerance: Steihaug–Toint stops once the gradient of the model has fallen by this factor.
         max_tries: How many steps are tried for one decision at most.
-        progress: Progress bar: True, False, or None (default) for one on a terminal when it takes
-            longer than a second.
+        progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 
     Attributes:
         state: What is remembered.

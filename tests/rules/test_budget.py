@@ -41,10 +41,10 @@ class Knapsack:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """A and b of the constraints A x ≤ b, that on the parameters first."""
-        rows, limits = [self.parameters], [self.limit]
+        rows, limits = [self.parameters], [float(self.limit)]
         for here in sorted(set(self.sites)) if self.per_site else ():
             rows.append([int(site == here) for site in self.sites])
-            limits.append(self.per_site)
+            limits.append(float(self.per_site or 0))
         return np.array(rows, dtype=float), np.array(limits, dtype=float)
 
     def best_by_enumeration(self) -> float:

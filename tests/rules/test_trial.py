@@ -170,11 +170,11 @@ def test_the_seed_orders_a_list_of_batches() -> None:
     orders = []
     for seed in (0, 1, 1):
         seen: list[int] = []
-        handle = model.register_forward_pre_hook(
-            lambda module, args, seen=seen: seen.extend(
-                i for i, x in enumerate(inputs) if module.training and torch.equal(x, args[0])
-            )
-        )
+
+        def noted(module: nn.Module, args: Any, seen: list[int] = seen) -> None:
+            seen += [i for i, x in enumerate(inputs) if torch.equal(x, args[0])]
+
+        handle = model.register_forward_pre_hook(noted)  # type: ignore[arg-type]
         problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate()])
         solution = cg.solve(problem)
         seen.clear()

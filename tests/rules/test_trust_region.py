@@ -321,7 +321,8 @@ def test_predictions_against_dense_algebra() -> None:
             return mean_loss(lambda x: functional_call(grown, values, (x,)), data)  # type: ignore[arg-type]
 
         zero = torch.zeros(sum(counts))
-        slope, bend = functional.jacobian(loss, zero), functional.hessian(loss, zero)
+        slope: Any = functional.jacobian(loss, zero)
+        bend: Any = functional.hessian(loss, zero)
         s = torch.cat([v.flatten() for v in decision.values[one.name].values()])
         expected = float(-slope @ s - s @ bend @ s / 2)
         assert decision.evidence["predicted"] == pytest.approx(expected, rel=1e-9)
