@@ -198,9 +198,10 @@ def _weighted(problem: GrowthProblem, data: Iterable[Any]) -> Iterator[tuple[Any
 
 def _endless(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
     """The batches again and again; a list of them in another order each time."""
-    generator, read = torch.Generator().manual_seed(seed), problem.data
+    generator, data = torch.Generator().manual_seed(seed), problem.data
     while True:
-        if isinstance(read, Sequence):
-            read = [read[i] for i in torch.randperm(len(read), generator=generator).tolist()]
+        read: Iterable[Any] = data
+        if isinstance(data, Sequence):
+            read = [data[i] for i in torch.randperm(len(data), generator=generator).tolist()]
         for input, target, _ in _weighted(problem, read):
             yield input, target
