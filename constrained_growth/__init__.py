@@ -6,7 +6,7 @@ pass.
 """
 
 from constrained_growth import blocks, checkpoint, curvature, norms, rules, statistics
-from constrained_growth._initialisation import best_inner
+from constrained_growth._data import rebatch
 from constrained_growth.candidates import Candidate, Proposals, find_candidates
 from constrained_growth.directional import directional_derivative
 from constrained_growth.errors import (
@@ -39,15 +39,13 @@ from constrained_growth.rules import (
     otherwise,
     then,
 )
-from constrained_growth.sampling import AdaptiveSampling
-from constrained_growth.solution import Constraint, Decision, Sensitivity, Solution, Status
+from constrained_growth.solution import Constraint, Decision, Method, Sensitivity, Solution, Status
 from constrained_growth.solve import solve
 from constrained_growth.training import Grower, History, grow
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AdaptiveSampling",
     "BlockError",
     "Budget",
     "Candidate",
@@ -65,6 +63,7 @@ __all__ = [
     "GrowthRecord",
     "History",
     "InsertedLayer",
+    "Method",
     "Monitor",
     "OptimizerError",
     "Plateau",
@@ -82,7 +81,6 @@ __all__ = [
     "Trial",
     "TrustRegion",
     "When",
-    "best_inner",
     "blocks",
     "checkpoint",
     "curvature",
@@ -93,6 +91,7 @@ __all__ = [
     "monitor",
     "norms",
     "otherwise",
+    "rebatch",
     "replay",
     "rewrap",
     "rules",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils._pytree import tree_map
 
 from constrained_growth.errors import DataError
 
@@ -114,23 +115,6 @@ def samplers_of(data: object) -> Iterator[object]:
             yield from samplers_of(sampler)
 
 
-def in_random_order(data: Iterable[Any], seed: int) -> Iterable[Any]:
-    """The batches of a sequence in a random permutation; anything else as it is.
-
-    Raises:
-        DataError: A DataLoader reads in a fixed order.
-    """
-    if isinstance(data, DataLoader) and _is_fixed(data):
-        raise DataError(
-            "data=DataLoader reads in a fixed order, and sampling needs batches in random "
-            "order; make it with shuffle=True, or call solve without sampling."
-        )
-    if isinstance(data, Sequence):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-        return (data[index] for index in order.tolist())
-    return data
-
-
 def some_of(
     items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
 ) -> tuple[list[T], bool]:
@@ -164,18 +148,77 @@ def some_of(
     return taken, seen <= count
 
 
-def length_of(data: Iterable[Any]) -> int | None:
-    """How many batches there are, or None where the data do not say."""
+def rebatch(data: Iterable[Any], size: int) -> Iterable[tuple[Any, Any]]:
+    """The same samples in batches of another size, for a faster measurement.
+
+    Batches are joined along their first dimension, and the last one may be smaller. The mean loss
+    over all samples stays the same where each sample's output and loss depend on that sample
+    alone: not with BatchNorm in train mode, nor where the loss of a batch is no mean over its
+    samples (give the problem the `weight=` that says over how many items it is).
+
+    Args:
+        data: `(input, target)` batches of tensors of one shape but for the number of samples; or
+            tuples, lists and dicts of such tensors.
+        size: How many samples a batch has.
+
+    Returns:
+        The batches, to be iterated as often as `data` can.
+
+    Raises:
+        DataError: `size` is not a positive whole number, or (while iterating) batches cannot be
+            joined.
+
+    Example:
+        >>> data = [(torch.zeros(3, 2), torch.zeros(3)) for _ in range(4)]
+        >>> [len(target) for _, target in rebatch(data, 5)]
+        [5, 5, 2]
+    """
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise DataError(f"size={size!r} is not a positive whole number.")
+    return _Rebatched(data, size)
+
+
+@dataclass(frozen=True)
+class _Rebatched:
+    data: Iterable[Any]
+    size: int
+
+    def __iter__(self) -> Iterator[tuple[Any, Any]]:
+        held: list[Any] = []
+        count = 0
+        for batch in batches(self.data, None):
+            held.append(batch)
+            count += batch_size(*batch)
+            if count >= self.size:
+                whole = _joined(held)
+                for start in range(0, count - count % self.size, self.size):
+                    yield _samples(whole, start, start + self.size)
+                held = [_samples(whole, count - count % self.size, count)]
+                count %= self.size
+                held = held if count else []
+        if count:
+            yield _joined(held)
+
+
+def _joined(pairs: Sequence[Any]) -> Any:
+    if len(pairs) == 1:
+        return pairs[0]
     try:
-        return len(data) if isinstance(data, Sized) else None
-    except TypeError:  # a DataLoader of a stream
-        return None
+        return tree_map(lambda *tensors: torch.cat(tensors), *pairs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"data: its batches cannot be joined ({error}); rebatch takes tensors of one shape "
+            "but for their first dimension. Solve with the batches as they are."
+        ) from error
 
 
-def _is_fixed(loader: DataLoader[Any]) -> bool:
-    """Whether the innermost sampler has one order only; a batch sampler without one is taken to."""
-    sampler: Any = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    while (inner := getattr(sampler, "sampler", None)) is not None:
-        sampler = inner
-    unshuffled = isinstance(sampler, DistributedSampler) and not sampler.shuffle
-    return unshuffled or isinstance(sampler, SequentialSampler)
+def _samples(pair: Any, start: int, stop: int) -> Any:
+    def some(tensor: object) -> Tensor:
+        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+            return tensor[start:stop]
+        raise DataError(
+            f"data: a batch holds {tensor!r:.40}, which is no tensor of samples; rebatch takes "
+            "tensors alone. Solve with the batches as they are."
+        )
+
+    return tree_map(some, pair)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,18 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
-from torch.utils.hooks import RemovableHandle
 
 from constrained_growth._data import batch_weight, batches
 from constrained_growth._distributed import add_up, everywhere
-from constrained_growth._sites.context import context_of, takes_context
+from constrained_growth._sites.collector import collecting
+from constrained_growth._sites.context import Context, takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
-from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.solution import Planned
+from constrained_growth.solution import Method, Planned
 
 FORWARD_PASSES = 1 / 3
 """What a forward pass costs, in gradient passes: backward is two products for each one forward."""
@@ -41,8 +40,8 @@ def stand(
     takes_context: bool = False,
     output: int | str | None = None,
     detach: bool = False,
-) -> RemovableHandle:
-    """Let a layer act on what comes out of a module, by a forward hook.
+) -> AbstractContextManager[None]:
+    """Let a layer act on the tensor that comes out of a module.
 
     Args:
         module: The site.
@@ -50,19 +49,14 @@ def stand(
         takes_context: Whether it is called with the further arguments of the module too.
         output: Which tensor of the module's output is meant, as in `Candidate`.
         detach: Cut the graph before it.
-
-    Returns:
-        What takes it away again.
     """
 
-    def hook(site: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        x = tensor_in(out, output)
+    def layer(x: Tensor, context: Context) -> Tensor:
         x = x.detach() if detach else x
-        context = context_of(site, args, kwargs)
         y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
-        return with_tensor(out, output, y.clone())  # as the model may change it in place
+        return y.clone()  # as the model may change it in place
 
-    return module.register_forward_hook(hook, with_kwargs=True)
+    return collecting([("", module, output, layer)])
 
 
 class VirtualLoss:
@@ -237,17 +231,16 @@ class VirtualLoss:
             buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
             return functional_call(block, values | buffers, args, kwargs)
 
-        handle = stand(
+        # where the loss differentiates the model, its graph has to stay whole
+        cut = not self._old and self._problem.method is Method.CLOSED_FORM
+        with stand(
             self._module,
             moved,
             takes_context=takes_context(block),
             output=self._planned.output,
-            detach=not self._old,
-        )
-        try:
+            detach=cut,
+        ):
             yield
-        finally:
-            handle.remove()
 
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))

@@ -14,12 +14,16 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from constrained_growth._activations import derivative
+from constrained_growth._data import batch_weight, batches
 from constrained_growth._distributed import add_up, everywhere
-from constrained_growth._gathering import gather
+from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.context import arguments
+from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.solution import Method
 
 
 def directional_derivative(
@@ -66,6 +70,12 @@ def directional_derivative(
     if site is None:
         names = tuple(c.name for c in problem.candidates)
         raise CandidateError(f"candidate={candidate!r} is none of the problem; they are {names}.")
+    if problem.method is Method.IN_GRAPH:
+        raise CandidateError(
+            f"candidate={candidate!r}: the loss sees more of the layer than the value of its "
+            "output (it contains derivatives of the output, say), and one-sided slopes cannot be "
+            "had there. Where the block has no kink at its pins the slope is −⟨λ, step⟩."
+        )
     block = one_sided(site.blocks[candidate])
     pins = {name: pin.detach() for name, pin in pinned_parameters(block).items()}
     _check(step, pins)
@@ -74,25 +84,37 @@ def directional_derivative(
     }
     total = torch.zeros((), dtype=torch.float64, device=site.device)
     count = torch.zeros_like(total)
+    collector = Collector([site])
 
     def read() -> None:
-        batch = None
-        for seen in gather(problem, site.after, site.output):
-            args, kwargs = arguments(block, seen.x, seen.context)
-            buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-            with _forward_mode():
-                moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
-                y = functional_call(block, moving | buffers, args, kwargs)
-                slope = forward_ad.unpack_dual(y).tangent
-            if slope is not None:
-                total.add_((seen.delta * slope).sum(dtype=torch.float64), alpha=seen.weight)
-            if seen.batch != batch:
-                count.add_(seen.weight)
-                batch = seen.batch
+        with untouched(problem.model, problem.data), differentiable(), collector.watching():
+            for input, target in batches(problem.data, device_of(problem.model)):
+                weight = batch_weight(problem.weight, input, target)
+                if weight == 0:  # there is no mean loss
+                    continue
+                collector.begin()
+                loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
+                for use in collector.backward(loss)[0][0]:
+                    total.add_(_slope(block, pins, tangents, use), alpha=weight)
+                count.add_(weight)
 
     everywhere(read, problem.group)
     add_up([total, count], problem.group)
     return float(total / count)
+
+
+def _slope(
+    block: nn.Module, pins: Mapping[str, Tensor], tangents: Mapping[str, Tensor], use: Use
+) -> Tensor:
+    """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
+    args, kwargs = arguments(block, use.x, use.context)
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    with _forward_mode():
+        moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
+        y = functional_call(block, moving | buffers, args, kwargs)
+        slope = forward_ad.unpack_dual(y).tangent
+    zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
+    return zero if slope is None else (use.delta * slope).sum(dtype=torch.float64)
 
 
 @contextmanager

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._data import batch_size
-from constrained_growth._multipliers.grouping import Site
-from constrained_growth._multipliers.sketching import sketch_variance, sketched_sites
-from constrained_growth._multipliers.tallies import Estimate
-from constrained_growth._multipliers.windows import Batch, Window
-from constrained_growth._sites.collector import hooked
-from constrained_growth._sites.context import NO_CONTEXT, context_of, detached
+from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
+from constrained_growth._multipliers.measure import accumulators, refuse_moving
+from constrained_growth._sites.collector import Use, alias, collecting
+from constrained_growth._sites.context import NO_CONTEXT, Context, detached
 from constrained_growth._sites.model import parameter_shapes
-from constrained_growth._sites.outputs import tensor_at, with_tensor
-from constrained_growth._sites.untouched import eagerly, is_untouched
-from constrained_growth.blocks import pinned_parameters
+from constrained_growth._sites.site import Site
+from constrained_growth._sites.untouched import eagerly, full_precision, is_untouched
 from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
+from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
-from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
-from constrained_growth.solve import size_of
-from constrained_growth.statistics import debiased_square
+from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
+from constrained_growth.solve import planned_in, sensitivities_of
 
 _FROBENIUS = Frobenius()
 _TOP_ONE = TopK(1)
@@ -40,10 +39,8 @@ def monitor(
     problem: GrowthProblem,
     *,
     norm: Norm | MomentNorm = _FROBENIUS,
-    sketch: int | None = None,
     every: int = 1,
     scale: float | Callable[[], float] = 1.0,
-    seed: int = 0,
 ) -> Iterator[Monitor]:
     """Watch the multipliers while a model is trained, at next to no cost.
 
@@ -76,28 +73,19 @@ def monitor(
     Args:
         problem: Its model is watched at the sites of its candidates; its data are not read.
         norm: How large a multiplier is, as in `solve`.
-        sketch: None for λ itself; or k, to keep only k random combinations of the rows of λᵀ,
-            which cost 2k (in + out) operations for each sample instead of 2 in · out. That
-            gives the Frobenius norm: an unbiased estimate of ‖λ‖²_F (see `Monitor.sensitivities`)
-            but not λ. Candidates without a closed form (`factors`) are measured exactly.
-        every: Watch every so-manieth forward pass only; the others cost next to nothing.
+        every: Watch only every k-th forward pass; the others cost next to nothing.
         scale: What the loss was multiplied with before `backward`, or a function that says so at
             each forward pass: `scale=scaler.get_scale` for a `torch.amp.GradScaler`. With a
             function, what is NaN or infinite at a site is left out there, as the scaler leaves
             out the step (which asks the device for an answer).
-        seed: Of the random signs of the sketch, which come from a generator of their own.
 
     Yields:
         The `Monitor`, which can be read within the context and after it.
 
     Raises:
-        RuleError: `norm`, `sketch`, `every` or `scale` make no sense, or `norm` is not the
-            Frobenius norm although only a sketch of λ is kept.
-        DataError: `problem` is not a `GrowthProblem`, or (while training) a batch has no size.
-
-    Source:
-        The sketch: Hutchinson, *A stochastic estimator of the trace of the influence matrix*,
-        1990; Achlioptas, *Database-friendly random projections*, 2003.
+        RuleError: `norm`, `every` or `scale` make no sense.
+        DataError: `problem` is not a `GrowthProblem`, has `weight=`, or has no closed form of λ; or
+            (while training) a batch has no size.
 
     Example:
         >>> import torch
@@ -116,10 +104,29 @@ def monitor(
         >>> monitor.num_samples, tuple(monitor.multipliers()["1"]["weight"].shape)
         (8, (4, 4))
     """
-    _check(problem, norm, sketch, every, scale)
-    found = Monitor(problem, norm, sketch, every, scale, seed)
+    _check(problem, norm, every, scale)
+    found = Monitor(problem, norm, every, scale)
     with found.watching():
         yield found
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A forward pass that is watched.
+
+    Attributes:
+        size: How many samples.
+        scale: What its loss will be multiplied with.
+        seen: For each site, how often its module has run.
+        waiting: For each site whose module runs several times, the uses at which δ has arrived.
+        counted: The sites at which the batch counts already.
+    """
+
+    size: int
+    scale: float
+    seen: Counter[int] = field(default_factory=Counter)
+    waiting: dict[int, list[Use]] = field(default_factory=dict)
+    counted: set[int] = field(default_factory=set)
 
 
 class Monitor:
@@ -132,95 +139,69 @@ class Monitor:
         self,
         problem: GrowthProblem,
         norm: Norm | MomentNorm,
-        sketch: int | None,
         every: int,
         scale: float | Callable[[], float],
-        seed: int,
     ) -> None:
         self._problem = problem
         self._norm = norm
-        self._sketch = sketch
         self._every = every
         self._scale = scale
-        self._generator = torch.Generator().manual_seed(seed)
-        self._batch: Batch | None = None
+        self._batch: _Batch | None = None
         self._hooks = ExitStack()
         self._hooked = False
+        self._forward = False
         self.reset()
 
     def reset(self) -> None:
-        """Begin a new window, in sketch mode with new random signs.
+        """Begin a new window.
 
         A backward pass still to come through an earlier forward pass counts for the old one.
         """
-        sites = self._problem.sites
-        if self._sketch is not None:
-            sites = sketched_sites(sites, self._sketch, self._generator)
         self._passes = 0
         self._batch = None
-        self._window = Window(sites, moments=needs_moments(self._norm), skips=callable(self._scale))
+        self._window = _Window(self._problem.sites, moments=needs_moments(self._norm))
 
     @property
     def num_samples(self) -> int:
         """How many samples count in the window so far, at the site with the most."""
-        return max(self._window.samples)
+        return max(a.counts.samples for a in self._window.accumulators.values())
 
     @property
     def num_batches(self) -> int:
         """How many batches count in the window so far, at the site with the most."""
-        return max(self._window.batches)
+        return max(self._window.batches.values(), default=0)
 
     def multipliers(self) -> dict[str, dict[str, Tensor]]:
         """Candidate → pinned parameter → λ, the average over the window.
 
         Raises:
-            RuleError: Only a sketch is kept.
             DataError: No backward pass arrived at some site in this window.
+            BlockError: A block is the identity on the first batch and not on a later one.
         """
-        if self._sketch is not None:
-            raise RuleError(
-                f"sketch={self._sketch} keeps the size of the multipliers and not themselves; ask "
-                "for sensitivities(), or monitor with sketch=None."
-            )
         return {name: estimate.multiplier for name, estimate in self._window.estimates().items()}
 
     def sensitivities(self) -> dict[str, Sensitivity]:
         """Candidate → how large its λ, the average over the window, is.
 
-        With a sketch of k rows, λ_V = Ωλᵀ with independent signs ±1/√k in Ω, value² is an
-        unbiased estimate of ‖λ‖²_F, and with A = λᵀλ (its bias column included)
-
-            Var(value²) = (2/k) (‖A‖²_F − Σ_i A_ii²)  ≤  (2/k) ‖λ‖⁴_F,
-
-        with equality nearly reached by a λ of rank one: a relative standard deviation of `value`
-        of at most about 1/√(2k), 18 % for k = 16, and less by √r for a λ of r equal singular
-        values. `standard_error` then holds this too, estimated from the spread over the k rows:
-        √(tr Cov(λ) + Var(value)).
-
         Within a window `standard_error` and `variance` take the samples for independent draws
         at the same parameters, which they are only for small steps.
 
         Raises:
-            DataError: No backward pass arrived at some site in this window.
+            DataError, BlockError: As `multipliers`.
         """
-        estimates = self._window.estimates()
-        planned = {n: (site, b) for site in self._problem.sites for n, b in site.blocks.items()}
-        return {
-            candidate.name: self._sensitivity(estimates[candidate.name], *planned[candidate.name])
-            for candidate in self._problem.candidates
-        }
+        return sensitivities_of(self._problem, self._window.estimates(), self._norm)
 
     def solution(self, rule: DecisionRule = _TOP_ONE) -> Solution:
-        """The window's multipliers, and what a rule makes of them; `insert` takes it.
+        """The window's multipliers and a rule's decision about them; `insert` takes it.
 
-        The loss, which is not seen, is NaN, and `multipliers` is empty in sketch mode.
+        The loss, which is not seen, is NaN.
 
         Args:
             rule: `rule(sensitivities) -> Decision`.
 
         Raises:
             RuleError: `rule` cannot be called (it asks the model), or returns no decision.
-            DataError: No backward pass arrived at some site in this window.
+            DataError, BlockError: As `multipliers`.
         """
         if not callable(rule):
             raise RuleError(
@@ -234,30 +215,30 @@ class Monitor:
             status=status,
             loss=math.nan,
             stationarity=None,
-            multipliers=self.multipliers() if self._sketch is None else {},
+            multipliers=self.multipliers(),
             sensitivities=sensitivities,
             decision=decide(rule, sensitivities) if finite else Decision((), status.value),
-            candidates={
-                name: Planned(site.after, block, site.overwritten, site.output)
-                for site in self._problem.sites
-                for name, block in site.blocks.items()
-            },
+            candidates=planned_in(self._problem),
             parameters=parameter_shapes(self._problem.model),
             num_samples=self.num_samples,
             num_batches=self.num_batches,
+            method=self._problem.method,
             example=self._problem.example,
         )
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the model for a while; windows go on from one time to the next."""
-        begin = self._problem.model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        try:
-            with eagerly():
+        model = self._problem.model
+        with (
+            model.register_forward_pre_hook(self._begin, with_kwargs=True),
+            model.register_forward_hook(self._end),
+            eagerly(),
+        ):
+            try:
                 yield
-        finally:
-            begin.remove()
-            self._watch(None)
+            finally:
+                self._watch(None)
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pass begins: is it to be watched?"""
@@ -265,62 +246,119 @@ class Monitor:
         if torch.is_grad_enabled() and not is_untouched():
             if self._passes % self._every == 0:
                 scale = self._scale() if callable(self._scale) else self._scale
-                batch = Batch(batch_size(args, kwargs), scale)
-                self._window.make_room()
+                batch = _Batch(batch_size(args, kwargs), scale)
+                self._window.begin(batch)
             self._passes += 1
         self._watch(batch)
+        self._forward = True
 
-    def _watch(self, batch: Batch | None) -> None:
+    def _end(self, *_: object) -> None:
+        """The forward pass is over, and backward may run parts of it again (checkpointing)."""
+        self._forward = False
+
+    def _watch(self, batch: _Batch | None) -> None:
         """Hooks at the sites for a batch, or none, so that an unwatched pass goes unhindered."""
         self._batch = batch
         if batch is None:
             self._hooks.close()
         elif not self._hooked:
-            sites = enumerate(self._problem.sites)
-            hooks = [(site.module, functools.partial(self._see, i)) for i, site in sites]
-            self._hooks.enter_context(hooked(hooks))
+            self._hooks.enter_context(
+                collecting(
+                    (site.after, site.module, site.output, functools.partial(self._see, index))
+                    for index, site in enumerate(self._problem.sites)
+                )
+            )
         self._hooked = batch is not None
 
-    def _see(
-        self, index: int, module: nn.Module, args: Any, kwargs: Any, output: object
-    ) -> object | None:
-        """Note x at a site in the forward pass; what it returns takes the place of the output."""
-        batch = self._batch
+    def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
+        """Note x at a site in the forward pass, and wait for its δ."""
+        batch, site = self._batch, self._problem.sites[index]
         if batch is None or not torch.is_grad_enabled():
             return None
-        site = self._problem.sites[index]
-        y = output if isinstance(output, Tensor) else tensor_at(site.after, output, site.output)
-        x = y.detach()
-        replaced = site.copied or not y.requires_grad
-        if not y.requires_grad:  # may be the user's own input, and written over when read
-            x, y = x.clone(), x.requires_grad_()
-        if replaced:
-            y = y.clone()
-        context = detached(context_of(module, args, kwargs)) if site.context else NO_CONTEXT
+        y = alias(x, overwritten=site.overwritten)
+        # a tensor that requires no gradient may be the user's own input, written over when read
+        x = x.detach() if x.requires_grad else x.detach().clone()
+        context = detached(context) if site.needs_context else NO_CONTEXT
+        # what backward runs again (checkpointing) is the same use, and only with use_reentrant=True
+        # the one in which δ arrives
+        batch.seen[index] += self._forward or not batch.seen[index]
         # x lives as long as the graph does, and no longer where no backward pass comes
-        y.register_hook(functools.partial(self._window.receive, index, x, context, batch))
-        if not replaced:
-            return None
-        return y if isinstance(output, Tensor) else with_tensor(output, site.output, y)
-
-    def _sensitivity(self, estimate: Estimate, site: Site, block: nn.Module) -> Sensitivity:
-        multiplier, variance = estimate.multiplier, estimate.variance
-        pinned = pinned_parameters(block)
-        sketched = multiplier.keys() != pinned.keys()
-        error = variance + sketch_variance(multiplier) if sketched else variance
-        return Sensitivity(
-            value=size_of(estimate, self._norm),
-            standard_error=lipschitz(self._norm, multiplier) * math.sqrt(error),
-            num_parameters=sum(parameter.numel() for parameter in pinned.values()),
-            num_new_parameters=sum(parameter.numel() for parameter in block.parameters()),
-            norm=self._norm,
-            site=site.after,
-            variance=variance,
-            debiased_square=debiased_square(multiplier.values(), variance),
-        )
+        skips = callable(self._scale)
+        arrive = functools.partial(self._window.arrive, index, batch, x, context, skips)
+        y.register_hook(arrive)
+        return y
 
 
-def _check(problem: object, norm: object, sketch: object, every: object, scale: object) -> None:
+class _Window:
+    """The sums of a window of training, as the user's backward passes deliver δ."""
+
+    def __init__(self, sites: Sequence[Site], *, moments: bool) -> None:
+        self._sites = sites
+        self.accumulators = accumulators(sites, moments=moments)
+        self.batches: Counter[int] = Counter()
+        self._latest: weakref.ref[_Batch] | None = None
+
+    def begin(self, batch: _Batch) -> None:
+        """A forward pass begins; of the one before it nothing more is waited for."""
+        self._settle()
+        self._latest = weakref.ref(batch)
+
+    def arrive(
+        self,
+        index: int,
+        batch: _Batch,
+        x: Tensor,
+        context: Context,
+        skips: bool,
+        delta: Tensor | None,
+    ) -> None:
+        """Take in δ at a site; where the module runs several times, when all have arrived."""
+        if delta is None or (skips and not bool(delta.isfinite().all())):
+            return
+        with torch.no_grad():
+            delta = delta.detach()
+            if batch.scale != 1.0:  # in a precision where what is small stays
+                delta = delta.to(accumulation_dtype(delta.dtype)) / batch.scale
+            waiting = batch.waiting.setdefault(index, [])
+            waiting.append(Use(x, delta, context))
+            if len(waiting) == batch.seen[index]:
+                self._take(index, batch)
+
+    def _take(self, index: int, batch: _Batch) -> None:
+        uses, again = batch.waiting.pop(index), index in batch.counted
+        site = self._sites[index]
+        with torch.inference_mode(False), torch.no_grad(), full_precision(site.device):
+            for name in site.blocks:
+                self.accumulators[name].add(uses, batch.size, batch.size, again=again)
+        batch.counted.add(index)
+        self.batches[index] += not again
+
+    def _settle(self) -> None:
+        """Take in uses that wait for others, to which no backward pass has led."""
+        batch = self._latest() if self._latest is not None else None
+        for index in list(batch.waiting) if batch is not None else ():
+            self._take(index, batch)  # type: ignore[arg-type]
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Candidate → what is known of it, over the samples that count at its site."""
+        self._settle()
+        silent = [
+            site.after
+            for site in self._sites
+            if any(self.accumulators[name].counts.samples == 0 for name in site.blocks)
+        ]
+        if silent:
+            raise DataError(
+                f"after={silent}: no backward pass has arrived there since the window began; call "
+                "the problem's own model within the context, and backward() on its loss."
+            )
+        with torch.inference_mode(False), torch.no_grad():
+            found = {name: a.estimate() for name, a in self.accumulators.items()}
+        refuse_moving(found)
+        return found
+
+
+def _check(problem: object, norm: object, every: object, scale: object) -> None:
     if not isinstance(problem, GrowthProblem):
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
     if problem.weight is not None:
@@ -328,15 +366,14 @@ def _check(problem: object, norm: object, sketch: object, every: object, scale: 
             "problem: its weight= asks for targets, which the model is not called with and a "
             "monitor does not see; monitor a problem without it, and batches count by their size."
         )
+    if problem.method is Method.IN_GRAPH:
+        raise DataError(
+            "problem: its loss sees more of a layer than the value of its output (it contains "
+            "derivatives of the output, say), so that λ cannot be had from a training step alone; "
+            "call cg.solve(problem) between the steps."
+        )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
-    if sketch is not None and not _is_count(sketch):
-        raise RuleError(f"sketch={sketch!r} is neither None nor a positive whole number.")
-    if sketch is not None and not isinstance(norm, Frobenius):
-        raise RuleError(
-            f"norm={norm!r} cannot be had from a sketch, which gives the Frobenius norm only; "
-            "monitor with sketch=None."
-        )
     if not _is_count(every):
         raise RuleError(f"every={every!r} is not a positive whole number.")
     if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):

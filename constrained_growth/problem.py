@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from constrained_growth._data import Weight
 from constrained_growth._distributed import everywhere, several
-from constrained_growth._probing import Place, look_at_sites
+from constrained_growth._first_batch import Place, look_at_sites
 from constrained_growth._sharding import check_sharding
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
@@ -70,6 +70,8 @@ class GrowthProblem:
         model, loss_fn, data, candidates, group, weight: As given (the candidates as a tuple).
         constraints: The pins, one `Constraint` for each pinned parameter.
         example: The input of the first batch, on the model's device; None without one here.
+        method: How λ will be computed: in closed form from two tensors at each site, if that is
+            right on the first batch, and else by autograd through the blocks.
 
     Raises:
         CandidateError: No candidates, a repeated name, an unknown site, or a site that is never
@@ -110,7 +112,9 @@ class GrowthProblem:
         self.weight = weight
         places = _places(model, self.candidates)
         with untouched(model, data), differentiable():
-            self.sites, self.example = look_at_sites(model, loss_fn, data, places, group, weight)
+            self.sites, self.example, self.method = look_at_sites(
+                model, loss_fn, data, places, group, weight
+            )
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates

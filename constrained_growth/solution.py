@@ -34,6 +34,20 @@ class Status(Enum):
     NOT_FINITE = "The loss or a multiplier is NaN or infinite: there is no answer."
 
 
+class Method(Enum):
+    """The way in which λ was computed, and why; each value is a sentence."""
+
+    CLOSED_FORM = (
+        "λ comes from the tensor x at each site and δ = ∂L/∂x, the blocks standing nowhere; on the "
+        "first batch it agrees with autograd through the blocks at their pins."
+    )
+    IN_GRAPH = (
+        "λ comes from autograd through the blocks, which stood at their pins while model and loss "
+        "ran: on the first batch x and δ = ∂L/∂x alone do not give it, as where the loss contains "
+        "derivatives of the model's output."
+    )
+
+
 @dataclass(frozen=True)
 class Constraint:
     """One pin v = 0 of one parameter of one candidate.
@@ -73,9 +87,6 @@ class Sensitivity:
             `norm` is; NaN when it cannot be known.
         debiased_square: ‖λ_c‖²_F − tr Cov(λ_c). A sample's ‖λ‖²_F is too large by tr Cov on
             average; this is not. It may be negative. NaN when the variance is.
-        interval: Between which limits `value` on all data lies, when only a part was read (see
-            `AdaptiveSampling`): simultaneous limits for all candidates. None else; then see
-            `statistics.interval`.
     """
 
     value: float
@@ -87,7 +98,6 @@ class Sensitivity:
     site: str = ""
     variance: float = math.nan
     debiased_square: float = math.nan
-    interval: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -147,11 +157,7 @@ class Solution:
         parameters: Name → shape of the model's parameters, for `insert` to know it again.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
-        data_fraction: Which share of the batches was read: 1.0 for all, less when
-            `AdaptiveSampling` stopped before, and None when it did on data of unknown length.
-            Unless it is 1.0, loss, stationarity, multipliers and sensitivities are estimates from
-            a random part of the data; the decision is then that on all of them with the
-            confidence that was asked for.
+        method: The way in which λ was computed, and why.
         example: The input of the problem's first batch, on which `insert` sees that the function
             does not move; None where there was none.
     """
@@ -166,7 +172,7 @@ class Solution:
     parameters: Mapping[str, tuple[int, ...]] = field(repr=False)
     num_samples: int
     num_batches: int
-    data_fraction: float | None = 1.0
+    method: Method
     example: Any = field(default=None, repr=False, compare=False)
 
     def dual_value(self, constraint: Constraint) -> Tensor:

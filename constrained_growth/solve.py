@@ -5,31 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 from tqdm import tqdm
 
-from constrained_growth._data import batches, in_random_order, length_of
 from constrained_growth._distributed import everywhere, several
-from constrained_growth._multipliers.one_pass import Measurement, MultiplierPass, measure
-from constrained_growth._multipliers.tallies import Estimate
+from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.measure import Measurement, measure
 from constrained_growth._sharding import is_sharded, whole
-from constrained_growth._sites.model import device_of, parameter_shapes
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
-from constrained_growth.rules.rule import decide, decide_about
-from constrained_growth.sampling import (
-    AdaptiveSampling,
-    Reach,
-    is_settled,
-    read_until,
-)
+from constrained_growth.rules.rule import decide_about
 from constrained_growth.solution import (
     Decision,
+    Method,
     Norm,
     Planned,
     Sensitivity,
@@ -51,15 +45,16 @@ def solve(
     gtol: float = 1e-5,
     throw: bool = True,
     progress: bool | None = None,
-    sampling: AdaptiveSampling | None = None,
-    merge: bool = True,
 ) -> Solution:
-    """The multipliers of all pins, how large they are, and what the rule makes of them.
+    """The multipliers of all pins, how large they are, and the decision of a rule about them.
 
     One forward and one backward pass over the data; nothing about the model, its gradients,
     buffers, modes or the random state is changed.
 
         λ_c = −∇_{v_c} L(θ, 0),   sensitivity = ‖λ_c‖ in `norm`
+
+    The pass is faster on large batches. Where each sample's output and loss depend on that sample
+    alone, `cg.rebatch(data, 2048)` makes them for a problem to be measured on.
 
     Args:
         problem: What to solve.
@@ -77,13 +72,6 @@ def solve(
             status that says why and an empty decision.
         progress: Progress bar: True, False, or None (default) for one on a terminal when the
             pass takes longer than a second.
-        sampling: `AdaptiveSampling()` to read no more of the data than the decision needs; None
-            (default) reads all. The solution says what part it was (`data_fraction`), and all
-            its numbers are then estimates from that part.
-        merge: Run small batches through the model several at a time (True, default), each with
-            its own loss, where that gives the same: where the first batch shows that the model
-            treats every sample by itself and keeps nothing. False for a model that mixes the
-            samples of a batch in some later batch only, or in backward only.
 
     Returns:
         The solution, pure data.
@@ -91,7 +79,7 @@ def solve(
     Raises:
         DataError: Loss or multipliers are NaN or infinite (with `throw`), or the data cannot be
             used.
-        CandidateError: A site is not reached exactly once in some batch.
+        BlockError: A block is the identity on the first batch and not on a later one.
         RuleError: The rule does not return a decision about these candidates.
 
     Source:
@@ -114,17 +102,22 @@ def solve(
         (4, 4)
     """
     _check(problem, rule, norm, gtol)
+    quiet = None if progress is None else not progress
+    bar = tqdm(problem.data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
     with untouched(problem.model, problem.data), differentiable():
-        if sampling is None:
-            found, reach = _measured(problem, norm, stationarity, progress, merge), None
-        else:
-            found, reach = _sampled(problem, rule, norm, stationarity, progress, sampling)
-    sensitivities = _sensitivities(problem, found, norm)
-    if reach is not None:
-        intervals = reach.intervals()
-        sensitivities = {
-            name: replace(s, interval=intervals[name]) for name, s in sensitivities.items()
-        }
+        found = measure(
+            problem.model,
+            problem.loss_fn,
+            bar,
+            problem.sites,
+            problem.method,
+            gradients=stationarity,
+            moments=needs_moments(norm),
+            group=problem.group,
+            weight=problem.weight,
+        )
+    baseline = _baseline(found.gradients, norm)
+    sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
     residual = (
         None if found.gradients is None else math.sqrt(squared_norm(found.gradients.values()))
     )
@@ -142,15 +135,11 @@ def solve(
         multipliers={c.name: found.estimates[c.name].multiplier for c in problem.candidates},
         sensitivities=sensitivities,
         decision=Decision((), status.value if status is Status.NOT_FINITE else ""),
-        candidates={
-            name: Planned(site.after, block, site.overwritten, site.output)
-            for site in problem.sites
-            for name, block in site.blocks.items()
-        },
+        candidates=planned_in(problem),
         parameters=parameter_shapes(problem.model),
         num_samples=found.num_samples,
         num_batches=found.num_batches,
-        data_fraction=1.0 if reach is None else reach.fraction,
+        method=problem.method,
         example=problem.example,
     )
     if status is Status.NOT_FINITE:
@@ -172,86 +161,6 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     if not several(problem.group):
         return decide_about(rule, problem, solution)
     return everywhere(ask, problem.group)[0]
-
-
-def _measured(
-    problem: GrowthProblem,
-    norm: Norm | MomentNorm,
-    stationarity: bool,
-    progress: bool | None,
-    merge: bool,
-) -> Measurement:
-    return measure(
-        problem.model,
-        problem.loss_fn,
-        problem.data,
-        problem.sites,
-        gradients=stationarity,
-        moments=needs_moments(norm),
-        progress=progress,
-        group=problem.group,
-        weight=problem.weight,
-        merge=merge,
-    )
-
-
-def _sampled(
-    problem: GrowthProblem,
-    rule: Rule,
-    norm: Norm | MomentNorm,
-    stationarity: bool,
-    progress: bool | None,
-    sampling: AdaptiveSampling,
-) -> tuple[Measurement, Reach | None]:
-    if not isinstance(sampling, AdaptiveSampling):
-        raise DataError(f"sampling={sampling!r} is not a cg.AdaptiveSampling, nor None for all.")
-    if needs_moments(norm):
-        raise RuleError(
-            f"norm={norm!r} changes with the sample itself, so that a part of the data gives no "
-            "limits for it; take a norm of the multiplier alone, or call solve without sampling."
-        )
-    if several(problem.group) or is_sharded(problem.model):
-        raise DataError(
-            "sampling: several processes cannot stop reading together yet; call solve without "
-            "sampling, or with group=None and all the data on one process."
-        )
-    if problem.weight is not None:
-        raise DataError(
-            "sampling: how the weights of the batches vary is not part of its confidence; call "
-            "solve without sampling, or make the problem without weight=."
-        )
-    if needs_model(rule):
-        raise RuleError(
-            f"rule={rule!r} asks the model and not only the sensitivities, so that a part of the "
-            "data cannot settle its decision; call solve without sampling."
-        )
-
-    def enough(found: Measurement, reach: Reach) -> bool:
-        sensitivities = _sensitivities(problem, found, norm)
-        if _status(found, sensitivities, None, 0.0) is Status.NOT_FINITE:
-            return True  # and stays so
-        return is_settled(partial(decide, rule), sensitivities, reach)
-
-    sizes = {name: p.detach() for name, p in problem.model.named_parameters() if p.requires_grad}
-    has_baseline = stationarity and _baseline(sizes, norm) is not None
-    baseline = partial(_mean_size, norm=norm) if has_baseline else None
-
-    total = length_of(problem.data)
-    data = tqdm(
-        in_random_order(problem.data, sampling.seed),
-        desc="multipliers",
-        unit="batch",
-        total=total,
-        leave=False,
-        delay=1,
-        disable=None if progress is None else not progress,
-    )
-    running = MultiplierPass(
-        problem.model, problem.loss_fn, problem.sites, gradients=stationarity, moments=False
-    )
-    with running.watching():
-        pairs = batches(data, device_of(problem.model))
-        return read_until(running, pairs, sampling, norm, baseline, enough, total)
 
 
 def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
@@ -277,34 +186,59 @@ def _check(problem: object, rule: object, norm: object, gtol: float) -> None:
         )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
+    if needs_moments(norm) and problem.method is Method.IN_GRAPH:
+        raise RuleError(
+            f"norm={norm!r} needs second moments of what the pinned parameters see. They exist "
+            "only where λ has a closed form, and with this loss it has none (problem.method says "
+            "why). Take a norm of the multiplier alone, such as cg.norms.Frobenius()."
+        )
     if not gtol >= 0:
         raise RuleError(f"gtol={gtol!r} must not be negative.")
 
 
-def _sensitivities(
-    problem: GrowthProblem, found: Measurement, norm: Norm | MomentNorm
+def sensitivities_of(
+    problem: GrowthProblem,
+    estimates: Mapping[str, Estimate],
+    norm: Norm | MomentNorm,
+    baseline: float | None = None,
 ) -> dict[str, Sensitivity]:
-    baseline = _baseline(found.gradients, norm)
-    planned = {name: (site, b) for site in problem.sites for name, b in site.blocks.items()}
-    result = {}
-    for candidate in problem.candidates:
-        estimate = found.estimates[candidate.name]
-        site, block = planned[candidate.name]
-        result[candidate.name] = Sensitivity(
-            value=size_of(estimate, norm),
-            standard_error=lipschitz(norm, estimate.multiplier) * math.sqrt(estimate.variance),
-            num_parameters=sum(value.numel() for value in estimate.multiplier.values()),
-            num_new_parameters=sum(p.numel() for p in block.parameters()),
-            norm=norm,
-            baseline=baseline,
-            site=site.after,
-            variance=estimate.variance,
-            debiased_square=debiased_square(estimate.multiplier.values(), estimate.variance),
+    """Candidate → how large its multiplier is, in the order of the problem."""
+    sites = {name: site for site in problem.sites for name in site.blocks}
+    return {
+        candidate.name: _sensitivity(
+            estimates[candidate.name], sites[candidate.name], candidate.name, norm, baseline
         )
-    return result
+        for candidate in problem.candidates
+    }
 
 
-def size_of(estimate: Estimate, norm: Norm | MomentNorm) -> float:
+def _sensitivity(
+    estimate: Estimate, site: Site, name: str, norm: Norm | MomentNorm, baseline: float | None
+) -> Sensitivity:
+    multiplier, variance = estimate.multiplier, estimate.variance
+    return Sensitivity(
+        value=_size(estimate, norm),
+        standard_error=lipschitz(norm, multiplier) * math.sqrt(variance),
+        num_parameters=sum(value.numel() for value in multiplier.values()),
+        num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
+        norm=norm,
+        baseline=baseline,
+        site=site.after,
+        variance=variance,
+        debiased_square=debiased_square(multiplier.values(), variance),
+    )
+
+
+def planned_in(problem: GrowthProblem) -> dict[str, Planned]:
+    """Candidate → what `insert` needs to know of it."""
+    return {
+        name: Planned(site.after, block, site.overwritten, site.output)
+        for site in problem.sites
+        for name, block in site.blocks.items()
+    }
+
+
+def _size(estimate: Estimate, norm: Norm | MomentNorm) -> float:
     """‖λ‖ of one candidate in a norm of either kind."""
     if needs_moments(norm):
         return float(norm(estimate.multiplier, estimate.moments))

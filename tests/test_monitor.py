@@ -2,13 +2,10 @@
 
 import copy
 import gc
-import json
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -28,19 +25,11 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth._multipliers import windows
-from constrained_growth._multipliers.sketching import Sketched, sketched_sites
-from constrained_growth._multipliers.uses import block_multipliers
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.speed import monitoring as monitoring_cost
-from constrained_growth.experiments.timing import Effort
 
 Loss = Callable[[Any, Any], Tensor]
-ROOMS = pytest.mark.parametrize("room", [2**20, 0], ids=["waiting", "at once"])
 KEEPS_GRAPH = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 
 
@@ -95,26 +84,24 @@ def assert_agree(monitor: cg.Monitor, solution: cg.Solution) -> None:
 # --- the average over the window ------------------------------------------------------------------
 
 
-@ROOMS
 @pytest.mark.parametrize("data", [classified, sequences], ids=["vectors", "sequences"])
-def test_with_standing_parameters_it_is_what_solve_gives(room: int, data: Any) -> None:
+def test_with_standing_parameters_it_is_what_solve_gives(data: Any) -> None:
     model, batches = feedforward(2, 4, 4, 3), data(20, batch=8)
     kinds = all_kinds("1", 4) + all_kinds("3", 4)
     for candidates in (kinds, [kind for kind in kinds if "own" not in kind.name]):
         problem = problem_of(model, batches, *candidates)
-        with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+        with cg.monitor(problem) as monitor:
             train(model, batches)
         assert (monitor.num_samples, monitor.num_batches) == (20, 3)
         assert_agree(monitor, cg.solve(problem))
 
 
-@ROOMS
-def test_with_moving_parameters_it_is_the_average_over_the_steps(room: int) -> None:
+def test_with_moving_parameters_it_is_the_average_over_the_steps() -> None:
     model, batches = feedforward(2, 4, 4, 3), classified(30, batch=8)
     candidates = all_kinds("1", 4) + all_kinds("3", 4)
     problem = problem_of(model, batches, *candidates)
     sums: dict[str, dict[str, Tensor]] = {one.name: {} for one in candidates}
-    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+    with cg.monitor(problem) as monitor:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
         for input, target in batches:
             frozen = copy.deepcopy(feedforward(2, 4, 4, 3))
@@ -181,18 +168,17 @@ def test_every_so_manieth_forward_pass() -> None:
 def test_the_solution_decides_and_can_be_inserted() -> None:
     model, data = feedforward(2, 4, 4, 3), classified(20, batch=8)
     problem = problem_of(model, data, candidate("1"), candidate("3"))
-    for sketch in (None, 4):
-        with cg.monitor(problem, sketch=sketch) as monitor:
-            train(model, data)
-        solution = monitor.solution(choose("3"))
-        assert solution.decision.chosen == ("3",)
-        assert solution.status is cg.Status.STATIONARITY_UNKNOWN
-        assert math.isnan(solution.loss)
-        assert (solution.num_samples, solution.num_batches) == (20, 3)
-        assert set(solution.multipliers) == ({"1", "3"} if sketch is None else set())
-        grown = copy.deepcopy(model)
-        cg.insert(grown, solution)
-        torch.testing.assert_close(grown(data[0][0]), model(data[0][0]))
+    with cg.monitor(problem) as monitor:
+        train(model, data)
+    solution = monitor.solution(choose("3"))
+    assert solution.decision.chosen == ("3",)
+    assert solution.status is cg.Status.STATIONARITY_UNKNOWN
+    assert math.isnan(solution.loss)
+    assert (solution.num_samples, solution.num_batches) == (20, 3)
+    assert set(solution.multipliers) == {"1", "3"}
+    grown = copy.deepcopy(model)
+    cg.insert(grown, solution)
+    torch.testing.assert_close(grown(data[0][0]), model(data[0][0]))
 
 
 def test_not_finite_is_said() -> None:
@@ -236,11 +222,10 @@ def test_a_grad_scaler_is_asked_and_its_overflows_are_left_out() -> None:
 
 
 @KEEPS_GRAPH
-@ROOMS
-def test_several_backward_passes_through_one_graph_add_up(room: int) -> None:
+def test_several_backward_passes_through_one_graph_add_up() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     problem = problem_of(model, data, candidate("1"))
-    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+    with cg.monitor(problem) as monitor:
         loss = token_loss(model(data[0][0]), data[0][1])
         (0.25 * loss).backward(retain_graph=True)
         (0.75 * loss).backward(create_graph=True)
@@ -260,13 +245,12 @@ def test_two_forward_passes_before_one_backward_pass() -> None:
     assert_agree(monitor, cg.solve(problem))
 
 
-@ROOMS
-def test_autocast(room: int) -> None:
+def test_autocast() -> None:
     model, data = feedforward(2, 8, 8, 3).float(), classified(64, batch=16)
     data = [(x.float(), y) for x, y in data]
     problem = problem_of(model, data, candidate("1", 8), candidate("3", 8))
     expected = cg.solve(problem).multipliers["1"]["weight"]
-    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+    with cg.monitor(problem) as monitor:
         for input, target in data:
             with torch.autocast("cpu", torch.bfloat16):
                 loss = token_loss(model(input), target)
@@ -279,12 +263,11 @@ def test_autocast(room: int) -> None:
 # --- nothing else counts, nothing else stays ------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"sketch": 2}, {"every": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"every": 2}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen prefix"])
-@ROOMS
 def test_training_is_the_same_to_the_last_bit(
-    options: dict[str, Any], dtype: torch.dtype, frozen: bool, room: int
+    options: dict[str, Any], dtype: torch.dtype, frozen: bool
 ) -> None:
     def trained(watch: bool) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -299,7 +282,7 @@ def test_training_is_the_same_to_the_last_bit(
         sites |= {"5": IdentityLinear(8, nn.ReLU()), "6": ResidualLinear(8, torch.tanh)}
         problem = problem_of(model, data, *(cg.Candidate(a, b) for a, b in sites.items()))
         if watch:
-            with patch.object(windows, "_ROOM", room), cg.monitor(problem, **options) as monitor:
+            with cg.monitor(problem, **options) as monitor:
                 train(model, data * 3, lr=0.1)
             assert monitor.num_batches == 12 // options.get("every", 1)
             assert all(s.value > 0 for s in monitor.sensitivities().values())
@@ -310,8 +293,7 @@ def test_training_is_the_same_to_the_last_bit(
     assert_same(trained(True), trained(False))
 
 
-@ROOMS
-def test_frozen_and_overwritten_sites_are_measured(room: int) -> None:
+def test_frozen_and_overwritten_sites_are_measured() -> None:
     layers = (nn.Linear(2, 4), nn.ReLU(inplace=True), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
     model, data = nn.Sequential(nn.Identity(), *layers), classified(20, batch=8)
     model[:3].requires_grad_(False)
@@ -321,7 +303,7 @@ def test_frozen_and_overwritten_sites_are_measured(room: int) -> None:
     ]
     problem = problem_of(model, data, *candidates)
     reused = [torch.empty(8, 2), torch.empty(4, 2)]  # a user's buffers, written over and over
-    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+    with cg.monitor(problem) as monitor:
         for input, target in data:
             buffer = reused[0] if len(input) == 8 else reused[1]
             backward(model, buffer.copy_(input), target)
@@ -381,25 +363,10 @@ def test_nothing_is_kept_alive() -> None:
     assert monitor.num_batches == 2
 
 
-def test_no_more_than_the_room_waits_between_steps() -> None:
-    model, data = feedforward(2, 4, 3), classified(8)
-    tensor = 8 * 4 * 8
-    waiting = []
-    with (
-        patch.object(windows, "_ROOM", 7 * tensor),
-        cg.monitor(problem_of(model, data, candidate("1"))) as monitor,
-    ):
-        for batch in data * 8:
-            train(model, [batch])
-            waiting.append(len(monitor._window._waiting))
-    assert waiting == [1, 2, 3, 1, 2, 3, 1, 2]
-
-
-@pytest.mark.parametrize("sketch", [None, 2])
-def test_nothing_is_left_on_the_model(sketch: int | None) -> None:
+def test_nothing_is_left_on_the_model() -> None:
     model, data = feedforward(2, 4, 4, 3), classified(8)
     problem = problem_of(model, data, candidate("1"), candidate("3"))
-    with nothing_left_behind(model), cg.monitor(problem, sketch=sketch) as monitor:
+    with nothing_left_behind(model), cg.monitor(problem) as monitor:
         train(model, data)
         monitor.reset()
         train(model, data)
@@ -409,8 +376,7 @@ def test_nothing_is_left_on_the_model(sketch: int | None) -> None:
         raise ZeroDivisionError
 
 
-@ROOMS
-def test_an_exception_on_the_way_harms_no_sum(room: int) -> None:
+def test_an_exception_on_the_way_harms_no_sum() -> None:
     model, data = feedforward(2, 4, 4, 4, 3), classified(24, batch=8)
     sites = [candidate("1"), candidate("3"), candidate("5")]
     problem = problem_of(model, data, *sites)
@@ -418,7 +384,7 @@ def test_an_exception_on_the_way_harms_no_sum(room: int) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    with patch.object(windows, "_ROOM", room), cg.monitor(problem) as monitor:
+    with cg.monitor(problem) as monitor:
         train(model, data[:1])
         with model[4].register_forward_hook(fail), pytest.raises(ZeroDivisionError):
             train(model, data[1:2])
@@ -478,100 +444,6 @@ def test_a_layer_that_is_left_out_at_times_is_averaged_where_it_was_not() -> Non
     assert monitor.num_batches == 3
 
 
-# --- the sketch -----------------------------------------------------------------------------------
-
-
-def test_a_sketch_is_the_multiplier_of_a_random_subspace() -> None:
-    """Its closed form against autograd through W = W⁰ + VᵀΩ, and V against Ω λᵀ."""
-    model, data = feedforward(2, 4, 3), classified(7)
-    problem = problem_of(model, data, *all_kinds("1", 4))
-    (site,) = sketched_sites(problem.sites, 3, torch.Generator().manual_seed(1))
-    x, delta = torch.randn(7, 4).relu(), torch.randn(7, 4)
-    for name, block in site.blocks.items():
-        if "own" in name:
-            assert block is problem.sites[0].blocks[name]
-            continue
-        assert isinstance(block, Sketched)
-        torch.testing.assert_close(block(x), x)
-        expected = block_multipliers(block, x, delta)
-        exact = block_multipliers(block.block, x, delta)
-        for factor, (weight, bias) in zip(block.factors(x, delta), block._maps, strict=True):
-            found = -factor.cotangent.T @ factor.features
-            torch.testing.assert_close(found, expected[factor.weight])
-            rows, shift = block._rows[0], block._shifts[0]
-            by_hand = rows @ exact[weight].T
-            if bias is not None:
-                assert shift is not None
-                by_hand = by_hand + shift * exact[bias]
-            torch.testing.assert_close(found, by_hand)
-
-
-@ROOMS
-def test_the_square_of_a_sketch_is_unbiased_with_the_variance_stated(room: int) -> None:
-    """Over many Ω, within 4 standard errors of the simulation."""
-    model, data = feedforward(2, 3, 3, 3), classified(12, batch=5)
-    problem = problem_of(model, data, *all_kinds("1", 3)[:4], candidate("3", 3))
-    exact = cg.solve(problem)
-    size, seeds = 4, 500
-    squares: dict[str, list[float]] = {name: [] for name in exact.multipliers}
-    spreads: dict[str, list[float]] = {name: [] for name in exact.multipliers}
-    with patch.object(windows, "_ROOM", room):
-        for seed in range(seeds):
-            with cg.monitor(problem, sketch=size, seed=seed) as monitor:
-                train(model, data)
-            for name, sensitivity in monitor.sensitivities().items():
-                squares[name].append(sensitivity.value**2)
-                of_sketch = sensitivity.standard_error**2 - sensitivity.variance
-                spreads[name].append(4 * sensitivity.value**2 * of_sketch)
-    for name, multiplier in exact.multipliers.items():
-        whole = torch.cat([value.view(value.shape[0], -1) for value in multiplier.values()], 1)
-        gram = whole.T @ whole
-        variance = 2 / size * (gram.square().sum() - gram.diagonal().square().sum()).item()
-        found, estimated = torch.tensor(squares[name]), torch.tensor(spreads[name])
-        within(found.mean().item(), gram.trace().item(), math.sqrt(variance / seeds))
-        moment = (found - gram.trace()).square()
-        within(moment.mean().item(), variance, (moment.std() / seeds**0.5).item())
-        within(estimated.mean().item(), variance, (estimated.std() / seeds**0.5).item())
-
-
-def within(found: float, expected: float, error: float) -> None:
-    assert abs(found - expected) <= 4 * error + 1e-15
-
-
-def test_a_sketch_of_a_moving_model_is_that_of_the_average() -> None:
-    """Ω stands still within a window: with as many rows as it has, Σ of sketches = sketch of Σ."""
-    data = sequences(20, batch=8)
-    found = []
-    for sketch in (None, 20_000):
-        torch.manual_seed(1)
-        model = feedforward(2, 4, 4, 3)
-        problem = problem_of(model, data, candidate("1"), *all_kinds("3", 4))
-        with cg.monitor(problem, sketch=sketch) as monitor:
-            train(model, data, lr=0.3)
-        found.append(monitor.sensitivities())
-    for name, exact in found[0].items():
-        assert found[1][name].value == pytest.approx(exact.value, rel=0.02)
-        assert found[1][name].variance == pytest.approx(exact.variance, rel=0.02, nan_ok=True)
-        assert found[1][name].num_parameters == exact.num_parameters
-
-
-def test_windows_have_signs_of_their_own_and_the_same_seed_the_same() -> None:
-    model, data = feedforward(2, 4, 3), classified(8)
-    problem = problem_of(model, data, candidate("1"))
-    values = []
-    for seed in (0, 0, 1):
-        with cg.monitor(problem, sketch=2, seed=seed) as monitor:
-            for _ in range(2):
-                monitor.reset()
-                train(model, data)
-                values.append(monitor.sensitivities()["1"].value)
-    assert values[:2] == values[2:4]
-    assert len(set(values)) == 4
-    with cg.monitor(problem, sketch=1) as monitor:  # one row tells nothing of its own spread
-        train(model, data)
-    assert math.isnan(monitor.sensitivities()["1"].standard_error)
-
-
 # --- what makes no sense --------------------------------------------------------------------------
 
 
@@ -579,9 +451,6 @@ def test_windows_have_signs_of_their_own_and_the_same_seed_the_same() -> None:
     ("options", "words"),
     [
         ({"norm": "l2"}, ("norm='l2'", "cg.norms")),
-        ({"sketch": 0}, ("sketch=0", "positive")),
-        ({"sketch": True}, ("sketch=True",)),
-        ({"sketch": 4, "norm": cg.norms.Nuclear()}, ("norm=Nuclear()", "sketch=None")),
         ({"every": 0}, ("every=0", "positive")),
         ({"every": 1.5}, ("every=1.5",)),
         ({"scale": 0.0}, ("scale=0.0", "get_scale")),
@@ -604,10 +473,8 @@ def test_other_refusals() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     with refused(cg.DataError, "not a cg.GrowthProblem"), cg.monitor(model):  # type: ignore[arg-type]
         pass
-    with cg.monitor(problem_of(model, data, candidate("1")), sketch=2) as monitor:
+    with cg.monitor(problem_of(model, data, candidate("1"))) as monitor:
         train(model, data)
-    with refused(cg.RuleError, "sketch=2", "sensitivities()"):
-        monitor.multipliers()
     with refused(cg.RuleError, "rule=1"):
         monitor.solution(1)  # type: ignore[arg-type]
 
@@ -618,23 +485,3 @@ def test_a_site_that_becomes_no_tensor_is_refused() -> None:
     as_tuple = model[1].register_forward_hook(lambda module, args, output: (None,))
     with as_tuple, cg.monitor(problem), refused(cg.CandidateError, 'after="1"', "tuple"):
         model(data[0][0])
-
-
-# --- the benchmark, without looking at the times --------------------------------------------------
-
-
-def test_the_benchmark_counts_and_reports(tmp_path: Path) -> None:
-    plan = monitoring_cost.Plan((4,), (3,), Effort(fewest=2, most=2, seconds=0.0), 0.0, 1)
-    found = monitoring_cost.run_monitoring(plan, seed=1)
-    (cell,) = found.cells
-    assert list(cell.overheads) == list(monitoring_cost.MODES) == list(found.met())
-    weights = 16 * 4 + 7 * 16 + 4 * 10
-    assert cell.operations.step == 3 * (6 * weights - 2 * 16 * 4)
-    assert cell.operations.exact == 3 * 8 * 2 * 16
-    assert json.loads(found.to_json())["cells"][0]["width"] == 4
-    with patch.object(monitoring_cost, "QUICK", plan):
-        file = tmp_path / "cost.json"
-        result = CliRunner().invoke(app, ["bench", "monitoring", "--quick", "--json", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "sketch, 1 in 10" in result.output
-    assert json.loads(file.read_text())["seed"] == 0

@@ -9,6 +9,8 @@ import torch
 from helpers import (
     CROSS_ENTROPY,
     Gain,
+    assert_multipliers,
+    autograd_multipliers,
     candidate,
     choose,
     classified,
@@ -313,13 +315,8 @@ LOSSES: dict[str, tuple[Callable[[Tensor], Any], type[cg.GrowthError], list[str]
     "one element": (lambda o: o.sum().reshape(1), cg.DataError, ["loss_fn", "(1,)"]),
     "number": (lambda o: 1.0, cg.DataError, ["loss_fn", "float", "scalar tensor"]),
     "none": (lambda o: None, cg.DataError, ["loss_fn", "NoneType"]),
-    "constant": (lambda o: torch.ones(()), cg.CandidateError, ["depend"]),
-    "detached": (lambda o: o.detach().mean(), cg.CandidateError, ["depend"]),
-    "other tensor": (
-        lambda o: torch.ones((), requires_grad=True) * 2,
-        cg.CandidateError,
-        ["depend"],
-    ),
+    "constant": (lambda o: torch.ones(()), cg.DataError, ["loss_fn", "depend"]),
+    "detached": (lambda o: o.detach().mean(), cg.DataError, ["loss_fn", "depend"]),
     "nan": (lambda o: o.mean() * NAN, cg.DataError, ["NaN or Inf"]),
     "inf": (lambda o: o.mean() + INF, cg.DataError, ["NaN or Inf"]),
     "gradient nan": (lambda o: ((o - o.detach()) ** 2).sum().sqrt(), cg.DataError, ["NaN or Inf"]),
@@ -351,7 +348,15 @@ def test_arguments_of_the_wrong_kind() -> None:
         cg.GrowthProblem(feedforward(2, 4, 3), "x", classified(5), [candidate()])  # type: ignore[arg-type]
 
 
-def test_site_that_a_later_batch_does_not_reach() -> None:
+def test_a_loss_that_does_not_depend_on_the_model() -> None:
+    model, data = used(feedforward(2, 4, 3)), classified(12, batch=5)
+    other = torch.ones((), requires_grad=True)
+    with refuses(model, cg.CandidateError, "does not depend"):
+        solved(model, data, candidate(), loss_fn=lambda output, target: other * 2)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["closed form", "own block"])
+def test_batches_that_reach_a_site_more_often_or_not_at_all(own: bool) -> None:
     class Sometimes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -363,11 +368,12 @@ def test_site_that_a_later_batch_does_not_reach() -> None:
                 x = self.site(x)
             return self.last(x)
 
-    model = used(Sometimes())
-    for sizes in ([5, 3], [5, 2]):
-        data = [classified(size)[0] for size in sizes]
-        with refuses(model, cg.CandidateError, "site", "batch"):
-            solved(model, data, candidate("site"))
+    model = Sometimes()
+    one = candidate("site", block=Gain(4)) if own else candidate("site")
+    data = [classified(size)[0] for size in (5, 3, 2, 5)]
+    solution = solved(model, data, one)
+    assert_multipliers(solution, "site", autograd_multipliers(model, data, one))
+    assert solution.sensitivities["site"].variance > 0
 
 
 def test_no_inputs_with_samples() -> None:

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Mapping
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,10 +35,7 @@ from constrained_growth.norms import (
     lipschitz,
 )
 from constrained_growth.statistics import (
-    SquaredSizes,
     interval,
-    slope_of_square,
-    square_on_all,
     squared_norm_interval,
 )
 
@@ -249,116 +245,3 @@ def test_confidence_out_of_range(confidence: float) -> None:
 
 
 # --- squares on all data, and how they vary together --------------------------------------------
-
-
-@given(st.integers(0, 2**16), st.sampled_from(SIMPLE))
-def test_slope_of_the_square_is_its_derivative(seed: int, norm: Norm) -> None:
-    torch.manual_seed(seed)
-    here, step = torch.randn(2, 15)
-    slope = slope_of_square(norm, named(here))
-    h = 1e-6
-    up, down = (float(norm(named(here + sign * h * step))) ** 2 for sign in (1, -1))
-    found = sum((slope[k] * v).sum().item() for k, v in named(step).items())
-    assert found == pytest.approx((up - down) / (2 * h), rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("norm", SIMPLE)
-def test_slope_of_the_square_is_0_at_0(norm: Norm) -> None:
-    assert squared_norm(slope_of_square(norm, named(torch.zeros(15))).values()) == 0
-
-
-def test_norm_that_cannot_be_differentiated() -> None:
-    with refused(cg.RuleError, "autograd cannot differentiate", "return a tensor"):
-        slope_of_square(lambda m: float(m["weight"].detach().norm()), named(torch.ones(15)))
-
-
-@pytest.mark.parametrize("size", [(2, 2), (3, 1)])
-def test_square_on_all_data_is_unbiased(size: tuple[int, int]) -> None:
-    """Over all ways to draw two parts of six vectors it is, on average, that of their mean."""
-    vectors = torch.randn(6, 4)
-    first, second = size
-    found = []
-    for order in itertools.permutations(range(6), first + second):
-        drawn = vectors[list(order)]
-        parts = [drawn, drawn[:first], drawn[first:]]
-        squares = [part.mean(0).square().sum().item() for part in parts]
-        found.append(square_on_all(*squares, sizes=size, fraction=sum(size) / 6))
-    exact = vectors.mean(0).square().sum().item()
-    assert sum(found) / len(found) == pytest.approx(exact, rel=1e-9)
-
-
-def sampled(vectors: list[Tensor], norm: Norm, units: tuple[int, int]) -> SquaredSizes:
-    """Of the means of some vectors, units × 15 each, with the slope after the first few units."""
-    first, second = units
-    values, projections = [], []
-    for each in vectors:
-        parts = [each.mean(0), each[:first].mean(0), each[first:].mean(0)]
-        squares = [float(norm(named(part))) ** 2 for part in parts]
-        values.append(square_on_all(*squares, sizes=units, fraction=0))
-        slope = slope_of_square(norm, named(parts[1]))
-        projections.append((each[first:] * torch.cat([v.flatten() for v in slope.values()])).sum(1))
-    of_mean = (1 / first + 1 / second) / 4
-    q = torch.stack(projections, 1).numpy()
-    return SquaredSizes.of(values, [q], [np.ones(second)], of_mean)
-
-
-@pytest.mark.parametrize("length", [0.0, 1.0, 5.0])
-@pytest.mark.parametrize("norm", SIMPLE)
-def test_limits_are_wrong_no_more_often_than_they_say(norm: Norm, length: float) -> None:
-    """Normal vectors with an uneven covariance; what is left of the bias shows in Nuclear."""
-    trials, units, level = 400, (20, 20), 0.05
-    spread = torch.linspace(2, 0.1, 15)
-    truth = length * F.normalize(torch.randn(15), dim=0)
-    exact = float(norm(named(truth)))
-    below = above = 0
-    for _ in range(trials):
-        low, high = sampled([truth + spread * torch.randn(40, 15)], norm, units).limits(0, level)
-        below, above = below + (exact > high), above + (exact < low)
-    assert below / trials <= allowed(level, trials)
-    assert above / trials <= allowed(level, trials)
-
-
-@pytest.mark.parametrize("ratio", [1.0, 1.5])
-def test_comparisons_are_wrong_no_more_often_than_they_say(ratio: float) -> None:
-    """Two vectors of equal size per cost, with much noise in common: neither may win often."""
-    trials, level = 400, 0.05
-    spread = torch.linspace(2, 0.1, 15)
-    truth = 3 * F.normalize(torch.randn(15), dim=0)
-    wins = 0
-    for _ in range(trials):
-        common, own = torch.randn(2, 40, 15)
-        one = truth + spread * common
-        other = ratio * (truth + spread * (common + 0.3 * own))
-        points = sampled([one, other], Frobenius(), (20, 20)).extremes([0, 1], level)
-        wins += bool((ratio * points[:, 0] > points[:, 1]).all())
-    assert wins / trials <= allowed(level, trials)
-
-
-def test_what_is_in_common_is_not_counted_twice() -> None:
-    """Limits that overlap, and a comparison that is settled all the same."""
-    common = torch.randn(30, 1).numpy()
-    q = common + 0.01 * torch.randn(30, 3).numpy()
-    found = SquaredSizes.of([5.0, 4.8, 4.7], [q], [np.ones(30)], 1.0)
-    assert found.limits(0, 0.01)[0] < found.limits(1, 0.01)[1]
-    for which in ([0, 1], [0, 2], [0], [1], [2]):
-        points = found.extremes(which, 0.01)
-        assert (points[:, :1] > points[:, 1:]).all()
-    alone = found.extremes([1], 0.01)
-    assert sorted(alone[:, 1]) == pytest.approx(found.limits(1, 0.01))
-
-
-def test_a_quantity_without_noise_stays_where_it_is() -> None:
-    q = np.stack([np.arange(6.0), np.zeros(6)], 1)
-    found = SquaredSizes.of([9.0, 4.0], [q], [np.ones(6)], 0.1)
-    assert found.limits(1, 0.01) == (2.0, 2.0)
-    assert found.extremes([0, 1], 0.01)[:, 1] == pytest.approx(2.0)
-    assert found.extremes([1], 0.01) == pytest.approx(np.array([[3.0, 2.0]] * 2))
-
-
-def test_groups_have_their_own_means_and_units_their_weights() -> None:
-    q = torch.randn(8, 1).numpy()
-    together = SquaredSizes.of([1.0], [q], [np.full(8, 3.0)], 0.5)
-    assert together.covariance[0, 0] == pytest.approx(3 * q.var(ddof=1) / 2)
-    apart = SquaredSizes.of([1.0], [q, q + 100], [np.full(8, 3.0)] * 2, 0.5)
-    assert apart.covariance[0, 0] == pytest.approx(together.covariance[0, 0])
-    assert (together.degrees, apart.degrees) == (7, 14)

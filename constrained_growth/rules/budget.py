@@ -193,8 +193,8 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
                     site = problem.model.get_submodule(planned.after)
                     takes = takes_context(planned.block)
                     counted = partial(_counted, totals, name, planned.block)
-                    handle = stand(site, counted, takes_context=takes, output=planned.output)
-                    stack.callback(handle.remove)
+                    standing = stand(site, counted, takes_context=takes, output=planned.output)
+                    stack.enter_context(standing)
                 call(problem.model, first[0])
                 return {name: total / batch_size(*first) for name, total in totals.items()}
         return None

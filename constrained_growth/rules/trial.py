@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -110,9 +111,10 @@ class Trial:
         cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
         quiet = None if self.progress is None else not self.progress
         bar = tqdm(total=self.steps, desc="trial", unit="step", leave=False, delay=1, disable=quiet)
-        with untouched(problem.model, problem.data, data), differentiable(), bar:
-            copies = {name: _Copy(problem, self, solution.candidates[name]) for name in left}
-            copies[NOTHING] = _Copy(problem, self, None)
+        standing = ExitStack()
+        with untouched(problem.model, problem.data, data), differentiable(), bar, standing:
+            copies = {n: _Copy(problem, self, solution.candidates[n], standing) for n in left}
+            copies[NOTHING] = _Copy(problem, self, None, standing)
             stream = _endless(problem, self.seed)
             for rung, number in enumerate(numbers):
                 left = sorted(left, key=lambda name: losses.get(name, 0.0))[:number]
@@ -139,7 +141,9 @@ class Trial:
 class _Copy:
     """A copy of the model, with a layer at its pins or without one, and its optimizer."""
 
-    def __init__(self, problem: GrowthProblem, rule: Trial, planned: Planned | None) -> None:
+    def __init__(
+        self, problem: GrowthProblem, rule: Trial, planned: Planned | None, standing: ExitStack
+    ) -> None:
         given = rule.optimizer if isinstance(rule.optimizer, torch.optim.Optimizer) else None
         self.model, optimizer = copy.deepcopy((problem.model, given))
         self.parts, self.problem, self.samples = nn.ModuleList([self.model]), problem, 0.0
@@ -147,7 +151,7 @@ class _Copy:
             block = copy.deepcopy(planned.block)
             self.parts.append(block)
             site, takes = self.model.get_submodule(planned.after), takes_context(block)
-            stand(site, block, takes_context=takes, output=planned.output)
+            standing.enter_context(stand(site, block, takes_context=takes, output=planned.output))
         if optimizer is None:
             trained = [p for p in self.parts.parameters() if p.requires_grad]
             optimizer = rule.optimizer(trained)  # type: ignore[operator]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from constrained_growth._data import batch_weight, batches
-from constrained_growth._sites.context import arguments, context_of
+from constrained_growth._sites.collector import replaced
+from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call
-from constrained_growth._sites.outputs import Which, tensor_in, with_tensor
+from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
@@ -35,7 +36,7 @@ class ExtendedNetwork(nn.Module):
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
-            hook = functools.partial(_stand, block, site.output)
+            hook = functools.partial(_stand, block, site)
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     def forward(self, input: object) -> Any:
@@ -45,13 +46,15 @@ class ExtendedNetwork(nn.Module):
 
 
 def _stand(
-    block: nn.Module, which: Which, module: nn.Module, args: Any, kwargs: Any, output: object
+    block: nn.Module, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object
 ) -> Any:
     """The output of a module with a block behind it."""
-    x = output if isinstance(output, Tensor) else tensor_in(output, which)
-    args, kwargs = arguments(block, x, context_of(module, args, kwargs))
-    y = block(*args, **kwargs).clone()  # as the model may go on to change in place what it gets
-    return y if isinstance(output, Tensor) else with_tensor(output, which, y)
+
+    def layer(x: Tensor, context: Context) -> Tensor:
+        args, kwargs = arguments(block, x, context)
+        return block(*args, **kwargs).clone()  # the model may go on to change what it gets
+
+    return replaced(site.after, module, args, kwargs, output, site.output, layer)
 
 
 class ExtendedProblem:

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from constrained_growth._sites.collector import watching
+from constrained_growth._sites.collector import hooked
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
@@ -135,12 +135,10 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
     extended = ExtendedProblem(problem)
     moves = [0.0]
 
-    def see(_: str, x: object, y: object) -> None:
-        assert isinstance(x, Tensor)
-        assert isinstance(y, Tensor)
-        moves.append((y - x).abs().max().item())
+    def see(block: nn.Module, args: tuple[Tensor, ...], kwargs: object, y: Tensor) -> None:
+        moves.append((y - args[0]).abs().max().item())
 
-    with watching(dict(extended.network.blocks.named_children()), see):
+    with hooked((block, see) for block in extended.network.blocks):
         _, gradient = extended.loss_and_gradient(extended.zero.numpy())
     grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
     return KKTResiduals(

@@ -609,8 +609,6 @@ def test_what_does_not_go_with_weights_says_so() -> None:
     problem = cg.GrowthProblem(
         model, CROSS_ENTROPY, data, [candidate("1")], weight=lambda x, y: len(x)
     )
-    with refused(cg.DataError, "sampling", "weight"):
-        cg.solve(problem, sampling=cg.AdaptiveSampling())
     with refused(cg.DataError, "weight="), cg.monitor(problem):
         pass
 

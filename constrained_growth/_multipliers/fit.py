@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._multipliers.uses import block_multipliers
+from constrained_growth._multipliers.closed_form import differentiated
+from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import Context
 from constrained_growth._sites.untouched import full_precision, untouched
 from constrained_growth.blocks import has_factors, moves, pinned_parameters
@@ -43,7 +44,7 @@ def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -
             f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
             f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
         ) from error
-    if moved > 1:
+    if not moved <= 1:  # nor may it be NaN
         raise BlockError(
             f"{where} is not the identity at its pins on the data: it moves the tensor at its "
             f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
@@ -61,7 +62,7 @@ def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> N
 
     x, delta = draw(), draw()
     with untouched(block):
-        multipliers = block_multipliers(block, x, delta, context)
+        _, multipliers = differentiated(block, Use(x, delta, context))
         if has_factors(block):
             _check_factors(block, x, delta, where)
     if not any(bool(value.any()) for value in multipliers.values()):

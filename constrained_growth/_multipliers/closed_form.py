@@ -1,0 +1,91 @@
+"""λ from two tensors at a site, the block standing nowhere: x, what is there, and δ = ∂L/∂x.
+
+At its pins a block y = b(x, v) is the identity, so that the chain rule leaves
+
+    λ = −∇_v L = −(∂b/∂v)ᵀ δ.
+
+Blocks with a pinned affine map W φ + b offer `factors(x, delta)`: the features φ and cotangents
+ψ = ∂L/∂(Wφ + b), with λ_W = −Σ ψφᵀ and λ_b = −Σ ψ, sample by sample. Any other block is
+differentiated alone, batch by batch. Both are right wherever the loss sees the layer through the
+*value* of its output only; see `in_graph` for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._sites.collector import Use
+from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
+from constrained_growth.blocks import AffineFactors, pinned_parameters
+
+
+def by_sample(uses: Sequence[Use], size: int) -> bool:
+    """Whether the first dimension of x counts the `size` samples of the batch, at every use."""
+    return all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
+
+
+def factors_of(block: Any, uses: Sequence[Use], dtype: torch.dtype) -> Sequence[AffineFactors]:
+    """The factors of a block; several uses become as many more positions of each sample."""
+    found = [list(block.factors(use.x.to(dtype), use.delta.to(dtype))) for use in uses]
+    if len(found) == 1:
+        return found[0]
+
+    def joined(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(len(t), -1, t.shape[-1]) for t in tensors], dim=1)
+
+    return [
+        replace(
+            same[0],
+            cotangent=joined([factor.cotangent for factor in same]),
+            features=joined([factor.features for factor in same]),
+        )
+        for same in zip(*(_whole(factors) for factors in found), strict=True)
+    ]
+
+
+def _whole(factors: Sequence[AffineFactors]) -> list[AffineFactors]:
+    """One for each affine map, of factors that may come for a few samples at a time."""
+    parts: dict[str, list[AffineFactors]] = {}
+    for factor in factors:
+        parts.setdefault(factor.weight, []).append(factor)
+    return [
+        replace(
+            some[0],
+            cotangent=torch.cat([factor.cotangent for factor in some]),
+            features=torch.cat([factor.features for factor in some]),
+        )
+        for some in parts.values()
+    ]
+
+
+def differentiated(block: nn.Module, use: Use) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd.
+
+    Neither its parameters nor its buffers are touched. The random numbers that it draws (Dropout)
+    are not missing in the model, which gets its own.
+    """
+    leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
+    y = at_pins(block, leaves, use.x, use.context)
+    if not y.requires_grad:
+        return y, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    grads = torch.autograd.grad(
+        y, list(leaves.values()), use.delta.to(y.dtype), allow_unused=True, materialize_grads=True
+    )
+    return y.detach(), {name: -grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def at_pins(
+    block: nn.Module, pinned: dict[str, Tensor], x: Tensor, context: Context = NO_CONTEXT
+) -> Tensor:
+    """`block(x)` with other tensors in the place of its pinned parameters, all else untouched."""
+    free = {name: p.detach() for name, p in block.named_parameters() if name not in pinned}
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    cuda = [x.device] if x.device.type == "cuda" else []
+    args, kwargs = arguments(block, x, context)
+    with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=block.training):
+        return torch.func.functional_call(block, {**free, **buffers, **pinned}, args, kwargs)

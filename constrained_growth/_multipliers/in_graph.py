@@ -1,0 +1,76 @@
+"""λ with the blocks standing in the network, at their pins, while model and loss run.
+
+Each block is called at its site as the inserted layer will be, its pinned parameters replaced by
+leaves v at their pins, and autograd gives −∇_v L. That is right by construction, for every loss
+that autograd can follow: also where the loss contains derivatives of the model's output
+(physics-informed networks, forces, gradient penalties), to which a layer contributes by its
+Jacobian, which (x, δ) do not show. It costs the passes through the blocks, and gives λ batch by
+batch, not sample by sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from constrained_growth._multipliers.closed_form import at_pins
+from constrained_growth._sites.collector import See, collecting
+from constrained_growth._sites.context import Context
+from constrained_growth._sites.site import Site
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.pins import change
+
+
+class Standing:
+    """Blocks that stand at their sites, at most one at each.
+
+    Attributes:
+        leaves: Candidate → pinned parameter → v, by which the loss is to be differentiated.
+        moved: Candidate → by how much its block moved x at most, in units of rounding.
+    """
+
+    def __init__(self, sites: Sequence[Site], names: Sequence[str]) -> None:
+        self._places = [(s, n) for s in sites for n in names if n in s.blocks]
+        self.leaves = {
+            name: {
+                key: pin.detach().requires_grad_()
+                for key, pin in pinned_parameters(site.blocks[name]).items()
+            }
+            for site, name in self._places
+        }
+        self.moved: dict[str, Tensor] = {}
+
+    @contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Let the blocks stand; what backward runs again (checkpointing) finds them there too."""
+        with collecting(
+            (s.after, s.module, s.output, self._layer(s, name)) for s, name in self._places
+        ):
+            yield
+
+    def _layer(self, site: Site, name: str) -> See:
+        block, leaves = site.blocks[name], self.leaves[name]
+
+        def layer(x: Tensor, context: Context) -> Tensor | None:
+            if not torch.is_grad_enabled():  # a part without gradients, and the layer at its pins
+                return None
+            y = at_pins(block, leaves, x, context)
+            if name in site.conditional:
+                here = change(x.detach(), y.detach().to(x.dtype)).double()
+                before = self.moved.get(name, here)
+                self.moved[name] = here.maximum(before)
+            return y.clone() if site.overwritten else y
+
+        return layer
+
+
+def rounds(sites: Sequence[Site]) -> list[list[str]]:
+    """The candidates in as few lists as there are at most at one site, one of each in a list."""
+    most = max(len(site.blocks) for site in sites)
+    return [
+        [name for site in sites for name in list(site.blocks)[index : index + 1]]
+        for index in range(most)
+    ]

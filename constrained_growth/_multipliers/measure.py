@@ -1,0 +1,373 @@
+"""λ of all candidates: one forward and one backward pass over the data, two sums per pin."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._data import Weight, batch_size, batch_weight, batches
+from constrained_growth._distributed import add_up, everywhere, in_step, several
+from constrained_growth._multipliers.accumulator import (
+    Accumulator,
+    Counts,
+    Estimate,
+    accumulation_dtype,
+)
+from constrained_growth._multipliers.closed_form import by_sample
+from constrained_growth._multipliers.in_graph import Standing, rounds
+from constrained_growth._sharding import Leaves, is_sharded, is_spread, summed_like
+from constrained_growth._sites.collector import Collector, Use
+from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.site import Site
+from constrained_growth._sites.untouched import full_precision, untouched
+from constrained_growth.blocks import has_factors
+from constrained_growth.errors import BlockError, DataError
+from constrained_growth.solution import Method
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one pass over the data gives.
+
+    Attributes:
+        loss: Mean loss over the samples.
+        estimates: Candidate → λ = −∇_v L, its variance and moments.
+        gradients: Name → ∇L of the trainable parameters, or None if not asked for.
+        num_samples: How many samples were read.
+        num_batches: How many batches were read.
+    """
+
+    loss: float
+    estimates: dict[str, Estimate]
+    gradients: dict[str, Tensor] | None
+    num_samples: int
+    num_batches: int
+
+
+def measure(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Iterable[Any],
+    sites: Sequence[Site],
+    method: Method,
+    *,
+    gradients: bool,
+    moments: bool = False,
+    group: ProcessGroup | None = None,
+    weight: Weight = None,
+) -> Measurement:
+    """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
+
+    Args:
+        model: Run in the mode (train or eval) it is in, with gradients on (`differentiable`).
+        loss_fn: `loss_fn(output, target)`, a scalar mean over the samples of the batch.
+        data: `(input, target)` pairs.
+        sites: From `GrowthProblem`.
+        method: The way to λ.
+        gradients: Also ∇_θ L, which costs one product more per layer.
+        moments: Also the second moments that some norms need.
+        group: The processes that have a shard of the data each. They all call this, and get the
+            means over all the data; sums and counts are added up, never norms.
+        weight: How much a batch counts, as in `GrowthProblem`; those of weight 0 are passed over.
+
+    Raises:
+        DataError: No batches, or a batch or loss that cannot be used.
+        BlockError: A block is not the identity on a later batch.
+        GrowthError: Another process failed.
+    """
+    running = Pass(model, loss_fn, sites, method, gradients=gradients, moments=moments)
+    sharded = is_sharded(model)
+
+    def read() -> None:
+        pairs = ((*p, batch_weight(weight, *p)) for p in batches(data, device_of(model)))
+        counting = (batch for batch in pairs if batch[2] > 0)  # a mean over nothing is NaN
+        with running.watching():
+            if sharded:
+                for batch, new in in_step(counting, group):
+                    running.add(*batch, counts=new)
+            else:
+                for batch in counting:
+                    running.add(*batch)
+
+    everywhere(read, group, collective=sharded)
+    running.reduce(group)
+    return running.measurement()
+
+
+class Pass:
+    """The sums of a pass over the data, batch by batch; arguments as in `measure`.
+
+    Attributes:
+        accumulators: Candidate → its sums.
+        reached: The candidates that had a gradient in the graph, be it zero.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        sites: Sequence[Site],
+        method: Method,
+        *,
+        gradients: bool,
+        moments: bool = False,
+    ) -> None:
+        self._model, self._loss_fn, self._sites = model, loss_fn, sites
+        self._collector = Collector(sites)
+        self._rounds = rounds(sites) if method is Method.IN_GRAPH else []
+        self.accumulators = accumulators(sites, moments=moments)
+        named = model.named_parameters() if gradients else ()
+        self.reached: set[str] = set()
+        self._parameters = {name: p for name, p in named if p.requires_grad}
+        self._totals = {
+            name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
+            for name, p in self._parameters.items()
+        }
+        self._leaves = Leaves(model, self._parameters)
+        self._with_gradients = gradients
+        self._devices = {site.device for site in sites}
+        device = device_of(model) or torch.device("cpu")
+        self._loss = torch.zeros((), dtype=torch.float64, device=device)
+        self._samples, self._batches, self._weight = 0, 0, 0.0
+        self._joinable = [all(map(has_factors, site.blocks.values())) for site in sites]
+        self._waiting: list[list[Use]] = [[] for _ in sites]
+        self._waiting_bytes, self._waiting_for = 0, (0, 0.0)
+        self._room = max(2**20, sum(a.nbytes for a in self.accumulators.values()) // 2)
+        self._now = 0.0  # the weight of the batch that is on its way
+
+    def watching(self) -> ExitStack:
+        """The hooks on the model and its parameters, which `add` needs, for a while."""
+        with ExitStack() as stack:
+            stack.enter_context(self._leaves.watching(self._stream))
+            if not self._rounds:
+                stack.enter_context(self._collector.watching())
+            return stack.pop_all()
+
+    def _stream(self, name: str, leaf: Tensor) -> Any:
+        return leaf.register_hook(functools.partial(self._take, self._totals[name]))
+
+    def _take(self, total: Tensor, gradient: Tensor) -> Tensor:
+        """Add up a gradient as backward delivers it, and send it on without its memory."""
+        if is_spread(total):
+            total.add_(summed_like(gradient.to(total.dtype) * self._now, total))
+        else:
+            total.add_(gradient, alpha=self._now)
+        return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
+
+    def add(self, input: Any, target: Any, weight: float, *, counts: bool = True) -> Tensor:
+        """Take in one batch: one forward and one backward pass; in the graph one for each round.
+
+        Args:
+            input: Of the model.
+            target: Goes to the loss with the output.
+            weight: How much the batch counts.
+            counts: False for one that is run only because other processes run one.
+
+        Returns:
+            The loss.
+
+        Raises:
+            DataError: The batch or its loss cannot be used.
+        """
+        size = batch_size(input, target)
+        self._now = weight if counts else 0.0
+        if self._rounds:
+            loss = self._add_in_graph(input, target, size, weight, counts=counts)
+        else:
+            self._collector.begin()
+            loss = self._loss_of(input, target)
+            uses, _ = self._collector.backward(loss, list(self._leaves.values.values()))
+            if counts:
+                self.accumulate(uses, size, weight)
+        if counts:
+            self._loss.add_(loss.detach().to(self._loss.device), alpha=weight)
+            self._samples += size
+            self._batches += 1
+            self._weight += weight
+        return loss.detach()
+
+    def _loss_of(self, input: Any, target: Any) -> Tensor:
+        loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        if not loss.requires_grad:
+            raise DataError(
+                "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
+                "from the model's output without detach(), item() or torch.no_grad()."
+            )
+        return loss
+
+    def accumulate(self, uses: Sequence[Sequence[Use]], size: int, weight: float) -> None:
+        """Take in what one batch has brought to each site, now or with the next ones.
+
+        A product over few samples is slow, as it reads and writes all of λ. So small batches
+        of the same size and weight wait to be joined, in half the room of λ.
+        """
+        if (size, weight) != self._waiting_for:
+            self._flush()
+            self._waiting_for = size, weight
+        for index, here in enumerate(uses):
+            if self._joinable[index] and len(here) == 1 and by_sample(here, size):
+                self._waiting[index].append(here[0])
+                self._waiting_bytes += here[0].x.nbytes + here[0].delta.nbytes
+            else:
+                self._add(index, here, size)
+        if self._waiting_bytes > self._room:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Take in what waits."""
+        size, _ = self._waiting_for
+        for index, waiting in enumerate(self._waiting):
+            shapes = {use.x.shape for use in waiting}
+            for uses in [waiting] if len(shapes) == 1 else [[use] for use in waiting]:
+                self._add(index, [_joined(uses)], size * len(uses), len(uses))
+        self._waiting = [[] for _ in self._sites]
+        self._waiting_bytes = 0
+
+    def _add(self, index: int, uses: Sequence[Use], size: int, batches: int = 1) -> None:
+        _, weight = self._waiting_for
+        with torch.no_grad(), full_precision(*self._devices):
+            for name in self._sites[index].blocks:
+                self.accumulators[name].add(uses, size, weight, batches=batches)
+
+    def _add_in_graph(
+        self, input: Any, target: Any, size: int, weight: float, *, counts: bool
+    ) -> Tensor:
+        first: Tensor | None = None
+        for index, names in enumerate(self._rounds):
+            standing = Standing(self._sites, names)
+            pins = [leaf for leaves in standing.leaves.values() for leaf in leaves.values()]
+            leaves = list(self._leaves.values.values()) if index == 0 else []
+            with ExitStack() as stack:
+                if index < len(self._rounds) - 1:  # each round sees the same random numbers
+                    stack.enter_context(untouched(self._model))
+                stack.enter_context(standing.in_model())
+                loss = self._loss_of(input, target)
+                grads: Sequence[Tensor | None] = [None] * len(pins)
+                if loss.requires_grad:
+                    with full_precision(*self._devices):
+                        grads = torch.autograd.grad(loss, [*pins, *leaves], allow_unused=True)
+            first = loss if first is None else first
+            if counts:
+                found = iter(grads)
+                for name, here in standing.leaves.items():
+                    there = list(itertools.islice(found, len(here)))
+                    self.reached.update({name} if any(g is not None for g in there) else ())
+                    multiplier = {
+                        key: torch.zeros_like(pin) if grad is None else -grad
+                        for (key, pin), grad in zip(here.items(), there, strict=True)
+                    }
+                    moved = standing.moved.get(name)
+                    self.accumulators[name].add_whole(multiplier, moved, size, weight)
+        assert first is not None
+        return first
+
+    def reduce(self, group: ProcessGroup | None) -> None:
+        """Add up what the processes of a group have taken in, each its part; all call this.
+
+        Afterwards each has the sums of all, so that this is done once, at the end.
+
+        Raises:
+            DataError: The model is not the same on all processes.
+        """
+        self._flush()
+        if not several(group):
+            return
+        mine = {name: accumulator.counts for name, accumulator in self.accumulators.items()}
+        found = everywhere(
+            lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
+        )
+        if any(not _close(sizes, found[0][3]) for _, _, _, sizes, _ in found):
+            raise DataError(
+                "model: its parameters are not the same on all processes of the group; load the "
+                "same state dict on each, or train with DistributedDataParallel."
+            )
+        self._samples, self._batches, self._weight = (
+            sum(process[i] for process in found) for i in range(3)
+        )
+        sums = [self._loss, *(t for t in self._totals.values() if not is_spread(t))]
+        for name, accumulator in self.accumulators.items():
+            counts: list[Counts] = [process[4][name] for process in found]
+            sums += accumulator.join(counts)
+        add_up(sums, group)
+
+    def _sizes(self) -> list[float]:
+        """The norms of the parameters, to tell one model from another."""
+        kept = (p for p in self._model.parameters() if p.is_floating_point())
+        parameters = (p.detach() for p in kept if not is_spread(p))
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
+        return torch.stack(norms).tolist() if norms else []
+
+    def estimates(self, *, last: bool = False) -> dict[str, Estimate]:
+        """Candidate → what is known of it; with `last` the sums become the means in place."""
+        self._flush()
+        return {name: a.estimate(last=last) for name, a in self.accumulators.items()}
+
+    def measurement(self) -> Measurement:
+        """The means over what was taken in; the sums become them in place.
+
+        Raises:
+            DataError: Nothing was taken in.
+            BlockError: A block is not the identity on a later batch.
+        """
+        if self._samples == 0:
+            raise DataError(
+                "data yields no batches; give an iterable that can be iterated more than once, "
+                "such as a DataLoader or a list of (input, target) pairs (a generator is "
+                "exhausted after its first use)."
+            )
+        estimates = self.estimates(last=True)
+        refuse_moving(estimates)
+        gradients = {name: total.div_(self._weight) for name, total in self._totals.items()}
+        return Measurement(
+            loss=float(self._loss) / self._weight,
+            estimates=estimates,
+            gradients=gradients if self._with_gradients else None,
+            num_samples=self._samples,
+            num_batches=self._batches,
+        )
+
+
+def _joined(uses: Sequence[Use]) -> Use:
+    if len(uses) == 1:
+        return uses[0]
+    return Use(torch.cat([use.x for use in uses]), torch.cat([use.delta for use in uses]))
+
+
+def accumulators(sites: Sequence[Site], *, moments: bool) -> dict[str, Accumulator]:
+    """Candidate → what its multiplier is summed up in."""
+    return {
+        name: Accumulator(block, moments=moments, conditional=name in site.conditional)
+        for site in sites
+        for name, block in site.blocks.items()
+    }
+
+
+def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
+    """Refuse blocks that are the identity on the first batch and not on a later one.
+
+    Raises:
+        BlockError: There are such.
+    """
+    for name, estimate in estimates.items():
+        if estimate.moved > 1:  # NaN is for the status of the solution
+            raise BlockError(
+                f'the block of candidate "{name}" is the identity on the first batch and not '
+                "on a later one. An identity layer belongs right after its own activation; "
+                "elsewhere use ResidualMLP(width, hidden, activation)."
+            )
+
+
+def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
+    same = len(sizes) == len(others)
+    return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)
