@@ -24,7 +24,7 @@ from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.rules.deciding import decide
+from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
 from constrained_growth.solve import planned_in, sensitivities_of
 

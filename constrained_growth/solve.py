@@ -21,7 +21,7 @@ from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
-from constrained_growth.rules.deciding import decide_about
+from constrained_growth.rules.rule import decide_about
 from constrained_growth.solution import (
     Decision,
     Method,

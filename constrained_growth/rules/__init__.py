@@ -1,17 +1,16 @@
 """From sensitivities to a decision.
 
 A rule is anything callable as `rule(sensitivities) -> Decision`, where `sensitivities` maps the
-names of the candidates to `Sensitivity`; or anything with a method `decide(problem, solution) ->
-Decision`, if it has to ask the model more than that. Nothing else is asked of it.
+names of the candidates to `Sensitivity`; or, if it has to evaluate the model, anything with a
+method `decide(problem, solution) -> Decision`. Nothing else is required.
 """
 
 from constrained_growth.rules.budget import Budget, half_square
 from constrained_growth.rules.composition import otherwise, then
-from constrained_growth.rules.controls import Fixed, Random
-from constrained_growth.rules.matching import rule_for
 from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
-from constrained_growth.rules.protocol import DecisionRule, ModelRule, Rule, needs_model
-from constrained_growth.rules.ranking import Threshold, TopK
+from constrained_growth.rules.recommendation import rule_for
+from constrained_growth.rules.rule import DecisionRule, ModelRule, Rule, needs_model
+from constrained_growth.rules.selection import Fixed, Random, Threshold, TopK
 from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trial import Trial
 from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState

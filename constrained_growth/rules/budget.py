@@ -1,94 +1,72 @@
-"""Several insertions at once, under limits on what they may cost."""
+"""Several insertions at once, within a budget of parameters and multiply-adds."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
 
-from constrained_growth.errors import RuleError
+from constrained_growth._data import batch_size, batches
+from constrained_growth._distributed import everywhere
+from constrained_growth._sites.context import takes_context
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.untouched import untouched
+from constrained_growth.curvature import stand
+from constrained_growth.errors import DataError, RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.counting import multiply_adds
-from constrained_growth.solution import Decision, Sensitivity, Solution
+from constrained_growth.rules.rule import check_count
+from constrained_growth.solution import Decision, Planned, Sensitivity, Solution
+
+Array = NDArray[np.float64]
 
 
 def half_square(sensitivity: Sensitivity) -> float:
-    """½‖λ‖², the most that ⟨λ, s⟩ − ½‖s‖² can be, where ‖λ‖ is the dual of the norm of s.
+    """½‖λ‖², the largest value of ⟨λ, s⟩ − ½‖s‖², where ‖λ‖ is in the dual of the norm of s.
 
-    The predicted decrease for a quadratic model of unit curvature, up to a factor that is the
-    same for all candidates; it says which are better and by what ratio, not by how much the loss
-    will fall.
+    It ranks candidates and gives their ratios, but not by how much the loss will fall.
     """
     return sensitivity.value**2 / 2
 
 
 @dataclass(frozen=True)
-class Knapsack:
-    """Which items to take: maximise Σ gain x over x ∈ {0, 1} with rows x ≤ limits.
-
-    Attributes:
-        gains: One for each item, positive.
-        rows: What each item takes of each resource, not negative; shape (resources, items).
-        limits: How much of each there is.
-    """
-
-    gains: NDArray[np.float64]
-    rows: NDArray[np.float64]
-    limits: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Packing:
-    """The answer to a knapsack.
-
-    Attributes:
-        taken: Indices of the items.
-        gain: What they are worth together.
-        bound: No choice is worth more than this, which is proven.
-        prices: By how much the best of the relaxation 0 ≤ x ≤ 1 grows with each limit: its
-            multipliers, not negative.
-        relaxed: The best of the relaxation.
-    """
-
-    taken: tuple[int, ...]
-    gain: float
-    bound: float
-    prices: tuple[float, ...]
-    relaxed: float
-
-
-@dataclass(frozen=True)
 class Budget:
-    """The candidates of the largest summed gain that a budget pays for, to proven optimality.
+    """The candidates with the largest total gain within a budget, solved to proven optimality.
 
         maximise Σ_c gain_c x_c   over   x_c ∈ {0, 1}
 
         subject to   Σ_c params_c x_c ≤ parameters,   Σ_c madds_c x_c ≤ multiply_adds,
                      Σ_{c at a site} x_c ≤ per_site   for every site.
 
-    Gains are added up, which is right to first order. The decision's evidence holds the gain, a
-    proven bound on it and the `gap` between them (0 where it is the optimum), and the `prices`:
-    the multipliers of the limits in the relaxation 0 ≤ x ≤ 1, in gain per parameter and gain per
-    multiply-add, 0 where a limit does not bind.
+    Gains are summed, which is right to first order. The decision's evidence holds the `gain`, a
+    proven upper `bound` on it and the relative `gap` between them (0 at the optimum); and the
+    `prices`: the multipliers of the limits in the relaxation 0 ≤ x ≤ 1, in gain per parameter and
+    gain per multiply-add, 0 where a limit does not bind.
 
     Args:
-        parameters: At most so many new parameters, free ones included.
-        multiply_adds: At most so many more multiply-adds per sample of a forward pass; see
-            `counting.multiply_adds` for what is counted.
-        per_site: At most so many insertions at one site; None for any number.
-        gain: What an insertion is worth, a function of its sensitivity: `half_square` (½‖λ‖²) by
-            default. Candidates worth nothing are not taken.
+        parameters: Upper limit on the new parameters, pinned and free ones together.
+        multiply_adds: Upper limit on the additional multiply-adds per sample of a forward pass.
+            They are counted by PyTorch's `FlopCounterMode` on the first batch: matrix products,
+            convolutions and attention count, elementwise operations do not.
+        per_site: Upper limit on the insertions at one site; None for no limit.
+        gain: Function from a sensitivity to what the insertion is worth, `half_square` (½‖λ‖²) by
+            default. Candidates without a positive gain are not taken.
 
     Raises:
         RuleError: A limit is negative or none is given; or a gain is not finite.
 
     Source:
-        Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004; the solver is HiGHS, by
+        Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004; solved by HiGHS through
         `scipy.optimize.milp`.
 
     Example:
@@ -100,10 +78,8 @@ class Budget:
         >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
         >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
         >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
-        >>> cg.solve(problem, rule=Budget(parameters=20)).decision.chosen
-        ('1',)
-        >>> cg.solve(problem, rule=Budget(parameters=19)).decision.chosen
-        ()
+        >>> [cg.solve(problem, rule=Budget(n)).decision.chosen for n in (20, 19)]
+        [('1',), ()]
     """
 
     parameters: float | None = None
@@ -118,44 +94,47 @@ class Budget:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise RuleError(f"{name}={value!r} of Budget must be finite and not negative.")
-        if self.per_site is not None and self.per_site < 1:
-            raise RuleError(f"per_site={self.per_site!r} of Budget must be positive.")
+        if self.per_site is not None:
+            check_count("per_site", self.per_site, "Budget")
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The best choice within the budget."""
-        sensitivities = solution.sensitivities
-        gains = {name: self._gain(name, s) for name, s in sensitivities.items()}
+        given = solution.sensitivities
+        gains = {name: self._gain(name, s) for name, s in given.items()}
         names = [name for name, gain in gains.items() if gain > 0]
-        costs: dict[str, Mapping[str, float]] = {}
-        limits: dict[str, float] = {}
+        costs: dict[str, dict[str, float]] = {}
         if self.parameters is not None:
-            costs["parameters"] = {n: sensitivities[n].num_new_parameters for n in names}
-            limits["parameters"] = self.parameters
+            costs["parameters"] = {name: given[name].num_new_parameters for name in names}
         if self.multiply_adds is not None:
             planned = {name: solution.candidates[name] for name in names}
-            costs["multiply_adds"] = multiply_adds(problem, planned) if names else {}
-            limits["multiply_adds"] = self.multiply_adds
-        rows = [[costs[key][name] for name in names] for key in costs]
-        bounds = [limits[key] for key in costs]
+            costs["multiply_adds"] = _multiply_adds(problem, planned) if names else {}
+        limits = {key: float(getattr(self, key)) for key in costs}
+        rows = [[cost[name] for name in names] for cost in costs.values()]
+        bounds = list(limits.values())
         if self.per_site is not None:
-            for site in dict.fromkeys(sensitivities[name].site for name in names):
-                rows.append([float(sensitivities[name].site == site) for name in names])
+            for site in dict.fromkeys(given[name].site for name in names):
+                rows.append([float(given[name].site == site) for name in names])
                 bounds.append(float(self.per_site))
-        packing = pack(
-            Knapsack(
-                np.array([gains[name] for name in names], dtype=np.float64),
-                np.array(rows, dtype=np.float64).reshape(len(bounds), len(names)),
-                np.array(bounds, dtype=np.float64),
-            )
+        taken, found = _knapsack(
+            np.array([gains[name] for name in names]),
+            np.array(rows, dtype=float).reshape(len(bounds), len(names)),
+            np.array(bounds),
         )
-        chosen = tuple(sorted((names[i] for i in packing.taken), key=lambda n: -gains[n]))
+        chosen = tuple(sorted((names[i] for i in taken), key=lambda name: -gains[name]))
         spent = {key: sum(cost[name] for name in chosen) for key, cost in costs.items()}
-        return Decision(
-            chosen,
-            _reason(chosen, spent, limits),
-            {},
-            _evidence(packing, gains, costs, spent, limits),
-        )
+        parts = (f"{spent[key]:g} of {limits[key]:g} {key.replace('_', '-')}" for key in limits)
+        best = f"the best {len(chosen)} for {' and '.join(parts)}"
+        reason = best if chosen else "no candidate with a gain fits the budget"
+        evidence = {
+            **found,
+            "prices": dict(zip(costs, found["prices"], strict=False)),  # not those of the sites
+            "gains": gains,
+            "costs": costs,
+            "spent": spent,
+            "limits": limits,
+            "passes": 0.0,
+        }
+        return Decision(chosen, reason, evidence=evidence)
 
     def _gain(self, name: str, sensitivity: Sensitivity) -> float:
         gain = float(self.gain(sensitivity))
@@ -164,28 +143,21 @@ class Budget:
         return gain
 
 
-def pack(knapsack: Knapsack) -> Packing:
-    """Solve a knapsack to proven optimality.
-
-    Args:
-        knapsack: With no items, nothing is taken.
-
-    Raises:
-        RuleError: The solver gave up.
-    """
-    gains, rows, limits = knapsack.gains, knapsack.rows, knapsack.limits
+def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict[str, Any]]:
+    """Maximise gains·x over x ∈ {0, 1}ⁿ with rows x ≤ limits, where gains > 0 and rows ≥ 0."""
     if len(gains) == 0:
-        return Packing((), 0.0, 0.0, (0.0,) * len(limits), 0.0)
-    scale = gains.max()
-    sizes = np.maximum(rows.max(axis=1), 1.0)
-    scaled, bounds = rows / sizes[:, None], limits / sizes
-    relaxed = linprog(-gains / scale, A_ub=scaled, b_ub=bounds, bounds=(0, 1), method="highs")
+        nothing = dict.fromkeys(("gain", "bound", "gap", "relaxed"), 0.0)
+        return [], {**nothing, "prices": [0.0] * len(limits)}
+    # HiGHS has absolute tolerances, so everything is scaled to about 1
+    scale, sizes = gains.max(), np.maximum(rows.max(axis=1), 1.0)
+    objective, scaled, bounds = -gains / scale, rows / sizes[:, None], limits / sizes
+    relaxed = linprog(objective, A_ub=scaled, b_ub=bounds, bounds=(0, 1), method="highs")
     if relaxed.status != 0:
         raise RuleError(f"Budget: the relaxation was not solved: {relaxed.message}")
     constraints = [LinearConstraint(scaled, -np.inf, bounds)]  # type: ignore[arg-type]
     while True:
         result = milp(
-            -gains / scale,
+            objective,
             integrality=np.ones(len(gains)),
             bounds=Bounds(0, 1),
             constraints=constraints,
@@ -196,44 +168,49 @@ def pack(knapsack: Knapsack) -> Packing:
         x = np.round(result.x)
         if bool((rows @ x <= limits).all()):
             break
-        # within the solver's tolerance and over the limit all the same: exclude this very choice
+        # over a limit, though within the solver's tolerance: exclude exactly this choice
         constraints.append(LinearConstraint(2 * x - 1, -np.inf, x.sum() - 1))  # type: ignore[arg-type]
     gain = float(gains @ x)
-    # SciPy's marginals are of the minimum of −gain: the price is the opposite
-    prices = -scale * relaxed.ineqlin.marginals / sizes
-    return Packing(
-        taken=tuple(int(i) for i in np.flatnonzero(x)),
-        gain=gain,
-        bound=max(-scale * float(result.mip_dual_bound), gain),
-        prices=tuple(float(max(price, 0.0)) for price in prices),
-        relaxed=-scale * float(relaxed.fun),
-    )
-
-
-def _reason(
-    chosen: tuple[str, ...], spent: Mapping[str, float], limits: Mapping[str, float]
-) -> str:
-    parts = [f"{spent[key]:g} of {limits[key]:g} {key.replace('_', '-')}" for key in limits]
-    return f"the best {len(chosen)} for {' and '.join(parts)}" if chosen else "nothing is worth it"
-
-
-def _evidence(
-    packing: Packing,
-    gains: Mapping[str, float],
-    costs: Mapping[str, Mapping[str, float]],
-    spent: Mapping[str, float],
-    limits: Mapping[str, float],
-) -> dict[str, Any]:
-    gap = (packing.bound - packing.gain) / packing.gain if packing.gain > 0 else 0.0
-    return {
-        "gain": packing.gain,
-        "bound": packing.bound,
-        "gap": gap,
-        "relaxed": packing.relaxed,
-        "prices": dict(zip(costs, packing.prices, strict=False)),
-        "gains": dict(gains),
-        "costs": {key: dict(cost) for key, cost in costs.items()},
-        "spent": dict(spent),
-        "limits": dict(limits),
-        "passes": 0.0,
+    bound = max(-scale * float(result.mip_dual_bound), gain)
+    return np.flatnonzero(x).tolist(), {
+        "gain": gain,
+        "bound": bound,
+        "gap": (bound - gain) / gain if gain > 0 else 0.0,
+        "relaxed": -scale * float(relaxed.fun),
+        # SciPy's marginals belong to the minimum of −gain, so the prices have the opposite sign
+        "prices": np.maximum(-scale * relaxed.ineqlin.marginals / sizes, 0.0).tolist(),
     }
+
+
+def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> dict[str, float]:
+    """Multiply-adds per sample of each block on the first batch, over all calls of its site."""
+
+    def count() -> dict[str, float] | None:
+        with untouched(problem.model, problem.data), torch.no_grad(), ExitStack() as stack:
+            for first in batches(problem.data, device_of(problem.model)):
+                totals = dict.fromkeys(candidates, 0.0)
+                for name, planned in candidates.items():
+                    site = problem.model.get_submodule(planned.after)
+                    takes = takes_context(planned.block)
+                    counted = partial(_counted, totals, name, planned.block)
+                    standing = stand(site, counted, takes_context=takes, output=planned.output)
+                    stack.enter_context(standing)
+                call(problem.model, first[0])
+                return {name: total / batch_size(*first) for name, total in totals.items()}
+        return None
+
+    found = [counts for counts in everywhere(count, problem.group) if counts is not None]
+    if not found:
+        raise DataError("data yields no batches; give at least one (input, target) pair.")
+    return found[0]
+
+
+def _counted(
+    totals: dict[str, float], name: str, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Run the block on x, add what it costs to the totals, and return x unchanged."""
+    buffers = {key: buffer.clone() for key, buffer in block.named_buffers()}
+    with FlopCounterMode(display=False) as counter:
+        functional_call(block, buffers, (x, *args), kwargs)
+    totals[name] += counter.get_total_flops() / 2  # one multiply-add is two operations
+    return x

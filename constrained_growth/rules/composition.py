@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.deciding import checked_decision
-from constrained_growth.rules.protocol import DecisionRule, Rule, needs_model
+from constrained_growth.rules.rule import DecisionRule, Rule, decide, decide_about, needs_model
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
 
@@ -18,23 +17,22 @@ def then(*rules: DecisionRule) -> DecisionRule: ...
 @overload
 def then(*rules: Rule) -> Rule: ...
 def then(*rules: Rule) -> Rule:
-    """One rule after the other, each deciding about what the one before it has chosen.
+    """Rules in sequence: each decides about the candidates that the previous one chose.
 
-    The last one has the last word, also about where a layer starts. So
-    `then(Threshold(relative=1.0), TopK(1))` takes the best of those above the bar, and
-    `then(TopK(3), TrustRegion())` spends second-order information on three candidates only. A
-    rule that finds nothing left is not asked. On several processes the rules must decide alike on
-    all of them, as those of this library do.
+    The last rule decides where a layer starts. `then(Threshold(relative=1.0), TopK(1))` takes the
+    best candidate above the threshold; `then(TopK(3), TrustRegion())` spends second-order
+    information on three candidates only. Once nothing is chosen, the remaining rules are not
+    asked. With several processes, the rules must decide the same on all of them, as those of this
+    library do.
 
     Args:
         *rules: At least one.
 
     Returns:
-        A function of the sensitivities where all of them are; otherwise a rule that is asked with
-        the problem.
+        A function of the sensitivities if all rules are; otherwise a rule with a method `decide`.
 
     Raises:
-        RuleError: There is none, or something is no rule.
+        RuleError: There are no rules, or an argument is not a rule.
 
     Example:
         >>> from constrained_growth.rules import Threshold, TopK
@@ -42,8 +40,7 @@ def then(*rules: Rule) -> Rule:
         >>> then(Threshold(absolute=0.3), TopK(1))(given).chosen
         ('b',)
     """
-    plain = _plain(rules, "then")
-    return ModelChain(rules) if plain is None else Chain(plain)
+    return _composed(rules, "then")
 
 
 @overload
@@ -51,22 +48,11 @@ def otherwise(*rules: DecisionRule) -> DecisionRule: ...
 @overload
 def otherwise(*rules: Rule) -> Rule: ...
 def otherwise(*rules: Rule) -> Rule:
-    """The first rule that chooses anything.
+    """The decision of the first rule that chooses anything.
 
-    All decide about the same candidates; one that inserts nothing passes the question on. So
-    `then(TopK(1), otherwise(TrustRegion(), TopK(1)))` lets the best candidate start at the step
-    of a trust region, and at its pins where no step is accepted. On several processes the rules
-    must decide alike on all of them, as those of this library do, so that all ask the same ones.
-
-    Args:
-        *rules: At least one.
-
-    Returns:
-        A function of the sensitivities where all of them are; otherwise a rule that is asked with
-        the problem.
-
-    Raises:
-        RuleError: There is none, or something is no rule.
+    All rules decide about the same candidates. `then(TopK(1), otherwise(TrustRegion(), TopK(1)))`
+    starts the best candidate at the step of a trust region, or at its pins if no step is accepted.
+    Arguments, what is returned and raised, and several processes: as with `then`.
 
     Example:
         >>> from constrained_growth.rules import Threshold, TopK
@@ -74,39 +60,29 @@ def otherwise(*rules: Rule) -> Rule:
         >>> otherwise(Threshold(absolute=0.9), TopK(1))(given).chosen
         ('b',)
     """
-    plain = _plain(rules, "otherwise")
-    return ModelFallback(rules) if plain is None else Fallback(plain)
+    return _composed(rules, "otherwise")
 
 
-def _plain(rules: tuple[Rule, ...], of: str) -> tuple[DecisionRule, ...] | None:
-    """The rules, if none of them has to ask the model."""
-    for rule in rules:
-        if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-            raise RuleError(f"rule={rule!r} of {of} is no rule; give cg.TopK(1), say.")
-    if not rules:
-        raise RuleError(
-            f"{of} needs at least one rule, such as {of}(cg.TopK(3), cg.TrustRegion())."
-        )
-    plain = tuple(rule for rule in rules if not needs_model(rule))
-    return plain if len(plain) == len(rules) else None
-
-
-@dataclass(frozen=True)
-class _Composed:
-    """Rules, and what they remember."""
+@dataclass(frozen=True, repr=False)
+class _Rules:
+    """Rules, and the word that joins them."""
 
     rules: tuple[Rule, ...]
+    word: str
+
+    def __repr__(self) -> str:
+        return f"{self.word}({', '.join(map(repr, self.rules))})"
 
     def state_dict(self) -> dict[str, Any]:
-        """What those of the rules remember that remember something, to be saved in a checkpoint."""
+        """The states of the rules that have one, by index, to be saved in a checkpoint."""
         rules: dict[str, Any] = {str(i): rule for i, rule in enumerate(self.rules)}
         return {i: r.state_dict() for i, r in rules.items() if hasattr(r, "state_dict")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from what was saved.
+        """Continue from a saved state.
 
         Raises:
-            RuleError: It is not from as many rules with a state at the same places.
+            RuleError: The rules with a state are not at the same indices.
         """
         if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
             raise RuleError(
@@ -117,82 +93,64 @@ class _Composed:
             rule: Any = self.rules[int(i)]
             rule.load_state_dict(state)
 
+    def _decision(
+        self, names: Collection[str], ask: Callable[[Any, Collection[str]], Decision]
+    ) -> Decision:
+        """Ask one rule after the other, each about some of the candidates."""
+        first = self.word == "otherwise"
+        decisions: list[Decision] = []
+        for rule in self.rules:
+            decisions.append(ask(rule, names))
+            chosen = decisions[-1].chosen
+            if bool(chosen) is first:  # `otherwise` has a choice, or `then` has nothing left
+                break
+            names = names if first else chosen
+        return _joined(decisions, self.word)
 
-@dataclass(frozen=True)
-class Chain(_Composed):
-    """Rules that need the sensitivities alone, one after the other; see `then`."""
 
-    rules: tuple[DecisionRule, ...]
+class _PlainRules(_Rules):
+    """Rules that all need only the sensitivities."""
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """What the last one chooses of what the others have left."""
-        left, decisions = dict(sensitivities), []
-        for rule in self.rules:
-            decisions.append(checked_decision(rule, rule(left), left))
-            left = {name: left[name] for name in left if name in decisions[-1].chosen}
-            if not left:
-                break
-        return _together(decisions, "then")
+        """The joint decision."""
+        return self._decision(
+            sensitivities, lambda rule, names: decide(rule, _restricted(sensitivities, names))
+        )
 
 
-@dataclass(frozen=True)
-class ModelChain(_Composed):
-    """Rules of both kinds, one after the other; see `then`."""
+class _ModelRules(_Rules):
+    """Rules of which at least one needs the model."""
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
-        """What the last one chooses of what the others have left."""
-        decisions = []
-        for rule in self.rules:
-            decisions.append(_asked(rule, problem, solution))
-            solution = _only(solution, decisions[-1].chosen)
-            if not decisions[-1].chosen:
-                break
-        return _together(decisions, "then")
+        """The joint decision."""
+
+        def ask(rule: Rule, names: Collection[str]) -> Decision:
+            some = _restricted(solution.sensitivities, names)
+            return decide_about(rule, problem, replace(solution, sensitivities=some))
+
+        return self._decision(solution.sensitivities, ask)
 
 
-@dataclass(frozen=True)
-class Fallback(_Composed):
-    """Rules that need the sensitivities alone, until one chooses anything; see `otherwise`."""
-
-    rules: tuple[DecisionRule, ...]
-
-    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """What the first one chooses that chooses anything."""
-        return _first(checked_decision(r, r(sensitivities), sensitivities) for r in self.rules)
-
-
-@dataclass(frozen=True)
-class ModelFallback(_Composed):
-    """Rules of both kinds, until one chooses anything; see `otherwise`."""
-
-    def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
-        """What the first one chooses that chooses anything."""
-        return _first(_asked(rule, problem, solution) for rule in self.rules)
+def _composed(rules: tuple[Rule, ...], word: str) -> Any:
+    for rule in rules:
+        if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
+            raise RuleError(f"rule={rule!r} of {word} is not a rule; pass cg.TopK(1), say.")
+    if not rules:
+        raise RuleError(
+            f"{word} needs at least one rule, such as {word}(cg.TopK(3), cg.TrustRegion())."
+        )
+    return (_ModelRules if any(map(needs_model, rules)) else _PlainRules)(rules, word)
 
 
-def _first(decided: Iterable[Decision]) -> Decision:
-    decisions = []
-    for decision in decided:
-        decisions.append(decision)
-        if decision.chosen:
-            break
-    return _together(decisions, "otherwise")
+def _restricted(
+    sensitivities: Mapping[str, Sensitivity], names: Collection[str]
+) -> dict[str, Sensitivity]:
+    """Those of some candidates, in the order of the problem."""
+    return {name: s for name, s in sensitivities.items() if name in names}
 
 
-def _asked(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
-    asked = needs_model(rule)
-    decision = rule.decide(problem, solution) if asked else rule(solution.sensitivities)
-    return checked_decision(rule, decision, solution.sensitivities)
-
-
-def _only(solution: Solution, names: tuple[str, ...]) -> Solution:
-    """The same solution as if there were no other candidates, in the order of the problem."""
-    sensitivities = {n: s for n, s in solution.sensitivities.items() if n in names}
-    return replace(solution, sensitivities=sensitivities)
-
-
-def _together(decisions: list[Decision], word: str) -> Decision:
-    """The last one, with the reasons of all, and the evidence of all where there is any."""
+def _joined(decisions: list[Decision], word: str) -> Decision:
+    """The last decision, with the reasons, the evidence and the summed cost of all."""
     last = decisions[-1]
     found = [dict(decision.evidence) for decision in decisions]
     evidence = dict(last.evidence)

@@ -20,7 +20,7 @@ from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
-from constrained_growth.rules.deciding import checked_decision
+from constrained_growth.rules.rule import checked_decision
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
 from constrained_growth.testing.case import said

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cvxpy as cp
@@ -16,88 +16,135 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
-from constrained_growth.rules.budget import Budget, Knapsack, pack
-from constrained_growth.rules.counting import multiply_adds
+from constrained_growth.rules import Budget
 
 
-def knapsack(gains: Any, rows: Any, limits: Any) -> Knapsack:
-    array = np.array(rows, dtype=float).reshape(len(limits), len(gains))
-    return Knapsack(np.array(gains, dtype=float), array, np.array(limits, dtype=float))
+@pytest.fixture(scope="module")
+def solved() -> tuple[cg.GrowthProblem, cg.Solution]:
+    """Some solution, whose sensitivities are replaced by those of a knapsack."""
+    torch.manual_seed(0)
+    problem = cg.GrowthProblem(
+        feedforward(2, 4, 3), nn.CrossEntropyLoss(), classified(20), [candidate()]
+    )
+    return problem, cg.solve(problem)
 
 
-def best_by_enumeration(problem: Knapsack) -> float:
-    """The best of all subsets."""
-    number = len(problem.gains)
-    subsets = np.array(list(itertools.product((0, 1), repeat=number))).reshape(-1, number)
-    feasible = ((subsets @ problem.rows.T) <= problem.limits).all(axis=1)
-    return float((subsets @ problem.gains)[feasible].max())
+@dataclass(frozen=True)
+class Knapsack:
+    """Gains and numbers of parameters of some candidates, their sites, and the limits."""
+
+    gains: list[float]
+    parameters: list[int]
+    sites: list[int]
+    limit: int
+    per_site: int | None = 1
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """A and b of the constraints A x ≤ b, that on the parameters first."""
+        rows, limits = [self.parameters], [float(self.limit)]
+        for here in sorted(set(self.sites)) if self.per_site else ():
+            rows.append([int(site == here) for site in self.sites])
+            limits.append(float(self.per_site or 0))
+        return np.array(rows, dtype=float), np.array(limits, dtype=float)
+
+    def best_by_enumeration(self) -> float:
+        """The largest gain of all subsets."""
+        number = len(self.gains)
+        subsets = np.array(list(itertools.product((0, 1), repeat=number))).reshape(-1, number)
+        rows, limits = self.rows()
+        return float((subsets @ self.gains)[((subsets @ rows.T) <= limits).all(axis=1)].max())
+
+    def decided(self, solved: tuple[cg.GrowthProblem, cg.Solution]) -> tuple[list[int], Any]:
+        """Indices of what `Budget` chooses, and its evidence."""
+        problem, solution = solved
+        given = {
+            str(i): cg.Sensitivity(gain, num_new_parameters=n, site=str(site))
+            for i, (gain, n, site) in enumerate(
+                zip(self.gains, self.parameters, self.sites, strict=True)
+            )
+        }
+        rule = Budget(self.limit, per_site=self.per_site, gain=lambda s: s.value)
+        decision = rule.decide(problem, replace(solution, sensitivities=given))
+        assert json.loads(json.dumps(decision.evidence)) == decision.evidence
+        return sorted(map(int, decision.chosen)), decision.evidence
 
 
 @st.composite
 def knapsacks(draw: st.DrawFn, most: int = 10**6, least_gain: float = 1e-6) -> Knapsack:
     number = draw(st.integers(1, 12))
-    counts = st.lists(st.integers(0, most), min_size=number, max_size=number)
-    rows = [draw(counts), draw(counts)]
-    sites = draw(st.lists(st.integers(0, 3), min_size=number, max_size=number))
-    rows += [[int(site == here) for site in sites] for here in set(sites)]
-    limits = [draw(st.integers(0, 3 * most)) for _ in range(2)] + [1] * len(set(sites))
-    gains = draw(st.lists(st.floats(least_gain, 10), min_size=number, max_size=number))
-    return knapsack(gains, rows, limits)
+
+    def many(each: st.SearchStrategy[Any]) -> list[Any]:
+        return draw(st.lists(each, min_size=number, max_size=number))
+
+    return Knapsack(
+        gains=many(st.floats(least_gain, 10)),
+        parameters=many(st.integers(0, most)),
+        sites=many(st.integers(0, 3)),
+        limit=draw(st.integers(0, 3 * most)),
+        per_site=draw(st.sampled_from([1, 2, None])),
+    )
 
 
-@given(knapsacks())
-def test_the_optimum_is_that_of_all_subsets(problem: Knapsack) -> None:
-    packing = pack(problem)
-    best = best_by_enumeration(problem)
-    assert packing.gain == pytest.approx(best, rel=1e-9)
-    assert packing.gain == pytest.approx(float(problem.gains[list(packing.taken)].sum()), rel=1e-12)
-    assert (problem.rows[:, list(packing.taken)].sum(axis=1) <= problem.limits).all()
-    assert packing.gain <= packing.bound <= packing.gain * (1 + 1e-6)
-    assert packing.relaxed >= best * (1 - 1e-9)
+@given(knapsack=knapsacks())
+def test_the_optimum_is_that_of_all_subsets(knapsack: Knapsack, solved: Any) -> None:
+    taken, evidence = knapsack.decided(solved)
+    best, (rows, limits) = knapsack.best_by_enumeration(), knapsack.rows()
+    gain = sum(knapsack.gains[i] for i in taken)
+    assert evidence["gain"] == pytest.approx(best, rel=1e-9)
+    assert evidence["gain"] == pytest.approx(gain, rel=1e-12)
+    assert (rows[:, taken].sum(axis=1) <= limits).all()
+    assert evidence["gain"] <= evidence["bound"] <= evidence["gain"] * (1 + 1e-6)
+    assert evidence["relaxed"] >= best * (1 - 1e-9)
 
 
-@given(knapsacks())
-def test_prices_prove_the_relaxation(problem: Knapsack) -> None:
-    """LP duality: prices and the worth of the bounds x ≤ 1 add up to the optimum."""
-    packing = pack(problem)
-    assert all(price >= 0 for price in packing.prices)
-    prices = np.array(packing.prices)
-    rest = np.maximum(problem.gains - prices @ problem.rows, 0).sum()
-    assert float(prices @ problem.limits + rest) == pytest.approx(packing.relaxed, rel=1e-6)
+@given(knapsack=knapsacks())
+def test_prices_prove_the_relaxation(knapsack: Knapsack, solved: Any) -> None:
+    """LP duality: what is left of the limit is priced, and each site takes what pays the most.
+
+    max Σ g x over the relaxation = price · limit + Σ over sites of the best of (g − price · n) x.
+    """
+    _, evidence = knapsack.decided(solved)
+    price = evidence["prices"]["parameters"]
+    assert price >= 0
+    rest = np.array(knapsack.gains) - price * np.array(knapsack.parameters)
+    by_site = [np.sort(rest[np.array(knapsack.sites) == site])[::-1] for site in range(4)]
+    worth = sum(np.maximum(values[: knapsack.per_site], 0).sum() for values in by_site)
+    assert price * knapsack.limit + worth == pytest.approx(evidence["relaxed"], rel=1e-6)
 
 
 @settings(max_examples=30)
-@given(knapsacks(most=100, least_gain=0.1))
-def test_relaxation_is_that_of_cvxpy(problem: Knapsack) -> None:
+@given(knapsack=knapsacks(most=100, least_gain=0.1))
+def test_relaxation_is_that_of_cvxpy(knapsack: Knapsack, solved: Any) -> None:
     """An interior-point method finds the same optimum, on numbers that it can bear."""
-    x = cp.Variable(len(problem.gains))
-    limits = problem.rows @ x <= problem.limits
-    relaxed = cp.Problem(cp.Maximize(problem.gains @ x), [limits, x >= 0, x <= 1])
+    x, (rows, limits) = cp.Variable(len(knapsack.gains)), knapsack.rows()
+    objective = cp.Maximize(np.array(knapsack.gains) @ x)
+    relaxed = cp.Problem(objective, [rows @ x <= limits, x >= 0, x <= 1])
     relaxed.solve(solver=cp.CLARABEL)
     best = float(relaxed.value)  # type: ignore[arg-type]
-    assert pack(problem).relaxed == pytest.approx(best, rel=1e-5, abs=1e-6)
+    assert knapsack.decided(solved)[1]["relaxed"] == pytest.approx(best, rel=1e-5, abs=1e-6)
 
 
-def test_price_of_a_budget_is_its_slope() -> None:
+def test_price_of_a_budget_is_its_slope(solved: Any) -> None:
     """Ten per two parameters, then three per one: 4 parameters pay for one and two thirds."""
-    gains, weights = [10.0, 9.0, 1.0], [2.0, 3.0, 1.0]
-    packing = pack(knapsack(gains, [weights], [4.0]))
-    assert packing.prices == pytest.approx((3.0,))
-    assert packing.relaxed == pytest.approx(10 + 2 * 3)
-    assert (packing.taken, packing.gain) == ((0, 2), 11.0)
-    more = pack(knapsack(gains, [weights], [4.001])).relaxed
-    assert (more - packing.relaxed) / 0.001 == pytest.approx(packing.prices[0])
-    assert pack(knapsack(gains, [weights], [7.0])).prices == (0.0,)
+    knapsack = Knapsack([10.0, 9.0, 1.0], [2, 3, 1], [0, 1, 2], 4)
+    taken, evidence = knapsack.decided(solved)
+    price = evidence["prices"]["parameters"]
+    assert price == pytest.approx(3.0)
+    assert evidence["relaxed"] == pytest.approx(10 + 2 * 3)
+    assert (taken, evidence["gain"]) == ([0, 2], 11.0)
+    _, more = replace(knapsack, limit=4.001).decided(solved)
+    assert (more["relaxed"] - evidence["relaxed"]) / 0.001 == pytest.approx(price)
+    _, enough = replace(knapsack, limit=7).decided(solved)
+    assert enough["prices"]["parameters"] == 0.0
 
 
-def test_limits_hold_exactly_also_where_the_solver_is_tolerant() -> None:
+def test_limits_hold_exactly_also_where_the_solver_is_tolerant(solved: Any) -> None:
     """One too many in a hundred million is within its tolerance, and over the limit."""
     big = 10**8
-    packing = pack(knapsack([2.0, 1.0], [[big + 1, big]], [big]))
-    assert packing.taken == (1,)
+    assert Knapsack([2.0, 1.0], [big + 1, big], [0, 1], big).decided(solved)[0] == [1]
 
 
-# --- the rule ---------------------------------------------------------------------------------
+# --- on networks ------------------------------------------------------------------------------
 
 
 def several() -> tuple[nn.Module, Any, list[cg.Candidate]]:
@@ -115,12 +162,21 @@ def several() -> tuple[nn.Module, Any, list[cg.Candidate]]:
     )
 
 
-def decided(rule: Any) -> tuple[cg.Solution, dict[str, float]]:
+def decided(rule: Any) -> cg.Solution:
     model, data, candidates = several()
     problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
     with nothing_left_behind(model):
-        solution = cg.solve(problem, rule=rule)
-    return solution, multiply_adds(problem, solution.candidates)
+        return cg.solve(problem, rule=rule)
+
+
+def multiply_adds(problem: cg.GrowthProblem) -> dict[str, float]:
+    """What `Budget` counts, of candidates that all have a gain."""
+    rule = Budget(multiply_adds=1e9, gain=lambda s: 1.0)
+    return cg.solve(problem, rule=rule).decision.evidence["costs"]["multiply_adds"]
+
+
+MULTIPLY_ADDS = {"a": 16, "b": 56, "c": 36, "d": 24, "e": 0}
+"""4·4, 2·4·7, 6·6, 2·6·2 for each sample, and nothing for elementwise products."""
 
 
 @pytest.mark.parametrize(
@@ -138,7 +194,7 @@ def decided(rule: Any) -> tuple[cg.Solution, dict[str, float]]:
 def test_budget_against_enumeration(
     parameters: float | None, operations: float | None, per_site: int | None
 ) -> None:
-    solution, counts = decided(Budget(parameters, operations, per_site))
+    solution = decided(Budget(parameters, operations, per_site))
     sensitivities = solution.sensitivities
     best = 0.0
     for size in range(6):
@@ -146,7 +202,7 @@ def test_budget_against_enumeration(
             sites = [sensitivities[name].site for name in names]
             new = sum(sensitivities[name].num_new_parameters for name in names)
             fits = parameters is None or new <= parameters
-            fits &= operations is None or sum(counts[name] for name in names) <= operations
+            fits &= operations is None or sum(MULTIPLY_ADDS[name] for name in names) <= operations
             fits &= per_site is None or all(sites.count(site) <= per_site for site in sites)
             if fits:
                 best = max(best, sum(sensitivities[name].value ** 2 / 2 for name in names))
@@ -164,9 +220,9 @@ def test_budget_against_enumeration(
 
 
 def test_multiply_adds_are_counted() -> None:
-    """4·4, 2·4·7, 6·6, 2·6·2 for each sample, and nothing for elementwise products."""
-    _, counts = decided(cg.TopK(1))
-    assert counts == {"a": 16, "b": 56, "c": 36, "d": 24, "e": 0}
+    model, data, candidates = several()
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
+    assert multiply_adds(problem) == MULTIPLY_ADDS
 
 
 def test_multiply_adds_of_convolutions_and_positions() -> None:
@@ -186,20 +242,19 @@ def test_multiply_adds_of_convolutions_and_positions() -> None:
     problem = cg.GrowthProblem(
         model, nn.CrossEntropyLoss(), data, [cg.Candidate("1", Convolution())]
     )
-    counts = multiply_adds(problem, cg.solve(problem).candidates)
-    assert counts == {"1": 4 * 4 * 3 * 3 * 9}
+    assert multiply_adds(problem) == {"1": 4 * 4 * 3 * 3 * 9}
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 2))
     data = [(torch.randn(5, 3, 2), torch.randint(2, (5,)))]
     problem = cg.GrowthProblem(
         model, nn.CrossEntropyLoss(), data, [cg.Candidate("1", IdentityLinear(4, nn.ReLU()))]
     )
-    assert multiply_adds(problem, cg.solve(problem).candidates) == {"1": 3 * 16}
+    assert multiply_adds(problem) == {"1": 3 * 16}
 
 
-def test_gain_of_ones_own() -> None:
-    solution, _ = decided(Budget(parameters=20, gain=lambda s: float(s.site == "1")))
+def test_a_users_own_gain() -> None:
+    solution = decided(Budget(parameters=20, gain=lambda s: float(s.site == "1")))
     assert solution.decision.chosen == ("a",)
-    solution, _ = decided(Budget(parameters=20, gain=lambda s: -1.0))
+    solution = decided(Budget(parameters=20, gain=lambda s: -1.0))
     assert solution.decision.chosen == ()
     assert solution.decision.evidence["gain"] == 0.0
     model, data, candidates = several()
@@ -209,12 +264,12 @@ def test_gain_of_ones_own() -> None:
 
 
 def test_larger_gains_first() -> None:
-    solution, _ = decided(Budget(parameters=1e4))
+    solution = decided(Budget(parameters=1e4))
     values = [solution.sensitivities[name].value for name in solution.decision.chosen]
     assert len(values) == 3
     assert values == sorted(values, reverse=True)
     again = replace(Budget(parameters=1e4), per_site=None)
-    assert len(decided(again)[0].decision.chosen) == 5
+    assert len(decided(again).decision.chosen) == 5
 
 
 @pytest.mark.parametrize(
@@ -227,6 +282,6 @@ def test_larger_gains_first() -> None:
         ({"parameters": 1, "per_site": 0}, ["per_site=0"]),
     ],
 )
-def test_budgets_that_make_no_sense(options: dict[str, Any], words: list[str]) -> None:
+def test_budget_arguments_out_of_range(options: dict[str, Any], words: list[str]) -> None:
     with refused(cg.RuleError, *words):
         Budget(**options)

@@ -1,4 +1,4 @@
-"""When to ask for a layer: now, later, never."""
+"""When to insert a layer: now, later, never."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def said(plateau: Plateau, *losses: float) -> list[When]:
     return [plateau.update(loss) for loss in losses]
 
 
-def test_now_after_so_many_losses_without_progress() -> None:
+def test_now_after_some_losses_without_progress() -> None:
     plateau = Plateau(patience=3, tolerance=0.1)
     assert said(plateau, 1.0, 0.95, 0.92, 0.91) == [LATER, LATER, LATER, NOW]
     assert said(plateau, 0.91, 0.8, 0.79, 0.78, 0.5) == [LATER] * 5
@@ -89,7 +89,7 @@ def test_state_of_something_else() -> None:
         ({"most": 0}, "most=0"),
     ],
 )
-def test_plateaus_that_make_no_sense(options: dict[str, Any], word: str) -> None:
+def test_plateau_arguments_out_of_range(options: dict[str, Any], word: str) -> None:
     with refused(cg.RuleError, word, "Plateau"):
         Plateau(**options)
 
@@ -97,7 +97,7 @@ def test_plateaus_that_make_no_sense(options: dict[str, Any], word: str) -> None
 # --- stationarity and sensitivity -----------------------------------------------------------------
 
 
-def test_now_when_new_parameters_offer_more_than_old_ones() -> None:
+def test_now_when_new_parameters_have_more_to_gain_than_old_ones() -> None:
     solution = solved(
         feedforward(2, 4, 4, 3), classified(60, batch=20), candidate("1"), candidate("3")
     )
@@ -112,7 +112,7 @@ def test_now_when_new_parameters_offer_more_than_old_ones() -> None:
     assert Exhausted(ratio / 2, 1e6)(solution) is LATER
 
 
-def test_never_when_nobody_has_anything_to_offer() -> None:
+def test_never_when_neither_has_anything_to_gain() -> None:
     """All units off at a stationary point: every multiplier is zero, and stays so."""
     model, data = feedforward(2, 4, 3), classified(60, batch=20)
     solution = solved(model, data, candidate())
@@ -124,7 +124,7 @@ def test_never_when_nobody_has_anything_to_offer() -> None:
     assert Exhausted()(replace(dead, status=cg.Status.KKT_MULTIPLIERS)) is NEVER
 
 
-def test_what_it_needs() -> None:
+def test_what_exhausted_needs() -> None:
     solution = solved(feedforward(2, 4, 3), classified(60), candidate(), stationarity=False)
     with refused(cg.RuleError, "stationarity=True"):
         Exhausted()(solution)

@@ -1,4 +1,4 @@
-"""Rules that ask the model, on two processes with a shard each, against one with all the data."""
+"""Rules that need the model, on two processes with a shard each, against one with all the data."""
 
 import functools
 from pathlib import Path
@@ -31,7 +31,6 @@ def compare(number: int) -> None:
     ]
     rules: list[Any] = [
         lambda: cg.TrustRegion(max_products=5),
-        lambda: cg.TrustRegion(max_products=5, joint=True),
         lambda: cg.Budget(parameters=20, multiply_adds=16),
         lambda: cg.Stable(functools.partial(torch.optim.SGD, lr=0.1)),
     ]
@@ -52,8 +51,6 @@ def compare(number: int) -> None:
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-10)
     with nothing_left_behind(model), refused(cg.RuleError, "Trial", "several processes"):
         cg.solve(problems[0], rule=cg.Trial(3, torch.optim.Adam))
-    with refused(cg.DataError, "several processes"):
-        cg.best_inner(problems[0], candidates[0])
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether SGD stays stable with a layer inserted: against dense matrices, SciPy and real steps."""
+"""Whether SGD stays stable once a layer is inserted: dense matrices, SciPy and real steps."""
 
 import functools
 import itertools
@@ -20,11 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth._data import some_of
-from constrained_growth._sites.untouched import generators_of
 from constrained_growth.curvature import hessian
 from constrained_growth.rules import Stable, rule_for
-from constrained_growth.rules.stability import largest_eigenvalue, stability_limit
 
 ENOUGH = 80
 """Products that give the exact eigenvalue of the networks here."""
@@ -153,13 +150,32 @@ def test_real_steps_shrink_below_the_limit_and_grow_above_it(
     momentum: float, dampening: float, nesterov: bool
 ) -> None:
     rate = 0.1 / (1 - dampening * (momentum > 0))
+    model = feedforward(2, 4, 3)
 
-    def after(part: float) -> float:
-        curvature = part * stability_limit(momentum, nesterov=nesterov) / 0.1
-        w = nn.Parameter(torch.ones(1))
-        optimizer = torch.optim.SGD(
-            [w], rate, momentum, dampening=dampening, nesterov=nesterov, weight_decay=curvature / 4
+    def sgd(parameters: Any, curvature: float) -> torch.optim.SGD:
+        """Steps on a quadratic, a quarter of whose curvature is weight decay."""
+        return torch.optim.SGD(
+            parameters,
+            rate,
+            momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            weight_decay=curvature / 4,
         )
+
+    def part(curvature: float) -> float:
+        """Which part of the limit is used, if that is the curvature of the loss everywhere."""
+        return used(
+            sgd(model.parameters(), curvature),
+            problem_of(model, classified(10)),
+            curvature=lambda loss, vector: 0.75 * curvature * vector,
+        )["identity"]
+
+    def after(share: float) -> float:
+        curvature = share / part(1.0)
+        assert part(curvature) == pytest.approx(share)
+        w = nn.Parameter(torch.ones(1))
+        optimizer = sgd([w], curvature)
         for _ in range(3000):
             optimizer.zero_grad()
             (0.75 * curvature * w.square() / 2).sum().backward()
@@ -178,7 +194,7 @@ def ordered(num: int) -> list[Any]:
 
 
 class Stream:
-    """Batches in a fixed order, of which nobody knows how many there are, in one place."""
+    """Batches in a fixed order, without a length, all in the same memory."""
 
     def __init__(self, data: list[Any]) -> None:
         self._data = data
@@ -208,9 +224,7 @@ READ = {
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_of_many_samples_some_are_enough_in_whatever_order_they_come(
-    model: nn.Module, kind: str
-) -> None:
+def test_some_samples_are_enough_in_whatever_order_they_come(model: nn.Module, kind: str) -> None:
     data, optimizer, read = ordered(2000), SGD(model.parameters()), 0
 
     def counted(module: nn.Module, args: Any) -> None:
@@ -218,13 +232,18 @@ def test_of_many_samples_some_are_enough_in_whatever_order_they_come(
         read += len(args[0])
 
     problem = problem_of(model, READ[kind](data))
-    generators = [g.get_state() for g in generators_of(problem.data)]
+    generators = [
+        generator
+        for holder in (problem.data, getattr(problem.data, "sampler", None))
+        for inner in (holder, getattr(holder, "sampler", None))
+        if isinstance(generator := getattr(inner, "generator", None), torch.Generator)
+    ]
+    assert bool(generators) == (kind in ("generator of its own", "nested samplers"))
     solution = cg.solve(problem)
-    with nothing_left_behind(model):
+    with nothing_left_behind(model, *generators):
         handle = model.register_forward_pre_hook(counted)
         decision = Stable(optimizer).decide(problem, solution)
         handle.remove()
-    assert all(map(torch.equal, generators, [g.get_state() for g in generators_of(problem.data)]))
     assert read == 2 * (1 + 3) * 100
     assert decision.evidence["passes"] == pytest.approx(2 * (1 + 3 * 3) * 100 / 2000)
     whole = used(optimizer, problem, max_samples=None, max_products=3)
@@ -239,12 +258,20 @@ def test_every_product_is_of_the_same_batches(model: nn.Module) -> None:
             return iter(random.sample(data, len(data)))
 
     problem = problem_of(model, Shuffled())
-    random.seed(5)
-    found = used(SGD(model.parameters()), problem, max_samples=30)
-    random.seed(5)
-    drawn, _ = some_of(random.sample(data, len(data)), 3)
+    solution, drawn = cg.solve(problem), list[Tensor]()
+
+    def noted(module: nn.Module, args: Any) -> None:
+        if not any(torch.equal(args[0], x) for x in drawn):
+            drawn.append(args[0].clone())
+
+    handle = model.register_forward_pre_hook(noted)
+    rule = Stable(SGD(model.parameters()), max_products=ENOUGH, max_samples=30)
+    found = rule.decide(problem, solution).evidence["stability"]
+    handle.remove()
+    assert len(drawn) == 3
+    some = [pair for pair in data if any(torch.equal(pair[0], x) for x in drawn)]
     for one in candidates():
-        expected = 0.15 * largest(of_grown(model, drawn, one))
+        expected = 0.15 * largest(of_grown(model, some, one))
         assert found[one.name] == pytest.approx(expected, rel=1e-9)
 
 
@@ -282,7 +309,7 @@ def test_a_function_that_makes_the_optimizer(model: nn.Module, data: list[Any]) 
     assert used(SGD, problem) == used(SGD(model.parameters()), problem)
 
 
-def test_the_settings_are_those_of_the_moment(model: nn.Module, data: list[Any]) -> None:
+def test_the_settings_are_the_current_ones(model: nn.Module, data: list[Any]) -> None:
     problem, optimizer = problem_of(model, data), SGD(model.parameters())
     before = used(optimizer, problem)
     torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
@@ -324,18 +351,28 @@ def test_what_is_not_finite_is_refused(model: nn.Module, data: list[Any]) -> Non
     assert set(decision.evidence["stability"].values()) == {None}
 
 
-@given(st.integers(1, 12), st.integers(0, 2**31 - 1))
-def test_the_eigenvalue_is_scipys(size: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    factor = rng.standard_normal((size, rng.integers(1, size + 1)))
-    matrix = torch.from_numpy(factor @ factor.T)
-    start = torch.from_numpy(rng.standard_normal(size))
-    found = largest_eigenvalue(lambda v: matrix @ v, start, size)
-    assert found == pytest.approx(largest(matrix), rel=1e-9)
-    if size > 2:
-        theirs = scipy.sparse.linalg.eigsh(matrix.numpy(), k=1, which="LA", v0=start.numpy())[0]
-        assert found == pytest.approx(theirs[0], rel=1e-9)
-    assert largest_eigenvalue(lambda v: matrix @ v, start, 2) <= found * (1 + 1e-12)
+@given(st.integers(0, 3), st.integers(1, 30), st.integers(0, 2**31 - 1))
+def test_the_eigenvalue_is_scipys(frozen: int, rank: int, seed: int) -> None:
+    """With a matrix of any rank for the curvature, in more or fewer parameters."""
+    model = feedforward(2, 4, 3)
+    for parameter in [*model.parameters()][:frozen]:
+        parameter.requires_grad_(False)
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), classified(5), candidates()[:1])
+    size = sum(p.numel() for p in model.parameters() if p.requires_grad) + 4 * 4 + 4
+    factor = torch.from_numpy(np.random.default_rng(seed).standard_normal((size, rank)))
+    matrix = factor @ factor.mT
+    optimizer = torch.optim.SGD(model.parameters(), lr=2.0)
+
+    def found(max_products: int) -> float:
+        options = {"max_products": max_products, "curvature": lambda loss, v: matrix @ v}
+        return used(optimizer, problem, **options)["identity"]  # the limit of 2, over a rate of 2
+
+    exact = found(size)
+    assert exact == pytest.approx(largest(matrix), rel=1e-9)
+    theirs = scipy.sparse.linalg.eigsh(matrix.numpy(), k=1, which="LA", return_eigenvectors=False)
+    assert exact == pytest.approx(theirs[0], rel=1e-9)
+    parts = [found(number) for number in (1, 2, 5)]
+    assert all(few <= more * (1 + 1e-12) for few, more in itertools.pairwise([*parts, exact]))
 
 
 @pytest.mark.parametrize(
@@ -356,7 +393,7 @@ def test_the_eigenvalue_is_scipys(size: int, seed: int) -> None:
         (SGD([nn.Parameter(torch.ones(1))]), ("none of the parameters", "trains it")),
     ],
 )
-def test_optimizers_of_which_no_limit_is_known(
+def test_optimizers_without_a_known_limit(
     model: nn.Module, data: list[Any], optimizer: Any, words: tuple[str, ...]
 ) -> None:
     problem = problem_of(model, data)
@@ -427,7 +464,7 @@ def test_the_rule_for_an_optimizer_with_a_step(model: nn.Module, kind: str) -> N
 
 
 class Wrapper(torch.optim.Optimizer):
-    """An optimizer around another, of which nothing is known here."""
+    """An unknown optimizer around another one."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -444,7 +481,7 @@ class Wrapper(torch.optim.Optimizer):
     ],
     ids=["str", "LBFGS", "ASGD", "Wrapper"],
 )
-def test_there_is_no_rule_for_what_is_not_known(optimizer: Any) -> None:
+def test_optimizers_without_a_known_rule(optimizer: Any) -> None:
     with refused(cg.RuleError, "optimizer=", "torch.optim.SGD"):
         rule_for(optimizer)
 

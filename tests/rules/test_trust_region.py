@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,17 +21,17 @@ from helpers import (
     moved_loss,
     nothing_left_behind,
     refused,
+    splice,
 )
 from scipy.optimize._trustregion_exact import IterativeSubproblem
 from torch import Tensor, nn
+from torch.autograd import functional
+from torch.func import functional_call
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.curvature import VirtualLoss, gauss_newton, hessian
-from constrained_growth.rules.quadratic import ConjugateGradients, Dense
-from constrained_growth.rules.redundancy import gains_beyond_old
+from constrained_growth.curvature import gauss_newton, hessian
 from constrained_growth.rules.trust_region import TrustRegion
-from constrained_growth.verification.extended import ExtendedProblem
 
 # --- the subproblem -----------------------------------------------------------------------------
 
@@ -40,16 +41,69 @@ def symmetric(size: int, *, convex: bool) -> Tensor:
     return matrix @ matrix.mT / size + 0.01 * torch.eye(size) if convex else matrix + matrix.mT
 
 
-def dense(multiplier: Tensor, matrix: Tensor) -> Dense:
-    return Dense.of(multiplier, lambda s: matrix @ s)
+class Shift(nn.Module):
+    """x + v, pinned at v = 0."""
+
+    pinned = ("v",)
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.v
 
 
-def path(
-    multiplier: Tensor, matrix: Tensor, radius: float, tolerance: float = 1e-12
-) -> ConjugateGradients:
-    return ConjugateGradients.of(
-        multiplier, lambda s: matrix @ s, radius, max_products=200, tolerance=tolerance
-    )
+def problem_in(size: int, loss: Callable[[Tensor], Tensor]) -> cg.GrowthProblem:
+    """A problem whose loss is this function of the pins."""
+    model = nn.Sequential(nn.Linear(1, size))
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    data = [(torch.zeros(1, 1), None)]
+    candidate = cg.Candidate("0", Shift(size))
+    return cg.GrowthProblem(model, lambda output, _: loss(output[0]), data, [candidate])
+
+
+def quadratic(multiplier: Tensor, matrix: Tensor) -> cg.GrowthProblem:
+    """L(v) = −⟨λ, v⟩ + ½⟨v, B v⟩, which a step of a trust region predicts to the digit."""
+    return problem_in(len(multiplier), lambda v: v @ matrix @ v / 2 - multiplier @ v)
+
+
+@dataclass
+class Step:
+    vector: Tensor
+    predicted: float
+    at_boundary: bool
+
+
+def step_of(problem: cg.GrowthProblem, radius: float, **options: Any) -> Step:
+    rule = TrustRegion(radius, max_radius=1e7, **options)
+    decision = cg.solve(problem, rule=rule).decision
+    (tried,) = decision.evidence["tries"]
+    assert decision.evidence["rho"] == pytest.approx(1.0)
+    return Step(decision.values["0"]["v"], tried["predicted"], tried["at_boundary"])
+
+
+def dense(multiplier: Tensor, matrix: Tensor, radius: float) -> Step:
+    """The step where products for all columns of B are allowed."""
+    return step_of(quadratic(multiplier, matrix), radius, max_products=len(multiplier))
+
+
+PADDING = 100
+"""Zeros after λ, so that conjugate gradients are used, with as many products as they need."""
+
+
+def padded(multiplier: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    more = torch.zeros(PADDING)
+    return torch.cat([multiplier, more]), torch.block_diag(matrix, torch.eye(PADDING))
+
+
+def path(multiplier: Tensor, matrix: Tensor, radius: float) -> Step:
+    """The step of conjugate gradients, until they leave the ball or have converged."""
+    problem = quadratic(*padded(multiplier, matrix))
+    step = step_of(problem, radius, max_products=PADDING, tolerance=1e-12)
+    assert not bool(step.vector[len(multiplier) :].any())
+    return replace(step, vector=step.vector[: len(multiplier)])
 
 
 def decrease(multiplier: Tensor, matrix: Tensor, s: Tensor) -> float:
@@ -74,7 +128,7 @@ def best_by_scipy(multiplier: Tensor, matrix: Tensor, radius: float) -> Tensor:
 def test_dense_steps_against_scipy(convex: bool, radius: float) -> None:
     for size in (1, 3, 8, 20):
         matrix, multiplier = symmetric(size, convex=convex), torch.randn(size)
-        step = dense(multiplier, matrix).step(radius)
+        step = dense(multiplier, matrix, radius)
         expected = best_by_scipy(multiplier, matrix, radius)
         best = decrease(multiplier, matrix, expected)
         assert step.predicted == pytest.approx(best, rel=1e-2)  # where it stops short of Δ
@@ -91,10 +145,10 @@ def test_convex_steps_against_cvxpy(radius: float) -> None:
         problem = cp.Problem(cp.Maximize(model), [cp.norm(s) <= radius])
         problem.solve(solver=cp.CLARABEL)
         best = float(problem.value)  # type: ignore[arg-type]
-        step = dense(multiplier, matrix).step(radius)
+        step = dense(multiplier, matrix, radius)
         assert step.predicted == pytest.approx(best, rel=1e-6)
         torch.testing.assert_close(step.vector, torch.tensor(s.value), rtol=1e-3, atol=1e-4)
-        cut = path(multiplier, matrix, radius).step(radius)
+        cut = path(multiplier, matrix, radius)
         assert best / 2 <= cut.predicted <= best * (1 + 1e-6)
         if not step.at_boundary:
             torch.testing.assert_close(cut.vector, step.vector, rtol=1e-8, atol=1e-10)
@@ -105,7 +159,7 @@ def test_optimality_conditions_of_dense_steps(size: int) -> None:
     """(B + μI)s = λ, B + μI ⪰ 0, μ(‖s‖ − Δ) = 0, which no worse step satisfies."""
     for radius in (1e-3, 1.0, 50.0):
         matrix, multiplier = symmetric(size, convex=False), torch.randn(size)
-        step = dense(multiplier, matrix).step(radius)
+        step = dense(multiplier, matrix, radius)
         s = step.vector
         shift = float(s @ (multiplier - matrix @ s) / (s @ s))
         torch.testing.assert_close(matrix @ s + shift * s, multiplier, rtol=1e-7, atol=1e-7)
@@ -117,51 +171,75 @@ def test_optimality_conditions_of_dense_steps(size: int) -> None:
 def test_hard_case_and_flat_models() -> None:
     """No slope along the direction that bends downwards most: it is followed all the same."""
     matrix, multiplier = torch.diag(torch.tensor([-2.0, 1.0])), torch.tensor([0.0, 3.0])
-    step = dense(multiplier, matrix).step(4.0)
+    step = dense(multiplier, matrix, 4.0)
     assert step.predicted == pytest.approx(3 * 1 - 1 / 2 + 2 * (16 - 1) / 2)
     assert float(step.vector[1]) == pytest.approx(1.0)
-    flat = dense(torch.tensor([0.0, 3.0]), torch.diag(torch.tensor([0.0, 2.0]))).step(4.0)
+    flat = dense(torch.tensor([0.0, 3.0]), torch.diag(torch.tensor([0.0, 2.0])), 4.0)
     assert (flat.predicted, flat.at_boundary) == (pytest.approx(9 / 4), False)
-    linear = dense(torch.tensor([3.0, 4.0]), torch.zeros(2, 2)).step(2.0)
+    linear = dense(torch.tensor([3.0, 4.0]), torch.zeros(2, 2), 2.0)
     torch.testing.assert_close(linear.vector, torch.tensor([1.2, 1.6]))
     assert linear.predicted == pytest.approx(10.0)
-    for nothing in (dense(torch.zeros(2), torch.eye(2)), path(torch.zeros(2), torch.eye(2), 1.0)):
-        assert not nothing.step(1.0).at_boundary
-        assert nothing.step(1.0).predicted == 0.0
-        assert not bool(nothing.step(1.0).vector.any())
+    for max_products in (1, 2):
+        rule = TrustRegion(max_products=max_products)
+        decision = cg.solve(quadratic(torch.zeros(2), torch.eye(2)), rule=rule).decision
+        assert (decision.chosen, decision.reason) == ((), "nothing to gain")
+        assert decision.evidence["predictions"] == {"0": 0.0}
 
 
 @pytest.mark.parametrize("convex", [True, False], ids=["convex", "indefinite"])
 def test_a_smaller_radius_cuts_the_path_shorter(convex: bool) -> None:
+    """A loss that rejects long steps is tried at smaller and smaller radii of one path."""
     matrix, multiplier = symmetric(12, convex=convex), torch.randn(12)
-    long = path(multiplier, matrix, 20.0)
-    steps = [long.step(radius) for radius in np.geomspace(1e-3, 20.0, 25)]
-    for radius, step in zip(np.geomspace(1e-3, 20.0, 25), steps, strict=True):
-        again = path(multiplier, matrix, float(radius)).step(float(radius))
-        torch.testing.assert_close(step.vector, again.vector, rtol=1e-10, atol=1e-12)
-        assert step.predicted == pytest.approx(decrease(multiplier, matrix, step.vector), rel=1e-9)
-        assert step.at_boundary == (abs(float(step.vector.norm()) - radius) < 1e-9)
-        assert step.predicted <= dense(multiplier, matrix).step(float(radius)).predicted + 1e-12
-    gains = [step.predicted for step in steps]
-    assert gains == sorted(gains)
-    cauchy = multiplier / multiplier.norm() * 1e-3
-    assert gains[0] >= decrease(multiplier, matrix, cauchy) - 1e-15
+    more, bent = padded(multiplier, matrix)
+    problem = problem_in(len(more), lambda v: 1e9 * v.square().sum() ** 2 - more @ v)
+    products = 0
+
+    def curvature(_: Any, s: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        return bent @ s
+
+    rule = TrustRegion(
+        20.0,
+        shrink=0.6,
+        curvature=curvature,
+        max_products=PADDING,
+        tolerance=1e-12,
+        max_tries=25,
+    )
+    tries = cg.solve(problem, rule=rule).decision.evidence["tries"]
+    assert len(tries) > 15
+    for tried in tries:
+        step = path(multiplier, matrix, tried["radius"])
+        assert tried["predicted"] == pytest.approx(step.predicted, rel=1e-10)
+        assert tried["predicted"] == pytest.approx(
+            decrease(multiplier, matrix, step.vector), rel=1e-9
+        )
+        assert tried["length"] == pytest.approx(float(step.vector.norm()), rel=1e-10)
+        assert tried["at_boundary"] == (abs(tried["length"] - tried["radius"]) < 1e-9)
+        best = dense(multiplier, matrix, tried["radius"]).predicted
+        assert tried["predicted"] <= best * (1 + 1e-12)
+    assert products <= 2 * len(multiplier)  # for all radii together
+    gains = [tried["predicted"] for tried in tries]
+    assert gains == sorted(gains, reverse=True)
+    cauchy = multiplier / multiplier.norm() * tries[-1]["radius"]
+    assert gains[-1] >= decrease(multiplier, matrix, cauchy) - 1e-15
 
 
 def test_path_that_runs_out_of_products() -> None:
     matrix, multiplier = symmetric(30, convex=True), torch.randn(30)
     products = 0
 
-    def product(s: Tensor) -> Tensor:
+    def counted(_: Any, s: Tensor) -> Tensor:
         nonlocal products
         products += 1
         return matrix @ s
 
-    short = ConjugateGradients.of(multiplier, product, 1e6, max_products=3, tolerance=1e-12)
+    options = {"curvature": counted, "max_products": 3, "tolerance": 1e-12}
+    step = step_of(quadratic(multiplier, matrix), 1e6, **options)
     assert products == 3
-    step = short.step(1e6)
     assert not step.at_boundary
-    assert 0 < step.predicted < dense(multiplier, matrix).step(1e6).predicted
+    assert 0 < step.predicted < dense(multiplier, matrix, 1e6).predicted
 
 
 # --- the rule -------------------------------------------------------------------------------------
@@ -226,19 +304,29 @@ def test_the_layer_is_inserted_at_the_accepted_step(kind: str) -> None:
 
 
 def test_predictions_against_dense_algebra() -> None:
-    """The predicted decrease is ⟨λ, s⟩ − ½⟨s, B s⟩ with the Hessian of the extended network."""
+    """The predicted decrease is ⟨λ, s⟩ − ½⟨s, B s⟩, from a network with the layer in it."""
     model, data, candidates = three()
     for one in candidates:
         rule = TrustRegion(radius=0.05, max_products=50)
         decision = solved_by(rule, model, data, [one]).decision
-        extended = ExtendedProblem(cg.GrowthProblem(model, CROSS_ENTROPY, data, [one]))
-        skip = extended.sizes[0]
-        _, slope = extended.loss_and_gradient(extended.zero.numpy())
-        bend = extended.hessian(extended.zero.numpy())[skip:, skip:]
-        s = np.concatenate([v.numpy().ravel() for v in decision.values[one.name].values()])
-        expected = -slope[skip:] @ s - s @ bend @ s / 2
+        grown = splice(model, one.after, one.block)
+        pins = cg.blocks.pinned_parameters(one.block)
+        counts = [pin.numel() for pin in pins.values()]
+
+        def loss(v: Tensor, one=one, grown=grown, pins=pins, counts=counts) -> Tensor:
+            values = {
+                f"{one.after}.1.{name}": pin.detach() + part.view_as(pin)
+                for (name, pin), part in zip(pins.items(), v.split(counts), strict=True)
+            }
+            return mean_loss(lambda x: functional_call(grown, values, (x,)), data)  # type: ignore[arg-type]
+
+        zero = torch.zeros(sum(counts))
+        slope: Any = functional.jacobian(loss, zero)
+        bend: Any = functional.hessian(loss, zero)
+        s = torch.cat([v.flatten() for v in decision.values[one.name].values()])
+        expected = float(-slope @ s - s @ bend @ s / 2)
         assert decision.evidence["predicted"] == pytest.approx(expected, rel=1e-9)
-        assert np.linalg.norm(s) == pytest.approx(0.05)
+        assert float(s.norm()) == pytest.approx(0.05)
 
 
 def test_where_the_loss_is_quadratic_the_step_is_the_least_squares_fit() -> None:
@@ -281,7 +369,7 @@ def test_rejected_steps_shrink_the_radius_until_one_is_accepted() -> None:
     assert rule.state.radius in (tries[-1]["radius"], 2 * tries[-1]["radius"])
 
 
-def test_when_no_step_does_what_was_predicted_nothing_is_inserted() -> None:
+def test_nothing_is_inserted_if_no_step_achieves_the_predicted_decrease() -> None:
     model, data, candidates = three()
     rule = TrustRegion(radius=300.0, eta1=0.99, eta2=1.0, max_tries=2)
     grown = copy.deepcopy(model)
@@ -385,76 +473,6 @@ def test_passes_are_counted() -> None:
         {"curvature": "hessian"},
     ],
 )
-def test_arguments_that_make_no_sense(options: dict[str, Any]) -> None:
+def test_arguments_out_of_range(options: dict[str, Any]) -> None:
     with refused(cg.RuleError, next(iter(options)), "TrustRegion"):
         TrustRegion(**options)
-
-
-# --- beyond the old parameters --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damping", [1e-3, 0.3])
-def test_gains_beyond_the_old_parameters_against_dense_algebra(damping: float) -> None:
-    """½⟨g, (B + μ)⁻¹g⟩ − ½⟨g_θ, (B_θθ + μ)⁻¹g_θ⟩, and the same by the Schur complement."""
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1))
-    data = [(torch.randn(30, 2), torch.randn(30, 1)), (torch.randn(9, 2), torch.randn(9, 1))]
-    candidates = [
-        cg.Candidate("1", ResidualLinear(3, torch.tanh)),
-        cg.Candidate("3", ResidualMLP(3, 2, torch.tanh)),
-    ]
-    problem = cg.GrowthProblem(model, nn.MSELoss(), data, candidates)
-    planned = cg.solve(problem).candidates
-    with nothing_left_behind(model):
-        gains, passes = gains_beyond_old(
-            problem, planned, damping=damping, max_products=400, tolerance=1e-11
-        )
-    assert passes > 0
-    shift = None
-    for one in candidates:
-        loss = VirtualLoss(problem, planned[one.name], joint=True)
-        g, old = loss.gradient(), loss.num_old
-        matrix = torch.stack([loss.gauss_newton_product(e) for e in torch.eye(len(g))])
-        if shift is None:
-            u = g[:old]
-            shift = damping * float(u @ matrix[:old, :old] @ u / (u @ u))
-        damped = matrix + shift * torch.eye(len(g))
-        inner = damped[:old, :old]
-        both = g @ torch.linalg.solve(damped, g) / 2
-        alone = g[:old] @ torch.linalg.solve(inner, g[:old]) / 2
-        assert gains[one.name] == pytest.approx(float(both - alone), rel=1e-6)
-        cross = damped[old:, :old]
-        reduced = -g[old:] + cross @ torch.linalg.solve(inner, g[:old])
-        schur = damped[old:, old:] - cross @ torch.linalg.solve(inner, cross.mT)
-        assert gains[one.name] == pytest.approx(
-            float(reduced @ torch.linalg.solve(schur, reduced) / 2), rel=1e-6
-        )
-
-
-def test_what_the_old_parameters_can_do_anyway_does_not_count() -> None:
-    """A linear layer before a linear one promises much on its own and nothing beyond it."""
-
-    class Linear(nn.Module):
-        pinned = ("weight",)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(3, 3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + x @ self.weight.mT
-
-    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
-    x = torch.randn(40, 2)
-    data = [(x, torch.sin(3 * x[:, :1]) * x[:, 1:])]
-    candidates = [
-        cg.Candidate("1", Linear(), "linear"),
-        cg.Candidate("1", ResidualMLP(3, 12, nn.GELU()), "bent"),
-    ]
-    by_itself = solved_by(TrustRegion(radius=100.0), model, data, candidates, nn.MSELoss()).decision
-    joint = TrustRegion(radius=100.0, joint=True, damping=1e-5, max_products=60)
-    decision = solved_by(joint, model, data, candidates, nn.MSELoss()).decision
-    beyond = decision.evidence["beyond_old"]
-    promised = by_itself.evidence["predictions"]["linear"]
-    assert beyond["linear"] < 0.05 * min(beyond["bent"], promised)  # 0 without damping
-    assert decision.chosen == ("bent",)
-    assert decision.evidence["passes"] > by_itself.evidence["passes"]

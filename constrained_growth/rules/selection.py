@@ -1,0 +1,204 @@
+"""Rules that compare sensitivities, and the controls `Random` and `Fixed`, which ignore them."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from constrained_growth.errors import RuleError
+from constrained_growth.rules.rule import check_count
+from constrained_growth.solution import Decision, Sensitivity
+from constrained_growth.statistics import MIN_CONFIDENCE, interval
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k candidates with the largest sensitivities; a tie goes to the one that comes first.
+
+    A candidate with sensitivity exactly 0 is not chosen: to first order it gains nothing.
+
+    Args:
+        k: How many.
+        cost: Rank by sensitivity per unit of this cost, such as `lambda s: s.num_parameters`.
+            None (default) ranks by the sensitivity itself.
+
+    Raises:
+        RuleError: k is not a positive whole number, or a cost is not positive.
+
+    Source:
+        Herberg et al., arXiv 2311.15995, with k = 1 and the squared norm of λ_W.
+
+    Example:
+        >>> TopK(1)({"a": Sensitivity(0.2), "b": Sensitivity(0.5)}).chosen
+        ('b',)
+    """
+
+    k: int = 1
+    cost: Callable[[Sensitivity], float] | None = None
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k, "TopK")
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """The k best."""
+        scores = {name: self._score(name, s) for name, s in sensitivities.items()}
+        ranked = sorted((name for name in scores if scores[name] > 0), key=lambda n: -scores[n])
+        chosen = tuple(ranked[: self.k])
+        what = "sensitivity" if self.cost is None else "sensitivity per cost"
+        reason = f"largest {what} of {len(scores)}" if chosen else f"no {what} above 0"
+        return Decision(chosen, reason)
+
+    def _score(self, name: str, sensitivity: Sensitivity) -> float:
+        cost = 1.0 if self.cost is None else self.cost(sensitivity)
+        if not cost > 0:
+            raise RuleError(
+                f'cost of TopK gives {cost} for candidate "{name}"; it must be positive.'
+            )
+        return sensitivity.value / cost
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every candidate whose sensitivity exceeds a threshold, largest first; possibly none.
+
+    Args:
+        absolute: Insert where the sensitivity is above this number.
+        relative: Insert where it is above this number times the mean gradient norm of the layers
+            the network already has, in the same norm. Needs the stationarity, which `solve`
+            computes by default. With both thresholds, a candidate has to exceed both.
+        max_insertions: At most this many; None (default) for all.
+        confidence: Compare the lower end of the `statistics.interval` of this confidence with the
+            threshold (0 if none is given), not the value. None (default) compares the value.
+
+    Raises:
+        RuleError: Neither threshold nor confidence is given; one is out of range; `relative` is
+            used on a solution without stationarity; or `confidence` is used where a standard
+            error is unknown.
+
+    Example:
+        >>> given = {"a": Sensitivity(0.2, baseline=0.1), "b": Sensitivity(0.5, baseline=0.1)}
+        >>> Threshold(absolute=0.3)(given).chosen, Threshold(relative=1.0)(given).chosen
+        (('b',), ('b', 'a'))
+    """
+
+    absolute: float | None = None
+    relative: float | None = None
+    max_insertions: int | None = None
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.absolute is self.relative is self.confidence is None:
+            raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
+        for name in ("absolute", "relative"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
+        if self.confidence is not None and not MIN_CONFIDENCE <= self.confidence < 1:
+            raise RuleError(
+                f"confidence={self.confidence!r} of Threshold must be at least {MIN_CONFIDENCE} "
+                "and below 1, such as 0.95."
+            )
+        if self.max_insertions is not None:
+            check_count("max_insertions", self.max_insertions, "Threshold")
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """All candidates above their threshold."""
+        bars = {name: self._threshold(s) for name, s in sensitivities.items()}
+        over = [name for name, s in sensitivities.items() if self._lower(name, s) > bars[name]]
+        chosen = tuple(sorted(over, key=lambda n: -sensitivities[n].value)[: self.max_insertions])
+        bar = max(bars.values(), default=0.0)
+        surely = "" if self.confidence is None else f" with confidence {self.confidence:g}"
+        return Decision(chosen, f"{len(over)} of {len(bars)} sensitivities above {bar:.3g}{surely}")
+
+    def _lower(self, name: str, sensitivity: Sensitivity) -> float:
+        """The sensitivity, or the lower end of its confidence interval."""
+        if self.confidence is None:
+            return sensitivity.value
+        if math.isnan(sensitivity.standard_error):
+            raise RuleError(
+                f"confidence={self.confidence!r} of Threshold needs the standard error of "
+                f'candidate "{name}", which is unknown; use several batches, or leave it out.'
+            )
+        return interval(sensitivity, self.confidence)[0]
+
+    def _threshold(self, sensitivity: Sensitivity) -> float:
+        if self.relative is None:
+            return self.absolute or 0.0
+        if sensitivity.baseline is None:
+            raise RuleError(
+                f"relative={self.relative!r} of Threshold needs the gradients of the layers the "
+                "network has; call solve(problem, rule, stationarity=True)."
+            )
+        return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
+
+
+@dataclass(frozen=True)
+class Random:
+    """Candidates drawn uniformly at random, as a control.
+
+    The draw depends only on the seed and the names of the candidates, so asking twice gives the
+    same decision; use another seed for another draw.
+
+    Args:
+        k: How many; all candidates if there are fewer.
+        seed: Seed of the draw.
+
+    Raises:
+        RuleError: k is not a positive whole number.
+
+    Example:
+        >>> Random(seed=1)({"a": Sensitivity(0.2), "b": Sensitivity(0.5)}).chosen
+        ('b',)
+    """
+
+    k: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k, "Random")
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """The draw."""
+        names = list(sensitivities)
+        generator = random.Random(repr((self.seed, names)))
+        chosen = tuple(generator.sample(names, min(self.k, len(names))))
+        return Decision(chosen, f"drawn at random of {len(names)}")
+
+
+@dataclass(frozen=True, init=False)
+class Fixed:
+    """Candidates fixed in advance, by name or by index in the problem.
+
+    Args:
+        *candidates: Names, or indices as into a list: `Fixed(0)` takes the first candidate,
+            `Fixed(-1)` the last one, `Fixed()` none.
+
+    Raises:
+        RuleError: An argument is neither; or, when called, there is no such candidate.
+
+    Example:
+        >>> given = {"a": Sensitivity(0.2), "b": Sensitivity(0.5)}
+        >>> Fixed(-1)(given).chosen, Fixed("a")(given).chosen
+        (('b',), ('a',))
+    """
+
+    candidates: tuple[str | int, ...]
+
+    def __init__(self, *candidates: str | int) -> None:
+        for candidate in candidates:
+            if not isinstance(candidate, str | int) or isinstance(candidate, bool):
+                raise RuleError(f"candidate={candidate!r} of Fixed is neither a name nor an index.")
+        object.__setattr__(self, "candidates", candidates)
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """These candidates."""
+        names = tuple(sensitivities)
+        by_index = {i: names[i] for i in range(-len(names), len(names))}
+        known: dict[str | int, str] = by_index | {name: name for name in names}
+        for candidate in self.candidates:
+            if candidate not in known:
+                raise RuleError(f"Fixed({candidate!r}): no such candidate; they are {names}.")
+        chosen = dict.fromkeys(known[candidate] for candidate in self.candidates)
+        return Decision(tuple(chosen), "fixed in advance")
