@@ -16,7 +16,7 @@ from constrained_growth._distributed import rank
 from constrained_growth.checkpoint.files import KEY, VERSION, checksum, hint, read
 from constrained_growth.checkpoint.serialization import unflattened
 from constrained_growth.errors import CheckpointError
-from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.insertion.record import GrowthRecord
 
 
 @dataclass(frozen=True)

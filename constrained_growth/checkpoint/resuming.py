@@ -17,8 +17,8 @@ from constrained_growth.checkpoint.optimizer_states import check_named_state, lo
 from constrained_growth.checkpoint.random_states import set_random_state
 from constrained_growth.checkpoint.states import give_state
 from constrained_growth.errors import CheckpointError
-from constrained_growth.insertion.replaying import replay
-from constrained_growth.insertion.wrapping import rewrap
+from constrained_growth.insertion.distributed import rewrap
+from constrained_growth.insertion.replay import replay
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from constrained_growth.checkpoint.optimizer_states import named_state
 from constrained_growth.checkpoint.random_states import random_state
 from constrained_growth.checkpoint.serialization import flattened
 from constrained_growth.checkpoint.states import state_of
-from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.insertion.record import GrowthRecord
 
 
 def save(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from constrained_growth._distributed import everywhere, rank
 from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import CheckpointError, TrainingError
-from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.insertion.replaying import replay
+from constrained_growth.insertion.record import GrowthRecord
+from constrained_growth.insertion.replay import replay
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
 

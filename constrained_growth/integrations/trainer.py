@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
 from constrained_growth.errors import TrainingError
-from constrained_growth.insertion.replaying import replay
+from constrained_growth.insertion.replay import replay
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History, measurements
 

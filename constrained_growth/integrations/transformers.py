@@ -28,8 +28,8 @@ from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.proposals import Proposals
 from constrained_growth.candidates.runs import Run, follows, runs_of
 from constrained_growth.errors import BlockError, CandidateError
-from constrained_growth.insertion.placement import list_of
-from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.insertion.layer import list_of
+from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.integrations.stacks import (
     Arrangement,
     Stack,
@@ -152,7 +152,7 @@ def insert(
         shapes[stack, orders[stack].index(place) + 1] = parameter_shapes(copied)
     settle = _settling(model, orders, shapes)
     return insertion.insert(
-        model, solution, optimizer=optimizer, averaged=averaged, data=data, settle=settle
+        model, solution, optimizer=optimizer, averaged=averaged, data=data, bookkeeping=settle
     )
 
 

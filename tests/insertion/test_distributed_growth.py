@@ -459,7 +459,7 @@ def a_wrapper_is_told_of_or_missed(rank: Rank) -> None:
 def wrappers_that_cannot_be_made_anew(rank: Rank) -> None:
     model = ddp(feedforward(2, 4, 3))
     model.mixed_precision = object()  # type: ignore[assignment]
-    with pytest.raises(cg.CandidateError, match="cannot be made anew"):
+    with pytest.raises(cg.CandidateError, match="cannot be initialised again"):
         cg.rewrap(model)
 
 

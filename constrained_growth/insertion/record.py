@@ -1,8 +1,7 @@
-"""What was inserted, as data that survives in a JSON file; and blocks made from it again."""
+"""The record of what was inserted, as data that JSON can hold."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import json
 from collections.abc import Mapping
@@ -15,29 +14,28 @@ from torch import nn
 from constrained_growth import _activations as activations
 from constrained_growth import blocks
 from constrained_growth._sites.model import parameter_shapes
-from constrained_growth.errors import BlockError, RecordError
-from constrained_growth.solution import Planned
+from constrained_growth.errors import RecordError
 
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class InsertedLayer:
-    """One layer that was inserted.
+    """One inserted layer.
 
     Attributes:
         name: Name of its candidate.
-        after: Qualified name of the module it was put after, when it was.
-        block: How to build the block again: its `type`, and `arguments` that JSON can hold. A
-            block or activation of the user's own has `arguments` None: pass it to `replay`.
+        after: Qualified name of the module it follows, at the moment of its insertion.
+        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold. For a
+            user's own block or activation `arguments` is None: pass it to `replay`.
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
-        placement: "wrapped" if it stands around the module, as `Inserted`; "sibling" if it became
-            the next element of the list that the module is in, those after it renumbered. Then
-            `block` says of which class it is and which of its parameters are pinned.
-        pristine: The block as it was inserted, while the record lives in the process that made
-            it; JSON does not hold it.
+        placement: "wrapped" if it is wrapped around the module; "sibling" if it became the next
+            element of the module's list. `block` then says which class it copies and which of
+            its parameters are pinned.
+        pristine: A copy of the block as inserted, as long as the record stays in the process that
+            made it; not part of the JSON text.
     """
 
     name: str
@@ -52,16 +50,16 @@ class InsertedLayer:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """The insertions into one model, in their order.
+    """The insertions into one model, in order.
 
     Records of several rounds add up: `replay(model, first + second)`.
 
     Attributes:
         insertions: The layers.
         model: Name → shape of the parameters the model had before.
-        difference: "train" and "eval" → by how much the output moved at most, on the batch that
-            `insert` looked at; of several rounds the largest. Empty when it was not looked at.
-        evidence: What each round's decision rested on, as its rule says (`Decision.evidence`).
+        difference: "train" and "eval" → largest change of the output on the batch of the check,
+            over all rounds. Empty when there was no check.
+        evidence: `Decision.evidence` of each round.
 
     Example:
         >>> GrowthRecord.from_json(GrowthRecord().to_json())
@@ -86,7 +84,7 @@ class GrowthRecord:
         """The record as JSON text.
 
         Raises:
-            RecordError: There is something in the evidence that JSON cannot hold.
+            RecordError: The evidence holds something that JSON cannot.
         """
         layers = [
             {f.name: getattr(layer, f.name) for f in fields(layer) if f.name != "pristine"}
@@ -106,7 +104,7 @@ class GrowthRecord:
         """The record from JSON text; nothing in it is executed.
 
         Raises:
-            RecordError: The text is no growth record, or of a newer version.
+            RecordError: The text is no growth record, or one of a newer version.
         """
         try:
             content = json.loads(text)
@@ -125,97 +123,6 @@ class GrowthRecord:
                 f"text is no growth record as to_json() writes it: {error!r}."
             ) from error
         return cls(layers, model, difference, evidence)
-
-
-def describe(
-    name: str,
-    after: str,
-    planned: Planned,
-    site: nn.Module,
-    sibling: nn.Module | None = None,
-    *,
-    model: nn.Module,
-) -> InsertedLayer:
-    """The record of a layer about to be inserted.
-
-    Args:
-        name: Of its candidate.
-        after: Qualified name of the module after which it is put, now.
-        planned: Its block, and what is known of the site.
-        site: The site as it was when the problem was solved.
-        sibling: The standalone form of the block, if that is what becomes part of the model.
-        model: Into which it is put; in it is what a `CopiedBlock` may be a copy of.
-    """
-    layer = planned.block if sibling is None else sibling
-    return InsertedLayer(
-        name,
-        after,
-        _described_block(planned.block, site, model),
-        parameter_shapes(layer),
-        planned.overwritten,
-        planned.output,
-        "wrapped" if sibling is None else "sibling",
-        pristine=copy.deepcopy(layer),
-    )
-
-
-def is_copy(layer: InsertedLayer) -> bool:
-    """Whether a layer was a copy of another one, pinned at zero."""
-    return layer.block.get("type") == blocks.CopiedBlock.__name__
-
-
-def build_copy(layer: InsertedLayer, neighbour: nn.Module, model: nn.Module) -> nn.Module:
-    """The layer of a record again, that was a copy of its neighbour, or of another module.
-
-    Raises:
-        RecordError: That module is not there or of another class, or the record is damaged.
-    """
-    if layer.block.get("arguments") is None:
-        raise _cannot_build(layer)
-    copied, of = layer.block.get("copied"), layer.block.get("of")
-    original = neighbour if of is None else dict(model.named_modules()).get(str(of))
-    if original is None or type(original).__qualname__ != copied:
-        raise RecordError(
-            f'the layer "{layer.name}" is a copy of the {copied} "{of or layer.after}", which in '
-            f"this model is a {type(original).__qualname__}."
-        )
-    try:
-        block = blocks.CopiedBlock(original, list(layer.block["arguments"]["pinned"]))
-    except (TypeError, KeyError, BlockError) as error:
-        raise _damaged(layer, error) from error
-    return block.standalone() if layer.placement == "sibling" else block
-
-
-def build(layer: InsertedLayer) -> nn.Module:
-    """The block of a record again: the architecture, not its values. Draws no random numbers.
-
-    Raises:
-        RecordError: It is a block or an activation of the user's own.
-    """
-    maker, arguments = _BLOCKS.get(str(layer.block.get("type"))), layer.block.get("arguments")
-    if maker is None or arguments is None:
-        raise _cannot_build(layer)
-    try:
-        arguments = dict(arguments)
-        arguments["activation"] = _built_activation(arguments["activation"])
-        if arguments.get("norm_layer") is not None:
-            arguments["norm_layer"] = _NORM_LAYERS[arguments["norm_layer"]]
-        with torch.random.fork_rng(devices=[]):
-            return maker(**arguments)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise _damaged(layer, error) from error
-
-
-def _cannot_build(layer: InsertedLayer) -> RecordError:
-    return RecordError(
-        f'the layer "{layer.name}" is {layer.block.get("type")!r}, a block or activation that '
-        "a record cannot rebuild; pass it: "
-        f"replay(model, record, blocks={{{layer.name!r}: block}})."
-    )
-
-
-def _damaged(layer: InsertedLayer, error: Exception) -> RecordError:
-    return RecordError(f'the record of the layer "{layer.name}" is damaged: {error!r}.')
 
 
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
@@ -237,10 +144,11 @@ def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {str(name): tuple(int(size) for size in shape) for name, shape in content.items()}
 
 
-def _described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
+def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
+    """How to rebuild a block that is about to be inserted after a site of the model."""
     if isinstance(block, blocks.CopiedBlock):
         return _described_copy(block, site, model)
-    if _BLOCKS.get(type(block).__name__) is not type(block):
+    if BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
     arguments = block.config()  # type: ignore[operator]
     described = {**arguments, "activation": _described_activation(arguments["activation"])}
@@ -248,12 +156,12 @@ def _described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dic
     norm_layer = arguments.get("norm_layer")
     if norm_layer is not None:
         described["norm_layer"] = getattr(norm_layer, "__name__", None)
-        known = known and _NORM_LAYERS.get(described["norm_layer"]) is norm_layer
+        known = known and NORM_LAYERS.get(described["norm_layer"]) is norm_layer
     return {"type": type(block).__name__, "arguments": described if known else None}
 
 
 def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """Of which class it is a copy and of which pins, and `of` which module if not of its site."""
+    """The copied class and its pins, and `of` which module it is a copy if not of its site."""
     kind, shapes = type(block.module), parameter_shapes(block.module)
 
     def is_alike(module: nn.Module) -> bool:
@@ -268,15 +176,15 @@ def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module
 
 
 def _described_activation(activation: object) -> dict[str, Any] | None:
-    """An activation as data, or None for one of the user's own."""
+    """An activation as data, or None for a user's own."""
     if not isinstance(activation, nn.Module):
-        for home, space in _FUNCTIONS.items():
+        for home, space in FUNCTIONS.items():
             name = getattr(activation, "__name__", "")
             if name and getattr(space, name, None) is activation:
                 return {"function": f"{home}.{name}"}
         return None
     name = type(activation).__name__
-    if _MODULES.get(name) is not type(activation):
+    if ACTIVATION_MODULES.get(name) is not type(activation):
         return None
     known = inspect.signature(type(activation)).parameters
     values = {key: getattr(activation, key, None) for key in known}
@@ -284,27 +192,16 @@ def _described_activation(activation: object) -> dict[str, Any] | None:
     return {"module": name, "arguments": kept}
 
 
-def _built_activation(described: Mapping[str, Any]) -> activations.Activation:
-    if "function" in described:
-        home, _, name = described["function"].rpartition(".")
-        function: activations.Activation | None = getattr(_FUNCTIONS.get(home), name, None)
-        if function is not None:
-            return function
-    elif described["module"] in _MODULES:
-        return _MODULES[described["module"]](**described["arguments"])
-    raise RecordError(f"the record names an activation that is not known here: {described}.")
-
-
-_BLOCKS: dict[str, type[Any]] = {
+BLOCKS: dict[str, type[Any]] = {
     name: value for name, value in vars(blocks).items() if hasattr(value, "config")
 }
-"""The blocks of this library that say from which arguments they can be built again."""
+"""The blocks of this library that know the arguments to rebuild them from."""
 
-_NORM_LAYERS: dict[str | None, type[nn.Module]] = {
+NORM_LAYERS: dict[str | None, type[nn.Module]] = {
     cls.__name__: cls for cls in (nn.BatchNorm2d, nn.SyncBatchNorm)
 }
-_FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
-_MODULES: dict[str, type[nn.Module]] = {
+FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
+ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
     **{
         name: cls
         for name, cls in vars(nn.modules.activation).items()
