@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from constrained_growth._distributed import everywhere, rank
-from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
+from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.insertion.replay import replay
@@ -114,7 +114,7 @@ class GrowthCallback(Callback):
         before, kept = self.grower, self._kept
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
         if kept is not None:
-            put_right(optimizer, model, kept["names"])
+            reassign_state(optimizer, model, kept["names"])
             losses = kept["losses"][rank(None) % len(kept["losses"])]
             self.grower.load_state_dict({**kept["grower"], **losses})
             self._kept = None

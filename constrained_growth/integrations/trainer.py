@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from constrained_growth import checkpoint
-from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
+from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import TrainingError
 from constrained_growth.insertion.replay import replay
 from constrained_growth.training.grower import Grower
@@ -118,7 +118,7 @@ class GrowthCallback(TrainerCallback):
         before, kept = self.grower, self._kept
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
         if kept is not None:
-            put_right(optimizer, model, kept.extra)
+            reassign_state(optimizer, model, kept.extra)
             self.grower.load_state_dict(kept.states["grower"])
             self._kept = None
         elif before is not None:
