@@ -1,14 +1,14 @@
-"""The lists of layers in a Transformers model, the config entries that count them, and longer ones.
+"""The lists of layers in a Transformers model, and the config entries that count them.
 
-What another layer changes is found by building the model again from a longer config, without
-memory for its parameters (on the meta device), and comparing.
+What one more layer changes is found by building the model from a longer config, on the meta device
+(without memory for its parameters), and comparing.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ from constrained_growth.errors import CandidateError
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers whose length the config says.
+    """A list of layers whose length is an entry of the config.
 
     Attributes:
         name: Qualified name of the `nn.ModuleList` or `nn.Sequential`.
-        part: Name of the part of the config that counts it ("text_config"), or "".
-        entry: The attribute that says how many layers there are.
-        index: Which element of it does, where it is a list (`depths`), else None.
+        part: Name of the part of the config that has the entry ("text_config"), or "".
+        entry: The attribute that holds the number of layers.
+        index: The index in it, if it is a list (`depths`), else None.
     """
 
     name: str
@@ -38,33 +38,39 @@ class Stack:
     index: int | None
 
 
-Arrangement = Mapping[Stack, Sequence[int]]
-"""For each layer that a stack is to have: which present layer it is, or is put after."""
-
-
 @dataclass(frozen=True)
-class Setting:
-    """A value that an attribute of the config, or of a module, is to have."""
+class Layer:
+    """A layer that a stack is to have.
 
-    owner: Any
-    name: str
-    value: Any
+    Attributes:
+        source: Number of the present layer that it is, or that it is inserted after.
+        new: Name → shape of its parameters if it is inserted, else None.
+    """
+
+    source: int
+    new: Mapping[str, tuple[int, ...]] | None = None
+
+
+Arrangement = Mapping[Stack, list[Layer]]
+"""The layers that the stacks of a grown model have."""
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
-    """The stacks of a model, each tried out by making the config longer."""
+    """The stacks of a model, each confirmed by building a model from a longer config."""
     found: dict[str, Stack] = {}
     for part, entry, index in _counters(model.config):
         longer = copy.deepcopy(model.config)
         _lengthen(longer, Stack("", part, entry, index), None)
         try:
             built = dict(skeleton(model, longer).named_modules())
-        except Exception:  # it counts something else, too, or has to fit another entry
+        except Exception:  # it counts something else too, or must agree with another entry
             continue
         grown = [
             name
             for name, module in model.named_modules()
-            if _is_list(module) and name in built and len(built[name]) == len(module) + 1  # type: ignore[arg-type]
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+            and name in built
+            and len(built[name]) == len(module) + 1  # type: ignore[arg-type]
         ]
         if len(grown) == 1:
             found.setdefault(grown[0], Stack(grown[0], part, entry, index))
@@ -78,31 +84,25 @@ def layers_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
 
 
 def longer_config(model: PreTrainedModel, arrangement: Arrangement) -> PreTrainedConfig:
-    """A config of the depth that an arrangement has, and its lists of one entry for each layer."""
+    """The config of a grown model; lists in it with an entry per layer grow too."""
     config = copy.deepcopy(model.config)
-    for stack, order in arrangement.items():
-        _lengthen(config, stack, order)
+    for stack, layers in arrangement.items():
+        _lengthen(config, stack, [layer.source for layer in layers])
     return config
 
 
 def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
-    """A model of the same class from a config, without memory for its parameters."""
+    """A model of the same class from a config, on the meta device."""
     with untouched(model), torch.device("meta"):
         return type(model)(config)
 
 
-def check_same(
-    model: PreTrainedModel,
-    arrangement: Arrangement,
-    inserted: Mapping[tuple[Stack, int], Mapping[str, tuple[int, ...]]],
-    longer: nn.Module,
-) -> None:
-    """Refuse to insert where the stock class would not make the same model of the longer config.
+def check_same(model: PreTrainedModel, arrangement: Arrangement, longer: nn.Module) -> None:
+    """Refuse to insert where the stock class makes another model of the longer config.
 
     Args:
-        model: As it is.
-        arrangement: The layers it is to have.
-        inserted: Stack and place of each new layer → shapes of its parameters.
+        model: Not grown yet.
+        arrangement: The layers that it is to have.
         longer: Built from the longer config.
 
     Raises:
@@ -110,45 +110,45 @@ def check_same(
             another length.
     """
     present = skeleton(model, copy.deepcopy(model.config))
-    for stack, order in arrangement.items():
+    for stack, layers in arrangement.items():
         built, old = layers_of(longer, stack), layers_of(present, stack)
         where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
-        if len(built) != len(order):
+        if len(built) != len(layers):
             raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
-        for place, source in enumerate(order):
-            shapes = inserted.get((stack, place))
-            if shapes is not None and shapes != parameter_shapes(built[place]):
+        for place, layer in enumerate(layers):
+            if layer.new is not None and dict(layer.new) != parameter_shapes(built[place]):
                 raise CandidateError(
                     f"{where} gives layer {place} other parameters than the new layer has; the "
                     "stock class could not load it."
                 )
-            alike = [old[source]] if shapes is None else old[source : source + 2]
+            # A new layer is a copy of the one before it or, at a change of shape, after it.
+            alike = old[layer.source : layer.source + (1 if layer.new is None else 2)]
             settings = _settings(built[place])
-            differing = [sorted(settings ^ _settings(layer), key=str) for layer in alike]
+            differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
             if all(differing):
                 raise CandidateError(
                     f"{where} makes layer {place} another one: {differing[0][:2]}. Its layers "
-                    "depend on their number, so none can be put between them; use a block that "
-                    "stands around its site, such as ResidualMLP, or choose another site."
+                    "depend on their number, so none can be inserted between them; use a block "
+                    "that is wrapped around its site, such as ResidualMLP, or another site."
                 )
 
 
-def numbering(model: nn.Module, stack: Stack, longer: nn.Module) -> Iterator[Setting]:
-    """The numbers that the modules of a stack are to know themselves by."""
+def renumber(model: nn.Module, stack: Stack, longer: nn.Module) -> None:
+    """Give the layers of a stack the numbers that they have in a model built at that depth."""
     numbered = dict(longer.get_submodule(stack.name).named_modules())
     for name, module in model.get_submodule(stack.name).named_modules():
         for key in _NUMBERS & vars(module).keys():
-            yield Setting(module, key, getattr(numbered[name], key))
+            setattr(module, key, getattr(numbered[name], key))
 
 
-def config_settings(config: PreTrainedConfig, longer: PreTrainedConfig) -> Iterator[Setting]:
-    """What makes a config like a longer one, its parts included."""
-    for name, value in vars(longer).items():
+def update_config(config: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
+    """Make a config equal to another one in place, its parts too."""
+    for name, value in vars(wanted).items():
         present = getattr(config, name, None)
         if isinstance(value, PreTrainedConfig) and isinstance(present, PreTrainedConfig):
-            yield from config_settings(present, value)
+            update_config(present, value)
         elif present != value:
-            yield Setting(config, name, value)
+            setattr(config, name, copy.deepcopy(value))
 
 
 def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -166,28 +166,24 @@ def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]
                 yield from ((part, entry, index) for index in range(len(value)))
 
 
-def _lengthen(config: PreTrainedConfig, stack: Stack, order: Sequence[int] | None) -> None:
-    """Let a config count the layers of an order (None: one more, put last)."""
+def _lengthen(config: PreTrainedConfig, stack: Stack, sources: list[int] | None) -> None:
+    """Set the number of layers; `sources` are the present ones they come from (None: one more)."""
     holder: Any = getattr(config, stack.part) if stack.part else config
     value = getattr(holder, stack.entry)
     depth = value if stack.index is None else value[stack.index]
-    order = [*range(depth), depth - 1] if order is None else order
+    sources = [*range(depth), depth - 1] if sources is None else sources
     if stack.index is None:
-        setattr(holder, stack.entry, len(order))
+        setattr(holder, stack.entry, len(sources))
         for name, listed in list(vars(holder).items()):
             if "layer" in name and isinstance(listed, list | tuple) and len(listed) == depth:
-                setattr(holder, name, type(listed)(listed[source] for source in order))
+                setattr(holder, name, type(listed)(listed[source] for source in sources))
     else:
-        changed = [len(order) if i == stack.index else v for i, v in enumerate(value)]
+        changed = [len(sources) if i == stack.index else v for i, v in enumerate(value)]
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential)
-
-
 def _settings(layer: nn.Module) -> set[tuple[str, str, Any]]:
-    """What the modules of a layer are like, apart from their numbers and their dropout."""
+    """The plain attributes of the modules of a layer, except for numbers and dropout."""
     return {
         (name, key, value)
         for name, module in layer.named_modules()
