@@ -136,16 +136,28 @@ def _propose_after_stacks(search: _Search) -> None:
         if why:
             search.skipped[name] = why
             continue
-        block, why = copies[name]
-        following = search.runs.get(stacked[name])
-        if block is None and following is not None and follows(following, run):
-            block, reason = copy_of(following)
-            why = f"{reason} of the next" if block is not None else why
-        if block is None:
-            block, reason = _residual(run, nn.ReLU())
-            kind = type(run.module).__name__
-            why = f"{reason}; no copy, as {kind} {why}" if block is not None else reason
-        search.add(name, block, why)
+        search.add(name, *block_after(run, search.runs.get(stacked[name]), copies[name]))
+
+
+def block_after(
+    run: Run, following: Run | None, copied: tuple[nn.Module | None, str] | None = None
+) -> tuple[nn.Module | None, str]:
+    """After a block of a stack: a copy of it, or of the next one, or a residual block; and why.
+
+    Args:
+        run: Of the block.
+        following: Of the next block of its stack, if there is one.
+        copied: `copy_of(run)`, if it was made already.
+    """
+    block, why = copied or copy_of(run)
+    if block is None and following is not None and follows(following, run):
+        block, reason = copy_of(following)
+        why = f"{reason} of the next" if block is not None else why
+    if block is not None or run.y is None:
+        return block, why
+    block, reason = _residual(run, nn.ReLU())
+    kind = type(run.module).__name__
+    return block, reason if block is None else f"{reason}; no copy, as {kind} {why}"
 
 
 def _propose_after_modules(search: _Search) -> None:

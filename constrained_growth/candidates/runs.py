@@ -71,15 +71,9 @@ def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
 
 
-def runs_of(
-    model: nn.Module, example_input: object, names: Mapping[nn.Module, str] | None = None
-) -> dict[str, Run]:
-    """Run the model once; name → run of its modules, in the order they finished.
-
-    `names` (module → name) says which modules to observe; None means all, and only then is
-    `on_channels` known.
-    """
-    names = names or {module: name for name, module in model.named_modules()}
+def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
+    """Run the model once; name → run of its modules, in the order they finished."""
+    names = {module: name for name, module in model.named_modules()}
     runs: dict[str, Run] = {}
     layouts: dict[int, bool] = {}
     kept: list[Tensor | None] = []  # or ids would be used again

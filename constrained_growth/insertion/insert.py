@@ -17,28 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import CandidateError, DataError, RuleError
-from constrained_growth.insertion.layer import (
-    check_can_change,
-    first_parameter,
-    list_of,
-    put_next,
-    standalone_form,
-    structure_kept_on_error,
-    wrap,
-)
-from constrained_growth.insertion.optimizer_state import (
-    add_parameters,
-    as_optimizers,
-    check_optimizers,
-    groups_kept_on_error,
-)
-from constrained_growth.insertion.preservation import (
-    Outputs,
-    check_preserved,
-    first_input,
-    outputs_of,
-)
+from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.insertion import layer as layers
+from constrained_growth.insertion import optimizer_state, preservation
 from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, described_block
 from constrained_growth.solution import Planned, Solution
 
@@ -113,39 +94,45 @@ def insert(
     names = _checked_choice(model, solution)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
-    layers = [_new_layers(one, model, solution, names) for one in models]
-    blocks = {new.name: new.planned.block for new in layers[0]}
-    optimizers = as_optimizers(optimizer)
-    check_optimizers(model, optimizers, blocks.values())
+    new = [_new_layers(one, model, solution, names) for one in models]
+    blocks = {one.name: one.planned.block for one in new[0]}
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    optimizer_state.check_optimizers(model, optimizers, blocks.values())
     _check_values(solution, blocks)
     if not names:
         return GrowthRecord((), shapes)
-    example = solution.example if data is None else first_input(data, model)
-    before = [_outputs(one, example, optional=one is not model) for one in models]
+    example = solution.example if data is None else preservation.first_input(data, model)
+    before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
         for one in models:
-            if bookkeeping is not None:
-                undo.push(_on_error(bookkeeping, one))
-            undo.enter_context(structure_kept_on_error(one))
+            undo.enter_context(layers.structure_kept_on_error(one, then=bookkeeping))
         for one in optimizers:
-            undo.enter_context(groups_kept_on_error(one))
-        inserted = [_put_into(*pair) for pair in zip(models, layers, strict=True)]
+            undo.enter_context(optimizer_state.groups_kept_on_error(one))
+        inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         if bookkeeping is not None:
             for one in models:
                 bookkeeping(one)
         differences = [
-            check_preserved(one, example, outputs, {new.name: new.module for new in here})
-            for one, outputs, here in zip(models, before, layers, strict=True)
+            preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
+            for one, outputs, here in zip(models, before, new, strict=True)
         ]
-        new_parameters = [p for p in model.parameters() if id(p) not in old]
-        add_parameters(optimizers, model, new_parameters, _counterparts(layers[0]))
+        added = [p for p in model.parameters() if id(p) not in old]
+        optimizer_state.add_parameters(optimizers, model, added, _counterparts(new[0]))
         with torch.no_grad():
             for name, block in blocks.items():
                 pins = pinned_parameters(block)
                 for key, value in solution.decision.values.get(name, {}).items():
                     pins[key].add_(value.to(pins[key]))
-        _warn_of_wrappers(model)
+        if is_sharded(model) or any(
+            isinstance(m, DistributedDataParallel) for m in model.modules()
+        ):
+            warnings.warn(
+                "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
+                "the new parameters and would not average their gradients; call on all processes "
+                "cg.rewrap(model, optimizer).",
+                stacklevel=2,
+            )
     evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
     return GrowthRecord(tuple(inserted[0]), shapes, differences[0], evidence)
 
@@ -174,23 +161,23 @@ def _new_layers(
     model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
 ) -> list[_NewLayer]:
     """The layers for a model, which is the original or a copy, perhaps in another precision."""
-    layers = []
+    found = []
     for name in names:
         planned = solution.candidates[name]
         with torch.inference_mode(False):
             planned = replace(planned, block=copy.deepcopy(planned.block))
         site = model.get_submodule(planned.after)
         planned.block.train(site.training)
-        here = first_parameter(site, model)
-        there = first_parameter(original.get_submodule(planned.after), original)
+        here = layers.first_parameter(site, model)
+        there = layers.first_parameter(original.get_submodule(planned.after), original)
         if here is not None:
             planned.block.to(here.device)
             if there is not None and there.dtype != here.dtype:
                 planned.block.to(here.dtype)
-        owner = list_of(model, site) if becomes_element(planned) else None
-        module = planned.block if owner is None else standalone_form(planned.block)
-        layers.append(_NewLayer(name, planned, site, owner, module))
-    return layers
+        owner = layers.list_of(model, site) if becomes_element(planned) else None
+        module = planned.block if owner is None else layers.standalone_form(planned.block)
+        found.append(_NewLayer(name, planned, site, owner, module))
+    return found
 
 
 def becomes_element(planned: Planned) -> bool:
@@ -199,7 +186,7 @@ def becomes_element(planned: Planned) -> bool:
     return first and callable(getattr(planned.block, "standalone", None))
 
 
-def _put_into(model: nn.Module, layers: Iterable[_NewLayer]) -> list[InsertedLayer]:
+def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[InsertedLayer]:
     """Put the layers into the model; what was done, in the order in which it was done.
 
     Layers at one site run in the order of the problem. Outer sites come before those inside
@@ -207,33 +194,27 @@ def _put_into(model: nn.Module, layers: Iterable[_NewLayer]) -> list[InsertedLay
     """
     ends: dict[nn.Module, nn.Module] = {}  # site → the last module there so far
     done = []
-    for new in sorted(layers, key=lambda new: new.planned.after.count(".")):
+    for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
         record = InsertedLayer(
-            new.name,
-            next(name for name, module in model.named_modules() if module is end),
-            described_block(planned.block, new.site, model),
-            parameter_shapes(new.module),
-            planned.overwritten,
-            planned.output,
-            "wrapped" if new.owner is None else "sibling",
+            name=new.name,
+            after=next(name for name, module in model.named_modules() if module is end),
+            block=described_block(planned.block, new.site, model),
+            parameters=parameter_shapes(new.module),
+            overwritten=planned.overwritten,
+            output=planned.output,
+            placement="wrapped" if new.owner is None else "sibling",
             pristine=copy.deepcopy(new.module),
         )
+        ends[new.site] = layers.put_into(model, end, new.module, record)
         done.append(record)
-        if new.owner is None:
-            ends[new.site] = wrap(
-                model, end, new.module, overwritten=planned.overwritten, output=planned.output
-            )
-        else:
-            put_next(new.owner, end, new.module)
-            ends[new.site] = new.module
     return done
 
 
-def _counterparts(layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
+def _counterparts(new_layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
     """`id` of a parameter of a new list element → the parameter of that name in its neighbour."""
     found: dict[int, Tensor] = {}
-    for new in layers:
+    for new in new_layers:
         neighbour = {} if new.owner is None else dict(new.site.named_parameters())
         for name, parameter in new.module.named_parameters():
             if name in neighbour:
@@ -265,7 +246,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             "model that was solved; give that model or a copy of it. After an insertion make a "
             "new problem and solve it."
         )
-    check_can_change(model)
+    layers.check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
 
 
@@ -313,32 +294,3 @@ def _check_values(solution: Solution, blocks: Mapping[str, nn.Module]) -> None:
                 )
             if not bool(torch.isfinite(value).all()):
                 raise RuleError(f'decision.values["{name}"]["{key}"] holds NaN or Inf.')
-
-
-def _outputs(model: nn.Module, example: object, *, optional: bool) -> Outputs:
-    """The outputs before the insertion; a copy in another precision may not run on the batch."""
-    try:
-        return {} if example is None else outputs_of(model, example)
-    except DataError:
-        if not optional:
-            raise
-        return {}
-
-
-def _on_error(bookkeeping: Callable[[nn.Module], object], model: nn.Module) -> Any:
-    def exit(kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            bookkeeping(model)
-
-    return exit
-
-
-def _warn_of_wrappers(model: nn.Module) -> None:
-    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
-    if wrapped or is_sharded(model):
-        warnings.warn(
-            "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
-            "the new parameters and would not average their gradients; call on all processes "
-            "cg.rewrap(model, optimizer).",
-            stacklevel=3,
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from constrained_growth._sites.context import context_of, takes_context
 from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.errors import BlockError, CandidateError, RecordError
+from constrained_growth.insertion.record import InsertedLayer
 
 
 class WithInsertedLayer(nn.Module):
@@ -83,19 +84,31 @@ class WithInsertedLayer(nn.Module):
             return getattr(base, name)
 
 
-def wrap(
-    model: nn.Module,
-    site: nn.Module,
-    block: nn.Module,
-    *,
-    overwritten: bool,
-    output: int | str | None,
-) -> WithInsertedLayer:
-    """Insert a block around a site, under every name that the site has in the model."""
-    wrapper = WithInsertedLayer(site, block, overwritten=overwritten, output=output)
+def put_into(
+    model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
+) -> nn.Module:
+    """Insert a layer after a site as its record says; returns the module now at its place.
+
+    Raises:
+        RecordError: The record makes it the next element of a list, and the site is in none.
+    """
+    if record.placement == "sibling":
+        owner = list_of(model, site)
+        if owner is None:
+            raise RecordError(
+                f'the record makes the layer "{record.name}" the element after "{record.after}", '
+                f"which is no element of an nn.ModuleList or nn.Sequential in "
+                f"{type(model).__name__}."
+            )
+        elements = list(owner._modules.values())
+        elements.insert(next(i for i, one in enumerate(elements) if one is site) + 1, layer)
+        owner._modules.clear()
+        owner._modules.update({str(i): one for i, one in enumerate(elements)})
+        return layer
+    wrapper = WithInsertedLayer(site, layer, overwritten=record.overwritten, output=record.output)
     for owner in list(model.modules()):
         for key, child in owner._modules.items():
-            if child is site and owner is not wrapper:
+            if child is site and owner is not wrapper:  # under every name that it has
                 owner._modules[key] = wrapper
     return wrapper
 
@@ -113,15 +126,6 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.Module | None:
     runs = isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
     numbered = list(owner._modules) == [str(i) for i in range(len(owner._modules))]
     return owner if numbered and (runs or isinstance(owner, nn.ModuleList)) else None
-
-
-def put_next(owner: nn.Module, element: nn.Module, new: nn.Module) -> None:
-    """Insert a module after an element of a list; later elements are renumbered."""
-    elements = list(owner._modules.values())
-    place = next(i for i, one in enumerate(elements) if one is element)
-    elements.insert(place + 1, new)
-    owner._modules.clear()
-    owner._modules.update({str(i): one for i, one in enumerate(elements)})
 
 
 def standalone_form(block: nn.Module) -> nn.Module:
@@ -164,8 +168,10 @@ def check_can_change(model: nn.Module) -> None:
 
 
 @contextmanager
-def structure_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """After an error, restore the submodules and attributes of every module."""
+def structure_kept_on_error(
+    model: nn.Module, then: Callable[[nn.Module], object] | None = None
+) -> Iterator[None]:
+    """After an error, restore the submodules and attributes of every module, and call `then`."""
     kept = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -175,4 +181,6 @@ def structure_kept_on_error(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
             module._modules.clear()
             module._modules.update(children)
+        if then is not None:
+            then(model)
         raise

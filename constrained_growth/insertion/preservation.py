@@ -36,27 +36,32 @@ def first_input(data: object, model: nn.Module) -> object | None:
         return next((input for input, _ in batches(data, device_of(model))), None)
 
 
-def outputs_of(model: nn.Module, example: object) -> Outputs:
+def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> Outputs:
     """The outputs in the model's own mode and in the other one, from the present random state.
 
-    A mode other than its own in which it fails (BatchNorm on one sample, say) is left out. A
-    sharded model runs in its own mode only, since all processes must run it equally often.
+    Another mode in which it fails (BatchNorm on one sample, say) is left out. A sharded model runs
+    in its own mode only, since all processes must run it equally often. Nothing is run without an
+    example, and nothing is returned for a model that may fail (`optional`) and does.
 
     Raises:
         DataError: It fails in its own mode.
     """
     own = model.training
     found: dict[str, Any] = {}
-    for training in (own,) if is_sharded(model) else (own, not own):
+    modes = (own,) if is_sharded(model) else (own, not own)
+    for training in modes if example is not None else ():
         try:
             found[_name(training)] = _output(model, example, training)
         except Exception as error:
-            if training is own:
-                raise DataError(
-                    f"model={type(model).__name__} fails on the input of the first batch, on which "
-                    f"its function is checked before and after the insertion: {error}; give "
-                    "another: insert(..., data=[(input, target)])."
-                ) from error
+            if training is not own:
+                continue
+            if optional:
+                return {}
+            raise DataError(
+                f"model={type(model).__name__} fails on the input of the first batch, on which "
+                f"its function is checked before and after the insertion: {error}; give "
+                "another: insert(..., data=[(input, target)])."
+            ) from error
     return found
 
 

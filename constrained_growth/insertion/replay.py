@@ -17,11 +17,9 @@ from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion.layer import (
     WithInsertedLayer,
     first_parameter,
-    list_of,
-    put_next,
+    put_into,
     standalone_form,
     structure_kept_on_error,
-    wrap,
 )
 from constrained_growth.insertion.record import (
     ACTIVATION_MODULES,
@@ -129,16 +127,7 @@ def _insert_again(model: nn.Module, layer: InsertedLayer, given: nn.Module | Non
     if like is not None:
         block = block.to(device=like.device, dtype=like.dtype)
     block.train(site.training)
-    if layer.placement == "wrapped":
-        wrap(model, site, block, overwritten=layer.overwritten, output=layer.output)
-        return
-    owner = list_of(model, site)
-    if owner is None:
-        raise RecordError(
-            f'the record makes the layer "{layer.name}" the element after "{layer.after}", which '
-            f"is no element of an nn.ModuleList or nn.Sequential in {type(model).__name__}."
-        )
-    put_next(owner, site, block)
+    put_into(model, site, block, layer)
 
 
 def _rebuilt(

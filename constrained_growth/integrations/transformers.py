@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from constrained_growth import insertion
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import ResidualMLP
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.runs import Run, copy_of, follows, runs_of
+from constrained_growth.candidates.discovery import block_after
+from constrained_growth.candidates.runs import runs_of
 from constrained_growth.errors import CandidateError
 from constrained_growth.insertion.insert import becomes_element
 from constrained_growth.insertion.layer import list_of
@@ -76,21 +76,17 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
         ['transformer.h.0', 'transformer.h.1']
     """
     stacks = _checked_stacks(model)
-    names = {
-        layer: f"{stack.name}.{place}"
-        for stack in stacks
-        for place, layer in enumerate(layers_of(model, stack))
-    }
     candidates: list[Candidate] = []
     reasons: dict[str, str] = {}
     skipped: dict[str, str] = {}
     with untouched(model), differentiable(), torch.no_grad():
-        example = _example_of(model) if example_input is None else example_input
-        runs = runs_of(model, example, names)
+        runs = runs_of(model, _example_of(model) if example_input is None else example_input)
         for stack in stacks:
-            here = [names[layer] for layer in layers_of(model, stack)]
-            for name, following in zip(here, [*here[1:], ""], strict=True):
-                block, why = _proposed(runs.get(name), runs.get(following))
+            names = [f"{stack.name}.{place}" for place, _ in enumerate(layers_of(model, stack))]
+            for name, following in zip(names, [*names[1:], ""], strict=True):
+                block, why = None, "the forward pass does not call it"
+                if name in runs:
+                    block, why = block_after(runs[name], runs.get(following))
                 if block is None:
                     skipped[name] = why
                 else:
@@ -234,20 +230,6 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
         f"model={type(model).__name__} takes {name!r}, for which no example is made up; give one: "
         f"find_candidates(model, {{{name!r}: …}})."
     )
-
-
-def _proposed(here: Run | None, following: Run | None) -> tuple[nn.Module | None, str]:
-    """The block to propose after a layer, or None, and why."""
-    if here is None or here.y is None:
-        return None, "the forward pass does not call it, or it returns no tensor"
-    block, why = copy_of(here)
-    if block is None and following is not None and follows(following, here):
-        block, reason = copy_of(following)
-        why = why if block is None else f"{reason} of the next"
-    if block is None and here.y.dim() == 3:
-        width = here.y.shape[-1]
-        return ResidualMLP(width, width, nn.GELU()), f"no copy: {type(here.module).__name__} {why}"
-    return block, why
 
 
 def _place(model: nn.Module, stacks: Sequence[Stack], after: str) -> tuple[Stack, int]:
