@@ -14,7 +14,6 @@ from helpers import choose, nothing_left_behind, refused
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth.integrations import transformers as cgt
 
 transformers.utils.logging.disable_progress_bar()
@@ -367,5 +366,6 @@ class _Wrapped(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self.base(x, *args, **kwargs)
-        y = self.block(tensor_in(output), *args, **kwargs)
-        return with_tensor(output, None, y)
+        if isinstance(output, Tensor):
+            return self.block(output, *args, **kwargs)
+        return (self.block(output[0], *args, **kwargs), *output[1:])
