@@ -107,20 +107,15 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def flattened(tree: object, path: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
-    """Nested data as JSON can hold them; the tensors in them are added to the table.
+    """Nested data as JSON can hold them; the tensors in them are added to a table.
 
     Numbers, text, None, lists, tuples, dicts with any plain keys, counters, arrays and tensors
-    can be kept, so that nothing has to be executed to read them. A tensor that occurs twice is
-    kept once.
-
-    Args:
-        tree: The nested data.
-        path: What to call it in names and messages.
-        tensors: The table, with the tensors on the CPU.
-        seen: Place in memory → name in the table; pass the same dict for the same table.
+    can be kept, so that nothing has to be executed to read them. `path` names them in the table
+    and in messages. A tensor that occurs twice is kept once: `seen` maps its place in memory to
+    its name.
 
     Raises:
-        CheckpointError: It holds something else; the message says where.
+        CheckpointError: There is something else in the data; the message says where.
     """
     # PyTorch's pytree cannot serve: its JSON form turns the tuples among the keys of a dict into
     # lists and knows no Counter, of which MultiStepLR's state has one.

@@ -20,8 +20,8 @@ from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import as_written, untouched
 from constrained_growth.errors import BlockError, DataError
 
-Outputs = Mapping[str, Any]
-""""train" or "eval" → the tensors of the output in that mode; the model's own mode first."""
+Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
+""""train" or "eval" → path → tensor of the output in that mode; the model's own mode first."""
 
 
 def first_input(data: object, model: nn.Module) -> object | None:
@@ -47,7 +47,7 @@ def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> 
         DataError: It fails in its own mode.
     """
     own = model.training
-    found: dict[str, Any] = {}
+    found: dict[str, Mapping[tuple[Any, ...], Tensor]] = {}
     modes = (own,) if is_sharded(model) else (own, not own)
     for training in modes if example is not None else ():
         try:
@@ -94,7 +94,7 @@ def check_preserved(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
-        pairs = list(_pairs(output, grown))
+        pairs = [(y, grown[key]) for key, y in output.items() if key in grown and y.numel()]
         if pairs:
             differences[mode] = max(_difference(*pair) for pair in pairs)
         epsilon = _epsilon(model, [one for one, _ in pairs])
@@ -122,7 +122,7 @@ def _name(training: bool) -> str:
     return "train" if training else "eval"
 
 
-def _output(model: nn.Module, example: object, training: bool) -> Any:
+def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
     with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
         try:
@@ -137,31 +137,23 @@ def _clone(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
-def _tensors(value: Any) -> Any:
-    """Copies of the floating-point tensors in an output, in nested dicts and lists."""
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Tensor]:
+    """Path → copy of each floating-point tensor in an output.
+
+    The length of a sequence is part of the path: sequences that grow, with an entry per layer,
+    have no paths in common.
+    """
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
-        return value.detach().clone() if counts and value.layout is torch.strided else None
+        return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        return {key: _tensors(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_tensors(item) for item in value]
-    if dataclasses.is_dataclass(value):
-        return {f.name: _tensors(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return None
-
-
-def _pairs(before: Any, after: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors at the same place; sequences that grew (with an entry per layer) are left out."""
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        if before.numel() > 0:
-            yield before, after
-    elif isinstance(before, dict) and isinstance(after, dict):
-        for key in before.keys() & after.keys():
-            yield from _pairs(before[key], after[key])
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for one, other in zip(before, after, strict=True):
-            yield from _pairs(one, other)
+        items = value.items()
+    elif isinstance(value, tuple | list):
+        items = (((index, len(value)), item) for index, item in enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {k: t for key, item in items for k, t in _tensors(item, (*path, key)).items()}
 
 
 def _difference(before: Tensor, after: Tensor) -> float:

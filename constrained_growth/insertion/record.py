@@ -129,15 +129,9 @@ def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
     output, placement = item.get("output"), item.get("placement", "wrapped")
     if not isinstance(output, int | str | None) or placement not in ("wrapped", "sibling"):
         raise ValueError(f"output={output!r}, placement={placement!r}")
-    return InsertedLayer(
-        name=str(item["name"]),
-        after=str(item["after"]),
-        block=dict(item["block"]),
-        parameters=_shapes_from(item["parameters"]),
-        overwritten=bool(item["overwritten"]),
-        output=output,
-        placement=placement,
-    )
+    name, after, overwritten = str(item["name"]), str(item["after"]), bool(item["overwritten"])
+    block, parameters = dict(item["block"]), _shapes_from(item["parameters"])
+    return InsertedLayer(name, after, block, parameters, overwritten, output, placement)
 
 
 def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -150,14 +144,13 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
         return _described_copy(block, site, model)
     if BLOCKS.get(type(block).__name__) is not type(block):
         return {"type": type(block).__qualname__, "arguments": None}
-    arguments = block.config()  # type: ignore[operator]
-    described = {**arguments, "activation": _described_activation(arguments["activation"])}
-    known = described["activation"] is not None
-    norm_layer = arguments.get("norm_layer")
+    arguments = dict(block.config())  # type: ignore[operator]
+    arguments["activation"] = _described_activation(arguments["activation"])
+    known, norm_layer = arguments["activation"] is not None, arguments.get("norm_layer")
     if norm_layer is not None:
-        described["norm_layer"] = getattr(norm_layer, "__name__", None)
-        known = known and NORM_LAYERS.get(described["norm_layer"]) is norm_layer
-    return {"type": type(block).__name__, "arguments": described if known else None}
+        arguments["norm_layer"] = norm_layer.__name__
+        known = known and NORM_LAYERS.get(norm_layer.__name__) is norm_layer
+    return {"type": type(block).__name__, "arguments": arguments if known else None}
 
 
 def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -188,8 +181,8 @@ def _described_activation(activation: object) -> dict[str, Any] | None:
         return None
     known = inspect.signature(type(activation)).parameters
     values = {key: getattr(activation, key, None) for key in known}
-    kept = {key: v for key, v in values.items() if isinstance(v, bool | int | float | str)}
-    return {"module": name, "arguments": kept}
+    plain = {key: v for key, v in values.items() if isinstance(v, bool | int | float | str)}
+    return {"module": name, "arguments": plain}
 
 
 BLOCKS: dict[str, type[Any]] = {
