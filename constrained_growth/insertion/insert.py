@@ -174,16 +174,12 @@ def _new_layers(
             planned.block.to(here.device)
             if there is not None and there.dtype != here.dtype:
                 planned.block.to(here.dtype)
-        owner = layers.list_of(model, site) if becomes_element(planned) else None
+        first = planned.output in (None, 0)  # what the next element of a list is called with
+        stands_alone = first and callable(getattr(planned.block, "standalone", None))
+        owner = layers.list_of(model, site) if stands_alone else None
         module = planned.block if owner is None else layers.standalone_form(planned.block)
         found.append(_NewLayer(name, planned, site, owner, module))
     return found
-
-
-def becomes_element(planned: Planned) -> bool:
-    """Whether a layer becomes the next element of a list, where its site is in one."""
-    first = planned.output in (None, 0)  # what the next element of a list is called with
-    return first and callable(getattr(planned.block, "standalone", None))
 
 
 def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[InsertedLayer]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import CandidateError
+from constrained_growth.insertion.layer import WithInsertedLayer
 
 
 @dataclass(frozen=True)
@@ -38,21 +39,8 @@ class Stack:
     index: int | None
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer that a stack is to have.
-
-    Attributes:
-        source: Number of the present layer that it is, or that it is inserted after.
-        new: Name → shape of its parameters if it is inserted, else None.
-    """
-
-    source: int
-    new: Mapping[str, tuple[int, ...]] | None = None
-
-
-Arrangement = Mapping[Stack, list[Layer]]
-"""The layers that the stacks of a grown model have."""
+Arrangement = Mapping[Stack, Sequence[int]]
+"""For each layer of a grown stack: which of the old layers it is, or is inserted after."""
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
@@ -83,11 +71,16 @@ def layers_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
     return list(model.get_submodule(stack.name).children())
 
 
-def longer_config(model: PreTrainedModel, arrangement: Arrangement) -> PreTrainedConfig:
+def without_inserted(layer: nn.Module) -> nn.Module:
+    """The layer itself, where other layers are wrapped around it."""
+    return without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
+
+
+def longer_config(config: PreTrainedConfig, arrangement: Arrangement) -> PreTrainedConfig:
     """The config of a grown model; lists in it with an entry per layer grow too."""
-    config = copy.deepcopy(model.config)
-    for stack, layers in arrangement.items():
-        _lengthen(config, stack, [layer.source for layer in layers])
+    config = copy.deepcopy(config)
+    for stack, order in arrangement.items():
+        _lengthen(config, stack, order)
     return config
 
 
@@ -97,32 +90,35 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
         return type(model)(config)
 
 
-def check_same(model: PreTrainedModel, arrangement: Arrangement, longer: nn.Module) -> None:
-    """Refuse to insert where the stock class makes another model of the longer config.
+def check_same(
+    model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: Arrangement
+) -> None:
+    """Refuse a grown model of which the stock class makes another one from the longer config.
 
     Args:
-        model: Not grown yet.
-        arrangement: The layers that it is to have.
-        longer: Built from the longer config.
+        model: Grown.
+        before: The skeleton of its old config.
+        longer: The skeleton of the longer config.
+        arrangement: The layers that its stacks have now.
 
     Raises:
         CandidateError: A layer would get other parameters or another setting, or the list
             another length.
     """
-    present = skeleton(model, copy.deepcopy(model.config))
-    for stack, layers in arrangement.items():
-        built, old = layers_of(longer, stack), layers_of(present, stack)
+    for stack, order in arrangement.items():
+        old, built = layers_of(before, stack), layers_of(longer, stack)
         where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
-        if len(built) != len(layers):
+        if len(built) != len(order):
             raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
-        for place, layer in enumerate(layers):
-            if layer.new is not None and dict(layer.new) != parameter_shapes(built[place]):
+        for place, layer in enumerate(map(without_inserted, layers_of(model, stack))):
+            source, is_new = order[place], order[place] in order[:place]
+            if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
                 raise CandidateError(
                     f"{where} gives layer {place} other parameters than the new layer has; the "
                     "stock class could not load it."
                 )
             # A new layer is a copy of the one before it or, at a change of shape, after it.
-            alike = old[layer.source : layer.source + (1 if layer.new is None else 2)]
+            alike = old[source : source + 1 + is_new]
             settings = _settings(built[place])
             differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
             if all(differing):
@@ -166,19 +162,19 @@ def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]
                 yield from ((part, entry, index) for index in range(len(value)))
 
 
-def _lengthen(config: PreTrainedConfig, stack: Stack, sources: list[int] | None) -> None:
-    """Set the number of layers; `sources` are the present ones they come from (None: one more)."""
+def _lengthen(config: PreTrainedConfig, stack: Stack, order: Sequence[int] | None) -> None:
+    """Let a config count the layers of an order (None: one more, at the end)."""
     holder: Any = getattr(config, stack.part) if stack.part else config
     value = getattr(holder, stack.entry)
     depth = value if stack.index is None else value[stack.index]
-    sources = [*range(depth), depth - 1] if sources is None else sources
+    order = [*range(depth), depth - 1] if order is None else order
     if stack.index is None:
-        setattr(holder, stack.entry, len(sources))
+        setattr(holder, stack.entry, len(order))
         for name, listed in list(vars(holder).items()):
             if "layer" in name and isinstance(listed, list | tuple) and len(listed) == depth:
-                setattr(holder, name, type(listed)(listed[source] for source in sources))
+                setattr(holder, name, type(listed)(listed[source] for source in order))
     else:
-        changed = [len(sources) if i == stack.index else v for i, v in enumerate(value)]
+        changed = [len(order) if i == stack.index else v for i, v in enumerate(value)]
         setattr(holder, stack.entry, type(value)(changed))
 
 

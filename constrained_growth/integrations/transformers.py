@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,18 +21,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from constrained_growth import insertion
-from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.candidates.discovery import block_after
 from constrained_growth.candidates.runs import runs_of
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.insert import becomes_element
-from constrained_growth.insertion.layer import list_of
+from constrained_growth.insertion.layer import structure_kept_on_error
 from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.integrations.stacks import (
-    Arrangement,
-    Layer,
     Stack,
     check_same,
     find_stacks,
@@ -40,6 +37,7 @@ from constrained_growth.integrations.stacks import (
     renumber,
     skeleton,
     update_config,
+    without_inserted,
 )
 from constrained_growth.solution import Solution
 
@@ -112,9 +110,8 @@ def insert(
 
     The config gets the new depth, lists in it with an entry per layer (`layer_types`) grow too,
     and the layers are renumbered to fit the cache of keys and values: what `save_pretrained`
-    writes, the stock class loads by `from_pretrained`. Before the first change it is checked that
-    the class makes the same model of the longer config; a model whose layers depend on their
-    number or on the depth is refused.
+    writes, the stock class loads by `from_pretrained`. A model of which the class makes another
+    one at that depth, because its layers depend on their number or on the depth, is refused.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place, and so is its config.
@@ -130,28 +127,13 @@ def insert(
         CandidateError: The stock class could not load the grown model, and as `cg.insert`.
         GrowthError: As `cg.insert`; model, config and optimizer are then as they were.
     """
-    stacks = _checked_stacks(model)
-    if not isinstance(solution, Solution):
-        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    arrangement: dict[Stack, list[Layer]] = {}
-    for name, planned in solution.candidates.items():
-        site = modules.get(planned.after)
-        chosen = name in solution.decision.chosen and becomes_element(planned)
-        if not chosen or site is None or list_of(model, site) is None:
-            continue
-        stack, place = _place(model, stacks, planned.after)
-        layers = arrangement.setdefault(stack, _present(model, stack))
-        shapes = parameter_shapes(getattr(planned.block, "module", planned.block))
-        index = max(i for i, layer in enumerate(layers) if layer.source == place)
-        layers.insert(index + 1, Layer(place, shapes))
     return insertion.insert(
         model,
         solution,
         optimizer=optimizer,
         averaged=averaged,
         data=data,
-        bookkeeping=_bookkeeping(model, arrangement),
+        bookkeeping=_bookkeeping(model),
     )
 
 
@@ -177,22 +159,11 @@ def replay(
         RecordError: As `cg.replay`.
         CandidateError: The stock class could not load the grown model.
     """
-    stacks = _checked_stacks(model)
-    arrangement: dict[Stack, list[Layer]] = {}
-    for inserted in record.insertions if isinstance(record, GrowthRecord) else ():
-        if inserted.placement == "sibling":
-            stack, place = _place(model, stacks, inserted.after)
-            layers = arrangement.setdefault(stack, _present(model, stack))
-            source = layers[min(place, len(layers) - 1)].source
-            layers.insert(place + 1, Layer(source, inserted.parameters))
-    update_books = _bookkeeping(model, arrangement)
-    insertion.replay(model, record, blocks=blocks, strict=strict)
-    update_books(model)
+    update = _bookkeeping(model)
+    with structure_kept_on_error(model, then=update):
+        insertion.replay(model, record, blocks=blocks, strict=strict)
+        update(model)
     return model
-
-
-def _present(model: PreTrainedModel, stack: Stack) -> list[Layer]:
-    return [Layer(place) for place, _ in enumerate(layers_of(model, stack))]
 
 
 def _checked_stacks(model: object) -> tuple[Stack, ...]:
@@ -232,37 +203,49 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
     )
 
 
-def _place(model: nn.Module, stacks: Sequence[Stack], after: str) -> tuple[Stack, int]:
-    """The stack and the number of a layer."""
-    name, _, number = after.rpartition(".")
-    for stack in stacks:
-        if stack.name == name and number.isdecimal():
-            return stack, int(number)
-    raise CandidateError(
-        f'after="{after}": the config of {type(model).__name__} does not count the layers of '
-        f'"{name}", so the stock class could not load one more; choose a layer of '
-        f"{[stack.name for stack in stacks]}, or insert by cg.insert."
-    )
-
-
-def _bookkeeping(model: PreTrainedModel, arrangement: Arrangement) -> Callable[[nn.Module], object]:
+def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
     """A function that fits config and layer numbers to the layers a model has: grown, or as before.
 
-    Raises:
-        CandidateError: The stock class would make another model of the longer config.
+    It is called with the model first, then with copies of it. It raises CandidateError where the
+    stock class would make another model of the longer config.
     """
-    if not arrangement:
-        return lambda _: None
-    before, config = copy.deepcopy(model.config), longer_config(model, arrangement)
-    longer = skeleton(model, copy.deepcopy(config))
-    check_same(model, arrangement, longer)
+    stacks = {stack.name: stack for stack in _checked_stacks(model)}
+    before = config = copy.deepcopy(model.config)
+    longer: nn.Module = model
+    arrangement: dict[Stack, list[int]] = {}
+    old = {
+        name: [without_inserted(layer) for layer in module.children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
 
     def update(one: nn.Module) -> None:
+        nonlocal arrangement, config, longer
         if not isinstance(one, PreTrainedModel):
             raise CandidateError(f"averaged={type(one).__name__} is not a model of Transformers.")
-        grown = all(len(layers_of(one, s)) == len(layers) for s, layers in arrangement.items())
-        update_config(one.config, config if grown else before)
-        for stack in arrangement if grown else ():
+        if one is model:
+            now = {name: list(model.get_submodule(name).children()) for name in old}
+            grown = [name for name in old if len(now[name]) > len(old[name])]
+            if set(grown) - stacks.keys():
+                raise CandidateError(
+                    f"the config of {type(model).__name__} does not count the layers of "
+                    f"{sorted(set(grown) - stacks.keys())}, so the stock class could not load one "
+                    f"more; choose a layer of {list(stacks)}, or insert by cg.insert."
+                )
+            arrangement = {
+                stacks[name]: [
+                    count - 1
+                    for count in accumulate(without_inserted(m) in old[name] for m in now[name])
+                ]
+                for name in grown
+            }
+            config = longer_config(before, arrangement)
+            if arrangement:
+                longer = skeleton(model, copy.deepcopy(config))
+                check_same(model, skeleton(model, copy.deepcopy(before)), longer, arrangement)
+        is_grown = all(len(layers_of(one, s)) == len(order) for s, order in arrangement.items())
+        update_config(one.config, config if is_grown else before)
+        for stack in arrangement if is_grown else ():
             renumber(one, stack, longer)
             _follow_neighbours(layers_of(one, stack))
 
