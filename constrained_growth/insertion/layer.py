@@ -100,10 +100,8 @@ def put_into(
                 f"which is no element of an nn.ModuleList or nn.Sequential in "
                 f"{type(model).__name__}."
             )
-        elements = list(owner._modules.values())
-        elements.insert(next(i for i, one in enumerate(elements) if one is site) + 1, layer)
-        owner._modules.clear()
-        owner._modules.update({str(i): one for i, one in enumerate(elements)})
+        place = next(i for i, element in enumerate(owner) if element is site)
+        owner.insert(place + 1, layer)
         return layer
     wrapper = WithInsertedLayer(site, layer, overwritten=record.overwritten, output=record.output)
     for owner in list(model.modules()):
@@ -113,7 +111,7 @@ def put_into(
     return wrapper
 
 
-def list_of(model: nn.Module, module: nn.Module) -> nn.Module | None:
+def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     """The `nn.ModuleList` or `nn.Sequential` of which a module is an element.
 
     None if there is none, if the module has a second owner, or if the elements are not numbered
@@ -123,9 +121,11 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.Module | None:
     if len(owners) != 1:
         return None
     (owner,) = owners
-    runs = isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
-    numbered = list(owner._modules) == [str(i) for i in range(len(owner._modules))]
-    return owner if numbered and (runs or isinstance(owner, nn.ModuleList)) else None
+    if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
+        return None
+    if isinstance(owner, nn.Sequential):
+        return owner if type(owner).forward is nn.Sequential.forward else None
+    return owner if isinstance(owner, nn.ModuleList) else None
 
 
 def standalone_form(block: nn.Module) -> nn.Module:
@@ -162,8 +162,7 @@ def check_can_change(model: nn.Module) -> None:
         if kinds & {"ScriptModule", "FullyShardedDataParallel"}:
             raise CandidateError(
                 f'model={type(model).__name__}: its module "{name}" is a {type(module).__name__}, '
-                "in which no module can be exchanged; insert into the model as it was before it "
-                "was wrapped, and wrap it again."
+                "in which no module can be exchanged; insert into the model before it is wrapped."
             )
 
 

@@ -40,7 +40,7 @@ class GrowthCallback(Callback):
             `solver`, `writer`.
 
     Attributes:
-        grower: The `Grower`, once training has begun.
+        grower: The `Grower`, once training has started; None before.
 
     Raises:
         TrainingError: There are several optimizers, or several processes in another way than by
@@ -84,7 +84,7 @@ class GrowthCallback(Callback):
             raise TrainingError(
                 f"GrowthCallback grows on {trainer.world_size} processes that "
                 'Trainer(strategy="ddp") or torchrun starts, and the trainer has a '
-                f"{type(strategy).__name__} that does otherwise; use that, or devices=1."
+                f"{type(strategy).__name__} that starts them in another way; use ddp, or devices=1."
             )
         own = pl_module.on_load_checkpoint
 
@@ -94,7 +94,7 @@ class GrowthCallback(Callback):
             if not saved:
                 raise CheckpointError(
                     "ckpt_path is a checkpoint that was saved without a GrowthCallback; load it "
-                    "without one, or begin anew."
+                    "without one, or start a new run."
                 )
             record = GrowthRecord.from_json(saved["grower"]["record"])
             replay(self._model(pl_module), record, blocks=self._blocks)
@@ -112,7 +112,7 @@ class GrowthCallback(Callback):
         if len(trainer.optimizers) != 1:
             raise TrainingError(
                 f"GrowthCallback needs one optimizer, and configure_optimizers returned "
-                f"{len(trainer.optimizers)}; grow in a loop of your own with cg.Grower."
+                f"{len(trainer.optimizers)}; grow in your own loop with cg.Grower."
             )
         model, optimizer = self._model(pl_module), trainer.optimizers[0]
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None

@@ -53,7 +53,7 @@ class GrowthCallback(TrainerCallback):
             `solver`, `writer`.
 
     Attributes:
-        grower: The `Grower`, once training has begun.
+        grower: The `Grower`, once training has started; None before.
 
     Raises:
         TrainingError: There are several processes, and no DistributedDataParallel.

@@ -198,7 +198,7 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {name: torch.randn(shape, generator=generator, dtype=torch.float32).to(like)}
     raise CandidateError(
-        f"model={type(model).__name__} takes {name!r}, for which no example is made up; give one: "
+        f"model={type(model).__name__} takes {name!r}, for which there is no example; give one: "
         f"find_candidates(model, {{{name!r}: …}})."
     )
 

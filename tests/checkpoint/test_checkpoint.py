@@ -79,7 +79,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(kind: str, tmp_path: Path)
 
 
 def test_optimizer_state_goes_by_name_and_not_by_number(tmp_path: Path) -> None:
-    """Groups put together in another way: PyTorch's own loading takes the wrong moments."""
+    """With other groups PyTorch's own loading assigns the wrong moments."""
     data = classified(40, batch=8)
     model, optimizer, record = grown(OPTIMIZERS["Adam"], data)
     save(tmp_path / "run", model, optimizer=optimizer, record=record)
@@ -164,7 +164,7 @@ def test_schedulers_and_rules_go_on(tmp_path: Path) -> None:
         assert again.scheduler.get_last_lr() == rate
 
 
-def test_tied_weights_and_blocks_of_ones_own(tmp_path: Path) -> None:
+def test_tied_weights_and_a_users_own_block(tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = feedforward(4, 4, 4, 4)
         model[2].weight = model[0].weight  # type: ignore[index,union-attr]
@@ -291,7 +291,7 @@ def label_of() -> None:
     pass
 
 
-def test_a_file_left_by_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_process_do_not_matter(tmp_path: Path) -> None:
     path = written(tmp_path)
     for ending in (".tmp", ".link"):
         path.with_name(path.name + ending).write_bytes(b"half")

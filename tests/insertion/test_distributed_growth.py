@@ -443,7 +443,7 @@ def wrapper_keeps_its_settings(rank: Rank) -> None:
     assert torch.equal(*others)
 
 
-def a_wrapper_is_told_of_or_missed(rank: Rank) -> None:
+def a_wrapper_is_given_or_missed(rank: Rank) -> None:
     """The model given is what is inside of it; gradients of new layers are averaged if it is."""
     data = split(rank, global_batches())
     for told in (True, False):
@@ -593,7 +593,7 @@ def run(rank: Rank, wrap: Wrap, path: Path | None, steps: int = 1000) -> nn.Modu
     return model
 
 
-def runs_taken_up_again(rank: Rank) -> None:
+def resumed_runs(rank: Rank) -> None:
     """Bit for bit, and in a file that one process can read."""
     for wrap in (ddp, fsdp):
         expected = run(rank, wrap, None)
@@ -623,12 +623,12 @@ CASES: list[Callable[[Rank], None]] = [
     failures_on_one_process,
     failure_after_an_insertion,
     wrapper_keeps_its_settings,
-    a_wrapper_is_told_of_or_missed,
+    a_wrapper_is_given_or_missed,
     wrappers_that_cannot_be_initialised_again,
     new_layers_are_sharded,
     sharded_in_other_ways,
     what_sharded_models_cannot,
-    runs_taken_up_again,
+    resumed_runs,
 ]
 
 

@@ -1,4 +1,4 @@
-"""That the function stays is seen."""
+"""An insertion preserves the function, and that is checked."""
 
 import copy
 import math
@@ -106,7 +106,7 @@ def test_a_loss_near_zero_is_judged_on_the_scale_of_one() -> None:
         judged(torch.full((2,), 1e-18), torch.full((2,), 1e-15))
 
 
-def test_what_holds_no_tensor_is_left_out() -> None:
+def test_outputs_without_tensors_are_left_out() -> None:
     assert judged("text", "another") == {}
     assert judged(torch.tensor([1, 2]), torch.tensor([3, 4])) == {}
 

@@ -1,4 +1,4 @@
-"""A copied block becomes the next element of its list; everything else stands around its site."""
+"""A copied block becomes the next element of its list; everything else is wrapped around its site."""
 
 import copy
 from collections import OrderedDict
@@ -144,7 +144,7 @@ class Stage(nn.Module):
         return self.layers(x)
 
 
-def test_lists_in_lists_are_gone_through_from_the_outside() -> None:
+def test_nested_lists_grow_from_the_outside_in() -> None:
     model = Stages()
     pins = ("layers.0.outer.weight", "layers.0.outer.bias")
     pins += ("layers.1.outer.weight", "layers.1.outer.bias")
@@ -196,7 +196,9 @@ def aliased() -> nn.Module:
     ],
     ids=["names", "a forward of its own", "a second name", "a plain sequence"],
 )
-def test_what_is_no_plain_element_is_stood_around(make: Callable[[], Any], after: str) -> None:
+def test_layers_are_wrapped_around_sites_outside_plain_lists(
+    make: Callable[[], Any], after: str
+) -> None:
     model = make()
     (layer,) = grown(model, copied(model, after)).insertions
     expected = "sibling" if after == "1" else "wrapped"
