@@ -1,4 +1,4 @@
-"""The model gains the layer, its function unchanged."""
+"""The model gains the layer; its function is unchanged."""
 
 import copy
 import io

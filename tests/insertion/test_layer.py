@@ -1,4 +1,4 @@
-"""A copied block becomes the next element of its list; everything else is wrapped around its site."""
+"""A copied block becomes the next element of its list; other layers wrap their site."""
 
 import copy
 from collections import OrderedDict

@@ -1,4 +1,4 @@
-"""New parameters in a running optimizer, the memory of the old ones kept."""
+"""New parameters in a running optimizer; the state of the old ones is kept."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What did not go well is undone to the last bit; and values to start from."""
+"""After an error everything is as it was, to the last bit; and values to start from."""
 
 import copy
 import math
