@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
 from constrained_growth._distributed import add_up, everywhere
-from constrained_growth.insertion.wrapping import rewrap
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
@@ -205,7 +204,7 @@ def wrapped_model(rank: Rank) -> None:
     step(rank, ddp, data)
     with pytest.warns(UserWarning, match="cg.rewrap"):
         cg.insert(ddp, found)
-    rewrap(ddp)
+    cg.rewrap(ddp)
     step(rank, ddp, data)
 
 

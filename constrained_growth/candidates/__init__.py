@@ -1,8 +1,7 @@
-"""Where a layer could stand, and which one."""
+"""Candidates: layers that could be inserted, and where."""
 
-from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.candidates.discovery import find_candidates
-from constrained_growth.candidates.proposals import Proposals
 
 __all__ = [
     "Candidate",

@@ -1,12 +1,10 @@
-"""Where could a layer stand, and which one? A sensible answer from watching the model run once."""
+"""Propose candidates for any model, from one forward pass of it."""
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,47 +12,42 @@ from torch import Tensor, nn
 from constrained_growth._activations import TanhLU
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import (
-    CopiedBlock,
     IdentityConv2d,
     IdentityLinear,
     ResidualConv2d,
     ResidualMLP,
 )
-from constrained_growth.candidates.candidate import Candidate
-from constrained_growth.candidates.proposals import Proposals
-from constrained_growth.candidates.runs import Run, follows, runs_of
+from constrained_growth.candidates.candidate import Candidate, Proposals
+from constrained_growth.candidates.runs import Run, copy_of, follows, runs_of
 from constrained_growth.errors import BlockError, CandidateError
 
 
 def find_candidates(model: nn.Module, example_input: object) -> Proposals:
-    """A sensible set of candidates for a model of any kind, by watching it run once.
-
-    Looks at the modules in the order in which they run, at what repeats and at the shapes that
-    flow:
+    """Propose candidates for a model of any kind, from one forward pass of it.
 
     * After each block of a stack (elements of an `nn.ModuleList` or `nn.Sequential` of a class
       that repeats there: the layers of a transformer, the blocks of a ResNet) a `CopiedBlock` of
-      it, if it can be the identity by zeros at the ends of its branches. After one that changes
-      the shape it is a copy of the next; where neither can be, as after a post-norm layer, a
-      residual block. What is inside is then left alone.
+      it, if zeros at the ends of its branches make it the identity. After a block that changes
+      the shape it is a copy of the next one; where neither is possible, as after a post-norm
+      layer, a residual block. Nothing is proposed inside these blocks.
     * After an activation module the layer that is exactly the identity there (`IdentityLinear`,
       on images `IdentityConv2d`) if there is one (ReLU, TanhLU), else a residual block.
     * After any other module that keeps the shape of its input and has parameters and children, a
       residual block: `ResidualMLP` over the last dimension, on images `ResidualConv2d`.
-    * If all this gives nothing, as where activations are functions and not modules, a residual
-      block after each linear layer and convolution.
+    * If all this gives nothing, as in a model whose activations are functions, a residual block
+      after each linear layer and convolution.
 
-    Only sites that are reached once and carry floating-point tensors of at least two dimensions
-    count, each tensor once; the output of the model does not, nor what is inside a layer inserted
-    earlier. The tensor of a tuple, dict or dataclass is its first.
+    A site must be reached exactly once and carry a floating-point tensor of at least two
+    dimensions; each tensor counts once. The output of the model is no site, nor is anything
+    inside a layer inserted earlier. The tensor of a tuple, dict or dataclass is its first.
 
     Args:
         model: The model, left as it was.
         example_input: One input as in the data: a tensor, a tuple, or a dict of keyword arguments.
 
     Returns:
-        The candidates, in the order of the forward pass, named after their sites; a tuple, and
-        `print` shows it as a table, with what was passed over and why.
+        The candidates, in the order of the forward pass, named after their sites: a tuple that
+        prints as a table, with the reasons and with the modules that were skipped.
 
     Raises:
         CandidateError: Nothing was found.
@@ -70,7 +63,7 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
         1      IdentityLinear      20  ReLU is the identity on what comes out of it
     """
     with untouched(model), differentiable(), torch.no_grad():
-        # which also puts the random state back that the blocks draw from
+        # untouched also restores the random state, from which new blocks are initialised
         runs = runs_of(model, example_input)
         search = _Search(model, runs, last=next(reversed(runs.values())).y)
         _propose_after_stacks(search)
@@ -90,15 +83,15 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
 
 @dataclass(frozen=True)
 class _Search:
-    """What is known so far.
+    """The state of the search.
 
     Attributes:
         model: The model.
-        runs: What was seen of its modules, in the order they finished.
-        last: The tensor in the output of the model (or of what is inside its wrapper).
+        runs: The runs of its modules, in the order they finished.
+        last: The tensor in the output of the model.
         found: Site → block and why.
         skipped: Module → why nothing is proposed after it.
-        closed: Blocks of stacks that are dealt with: nothing is proposed inside.
+        closed: Blocks of stacks that are done: nothing is proposed inside them.
     """
 
     model: nn.Module
@@ -114,22 +107,22 @@ class _Search:
         around = any(_is_within(one, {name}) for one in self.closed)
         return not (inside or around or _is_inside_inserted(name, self.model))
 
-    def settle(self, name: str, block: nn.Module | None, why: str) -> None:
-        """Note what is proposed after a module, or why nothing is, if there is something to say."""
-        if block is not None:
-            self.found[name] = block, why
-        elif why:
+    def add(self, name: str, block: nn.Module | None, why: str) -> None:
+        """Propose a block after a module, or note why there is none."""
+        if block is None:
             self.skipped[name] = why
+        else:
+            self.found[name] = block, why
 
 
 def _propose_after_stacks(search: _Search) -> None:
-    """Copies of blocks, from the inside out; where a block has none, the next, or a residual."""
+    """Copies of blocks, innermost stacks first; else a copy of the next, or a residual block."""
     stacked = dict(_stacked(search.model, search.runs))
     inside_out = sorted(stacked, key=lambda name: -name.count("."))
     copies: dict[str, tuple[nn.Module | None, str]] = {}
     for name in inside_out:
         if search.is_open(name):
-            copies[name] = _copy_of(search.runs[name])
+            copies[name] = copy_of(search.runs[name])
             if copies[name][0] is not None:
                 search.closed.add(name)
     kinds = {type(search.runs[name].module) for name in search.closed}
@@ -143,34 +136,46 @@ def _propose_after_stacks(search: _Search) -> None:
         if why:
             search.skipped[name] = why
             continue
-        block, why = copies[name]
-        following = search.runs.get(stacked[name])
-        if block is None and following is not None and follows(following, run):
-            block, reason = _copy_of(following)
-            why = f"{reason} of the next" if block is not None else why
-        if block is None:
-            block, reason = _residual(run, nn.ReLU())
-            kind = type(run.module).__name__
-            why = f"{reason}; no copy, as {kind} {why}" if block is not None else reason
-        search.settle(name, block, why)
+        search.add(name, *block_after(run, search.runs.get(stacked[name]), copies[name]))
+
+
+def block_after(
+    run: Run, following: Run | None, copied: tuple[nn.Module | None, str] | None = None
+) -> tuple[nn.Module | None, str]:
+    """After a block of a stack: a copy of it, or of the next one, or a residual block; and why.
+
+    Args:
+        run: Of the block.
+        following: Of the next block of its stack, if there is one.
+        copied: `copy_of(run)`, if it was made already.
+    """
+    block, why = copied or copy_of(run)
+    if block is None and following is not None and follows(following, run):
+        block, reason = copy_of(following)
+        why = f"{reason} of the next" if block is not None else why
+    if block is not None or run.y is None:
+        return block, why
+    block, reason = _residual(run, nn.ReLU())
+    kind = type(run.module).__name__
+    return block, reason if block is None else f"{reason}; no copy, as {kind} {why}"
 
 
 def _propose_after_modules(search: _Search) -> None:
-    """What stands best after activations, and after other modules that keep the shape."""
+    """Layers after activations, and after other modules that keep the shape."""
     for name, run in search.runs.items():
         activation = _activation(run)
         is_block = run.keeps_shape and run.is_composite
-        if not name or not (activation or is_block) or not search.is_open(name):
-            continue
-        if name in search.closed:
+        is_open = name not in search.closed and search.is_open(name)
+        if not name or not (activation or is_block) or not is_open:
             continue
         why = _why_not(search, run)
         if why:
-            search.skipped.update({name: why} if activation or run.y is not search.last else {})
+            if activation or run.y is not search.last:
+                search.skipped[name] = why
         elif activation is None:
-            search.settle(name, *_residual(run, nn.ReLU()))
+            search.add(name, *_residual(run, nn.ReLU()))
         else:
-            search.settle(name, *_after_activation(run, activation))
+            search.add(name, *_after_activation(run, activation))
 
 
 def _propose_after_leaves(search: _Search) -> None:
@@ -178,7 +183,7 @@ def _propose_after_leaves(search: _Search) -> None:
     for name, run in search.runs.items():
         leaf = isinstance(run.module, nn.Linear | nn.Conv2d)
         if leaf and name and search.is_open(name) and not _why_not(search, run):
-            search.settle(name, *_residual(run, nn.ReLU()))
+            search.add(name, *_residual(run, nn.ReLU()))
 
 
 def _without_repetition(search: _Search) -> Proposals:
@@ -197,20 +202,21 @@ def _without_repetition(search: _Search) -> Proposals:
 
 
 def _why_not(search: _Search, run: Run) -> str:
-    """Why a module can be no site, or nothing."""
+    """Why a module cannot be a site; "" if it can."""
     if run.y is not None and run.y is search.last:
         return "its output is that of the model"
     if run.count > 1:
         return f"it runs {run.count} times in one pass"
     if run.y is None or run.y.dim() < 2:
-        return "what comes out is no floating-point tensor of two dimensions or more"
+        return "its output is no floating-point tensor of two or more dimensions"
     return ""
 
 
 def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, str]]:
     """Names of the blocks that repeat, each with that of the next element of its list, or ""."""
     lists = [*_lists(model, runs)]
-    kinds = {kind for names in lists for kind, count in _kinds(runs, names).items() if count > 1}
+    counts = [Counter(type(runs[name].module) for name in names) for names in lists]
+    kinds = {kind for one in counts for kind, count in one.items() if count > 1}
     for names in lists:
         for name, following in zip(names, [*names, ""][1:], strict=True):
             if type(runs[name].module) in kinds:
@@ -220,12 +226,8 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
     yield from ((name, "") for name in whole if name and name not in listed)
 
 
-def _kinds(runs: Mapping[str, Run], names: Iterable[str]) -> Counter[type]:
-    return Counter(type(runs[name].module) for name in names)
-
-
 def _lists(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[list[str]]:
-    """The elements of each list of modules that have parts and parameters and ran."""
+    """For each list of modules, the elements that ran and have children and parameters."""
     for owner, container in model.named_modules():
         if isinstance(container, nn.ModuleList | nn.Sequential):
             names = [f"{owner}.{key}" if owner else key for key, _ in container.named_children()]
@@ -234,23 +236,9 @@ def _lists(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[list[str]]:
 
 
 _INDIVISIBLE = nn.TransformerEncoderLayer
-"""In eval mode it passes its own submodules by, so that no site is inside."""
+"""In eval mode its forward bypasses its own submodules, so no site is inside."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _copy_of(run: Run) -> tuple[nn.Module | None, str]:
-    """A copy of a block that does nothing, and why; or None, and why there is none."""
-    kind = type(run.module).__name__
-    if not run.keeps_shape:
-        return None, "changes the shape"
-    try:
-        with torch.enable_grad():
-            args = (run.x, *run.context.args)
-            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
-        return block, f"one more {kind}, a copy"
-    except BlockError as error:
-        return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
 
 
 def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
@@ -259,9 +247,8 @@ def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None
     identity = IdentityConv2d if run.on_channels else IdentityLinear
     if not run.on_channels or (run.y is not None and run.y.dim() == 4):
         try:
-            return identity(
-                _width(run), activation
-            ), f"{kind} is the identity on what comes out of it"
+            block = identity(_width(run), activation)
+            return block, f"{kind} is the identity on what comes out of it"
         except BlockError:
             pass
     try:
@@ -272,16 +259,14 @@ def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None
 
 def _residual(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
     """A residual block after a module, and why; or None, and why there is none."""
-    assert run.y is not None
-    if run.on_channels and run.y.dim() != 4:
-        return None, f"no block here for channels in tensors of {run.y.dim()} dimensions"
-    width = _width(run)
-    make: Callable[[Any], nn.Module] = (
-        functools.partial(ResidualConv2d, width)
-        if run.on_channels
-        else functools.partial(ResidualMLP, width, width)
-    )
-    return make(activation), "a residual block, the identity after everything"
+    width, block = _width(run), None
+    if not run.on_channels:
+        block = ResidualMLP(width, width, activation)
+    elif run.y is not None and run.y.dim() == 4:
+        block = ResidualConv2d(width, activation)
+    else:
+        return None, "there is no block for channels in tensors of this many dimensions"
+    return block, "a residual block, the identity after everything"
 
 
 def _width(run: Run) -> int:
@@ -291,11 +276,9 @@ def _width(run: Run) -> int:
 
 def _activation(run: Run) -> nn.Module | None:
     """The module, if it is an activation."""
-    is_one = type(run.module).__module__ in _ACTIVATION_HOMES and not run.is_composite
+    homes = (nn.ReLU.__module__, TanhLU.__module__)
+    is_one = type(run.module).__module__ in homes and not run.is_composite
     return run.module if is_one and run.keeps_shape else None
-
-
-_ACTIVATION_HOMES = (nn.ReLU.__module__, TanhLU.__module__)
 
 
 def _is_within(name: str, owners: Iterable[str]) -> bool:

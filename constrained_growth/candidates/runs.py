@@ -1,4 +1,4 @@
-"""What is seen of the modules of a model while it runs once."""
+"""The runs of a model's modules in one forward pass."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from constrained_growth._data import moved
@@ -13,16 +14,17 @@ from constrained_growth._sites.collector import hooked
 from constrained_growth._sites.context import Context, context_of
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.outputs import tensor_in
-from constrained_growth.errors import CandidateError
+from constrained_growth.blocks import CopiedBlock
+from constrained_growth.errors import BlockError, CandidateError
 
 
 @dataclass
 class Run:
-    """What was seen of one module.
+    """What one module did in the forward pass.
 
     Attributes:
         module: The module.
-        count: How often it ran.
+        count: How many times it ran.
         x: The first argument of the last call, if it is a tensor.
         context: The other arguments of that call.
         y: The tensor in its output; None if there is none.
@@ -40,35 +42,41 @@ class Run:
 
     @property
     def keeps_shape(self) -> bool:
-        """Whether what comes out has the shape of what goes in."""
+        """Whether the output has the shape of the input."""
         return self.x is not None and self.y is not None and self.x.shape == self.y.shape
 
     @property
     def is_composite(self) -> bool:
-        """Whether it has parts, and parameters."""
-        has_parts = next(self.module.children(), None) is not None
-        return has_parts and next(self.module.parameters(), None) is not None
+        """Whether it has children and parameters."""
+        has_children = next(self.module.children(), None) is not None
+        return has_children and next(self.module.parameters(), None) is not None
 
 
 def follows(one: Run, other: Run) -> bool:
-    """Whether a module can be called with the tensor that another one gives."""
+    """Whether a module takes tensors of the shape that another one returns."""
     return one.x is not None and other.y is not None and one.x.shape == other.y.shape
 
 
-def runs_of(
-    model: nn.Module, example_input: object, names: Mapping[nn.Module, str] | None = None
-) -> dict[str, Run]:
-    """Run the model once; what was seen of its modules, in the order they finished.
+def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
+    """A copy of a module that is the identity, and why; or None, and why there is none."""
+    kind = type(run.module).__name__
+    if not run.keeps_shape:
+        return None, "changes the shape"
+    try:
+        with torch.enable_grad():
+            args = (run.x, *run.context.args)
+            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
+        return block, f"one more {kind}, a copy"
+    except BlockError as error:
+        return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
 
-    Args:
-        model: The model.
-        example_input: One input as in the data.
-        names: Module → name of those to watch; None for all. Only then is `on_channels` known.
-    """
-    names = names or {module: name for name, module in model.named_modules()}
+
+def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
+    """Run the model once; name → run of its modules, in the order they finished."""
+    names = {module: name for name, module in model.named_modules()}
     runs: dict[str, Run] = {}
     layouts: dict[int, bool] = {}
-    kept: list[Tensor | None] = []  # so that no id is used again
+    kept: list[Tensor | None] = []  # or ids would be used again
     on_channels = False
 
     def see(

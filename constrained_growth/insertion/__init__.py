@@ -1,9 +1,9 @@
-"""The model gains a layer, its function unchanged, the memory of its optimizers kept."""
+"""Insert layers into a model: its function and the state of its optimizers are kept."""
 
-from constrained_growth.insertion.inserting import insert
-from constrained_growth.insertion.records import GrowthRecord, InsertedLayer
-from constrained_growth.insertion.replaying import replay
-from constrained_growth.insertion.wrapping import rewrap
+from constrained_growth.insertion.distributed import rewrap
+from constrained_growth.insertion.insert import insert
+from constrained_growth.insertion.record import GrowthRecord, InsertedLayer
+from constrained_growth.insertion.replay import replay
 
 __all__ = [
     "GrowthRecord",

@@ -1,27 +1,27 @@
-"""Does a model still give what it gave? Seen on an input, in train and in eval mode."""
+"""Check on one input, in train and in eval mode, that an insertion preserves the function."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from constrained_growth._data import batches, moved
+from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import as_written, untouched
 from constrained_growth.errors import BlockError, DataError
 
-Outputs = Mapping[str, Any]
-""""train" or "eval" → the tensors of the output in that mode; the model's present mode first."""
+Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
+""""train" or "eval" → path → tensor of the output in that mode; the model's own mode first."""
 
 
 def first_input(data: object, model: nn.Module) -> object | None:
@@ -36,68 +36,65 @@ def first_input(data: object, model: nn.Module) -> object | None:
         return next((input for input, _ in batches(data, device_of(model))), None)
 
 
-def outputs_of(model: nn.Module, example: object) -> Outputs:
-    """What the model gives now, from the present random state, in its own mode and the other.
+def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> Outputs:
+    """The outputs in the model's own mode and in the other one, from the present random state.
 
-    The model is left as it was. A mode in which it fails (BatchNorm on one sample, say) is left
-    out, if it is not its own. A sharded model runs in its own mode only, as all processes have to
-    run it equally often.
+    Another mode in which it fails (BatchNorm on one sample, say) is left out. A sharded model runs
+    in its own mode only, since all processes must run it equally often. Nothing is run without an
+    example, and nothing is returned for a model that may fail (`optional`) and does.
 
     Raises:
         DataError: It fails in its own mode.
     """
     own = model.training
-    found: dict[str, Any] = {}
-    for training in (own,) if is_sharded(model) else (own, not own):
+    found: dict[str, Mapping[tuple[Any, ...], Tensor]] = {}
+    modes = (own,) if is_sharded(model) else (own, not own)
+    for training in modes if example is not None else ():
         try:
             found[_name(training)] = _output(model, example, training)
         except Exception as error:
-            if training is own:
-                raise DataError(
-                    f"model={type(model).__name__} fails on the input of the first batch, on "
-                    f"which it was to be seen that its function does not move: {error}; give "
-                    "another: insert(..., data=[(input, target)])."
-                ) from error
+            if training is not own:
+                continue
+            if optional:
+                return {}
+            raise DataError(
+                f"model={type(model).__name__} fails on the input of the first batch, on which "
+                f"its function is checked before and after the insertion: {error}; give "
+                "another: insert(..., data=[(input, target)])."
+            ) from error
     return found
 
 
 def check_preserved(
     model: nn.Module, example: object, before: Outputs, inserted: Mapping[str, nn.Module]
 ) -> dict[str, float]:
-    """The largest difference of the outputs in each mode, if it is no more than rounding.
+    """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
-    Judged is the mode the model is in: the outputs may differ by 1000 ε (at most 1/16) of their
-    largest entry in size, with ε the coarsest machine precision among parameters, outputs,
-    autocast and float32 matrix products. In the other mode the difference is only reported, as
-    there are blocks that are exact in one mode. Random numbers that the inserted layers draw do
-    not count: all others get those that they got before.
-
-    Args:
-        model: Grown.
-        example: Its input.
-        before: What `outputs_of` gave before; with no mode in it nothing is checked.
-        inserted: Name → inserted layer.
+    In the mode the model is in, outputs may differ by 1000 ε (at most 1/16) of their largest
+    entry, where ε is the coarsest machine precision among parameters, outputs, autocast and
+    float32 matrix products. In the other mode the difference is only reported, since some blocks
+    are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
+    count: all other modules get the numbers they got before.
 
     Returns:
         Mode → largest difference, in the units of the output. A mode without a floating-point
-        tensor in the output (tensors, and tuples, lists, mappings and dataclasses of them) is
-        left out.
+        tensor in the output is left out.
 
     Raises:
-        BlockError: The output moved by more, a layer is never reached, or the grown model fails.
+        BlockError: The output changed by more, a layer is never reached, or the grown model fails.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
     for mode, output in before.items():
         try:
-            with _standing_aside(inserted, reached):
+            with _drawing_apart(inserted, reached):
                 grown = _output(model, example, mode == _name(True))
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
-        pairs = list(_pairs(output, grown))
+        pairs = [(y, grown[key]) for key, y in output.items() if key in grown and y.numel()]
         if pairs:
             differences[mode] = max(_difference(*pair) for pair in pairs)
         epsilon = _epsilon(model, [one for one, _ in pairs])
@@ -106,17 +103,17 @@ def check_preserved(
             worst = max(_difference(*pair) for pair in beyond)
             raise BlockError(
                 f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
-                f"{mode} mode, where rounding may do {_allowed(beyond[0][0], epsilon):.3g}: a "
-                "block is not the identity there, or the model is not a function of its input "
+                f"{mode} mode, more than rounding ({_allowed(beyond[0][0], epsilon):.3g}): a block "
+                "is not the identity there, or the model is not a function of its input "
                 "and the random state. Nothing was changed. Choose a block that is the identity "
-                "on what arrives at its site; insert(..., data=()) leaves this check out."
+                "on the tensors at its site, or skip this check by insert(..., data=())."
             )
     missing = [name for name in inserted if name not in reached] if before else []
     if missing:
         raise BlockError(
-            f"the layers {missing} would never be reached in the forward pass (a list is gone "
-            "through by numbers of its own, say). Nothing was changed. Choose another site, or a "
-            "block without standalone(), which stands around its site."
+            f"the layers {missing} would never be reached in the forward pass (the model may index "
+            "a list by fixed numbers). Nothing was changed. Choose another site, or a block "
+            "without standalone(), which is wrapped around its site."
         )
     return differences
 
@@ -125,53 +122,38 @@ def _name(training: bool) -> str:
     return "train" if training else "eval"
 
 
-def _output(model: nn.Module, example: object, training: bool) -> Any:
-    """A picture of the output in one of the modes; the model and the input stay as they were."""
+def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
+    """Copies of the tensors in the output in one mode; model and input stay as they were."""
     with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
         try:
             if training != model.training:
                 model.train(training)
-            return _picture(call(model, moved(_fresh(example), device_of(model))))
+            return _tensors(call(model, moved(tree_map(_clone, example), device_of(model))))
         finally:
-            torch.clear_autocast_cache()  # or it would hold weights cast without gradients
+            torch.clear_autocast_cache()  # it may hold weights cast without gradients
 
 
-def _fresh(value: Any) -> Any:
-    """An input that the model may write on."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, Mapping):
-        return {key: _fresh(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_fresh(item) for item in value)
-    return copy.deepcopy(value)
+def _clone(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
-def _picture(value: Any) -> Any:
-    """Copies of the floating-point tensors in an output, in nested dicts and lists."""
+def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Tensor]:
+    """Path → copy of each floating-point tensor in an output.
+
+    The length of a sequence is part of the path: sequences that grow, with an entry per layer,
+    have no paths in common.
+    """
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
-        return value.detach().clone() if counts and value.layout is torch.strided else None
+        return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
+    items: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        return {key: _picture(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_picture(item) for item in value]
-    if dataclasses.is_dataclass(value):
-        return {f.name: _picture(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    return None
-
-
-def _pairs(before: Any, after: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tensors at the same place; sequences that became longer (one entry a layer) are left out."""
-    if isinstance(before, Tensor) and isinstance(after, Tensor):
-        if before.numel() > 0:
-            yield before, after
-    elif isinstance(before, dict) and isinstance(after, dict):
-        for key in before.keys() & after.keys():
-            yield from _pairs(before[key], after[key])
-    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        for one, other in zip(before, after, strict=True):
-            yield from _pairs(one, other)
+        items = value.items()
+    elif isinstance(value, tuple | list):
+        items = (((index, len(value)), item) for index, item in enumerate(value))
+    elif dataclasses.is_dataclass(value):
+        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+    return {k: t for key, item in items for k, t in _tensors(item, (*path, key)).items()}
 
 
 def _difference(before: Tensor, after: Tensor) -> float:
@@ -201,16 +183,16 @@ def _epsilon(model: nn.Module, outputs: Iterable[Tensor]) -> float:
 
 
 @contextmanager
-def _standing_aside(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
-    """Let layers leave the random state as they found it, and note which ones run."""
+def _drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
+    """Make layers leave the random state as they found it, and note which of them run."""
     states: list[Any] = []
 
     def enter(module: nn.Module, _: Any) -> None:
-        states.append(_random_state(module))
+        states.append(random_state())
         reached.update(name for name, layer in layers.items() if layer is module)
 
     def leave(module: nn.Module, _: Any, output: Any) -> None:
-        _set_random_state(module, states.pop())
+        set_random_state(states.pop())
 
     handles = [layer.register_forward_pre_hook(enter) for layer in layers.values()]
     handles += [layer.register_forward_hook(leave) for layer in layers.values()]
@@ -219,19 +201,3 @@ def _standing_aside(layers: Mapping[str, nn.Module], reached: set[str]) -> Itera
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _random_state(module: nn.Module) -> tuple[Any, ...]:
-    device = device_of(module)
-    cuda = torch.cuda.get_rng_state(device) if device and device.type == "cuda" else None
-    numbers = np.random.get_state()  # noqa: NPY002
-    return torch.get_rng_state(), cuda, random.getstate(), numbers
-
-
-def _set_random_state(module: nn.Module, state: tuple[Any, ...]) -> None:
-    cpu, cuda, python, numbers = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device_of(module) or "cuda")
-    random.setstate(python)
-    np.random.set_state(numbers)  # noqa: NPY002

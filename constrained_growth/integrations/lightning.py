@@ -10,43 +10,42 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from constrained_growth._distributed import everywhere, rank
-from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
+from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
-from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.insertion.replaying import replay
+from constrained_growth.insertion import GrowthRecord, replay
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
 
 
 class GrowthCallback(Callback):
-    """Inserts layers at the ends of training epochs, and keeps the growth in the checkpoints.
+    """Insert layers at the ends of training epochs, and keep the growth in the checkpoints.
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on. The
     sensitivities, decisions and depth go to the loggers of the trainer. One optimizer.
 
     With `strategy="ddp"` all processes insert the same layer, and the trainer's
-    DistributedDataParallel is made anew where it is. Other strategies for several processes are
-    refused, also `"ddp_spawn"` and its like: they bring the weights back into a model that did not
-    grow.
+    DistributedDataParallel is initialised again in place. Other strategies for several processes
+    are refused, also `"ddp_spawn"` and the like: they load the weights back into a model that did
+    not grow.
 
     Args:
         loss_fn: `loss_fn(output, target)`, as for `GrowthProblem`.
-        data: What decides where to grow, as for `GrowthProblem`: give a loader of its own, not
-            the one that is being iterated. On several processes, the shard of each.
-        model: `model(module)`: what is called with the inputs of `data` and grows; the
-            LightningModule itself by default.
-        blocks: For blocks of your own, by name of the inserted layer, when a run is taken up.
+        data: The data that decide where to grow, as for `GrowthProblem`: a separate loader, not
+            the one that is being iterated. With several processes, the shard of each.
+        model: `model(module)`: what is called with the inputs of `data` and grows; by default the
+            LightningModule itself.
+        blocks: Your own blocks, by name of the inserted layer, to resume a run.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
 
     Attributes:
-        grower: The `Grower`, once training has begun.
+        grower: The `Grower`, once training has started; None before.
 
     Raises:
         TrainingError: There are several optimizers, or several processes in another way than by
             `strategy="ddp"`.
-        CheckpointError: What is to be taken up was saved without this callback.
+        CheckpointError: The checkpoint to resume from was saved without this callback.
 
     Example:
         >>> import torch
@@ -70,7 +69,7 @@ class GrowthCallback(Callback):
         self._model = model
         self._blocks = blocks
         self._options = options
-        self._kept: dict[str, Any] | None = None
+        self._saved: dict[str, Any] | None = None
 
     @property
     def history(self) -> History:
@@ -78,20 +77,27 @@ class GrowthCallback(Callback):
         return History() if self.grower is None else self.grower.history
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """See to it that a fresh module is grown before the weights of a checkpoint are loaded."""
+        """Make sure that a fresh module grows before the weights of a checkpoint are loaded."""
         strategy = trainer.strategy
         plain = isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
         if trainer.world_size > 1 and not plain:
             raise TrainingError(
                 f"GrowthCallback grows on {trainer.world_size} processes that "
                 'Trainer(strategy="ddp") or torchrun starts, and the trainer has a '
-                f"{type(strategy).__name__} that does otherwise; use that, or devices=1."
+                f"{type(strategy).__name__} that starts them in another way; use ddp, or devices=1."
             )
         own = pl_module.on_load_checkpoint
 
         def grow_first(checkpoint: dict[str, Any]) -> None:
             self._unhook(pl_module)
-            self._grow_as_in(checkpoint, pl_module)
+            saved = checkpoint.get("callbacks", {}).get(self.state_key)
+            if not saved:
+                raise CheckpointError(
+                    "ckpt_path is a checkpoint that was saved without a GrowthCallback; load it "
+                    "without one, or start a new run."
+                )
+            record = GrowthRecord.from_json(saved["grower"]["record"])
+            replay(self._model(pl_module), record, blocks=self._blocks)
             own(checkpoint)
 
         pl_module.on_load_checkpoint = grow_first  # the one hook before the weights are loaded
@@ -101,23 +107,23 @@ class GrowthCallback(Callback):
         self._unhook(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch, with what a checkpoint had."""
+        """Make the grower, in the state of the checkpoint if there is one."""
         self._unhook(pl_module)
         if len(trainer.optimizers) != 1:
             raise TrainingError(
                 f"GrowthCallback needs one optimizer, and configure_optimizers returned "
-                f"{len(trainer.optimizers)}; grow in a loop of your own with cg.Grower."
+                f"{len(trainer.optimizers)}; grow in your own loop with cg.Grower."
             )
         model, optimizer = self._model(pl_module), trainer.optimizers[0]
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
         options = {"writer": _Loggers(trainer), "wrapper": wrapper, **self._options}
-        before, kept = self.grower, self._kept
+        before, saved = self.grower, self._saved
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
-        if kept is not None:
-            put_right(optimizer, model, kept["names"])
-            losses = kept["losses"][rank(None) % len(kept["losses"])]
-            self.grower.load_state_dict({**kept["grower"], **losses})
-            self._kept = None
+        if saved is not None:
+            reassign_state(optimizer, model, saved["names"])
+            losses = saved["losses"][rank(None) % len(saved["losses"])]
+            self.grower.load_state_dict({**saved["grower"], **losses})
+            self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
 
@@ -130,7 +136,7 @@ class GrowthCallback(Callback):
             self.grower.step(loss)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close a row of the history, with the metrics of the trainer; grow if it is time to."""
+        """Close a row of the history, with the metrics of the trainer; grow if due."""
         if self.grower is None:
             return
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -140,9 +146,9 @@ class GrowthCallback(Callback):
             self.grower.maybe_grow(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: how the model grew, and whose states the optimizer's are.
+        """For the checkpoint: the grower, and the names of the parameters of the optimizer.
 
-        Lightning calls it on all processes; `losses` are those of each in the row that is open.
+        Lightning calls it on all processes; `losses` holds those of each in the open row.
         """
         if self.grower is None:
             return {}
@@ -153,17 +159,7 @@ class GrowthCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
-        self._kept = state_dict or None
-
-    def _grow_as_in(self, checkpoint: Mapping[str, Any], pl_module: LightningModule) -> None:
-        kept = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not kept:
-            raise CheckpointError(
-                "ckpt_path is a checkpoint that was saved without a GrowthCallback; load it "
-                "without one, or begin anew."
-            )
-        record = GrowthRecord.from_json(kept["grower"]["record"])
-        replay(self._model(pl_module), record, blocks=self._blocks)
+        self._saved = state_dict or None
 
     def _unhook(self, pl_module: LightningModule) -> None:
         vars(pl_module).pop("on_load_checkpoint", None)

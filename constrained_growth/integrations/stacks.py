@@ -1,7 +1,7 @@
-"""The lists of layers in a Transformers model, the config entries that count them, and longer ones.
+"""The lists of layers in a Transformers model, and the config entries that count them.
 
-What another layer changes is found by building the model again from a longer config, without
-memory for its parameters (on the meta device), and comparing.
+What one more layer changes is found by building the model from a longer config, on the meta device
+(without memory for its parameters), and comparing.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import CandidateError
+from constrained_growth.insertion.layer import WithInsertedLayer
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers whose length the config says.
+    """A list of layers whose length is an entry of the config.
 
     Attributes:
         name: Qualified name of the `nn.ModuleList` or `nn.Sequential`.
-        part: Name of the part of the config that counts it ("text_config"), or "".
-        entry: The attribute that says how many layers there are.
-        index: Which element of it does, where it is a list (`depths`), else None.
+        part: Name of the part of the config that has the entry ("text_config"), or "".
+        entry: The attribute that holds the number of layers.
+        index: The index in it, if it is a list (`depths`), else None.
     """
 
     name: str
@@ -39,32 +40,25 @@ class Stack:
 
 
 Arrangement = Mapping[Stack, Sequence[int]]
-"""For each layer that a stack is to have: which present layer it is, or is put after."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A value that an attribute of the config, or of a module, is to have."""
-
-    owner: Any
-    name: str
-    value: Any
+"""For each layer of a grown stack: which of the old layers it is, or is inserted after."""
 
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
-    """The stacks of a model, each tried out by making the config longer."""
+    """The stacks of a model, each confirmed by building a model from a longer config."""
     found: dict[str, Stack] = {}
     for part, entry, index in _counters(model.config):
         longer = copy.deepcopy(model.config)
         _lengthen(longer, Stack("", part, entry, index), None)
         try:
             built = dict(skeleton(model, longer).named_modules())
-        except Exception:  # it counts something else, too, or has to fit another entry
+        except Exception:  # it counts something else too, or must agree with another entry
             continue
         grown = [
             name
             for name, module in model.named_modules()
-            if _is_list(module) and name in built and len(built[name]) == len(module) + 1  # type: ignore[arg-type]
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+            and name in built
+            and len(built[name]) == len(module) + 1  # type: ignore[arg-type]
         ]
         if len(grown) == 1:
             found.setdefault(grown[0], Stack(grown[0], part, entry, index))
@@ -77,78 +71,80 @@ def layers_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
     return list(model.get_submodule(stack.name).children())
 
 
-def longer_config(model: PreTrainedModel, arrangement: Arrangement) -> PreTrainedConfig:
-    """A config of the depth that an arrangement has, and its lists of one entry for each layer."""
-    config = copy.deepcopy(model.config)
+def without_inserted(layer: nn.Module) -> nn.Module:
+    """The layer itself, where other layers are wrapped around it."""
+    return without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
+
+
+def longer_config(config: PreTrainedConfig, arrangement: Arrangement) -> PreTrainedConfig:
+    """The config of a grown model; lists in it with an entry per layer grow too."""
+    config = copy.deepcopy(config)
     for stack, order in arrangement.items():
         _lengthen(config, stack, order)
     return config
 
 
 def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
-    """A model of the same class from a config, without memory for its parameters."""
+    """A model of the same class from a config, on the meta device."""
     with untouched(model), torch.device("meta"):
         return type(model)(config)
 
 
 def check_same(
-    model: PreTrainedModel,
-    arrangement: Arrangement,
-    inserted: Mapping[tuple[Stack, int], Mapping[str, tuple[int, ...]]],
-    longer: nn.Module,
+    model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: Arrangement
 ) -> None:
-    """Refuse to insert where the stock class would not make the same model of the longer config.
+    """Refuse a grown model of which the stock class makes another one from the longer config.
 
     Args:
-        model: As it is.
-        arrangement: The layers it is to have.
-        inserted: Stack and place of each new layer → shapes of its parameters.
-        longer: Built from the longer config.
+        model: Grown.
+        before: The skeleton of its old config.
+        longer: The skeleton of the longer config.
+        arrangement: The layers that its stacks have now.
 
     Raises:
         CandidateError: A layer would get other parameters or another setting, or the list
             another length.
     """
-    present = skeleton(model, copy.deepcopy(model.config))
     for stack, order in arrangement.items():
-        built, old = layers_of(longer, stack), layers_of(present, stack)
+        old, built = layers_of(before, stack), layers_of(longer, stack)
         where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
         if len(built) != len(order):
             raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
-        for place, source in enumerate(order):
-            shapes = inserted.get((stack, place))
-            if shapes is not None and shapes != parameter_shapes(built[place]):
+        for place, layer in enumerate(map(without_inserted, layers_of(model, stack))):
+            source, is_new = order[place], order[place] in order[:place]
+            if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
                 raise CandidateError(
                     f"{where} gives layer {place} other parameters than the new layer has; the "
                     "stock class could not load it."
                 )
-            alike = [old[source]] if shapes is None else old[source : source + 2]
+            # A new layer is a copy of the one before it or, at a change of shape, after it.
+            alike = old[source : source + 1 + is_new]
             settings = _settings(built[place])
-            differing = [sorted(settings ^ _settings(layer), key=str) for layer in alike]
+            differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
             if all(differing):
                 raise CandidateError(
                     f"{where} makes layer {place} another one: {differing[0][:2]}. Its layers "
-                    "depend on their number, so none can be put between them; use a block that "
-                    "stands around its site, such as ResidualMLP, or choose another site."
+                    "depend on their number, so none can be inserted between them; use a block "
+                    "that is wrapped around its site, such as ResidualMLP, or another site."
                 )
 
 
-def numbering(model: nn.Module, stack: Stack, longer: nn.Module) -> Iterator[Setting]:
-    """The numbers that the modules of a stack are to know themselves by."""
+def renumber(model: nn.Module, stack: Stack, longer: nn.Module) -> None:
+    """Give the layers of a stack the numbers that they have in a model built at that depth."""
     numbered = dict(longer.get_submodule(stack.name).named_modules())
     for name, module in model.get_submodule(stack.name).named_modules():
         for key in _NUMBERS & vars(module).keys():
-            yield Setting(module, key, getattr(numbered[name], key))
+            setattr(module, key, getattr(numbered[name], key))
 
 
-def config_settings(config: PreTrainedConfig, longer: PreTrainedConfig) -> Iterator[Setting]:
-    """What makes a config like a longer one, its parts included."""
-    for name, value in vars(longer).items():
+def update_config(config: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
+    """Make a config equal to another one in place, its parts too."""
+    for name, value in vars(wanted).items():
         present = getattr(config, name, None)
         if isinstance(value, PreTrainedConfig) and isinstance(present, PreTrainedConfig):
-            yield from config_settings(present, value)
+            update_config(present, value)
         elif present != value:
-            yield Setting(config, name, value)
+            setattr(config, name, copy.deepcopy(value))
 
 
 def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]:
@@ -167,7 +163,7 @@ def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]
 
 
 def _lengthen(config: PreTrainedConfig, stack: Stack, order: Sequence[int] | None) -> None:
-    """Let a config count the layers of an order (None: one more, put last)."""
+    """Let a config count the layers of an order (None: one more, at the end)."""
     holder: Any = getattr(config, stack.part) if stack.part else config
     value = getattr(holder, stack.entry)
     depth = value if stack.index is None else value[stack.index]
@@ -182,12 +178,8 @@ def _lengthen(config: PreTrainedConfig, stack: Stack, order: Sequence[int] | Non
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _is_list(module: nn.Module) -> bool:
-    return isinstance(module, nn.ModuleList | nn.Sequential)
-
-
 def _settings(layer: nn.Module) -> set[tuple[str, str, Any]]:
-    """What the modules of a layer are like, apart from their numbers and their dropout."""
+    """The plain attributes of the modules of a layer, except for numbers and dropout."""
     return {
         (name, key, value)
         for name, module in layer.named_modules()

@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from constrained_growth import checkpoint
-from constrained_growth.checkpoint.optimizer_states import parameter_names, put_right
+from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import TrainingError
-from constrained_growth.insertion.replaying import replay
+from constrained_growth.insertion import replay
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History, measurements
 
@@ -29,30 +29,31 @@ def own_loss(output: Any, target: object) -> Tensor:
 
 
 class GrowthCallback(TrainerCallback):
-    """Inserts layers whenever the Trainer logs its loss, and keeps the growth in its checkpoints.
+    """Insert layers when the Trainer logs its loss, and keep the growth in its checkpoints.
 
-    A row of the history is what the Trainer logs once (`logging_strategy`, `logging_steps`); what
-    was measured is appended to `trainer.state.log_history`. A checkpoint folder gets a file
-    `growth.safetensors`. To go on from one, grow a fresh model before the Trainer loads into it:
+    A row of the history is one entry that the Trainer logs (`logging_strategy`, `logging_steps`);
+    the measurements are appended to `trainer.state.log_history`. A checkpoint folder gets a file
+    `growth.safetensors`. To resume, grow a fresh model before the Trainer loads into it:
 
         model = make_model()
         callback.resume(model, "out/checkpoint-500")
         trainer = Trainer(model, arguments, callbacks=[callback], …)
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
 
-    On several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
-    DistributedDataParallel around the model is made anew where it is; other wrappers are refused.
+    With several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
+    DistributedDataParallel around the model is initialised again in place; other wrappers are
+    refused.
 
     Args:
-        data: What decides where to grow: `(inputs, None)` pairs with a dict of inputs, labels
-            among them, such as `[(batch, None) for batch in loader]`. On several processes, the
-            shard of each.
-        loss_fn: `loss_fn(output, target)`; by default the loss the model returns.
+        data: The data that decide where to grow: `(inputs, None)` pairs with a dict of inputs,
+            labels among them, such as `[(batch, None) for batch in loader]`. With several
+            processes, the shard of each.
+        loss_fn: `loss_fn(output, target)`; by default the loss that the model returns.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
 
     Attributes:
-        grower: The `Grower`, once training has begun.
+        grower: The `Grower`, once training has started; None before.
 
     Raises:
         TrainingError: There are several processes, and no DistributedDataParallel.
@@ -75,7 +76,7 @@ class GrowthCallback(TrainerCallback):
         self._data = data
         self._loss_fn = loss_fn
         self._options = options
-        self._kept: checkpoint.Checkpoint | None = None
+        self._saved: checkpoint.Checkpoint | None = None
         self._search: RemovableHandle | None = None
 
     @property
@@ -90,12 +91,12 @@ class GrowthCallback(TrainerCallback):
         *,
         blocks: Mapping[str, nn.Module] | None = None,
     ) -> nn.Module:
-        """Grow a fresh model as one was when a checkpoint folder was written.
+        """Grow a fresh model to the architecture in a checkpoint folder.
 
         Args:
             model: As it was before it grew; changed in place.
             folder: Of the checkpoint.
-            blocks: For blocks of your own, as for `replay`.
+            blocks: Your own blocks, as for `replay`.
 
         Returns:
             The same model, ready for the Trainer to load its weights.
@@ -104,27 +105,28 @@ class GrowthCallback(TrainerCallback):
             CheckpointError: The folder was not written with this callback.
             RecordError: The record does not fit the model.
         """
-        kept = checkpoint.load(Path(folder) / _FILE)
-        replay(model, kept.record, blocks=blocks)
-        self._kept = kept
+        saved = checkpoint.load(Path(folder) / _FILE)
+        replay(model, saved.record, blocks=blocks)
+        self._saved = saved
         return model
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to watch, with what a checkpoint had."""
+        """Make the grower, in the state of the checkpoint if there is one."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-        before, kept = self.grower, self._kept
+        before, saved = self.grower, self._saved
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
-        if kept is not None:
-            put_right(optimizer, model, kept.extra)
-            self.grower.load_state_dict(kept.states["grower"])
-            self._kept = None
+        if saved is not None:
+            reassign_state(optimizer, model, saved.extra)
+            self.grower.load_state_dict(saved.states["grower"])
+            self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
         if args.world_size > 1:
-            self._search = _look_for_wrapper(self.grower)
+            # A callback is given the model without the wrapper around it.
+            self._search = register_module_forward_pre_hook(self._find_wrapper)
 
     def on_log(
         self,
@@ -134,7 +136,7 @@ class GrowthCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Close a row of the history with the loss that is logged; grow if it is time to."""
+        """Close a row of the history with the logged loss; grow if due."""
         if self.grower is None or logs is None or "loss" not in logs:
             return
         self._stop_searching()
@@ -162,7 +164,7 @@ class GrowthCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put the growth into the checkpoint folder."""
+        """Write the growth to the checkpoint folder."""
         if self.grower is None:
             return
         folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
@@ -175,21 +177,16 @@ class GrowthCallback(TrainerCallback):
             grower=self.grower,
         )
 
+    def _find_wrapper(self, module: nn.Module, args: Any) -> None:
+        grower = self.grower
+        if (
+            grower
+            and isinstance(module, DistributedDataParallel)
+            and grower.model in module.modules()
+        ):
+            grower.wrapper = module
+            self._stop_searching()
+
     def _stop_searching(self) -> None:
         if self._search is not None:
             self._search.remove()
-
-
-def _look_for_wrapper(grower: Grower) -> RemovableHandle:
-    """Tell a grower the DistributedDataParallel around its model as soon as that is called.
-
-    A callback is given the model without it.
-    """
-
-    def see(module: nn.Module, args: Any) -> None:
-        if isinstance(module, DistributedDataParallel) and grower.model in module.modules():
-            grower.wrapper = module
-            handle.remove()
-
-    handle = register_module_forward_pre_hook(see)
-    return handle

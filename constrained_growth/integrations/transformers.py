@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,51 +21,49 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from constrained_growth import insertion
-from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import CopiedBlock, ResidualMLP
-from constrained_growth.candidates.candidate import Candidate
-from constrained_growth.candidates.proposals import Proposals
-from constrained_growth.candidates.runs import Run, follows, runs_of
-from constrained_growth.errors import BlockError, CandidateError
-from constrained_growth.insertion.placement import list_of
-from constrained_growth.insertion.records import GrowthRecord
+from constrained_growth.candidates.candidate import Candidate, Proposals
+from constrained_growth.candidates.discovery import block_after
+from constrained_growth.candidates.runs import runs_of
+from constrained_growth.errors import CandidateError
+from constrained_growth.insertion.layer import structure_kept_on_error
+from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.integrations.stacks import (
-    Arrangement,
     Stack,
     check_same,
-    config_settings,
     find_stacks,
     layers_of,
     longer_config,
-    numbering,
+    renumber,
     skeleton,
+    update_config,
+    without_inserted,
 )
-from constrained_growth.solution import Planned, Solution
+from constrained_growth.solution import Solution
 
 
 def find_candidates(model: PreTrainedModel, example_input: object = None) -> Proposals:
-    """A copy of each layer as a candidate to stand after it.
+    """Propose a copy of each layer as a candidate after it.
 
-    Looked at are the layers that the config counts: decoder and encoder layers, the blocks of
-    the stages of a convolutional network. The layer inserted is one of the model's own class, so
-    that `insert` gives what the stock class makes of a longer config. Where a copy changes the
-    shape, as after the first block of a stage, it is one of the next block. Where it cannot be
-    the identity, as in BERT (post-norm), the candidate is a residual block around the layer: as
-    exact, but not in the config, so load such a model by `replay`.
+    The layers are those that the config counts: decoder and encoder layers, the blocks of the
+    stages of a convolutional network. The inserted layer is of the model's own class, so that
+    `insert` gives the model that the stock class makes of a longer config. After a layer that
+    changes the shape, such as the first block of a stage, it is a copy of the next one. Where a
+    copy cannot be the identity, as in BERT (post-norm), the candidate is a residual block around
+    the layer: just as exact, but not in the config, so load such a model by `replay`.
 
     Args:
         model: A model of Transformers, left as it was.
         example_input: As in the data, a dict of keyword arguments. None (default) makes token ids
-            or an image of the sizes that the config says.
+            or an image of the sizes in the config.
 
     Returns:
-        The candidates, named after their sites; printed, a table that says why, and what was
-        skipped.
+        The candidates, named after their sites. Printed, a table with the reasons and with the
+        layers that were skipped.
 
     Raises:
         CandidateError: The model is not of Transformers, the config counts no layers, or nothing
-            can stand after them.
+            can be inserted after them.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -80,17 +78,13 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
     reasons: dict[str, str] = {}
     skipped: dict[str, str] = {}
     with untouched(model), differentiable(), torch.no_grad():
-        layers = {
-            layer: f"{stack.name}.{place}"
-            for stack in stacks
-            for place, layer in enumerate(layers_of(model, stack))
-        }
-        example = _example_of(model) if example_input is None else example_input
-        runs = runs_of(model, example, layers)
+        runs = runs_of(model, _example_of(model) if example_input is None else example_input)
         for stack in stacks:
-            names = [f"{stack.name}.{place}" for place in range(len(layers_of(model, stack)))]
+            names = [f"{stack.name}.{place}" for place, _ in enumerate(layers_of(model, stack))]
             for name, following in zip(names, [*names[1:], ""], strict=True):
-                block, why = _proposed(runs.get(name), runs.get(following))
+                block, why = None, "the forward pass does not call it"
+                if name in runs:
+                    block, why = block_after(runs[name], runs.get(following))
                 if block is None:
                     skipped[name] = why
                 else:
@@ -98,8 +92,8 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
                     reasons[name] = why
     if not candidates:
         raise CandidateError(
-            f"model={type(model).__name__}: no layer can stand after those that its config counts: "
-            f"{skipped}."
+            f"model={type(model).__name__}: nothing can be inserted after the layers that its "
+            f"config counts: {skipped}."
         )
     return Proposals(candidates, reasons, skipped)
 
@@ -112,19 +106,18 @@ def insert(
     averaged: nn.Module | Sequence[nn.Module] = (),
     data: Iterable[Any] | None = None,
 ) -> GrowthRecord:
-    """Insert the layers that a solution decided on, as `cg.insert` does, and keep the books.
+    """Insert the chosen layers as `cg.insert` does, and update the config.
 
-    The config then says the new depth, lists in it with an entry for each layer (`layer_types`)
-    have one more, and the layers are numbered anew, so that the cache of keys and values fits:
-    what `save_pretrained` writes, the stock class loads by `from_pretrained`. It is known before
-    the first change that the class makes the same model of the longer config; one whose layers
-    depend on their number or on the depth is refused.
+    The config gets the new depth, lists in it with an entry per layer (`layer_types`) grow too,
+    and the layers are renumbered to fit the cache of keys and values: what `save_pretrained`
+    writes, the stock class loads by `from_pretrained`. A model of which the class makes another
+    one at that depth, because its layers depend on their number or on the depth, is refused.
 
     Args:
-        model: The model of the problem, or a copy of it. It is changed, and so is its config.
+        model: The model of the problem, or a copy of it; changed in place, and so is its config.
         solution: From `cg.solve`.
         optimizer: As in `cg.insert`.
-        averaged: As in `cg.insert`; models of Transformers with a config of their own.
+        averaged: As in `cg.insert`; models of Transformers, each with its own config.
         data: As in `cg.insert`.
 
     Returns:
@@ -134,25 +127,13 @@ def insert(
         CandidateError: The stock class could not load the grown model, and as `cg.insert`.
         GrowthError: As `cg.insert`; model, config and optimizer are then as they were.
     """
-    stacks = _checked_stacks(model)
-    if not isinstance(solution, Solution):
-        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
-    known = solution.candidates
-    chosen = [known[name] for name in known if name in solution.decision.chosen]
-    new = [planned for planned in chosen if _becomes_element(model, planned)]
-    orders: dict[Stack, list[int]] = {}
-    for planned in new:
-        stack, place = _place(model, stacks, planned.after)
-        order = orders.setdefault(stack, list(range(len(layers_of(model, stack)))))
-        order.insert(order.index(place) + 1, place)
-    shapes: dict[tuple[Stack, int], Mapping[str, tuple[int, ...]]] = {}
-    for planned in new:
-        stack, place = _place(model, stacks, planned.after)
-        copied = getattr(planned.block, "module", planned.block)
-        shapes[stack, orders[stack].index(place) + 1] = parameter_shapes(copied)
-    settle = _settling(model, orders, shapes)
     return insertion.insert(
-        model, solution, optimizer=optimizer, averaged=averaged, data=data, settle=settle
+        model,
+        solution,
+        optimizer=optimizer,
+        averaged=averaged,
+        data=data,
+        bookkeeping=_bookkeeping(model),
     )
 
 
@@ -163,13 +144,13 @@ def replay(
     blocks: Mapping[str, nn.Module] | None = None,
     strict: bool = True,
 ) -> PreTrainedModel:
-    """Repeat recorded insertions on a fresh model, as `cg.replay` does, and keep the books.
+    """Repeat recorded insertions on a fresh model as `cg.replay` does, and update the config.
 
-    Needed only for layers that the config does not count (around a post-norm layer); a model
-    with others is loaded by `from_pretrained`.
+    Needed only for layers that the config does not count (around a post-norm layer); load other
+    models by `from_pretrained`.
 
     Args:
-        model: As it was before the first insertion; it is changed, and so is its config.
+        model: As it was before the first insertion; changed in place, and so is its config.
         record: From `insert`, or `GrowthRecord.from_json`.
         blocks: As in `cg.replay`.
         strict: As in `cg.replay`.
@@ -178,16 +159,10 @@ def replay(
         RecordError: As `cg.replay`.
         CandidateError: The stock class could not load the grown model.
     """
-    stacks = _checked_stacks(model)
-    orders: dict[Stack, list[int]] = {}
-    for layer in record.insertions if isinstance(record, GrowthRecord) else ():
-        if layer.placement == "sibling":
-            stack, place = _place(model, stacks, layer.after)
-            order = orders.setdefault(stack, list(range(len(layers_of(model, stack)))))
-            order.insert(place + 1, order[min(place, len(order) - 1)])
-    settle = _settling(model, orders, {})
-    insertion.replay(model, record, blocks=blocks, strict=strict)
-    settle(model)
+    update = _bookkeeping(model)
+    with structure_kept_on_error(model, then=update):
+        insertion.replay(model, record, blocks=blocks, strict=strict)
+        update(model)
     return model
 
 
@@ -223,89 +198,62 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
         shape = (2, getattr(config, "num_channels", 3), height, width)
         return {name: torch.randn(shape, generator=generator, dtype=torch.float32).to(like)}
     raise CandidateError(
-        f"model={type(model).__name__} takes {name!r}, for which no example is made up; give one: "
+        f"model={type(model).__name__} takes {name!r}, for which there is no example; give one: "
         f"find_candidates(model, {{{name!r}: …}})."
     )
 
 
-def _proposed(here: Run | None, following: Run | None) -> tuple[nn.Module | None, str]:
-    """The block to propose after a layer, or None, and why."""
-    if here is None or here.y is None:
-        return None, "the forward pass does not call it, or no tensor comes out"
-    kind = type(here.module).__name__
-    try:
-        return _copy_of(here), f"one more {kind}"
-    except BlockError as error:
-        reason = str(error).partition(". ")[0]
-    if following is not None and not here.keeps_shape and follows(following, here):
-        with suppress(BlockError):
-            return _copy_of(following), f"one more {kind}, a copy of the next"
-    if here.y.dim() == 3:
-        width = here.y.shape[-1]
-        return ResidualMLP(width, width, nn.GELU()), f"no copy: {reason}"
-    return None, reason
+def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
+    """A function that fits config and layer numbers to the layers a model has: grown, or as before.
 
-
-def _copy_of(run: Run) -> nn.Module:
-    return CopiedBlock(run.module, args=(run.x, *run.context.args), kwargs=run.context.kwargs)
-
-
-def _becomes_element(model: nn.Module, planned: Planned) -> bool:
-    """Whether `insert` makes the layer the next element of a list, rather than wrap its site."""
-    stands_alone = callable(getattr(planned.block, "standalone", None))
-    if not stands_alone or planned.output not in (None, 0):
-        return False
-    modules = dict(model.named_modules(remove_duplicate=False))
-    site = modules.get(planned.after)
-    return site is not None and list_of(model, site) is not None
-
-
-def _place(model: nn.Module, stacks: Sequence[Stack], after: str) -> tuple[Stack, int]:
-    """The stack and the number of a layer."""
-    name, _, number = after.rpartition(".")
-    for stack in stacks:
-        if stack.name == name and number.isdecimal():
-            return stack, int(number)
-    raise CandidateError(
-        f'after="{after}": the config of {type(model).__name__} does not count the layers of '
-        f'"{name}", so the stock class could not load one more; choose a layer of '
-        f"{[stack.name for stack in stacks]}, or insert by cg.insert."
-    )
-
-
-def _settling(
-    model: PreTrainedModel,
-    arrangement: Arrangement,
-    inserted: Mapping[tuple[Stack, int], Mapping[str, tuple[int, ...]]],
-) -> Callable[[nn.Module], None]:
-    """A function that makes config and numbers fit the layers a model has: more, or as before.
-
-    Raises:
-        CandidateError: The stock class would make another model of the longer config.
+    It is called with the model first, then with copies of it. It raises CandidateError where the
+    stock class would make another model of the longer config.
     """
-    if not arrangement:
-        return lambda _: None
-    before = copy.deepcopy(model.config)
-    config = longer_config(model, arrangement)
-    longer = skeleton(model, copy.deepcopy(config))
-    check_same(model, arrangement, inserted, longer)
+    stacks = {stack.name: stack for stack in _checked_stacks(model)}
+    before = config = copy.deepcopy(model.config)
+    longer: nn.Module = model
+    arrangement: dict[Stack, list[int]] = {}
+    old = {
+        name: [without_inserted(layer) for layer in module.children()]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
 
-    def settle(one: nn.Module) -> None:
+    def update(one: nn.Module) -> None:
+        nonlocal arrangement, config, longer
         if not isinstance(one, PreTrainedModel):
             raise CandidateError(f"averaged={type(one).__name__} is not a model of Transformers.")
-        grown = all(len(layers_of(one, s)) == len(order) for s, order in arrangement.items())
-        for setting in [*config_settings(one.config, config if grown else before)]:
-            setattr(setting.owner, setting.name, copy.deepcopy(setting.value))
-        for stack in arrangement if grown else ():
-            for setting in [*numbering(one, stack, longer)]:
-                setattr(setting.owner, setting.name, setting.value)
+        if one is model:
+            now = {name: list(model.get_submodule(name).children()) for name in old}
+            grown = [name for name in old if len(now[name]) > len(old[name])]
+            if set(grown) - stacks.keys():
+                raise CandidateError(
+                    f"the config of {type(model).__name__} does not count the layers of "
+                    f"{sorted(set(grown) - stacks.keys())}, so the stock class could not load one "
+                    f"more; choose a layer of {list(stacks)}, or insert by cg.insert."
+                )
+            arrangement = {
+                stacks[name]: [
+                    count - 1
+                    for count in accumulate(without_inserted(m) in old[name] for m in now[name])
+                ]
+                for name in grown
+            }
+            config = longer_config(before, arrangement)
+            if arrangement:
+                longer = skeleton(model, copy.deepcopy(config))
+                check_same(model, skeleton(model, copy.deepcopy(before)), longer, arrangement)
+        is_grown = all(len(layers_of(one, s)) == len(order) for s, order in arrangement.items())
+        update_config(one.config, config if is_grown else before)
+        for stack in arrangement if is_grown else ():
+            renumber(one, stack, longer)
             _follow_neighbours(layers_of(one, stack))
 
-    return settle
+    return update
 
 
 def _follow_neighbours(layers: Sequence[nn.Module]) -> None:
-    """Give each layer what Transformers itself has put on the others: checkpointing, hooks."""
+    """Give each layer what Transformers itself has set on the others: checkpointing, hooks."""
     kinds = [dict(layer.named_modules()) for layer in layers]
     for modules in kinds:
         for name, module in modules.items():

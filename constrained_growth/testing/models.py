@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion.inserting import insert
-from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.insertion.replaying import replay
+from constrained_growth.insertion.insert import insert
+from constrained_growth.insertion.record import GrowthRecord
+from constrained_growth.insertion.replay import replay
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision
 from constrained_growth.solve import solve

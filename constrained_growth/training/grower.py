@@ -20,11 +20,11 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.candidates.discovery import find_candidates
 from constrained_growth.errors import DataError, TrainingError
-from constrained_growth.insertion.inserting import insert
-from constrained_growth.insertion.optimizers import kept_on_error
-from constrained_growth.insertion.placement import structure_kept_on_error
-from constrained_growth.insertion.records import GrowthRecord
-from constrained_growth.insertion.wrapping import rewrap
+from constrained_growth.insertion.distributed import rewrap
+from constrained_growth.insertion.insert import insert
+from constrained_growth.insertion.layer import structure_kept_on_error
+from constrained_growth.insertion.optimizer_state import groups_kept_on_error
+from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK
 from constrained_growth.rules.plateau import When
@@ -241,7 +241,7 @@ class Grower:
         found: list[tuple[Solution, When, GrowthRecord]] = []
         with ExitStack() as undo:
             undo.enter_context(structure_kept_on_error(self.model))
-            undo.enter_context(kept_on_error(self.optimizer))
+            undo.enter_context(groups_kept_on_error(self.optimizer))
             self._everywhere(lambda: _done(found.append(self._decide_and_insert())))
         solution, answer, record = found[0]
         self.record = self.record + record

@@ -157,7 +157,7 @@ class ConvBlock(nn.Module):
 
 
 def test_images_copies_of_blocks_and_convolutions() -> None:
-    """Blocks that repeat are copied; after the one that widens stands a copy of the next."""
+    """Blocks that repeat are copied; after the one that widens comes a copy of the next."""
     torch.manual_seed(0)
     model = Image()
     images = torch.randn(6, 1, 5, 5)
@@ -210,7 +210,7 @@ def test_transformers_copy_their_layers_where_they_can(norm_first: bool, block: 
     assert max(map(len, str(found).splitlines())) <= 100
 
 
-def test_the_table_says_what_and_why_and_what_not() -> None:
+def test_the_table_shows_proposals_reasons_and_skipped_modules() -> None:
     model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Softmax(1), nn.Linear(3, 3))
     found = cg.find_candidates(model, torch.randn(7, 2))
     table = str(found).splitlines()
@@ -263,7 +263,7 @@ class ChannelsAtTheEnd(nn.Module):
         return self.mix(self.norm(x.permute(0, 2, 3, 1) + 1)).permute(0, 3, 1, 2)
 
 
-def test_what_keeps_the_shape_keeps_the_channels_where_they_are() -> None:
+def test_a_module_that_keeps_the_shape_keeps_the_channel_dimension() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 3), ChannelsAtTheEnd(), nn.Flatten(), nn.LazyLinear(3))
     images = torch.randn(6, 1, 5, 7)
     model(images)

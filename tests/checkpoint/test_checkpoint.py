@@ -29,8 +29,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.checkpoint import load, previous, restore, resume, save
-from constrained_growth.checkpoint.optimizer_states import load_named_state, named_state
-from constrained_growth.checkpoint.serialization import flattened, unflattened
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -81,7 +79,7 @@ def test_resumed_training_is_the_same_to_the_last_bit(kind: str, tmp_path: Path)
 
 
 def test_optimizer_state_goes_by_name_and_not_by_number(tmp_path: Path) -> None:
-    """Groups put together in another way: PyTorch's own loading takes the wrong moments."""
+    """With other groups PyTorch's own loading assigns the wrong moments."""
     data = classified(40, batch=8)
     model, optimizer, record = grown(OPTIMIZERS["Adam"], data)
     save(tmp_path / "run", model, optimizer=optimizer, record=record)
@@ -166,7 +164,7 @@ def test_schedulers_and_rules_go_on(tmp_path: Path) -> None:
         assert again.scheduler.get_last_lr() == rate
 
 
-def test_tied_weights_and_blocks_of_ones_own(tmp_path: Path) -> None:
+def test_tied_weights_and_a_users_own_block(tmp_path: Path) -> None:
     def make() -> nn.Module:
         model = feedforward(4, 4, 4, 4)
         model[2].weight = model[0].weight  # type: ignore[index,union-attr]
@@ -293,7 +291,7 @@ def label_of() -> None:
     pass
 
 
-def test_a_file_left_by_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_files_left_by_a_killed_process_do_not_matter(tmp_path: Path) -> None:
     path = written(tmp_path)
     for ending in (".tmp", ".link"):
         path.with_name(path.name + ending).write_bytes(b"half")
@@ -305,7 +303,7 @@ def test_a_file_left_by_a_killed_process_is_in_nobodys_way(tmp_path: Path) -> No
 # --- nested data ----------------------------------------------------------------------------
 
 
-def test_nested_data_come_back_as_they_were() -> None:
+def test_nested_data_come_back_as_they_were(tmp_path: Path) -> None:
     tensor = torch.randn(3, 4)
     tree = {
         "numbers": [1, -2.5, float("inf"), True, None, "text", 2**70],
@@ -320,8 +318,8 @@ def test_nested_data_come_back_as_they_were() -> None:
         "numpy": [np.float64(0.1), np.arange(3, dtype=np.int16)],
     }
     before = copy.deepcopy(tree)
-    data, tensors = flattened(tree, "x")
-    again = unflattened(json.loads(json.dumps(data)), tensors)
+    save(tmp_path / "run", nn.Identity(), extra=tree)
+    again = load(tmp_path / "run").extra
     assert_same(tree["same"], before["same"])
     for key in tree.keys() - {"ordered", "numpy"}:
         assert_same(again[key], tree[key])
@@ -329,24 +327,33 @@ def test_nested_data_come_back_as_they_were() -> None:
     assert again["numpy"][0] == 0.1
     assert again["numpy"][1].dtype == np.int16
     assert again["same"][0] is again["same"][1]
-    assert len({t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}) == len(
-        [t for t in tensors.values() if t.numel()]
-    )
+    names = [name for name in load_file(tmp_path / "run") if name.startswith("extra/")]
+    assert [name for name in names if "same" in name] == ["extra/same/0"]
 
 
-def test_names_that_meet_are_told_apart() -> None:
-    one, other = torch.zeros(1), torch.ones(1)
-    data, tensors = flattened({"a/b": one, "a": {"b": other}}, "x")
-    assert unflattened(data, tensors) == {"a/b": one, "a": {"b": other}}
+def test_equal_names_of_tensors_are_told_apart(tmp_path: Path) -> None:
+    tree = {"a/b": torch.zeros(1), "a": {"b": torch.ones(1)}}
+    save(tmp_path / "run", nn.Identity(), extra=tree)
+    assert load(tmp_path / "run").extra == tree
 
 
-def test_loaded_state_is_not_shared_with_what_it_came_from() -> None:
+def test_a_tensor_of_the_model_can_be_saved_again_as_extra(tmp_path: Path) -> None:
     model = feedforward(2, 4, 3)
     optimizer = OPTIMIZERS["Adam"](model.parameters())
-    data = classified(8)
+    trained(model, optimizer, classified(8))
+    extra = [*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())]
+    save(tmp_path / "run", model, optimizer=optimizer, extra=extra)
+    assert_same(load(tmp_path / "run").extra, [tensor.detach() for tensor in extra])
+
+
+def test_loaded_state_is_not_shared_with_the_checkpoint(tmp_path: Path) -> None:
+    model, data = feedforward(2, 4, 3), classified(8)
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
     trained(model, optimizer, data)
-    content = copy.deepcopy(named_state(optimizer, model))
-    kept = copy.deepcopy(content)
-    load_named_state(optimizer, model, content)
+    save(tmp_path / "run", model, optimizer=optimizer)
+    checkpoint = load(tmp_path / "run")
+    kept = copy.deepcopy(checkpoint)
+    restore(checkpoint, model, optimizer=optimizer)
     trained(model, optimizer, data)
-    assert_same(content["state"], kept["state"])
+    assert_same(dict(checkpoint.optimizer or {}), dict(kept.optimizer or {}))
+    assert_same(dict(checkpoint.weights), dict(kept.weights))

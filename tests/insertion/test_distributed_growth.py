@@ -22,9 +22,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import constrained_growth as cg
-from constrained_growth._distributed import in_step
-from constrained_growth._sharding import is_spread, whole
-from constrained_growth._sites.untouched import is_untouched
 from constrained_growth.training import LineSearch, evaluate
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
@@ -61,6 +58,14 @@ def plain(model: nn.Module) -> nn.Module:
 
 def prefix(model: nn.Module) -> str:
     return "module." if isinstance(model, DistributedDataParallel) else ""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "placements")  # a DTensor
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
@@ -229,7 +234,7 @@ def fsdp_measures_as_one_process(rank: Rank) -> None:
             found = measured(model, part, width)
             for key, value in rank.expected[f"measured {width}"].items():
                 assert_close(found[key], value)
-            assert all(is_spread(p) and p.grad is None for p in model.parameters())
+            assert all(is_sharded(p) and p.grad is None for p in model.parameters())
     found = measured(fsdp(wide(6)), ragged()[rank.number :: 2], 6, weight=weight)
     for key, value in rank.expected["weighted"].items():
         assert_close(found[key], value)
@@ -259,18 +264,24 @@ def candidates_found_in_a_sharded_model(rank: Rank) -> None:
     assert [c.after for c in cg.find_candidates(model, input)] == [
         c.after for c in cg.find_candidates(wide(6), input)
     ]
-    assert all(is_spread(p) for p in model.parameters())
+    assert all(is_sharded(p) for p in model.parameters())
 
 
-def items_in_step(rank: Rank) -> None:
-    """Processes with fewer items repeat the last one; an error on one is an error on all."""
-    found = list(in_step(range(2 + rank.number), None))
-    assert found == [(0, True), (1, True), (2 - (rank.number == 0), rank.number == 1)]
-    assert list(in_step([], None)) == []
-    with pytest.raises(cg.DataError, match=r"\[0\] of the group have no batches"):
-        list(in_step(range(rank.number), None))
-    with pytest.raises(ZeroDivisionError if rank.number == 0 else cg.GrowthError, match="divi"):
-        list(in_step((1 // (1 - i + rank.number) for i in range(2)), None))
+def data_that_fail_on_one_process(rank: Rank) -> None:
+    """After the first batch: the other process does not wait."""
+
+    class Failing:
+        def __iter__(self) -> Any:
+            yield batches[0]
+            fail_on(rank, 1, "data")
+            yield batches[1]
+
+    batches = split(rank, global_batches())
+    problem = cg.GrowthProblem(
+        fsdp(wide(4)), CROSS_ENTROPY, Failing(), [candidate("1", block=Gain(4))]
+    )
+    with raised_on(rank, 1, "data"):
+        cg.solve(problem)
 
 
 # --- decisions ----------------------------------------------------------------------------------
@@ -360,7 +371,7 @@ def failures_on_one_process(rank: Rank) -> None:
     for word, options in parts:
         for grower in growers(rank, **options):
             breaks, before = False, weights(grower.model)
-            sharded = is_spread(next(grower.model.parameters()))
+            sharded = is_sharded(next(grower.model.parameters()))
             if sharded and word in ("block", "propose", "solver"):
                 continue  # the process has to end: it does not know where the others wait
             groups = copy.copy(grower.optimizer.param_groups[0]["params"])
@@ -379,7 +390,7 @@ def failures_on_one_process(rank: Rank) -> None:
 
 def failure_after_an_insertion(rank: Rank) -> None:
     for grower in growers(rank, after_insertion=lambda *_: fail_on(rank, 1, "policy")):
-        if is_spread(next(grower.model.parameters())):
+        if is_sharded(next(grower.model.parameters())):
             continue
         with raised_on(rank, 1, "policy"):
             grower.maybe_grow()
@@ -388,7 +399,7 @@ def failure_after_an_insertion(rank: Rank) -> None:
 # --- wrappers -----------------------------------------------------------------------------------
 
 
-def wrapper_made_anew_has_its_settings(rank: Rank) -> None:
+def wrapper_keeps_its_settings(rank: Rank) -> None:
     """The same object, hooks and all."""
 
     def reduction(state: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[reportPrivateImportUsage]
@@ -432,7 +443,7 @@ def wrapper_made_anew_has_its_settings(rank: Rank) -> None:
     assert torch.equal(*others)
 
 
-def a_wrapper_is_told_of_or_missed(rank: Rank) -> None:
+def a_wrapper_is_given_or_missed(rank: Rank) -> None:
     """The model given is what is inside of it; gradients of new layers are averaged if it is."""
     data = split(rank, global_batches())
     for told in (True, False):
@@ -456,10 +467,10 @@ def a_wrapper_is_told_of_or_missed(rank: Rank) -> None:
         assert torch.equal(*others) == told
 
 
-def wrappers_that_cannot_be_made_anew(rank: Rank) -> None:
+def wrappers_that_cannot_be_initialised_again(rank: Rank) -> None:
     model = ddp(feedforward(2, 4, 3))
     model.mixed_precision = object()  # type: ignore[assignment]
-    with pytest.raises(cg.CandidateError, match="cannot be made anew"):
+    with pytest.raises(cg.CandidateError, match="cannot be initialised again"):
         cg.rewrap(model)
 
 
@@ -471,7 +482,7 @@ def new_layers_are_sharded(rank: Rank) -> None:
     assert one is not None
     named = dict(grower.model.named_parameters())
     assert len(named) == 8
-    assert all(is_spread(p) for p in named.values())
+    assert all(is_sharded(p) for p in named.values())
     trained = {id(p) for group in grower.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in named.values()}
     assert set(one.new_parameters) <= named.keys()
@@ -519,8 +530,6 @@ def what_sharded_models_cannot(rank: Rank) -> None:
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("1")])
     with pytest.raises(cg.RuleError, match="sharded"):
         cg.solve(problem, rule=cg.TrustRegion())
-    with pytest.raises(cg.DataError, match="sampling"):
-        cg.solve(problem, sampling=cg.AdaptiveSampling())
     with pytest.raises(cg.DataError, match="no batches"):
         cg.GrowthProblem(model, CROSS_ENTROPY, data[: rank.number], [candidate("1")])
     reduced = sharded(mp_policy=MixedPrecisionPolicy(param_dtype=torch.float32))
@@ -544,12 +553,16 @@ def run(rank: Rank, wrap: Wrap, path: Path | None, steps: int = 1000) -> nn.Modu
     """Dropout draws other numbers on every process; the data come in a random order."""
     left = steps
 
-    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+    def stop(*_: object) -> None:
         nonlocal left
-        left -= not is_untouched()
+        left -= 1
         if left < 0:
             raise StoppedError
-        return CROSS_ENTROPY(output, target)
+
+    def factory(parameters: Any) -> torch.optim.Optimizer:
+        optimizer = ADAM(parameters)
+        optimizer.register_step_pre_hook(stop)
+        return optimizer
 
     torch.manual_seed(1)
     model = feedforward(2, 5, 5, 3, activation=nn.Tanh)
@@ -564,8 +577,8 @@ def run(rank: Rank, wrap: Wrap, path: Path | None, steps: int = 1000) -> nn.Modu
     )
     cg.grow(
         model,
-        ADAM,
-        loss_fn,
+        factory,
+        CROSS_ENTROPY,
         loader,
         epochs=4,
         candidates=lambda model: [
@@ -580,7 +593,7 @@ def run(rank: Rank, wrap: Wrap, path: Path | None, steps: int = 1000) -> nn.Modu
     return model
 
 
-def runs_taken_up_again(rank: Rank) -> None:
+def resumed_runs(rank: Rank) -> None:
     """Bit for bit, and in a file that one process can read."""
     for wrap in (ddp, fsdp):
         expected = run(rank, wrap, None)
@@ -599,23 +612,23 @@ def runs_taken_up_again(rank: Rank) -> None:
 
 
 CASES: list[Callable[[Rank], None]] = [
-    items_in_step,
     ddp_trains_as_one_process,
     fsdp_trains_as_one_process,
     line_searches_as_one_process,
     fsdp_measures_as_one_process,
     fsdp_module_that_is_used_twice,
     candidates_found_in_a_sharded_model,
+    data_that_fail_on_one_process,
     the_first_decides,
     failures_on_one_process,
     failure_after_an_insertion,
-    wrapper_made_anew_has_its_settings,
-    a_wrapper_is_told_of_or_missed,
-    wrappers_that_cannot_be_made_anew,
+    wrapper_keeps_its_settings,
+    a_wrapper_is_given_or_missed,
+    wrappers_that_cannot_be_initialised_again,
     new_layers_are_sharded,
     sharded_in_other_ways,
     what_sharded_models_cannot,
-    runs_taken_up_again,
+    resumed_runs,
 ]
 
 

@@ -1,4 +1,4 @@
-"""That the function stays is seen."""
+"""An insertion preserves the function, and that is checked."""
 
 import copy
 import math
@@ -12,6 +12,7 @@ from helpers import (
     CROSS_ENTROPY,
     Gain,
     candidate,
+    choose,
     classified,
     feedforward,
     nothing_left_behind,
@@ -22,26 +23,27 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.insertion.preservation import check_preserved, outputs_of
 
 
 def judged(before: Any, after: Any, dtype: torch.dtype = torch.float64) -> dict[str, float]:
-    """The verdict on a model that gives `before` at first and `after` then."""
+    """The verdict on a model that gives `before` at first, and `after` once it has grown."""
 
     class Says(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.weight, self.layer = nn.Parameter(torch.zeros(1, dtype=dtype)), nn.Identity()
-            self.answer = before
+            self.layer, self.answers = nn.Linear(2, 2, dtype=dtype), False
 
         def forward(self, x: Tensor) -> Any:
-            self.layer(x)
-            return self.answer
+            y = self.layer(x)
+            if not self.answers:
+                return y
+            return after if hasattr(self.layer, "inserted") else before
 
-    model = Says()
-    found = outputs_of(model, torch.zeros(2))
-    model.answer = after
-    return check_preserved(model, torch.zeros(2), found, {"layer": model.layer})
+    model, data = Says(), [(torch.zeros(1, 2, dtype=dtype), None)]
+    one = cg.Candidate("layer", Gain(2))
+    solution = solved(model, data, one, rule=choose("layer"), loss_fn=lambda y, _: y.sum())
+    model.answers = True
+    return dict(cg.insert(model, solution).difference)
 
 
 # --- what counts as having moved --------------------------------------------------------------
@@ -104,7 +106,7 @@ def test_a_loss_near_zero_is_judged_on_the_scale_of_one() -> None:
         judged(torch.full((2,), 1e-18), torch.full((2,), 1e-15))
 
 
-def test_what_holds_no_tensor_is_left_out() -> None:
+def test_outputs_without_tensors_are_left_out() -> None:
     assert judged("text", "another") == {}
     assert judged(torch.tensor([1, 2]), torch.tensor([3, 4])) == {}
 

@@ -1,4 +1,4 @@
-"""Growing inside a real Lightning fit: grows, checkpoints, is taken up again, logs."""
+"""Growing inside a real Lightning fit: grows, checkpoints, resumes, logs."""
 
 import csv
 import warnings

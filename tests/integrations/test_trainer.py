@@ -1,4 +1,4 @@
-"""Growing inside a real `Trainer` of Transformers: grows, checkpoints, is taken up again."""
+"""Growing inside a real `Trainer` of Transformers: grows, checkpoints, resumes."""
 
 import warnings
 from pathlib import Path

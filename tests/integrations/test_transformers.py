@@ -14,7 +14,6 @@ from helpers import choose, nothing_left_behind, refused
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth.integrations import transformers as cgt
 
 transformers.utils.logging.disable_progress_bar()
@@ -203,7 +202,7 @@ def test_multipliers_are_those_of_an_inserted_layer(kind: Any) -> None:
 
 
 def really_inserted(model: Any, candidate: cg.Candidate, data: Any) -> dict[str, Tensor]:
-    """λ from a model in which the copy stands in the list, by hand, and no cache is kept."""
+    """λ from a model with the copy put into the list by hand, without a cache."""
     model = copy.deepcopy(model)
     layer: Any = copy.deepcopy(candidate.block).module
     name, _, place = candidate.after.rpartition(".")
@@ -359,7 +358,7 @@ def test_refusals() -> None:
 
 
 class _Wrapped(nn.Module):
-    """A copy that stands around its neighbour, where the cache has no place for it."""
+    """A copy wrapped around its neighbour, for which the cache has no place."""
 
     def __init__(self, base: nn.Module, block: nn.Module) -> None:
         super().__init__()
@@ -367,5 +366,6 @@ class _Wrapped(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         output = self.base(x, *args, **kwargs)
-        y = self.block(tensor_in(output), *args, **kwargs)
-        return with_tensor(output, None, y)
+        if isinstance(output, Tensor):
+            return self.block(output, *args, **kwargs)
+        return (self.block(output[0], *args, **kwargs), *output[1:])

@@ -15,7 +15,7 @@ from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
 from constrained_growth.experiments.ensembles.networks import Ensemble, Samples
 from constrained_growth.experiments.ensembles.training import Optimizer
-from constrained_growth.insertion.inserting import insert
+from constrained_growth.insertion.insert import insert
 from constrained_growth.norms import KroneckerFisher
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Solution

@@ -1,4 +1,4 @@
-"""Bring the wrappers for several processes up to date when a model has grown."""
+"""Update DistributedDataParallel and `fully_shard` after an insertion."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from constrained_growth._distributed import take_from_first
 from constrained_growth._sharding import is_spread, sharded_modules, state_like
 from constrained_growth._sites.model import tensors_of
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.inserted import Inserted
-from constrained_growth.insertion.optimizers import as_optimizers
+from constrained_growth.insertion.layer import WithInsertedLayer
+from constrained_growth.insertion.optimizer_state import as_optimizers
 
 
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
-    """Let what trains a model on several processes know the layers that were inserted.
+    """Register inserted layers with the wrapper that trains a model on several processes.
 
-    All processes call it, after `insert` or `replay`. A DistributedDataParallel is made anew
-    where it is, around the same module with the same settings, and sends the values of the
-    first process to all: whoever holds it goes on using it. In a model sharded by `fully_shard`
-    (FSDP2) each new layer gets the values of the first process and is sharded by itself, over the
-    same processes; its parameters become others, and the optimizer gets these in their place.
-    A model that is wrapped in neither way is left as it is.
+    All processes call it, after `insert` or `replay`. A DistributedDataParallel is initialised
+    again in place, around the same module with the same settings, and broadcasts the values of
+    the first process: references to it stay valid. In a model sharded by `fully_shard` (FSDP2)
+    each new layer gets the values of the first process and is sharded on the same mesh; its
+    parameters are replaced, in the optimizers too. A model without either wrapper is left as it
+    is.
 
     Args:
         model: Grown; changed in place.
-        optimizer: The one that trains it, or several of them, with the new parameters in it.
+        optimizer: One or several that train it, the new parameters already in them.
 
     Raises:
-        CandidateError: A DistributedDataParallel has settings with which it cannot be made anew.
+        CandidateError: A DistributedDataParallel has settings that cannot be restored.
 
     Example:
         >>> rewrap(nn.Linear(2, 1))  # with one process there is nothing to do
@@ -41,22 +41,24 @@ def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None =
     optimizers = as_optimizers(optimizer)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            _make_anew(module)
+            _reinitialise(module)
     sharded = sharded_modules(model)
     if sharded:
         mesh = next(p for one in sharded for p in one.parameters() if is_spread(p)).device_mesh
-        for layer in _new_layers(model):
-            _shard(layer, mesh, optimizers)
+        layers = [one.inserted for one in model.modules() if isinstance(one, WithInsertedLayer)]
+        for layer in layers:
+            if not any(is_spread(p) for p in layer.parameters()):
+                _shard(layer, mesh, optimizers)
 
 
-def _make_anew(wrapper: DistributedDataParallel) -> None:
-    """Initialise a wrapper again; the hooks and the mode that it has stay."""
+def _reinitialise(wrapper: DistributedDataParallel) -> None:
+    """Initialise a wrapper again in place; its hooks and its mode stay."""
     given: Any = wrapper
     if given.mixed_precision is not None or given._delay_all_reduce_params:
         raise CandidateError(
             "model: its DistributedDataParallel has mixed_precision= or "
-            "delay_all_reduce_named_params=, with which it cannot be made anew in its place; make "
-            "it without them (autocast goes on working)."
+            "delay_all_reduce_named_params=, with which it cannot be initialised again in place; "
+            "create it without them (autocast still works)."
         )
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     names = ["device_ids", "output_device", "dim", "process_group", "find_unused_parameters"]
@@ -65,7 +67,8 @@ def _make_anew(wrapper: DistributedDataParallel) -> None:
     if not given.bucket_bytes_cap_default:
         settings["bucket_cap_mb"] = given.bucket_bytes_cap / 2**20
     module, training, syncs_buffers = wrapper.module, wrapper.training, given.broadcast_buffers
-    hooks = {key: value for key, value in vars(wrapper).items() if _is_hooks(key)}
+    kept = {key for key in vars(nn.Module()) if "hooks" in key}
+    hooks = {key: value for key, value in vars(wrapper).items() if key in kept}
     reductions = list(given._comm_hooks)
     wrapper.__init__(module, **settings)
     given.broadcast_buffers = syncs_buffers
@@ -75,19 +78,8 @@ def _make_anew(wrapper: DistributedDataParallel) -> None:
         wrapper.register_comm_hook(state, reduction)
 
 
-def _is_hooks(key: str) -> bool:
-    """Whether that is where `nn.Module` keeps hooks."""
-    return key in vars(nn.Module()) and "hooks" in key
-
-
-def _new_layers(model: nn.Module) -> list[nn.Module]:
-    """Those that were inserted and are not sharded."""
-    layers = [module.inserted for module in model.modules() if isinstance(module, Inserted)]
-    return [one for one in layers if not any(is_spread(p) for p in one.parameters())]
-
-
 def _shard(layer: nn.Module, mesh: Any, optimizers: Sequence[Optimizer]) -> None:
-    """Shard one layer, and give optimizers its new parameters in the place of those it had."""
+    """Shard one layer, and replace its parameters in the optimizers."""
     from torch.distributed.fsdp import fully_shard
 
     take_from_first((tensor.detach() for tensor in tensors_of(layer)), mesh.get_group())

@@ -1,4 +1,4 @@
-"""What was inserted, as data that survives in a file, and the same architecture again."""
+"""The record of what was inserted, its JSON text, and the same architecture again."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""A copied block becomes the next element of its list; everything else stands around its site."""
+"""A copied block becomes the next element of its list; other layers wrap their site."""
 
 import copy
 from collections import OrderedDict
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import CopiedBlock, ResidualLinear, ResidualMLP
-from constrained_growth.insertion.inserted import Inserted
 
 
 class Counting(Stack):
@@ -117,7 +116,7 @@ def test_layers_at_one_site_run_in_the_order_of_the_problem(order: str) -> None:
 def test_a_copy_is_of_its_neighbour_before_others_were_put_into_it() -> None:
     model = Stack(3)
     grown(model, mlp("blocks.1.act"), mlp("blocks.1.inner"), copied(model, "blocks.1"))
-    assert type(model.blocks[1].act) is Inserted
+    assert type(model.get_submodule("blocks.1.act.base")) is nn.Tanh
     assert type(model.blocks[2].act) is nn.Tanh
 
 
@@ -145,7 +144,7 @@ class Stage(nn.Module):
         return self.layers(x)
 
 
-def test_lists_in_lists_are_gone_through_from_the_outside() -> None:
+def test_nested_lists_grow_from_the_outside_in() -> None:
     model = Stages()
     pins = ("layers.0.outer.weight", "layers.0.outer.bias")
     pins += ("layers.1.outer.weight", "layers.1.outer.bias")
@@ -197,12 +196,14 @@ def aliased() -> nn.Module:
     ],
     ids=["names", "a forward of its own", "a second name", "a plain sequence"],
 )
-def test_what_is_no_plain_element_is_stood_around(make: Callable[[], Any], after: str) -> None:
+def test_layers_are_wrapped_around_sites_outside_plain_lists(
+    make: Callable[[], Any], after: str
+) -> None:
     model = make()
     (layer,) = grown(model, copied(model, after)).insertions
     expected = "sibling" if after == "1" else "wrapped"
     assert layer.placement == expected
-    assert isinstance(model.get_submodule(after), Inserted) is (expected == "wrapped")
+    assert hasattr(model.get_submodule(after), "inserted") is (expected == "wrapped")
 
 
 @pytest.mark.parametrize("at", [0, 2])

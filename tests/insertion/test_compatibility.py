@@ -1,4 +1,4 @@
-"""What people have around a model goes on working when a layer is inserted into it."""
+"""Hooks, tied weights, copies and wrappers of a model still work after an insertion."""
 
 import copy
 import io
@@ -24,7 +24,6 @@ from torch.nn.utils import parametrizations
 
 import constrained_growth as cg
 from constrained_growth.blocks import ResidualLinear
-from constrained_growth.insertion.inserted import Inserted
 
 # --- names ------------------------------------------------------------------------------------
 
@@ -191,7 +190,7 @@ def test_compiled_model_runs_the_new_layer() -> None:
     torch.compiler.reset()
 
 
-def test_wrapper_of_several_processes_is_to_be_made_anew() -> None:
+def test_wrapper_of_several_processes_needs_rewrap() -> None:
     store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -223,7 +222,7 @@ def test_data_parallel_model() -> None:
     before = mean_loss(model, data).item()
     cg.insert(model, plan(model, data, cg.Candidate("module.0", ResidualLinear(4, torch.tanh))))
     assert mean_loss(model, data).item() == before
-    assert isinstance(model.module[0], Inserted)
+    assert "module.0.inserted.weight" in model.state_dict()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
-"""New parameters in running optimizers, the memory of the old ones kept."""
+"""New parameters in running optimizers; the state of the old ones is kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from constrained_growth.errors import OptimizerError
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
-    """One optimizer, several or none, as a tuple.
+    """One optimizer, several or None, as a tuple.
 
     Raises:
         OptimizerError: It is something else.
@@ -32,28 +30,23 @@ def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
 
 
 def check_optimizers(
-    model: nn.Module, optimizers: Sequence[Optimizer], blocks: Iterable[nn.Module] = ()
+    model: nn.Module, optimizers: Sequence[Optimizer], blocks: Iterable[nn.Module]
 ) -> None:
-    """Refuse optimizers that cannot take new parameters, before anything is changed.
-
-    Args:
-        model: Not grown yet.
-        optimizers: The ones that train it.
-        blocks: The layers that are to be inserted.
+    """Refuse optimizers that cannot take the parameters of the blocks.
 
     Raises:
-        OptimizerError: One of them trains none of the model's parameters, or keeps one memory for
+        OptimizerError: One of them trains none of the model's parameters, or has one state for
             all parameters together (LBFGS); or none of them takes some parameter of a block
-            (Muon takes only matrices, SparseAdam only what has sparse gradients).
+            (Muon takes only matrices, SparseAdam only parameters with sparse gradients).
     """
     ours = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise OptimizerError(
-                "optimizer=LBFGS keeps one flat memory of all parameters, which cannot grow; "
+                "optimizer=LBFGS has one flat state for all parameters, which cannot grow; "
                 "insert with optimizer=None and make a new LBFGS."
             )
-        if not ours & {id(p) for p in _trained(optimizer)}:
+        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise OptimizerError(
                 f"optimizer={type(optimizer).__name__} trains none of the model's parameters; give "
                 "the one that trains this model, or optimizer=None."
@@ -70,51 +63,49 @@ def check_optimizers(
         )
 
 
-def adopt(
+def add_parameters(
     optimizers: Sequence[Optimizer],
     model: nn.Module,
     new: Iterable[Tensor],
-    counterparts: Mapping[int, Tensor] = MappingProxyType({}),
+    counterparts: Mapping[int, Tensor],
 ) -> None:
-    """Put new parameters into the groups of their neighbours, in the order of the model.
+    """Add new parameters to the groups of their neighbours, without state.
 
-    A new matrix goes to the group of the last matrix before it in `model.parameters()`, a new
-    vector to that of the last vector (weight decay is often off for those), so that a layer gets
-    the settings of the one it follows; without one before, of the first one after. A parameter
-    that has a counterpart goes to the group of that. Of several optimizers only those count
-    that can take the parameter. Inside a group that is in the model's order it stands at its place
-    in that order, so that an optimizer made for a replayed model has the same order and can load
-    this one's state. The state of the old parameters is not touched; new ones start without any.
-
-    Args:
-        optimizers: Changed in place.
-        model: With the new parameters in it.
-        new: The new parameters.
-        counterparts: `id` of a new parameter → the old one it is a copy of.
+    A parameter that copies an old one (`counterparts`: its `id` → the old one) joins the group of
+    that. Otherwise a matrix joins the group of the last matrix before it in the order of
+    `model.parameters()`, a vector that of the last vector (weight decay is often off for those);
+    if there is none before, of the first one after. So a layer gets the settings of the layer it
+    follows. Only optimizers that can take the parameter count. A group in the model's order stays
+    so: an optimizer made for a replayed model then has the same order and can load this one's
+    state dict.
     """
+    if not optimizers:
+        return
     named = dict(model.named_parameters())
     order = {id(parameter): place for place, parameter in enumerate(named.values())}
     homes = {id(p): (o, g) for o in optimizers for g in o.param_groups for p in g["params"]}
-    for parameter in new if optimizers else ():
+    for parameter in new:
         fit = {key: home for key, home in homes.items() if _takes(home[0], parameter)}
         like = counterparts.get(id(parameter))
         if like is None or id(like) not in fit:
             trained = [other for other in named.values() if id(other) in fit]
             like = _neighbour(parameter, order, trained)
         optimizer, group = fit[id(like)]
-        _place(group["params"], parameter, order)
+        _add_in_order(group["params"], parameter, order)
         if isinstance(optimizer, torch.optim.Adagrad):
-            _begin(optimizer, group, parameter)
+            # It makes its state when it is built; older versions of torch cannot at a step.
+            settings = {key: value for key, value in group.items() if key in optimizer.defaults}
+            fresh = torch.optim.Adagrad([parameter], **settings)
+            optimizer.state[parameter] = fresh.state[parameter]
     names = {id(parameter): name for name, parameter in named.items()}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if "param_names" in group:
-                group["param_names"] = [names.get(id(p), "") for p in group["params"]]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        if "param_names" in group:
+            group["param_names"] = [names.get(id(p), "") for p in group["params"]]
 
 
 @contextmanager
-def kept_on_error(optimizer: Optimizer) -> Iterator[None]:
-    """After an error the optimizer has the groups, settings and states again that it had."""
+def groups_kept_on_error(optimizer: Optimizer) -> Iterator[None]:
+    """After an error, restore the groups and settings, and drop states that are new."""
     groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
     states = set(optimizer.state)
     try:
@@ -146,19 +137,10 @@ def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Te
     return before[-1] if before else candidates[0]
 
 
-def _begin(optimizer: torch.optim.Adagrad, group: Mapping[str, Any], parameter: Tensor) -> None:
-    """The state that Adagrad makes when it is built; older torch cannot make it at a step."""
-    settings = {key: value for key, value in group.items() if key in optimizer.defaults}
-    optimizer.state[parameter] = torch.optim.Adagrad([parameter], **settings).state[parameter]
-
-
-def _place(params: list[Tensor], parameter: Tensor, order: Mapping[int, int]) -> None:
+def _add_in_order(params: list[Tensor], parameter: Tensor, order: Mapping[int, int]) -> None:
+    """At its place in the model's order, if the group is in that order; else at the end."""
     places = [order.get(id(other), -1) for other in params]
     here = order[id(parameter)]
     in_order = places == sorted(places) and -1 not in places
     index = sum(place < here for place in places) if in_order else len(params)
     params.insert(index, parameter)
-
-
-def _trained(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,4 +1,4 @@
-"""New parameters in a running optimizer, the memory of the old ones kept."""
+"""New parameters in a running optimizer; the state of the old ones is kept."""
 
 import copy
 from collections.abc import Callable
@@ -177,7 +177,7 @@ def test_a_layer_gets_the_settings_of_the_one_it_follows(block: Any, site: int) 
     assert len(optimizer.param_groups) == 3
 
 
-def test_what_follows_nothing_trained_joins_what_comes_after() -> None:
+def test_a_layer_after_frozen_ones_joins_the_group_of_the_next() -> None:
     model, data = feedforward(2, 4, 4, 3), classified(20)
     optimizer = torch.optim.SGD(model.get_submodule("4").parameters(), lr=0.1)
     grown(model, optimizer, data, IdentityLinear(4, nn.ReLU()))

@@ -1,4 +1,4 @@
-"""The state of everything that random numbers are drawn from."""
+"""A snapshot of all global random states: Python, NumPy, torch, CUDA."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ import torch
 
 
 def random_state() -> dict[str, Any]:
-    """The state of everything global that numbers are drawn from: Python, NumPy, torch, CUDA."""
+    """The global random states, in types that JSON and safetensors can hold."""
     algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002
     return {
         "python": random.getstate(),
         "numpy": (algorithm, np.asarray(keys).tolist(), *rest),
         "torch": torch.get_rng_state(),
+        # Asking CUDA for its states initialises it, which takes seconds and GPU memory.
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put a state of `random_state` back; that of devices that are not there is left out."""
+    """Restore the states of `random_state`; CUDA's only where there are as many devices."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])

@@ -1,4 +1,4 @@
-"""The model gains the layer, its function unchanged."""
+"""The model gains the layer; its function is unchanged."""
 
 import copy
 import io
@@ -49,7 +49,7 @@ def output(model: nn.Module, data: Any) -> Tensor:
 
 
 def assert_learns(model: nn.Module, after: str, data: Any) -> None:
-    """The layer stands in the way of the data: its pinned parameters get gradients and matter."""
+    """The data pass through the layer: its pinned parameters get gradients and matter."""
     block = model.get_submodule(after)
     pins = [block.get_parameter(name) for name in block.pinned]  # type: ignore[union-attr]
     before = mean_loss(model, data)
@@ -84,7 +84,7 @@ def test_identity_layers_preserve_the_function_to_rounding(activation: nn.Module
     assert_learns(model, "1.inserted", data)
 
 
-def test_elu_with_its_shift_asked_for() -> None:
+def test_elu_with_its_shift() -> None:
     model = feedforward(2, 4, 3, activation=nn.ELU)
     data = classified(30)
     before = output(model, data)
@@ -233,7 +233,7 @@ def test_several_layers_at_one_site_stand_in_the_order_of_the_problem() -> None:
 
 
 def test_module_that_has_two_names() -> None:
-    """The layer stands where forward comes by, whichever name was asked for."""
+    """The layer is where the forward pass goes, whichever name the candidate has."""
 
     class Alias(nn.Module):
         def __init__(self) -> None:
@@ -441,7 +441,7 @@ def test_candidates_of_a_grown_model_are_each_tensor_once() -> None:
     assert names == ["1.base", "1", "3"]
 
 
-def test_what_is_no_solution_and_no_record_is_refused() -> None:
+def test_other_objects_than_solution_and_record_are_refused() -> None:
     with pytest.raises(cg.CandidateError, match=r"not what cg\.solve returns"):
         cg.insert(feedforward(2, 4, 3), None)  # type: ignore[arg-type]
     with pytest.raises(cg.RecordError, match="from_json"):

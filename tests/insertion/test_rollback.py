@@ -1,4 +1,4 @@
-"""What did not go well is undone to the last bit; and values to start from."""
+"""After an error everything is as it was, to the last bit; and values to start from."""
 
 import copy
 import math
@@ -110,19 +110,19 @@ def test_a_broken_optimizer_leaves_everything_as_it_was() -> None:
     assert_same((everything(optimizer), everything(other)), before)
 
 
-def test_a_broken_settle_leaves_everything_as_it_was_and_is_asked_again() -> None:
+def test_a_broken_bookkeeping_leaves_everything_as_it_was_and_is_called_again() -> None:
     model, data, seen = feedforward(2, 4, 3), classified(30), []
 
-    def settle(one: nn.Module) -> None:
+    def bookkeeping(one: nn.Module) -> None:
         seen.append(sum(1 for _ in one.modules()))
         if len(seen) == 1:
             raise RuntimeError("broken on purpose")
 
     solution = solved(model, data, candidate())
     with nothing_left_behind(model), pytest.raises(RuntimeError, match="broken on purpose"):
-        cg.insert(model, solution, settle=settle)
+        cg.insert(model, solution, bookkeeping=bookkeeping)
     assert seen == [7, 4]
-    cg.insert(model, solution, settle=settle)
+    cg.insert(model, solution, bookkeeping=bookkeeping)
     assert seen == [7, 4, 7]
 
 

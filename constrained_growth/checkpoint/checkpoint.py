@@ -1,0 +1,357 @@
+"""Save a training run to one file, and resume it.
+
+The file holds all tensors and, as JSON text, the record of the growth, the settings of the
+optimizer, the states of rule and scheduler, and the random state. The weights are found under
+`model/` and their names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from constrained_growth._distributed import everywhere, num_processes, rank
+from constrained_growth._random_state import random_state, set_random_state
+from constrained_growth._sharding import is_spread, reshard, spread_like, whole
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.untouched import generators_of
+from constrained_growth.checkpoint.file import flattened, previous, read, unflattened, write
+from constrained_growth.checkpoint.optimizer_state import (
+    check_named_state,
+    load_named_state,
+    named_state,
+    parameter_names,
+)
+from constrained_growth.errors import CheckpointError
+from constrained_growth.insertion.distributed import rewrap
+from constrained_growth.insertion.layer import structure_kept_on_error
+from constrained_growth.insertion.record import GrowthRecord
+from constrained_growth.insertion.replay import replay
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a checkpoint file: data only.
+
+    Attributes:
+        weights: The model's state dict.
+        record: How the model grew.
+        optimizer: The state by names of parameters, or None.
+        states: Name → state of rule, scheduler, loader and whatever else was saved.
+        random: The random state.
+        step: As given to `save`.
+        extra: As given to `save`.
+        num_processes: How many processes saved it. `states`, `random` and `extra` are those of
+            this process, or of the first one if there was no such process.
+    """
+
+    weights: Mapping[str, Tensor] = field(repr=False)
+    record: GrowthRecord
+    optimizer: Mapping[str, Any] | None = field(repr=False)
+    states: Mapping[str, Any] = field(repr=False)
+    random: Mapping[str, Any] = field(repr=False)
+    step: int
+    extra: Any
+    num_processes: int = 1
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A resumed training run.
+
+    Attributes:
+        model: The model given, grown and with its saved values.
+        optimizer: Made by the factory, with its saved state.
+        scheduler: Made by its factory, or None.
+        checkpoint: What was read, with `record`, `step` and `extra`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    checkpoint: Checkpoint
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    record: GrowthRecord | None = None,
+    step: int = 0,
+    extra: object = None,
+    **stateful: object,
+) -> Path:
+    """Write a checkpoint, whole or not at all; the one before it stays beside it.
+
+    The file is written under another name (`path` + ".tmp"), flushed to the disk (fsync) and
+    renamed: at any moment, even if the process is killed while writing, `path` is a whole
+    checkpoint, the old one or the new one. The old one is then `previous(path)`.
+
+    With `torch.distributed` all processes call this, and the first one writes. Model, optimizer
+    and record are the same on all of them (sharded tensors are gathered on the first); each
+    process later gets back its own `extra`, states and random state.
+
+    Args:
+        path: The file; its folder exists.
+        model: Its `state_dict()` is saved.
+        optimizer: Its state is saved by the names of the parameters.
+        record: How the model grew; None for a model that did not.
+        step: Any number that tells when this was.
+        extra: Any numbers, text, None, lists, dicts and tensors.
+        **stateful: Under names of your choice, such as `rule=`, `scheduler=`, `scaler=`,
+            `loader=`: the `state_dict()` of an object that has one, the state of a
+            `torch.Generator`, the states of the generators of a DataLoader; nothing for any
+            other object (a plain function).
+
+    Returns:
+        The path.
+
+    Raises:
+        CheckpointError: Something cannot be kept without executing code when it is read, or the
+            file cannot be written; `path` is then what it was.
+
+    Example:
+        >>> import tempfile
+        >>> from constrained_growth.checkpoint import load
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> path = save(folder.name + "/run.safetensors", nn.Linear(2, 1), step=7)
+        >>> load(path).step
+        7
+        >>> folder.cleanup()
+    """
+    path = Path(path)
+    reshard(model)
+    common: dict[str, Any] = {"model": _gathered(dict(model.state_dict())), "optimizer": None}
+    if optimizer is not None:
+        common["optimizer"] = _gathered(named_state(optimizer, parameter_names(optimizer, model)))
+    data: dict[str, Any] = {}
+    tensors, seen = dict[str, Tensor](), dict[Any, str]()
+
+    def own() -> tuple[dict[str, Any], dict[str, Tensor]]:
+        prefix = f"process {rank(None)}/" if rank(None) else ""
+        if not prefix:
+            data.update(_flattened({**common, "step": step}, "", tensors, seen))
+        states = {name: _state_of(thing) for name, thing in stateful.items()}
+        content = {"states": states, "random": random_state(), "extra": extra}
+        found: dict[str, Tensor] = {}
+        return _flattened(content, prefix, found, seen), found
+
+    parts = everywhere(own, None)
+
+    def write_all() -> None:
+        for _, found in parts:
+            tensors.update(found)
+        data.update(parts[0][0])
+        if len(parts) > 1:
+            data["others"] = [part for part, _ in parts[1:]]
+        data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
+        write(path, data, tensors)
+
+    everywhere(write_all if rank(None) == 0 else lambda: None, None)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint; nothing in it is executed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content. Give it to `restore`, or use its parts.
+
+    Raises:
+        CheckpointError: There is no such file, or it is damaged, foreign, or of another version
+            of the format. The message says if the checkpoint before it exists.
+    """
+    path = Path(path)
+    hint = f' The checkpoint before it is "{previous(path)}".' if previous(path).exists() else ""
+    try:
+        data, tensors = read(path)
+        record = GrowthRecord.from_json(data.pop("record"))
+        others = data.pop("others", [])
+        if 0 < rank(None) <= len(others):
+            data |= others[rank(None) - 1]
+        content = unflattened(data, tensors)
+        return Checkpoint(
+            weights=content["model"],
+            record=record,
+            optimizer=content["optimizer"],
+            states=content["states"],
+            random=content["random"],
+            step=content["step"],
+            extra=content["extra"],
+            num_processes=1 + len(others),
+        )
+    except FileNotFoundError:
+        raise CheckpointError(f'path="{path}" does not exist.{hint}') from None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f'path="{path}" is no checkpoint as save() writes it, or is damaged: '
+            f"{type(error).__name__}: {error}.{hint}"
+        ) from error
+
+
+def restore(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    **stateful: object,
+) -> None:
+    """Load a checkpoint into model, optimizer and the rest, and restore the random state.
+
+    Args:
+        checkpoint: From `load`.
+        model: Of the same architecture: `replay(fresh_model, checkpoint.record)`.
+        optimizer: Trains the same parameters; their order and the groups may differ.
+        **stateful: As for `save`, under the same names. Saved states not given here are ignored.
+
+    Raises:
+        CheckpointError: The model has other parameters or buffers, the optimizer trains others,
+            or something was not saved. Nothing is changed then.
+    """
+    _check_weights(model, checkpoint.weights)
+    if optimizer is not None:
+        if checkpoint.optimizer is None:
+            raise CheckpointError(
+                "optimizer: the checkpoint has no state of one; save(…, optimizer=…)."
+            )
+        check_named_state(optimizer, model, checkpoint.optimizer)
+    for name in stateful:
+        if name not in checkpoint.states:
+            raise CheckpointError(
+                f"{name}: the checkpoint has states of {sorted(checkpoint.states)} and none of "
+                f'"{name}"; save it under that name: save(…, {name}=…).'
+            )
+    for name, thing in stateful.items():
+        _set_state(name, thing, checkpoint.states[name])
+    reshard(model)
+    own = model.state_dict()
+    model.load_state_dict({k: spread_like(v, own[k]) for k, v in checkpoint.weights.items()})
+    if optimizer is not None and checkpoint.optimizer is not None:
+        load_named_state(optimizer, model, checkpoint.optimizer)
+    set_random_state(checkpoint.random)
+
+
+def resume(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    optimizer_factory: Callable[[Any], torch.optim.Optimizer],
+    *,
+    scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None,
+    blocks: Mapping[str, nn.Module] | None = None,
+    **stateful: object,
+) -> Resumed:
+    """Resume a training run: from there on the numbers are the same, bit for bit.
+
+    Grows the fresh model as the record says, makes its optimizer, and restores all values and
+    the random state. With `torch.distributed` all processes call this, as many as saved it, with
+    the model wrapped as it was (in DistributedDataParallel, by `fully_shard`); inserted layers
+    are wrapped too, as by `rewrap`.
+
+    Args:
+        path: The file.
+        model: As it was before the first insertion; changed in place.
+        optimizer_factory: `optimizer_factory(model.parameters()) -> Optimizer`.
+        scheduler_factory: `scheduler_factory(optimizer)`; its state is the one saved as
+            `scheduler=`. None (default) for no scheduler.
+        blocks: Your own blocks, as for `replay`.
+        **stateful: As for `restore`.
+
+    Returns:
+        Model, optimizer, scheduler and the checkpoint.
+
+    Raises:
+        CheckpointError: The file cannot be used, or does not fit; the model is as it was.
+        RecordError: The record does not fit the model; it is as it was.
+    """
+    checkpoint = _loaded_everywhere(path)
+    with structure_kept_on_error(model):
+        replay(model, checkpoint.record, blocks=blocks)
+        rewrap(model)
+        optimizer = optimizer_factory(model.parameters())
+        scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
+        if scheduler is not None:
+            stateful = {**stateful, "scheduler": scheduler}
+        restore(checkpoint, model, optimizer=optimizer, **stateful)
+    return Resumed(model, optimizer, scheduler, checkpoint)
+
+
+def _loaded_everywhere(path: str | os.PathLike[str]) -> Checkpoint:
+    """The checkpoint, if all processes can read it and as many saved it."""
+    found: list[Checkpoint] = []
+    everywhere(lambda: found.append(load(path)), None)
+    processes = num_processes(None)
+    if found[0].num_processes != processes:
+        raise CheckpointError(
+            f'path="{path}" was saved by {found[0].num_processes} processes, and there are '
+            f"{processes}: how the data and the random numbers are shared out would not be the "
+            "same. Start as many, or load it and restore the model and the optimizer alone."
+        )
+    return found[0]
+
+
+def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    have = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+    want = {name: getattr(value, "shape", None) for name, value in weights.items()}
+    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    if differing:
+        first = differing[0]
+        raise CheckpointError(
+            f"model={type(model).__name__} does not fit the checkpoint: {len(differing)} entries "
+            f'of the state dict differ, first "{first}" with shape {have.get(first)}, in the '
+            f"checkpoint {want.get(first)}. Give the architecture that was saved: "
+            "cg.replay(fresh_model, checkpoint.record)."
+        )
+
+
+def _flattened(
+    content: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor], seen: dict[Any, str]
+) -> dict[str, Any]:
+    return {name: flattened(x, prefix + name, tensors, seen) for name, x in content.items()}
+
+
+def _gathered(tree: Any) -> Any:
+    """Nested data, the tensors sharded over processes put together on the first of them."""
+
+    def one(leaf: Any) -> Any:
+        if not is_spread(leaf):
+            return leaf
+        tensor = whole(leaf.detach())
+        return tensor.cpu() if rank(None) == 0 else None
+
+    return tree_map(one, tree)
+
+
+def _state_of(thing: Any) -> Any:
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if hasattr(thing, "state_dict"):
+        return thing.state_dict()
+    return [generator.get_state() for generator in generators_of(thing)]
+
+
+def _set_state(name: str, thing: Any, state: Any) -> None:
+    if isinstance(thing, torch.Generator):
+        thing.set_state(state)
+    elif hasattr(thing, "load_state_dict"):
+        thing.load_state_dict(state)
+    else:
+        generators = generators_of(thing)
+        if len(generators) != len(state):
+            raise CheckpointError(
+                f"{name}: the checkpoint has the state of {len(state)} generators, and it has "
+                f"{len(generators)}; make it as it was when it was saved."
+            )
+        for generator, kept in zip(generators, state, strict=True):
+            generator.set_state(kept)

@@ -1,0 +1,125 @@
+"""The state of an optimizer by the names of the parameters.
+
+PyTorch numbers the parameters. After an insertion, or with other parameter groups, the same number
+means another parameter, and a state of the wrong shape is loaded without an error.
+`torch.distributed.checkpoint.state_dict` goes by names too, but does not keep a run exact (seen in
+torch 2.13): of an optimizer without state it takes a step to make one, so that Adam's step count
+is one too high; new parameters that have no state yet make it raise; the groups must be those that
+were saved; and shapes are not checked.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from constrained_growth._sharding import state_like
+from constrained_growth.errors import CheckpointError
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """The names of the parameters of each group, in its order.
+
+    Raises:
+        CheckpointError: The optimizer trains a parameter that is not in the model.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
+    for number, group in enumerate(found):
+        if "" in group:
+            raise CheckpointError(
+                f"optimizer: group {number} trains a parameter that model={type(model).__name__} "
+                "does not have; give the model whose parameters it trains, all of them in one "
+                "nn.Module."
+            )
+    return found
+
+
+def named_state(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The optimizer's `state_dict()` with names in place of numbers.
+
+    Args:
+        optimizer: Any with PyTorch's `state_dict()`.
+        names: Of the parameters of each group, such as `parameter_names(optimizer, model)`.
+
+    Returns:
+        `{"state": {name: {...}}, "groups": [{"params": [names], …settings}]}`.
+    """
+    content, by_number = optimizer.state_dict(), {}
+    for group, named in zip(content["param_groups"], names, strict=True):
+        by_number.update(zip(group["params"], named, strict=True))
+        group["params"] = list(named)
+    state = {by_number.get(key, key): kept for key, kept in content["state"].items()}
+    return {"state": state, "groups": content["param_groups"]}
+
+
+def check_named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]
+) -> None:
+    """Refuse the state of an optimizer that trained other parameters.
+
+    Raises:
+        CheckpointError: The optimizer trains other parameters than those of the state.
+    """
+    have = {name for group in parameter_names(optimizer, model) for name in group}
+    want = {name for group in content["groups"] for name in group["params"]}
+    if have != want:
+        missing, more = sorted(want - have), sorted(have - want)
+        raise CheckpointError(
+            f"optimizer trains {len(have)} parameters, the checkpoint has those of {len(want)}: "
+            f"missing {missing[:3]}, too many {more[:3]}. Make it for the same parameters of the "
+            "model, after replay."
+        )
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]
+) -> None:
+    """Load a `named_state`; the groups become those of the state, whatever they are now.
+
+    Raises:
+        CheckpointError: The optimizer trains other parameters; it is then unchanged.
+    """
+    check_named_state(optimizer, model, content)
+    parameters = dict(model.named_parameters())
+    names = [name for group in content["groups"] for name in group["params"]]
+    numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
+    state = {}
+    for name, kept in content["state"].items():
+        own = copy.deepcopy(kept)
+        own = state_like(own, parameters[name]) if name in parameters else own
+        state[numbers.get(name, name)] = own
+    groups: dict[str, list[Any]] = {"own": [], "numbered": []}
+    for group in content["groups"]:
+        groups["own"].append({**group, "params": [parameters[name] for name in group["params"]]})
+        groups["numbered"].append({**group, "params": [numbers[name] for name in group["params"]]})
+    optimizer.param_groups[:] = groups["own"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups["numbered"]})
+
+
+def reassign_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
+) -> None:
+    """Give each parameter its own state, after PyTorch loaded a state by number.
+
+    Args:
+        optimizer: Changed in place.
+        model: Has the parameters.
+        names: `parameter_names` of the optimizer whose state was loaded.
+
+    Raises:
+        CheckpointError: The optimizer trains other parameters.
+    """
+    if parameter_names(optimizer, model) == [list(group) for group in names]:
+        return
+    have, want = [[len(g) for g in one] for one in (parameter_names(optimizer, model), names)]
+    if have != want:
+        raise CheckpointError(
+            f"optimizer has groups of {have} parameters, the checkpoint {want}; make it as it was "
+            "made in the run that was saved."
+        )
+    load_named_state(optimizer, model, named_state(optimizer, names))

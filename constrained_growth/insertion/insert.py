@@ -1,0 +1,292 @@
+"""Insert the chosen layers into a model without changing its function."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from constrained_growth._sharding import is_sharded
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.insertion import layer as layers
+from constrained_growth.insertion import optimizer_state, preservation
+from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, described_block
+from constrained_growth.solution import Planned, Solution
+
+
+def insert(
+    model: nn.Module,
+    solution: Solution,
+    *,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
+    averaged: nn.Module | Sequence[nn.Module] = (),
+    data: Iterable[Any] | None = None,
+    bookkeeping: Callable[[nn.Module], object] | None = None,
+) -> GrowthRecord:
+    """Insert the layers that a solution chose, in place and without changing the function.
+
+    A layer is wrapped around its site: the site becomes a module with the children `base` and
+    `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
+    whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
+    that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
+    leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
+    the model runs on one batch before and after, in train and in eval mode. Then the layers take
+    the values of the decision, if it has any.
+
+    All arguments are checked before the first change. After any error, including one raised by
+    the model or the optimizer, everything is as it was.
+
+    Args:
+        model: The model of the problem, or a copy of it; changed in place. Inside a
+            DistributedDataParallel or `fully_shard`, call `rewrap(model, optimizer)` afterwards:
+            they do not know the new parameters (a warning says so). With several processes each
+            checks on its own data, and all call `insert` with the same solution.
+        solution: From `solve`. If nothing was chosen, nothing changes. The inserted layers are
+            copies: the candidates can be used again.
+        optimizer: One or several optimizers that train `model`. The state of the old parameters
+            is kept; new parameters join the groups of their neighbours, with their settings and
+            without state. No group is added, so learning-rate schedulers go on. None (default)
+            leaves optimizers to the caller.
+        averaged: Copies of the model that grow too, such as an exponential moving average
+            (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins, where they
+            do nothing: the average of a network that has always had them there. They are checked
+            too if they run on the batch.
+        data: `(input, target)` batches; the function is checked on the first one. None (default)
+            takes the first batch of the problem; `()` skips the check.
+        bookkeeping: Called with each grown model before it is checked, to update what else
+            records its depth (a config). Called again after an error, once the old structure is
+            restored.
+
+    Returns:
+        The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
+        change of the output in each mode.
+
+    Raises:
+        CandidateError: A site is not in the model, or modules in it cannot be replaced.
+        OptimizerError: The optimizer cannot take the new parameters.
+        RuleError: The values of the decision do not fit the blocks.
+        BlockError: The output changed by more than rounding (in the mode the model is in), a
+            layer is never reached, or the grown model fails.
+        DataError: The model does not run on the batch.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+        >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
+        >>> solution = cg.solve(cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate]))
+        >>> record = cg.insert(net, solution)
+        >>> sorted(record.difference), max(record.difference.values()) < 1e-6
+        (['eval', 'train'], True)
+        >>> sorted(net.state_dict())[2:4]
+        ['1.inserted.bias', '1.inserted.weight']
+    """
+    names = _checked_choice(model, solution)
+    shapes = parameter_shapes(model)
+    models = [model, *_checked_copies(model, averaged)]
+    new = [_new_layers(one, model, solution, names) for one in models]
+    blocks = {one.name: one.planned.block for one in new[0]}
+    optimizers = optimizer_state.as_optimizers(optimizer)
+    optimizer_state.check_optimizers(model, optimizers, blocks.values())
+    _check_values(solution, blocks)
+    if not names:
+        return GrowthRecord((), shapes)
+    example = solution.example if data is None else preservation.first_input(data, model)
+    before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
+    old = {id(parameter) for parameter in model.parameters()}
+    with ExitStack() as undo:
+        for one in models:
+            undo.enter_context(layers.structure_kept_on_error(one, then=bookkeeping))
+        for one in optimizers:
+            undo.enter_context(optimizer_state.groups_kept_on_error(one))
+        inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
+        if bookkeeping is not None:
+            for one in models:
+                bookkeeping(one)
+        differences = [
+            preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
+            for one, outputs, here in zip(models, before, new, strict=True)
+        ]
+        added = [p for p in model.parameters() if id(p) not in old]
+        optimizer_state.add_parameters(optimizers, model, added, _counterparts(new[0]))
+        with torch.no_grad():
+            for name, block in blocks.items():
+                pins = pinned_parameters(block)
+                for key, value in solution.decision.values.get(name, {}).items():
+                    pins[key].add_(value.to(pins[key]))
+        if is_sharded(model) or any(
+            isinstance(m, DistributedDataParallel) for m in model.modules()
+        ):
+            warnings.warn(
+                "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
+                "the new parameters and would not average their gradients; call on all processes "
+                "cg.rewrap(model, optimizer).",
+                stacklevel=2,
+            )
+    evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
+    return GrowthRecord(tuple(inserted[0]), shapes, differences[0], evidence)
+
+
+@dataclass(frozen=True)
+class _NewLayer:
+    """A layer about to go into one model.
+
+    Attributes:
+        name: Name of its candidate.
+        planned: As in the solution, with a copy of the block.
+        site: The module whose output it follows.
+        owner: The list in which it becomes the element after its site; None if it is wrapped
+            around the site.
+        module: What becomes part of the model: the block, or its standalone form.
+    """
+
+    name: str
+    planned: Planned
+    site: nn.Module
+    owner: nn.Module | None
+    module: nn.Module
+
+
+def _new_layers(
+    model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
+) -> list[_NewLayer]:
+    """The layers for a model, which is the original or a copy, perhaps in another precision."""
+    found = []
+    for name in names:
+        planned = solution.candidates[name]
+        with torch.inference_mode(False):
+            planned = replace(planned, block=copy.deepcopy(planned.block))
+        site = model.get_submodule(planned.after)
+        planned.block.train(site.training)
+        here = layers.first_parameter(site, model)
+        there = layers.first_parameter(original.get_submodule(planned.after), original)
+        if here is not None:
+            planned.block.to(here.device)
+            if there is not None and there.dtype != here.dtype:
+                planned.block.to(here.dtype)
+        first = planned.output in (None, 0)  # what the next element of a list is called with
+        stands_alone = first and callable(getattr(planned.block, "standalone", None))
+        owner = layers.list_of(model, site) if stands_alone else None
+        module = planned.block if owner is None else layers.standalone_form(planned.block)
+        found.append(_NewLayer(name, planned, site, owner, module))
+    return found
+
+
+def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[InsertedLayer]:
+    """Put the layers into the model; what was done, in the order in which it was done.
+
+    Layers at one site run in the order of the problem. Outer sites come before those inside
+    them: a copied block is a copy of its neighbour before anything was put into that.
+    """
+    ends: dict[nn.Module, nn.Module] = {}  # site → the last module there so far
+    done = []
+    for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
+        end, planned = ends.get(new.site, new.site), new.planned
+        record = InsertedLayer(
+            name=new.name,
+            after=next(name for name, module in model.named_modules() if module is end),
+            block=described_block(planned.block, new.site, model),
+            parameters=parameter_shapes(new.module),
+            overwritten=planned.overwritten,
+            output=planned.output,
+            placement="wrapped" if new.owner is None else "sibling",
+            pristine=copy.deepcopy(new.module),
+        )
+        ends[new.site] = layers.put_into(model, end, new.module, record)
+        done.append(record)
+    return done
+
+
+def _counterparts(new_layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
+    """`id` of a parameter of a new list element → the parameter of that name in its neighbour."""
+    found: dict[int, Tensor] = {}
+    for new in new_layers:
+        neighbour = {} if new.owner is None else dict(new.site.named_parameters())
+        for name, parameter in new.module.named_parameters():
+            if name in neighbour:
+                found[id(parameter)] = neighbour[name]
+    return found
+
+
+def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
+    """Names of the chosen candidates, in the order of the problem."""
+    if not isinstance(solution, Solution):
+        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    chosen = solution.decision.chosen
+    for name in chosen:
+        if name not in solution.candidates:
+            raise CandidateError(
+                f'solution: the decision chose "{name}", and the candidates are '
+                f"{tuple(solution.candidates)}."
+            )
+        after = solution.candidates[name].after
+        if after not in modules:
+            raise CandidateError(
+                f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
+                f'candidate "{name}"; give the model of the problem, as it was when solved.'
+            )
+    if chosen and parameter_shapes(model) != dict(solution.parameters):
+        raise CandidateError(
+            f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
+            "model that was solved; give that model or a copy of it. After an insertion make a "
+            "new problem and solve it."
+        )
+    layers.check_can_change(model)
+    return tuple(name for name in solution.candidates if name in chosen)
+
+
+def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
+    """The copies of the model, taken out of their `AveragedModel`."""
+    given = [averaged] if isinstance(averaged, nn.Module) else averaged
+    if not isinstance(given, Sequence) or not all(isinstance(one, nn.Module) for one in given):
+        raise CandidateError(
+            f"averaged={averaged!r:.80} is neither a copy of the model nor a sequence of copies, "
+            "such as torch.optim.swa_utils.AveragedModel(model)."
+        )
+    copies = [one.module if isinstance(one, AveragedModel) else one for one in given]
+    for one in copies:
+        if parameter_shapes(one) != parameter_shapes(model):
+            raise CandidateError(
+                f"averaged={type(one).__name__} does not have the parameters, by name and shape, "
+                "of the model; give a copy of it as it is now."
+            )
+        shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
+        if shared:
+            raise CandidateError(
+                f"averaged={type(one).__name__} shares {len(shared)} parameters with the model; "
+                "give a copy of it, such as torch.optim.swa_utils.AveragedModel(model)."
+            )
+    return copies
+
+
+def _check_values(solution: Solution, blocks: Mapping[str, nn.Module]) -> None:
+    """Refuse values of the decision that do not fit the chosen blocks."""
+    for name, values in solution.decision.values.items():
+        if name not in solution.candidates:
+            raise RuleError(
+                f'decision.values has an entry for "{name}", and the candidates are '
+                f"{tuple(solution.candidates)}."
+            )
+        pins = pinned_parameters(blocks[name]) if name in blocks else {}
+        for key, value in values.items() if pins else ():
+            pin = pins.get(key)
+            if pin is None or not isinstance(value, Tensor) or value.shape != pin.shape:
+                got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+                shapes = {k: tuple(p.shape) for k, p in pins.items()}
+                raise RuleError(
+                    f'decision.values["{name}"]["{key}"]={got} is no deviation from a pin of that '
+                    f"candidate, whose shapes are {shapes}."
+                )
+            if not bool(torch.isfinite(value).all()):
+                raise RuleError(f'decision.values["{name}"]["{key}"] holds NaN or Inf.')

@@ -1,0 +1,185 @@
+"""The module that holds an inserted layer, and how it is put into a model."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._sites.context import context_of, takes_context
+from constrained_growth._sites.outputs import tensor_in, with_tensor
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.errors import BlockError, CandidateError, RecordError
+from constrained_growth.insertion.record import InsertedLayer
+
+
+class WithInsertedLayer(nn.Module):
+    """A module followed by an inserted layer: x ↦ inserted(base(x)).
+
+    It takes the place of `base` in the model, under the same name: all other names in the model
+    stay, `"3"` still means "the output of this place", and attributes not found here are looked
+    up in `base` (`model.fc.in_features` still works). Keys in the state dict change from
+    `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
+    fire once per pass, with the output that the inserted layer receives.
+
+    Args:
+        base: The module at the site.
+        inserted: The layer after it. If it has a true attribute `takes_context`, it is called
+            with the arguments of `base`, its own input in place of the first one.
+        overwritten: Whether the model changes the output in place afterwards. It then gets a
+            copy, since the backward pass of the layer may need its output.
+        output: Which tensor of the output of `base` the layer works on, as in `Candidate`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        inserted: nn.Module,
+        *,
+        overwritten: bool = False,
+        output: int | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.inserted = inserted
+        self.overwritten = overwritten
+        self.output = output
+        self.training = base.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the base, the inserted layer applied to its tensor."""
+        output = self.base(*args, **kwargs)
+        x = output if isinstance(output, Tensor) else tensor_in(output, self.output)
+        if takes_context(self.inserted):
+            context = context_of(self.base, args, kwargs)
+            y = self.inserted(x, *context.args, **context.kwargs)
+        else:
+            y = self.inserted(x)
+        y = y.clone() if self.overwritten else y
+        return y if x is output else with_tensor(output, self.output, y)
+
+    def __len__(self) -> int:
+        return len(self.base)  # type: ignore[arg-type]
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.base[key]  # type: ignore[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.base)  # type: ignore[call-overload]
+
+    def __bool__(self) -> bool:
+        return True  # or `if module:` would ask for __len__, which the base may not have
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None:
+                raise
+            return getattr(base, name)
+
+
+def put_into(
+    model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
+) -> nn.Module:
+    """Insert a layer after a site as its record says; returns the module now at its place.
+
+    Raises:
+        RecordError: The record makes it the next element of a list, and the site is in none.
+    """
+    if record.placement == "sibling":
+        owner = list_of(model, site)
+        if owner is None:
+            raise RecordError(
+                f'the record makes the layer "{record.name}" the element after "{record.after}", '
+                f"which is no element of an nn.ModuleList or nn.Sequential in "
+                f"{type(model).__name__}."
+            )
+        place = next(i for i, element in enumerate(owner) if element is site)
+        owner.insert(place + 1, layer)
+        return layer
+    wrapper = WithInsertedLayer(site, layer, overwritten=record.overwritten, output=record.output)
+    for owner in list(model.modules()):
+        for key, child in owner._modules.items():
+            if child is site and owner is not wrapper:  # under every name that it has
+                owner._modules[key] = wrapper
+    return wrapper
+
+
+def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    """The `nn.ModuleList` or `nn.Sequential` of which a module is an element.
+
+    None if there is none, if the module has a second owner, or if the elements are not numbered
+    consecutively or do not simply run one after the other (a `Sequential` with its own forward).
+    """
+    owners = [o for o in model.modules() for child in o._modules.values() if child is module]
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
+        return None
+    if isinstance(owner, nn.Sequential):
+        return owner if type(owner).forward is nn.Sequential.forward else None
+    return owner if isinstance(owner, nn.ModuleList) else None
+
+
+def standalone_form(block: nn.Module) -> nn.Module:
+    """The module `block.standalone()`, made without drawing random numbers.
+
+    Raises:
+        BlockError: It does not hold the pinned parameters of the block themselves.
+    """
+    with torch.random.fork_rng(devices=[]):
+        layer = block.standalone()  # type: ignore[operator]
+    pins = {id(p) for p in pinned_parameters(block).values()}
+    if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
+        raise BlockError(
+            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__}; it "
+            "must return a module that holds the pinned parameters of the block themselves."
+        )
+    return layer
+
+
+def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
+    """The first parameter of a module, or else of the model; None if there is none."""
+    return next(itertools.chain(site.parameters(), model.parameters()), None)
+
+
+def check_can_change(model: nn.Module) -> None:
+    """Refuse a model in which no module can be replaced.
+
+    Raises:
+        CandidateError: It is compiled to TorchScript, or its parameters are kept in one flat
+            tensor (FullyShardedDataParallel).
+    """
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"ScriptModule", "FullyShardedDataParallel"}:
+            raise CandidateError(
+                f'model={type(model).__name__}: its module "{name}" is a {type(module).__name__}, '
+                "in which no module can be exchanged; insert into the model before it is wrapped."
+            )
+
+
+@contextmanager
+def structure_kept_on_error(
+    model: nn.Module, then: Callable[[nn.Module], object] | None = None
+) -> Iterator[None]:
+    """After an error, restore the submodules and attributes of every module, and call `then`."""
+    kept = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, children in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._modules.clear()
+            module._modules.update(children)
+        if then is not None:
+            then(model)
+        raise
