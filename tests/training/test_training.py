@@ -26,8 +26,8 @@ from torch.utils.tensorboard import SummaryWriter
 import constrained_growth as cg
 from constrained_growth._sites.untouched import is_untouched
 from constrained_growth.rules import Plateau, TrustRegion, When
-from constrained_growth.training import evaluate
-from constrained_growth.training.history import count_layers
+from constrained_growth.training import count_layers, evaluate
+
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 LOSS = nn.CrossEntropyLoss()
