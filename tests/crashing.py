@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+import constrained_growth as cg
 from constrained_growth import checkpoint as checkpoints
-from constrained_growth._sites.untouched import is_untouched
 from constrained_growth.checkpoint import files
-from constrained_growth.training.loop import grow
 
 STEPS = 60
 
@@ -49,37 +48,44 @@ def train(path: Path | None, log: Path) -> nn.Module:
     ).append(nn.Linear(6, 2))
     cross_entropy = nn.CrossEntropyLoss()
     step = 0 if path is None or not path.exists() else checkpoints.load(path).step
+    deciding = False
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         nonlocal step
         loss = cross_entropy(output, target)
-        if is_untouched():
+        if deciding:
             return loss
         loss = loss * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002
         step += 1
         os.write(file, f"{step} {loss.item().hex()}\n".encode())
         return loss
 
-    grow(
+    def third(losses: Sequence[float]) -> bool:
+        nonlocal deciding
+        deciding = len(losses) >= 3
+        return deciding
+
+    def decided(grower: cg.Grower) -> None:
+        nonlocal deciding
+        deciding = False
+
+    cg.grow(
         model,
         lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
         loss_fn,
         loader,
         epochs=STEPS // 5,
-        when=_third,
+        when=third,
         max_insertions=3,
         scheduler_factory=lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.9),
+        callbacks=[decided],
         checkpoint=path,
         checkpoint_every=2,
         progress=False,
     )
     os.close(file)
     return model
-
-
-def _third(losses: Sequence[float]) -> bool:
-    return len(losses) >= 3
 
 
 def die_at(call: int) -> None:
