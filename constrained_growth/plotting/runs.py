@@ -74,7 +74,7 @@ def plot_sensitivity_map(
         chosen: Epoch → names of the candidates inserted.
         ax: Where to draw; None for a new figure.
     """
-    latest_first = reversed(rounds.values())  # for the order of depth in the final model
+    latest_first = reversed(list(rounds.values()))  # for the order of depth in the final model
     names = list(dict.fromkeys(name for found in latest_first for name in found))
     ax = ax or axes(height=1.6 + 0.35 * len(names))
     table = [[found.get(name, math.nan) for found in rounds.values()] for name in names]

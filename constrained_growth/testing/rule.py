@@ -60,14 +60,11 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     except Exception as error:
         raise RuleError(f"rule={rule!r} cannot be copied ({said(error)}).") from error
     whole = solve(problem, lambda sensitivities: Decision())
-    cases = [_Case(rule, problem, what, shown) for what, shown in _shown(whole)]
-    checks = [(check, case) for case in cases for check in _CHECKS]
-    checks += [(check, cases[0]) for check in _CHECKS_ON_THE_WHOLE]
-    problems = [
-        problem
-        for check, case in checks
-        for problem in tried(check, case, f", shown {case.what}", (RuleError,))
-    ]
+    problems: list[str] = []
+    for what, solution in _solutions(whole):
+        case = _Case(rule, problem, what, solution)
+        for check in _CHECKS if solution is not whole else _CHECKS + _CHECKS_ON_THE_WHOLE:
+            problems += tried(check, case, f", shown {what}", (RuleError,))
     if problems:
         raise RuleError(f"rule={rule!r} does not do what is relied on:{listed(problems)}")
 
@@ -82,19 +79,16 @@ class _Case:
     solution: Solution
 
     def ask(self, rule: Rule | None = None) -> Decision | None:
-        """The decision of the rule (or this one), always from the same random state.
-
-        None where the rule refuses.
-        """
+        """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
         sensitivities = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.data):
             torch.manual_seed(0)
             try:
-                if needs_model(rule):
-                    decision = rule.decide(self.problem, self.solution)
-                else:
-                    decision = rule(sensitivities)
+                asked = needs_model(rule)
+                decision = (
+                    rule.decide(self.problem, self.solution) if asked else rule(sensitivities)
+                )
             except RuleError:
                 return None
         return checked_decision(rule, decision, sensitivities)
@@ -202,7 +196,7 @@ def _small_problem() -> GrowthProblem:
     return GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
 
 
-def _shown(whole: Solution) -> Iterator[tuple[str, Solution]]:
+def _solutions(whole: Solution) -> Iterator[tuple[str, Solution]]:
     """Solutions to try a rule on, in words and as they are; the whole one first."""
     names = list(whole.sensitivities)
     unknown = {"standard_error": math.nan, "variance": math.nan, "baseline": None}

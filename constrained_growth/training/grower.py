@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -53,6 +53,7 @@ class AfterInsertion(Protocol):
 _TOP_ONE = TopK(1)
 
 
+@dataclass(eq=False, repr=False)
 class Grower:
     """Follows a training loop, and inserts layers when it is time to.
 
@@ -117,53 +118,39 @@ class Grower:
         ([3, 6], ('1',))
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        loss_fn: Callable[[Any, Any], Tensor],
-        data: Iterable[Any],
-        *,
-        rule: Rule = _TOP_ONE,
-        when: Schedule | Callable[[Sequence[float]], bool] | None = None,
-        confirm: Callable[[Solution], When] | None = None,
-        candidates: Candidates | None = None,
-        max_insertions: int | None = None,
-        after_insertion: AfterInsertion | None = None,
-        solver: Callable[[GrowthProblem, Rule], Solution] = solve,
-        writer: Writer | None = None,
-        wrapper: nn.Module | None = None,
-    ) -> None:
-        functions = {"confirm": confirm, "after_insertion": after_insertion, "solver": solver}
-        for name, function in functions.items():
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    loss_fn: Callable[[Any, Any], Tensor]
+    data: Iterable[Any]
+    _: KW_ONLY
+    rule: Rule = _TOP_ONE
+    when: Schedule | Callable[[Sequence[float]], bool] | None = None
+    confirm: Callable[[Solution], When] | None = None
+    candidates: Candidates | None = None
+    max_insertions: int | None = None
+    after_insertion: AfterInsertion | None = None
+    solver: Callable[[GrowthProblem, Rule], Solution] = solve
+    writer: Writer | None = None
+    wrapper: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("confirm", "after_insertion", "solver"):
+            function = getattr(self, name)
             if function is not None and not callable(function):
                 raise TrainingError(
                     f"{name}={function!r} cannot be called; give a function, or None."
                 )
-        if not (when is None or isinstance(when, Schedule) or callable(when)):
+        if not (self.when is None or isinstance(self.when, Schedule) or callable(self.when)):
             raise TrainingError(
-                f"when={when!r} has no update(loss), and cannot be called either; give a "
+                f"when={self.when!r} has no update(loss), and cannot be called either; give a "
                 "Plateau(), a function of the losses, or None."
             )
-        if max_insertions is not None and not max_insertions >= 0:
-            raise TrainingError(f"max_insertions={max_insertions!r} must not be negative.")
-        self.model = model
-        self.optimizer = optimizer
-        self.loss_fn = loss_fn
-        self.data = data
-        self.rule = rule
-        self.when = when
-        self.confirm = confirm
-        self.candidates = candidates
-        self.max_insertions = max_insertions
-        self.after_insertion = after_insertion
-        self.solver = solver
-        self.writer = writer
-        self.wrapper = wrapper
+        if self.max_insertions is not None and not self.max_insertions >= 0:
+            raise TrainingError(f"max_insertions={self.max_insertions!r} must not be negative.")
         self.history = History()
-        self.record = GrowthRecord((), parameter_shapes(model))
+        self.record = GrowthRecord((), parameter_shapes(self.model))
         self.num_steps = 0
-        self.is_over = max_insertions == 0
+        self.is_over = self.max_insertions == 0
         self._sum: Tensor | float = 0.0  # of the losses of the row that is open, and their number
         self._count = 0
         self._started = time.perf_counter()

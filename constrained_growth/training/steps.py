@@ -184,18 +184,16 @@ class LineSearch:
     """A backtracking line search over the first steps after an insertion.
 
     The optimizer makes `steps` steps on all the data that decided. A step s from θ that does not
-    lower their loss L enough is shortened to t s with t = β, β², … until it does (Armijo):
+    lower their loss L enough is halved, t = 1, ½, ¼, …, until it does (Armijo):
 
         L(θ + t s) ≤ L(θ) + c t ⟨∇L(θ), s⟩,    or L(θ + t s) ≤ L(θ) where ⟨∇L, s⟩ > 0,
 
-    and undone after `halvings` trials. The optimizer's state is that of whole steps. A step costs
-    a gradient pass over the data, and a forward pass per trial.
+    and undone where 20 trials do not suffice. The optimizer's state is that of whole steps. A step
+    costs a gradient pass over the data, and a forward pass per trial.
 
     Args:
         steps: Number of steps.
-        shrink: β.
         sufficient: c.
-        halvings: Largest number of trials.
 
     Raises:
         TrainingError: An argument is out of range.
@@ -209,21 +207,14 @@ class LineSearch:
         LineSearch(steps=3)
     """
 
-    def __init__(
-        self, steps: int = 5, *, shrink: float = 0.5, sufficient: float = 1e-4, halvings: int = 20
-    ) -> None:
-        for name, value in (("steps", steps), ("halvings", halvings)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise TrainingError(
-                    f"{name}={value!r} of LineSearch is not a positive whole number."
-                )
-        if not 0 < shrink < 1 or not 0 <= sufficient < 1:
+    def __init__(self, steps: int = 5, *, sufficient: float = 1e-4) -> None:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise TrainingError(f"steps={steps!r} of LineSearch is not a positive whole number.")
+        if not 0 <= sufficient < 1:
             raise TrainingError(
-                f"shrink={shrink!r} of LineSearch must lie between 0 and 1, and "
-                f"sufficient={sufficient!r} not below 0 but below 1."
+                f"sufficient={sufficient!r} of LineSearch must not be below 0, but below 1."
             )
-        self.steps, self.halvings = steps, halvings
-        self.shrink, self.sufficient = shrink, sufficient
+        self.steps, self.sufficient = steps, sufficient
 
     def __repr__(self) -> str:
         return f"LineSearch(steps={self.steps})"
@@ -232,7 +223,7 @@ class LineSearch:
         """Make the steps.
 
         Returns:
-            The share t of each step that was taken, 0 for one that was undone.
+            The share t taken of each step, 0 for one that was undone.
         """
         return [self._step(grower) for _ in range(self.steps)]
 
@@ -252,10 +243,10 @@ class LineSearch:
             # rounding may differ between processes, and all have to take the same share
             slope = everywhere(lambda: min(float(sum(products)), 0.0), None)[0]
             share = 1.0
-            for _ in range(self.halvings):
-                if _mean_loss(grower) <= start + self.sufficient * share * slope:
+            for _ in range(20):
+                if _mean_loss(grower) <= start + self.sufficient * share * slope:  # False for NaN
                     return share
-                share *= self.shrink
+                share /= 2
                 for p, b, s in zip(trained, before, step, strict=True):
                     p.copy_(b + share * s)
             for p, b in zip(trained, before, strict=True):
