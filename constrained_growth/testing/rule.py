@@ -85,10 +85,10 @@ class _Case:
         with untouched(self.problem.model, self.problem.data):
             torch.manual_seed(0)
             try:
-                asked = needs_model(rule)
-                decision = (
-                    rule.decide(self.problem, self.solution) if asked else rule(sensitivities)
-                )
+                if needs_model(rule):
+                    decision = rule.decide(self.problem, self.solution)
+                else:
+                    decision = rule(sensitivities)
             except RuleError:
                 return None
         return checked_decision(rule, decision, sensitivities)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere, in_step
-from constrained_growth._sharding import is_sharded, reshard
+from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import DataError
 
 
@@ -21,7 +22,9 @@ def evaluate(
     metrics: Mapping[str, Callable[[Any, Any], Tensor | float]],
     data: Iterable[Any],
 ) -> dict[str, float]:
-    """Means over all samples of all processes, in eval mode; the modes are restored.
+    """Means over all samples of all processes, in eval mode.
+
+    Modes and random state are restored.
 
     Args:
         model: The model to measure.
@@ -34,7 +37,6 @@ def evaluate(
     Raises:
         DataError: There is no batch.
     """
-    modes = [(module, module.training) for module in model.modules()]
 
     def read() -> tuple[dict[str, float], int]:
         sums, samples = dict.fromkeys(metrics, 0.0), 0
@@ -45,13 +47,9 @@ def evaluate(
                 sums[name] += size * float(metric(output, target))
         return sums, samples
 
-    try:
+    with untouched(model, data):
         model.eval()
         found = everywhere(read, None, collective=is_sharded(model))
-    finally:
-        reshard(model)
-        for module, training in modes:
-            module.training = training
     samples = sum(number for _, number in found)
     if not samples:
         raise DataError("validation is empty; give at least one (input, target) batch.")

@@ -42,13 +42,8 @@ class Schedule(Protocol):
         ...
 
 
-class AfterInsertion(Protocol):
-    """What is done to optimizer and model right after an insertion; a plain function fits."""
-
-    def __call__(self, grower: Grower, round: Round, /) -> object:
-        """Act on `grower.optimizer` and on the parameters named in `round.new_parameters`."""
-        ...
-
+AfterInsertion = Callable[["Grower", Round], object]
+"""Acts on `grower.optimizer` and on the parameters named in `round.new_parameters`."""
 
 _TOP_ONE = TopK(1)
 

@@ -379,9 +379,10 @@ def test_progress_bar_says_loss_depth_and_last_decision(capsys: pytest.CaptureFi
 
 def test_evaluating_leaves_nothing_behind_and_weighs_batches_by_their_size() -> None:
     model = nn.Sequential(*feedforward(2, 4, 3), nn.Dropout(0.5))
-    data = classified(10, batch=4)
+    (whole,) = data = classified(10)
+    loader = DataLoader(TensorDataset(*whole), batch_size=4, shuffle=True)
     with nothing_left_behind(model):
-        found = evaluate(model, {"loss": LOSS}, data)
+        found = evaluate(model, {"loss": LOSS}, loader)
     assert found["loss"] == pytest.approx(mean_loss(model.eval(), data).item(), rel=1e-12)
 
 
