@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from processes import shard
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth._sharding import whole
 
 DEATH = 11
 """The step before which the process dies; there is a checkpoint at every fourth."""
@@ -82,7 +82,10 @@ def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[
         checkpoint_every=4,
         progress=False,
     )
-    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    weights = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p.detach()
+        for name, p in model.named_parameters()
+    }
     return {"weights": weights, "losses": history.losses, "steps": steps}
 
 
