@@ -20,18 +20,10 @@ def progress_bar(
     initial: int = 0,
     leave: bool = False,
 ) -> tqdm:
-    """A progress bar over an iterable, or without one a bar to `update` by hand.
+    """A tqdm bar over an iterable, or without one a bar to `update` by hand.
 
-    With `torch.distributed` only the first process shows it.
-
-    Args:
-        iterable: What to iterate over.
-        desc: The word in front of the bar.
-        unit: What is counted.
-        total: The count at the end, where the iterable has no length.
-        progress: True or False; None (default) for a bar on a terminal, after one second.
-        initial: The count at the beginning.
-        leave: Whether the bar stays on the screen when it is closed.
+    `progress` is True, False, or None (default) for a bar on a terminal, after one second. With
+    `torch.distributed` only the first process shows it.
     """
     return tqdm(
         iterable,
