@@ -1,8 +1,8 @@
 """A training run to be killed, and a process that begins it again and again.
 
-Run as a script it reads lines "checkpoint log call" and forks a process that trains for each: so
-torch is imported once. It answers with the number of the process, and after another line, empty,
-with how it ended; until then the number is not given away again, even if the process has ended.
+As a script it reads lines "checkpoint log call" and forks a training process for each, so that
+torch is imported once. It answers with the process's number, and after an empty line with its exit
+code; until then the number is not reused, even if the process has ended.
 """
 
 import os
@@ -89,7 +89,7 @@ def train(path: Path | None, log: Path) -> nn.Module:
 
 
 def die_at(call: int) -> None:
-    """Let this process kill itself at one of the calls that writing checkpoints consists of."""
+    """Make this process kill itself at the given call among those that write checkpoints."""
     calls = 0
 
     def counted(function: Callable[..., Any], half: bool = False) -> Callable[..., Any]:

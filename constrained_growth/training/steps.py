@@ -32,11 +32,11 @@ class NewLayers:
 
     Outside a `Grower` call `attach(model, optimizer, names)` after `insert`.
 
-    The defaults are what `constrained-growth bench steps` supports on seven tasks: learning rates
-    times 0.1 or 3 and a warm-up over 100 steps ended higher than no policy on some of them. A
-    warm-up over 20 steps never did, beyond noise, and made large jumps of the loss (those with
-    SGD) three to seven times smaller; decay towards the identity ended lower than decay to zero,
-    or the same.
+    `constrained-growth bench steps` supports the defaults on seven tasks. Learning rates times 0.1
+    or 3 and a warm-up over 100 steps ended with a higher loss than no policy on some of them. A
+    warm-up over 20 steps never did so beyond noise, and made large jumps of the loss (those with
+    SGD) three to seven times smaller. Decay towards the identity ended with the same loss as decay
+    to zero, or a lower one.
 
     Args:
         scale: Learning rate of new layers relative to their neighbours'.
@@ -212,7 +212,7 @@ class LineSearch:
             raise TrainingError(f"steps={steps!r} of LineSearch is not a positive whole number.")
         if not 0 <= sufficient < 1:
             raise TrainingError(
-                f"sufficient={sufficient!r} of LineSearch must not be below 0, but below 1."
+                f"sufficient={sufficient!r} of LineSearch must be at least 0 and below 1."
             )
         self.steps, self.sufficient = steps, sufficient
 

@@ -32,7 +32,6 @@ SGD = functools.partial(torch.optim.SGD, lr=0.1)
         cg.Budget(parameters=40),
         cg.Budget(multiply_adds=40, per_site=None),
         cg.TrustRegion(max_products=3),
-        cg.TrustRegion(joint=True, max_products=2),
         cg.Trial(4, SGD),
         cg.Stable(SGD, max_products=2),
         cg.then(cg.TopK(1), cg.Stable(SGD)),
