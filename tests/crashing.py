@@ -1,8 +1,8 @@
 """A training run to be killed, and a process that begins it again and again.
 
-Run as a script it reads lines "checkpoint log call" and forks a process that trains for each: so
-torch is imported once. It answers with the number of the process, and after another line, empty,
-with how it ended; until then the number is not given away again, even if the process has ended.
+As a script it reads lines "checkpoint log call" and forks a training process for each, so that
+torch is imported once. It answers with the process's number, and after an empty line with its exit
+code; until then the number is not reused, even if the process has ended.
 """
 
 import os
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
+import constrained_growth as cg
 from constrained_growth import checkpoint as checkpoints
-from constrained_growth._sites.untouched import is_untouched
-from constrained_growth.training.loop import grow
 
 STEPS = 60
 
@@ -49,27 +48,38 @@ def train(path: Path | None, log: Path) -> nn.Module:
     ).append(nn.Linear(6, 2))
     cross_entropy = nn.CrossEntropyLoss()
     step = 0 if path is None or not path.exists() else checkpoints.load(path).step
+    deciding = False
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         nonlocal step
         loss = cross_entropy(output, target)
-        if is_untouched():
+        if deciding:
             return loss
         loss = loss * (1 + 0.01 * random.random() + 0.01 * np.random.rand())  # noqa: NPY002
         step += 1
         os.write(file, f"{step} {loss.item().hex()}\n".encode())
         return loss
 
-    grow(
+    def third(losses: Sequence[float]) -> bool:
+        nonlocal deciding
+        deciding = len(losses) >= 3
+        return deciding
+
+    def decided(grower: cg.Grower) -> None:
+        nonlocal deciding
+        deciding = False
+
+    cg.grow(
         model,
         lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
         loss_fn,
         loader,
         epochs=STEPS // 5,
-        when=_third,
+        when=third,
         max_insertions=3,
         scheduler_factory=lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.9),
+        callbacks=[decided],
         checkpoint=path,
         checkpoint_every=2,
         progress=False,
@@ -78,12 +88,8 @@ def train(path: Path | None, log: Path) -> nn.Module:
     return model
 
 
-def _third(losses: Sequence[float]) -> bool:
-    return len(losses) >= 3
-
-
 def die_at(call: int) -> None:
-    """Let this process kill itself at one of the calls that writing checkpoints consists of."""
+    """Make this process kill itself at the given call among those that write checkpoints."""
     calls = 0
 
     def counted(function: Callable[..., Any], half: bool = False) -> Callable[..., Any]:
@@ -99,7 +105,8 @@ def die_at(call: int) -> None:
 
         return inner
 
-    safetensors.torch.save_file = counted(safetensors.torch.save_file, half=True)
+    writer: Any = safetensors.torch
+    writer.serialize_file = counted(writer.serialize_file, half=True)
     for name in ("fsync", "link", "replace"):
         setattr(os, name, counted(getattr(os, name)))
 

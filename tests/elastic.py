@@ -20,12 +20,11 @@ import torch
 import torch.distributed as dist
 from processes import shard
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth._sharding import whole
-from constrained_growth._sites.untouched import is_untouched
 
 DEATH = 11
 """The step before which the process dies; there is a checkpoint at every fourth."""
@@ -52,17 +51,23 @@ def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[
     torch.manual_seed(dist.get_rank())
     loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data, seed=3))
     before = "module." if wrap == "ddp" else ""
-    steps = 0
+    steps, deciding = 0, False
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
         nonlocal steps
-        steps += not is_untouched()
-        disturb(0 if is_untouched() else steps)
+        steps += not deciding
+        disturb(0 if deciding else steps)
         return nn.functional.cross_entropy(output, target)
 
     def proposed(_: nn.Module) -> list[cg.Candidate]:
+        nonlocal deciding
+        deciding = True
         mlp = functools.partial(cg.blocks.ResidualMLP, 6, 4, nn.Tanh())
         return [cg.Candidate(before + site, mlp()) for site in ("1", "3")]
+
+    def decided(_: cg.Grower) -> None:
+        nonlocal deciding
+        deciding = False
 
     history = cg.grow(
         model,
@@ -72,11 +77,15 @@ def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[
         epochs=4,
         candidates=proposed,
         max_insertions=2,
+        callbacks=[decided],
         checkpoint=path,
         checkpoint_every=4,
         progress=False,
     )
-    weights = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    weights = {
+        name: p.full_tensor() if isinstance(p, DTensor) else p.detach()
+        for name, p in model.named_parameters()
+    }
     return {"weights": weights, "losses": history.losses, "steps": steps}
 
 

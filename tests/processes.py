@@ -13,7 +13,7 @@ from torch import nn
 from torch.multiprocessing.spawn import spawn
 
 PATIENCE = timedelta(minutes=10)
-"""How long one waits for the others, however busy the machine is. Only what hangs takes as long."""
+"""How long a process waits for the others: longer than any busy machine takes, unless it hangs."""
 
 
 def together(work: Callable[..., None], folder: Path, *args: Any, processes: int = 2) -> None:

@@ -1,7 +1,7 @@
-"""Pictures of a training run that grows: where and why it did, and what became of it.
+"""Pictures of a training run that grows, readable in black and white.
 
-Every function draws on the Axes it is given, or makes a figure of its own, as in `plotting`. All
-can be read in black and white. Needs matplotlib.
+Functions with `ax` draw on these Axes, or else on those of a new figure, and return them. Needs
+matplotlib.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from constrained_growth.plotting.solutions import GROWN, INK, KEPT, QUIET, axes, scale, tidy
+from constrained_growth.plotting.solutions import (
+    DASHED,
+    GROWN,
+    INK,
+    KEPT,
+    QUIET,
+    axes,
+    note,
+    scale,
+    tidy,
+)
 
 
 def plot_training(
@@ -25,33 +35,21 @@ def plot_training(
     *,
     ylabel: str = "training loss",
 ) -> Axes:
-    """The loss over the epochs, each insertion marked where it happened and named.
+    """The loss over the epochs, with every insertion marked and labelled.
 
     Args:
-        losses: Of the epochs 1, 2, ….
-        insertions: Epoch at whose end something was inserted → what to write there.
+        losses: Losses of epochs 1, 2, ….
+        insertions: Epoch at whose end something was inserted → label.
         ax: Where to draw; None for a new figure.
         ylabel: Name and unit of the loss.
-
-    Returns:
-        The Axes.
     """
     ax = ax or axes(height=4.2)
     ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2)
     for epoch, name in insertions.items():
-        ax.axvline(epoch, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+        ax.axvline(epoch, **DASHED)
         ax.plot(epoch, losses[epoch - 1], "v", color=GROWN, markersize=9, markeredgecolor=INK)
-        ax.annotate(
-            f"+ {name}",
-            (epoch, 1),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(-3, 3),
-            textcoords="offset points",
-            rotation=30,  # so that neighbours do not collide
-            rotation_mode="anchor",
-            fontsize=9,
-            color=INK,
-        )
+        # rotated, so that neighbours do not collide
+        note(ax, f"+ {name}", epoch, (-3, 3), rotation=30, rotation_mode="anchor", fontsize=9)
     scale(ax, losses)
     ax.set_xlim(0.5, len(losses) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -68,32 +66,30 @@ def plot_sensitivity_map(
 ) -> Axes:
     """Heat map of the sensitivities: a row for each candidate, a column for each decision.
 
-    Darker is larger, on a logarithmic scale where they span a factor of ten or more; a cross
-    marks what was inserted; hatched is what was no candidate then, or not above zero.
+    Darker is larger, on a logarithmic scale where they span a factor of ten or more. A cross
+    marks an insertion; cells are hatched where there was no candidate, or no positive value.
 
     Args:
         rounds: Epoch of a decision → candidate → sensitivity.
         chosen: Epoch → names of the candidates inserted.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The Axes.
     """
-    latest_first = reversed(list(rounds.values()))  # the order of depth as it is in the end
+    latest_first = reversed(list(rounds.values()))  # for the order of depth in the final model
     names = list(dict.fromkeys(name for found in latest_first for name in found))
     ax = ax or axes(height=1.6 + 0.35 * len(names))
     table = [[found.get(name, math.nan) for found in rounds.values()] for name in names]
-    known = [value for row in table for value in row if math.isfinite(value) and value > 0]
-    low, high = (min(known), max(known)) if known else (1.0, 1.0)
-    norm = (LogNorm if high >= 10 * low else Normalize)(low if high >= 10 * low else 0, high)
     shown = [[v if math.isfinite(v) and v > 0 else math.nan for v in row] for row in table]
+    known = [value for row in shown for value in row if value > 0] or [1.0]
+    low, high = min(known), max(known)
+    norm = LogNorm(low, high) if high >= 10 * low else Normalize(0, high)
     ax.set_facecolor("white")
     ax.patch.set(hatch="////", edgecolor=QUIET)
     image = ax.imshow(shown, cmap="Greys", norm=norm, aspect="auto", interpolation="nearest")
     for column, epoch in enumerate(rounds):
         for name in chosen.get(epoch, ()):
             row = names.index(name)
-            dark = math.isfinite(shown[row][column]) and norm(shown[row][column]) > 0.5
+            value = shown[row][column]
+            dark = math.isfinite(value) and norm(value) > 0.5
             ax.plot(column, row, "X", color="white" if dark else INK, markersize=8)
     ax.set_yticks(range(len(names)), names)
     ticks = range(0, len(rounds), max(1, math.ceil(len(rounds) / 15)))
@@ -109,19 +105,16 @@ def plot_sensitivity_map(
 def plot_predictions(
     predicted: Sequence[float], actual: Sequence[float], ax: Axes | None = None
 ) -> Axes:
-    """Predicted against actual decrease of the loss; on the dashed line the prediction was right.
+    """Predicted against actual decrease of the loss; on the dashed line they are equal.
 
     Args:
-        predicted: Decrease that was promised for each step.
-        actual: Decrease that came.
+        predicted: Predicted decrease of each step.
+        actual: Actual decrease of each step.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The Axes.
     """
     ax = ax or axes(height=5.5)
     ends = [min(0.0, *predicted, *actual), max(0.0, *predicted, *actual)]
-    ax.plot(ends, ends, color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    ax.plot(ends, ends, **DASHED)
     ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.plot(predicted, actual, "o", color=KEPT, markersize=7, markeredgecolor=INK)
     ax.annotate(
@@ -144,24 +137,22 @@ def plot_architecture(
     after: Mapping[str, tuple[int, ...]],
     ax: Axes | None = None,
 ) -> Axes:
-    """The weight layers of a network before and after it grew, from the top down; new ones hatched.
+    """The weight layers of a network before and after it grew, new ones hatched.
 
     Args:
-        before: Name → shape of the parameters the network had, such as `record.model`.
-        after: Name → shape of those it has now.
+        before: Name → shape of the parameters before, such as `record.model`.
+        after: Name → shape of the parameters afterwards.
         ax: Where to draw; None for a new figure.
-
-    Returns:
-        The Axes.
     """
-    columns = [_weights(before), _weights(after)]
-    old = set(columns[0])
+    columns = [
+        {n.removesuffix(".weight"): shape for n, shape in parameters.items() if len(shape) > 1}
+        for parameters in (before, after)
+    ]
     rows = max(len(column) for column in columns)
     ax = ax or axes(height=1.2 + 0.5 * rows)
-    place = 0
     for x, column in enumerate(columns):
         for place, (name, shape) in enumerate(column.items()):
-            new = x == 1 and name.replace(".base", "") not in old
+            new = x == 1 and name.replace(".base", "") not in columns[0]
             hatch, colour = ("////", "white") if new else (None, "#E3E7EB")
             box = {"width": 0.8, "height": 0.7, "edgecolor": INK}
             ax.add_patch(Rectangle((x - 0.4, place - 0.35), facecolor=colour, hatch=hatch, **box))
@@ -192,7 +183,7 @@ def plot_run(
     rounds: Mapping[int, Mapping[str, float]],
     chosen: Mapping[int, Collection[str]],
 ) -> Figure:
-    """`plot_training` above `plot_sensitivity_map`, where there was a decision.
+    """`plot_training` above `plot_sensitivity_map`, if there was a decision.
 
     Args:
         losses: As for `plot_training`.
@@ -213,12 +204,3 @@ def plot_run(
     plot_training(losses, insertions, above)
     plot_sensitivity_map(rounds, chosen, below)
     return figure
-
-
-def _weights(parameters: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Owner → shape of the parameters of two and more dimensions."""
-    return {
-        name.removesuffix(".weight"): tuple(shape)
-        for name, shape in parameters.items()
-        if len(shape) > 1
-    }

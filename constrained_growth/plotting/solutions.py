@@ -1,7 +1,7 @@
-"""Pictures: the sensitivities along the depth of a network, and what an insertion did to the loss.
+"""The sensitivities along the depth of a network, and the effect of an insertion on the loss.
 
-Every function draws on the Axes it is given, or makes a figure of its own (`ax.figure` is then
-the one to save). Nothing here touches pyplot or its global state. Needs matplotlib.
+Functions with `ax` draw on these Axes, or else on those of a new figure, and return them
+(`ax.figure` can be saved). Nothing here touches pyplot or its global state. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -18,8 +19,9 @@ from constrained_growth.solution import Sensitivity, Solution
 
 INK = "#333333"
 QUIET = "#9AA5B1"
-KEPT = "#0072B2"  # blue and vermilion of Okabe and Ito, told apart by every kind of eye
+KEPT = "#0072B2"  # blue and vermilion of Okabe and Ito, which colour-blind readers tell apart
 GROWN = "#D55E00"
+DASHED = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1}
 
 _COLOURS = (KEPT, GROWN, "#009E73", "#CC79A7", "#E69F00")
 
@@ -30,24 +32,22 @@ def plot_sensitivities(
     *,
     chosen: Collection[str] | None = None,
 ) -> Axes:
-    """A bar for each candidate, in the order of the problem from the top, with its standard error.
+    """A bar with its standard error for each candidate, in the problem's order from the top.
 
-    A dashed line marks the mean gradient norm of the layers the network has, where it is known.
+    A dashed line marks the mean gradient norm of the existing layers, where it is known.
 
     Args:
         sensitivities: A solution, or its `sensitivities`.
         ax: Where to draw; None for a new figure.
-        chosen: Names of the candidates to highlight; those of the solution's decision by default.
-
-    Returns:
-        The Axes.
+        chosen: Names of the candidates to highlight; by default what the solution decided.
     """
     if isinstance(sensitivities, Solution):
         chosen = sensitivities.decision.chosen if chosen is None else chosen
         sensitivities = sensitivities.sensitivities
     chosen, found = chosen or (), list(sensitivities.values())
     ax = ax or axes(height=0.9 + 0.45 * len(found))
-    places = _places([s.site for s in found])
+    steps = [1.0 if a.site == b.site else 1.5 for a, b in itertools.pairwise(found)]
+    places = list(itertools.accumulate(steps, initial=0.0))  # more room between sites
     values = [s.value for s in found]
     errors = [s.standard_error if math.isfinite(s.standard_error) else 0.0 for s in found]
     colours = [GROWN if name in chosen else QUIET for name in sensitivities]
@@ -66,16 +66,8 @@ def plot_sensitivities(
     tidy(ax, grid="x")
     baseline = next((s.baseline for s in found if s.baseline is not None), None)
     if baseline is not None:
-        ax.axvline(baseline, color=INK, linestyle=(0, (4, 3)), linewidth=1)
-        ax.annotate(
-            "mean gradient norm of the layers in place",
-            (baseline, 1),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-        )
+        ax.axvline(baseline, **DASHED)
+        note(ax, "mean gradient norm of the layers in place", baseline, (-2, 3), fontsize=9)
     return ax
 
 
@@ -87,38 +79,25 @@ def plot_losses(
     event: str = "layer inserted",
     ylabel: str = "training loss [nats]",
 ) -> Axes:
-    """The loss up to an insertion, and from there on in several continuations, named at their ends.
+    """The loss up to an insertion and in several continuations, labelled at their ends.
 
     The vertical axis is logarithmic where the losses span a factor of five or more.
 
     Args:
-        before: Loss after 0, 1, … epochs; the last one is that at the insertion.
+        before: Loss after 0, 1, … epochs, up to the insertion.
         after: Name → loss 0, 1, … epochs after the insertion.
         ax: Where to draw; None for a new figure.
-        event: What to write at the insertion.
+        event: Label of the insertion.
         ylabel: Name and unit of the loss.
-
-    Returns:
-        The Axes.
     """
     ax = ax or axes(height=4.2)
     start = len(before) - 1
     ax.plot(range(len(before)), before, color=INK, linewidth=2)
     for losses, colour in zip(after.values(), _COLOURS, strict=False):
         ax.plot(range(start, start + len(losses)), losses, color=colour, linewidth=2)
-    ax.axvline(start, color=INK, linestyle=(0, (4, 3)), linewidth=1)
-    ax.annotate(
-        event,
-        (start, 1),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=(-6, -4),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=11,
-        color=INK,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
-    )
+    ax.axvline(start, **DASHED)
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    note(ax, event, start, (-6, -4), ha="right", va="top", fontsize=11, bbox=box)
     scale(ax, [*before, *(loss for losses in after.values() for loss in losses)])
     ax.set_xlim(0, max(start + len(losses) - 1 for losses in (*after.values(), [0])))
     _name_ends(ax, after)
@@ -137,15 +116,15 @@ def plot_growth(
     title: str = "",
     subtitle: str = "",
 ) -> Figure:
-    """Both pictures side by side: the losses around an insertion, and what it was decided on.
+    """`plot_losses` around an insertion beside the `plot_sensitivities` that decided it.
 
     Args:
         before: As for `plot_losses`.
         after: As for `plot_losses`.
         sensitivities: As for `plot_sensitivities`.
         chosen: As for `plot_sensitivities`.
-        title: What is seen, in one line.
-        subtitle: How it came about, in one line.
+        title: One line.
+        subtitle: One line, such as the setting.
 
     Returns:
         The figure, ready for `savefig`.
@@ -158,28 +137,33 @@ def plot_growth(
     event = f"{', '.join(chosen)} inserted" if chosen else "nothing inserted"
     plot_losses(before, after, losses, event=event)
     plot_sensitivities(sensitivities, bars, chosen=chosen)
-    losses.set_title("What the insertion did", loc="left", fontsize=12, color=INK, pad=18)
-    bars.set_title("What decided it", loc="left", fontsize=12, color=INK, pad=18)
+    for panel, heading in ((losses, "What the insertion did"), (bars, "What decided it")):
+        panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=18)
     figure.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
     figure.text(0.015, 0.895, subtitle, fontsize=10.5, color=INK, va="top")
     return figure
 
 
 def axes(height: float) -> Axes:
-    """Axes in a figure of their own, of this height in inches."""
+    """The Axes of a new figure, `height` inches high."""
     return Figure(figsize=(7, height), dpi=160, layout="constrained").subplots()
 
 
-def _places(sites: Sequence[str]) -> list[float]:
-    """Heights of the bars: a little more room where the next site begins."""
-    places = [0.0]
-    for here, there in itertools.pairwise(sites):
-        places.append(places[-1] + (1.0 if here == there else 1.5))
-    return places
+def note(ax: Axes, text: str, x: float, offset: tuple[float, float], **options: Any) -> None:
+    """Text at the top of the Axes, at an offset in points from x."""
+    ax.annotate(
+        text,
+        (x, 1),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=offset,
+        textcoords="offset points",
+        color=INK,
+        **options,
+    )
 
 
 def scale(ax: Axes, losses: Sequence[float]) -> None:
-    """Logarithmic where that shows more; plain numbers at the ticks."""
+    """Make the loss axis logarithmic where that shows more, with plain numbers at the ticks."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if finite and min(finite) > 0 and max(finite) >= 5 * min(finite):
         ax.set_yscale("log")
@@ -191,29 +175,20 @@ def scale(ax: Axes, losses: Sequence[float]) -> None:
 
 
 def _name_ends(ax: Axes, after: Mapping[str, Sequence[float]]) -> None:
-    """The names right of the ends of their curves, pushed apart where the ends are close."""
-    ends = {name: losses[-1] for name, losses in after.items() if math.isfinite(losses[-1])}
+    """Label the curves at their ends, and push labels apart where the ends are close."""
+    curves = zip(after.items(), _COLOURS, strict=False)
+    ends = [(losses[-1], name, colour) for (name, losses), colour in curves]
     to_axes = ax.transData + ax.transAxes.inverted()
+    style: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "va": "center"}
     lowest = -math.inf
-    for (name, end), colour in sorted(
-        zip(ends.items(), _COLOURS, strict=False), key=lambda item: item[0][1]
-    ):
+    for end, name, colour in sorted(end for end in ends if math.isfinite(end[0])):
         height = max(to_axes.transform((0, end))[1], lowest)
         lowest = height + 0.11
-        ax.text(
-            1.01,
-            height,
-            f"{name}\n{end:.3g}",
-            transform=ax.transAxes,
-            color=colour,
-            fontsize=11,
-            fontweight="bold",
-            va="center",
-        )
+        ax.text(1.01, height, f"{name}\n{end:.3g}", transform=ax.transAxes, color=colour, **style)
 
 
 def tidy(ax: Axes, grid: str) -> None:
-    """The look that all pictures share, with grid lines across one axis or "both"."""
+    """Apply the common style, with grid lines across the axis "x", "y" or "both"."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(QUIET)
     ax.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.8)  # type: ignore[arg-type]

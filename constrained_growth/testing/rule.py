@@ -1,4 +1,4 @@
-"""Conformance checks for a user's own rule."""
+"""Conformance checks for your own rule."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import pickle
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,33 +16,33 @@ from torch import Tensor, nn
 
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import IdentityLinear, ResidualMLP, pinned_parameters
-from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.candidates import Candidate
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.testing.case import said
+from constrained_growth.testing.case import listed, said, tried
 
 
 def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
-    """Try all that the library relies on in a rule.
+    """Check everything that the library relies on in a rule.
 
-    That it gives a decision about the candidates it is shown, with a sentence for the reader,
-    evidence that JSON takes, and values, if any, that fit the pins; about several candidates, one
-    and none, about ties and about candidates of sensitivity 0, where standard errors and baseline
-    are not known; that it decides the same twice; that it writes neither to what it is given nor
-    to the model; and that it can be copied, pickled (unless it is a function) and, if it has a
-    `state_dict`, restored from that. A rule may refuse a case by a `RuleError`, but not all.
+    The rule decides about the candidates it is shown, with a sentence for the reader, evidence
+    that JSON takes, and values, if any, that fit the pins. It copes with several candidates, one
+    and none, with ties, with sensitivities of 0, and with unknown standard errors and baseline. It
+    decides the same twice, and writes neither to what it is given nor to the model. It can be
+    copied, pickled (unless it is a function) and, if it has a `state_dict`, restored from that. A
+    rule may refuse a case by a `RuleError`, but not all.
 
     Args:
-        rule: The rule; what is tried are copies of it.
+        rule: The rule; copies of it are tried.
         problem: What to try it on. None (default) for a small network with three candidates at
-            two sites; a rule that knows its candidates by name needs one of its own.
+            two sites; a rule that knows its candidates by name needs its own problem.
 
     Raises:
-        RuleError: Says all that is wrong with the rule.
+        RuleError: Lists everything that is wrong with the rule.
 
     Example:
         >>> import constrained_growth as cg
@@ -60,32 +60,26 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     except Exception as error:
         raise RuleError(f"rule={rule!r} cannot be copied ({said(error)}).") from error
     whole = solve(problem, lambda sensitivities: Decision())
-    cases = [Case(rule, problem, what, shown) for what, shown in _shown(whole)]
-    problems = [p for case in cases for check in _CHECKS for p in _tried(check, case)]
-    problems += [p for check in _ON_ALL for p in _tried(check, cases[0])]
+    problems: list[str] = []
+    for what, solution in _solutions(whole):
+        case = _Case(rule, problem, what, solution)
+        for check in _CHECKS if solution is not whole else _CHECKS + _CHECKS_ON_THE_WHOLE:
+            problems += tried(check, case, f", shown {what}", (RuleError,))
     if problems:
-        found = "".join(f"\n  * {problem}" for problem in dict.fromkeys(problems))
-        raise RuleError(f"rule={rule!r} does not do what is relied on:{found}")
+        raise RuleError(f"rule={rule!r} does not do what is relied on:{listed(problems)}")
 
 
 @dataclass(frozen=True)
-class Case:
-    """A rule to try on a solution.
-
-    Attributes:
-        rule: The rule.
-        problem: Of the solution.
-        what: What the rule is shown, in words.
-        solution: That.
-    """
+class _Case:
+    """A rule to try on a solution; `what` describes what is special about that."""
 
     rule: Rule
     problem: GrowthProblem
     what: str
     solution: Solution
 
-    def asked(self, rule: Rule | None = None) -> Decision | None:
-        """What the rule (or this one) decides, from the same random state; None if it refuses."""
+    def ask(self, rule: Rule | None = None) -> Decision | None:
+        """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
         sensitivities = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.data):
@@ -99,10 +93,22 @@ class Case:
                 return None
         return checked_decision(rule, decision, sensitivities)
 
+    def facts(self, rule: Rule | None = None) -> object:
+        """The same decision as something to compare."""
+        decision = self.ask(rule)
+        if decision is None:
+            return None
+        values = {
+            (name, key): value.tolist() if isinstance(value, Tensor) else value
+            for name, tensors in decision.values.items()
+            for key, value in tensors.items()
+        }
+        return decision.chosen, decision.reason, values, repr(decision.evidence)
 
-def decides_about_candidates(case: Case) -> Iterator[str]:
+
+def _decides_about_candidates(case: _Case) -> Iterator[str]:
     """It decides about the candidates that it is shown."""
-    decision = case.asked()
+    decision = case.ask()
     if decision is None:
         return
     if not isinstance(decision.reason, str):
@@ -122,72 +128,60 @@ def decides_about_candidates(case: Case) -> Iterator[str]:
                 )
 
 
-def decides_the_same_twice(case: Case) -> Iterator[str]:
+def _decides_the_same_twice(case: _Case) -> Iterator[str]:
     """It decides the same about the same."""
-    if _facts(case.asked()) != _facts(case.asked()):
+    if case.facts() != case.facts():
         yield (
             f"two copies of it decide differently about the same ({case.what}); draw from a "
             "generator of its own with a seed."
         )
 
 
-def leaves_things_alone(case: Case) -> Iterator[str]:
+def _leaves_things_alone(case: _Case) -> Iterator[str]:
     """It writes neither to what it is given nor to the model."""
     before = _snapshot(case)
-    case.asked()
+    case.ask()
     after = _snapshot(case)
     changed = [what for what in before if not _equal(before[what], after[what])]
     if changed:
         yield f"it changes {' and '.join(changed)}; a rule looks and decides ({case.what})."
 
 
-def can_be_pickled(case: Case) -> Iterator[str]:
+def _can_be_pickled(case: _Case) -> Iterator[str]:
     """It can be pickled, unless it is a function."""
     if isinstance(case.rule, types.FunctionType):
         return
-    again = pickle.loads(pickle.dumps(case.rule))
-    if _facts(case.asked(again)) != _facts(case.asked()):
+    if case.facts(pickle.loads(pickle.dumps(case.rule))) != case.facts():
         yield "after pickling it decides differently."
 
 
-def can_be_restored(case: Case) -> Iterator[str]:
+def _can_be_restored(case: _Case) -> Iterator[str]:
     """It goes on from its state dict, if it has one."""
     if not hasattr(case.rule, "state_dict"):
         return
     used: Any = copy.deepcopy(case.rule)
-    case.asked(used)
+    case.ask(used)
     restored: Any = copy.deepcopy(case.rule)
     restored.load_state_dict(json.loads(json.dumps(used.state_dict())))
-    if _facts(case.asked(restored)) != _facts(case.asked(used)):
+    if case.facts(restored) != case.facts(used):
         yield "restored from its state_dict it decides differently; put all it remembers in there."
 
 
-def decides_at_all(case: Case) -> Iterator[str]:
+def _decides_at_all(case: _Case) -> Iterator[str]:
     """It decides about what it is made for."""
-    if case.asked() is None:
-        rule = copy.deepcopy(case.rule)
+    if case.ask() is None:
         try:
-            solve(case.problem, rule)
+            solve(case.problem, copy.deepcopy(case.rule))
         except RuleError as error:
             yield f"it refuses to decide about {case.what} ({error}); give check_rule a problem."
 
 
-_CHECKS = (decides_about_candidates, decides_the_same_twice, leaves_things_alone)
-_ON_ALL = (can_be_pickled, can_be_restored, decides_at_all)
-
-
-def _tried(check: Callable[[Case], Iterator[str]], case: Case) -> Iterator[str]:
-    try:
-        yield from check(case)
-    except RuleError as error:
-        yield str(error)
-    except Exception as error:
-        what = (check.__doc__ or "").rstrip(".")
-        yield f"it fails where this is tried: {what}, shown {case.what} ({said(error)})."
+_CHECKS = (_decides_about_candidates, _decides_the_same_twice, _leaves_things_alone)
+_CHECKS_ON_THE_WHOLE = (_can_be_pickled, _can_be_restored, _decides_at_all)
 
 
 def _small_problem() -> GrowthProblem:
-    """A network with three candidates at two sites, the same each time."""
+    """A network with three candidates at two sites, always the same."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -202,63 +196,41 @@ def _small_problem() -> GrowthProblem:
     return GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
 
 
-def _shown(whole: Solution) -> Iterator[tuple[str, Solution]]:
+def _solutions(whole: Solution) -> Iterator[tuple[str, Solution]]:
     """Solutions to try a rule on, in words and as they are; the whole one first."""
-    sensitivities = whole.sensitivities
-    names = list(sensitivities)
-    yield "all candidates", whole
-    yield "one candidate", _with(whole, {names[0]: {}})
-    yield "no candidates", _with(whole, {})
-    yield "sensitivities of 0", _with(whole, {n: {"value": 0.0, "variance": 0.0} for n in names})
-    yield "a tie", _with(whole, {name: {"value": 1.0} for name in names})
+    names = list(whole.sensitivities)
     unknown = {"standard_error": math.nan, "variance": math.nan, "baseline": None}
-    yield "unknown standard errors and no baseline", _with(whole, dict.fromkeys(names, unknown))
+
+    def about(names: list[str], **changes: Any) -> Solution:
+        kept = {name: replace(whole.sensitivities[name], **changes) for name in names}
+        return replace(whole, sensitivities=kept)
+
+    yield "all candidates", whole
+    yield "one candidate", about(names[:1])
+    yield "no candidates", about([])
+    yield "sensitivities of 0", about(names, value=0.0, variance=0.0)
+    yield "a tie", about(names, value=1.0)
+    yield "unknown standard errors and no baseline", about(names, **unknown)
 
 
-def _with(whole: Solution, changes: Mapping[str, Mapping[str, Any]]) -> Solution:
-    """The same solution about some candidates, with other numbers."""
-    sensitivities = whole.sensitivities
-    changed = {name: replace(sensitivities[name], **changes[name]) for name in changes}
-    return replace(whole, sensitivities=changed)
-
-
-def _facts(decision: Decision | None) -> object:
-    """A decision as something to compare."""
-    if decision is None:
-        return None
-    values = {
-        (name, key): value.tolist() if isinstance(value, Tensor) else value
-        for name, tensors in decision.values.items()
-        for key, value in tensors.items()
-    }
-    return decision.chosen, decision.reason, values, repr(decision.evidence)
-
-
-def _snapshot(case: Case) -> dict[str, Any]:
-    """All that a rule is shown and could write to, as values."""
-    model = case.problem.model
+def _snapshot(case: _Case) -> dict[str, Any]:
+    """Everything a rule is shown and could write to."""
+    model, solution = case.problem.model, case.solution
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    blocks = [candidate.block for candidate in solution.candidates.values()]
+    multipliers = [value for tensors in solution.multipliers.values() for value in tensors.values()]
     return {
-        "the sensitivities": repr(dict(case.solution.sensitivities)),
-        "the multipliers": [
-            value.clone()
-            for tensors in case.solution.multipliers.values()
-            for value in tensors.values()
-        ],
+        "the sensitivities": repr(dict(solution.sensitivities)),
+        "the multipliers": [value.clone() for value in multipliers],
         "the parameters of the model": [p.detach().clone() for p in model.parameters()],
         "the modules of the model": [(name, id(m)) for name, m in model.named_modules()],
         "the hooks of the model": [len(getattr(m, h)) for m in model.modules() for h in hooks],
         "which parameters are trained": [p.requires_grad for p in model.parameters()],
-        "the blocks": [
-            p.detach().clone()
-            for planned in case.solution.candidates.values()
-            for p in planned.block.parameters()
-        ],
+        "the blocks": [p.detach().clone() for block in blocks for p in block.parameters()],
     }
 
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, list) and one and isinstance(one[0], Tensor):
-        same = len(one) == len(other)
-        return same and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+        return len(one) == len(other) and all(map(torch.equal, one, other))
     return one == other

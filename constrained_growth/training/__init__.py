@@ -1,17 +1,18 @@
-"""Growing while training: a loop, calls for a loop of your own, and the steps after."""
+"""Growing while training: a loop, two calls for your own loop, and policies for the steps after."""
 
 from constrained_growth.training.evaluation import evaluate
 from constrained_growth.training.grower import Grower
-from constrained_growth.training.history import History
+from constrained_growth.training.history import History, Round, count_layers
 from constrained_growth.training.loop import grow
-from constrained_growth.training.steps import LineSearch, NewLayers, Together
+from constrained_growth.training.steps import LineSearch, NewLayers
 
 __all__ = [
     "Grower",
     "History",
     "LineSearch",
     "NewLayers",
-    "Together",
+    "Round",
+    "count_layers",
     "evaluate",
     "grow",
 ]

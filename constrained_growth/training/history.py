@@ -1,4 +1,4 @@
-"""What happened in a training run that grows: losses, metrics, decisions with their evidence."""
+"""The record of a training run that grows: losses, metrics, decisions with their evidence."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import nn
 
-from constrained_growth.solution import Solution
-
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
@@ -17,25 +15,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """One time that was asked where to grow, whatever the answer was.
+    """One decision where to grow, also one to insert nothing.
 
     Attributes:
-        when: NOW; LATER or NEVER when the answer was that nothing is to be inserted yet, or ever.
-        step: How many optimizer steps had been taken.
-        epoch: How many rows the history had: the decision came after the last of them.
+        when: NOW; or LATER or NEVER where `confirm` ruled against inserting.
+        step: Optimizer steps taken so far.
+        epoch: Rows of the history so far: the decision came after the last of them.
         loss: L(θ, 0) on the data that decided.
         stationarity: ‖∇_θ L‖₂, or None if not asked for.
         status: Name of the solution's status.
         sensitivities: Candidate → ‖λ‖.
-        standard_errors: Candidate → its standard error, NaN where it cannot be known.
-        sites: Candidate → qualified name of the module after which it would stand.
+        standard_errors: Candidate → its standard error, NaN where unknown.
+        sites: Candidate → qualified name of the module it would follow.
         chosen: Names of the candidates inserted, maybe none.
-        reason: Of the decision.
-        evidence: Of the decision, as the rule gave it.
-        new_parameters: Names, in the grown model, of the parameters that it gained.
+        reason: The decision's reason.
+        evidence: The decision's evidence, as the rule gave it.
+        new_parameters: Names of the new parameters in the grown model.
         layers: Weight layers in the model afterwards (see `count_layers`).
         parameters: Parameters in the model afterwards.
-        seconds: What solving and inserting took.
+        seconds: Time spent on solving and inserting.
     """
 
     when: str
@@ -58,14 +56,14 @@ class Round:
 
 @dataclass
 class History:
-    """A training run, row by row: one for each epoch, or whatever `Grower.maybe_grow` closes.
+    """A training run in rows, one per epoch or per call of `Grower.maybe_grow`.
 
     Attributes:
-        losses: Mean of the losses of the steps in a row.
-        steps: How many optimizer steps had been taken at its end.
-        layers: Weight layers in the model while it lasted (see `count_layers`).
-        seconds: How long it took, decisions not included.
-        metrics: Name → one number for each row, NaN where it was not measured.
+        losses: Mean training loss over the steps of each row.
+        steps: Optimizer steps taken at its end.
+        layers: Weight layers in the model during it (see `count_layers`).
+        seconds: Its duration, decisions excluded.
+        metrics: Name → one number per row, NaN where it was not measured.
         rounds: Every decision, also those to insert nothing.
 
     Example:
@@ -85,16 +83,15 @@ class History:
     @property
     def insertions(self) -> list[Round]:
         """The rounds in which something was inserted."""
-        return [one for one in self.rounds if one.chosen]
+        return [round for round in self.rounds if round.chosen]
 
     def predictions(self) -> tuple[list[float], list[float]]:
-        """Predicted and actual decrease of the loss, of the rounds whose rule tried its step.
+        """Predicted and actual decreases of the loss, where the rule tried its step.
 
-        They are what `plotting.plot_predictions` draws.
+        `plotting.plot_predictions` draws them.
         """
-        tried = [
-            one.evidence for one in self.rounds if {"predicted", "actual"} <= set(one.evidence)
-        ]
+        evidence = [round.evidence for round in self.rounds]
+        tried = [e for e in evidence if "predicted" in e and "actual" in e]
         return [e["predicted"] for e in tried], [e["actual"] for e in tried]
 
     def add(
@@ -113,12 +110,12 @@ class History:
     def to_frame(self) -> pandas.DataFrame:
         """The rows as a pandas DataFrame, indexed by epoch from 1; needs pandas.
 
-        Columns: step, loss, the metrics, layers, seconds, and what was `inserted` at the end of
-        the epoch (names with commas between them, empty for nothing).
+        Columns: step, loss, the metrics, layers, seconds, and the names `inserted` at the end of
+        the epoch, separated by commas (empty for nothing).
         """
         import pandas
 
-        inserted = {one.epoch: ", ".join(one.chosen) for one in self.insertions}
+        inserted = self._inserted()
         epochs = range(1, len(self.losses) + 1)
         return pandas.DataFrame(
             {
@@ -135,87 +132,58 @@ class History:
     def plot(self) -> Figure:
         """The loss with the insertions marked, above the sensitivities over site and time.
 
-        Needs matplotlib. `constrained_growth.plotting.runs` draws each of them on Axes of yours.
+        Needs matplotlib. `constrained_growth.plotting` draws each of them on your own Axes.
         """
-        from constrained_growth.plotting import (
-            plot_run,  # only here: matplotlib is not always installed
-        )
+        from constrained_growth.plotting import plot_run  # matplotlib is not always installed
 
         return plot_run(
             self.losses,
-            {one.epoch: ", ".join(one.chosen) for one in self.insertions},
-            {one.epoch: one.sensitivities for one in self.rounds},
-            {one.epoch: one.chosen for one in self.rounds},
+            self._inserted(),
+            {round.epoch: round.sensitivities for round in self.rounds},
+            {round.epoch: round.chosen for round in self.rounds},
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it as plain data."""
+        """Everything as plain data."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         for name, value in state.items():
             setattr(self, name, value)
         self.rounds = [Round(**one) for one in state["rounds"]]
 
+    def _inserted(self) -> dict[int, str]:
+        return {round.epoch: ", ".join(round.chosen) for round in self.insertions}
+
 
 class Writer(Protocol):
-    """What takes numbers for a picture on the way: TensorBoard's `SummaryWriter` is one."""
+    """Anything that logs scalars as TensorBoard's `SummaryWriter` does."""
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Note one number at one step."""
+        """Log one number at one step."""
         ...
 
 
-def round_of(
-    solution: Solution,
-    model: nn.Module,
-    *,
-    when: str,
-    step: int,
-    epoch: int,
-    new_parameters: tuple[str, ...],
-    seconds: float,
-) -> Round:
-    """The round of a solution that was just inserted into the model."""
-    return Round(
-        when=when,
-        step=step,
-        epoch=epoch,
-        loss=solution.loss,
-        stationarity=solution.stationarity,
-        status=solution.status.name,
-        sensitivities={name: s.value for name, s in solution.sensitivities.items()},
-        standard_errors={name: s.standard_error for name, s in solution.sensitivities.items()},
-        sites={name: planned.after for name, planned in solution.candidates.items()},
-        chosen=solution.decision.chosen,
-        reason=solution.decision.reason,
-        evidence=dict(solution.decision.evidence),
-        new_parameters=new_parameters,
-        layers=count_layers(model),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        seconds=seconds,
-    )
+def measurements(round: Round) -> dict[str, float]:
+    """The numbers of a round, tagged for a logger.
 
-
-def measurements(one: Round) -> dict[str, float]:
-    """The numbers of a round under tags for a logger: sensitivities, insertions, depth.
-
-    `growth/sensitivity/…` has one entry for each candidate; `growth/inserted` says how many were
-    chosen, `growth/layers` and `growth/parameters` how large the model is then.
+    `growth/sensitivity/…` for each candidate, `growth/inserted` (how many layers),
+    `growth/layers` and `growth/parameters` (the model's size afterwards), `growth/loss`, and
+    `growth/stationarity` where it is known.
     """
-    found = {f"growth/sensitivity/{name}": value for name, value in one.sensitivities.items()}
-    found["growth/inserted"] = float(len(one.chosen))
-    found["growth/layers"] = float(one.layers)
-    found["growth/parameters"] = float(one.parameters)
-    found["growth/loss"] = one.loss
-    if one.stationarity is not None:
-        found["growth/stationarity"] = one.stationarity
+    found = {f"growth/sensitivity/{name}": value for name, value in round.sensitivities.items()}
+    found["growth/inserted"] = float(len(round.chosen))
+    found["growth/layers"] = float(round.layers)
+    found["growth/parameters"] = float(round.parameters)
+    found["growth/loss"] = round.loss
+    if round.stationarity is not None:
+        found["growth/stationarity"] = round.stationarity
     return found
 
 
 def count_layers(model: nn.Module) -> int:
-    """How many weight layers: modules with a matrix, or a tensor of more dimensions, of their own.
+    """The number of weight layers: modules that own a parameter of two or more dimensions.
 
     Example:
         >>> count_layers(nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1)))

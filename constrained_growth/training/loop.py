@@ -1,28 +1,32 @@
-"""The training loop for those who have none: train, decide, insert, train on."""
+"""A complete training loop: train, decide, insert, train on; and take up a run that was stopped."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from constrained_growth._distributed import everywhere, rank
-from constrained_growth._sites.model import call
-from constrained_growth.errors import TrainingError
+from constrained_growth import checkpoint as checkpoints
+from constrained_growth._data import batches
+from constrained_growth._distributed import everywhere
+from constrained_growth._progress import progress_bar
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.untouched import generators_of
+from constrained_growth.errors import DataError, TrainingError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Rule, TopK
-from constrained_growth.rules.plateau import When
+from constrained_growth.rules import Rule, TopK, When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
 from constrained_growth.training.evaluation import evaluate
 from constrained_growth.training.grower import AfterInsertion, Candidates, Grower, Schedule
 from constrained_growth.training.history import History, Writer
-from constrained_growth.training.run import Run
 
 _TOP_ONE = TopK(1)
 _LOSS = "validation loss"
@@ -36,7 +40,7 @@ def grow(
     *,
     epochs: int,
     rule: Rule = _TOP_ONE,
-    when: Schedule | None = None,
+    when: Schedule | Callable[[Sequence[float]], bool] | None = None,
     confirm: Callable[[Solution], When] | None = None,
     candidates: Candidates | None = None,
     data: Iterable[Any] | None = None,
@@ -55,17 +59,17 @@ def grow(
     writer: Writer | None = None,
     progress: bool | None = None,
 ) -> History:
-    """Train a model that gains layers where and when they promise something.
+    """Train a model that gains layers where and when they promise to help.
 
-    At the end of each epoch `when` is asked whether it is time, then the `rule` what to insert;
-    the layers are inserted without moving the function, the optimizer keeps its memory, and
-    training goes on. It ends after `epochs`, at the `target`, or when the rule has found nothing
-    worth inserting `patience` times in a row.
+    At the end of each epoch `when` says whether it is time, then the `rule` what to insert. The
+    layers are inserted without changing the function, the optimizer keeps its state, and training
+    goes on. It ends after `epochs`, at the `target`, or when the rule has found nothing worth
+    inserting `patience` times in a row.
 
     With `torch.distributed` all processes call this with the model wrapped
     (DistributedDataParallel, `fully_shard`) and a loader of their shard of the data (with a
-    `DistributedSampler`, say, whose `set_epoch` is called); losses and metrics are means over all
-    of them, and each decision is the same everywhere.
+    `DistributedSampler`, say, whose `set_epoch` is called). Losses and metrics are means over all
+    processes, and each decision is the same everywhere.
 
     Args:
         model: Trained and grown in place, in the mode (train or eval) it is in.
@@ -73,14 +77,14 @@ def grow(
             `functools.partial(torch.optim.Adam, lr=1e-3)`.
         loss_fn: `loss_fn(output, target)`, the mean over the samples of a batch.
         loader: The training data: `(input, target)` batches, as for `GrowthProblem`.
-        epochs: How often to go through them, at most.
+        epochs: Largest number of passes over them.
         rule: What to insert, as for `Grower`.
         when: When to ask, as for `Grower`.
-        confirm: Asked before something is inserted, as for `Grower`.
+        confirm: Called before something is inserted, as for `Grower`.
         candidates: What could be inserted, as for `Grower`.
-        data: What decides where to grow; the training data by default.
+        data: The data to decide on; the training data by default.
         max_insertions: As for `Grower`.
-        patience: After how many decisions in a row to insert nothing it ends; None to go on.
+        patience: End after this many decisions in a row to insert nothing; None to go on.
         target: End when the loss (on `validation` if that is given, else the mean over the
             training steps of the epoch) is not above this number.
         validation: Batches to measure on after each epoch, in eval mode, without gradients.
@@ -90,13 +94,13 @@ def grow(
             for a `ReduceLROnPlateau`.
         after_insertion: As for `Grower`.
         solver: As for `Grower`.
-        callbacks: Each is called with the `Grower` after each epoch; it ends when one returns True.
-        checkpoint: File to write a checkpoint to after each epoch. If it is there at the beginning,
-            the run is taken up from it: the numbers are those of a run that was never stopped, bit
-            for bit at one thread on one machine. Give the model as it was before it was grown, and
-            delete the file to begin anew.
-        checkpoint_every: Also write one after every so many steps.
-        blocks: For blocks of your own, by name of the inserted layer, when a run is taken up.
+        callbacks: Called with the `Grower` after each epoch; training ends when one returns True.
+        checkpoint: File to write a checkpoint to after each epoch. If it exists at the beginning,
+            the run goes on from it, with the numbers of a run that was never stopped, bit for bit
+            at one thread on one machine. Give the model as it was before it grew, and delete the
+            file to start afresh.
+        checkpoint_every: Also write one every k steps.
+        blocks: Name of the inserted layer → block, for your own blocks when a run is resumed.
         writer: As for `Grower`.
         progress: Progress bar: True, False, or None (default) for one on a terminal.
 
@@ -107,7 +111,7 @@ def grow(
         TrainingError: An argument makes no sense.
         DataError: The loader is empty or its batches are not pairs.
         CheckpointError: The checkpoint cannot be used.
-        GrowthError: What solving or inserting raises.
+        GrowthError: Whatever solving or inserting raises.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -119,11 +123,23 @@ def grow(
         (3, [2, 3, 3])
     """
     _check(epochs, patience, checkpoint_every)
-    make = functools.partial(
-        Grower,
+    path = None if checkpoint is None else Path(checkpoint)
+    resumed = None
+    if path is not None and everywhere(path.exists, None)[0]:
+        resumed = checkpoints.resume(
+            path,
+            model,
+            optimizer_factory,
+            scheduler_factory=scheduler_factory,
+            blocks=blocks,
+            loader=loader,
+        )
+    optimizer = resumed.optimizer if resumed else optimizer_factory(model.parameters())
+    grower = Grower(
         model,
-        loss_fn=loss_fn,
-        data=loader if data is None else data,
+        optimizer,
+        loss_fn,
+        loader if data is None else data,
         rule=rule,
         when=when,
         confirm=confirm,
@@ -133,30 +149,34 @@ def grow(
         solver=solver,
         writer=writer,
     )
-    run = Run(make, model, loader, optimizer_factory, scheduler_factory, checkpoint, blocks)
-    grower, history = run.grower, run.grower.history
-    measured = loader if validation is None else validation
+    run = _Run(grower, loader, None, path)
+    if resumed:
+        grower.load_state_dict(resumed.checkpoint.states["grower"])
+        run = _Run(grower, loader, resumed.scheduler, path, **resumed.checkpoint.extra)
+    elif scheduler_factory is not None:
+        run.scheduler = scheduler_factory(optimizer)
+    history = grower.history
 
     def is_over() -> bool:
-        watched = history.losses if validation is None else history.metrics.get(_LOSS, [])
-        reached = target is not None and bool(watched) and watched[-1] <= target
-        answers = [one.chosen for one in history.rounds if one.when == When.NOW.name]
+        losses = history.losses if validation is None else history.metrics.get(_LOSS, [])
+        reached = target is not None and bool(losses) and losses[-1] <= target
+        answers = [round.chosen for round in history.rounds if round.when == When.NOW.name]
         empty = patience is not None and len(answers) >= patience and not any(answers[-patience:])
         return run.stopped or run.epoch >= epochs or reached or empty
 
-    disable = None if progress is None else not progress
-    disable = True if rank(None) > 0 else disable
-    with tqdm(desc="grow", unit="epoch", total=epochs, initial=run.epoch, disable=disable) as bar:
+    measured = dict(metrics or {}) if validation is None else {**(metrics or {}), _LOSS: loss_fn}
+    with progress_bar(
+        desc="grow", unit="epoch", total=epochs, initial=run.epoch, progress=progress, leave=True
+    ) as bar:
         while not is_over():
             for input, answer in run.batches():
                 grower.step(_train_step(model, grower.optimizer, loss_fn, input, answer))
                 run.done += 1
                 if checkpoint_every is not None and grower.num_steps % checkpoint_every == 0:
                     run.save()
-            found = dict(metrics or {})
-            if validation is not None:
-                found[_LOSS] = loss_fn
-            is_time = grower.observe(evaluate(model, found, measured) if found else None)
+            measured_on = loader if validation is None else validation
+            found = evaluate(model, measured, measured_on) if measured else None
+            is_time = grower.observe(found)
             run.end_epoch()
             if is_time and not is_over():
                 grower.ask()
@@ -164,9 +184,76 @@ def grow(
             stop = any(answer is True for answer in answers)
             run.stopped = any(everywhere(lambda stop=stop: stop, None))
             run.save()
-            bar.set_postfix(_news(history), refresh=False)
+            bar.set_postfix(_postfix(history), refresh=False)
             bar.update()
     return history
+
+
+@dataclass
+class _Run:
+    """A training run and how far it has come; a checkpoint holds the last four in its `extra`."""
+
+    grower: Grower
+    loader: Iterable[Any]
+    scheduler: Any
+    path: Path | None
+    epoch: int = 0  # epochs completed
+    done: int = 0  # steps completed in the next one
+    stopped: bool = False  # by a callback
+    start: Mapping[str, Any] | None = None  # random state at the beginning of the epoch
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """The rest of the epoch, the very batches that an uninterrupted run would see."""
+        device = device_of(self.grower.model)
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if callable(getattr(sampler, "set_epoch", None)):  # a DistributedSampler
+            sampler.set_epoch(self.epoch)
+        iterator = batches(self.loader, device)
+        if self.start is None or not self.done:
+            self.start = self._random_state()
+        else:  # draw again what was drawn before the run was stopped
+            now = self._random_state()
+            self._set_random_state(self.start)
+            for _ in range(self.done):
+                next(iterator)
+            self._set_random_state(now)
+        yield from iterator
+        if not self.done:
+            raise DataError("loader is empty; give at least one (input, target) batch.")
+
+    def end_epoch(self) -> None:
+        """Step the scheduler, and go to the next epoch."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(self.grower.history.losses[-1])
+        elif self.scheduler is not None:
+            self.scheduler.step()
+        self.epoch, self.done, self.start = self.epoch + 1, 0, None
+
+    def save(self) -> None:
+        """Write the checkpoint, if there is to be one."""
+        if self.path is None:
+            return
+        scheduler = {} if self.scheduler is None else {"scheduler": self.scheduler}
+        checkpoints.save(
+            self.path,
+            self.grower.model,
+            optimizer=self.grower.optimizer,
+            record=self.grower.record,
+            step=self.grower.num_steps,
+            extra={name: getattr(self, name) for name in ("epoch", "done", "stopped", "start")},
+            grower=self.grower,
+            loader=self.loader,
+            **scheduler,
+        )
+
+    def _random_state(self) -> dict[str, Any]:
+        generators = [generator.get_state() for generator in generators_of(self.loader)]
+        return {"global": checkpoints.random_state(), "loader": generators}
+
+    def _set_random_state(self, state: Mapping[str, Any]) -> None:
+        checkpoints.set_random_state(state["global"])
+        for generator, kept in zip(generators_of(self.loader), state["loader"], strict=True):
+            generator.set_state(kept)
 
 
 def _train_step(
@@ -183,8 +270,8 @@ def _train_step(
     return loss.detach()
 
 
-def _news(history: History) -> dict[str, object]:
-    """What the progress bar says."""
+def _postfix(history: History) -> dict[str, object]:
+    """Loss, depth and last decision, beside the progress bar."""
     found: dict[str, object] = {"loss": f"{history.losses[-1]:.3g}", "layers": history.layers[-1]}
     if history.rounds:
         found["last"] = ", ".join(history.rounds[-1].chosen) or "nothing inserted"

@@ -155,7 +155,7 @@ def test_the_library_is_asked_as_a_user_would_ask_it():
         cg.insert(model, solution, optimizer=optimizer)
         new = [name for name, p in model.named_parameters() if id(p) not in before]
         assert [name.rpartition(".")[2] for name in new] == ["weight", "bias"]
-        NewLayers().watch(model, optimizer, new)
+        NewLayers().attach(model, optimizer, new)
         assert solution.decision.chosen == (("1", "3")[runs.site[seed]],)
         losses = loop_with(optimizer, experiment, model, seed, range(5, 14))
         np.testing.assert_allclose(runs.loss[5:, seed], losses, rtol=0, atol=1e-12)

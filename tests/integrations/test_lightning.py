@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import constrained_growth as cg
 from constrained_growth.integrations.lightning import GrowthCallback
-from constrained_growth.training import LineSearch, NewLayers, Together
+from constrained_growth.training import NewLayers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -176,7 +176,7 @@ def drawn(number: int, data: Any) -> GrowthCallback:
     """Its blocks and policies; every process draws other ones."""
     torch.manual_seed(number)
     blocks = {site: cg.blocks.ResidualMLP(4, 3, nn.Tanh()) for site in ("1", "3")}
-    policy = Together(NewLayers(warmup=4), LineSearch(2))
+    policy = NewLayers(warmup=4)
     sites = [candidate(site, block=block) for site, block in blocks.items()]
     return callback(data, candidates=sites, after_insertion=policy)
 

@@ -13,7 +13,6 @@ from torch import nn
 
 import constrained_growth as cg
 from constrained_growth import plotting as plots
-from constrained_growth._sites.model import parameter_shapes
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
 ROUNDS = {2: {"1": 0.5, "3": 0.01}, 5: {"1": 0.2, "1.base": math.nan, "3": 0.0}}
@@ -64,9 +63,10 @@ def test_predictions_against_what_came() -> None:
 
 def test_new_layers_are_hatched() -> None:
     model = feedforward(2, 4, 4, 3, activation=nn.Tanh)
-    before = parameter_shapes(model)
+    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
     cg.grow(model, SGD, nn.CrossEntropyLoss(), classified(8), epochs=3, max_insertions=2)
-    ax = plots.plot_architecture(before, parameter_shapes(model))
+    after = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    ax = plots.plot_architecture(before, after)
     boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
     assert [bool(box.get_hatch()) for box in boxes].count(True) == 4  # two blocks of two matrices
     assert len(boxes) == 3 + 3 + 4

@@ -89,13 +89,6 @@ class WithFactors(Sound):
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
         return (AffineFactors("outer.weight", None, delta, self.hidden(x)),)
 
-    def joint_kind(self) -> int:
-        return 0
-
-    def joint_factors(self, blocks: Any, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
-        hidden = torch.stack([block.hidden(row) for block, row in zip(blocks, x, strict=True)])
-        return (AffineFactors("outer.weight", None, delta, hidden),)
-
 
 @pytest.mark.parametrize("make", [Sound, WithFactors], ids=label)
 def test_the_blocks_without_a_defect_conform(make: Callable[[], nn.Module]) -> None:
@@ -251,15 +244,6 @@ class MixingSamples(WithFactors):
         return super().hidden(x - x.mean(0))
 
 
-class WrongJointFactors(WithFactors):
-    def joint_factors(self, blocks: Any, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
-        return (AffineFactors("outer.weight", None, delta, self.hidden(x)),)
-
-
-class Kindless(WithFactors):
-    joint_kind: Any = None
-
-
 class Uncopyable(Sound):
     def __deepcopy__(self, memo: object) -> nn.Module:
         raise TypeError("there is only one of me")
@@ -353,8 +337,6 @@ DEFECTS: dict[Callable[[], nn.Module], list[str]] = {
     FewerFactors: ["['outer.weight'] are not of 5 samples"],
     MixingFactors: ["and not for each"],
     MixingSamples: ["and not for each", "mixes samples"],
-    WrongJointFactors: ["joint_factors are not the factors of every block", "outer.weight"],
-    Kindless: ["no joint_kind()"],
     Uncopyable: ["cannot be copied", "there is only one of me"],
     Sharing: ["shares parameters"],
     Hidden: ["the tensor 'rows' is neither a parameter nor a buffer"],

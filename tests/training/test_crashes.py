@@ -36,10 +36,10 @@ class Trainings:
         return int(self._answer())
 
     def kill_after(self, number: int, seconds: float) -> int:
-        """Begin, and kill it when so many more steps are in the log and the seconds have gone by.
+        """Begin, wait for `number` more steps in the log and then some seconds, and kill it.
 
         Returns:
-            Its exit code: 0 when it had come to its end before.
+            Its exit code: 0 when it had finished before.
         """
         enough = self.num_lines() + number
         process = self.begin()
@@ -53,7 +53,7 @@ class Trainings:
         return len(self.log.read_bytes().splitlines())
 
     def trajectory(self) -> list[tuple[int, str]]:
-        """Step and loss, of steps that were taken twice both times."""
+        """(step, loss) pairs; steps that were taken twice occur twice."""
         lines = (line.split() for line in self.log.read_text().splitlines())
         return [(int(step), loss) for step, loss in lines]
 
@@ -70,7 +70,7 @@ class Trainings:
 
 
 def has_ended(process: int) -> bool:
-    """Whether it only waits for somebody to ask how it ended."""
+    """Whether it is a zombie, that has ended and was not waited for."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
@@ -107,7 +107,7 @@ def assert_as_if_never_killed(trainings: Trainings, folder: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_killed_at_thirty_random_moments(server: subprocess.Popen[str], tmp_path: Path) -> None:
-    """However fast the machine: a training that came to its end is followed by another."""
+    """However fast the machine is: a training that finishes is followed by another."""
     moments = random.Random(0)
     killed, twice, trained = 0, 0, 0
     while killed < 30:
@@ -136,7 +136,7 @@ def test_killed_at_every_call_of_a_write(trainings: Trainings, tmp_path: Path) -
 
 
 def test_the_run_moves(tmp_path: Path) -> None:
-    """What is compared above is no constant: every step has a loss of its own."""
+    """The comparison above is not trivial: no two steps have the same loss."""
     train(None, tmp_path / "log")
     losses = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines()]
     assert len(set(losses)) == STEPS

@@ -1,4 +1,4 @@
-"""The loop, and the two calls in a loop of one's own."""
+"""The loop, and the two calls in a loop of your own."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -19,15 +19,13 @@ from helpers import (
     solved,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 import constrained_growth as cg
-from constrained_growth._sites.untouched import is_untouched
 from constrained_growth.rules import Plateau, TrustRegion, When
-from constrained_growth.training import evaluate
-from constrained_growth.training.history import count_layers
+from constrained_growth.training import count_layers, evaluate
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 LOSS = nn.CrossEntropyLoss()
@@ -205,7 +203,7 @@ def test_schedulers_are_stepped_after_each_epoch() -> None:
     assert rates[-1] == pytest.approx(0.1**6)
 
 
-# --- a loop of one's own ----------------------------------------------------------------------
+# --- a loop of your own ----------------------------------------------------------------------
 
 
 def test_two_calls_in_a_plain_loop_do_the_same() -> None:
@@ -250,19 +248,18 @@ def test_losses_of_half_precision_are_summed_in_a_larger_one() -> None:
 # --- checkpoints ------------------------------------------------------------------------------
 
 
-class Half(nn.Module):
-    """Ends the training of a model at a certain forward pass, as a power cut would."""
+def cut_off(parameters: Any, at: int) -> torch.optim.Optimizer:
+    """SGD that ends the training before one of its steps, as a power cut would."""
+    optimizer, left = SGD(parameters), at
 
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.left = at
+    def count(*_: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and torch.is_grad_enabled() and not is_untouched():
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        return x
+    optimizer.register_step_pre_hook(count)
+    return optimizer
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
@@ -274,8 +271,18 @@ def test_taken_up_in_the_middle_of_an_epoch(workers: int, at: int, tmp_path: Pat
     def run(at: int, path: Path | None) -> tuple[nn.Module, cg.History]:
         torch.manual_seed(1)
         loader = DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, num_workers=workers)
-        model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Dropout(0.2), Half(at))
-        history = grow(model, loader, epochs=4, when=every(2), checkpoint=path, checkpoint_every=1)
+        model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Dropout(0.2))
+        history = cg.grow(
+            model,
+            functools.partial(cut_off, at=at),
+            LOSS,
+            loader,
+            epochs=4,
+            candidates=SITES,
+            when=every(2),
+            checkpoint=path,
+            checkpoint_every=1,
+        )
         return model, history
 
     path = tmp_path / "run.safetensors"
@@ -372,9 +379,10 @@ def test_progress_bar_says_loss_depth_and_last_decision(capsys: pytest.CaptureFi
 
 def test_evaluating_leaves_nothing_behind_and_weighs_batches_by_their_size() -> None:
     model = nn.Sequential(*feedforward(2, 4, 3), nn.Dropout(0.5))
-    data = classified(10, batch=4)
+    (whole,) = data = classified(10)
+    loader = DataLoader(TensorDataset(*whole), batch_size=4, shuffle=True)
     with nothing_left_behind(model):
-        found = evaluate(model, {"loss": LOSS}, data)
+        found = evaluate(model, {"loss": LOSS}, loader)
     assert found["loss"] == pytest.approx(mean_loss(model.eval(), data).item(), rel=1e-12)
 
 
