@@ -21,7 +21,7 @@ from constrained_growth._sites.collector import hooked
 from constrained_growth._sites.context import Context, context_of, detached, takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of, tensors_of
 from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
-from constrained_growth.blocks import has_joint_factors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import CandidateError, DataError
 
@@ -348,7 +348,5 @@ def _exact_after(block: nn.Module, module: nn.Module) -> bool:
 
 
 def _kind(block: nn.Module, shape: tuple[int, ...]) -> Hashable:
-    """What blocks that can be worked off together have in common, or None."""
-    if not has_joint_factors(block):
-        return None
-    return type(block), shape, block.joint_kind()  # type: ignore[operator]
+    """None: no blocks are processed together."""
+    return None
