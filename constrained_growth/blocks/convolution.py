@@ -72,6 +72,7 @@ class ResidualConv2d(nn.Module):
     """
 
     exact_after = exact_everywhere
+    _reduction = 1  # of the channels in between, by default
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class ResidualConv2d(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = positive_int("channels", channels, BlockError)
-        hidden = self._default_hidden(channels) if hidden is None else hidden
+        hidden = max(1, channels // self._reduction) if hidden is None else hidden
         self.hidden = positive_int("hidden", hidden, BlockError)
         self.kernel_size = _odd(kernel_size)
         self._pins_gamma = _pins_gamma(pinned, norm_layer)
@@ -114,10 +115,6 @@ class ResidualConv2d(nn.Module):
                 'nn.BatchNorm2d, or pinned="weight".'
             )
         zero_pins(self)
-
-    @staticmethod
-    def _default_hidden(channels: int) -> int:
-        return channels
 
     @staticmethod
     def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:
@@ -164,26 +161,17 @@ class ResidualBottleneck2d(ResidualConv2d):
     """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
 
     x ↦ x + N₃(K₃ ∗ σ(N₂(K₂ ∗ σ(N₁(K₁ ∗ x))))) with γ and β of N₃ pinned at zero, or K₃ and its
-    bias; otherwise like `ResidualConv2d`. The closed form without normalisation needs no extra
-    memory here, as K₃ sees single pixels.
+    bias. The closed form without normalisation needs no extra memory, as K₃ sees single pixels.
 
-    Args:
-        channels: Channels of the tensor at the site, its second dimension.
-        activation: σ, a module or an elementwise function.
+    Args and errors are those of `ResidualConv2d`, except
+
         hidden: Channels in between; a quarter of `channels` by default.
         kernel_size: k, odd, of the convolution in the middle.
-        norm_layer: As in `ResidualConv2d`.
-        pinned: "gamma" or "weight"; by default the first if there is a normalisation.
-        device: Device of the parameters.
-        dtype: Their dtype.
 
     Parameters:
         convs.0.weight (hidden, channels, 1, 1), convs.1.weight (hidden, hidden, k, k),
         convs.2.weight (channels, hidden, 1, 1), their biases where no normalisation follows,
         norms.0, norms.1 and norms.2: weight and bias.
-
-    Raises:
-        BlockError: An argument is invalid, or the normalisation has no weight and bias.
 
     Source:
         He et al., arXiv 1512.03385, figure 5.
@@ -194,9 +182,7 @@ class ResidualBottleneck2d(ResidualConv2d):
         ([(2, 8), (2, 2), (8, 2)], ('norms.2.weight', 'norms.2.bias'))
     """
 
-    @staticmethod
-    def _default_hidden(channels: int) -> int:
-        return max(1, channels // 4)
+    _reduction = 4
 
     @staticmethod
     def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:

@@ -110,22 +110,17 @@ class CopiedBlock(nn.Module):
 
 
 _CHECKPOINTING = "gradient_checkpointing"
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def _copied(module: nn.Module) -> nn.Module:
     """A trainable deep copy, without hooks, which belong to the original."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    hooks = (getattr(m, name) for m in module.modules() for name in _HOOKS)
-    memo: dict[int, Any] = {id(held): OrderedDict() for held in hooks}
+    attributes = (item for m in module.modules() for item in vars(m).items())
+    memo: dict[int, Any] = {
+        id(value): OrderedDict()
+        for name, value in attributes
+        if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
+    }
     copied = copy.deepcopy(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None

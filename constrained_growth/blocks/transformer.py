@@ -206,7 +206,3 @@ class GatedMLP(nn.Module):
             "activation": self.activation,
             "eps": self.norm.eps,
         }
-
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        return f"pinned={self.pinned}"

@@ -91,10 +91,11 @@ def check_with_cvxpy(
     _check_loss(extended, loss, pieces)
     _, *pins = variables = [cp.Variable(size) for size in extended.sizes]
     z = cp.hstack(variables)
-    terms = [
-        (weight / extended.total_weight) * loss(_expression(offset, matrix, z), target)
-        for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True)
-    ]
+    terms = []
+    for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True):
+        flat = offset.flatten().numpy() + matrix.numpy() @ z
+        output = cp.reshape(flat, tuple(offset.shape), order="C")
+        terms.append((weight / extended.total_weight) * loss(output, target))
     constraints: list[cp.Constraint] = [pin == 0 for pin in pins]
     objective = cp.sum(cp.hstack(terms))
     convex = cp.Problem(cp.Minimize(objective), constraints)
@@ -176,12 +177,6 @@ def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor
             guilty = alone or pairs
             return ", ".join(" times ".join(names[key] for key in group) for group in guilty)
     return ""
-
-
-def _expression(offset: Tensor, matrix: Tensor, z: cp.Expression) -> cp.Expression:
-    """y₀ + J z in the shape of y₀."""
-    flat = offset.flatten().numpy() + matrix.numpy() @ z
-    return cp.reshape(flat, tuple(offset.shape), order="C")
 
 
 def _squares(output: cp.Expression, target: Tensor) -> Scalar:
