@@ -33,7 +33,7 @@ class ResidualConv2d(nn.Module):
         pinned="weight":  K₂ = 0 and its bias = 0, and N₂ is left out: after it, a normalisation
                           would blow K₂ up to unit size as soon as it moves (λ is larger by 1/√ε).
 
-    Either way it is the identity in train and eval mode, whatever σ is, and no activation follows
+    Either way it is the identity in train and eval mode and for every σ, and no activation follows
     the sum. With BatchNorm, note two things. In train mode it mixes the samples of a batch, so
     single samples have no multipliers and the standard error comes from the spread over batches.
     In eval mode the running statistics of a block that has seen no data are 0 and 1: λ_γ is then

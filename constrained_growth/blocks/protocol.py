@@ -1,4 +1,4 @@
-"""What the library asks of a block: its pins, its closed form, whether it is the identity."""
+"""The pins of a block, its closed form, and whether it is the identity."""
 
 from __future__ import annotations
 

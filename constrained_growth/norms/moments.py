@@ -49,7 +49,7 @@ class SecondMoments:
         """The second moments of given samples.
 
         Args:
-            features: φ, shape (samples, ..., in), without the 1 that stands for the bias.
+            features: φ, shape (samples, ..., in), without the 1 for the bias.
             cotangents: ψ of the loss of each sample, shape (samples, ..., out).
             bias: Name of the pinned bias, or None.
 

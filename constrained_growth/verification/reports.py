@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from constrained_growth._sites.collector import watching
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
@@ -132,18 +131,15 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
     """
     multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
     extended = ExtendedProblem(problem)
-    moves = [0.0]
-
-    def see(_: str, x: object, y: object) -> None:
-        assert isinstance(x, Tensor)
-        assert isinstance(y, Tensor)
-        moves.append((y - x).abs().max().item())
-
-    with watching(dict(extended.network.blocks.named_children()), see):
-        _, gradient = extended.loss_and_gradient(extended.zero.numpy())
+    changes = [0.0]
+    for block in extended.network.blocks:
+        block.register_forward_hook(
+            lambda _, args, y: changes.append((y - args[0]).abs().max().item())
+        )
+    _, gradient = extended.loss_and_gradient(extended.zero.numpy())
     grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
     return KKTResiduals(
-        primal=max(moves),
+        primal=max(changes),
         dual=norm_of(grad_v + torch.cat(multipliers).to(grad_v)),
         stationarity=norm_of(grad_theta),
     )

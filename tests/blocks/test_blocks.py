@@ -276,9 +276,7 @@ def test_dead_or_moving_blocks_are_refused(make: Callable[[], object], words: li
         (lambda: ResidualMLP(2, 3, torch.tanh, inner_init=float("nan")), ["inner_init=nan"]),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(
-    make: Callable[[], object], words: list[str]
-) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], words: list[str]) -> None:
     with refused(cg.BlockError, *words):
         make()
 

@@ -170,7 +170,7 @@ def _product(psi: Tensor, phi: Tensor) -> Tensor:
 
 
 def standard_error(model: nn.Module, data: list[Any], one: cg.Candidate) -> float:
-    """√tr Cov(λ) from the gradient of every sample by itself."""
+    """√tr Cov(λ) from the gradient of each sample."""
     rows = [
         torch.cat([t.flatten() for t in autograd_multipliers(model, [single], one).values()])
         for x, y in data
@@ -192,7 +192,7 @@ def test_standard_errors_are_those_of_single_samples(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", NORMED)
 def test_with_normalisation_there_is_no_closed_form(kind: str) -> None:
-    """BatchNorm mixes the samples of a batch, so that they have no multipliers of their own."""
+    """BatchNorm mixes the samples of a batch, so a single sample has no multiplier."""
     assert not has_factors(NORMED[kind]())
 
 
@@ -217,7 +217,7 @@ def test_inserted_recorded_and_replayed(kind: str) -> None:
             parameter.add_(torch.randn_like(parameter))
     record = cg.GrowthRecord.from_json(record.to_json())
     fresh, own = images(after=activation_of(kind)), {}
-    if kind == "GroupNorm":  # made by a function of the user's own
+    if kind == "GroupNorm":  # made by a user's function
         with refused(cg.RecordError, "ResidualConv2d", "blocks="):
             cg.replay(fresh, record)
         own = {"1": ALL[kind]()}
@@ -320,9 +320,7 @@ def test_dtype_is_the_one_asked_for(make: Callable[..., nn.Module], dtype: torch
         (lambda: ResidualBottleneck2d(4, nn.Softmax(-1)), ["Softmax", "elementwise"]),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(
-    make: Callable[[], object], words: list[str]
-) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], words: list[str]) -> None:
     with refused(cg.BlockError, *words):
         make()
 

@@ -54,7 +54,7 @@ class Skip(nn.Module):
 
 
 def ragged(x: Tensor, y: Tensor) -> Batches:
-    """Three batches of unlike size."""
+    """Three batches of different sizes."""
     cuts = (len(x) // 2, len(x) - 3)
     return list(zip(x.tensor_split(cuts), y.tensor_split(cuts), strict=True))
 
@@ -90,7 +90,7 @@ def convex_problem(
 
 
 def near_teacher(net: nn.Module, x: Tensor, noise: float) -> tuple[nn.Module, Tensor]:
-    """The net a little off, and the noisy outputs of the net as it was: a minimum is nearby."""
+    """The perturbed net, and noisy outputs of the original one: a minimum is nearby."""
     net.to(F64)
     with torch.no_grad():
         y = net(x)
@@ -183,7 +183,7 @@ def test_linear_tail():
         check_with_cvxpy(cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, places))
 
 
-def test_convex_tail_by_a_form_of_ones_own():
+def test_a_users_form_of_a_loss():
     """Huber's loss: convex, piecewise, and unknown to the module."""
 
     def huber(output: cp.Expression, target: Tensor) -> cp.Expression | float:
@@ -432,7 +432,7 @@ def test_inputs_of_other_forms_and_values_changed_in_place():
         check_with_cvxpy(problem)
 
 
-# --- left as it was, and printed --------------------------------------------------------------
+# --- left unchanged, and printed ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("check", [check_with_cvxpy, check_with_scipy])
