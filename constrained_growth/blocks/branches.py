@@ -69,11 +69,13 @@ def _branch_ends(
     module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, before: Mapping[str, Tensor]
 ) -> tuple[tuple[str, ...], bool]:
     kind = f"module={type(module).__name__}"
-    graph = _Graph(x, run(x))
     names = {id(parameter): name for name, parameter in module.named_parameters()}
+    graph = _Graph(x, run(x))
     branches = [[names[id(p)] for p in branch] for branch in graph.branches()]
+    on_trunk = tuple(names[id(p)] for p in graph.on_trunk())
+    exact = graph.is_exact()
+    del graph  # and with it the activations of the call
     if not branches:
-        on_trunk = tuple(names[id(p)] for p in graph.on_trunk())
         reason = (
             f"its parameters {on_trunk} act on its whole output, as in a post-norm block, which "
             "normalises the sum"
@@ -112,7 +114,7 @@ def _branch_ends(
             parameter.copy_(torch.zeros_like(parameter) if is_needed else before[name])
         if is_needed:
             needed.append(name)
-    return tuple(needed), graph.is_exact()
+    return tuple(needed), exact
 
 
 def _is_identity(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
@@ -128,8 +130,8 @@ def _example(
     """A call that keeps the shape of its x, the given one or the first that works; and x."""
     problem = "it has no parameters"
     options = tree_map_only(Tensor, Tensor.detach, dict(kwargs))
-    inputs = [(x,) for x in _usual_inputs(module)] if args is None else [args]
-    for first, *rest in tree_map_only(Tensor, Tensor.detach, inputs):
+    for given in ((x,) for x in _usual_inputs(module)) if args is None else [args]:
+        first, *rest = tree_map_only(Tensor, Tensor.detach, tuple(given))
         if not isinstance(first, Tensor) or not first.is_floating_point():
             raise BlockError(f"args: the first is {first!r:.80}, not the tensor x of a call.")
 
