@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +14,7 @@ from tqdm import tqdm
 
 import constrained_growth as cg
 from constrained_growth.experiments.data import Split, digits, two_spirals
+from constrained_growth.experiments.tables import to_json
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -29,12 +28,12 @@ class Setting:
     Attributes:
         hidden: Widths of the hidden ReLU layers.
         learning_rate: Of `torch.optim.SGD`, the same before and after the insertion.
-        momentum: Of the same; the insertion keeps it for the layers that are there.
+        momentum: Likewise; the insertion keeps it for the old layers.
         he_init: Initial weights after He et al. (2015), biases zero; or PyTorch's defaults.
         window: The plateau is reached when the best loss of the last `window` epochs is not
             better than the best before them …
         tolerance: … by more than this fraction of it.
-        max_epochs: Stop there, plateau or not.
+        max_epochs: Training stops there, plateau or not.
         epochs_after: Epochs after the insertion, for both networks.
     """
 
@@ -54,10 +53,9 @@ SETTINGS = {
 }
 """The spirals are trained as in the source's Exp9, up to a plateau.
 
-For the digits the curves of the network that is kept decided, on eight seeds: so narrow that the
-loss flattens out above 0, steps so short that it falls without jumps, weights that leave no layer
-dead. A first choice (learning rate 0.05, no momentum, PyTorch's initial weights) was given up
-after one full run: the loss of the kept network had jumps, and that of the grown one a large one.
+The setting for the digits was chosen on eight seeds by the curves of the kept network: narrow
+enough for the loss to flatten out above 0, steps short enough for it to fall without jumps, and
+initial weights that leave no layer dead (learning rate 0.05 without momentum had large jumps).
 """
 
 RULE = cg.Threshold(relative=1.0, max_insertions=1)
@@ -65,16 +63,10 @@ RULE = cg.Threshold(relative=1.0, max_insertions=1)
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate in the table.
+    """One candidate in the table: see `constrained_growth.Sensitivity`.
 
-    Attributes:
-        name: Of the candidate.
-        site: Qualified name of the module after which it would stand.
-        sensitivity: ‖λ‖_F, in nats per unit of the pinned parameters.
-        standard_error: Of the sensitivity; None where it cannot be known.
-        baseline: Mean over the layers of the network of the norm of their gradients.
-        pinned: Number of pinned parameters.
-        added: Number of parameters the network would gain.
+    `added` counts the parameters that the network would gain, `pinned` the pinned ones among them;
+    `standard_error` is None where it is not known.
     """
 
     name: str
@@ -88,7 +80,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Score:
-    """A network at one moment: loss on the training data (nats), share of the test data right."""
+    """A network at one moment: training loss in nats, test accuracy, number of parameters."""
 
     train_loss: float
     test_accuracy: float
@@ -97,7 +89,7 @@ class Score:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demonstration found; `to_json` writes all of it.
+    """What a demonstration found.
 
     Attributes:
         data: Name of the data set.
@@ -108,15 +100,12 @@ class DemoResult:
         stationarity: ‖∇_θ L‖ there.
         status: Name of the solution's status.
         candidates: The table, in order of depth.
-        chosen: Names of the inserted candidates, maybe none.
+        chosen: Names of the inserted candidates, possibly none.
         reason: Of the decision.
-        kept_at_insertion: The network as it was.
-        grown_at_insertion: The same with the new layer.
-        kept_at_end: The network as it was, trained on.
-        grown_at_end: The grown network, trained on alike.
+        kept_at_insertion, grown_at_insertion: The network as it was, and with the new layer.
+        kept_at_end, grown_at_end: Both after the same further training.
         losses_before: Training loss after 0, 1, … epochs up to the insertion.
-        losses_kept: The same from the insertion on, without the new layer.
-        losses_grown: And with it.
+        losses_kept, losses_grown: The same from the insertion on, without and with the new layer.
     """
 
     data: str
@@ -139,12 +128,12 @@ class DemoResult:
 
     def to_json(self) -> str:
         """The result as JSON text, numbers that are not finite as null."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
+        return to_json(asdict(self), indent=2)
 
 
 @dataclass(frozen=True)
 class Question:
-    """The moment between solving and inserting, for whoever watches."""
+    """The moment between solving and inserting."""
 
     plateau_reached: bool
     epochs: int
@@ -165,20 +154,17 @@ def run_demo(
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
     The candidates are an identity layer and a residual block after each ReLU. The network as it
-    was trains on beside the grown one, with the same optimizer and for as many epochs.
+    was trains on beside the grown one, with the same optimizer and for the same number of epochs.
 
     Args:
         data: "digits" or "spirals".
         seed: Of everything random. The random state of the caller is left alone.
-        rule: What decides. By default the largest sensitivity is inserted if it exceeds the mean
-            gradient norm of the layers that are there.
-        max_epochs: Instead of the setting's.
-        epochs_after: Instead of the setting's.
+        rule: By default the largest sensitivity is inserted if it exceeds the mean gradient norm
+            of the layers in place.
+        max_epochs: Replaces the setting's.
+        epochs_after: Replaces the setting's.
         dtype: Of data and parameters.
         on_solved: Called with the solution before anything is inserted.
-
-    Returns:
-        The result, pure data.
 
     Raises:
         DataError: There are no data of that name.
@@ -202,7 +188,7 @@ def run_demo(
         return on_plateau(losses, setting.window, setting.tolerance)
 
     before = _train(kept, kept_optimizer, split, limit, "to the plateau", enough)
-    reached = enough(before[:-1])  # what was asked last
+    reached = enough(before[:-1])  # the last answer of the loop
     problem = cg.GrowthProblem(kept, LOSS, [(split.x_train, split.y_train)], candidates)
     solution = cg.solve(problem, rule=rule)
     rows = tuple(_row(name, s) for name, s in solution.sensitivities.items())
@@ -289,7 +275,7 @@ def _train(
     name: str,
     stop: Callable[[Sequence[float]], bool] = lambda losses: False,
 ) -> tuple[float, ...]:
-    """Training losses after 0, 1, … epochs; `stop` is asked before each whether that is enough."""
+    """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
     losses: list[float] = []
     with tqdm(total=epochs, desc=name, unit=" epochs", leave=False, disable=None) as bar:
         while len(losses) < epochs and not stop(losses):
@@ -313,12 +299,3 @@ def _row(name: str, found: cg.Sensitivity) -> Row:
         pinned=found.num_parameters,
         added=found.num_new_parameters,
     )
-
-
-def _finite(value: Any) -> Any:
-    """The same data with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -6,13 +6,6 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
-from typer.testing import CliRunner
-
-from constrained_growth._multipliers.uses import block_multipliers
-from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.speed import benchmarks
-from constrained_growth.experiments.speed import report as benchmark_report
 from constrained_growth.experiments.speed.benchmarks import (
     COLUMNS,
     FULL,
@@ -25,6 +18,13 @@ from constrained_growth.experiments.speed.benchmarks import (
     disagreement,
     run_multipliers,
 )
+from rich.console import Console
+from typer.testing import CliRunner
+
+from constrained_growth._multipliers.uses import block_multipliers
+from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.speed import benchmarks
+from constrained_growth.experiments.speed import report as benchmark_report
 from constrained_growth.experiments.speed.networks import (
     NewPointwiseConvolution,
     convolutional,

@@ -9,17 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import refused
-from scipy import stats
-from torch import nn
-from typer.testing import CliRunner
-
-import constrained_growth as cg
-from constrained_growth.blocks import IdentityLinear, ResidualLinear
-from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decisions import command, study
-from constrained_growth.experiments.decisions import tasks as suite
-from constrained_growth.experiments.decisions.outcomes import MORE, continued, key, outcomes
 from constrained_growth.experiments.decisions.rules import (
     ARMS,
     Arm,
@@ -35,6 +24,17 @@ from constrained_growth.experiments.decisions.statistics import (
     signal,
     yardstick,
 )
+from helpers import refused
+from scipy import stats
+from torch import nn
+from typer.testing import CliRunner
+
+import constrained_growth as cg
+from constrained_growth.blocks import IdentityLinear, ResidualLinear
+from constrained_growth.experiments.commands import app
+from constrained_growth.experiments.decisions import command, study
+from constrained_growth.experiments.decisions import tasks as suite
+from constrained_growth.experiments.decisions.outcomes import MORE, continued, key, outcomes
 from constrained_growth.experiments.decisions.study import Plan, run_decisions
 from constrained_growth.experiments.decisions.tasks import (
     SUITE,

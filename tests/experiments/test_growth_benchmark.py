@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from constrained_growth.experiments.growth.statistics import first_at_most, saving, smoothed
+from constrained_growth.experiments.growth.step_policies import OLD, ORIGIN, Policy, Stepper
+from constrained_growth.experiments.growth.text import python_help, random_windows, windows
 from torch import nn
 from typer.testing import CliRunner
 
@@ -27,10 +30,7 @@ from constrained_growth.experiments.growth import steps as step_study
 from constrained_growth.experiments.growth.benchmark import Plan, run_growth
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.runs import ARMS, run
-from constrained_growth.experiments.growth.statistics import first_at_most, saving, smoothed
-from constrained_growth.experiments.growth.step_policies import OLD, ORIGIN, Policy, Stepper
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask, ResidualConv1d
-from constrained_growth.experiments.growth.text import python_help, random_windows, windows
 from constrained_growth.testing import check_block
 from constrained_growth.training import steps
 

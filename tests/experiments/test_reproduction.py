@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from constrained_growth.experiments.mnist import mnist
+from constrained_growth.experiments.reproduction.account import account
+from constrained_growth.experiments.reproduction.command import FamilyName
 from helpers import refused
 from rich.console import Console
 from scipy import stats
@@ -23,11 +26,8 @@ from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.ensembles.growth import new_layer
 from constrained_growth.experiments.ensembles.networks import ensemble, samples
 from constrained_growth.experiments.ensembles.training import Shuffle
-from constrained_growth.experiments.mnist import mnist
 from constrained_growth.experiments.reproduction import command, referee, report
 from constrained_growth.experiments.reproduction import reproduce as reproduction
-from constrained_growth.experiments.reproduction.account import account
-from constrained_growth.experiments.reproduction.command import FamilyName
 from constrained_growth.experiments.reproduction.protocols import (
     EXPERIMENTS,
     FAMILIES,

@@ -8,6 +8,12 @@ import random
 import numpy as np
 import pytest
 import torch
+from constrained_growth.experiments.speed.sampling import (
+    Case,
+    Reading,
+    SamplingBenchmark,
+    run_sampling,
+)
 from helpers import assert_same
 from rich.console import Console
 from typer.testing import CliRunner
@@ -15,12 +21,6 @@ from typer.testing import CliRunner
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import digits, mnist1d, two_spirals
 from constrained_growth.experiments.speed import sampling
-from constrained_growth.experiments.speed.sampling import (
-    Case,
-    Reading,
-    SamplingBenchmark,
-    run_sampling,
-)
 from constrained_growth.experiments.timing import one_thread
 
 SEEDS = 3

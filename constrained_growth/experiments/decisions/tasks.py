@@ -1,4 +1,4 @@
-"""The suite on which decisions are judged: networks trained to the moment of an insertion."""
+"""The suite on which decisions are judged: networks trained up to the moment of insertion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
-from constrained_growth.experiments.data import digits, mnist1d, two_spirals
+from constrained_growth.experiments.data import Split, digits, mnist1d, two_spirals
 from constrained_growth.experiments.ensembles.networks import (
     Ensemble,
     Loss,
@@ -28,21 +28,20 @@ Data = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """Networks of one kind, each on data of its own, and how they are trained.
+    """Networks of one kind, each on its own data, and how they are trained.
 
     Attributes:
         name: In tables and files.
         about: One line for the reader.
         begin: Seed → network and data before the first step, and the site (number of the hidden
-            stage after which it is) where a layer is known to be missing, or None.
+            stage before it) where a layer is known to be missing, or None.
         block: Width of a site → the layer that could be inserted there.
         optimizer: The same before and after.
         batch: Samples in a batch.
-        before: Epochs to the moment of insertion.
-        after: Epochs after it.
+        before, after: Epochs before and after the insertion.
+        half: 0 or 1: constants chosen on one half of the suite are judged on the other.
         loss: What is minimised, for an ensemble.
         loss_fn: The same for a plain network.
-        half: 0 or 1: constants chosen on one half of the suite are judged on the other.
     """
 
     name: str
@@ -66,9 +65,8 @@ class Moment:
         task: The task.
         trained: The networks, one replica each.
         data: Of each.
-        models: The same networks as plain modules.
-        plain: The same data as plain tensors.
-        blocks: For each network, the layer that could stand at each of its sites.
+        models, plain: The same networks as plain modules, the same data as plain tensors.
+        blocks: For each network, the layer that could be inserted at each of its sites.
         planted: For each network, the site where a layer is missing, or None.
         seeds: Of the networks.
     """
@@ -86,13 +84,9 @@ class Moment:
 def at_the_moment(
     task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
 ) -> Moment:
-    """Make the networks of a task, one for each seed, and train them to the moment of insertion.
+    """Make the networks of a task, one for each seed, and train them up to the insertion.
 
-    Args:
-        task: The task.
-        seeds: Of the networks: data, initial values, order of the samples, free parameters of the
-            layers.
-        on_epoch: Called after every epoch.
+    A seed determines data, initial values, order of the samples, and free parameters of the layers.
     """
     models, xs, ys, planted, blocks = [], [], [], [], []
     for seed in seeds:
@@ -163,30 +157,26 @@ def _tanh_block(width: int) -> nn.Module:
     return ResidualMLP(width, width, nn.Tanh())
 
 
-def _spirals(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+def _classifier(
+    make: Callable[[int], Split], *hidden: int
+) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+    """A ReLU network with these hidden widths on a data set."""
+
     def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
-        split = two_spirals(seed)
-        return feedforward((2, *hidden, 2)), (split.x_train, split.y_train), None
+        split = make(seed)
+        model = feedforward((split.num_features, *hidden, split.num_classes))
+        return model, (split.x_train, split.y_train), None
 
     return begin
 
 
-def _digits(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
-    def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
-        split = digits(seed)
-        return feedforward((64, *hidden, 10)), (split.x_train, split.y_train), None
-
-    return begin
+def _mnist1d(seed: int) -> Split:
+    return mnist1d(seed, num_samples=2000)
 
 
 def _mnist1d_residual(seed: int) -> tuple[nn.Sequential, Data, None]:
-    split = mnist1d(seed, num_samples=2000)
+    split = _mnist1d(seed)
     return residual(40, 8, 3, 10), (split.x_train, split.y_train), None
-
-
-def _mnist1d_bottleneck(seed: int) -> tuple[nn.Sequential, Data, None]:
-    split = mnist1d(seed, num_samples=2000)
-    return feedforward((40, 16, 4, 16, 4, 10)), (split.x_train, split.y_train), None
 
 
 def _friedman(seed: int) -> tuple[nn.Sequential, Data, None]:
@@ -222,7 +212,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "spirals-4x2",
         "two spirals, ReLU [4, 4], SGD, far from stationary",
-        _spirals(4, 4),
+        _classifier(two_spirals, 4, 4),
         _relu_layer,
         SGD(0.2),
         batch=225,
@@ -233,7 +223,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "spirals-6x4",
         "two spirals, ReLU [6] × 4, SGD, far from stationary",
-        _spirals(6, 6, 6, 6),
+        _classifier(two_spirals, 6, 6, 6, 6),
         _relu_layer,
         SGD(0.1),
         batch=225,
@@ -244,7 +234,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "spirals-4x4-adam",
         "two spirals, ReLU [4] × 4, Adam, nearly stationary",
-        _spirals(4, 4, 4, 4),
+        _classifier(two_spirals, 4, 4, 4, 4),
         _relu_layer,
         Adam(0.005),
         batch=225,
@@ -255,7 +245,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "digits-8x5",
         "digits, ReLU [8] × 5, SGD with momentum",
-        _digits(8, 8, 8, 8, 8),
+        _classifier(digits, 8, 8, 8, 8, 8),
         _relu_layer,
         SGD(0.02, 0.9),
         batch=128,
@@ -266,7 +256,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "digits-8x5-adam",
         "digits, ReLU [8] × 5, Adam",
-        _digits(8, 8, 8, 8, 8),
+        _classifier(digits, 8, 8, 8, 8, 8),
         _relu_layer,
         Adam(0.002),
         batch=128,
@@ -288,7 +278,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "mnist1d-bottleneck",
         "MNIST-1D, ReLU [16, 4, 16, 4], Adam",
-        _mnist1d_bottleneck,
+        _classifier(_mnist1d, 16, 4, 16, 4),
         _relu_layer,
         Adam(0.005),
         batch=200,

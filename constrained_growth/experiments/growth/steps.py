@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from joblib import Parallel, delayed
-from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from tqdm import tqdm
 
-from constrained_growth.experiments.decisions.statistics import Estimate, mean_difference
 from constrained_growth.experiments.decisions.tasks import SUITE, Moment, Task, at_the_moment
 from constrained_growth.experiments.ensembles.growth import (
     frobenius,
@@ -22,32 +24,94 @@ from constrained_growth.experiments.ensembles.growth import (
     new_layer,
 )
 from constrained_growth.experiments.ensembles.networks import Ensemble, Samples, mean_loss
-from constrained_growth.experiments.ensembles.training import Shuffle, train
-from constrained_growth.experiments.growth.step_policies import (
-    OLD,
-    ORIGIN,
-    POLICIES,
-    Policy,
-    Stepper,
-    searched,
-)
-from constrained_growth.experiments.timing import Machine, one_thread
-
-Array = NDArray[np.float64]
+from constrained_growth.experiments.ensembles.training import Optimizer, Shuffle, train
+from constrained_growth.experiments.statistics import LEVEL, Array, mean_difference
+from constrained_growth.experiments.tables import interval, titled
+from constrained_growth.experiments.timing import described, machine, one_thread
 
 WATCHED = 20
-"""The loss is watched for a jump for so many steps."""
+"""The loss is watched for a jump during this many steps."""
+
+OLD = "old"
+"""Memory that is 1 for the parameters from before an insertion, and 0 for new ones."""
+
+ORIGIN = "origin"
+"""Memory of where every parameter was at the insertion."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a network is trained on after an insertion.
+
+    Attributes:
+        name: In tables and files.
+        about: One line for the reader.
+        share: Steps since the insertion, from 0 → share of its step that a new parameter makes.
+        decay: Weight decay of all parameters, decoupled: its product with the learning rate and
+            the number of steps that follow.
+        anchored: Whether new parameters decay towards their initial values, not towards zero.
+        against: Name of the policy that it is compared with.
+    """
+
+    name: str
+    about: str
+    share: Callable[[int], float] = lambda step: 1.0
+    decay: float = 0.0
+    anchored: bool = False
+    against: str = "same"
+
+
+POLICIES = (
+    Policy("same", "new layers like their neighbours"),
+    Policy("new × 0.3", "learning rate of the new layer", lambda step: 0.3),
+    Policy("new × 3", "learning rate of the new layer", lambda step: 3.0),
+    Policy("warm-up 20", "of the new layer, over 20 steps", lambda step: min(1.0, (step + 1) / 21)),
+    Policy("decay to 0", "weight decay 0.5 / (learning rate · steps)", decay=0.5),
+    Policy(
+        "decay to identity",
+        "the same, in the new layer towards its initial values",
+        decay=0.5,
+        anchored=True,
+        against="decay to 0",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """An optimizer of an ensemble with a policy for the new parameters.
+
+    Attributes:
+        base: The optimizer.
+        policy: The policy.
+        steps: How many steps follow, for the weight decay.
+        watch: Called with the parameters after each step.
+        made: A list that gains one entry with each step.
+    """
+
+    base: Optimizer
+    policy: Policy
+    steps: int
+    watch: Callable[[Tensor], object]
+    made: list[object]
+
+    def step(
+        self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
+    ) -> None:
+        """One step."""
+        before, policy = parameters.clone(), self.policy
+        self.base.step(parameters, gradient, memory, running)
+        old = memory[OLD]
+        share = old + (1 - old) * policy.share(len(self.made))
+        anchor = (1 - old) * memory[ORIGIN] if policy.anchored else torch.zeros_like(before)
+        parameters.sub_(before).mul_(share).add_(before)
+        parameters.sub_(policy.decay / self.steps * (before - anchor) * running)
+        self.made.append(self.watch(parameters))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run.
-
-    Attributes:
-        tasks: Networks at the moment of an insertion, and how they are trained.
-        networks: How many of each.
-        workers: Processes, one thread each.
-    """
+    """How much is run: which tasks, how many networks of each, processes of one thread each."""
 
     tasks: Sequence[Task]
     networks: int
@@ -77,121 +141,49 @@ QUICK = Plan(
 )
 
 
-@dataclass(frozen=True)
-class Followed:
-    """What became of the networks of a task under a policy.
-
-    Attributes:
-        final: Training loss, the mean over the last tenth of the epochs, shape (networks,).
-        jump: By how much the loss on all training data was above that at the insertion at most,
-            in the first steps, relative to it; 0 where it was not; shape (networks,).
-    """
-
-    final: Array
-    jump: Array
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A policy against another one on the same networks.
-
-    Attributes:
-        final: Mean final loss.
-        final_difference: To the other policy, relative to its mean final loss.
-        jump: Mean jump.
-        jump_difference: To the other policy.
-    """
-
-    final: float
-    final_difference: Estimate
-    jump: float
-    jump_difference: Estimate
-
-
-@dataclass(frozen=True)
-class StepBenchmark:
-    """All that `bench steps` found.
-
-    Attributes:
-        machine: Where.
-        seed: The networks are numbers seed · networks, … of an endless row.
-        plan: How much was run.
-        followed: Task → policy → what became of the networks.
-        verdicts: Task → policy → how it compares.
-    """
-
-    machine: Machine
-    seed: int
-    plan: Plan
-    followed: Mapping[str, Mapping[str, Followed]]
-    verdicts: Mapping[str, Mapping[str, Verdict]]
-
-
-def run_steps(
-    plan: Plan,
-    seed: int = 0,
-    *,
-    policies: Sequence[Policy] = POLICIES,
-    progress: bool | None = None,
-) -> StepBenchmark:
+def run(
+    plan: Plan, seed: int = 0, *, cache: Path | None = None, progress: bool | None = None
+) -> dict[str, Any]:
     """Insert a layer where the multipliers are largest, and train on with every policy.
 
     Args:
         plan: How much.
         seed: Other seeds have other networks.
-        policies: Those to compare, and those that they are compared with.
+        cache: Not used.
         progress: Show bars; None (default) only on a terminal.
+
+    Returns:
+        The numbers that `--json` writes. For each task and policy: "finals", the mean training
+        loss over the last tenth of the epochs, and "jumps", the highest loss on all training data
+        in the first steps minus that at the insertion, relative to it (0 if it never is above),
+        of each network; their means; and the differences to another policy on the same networks.
     """
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
-    jobs = [
-        delayed(follow)(task, seeds, policies, progress, line)
-        for line, task in enumerate(plan.tasks)
-    ]
+    jobs = [delayed(_follow)(task, seeds, progress, line) for line, task in enumerate(plan.tasks)]
     with one_thread():
         found: Any = Parallel(n_jobs=min(plan.workers, len(jobs)))(jobs)
-        machine = Machine.here()
-    followed = {task.name: each for task, each in zip(plan.tasks, found, strict=True)}
-    verdicts = {
-        task: {p.name: verdict(each[p.name], each[p.against]) for p in policies if p.name in each}
-        for task, each in followed.items()
+        here = machine()
+    return {
+        "tasks": {
+            task.name: {p.name: _compared(*each[p.name], *each[p.against]) for p in POLICIES}
+            for task, each in zip(plan.tasks, found, strict=True)
+        },
+        "about": {task.name: task.about for task in plan.tasks},
+        "machine": here,
+        "seed": seed,
+        "networks": plan.networks,
     }
-    return StepBenchmark(machine, seed, plan, followed, verdicts)
-
-
-def follow(
-    task: Task,
-    seeds: Sequence[int],
-    policies: Sequence[Policy],
-    progress: bool | None = None,
-    line: int = 0,
-) -> dict[str, Followed]:
-    """What becomes of the networks of a task, policy by policy.
-
-    Args:
-        task: The task.
-        seeds: Of the networks.
-        policies: The policies; those that make no difference with its optimizer are left out.
-        progress: As for `run_steps`.
-        line: Where the bar is on the screen.
-    """
-    quiet = None if progress is None else not progress
-    used = [policy for policy in policies if policy.matters(task.optimizer)]
-    with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=quiet) as bar:
-        moment = at_the_moment(task, seeds, bar.update)
-        parts = grown(moment)
-        return {policy.name: _followed(moment, parts, policy, bar.update) for policy in used}
 
 
 def grown(moment: Moment) -> list[tuple[list[int], Ensemble]]:
-    """Every network with a layer at its largest multiplier; networks of one site together.
+    """Every network with a layer at its largest multiplier; networks with the same site together.
 
     Their memory says which parameters are old, and where all of them were.
 
     Returns:
         Numbers of the networks, and these networks.
     """
-    sites = _largest(moment)
-    found = []
+    sites, found = _largest(moment), []
     for site in sorted(set(sites)):
         mine = [i for i, other in enumerate(sites) if other == site]
         begun = moment.trained.take(mine)
@@ -203,15 +195,27 @@ def grown(moment: Moment) -> list[tuple[list[int], Ensemble]]:
     return found
 
 
-def verdict(followed: Followed, other: Followed) -> Verdict:
-    """How a policy compares with another one on the same networks."""
-    scale = float(other.final.mean())
-    return Verdict(
-        float(followed.final.mean()),
-        mean_difference(followed.final / scale, other.final / scale, 0),
-        float(followed.jump.mean()),
-        mean_difference(followed.jump, other.jump, 0),
-    )
+def _follow(
+    task: Task, seeds: Sequence[int], progress: bool | None, line: int
+) -> dict[str, tuple[Array, Array]]:
+    """Final losses and jumps of the networks of a task, policy by policy."""
+    quiet = None if progress is None else not progress
+    with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=quiet) as bar:
+        moment = at_the_moment(task, seeds, bar.update)
+        parts = grown(moment)
+        return {policy.name: _followed(moment, parts, policy, bar.update) for policy in POLICIES}
+
+
+def _compared(final: Array, jump: Array, other_final: Array, other_jump: Array) -> dict[str, Any]:
+    scale = float(other_final.mean())
+    return {
+        "final": float(final.mean()),
+        "final_difference": asdict(mean_difference(final / scale, other_final / scale)),
+        "jump": float(jump.mean()),
+        "jump_difference": asdict(mean_difference(jump, other_jump)),
+        "finals": final.tolist(),
+        "jumps": jump.tolist(),
+    }
 
 
 def _largest(moment: Moment) -> list[int]:
@@ -229,14 +233,13 @@ def _followed(
     parts: Sequence[tuple[list[int], Ensemble]],
     policy: Policy,
     on_epoch: Callable[[], object],
-) -> Followed:
+) -> tuple[Array, Array]:
     task, count = moment.task, len(moment.models)
     final, jump = np.empty(count), np.empty(count)
     for mine, begun in parts:
         data = Samples(moment.data.x[mine], moment.data.y[mine])
         start = mean_loss(begun, data, task.loss)
         seen = [start]
-        begun = replace(begun, memory=policy.begin(begun.memory))
 
         def watch(parameters: Tensor, data=data, begun=begun, seen=seen) -> None:
             if len(seen) <= WATCHED:
@@ -244,16 +247,11 @@ def _followed(
                 seen.append(mean_loss(now, data, task.loss))
 
         per_epoch = -(-data.x.shape[2] // task.batch)
-        stepper = Stepper(task.optimizer, policy, task.after * per_epoch, watch, [])
-        if policy.searched:
-            begun = searched(begun, data, stepper, policy.searched, task.loss)
-            del seen[1:]  # the whole steps, which were not taken
-            seen.append(mean_loss(begun, data, task.loss))
         _, history = train(
             begun,
             data,
             task.after,
-            stepper,
+            Stepper(task.optimizer, policy, task.after * per_epoch, watch, []),
             loss=task.loss,
             batch=task.batch,
             order=Shuffle([2_000_000 + moment.seeds[i] for i in mine]),
@@ -262,4 +260,43 @@ def _followed(
         final[mine] = history.loss[-max(1, task.after // 10) :].double().mean(0).numpy()
         highest = torch.stack(seen).amax(0)
         jump[mine] = ((highest - start) / start).double().numpy()
-    return Followed(final, jump)
+    return final, jump
+
+
+def tables(found: Mapping[str, Any]) -> RenderableType:
+    """The machine, how to read it, a table for each task, and what the policies are."""
+    return Group(
+        Text(
+            f"{described(found['machine'])}; seed {found['seed']}. {found['networks']} networks of "
+            "each task.\n"
+        ),
+        Text(
+            "All policies start from the same networks with the same new layer, on the same "
+            "batches. Final loss: training loss over the last tenth of the epochs, and its "
+            "difference to that of another policy, in percent of it. Jump: the highest loss on all "
+            f"training data in the first {WATCHED} steps minus that at the insertion, in percent "
+            f"of it. In brackets {LEVEL:.0%} bootstrap intervals of the paired differences; * "
+            "where they exclude zero.\n"
+        ),
+        *(_table(task, found) for task in found["tasks"]),
+        *(Text(f"{p.name}: {p.about}; compared with “{p.against}”.") for p in POLICIES),
+    )
+
+
+def _table(task: str, found: Mapping[str, Any]) -> Table:
+    headings = "final loss", "difference", "jump", "difference"
+    table = titled(f"{task}: {found['about'][task]}", "policy", *headings)
+    for name, row in found["tasks"][task].items():
+        table.add_row(
+            name,
+            f"{row['final']:.4g}",
+            _percent(**row["final_difference"]),
+            f"{100 * row['jump']:.1f} %",
+            _percent(**row["jump_difference"]),
+        )
+    return table
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    clear = low > 0 or high < 0
+    return interval(100 * value, 100 * low, 100 * high, "+.1f") + ("*" if clear else " ")

@@ -10,10 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import constrained_growth as cg
 from constrained_growth.blocks import AffineFactors, ResidualConv2d, TransformerBlock
-from constrained_growth.candidates.candidate import Candidate
-from constrained_growth.experiments.data import Split, digits, mnist1d
-from constrained_growth.experiments.growth.text import python_help, random_windows, windows
+from constrained_growth.experiments.data import (
+    Split,
+    digits,
+    mnist1d,
+    python_help,
+    random_windows,
+    windows,
+)
 
 Batch = tuple[Tensor, Tensor]
 
@@ -23,9 +29,9 @@ class Material:
     """What one run of a task learns from.
 
     Attributes:
-        stream: Seed → batches without end.
+        stream: Seed → an endless stream of batches.
         deciding: Batches that decide where to grow, a part of the training data.
-        looking: Training data on which the loss is watched.
+        looking: Training data on which the loss is measured.
         held_out: Data that are not trained on.
     """
 
@@ -45,13 +51,13 @@ class GrowthTask:
         material: Seed → data.
         network: Number of blocks → network, random values from the global generator.
         block: Makes a block that can be inserted.
-        sites: The modules after whose outputs a block may stand.
+        sites: The modules after which a block may be inserted.
         lr: Learning rate of Adam, chosen for the big network.
         warmup: Over how many of the first steps it rises linearly from 0.
         small: Blocks at the start of the runs that grow.
         big: Blocks of the big network, and of the grown ones at their end.
         steps: Steps of the big network; all arms may spend as many multiply-adds.
-        row: Steps between two looks at the loss.
+        row: Steps between two measurements of the loss.
         wait: Rows before each insertion.
     """
 
@@ -69,10 +75,15 @@ class GrowthTask:
     row: int
     wait: int
 
-    def candidates(self, model: nn.Module) -> list[Candidate]:
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """All numbers and texts."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
+
+    def candidates(self, model: nn.Module) -> list[cg.Candidate]:
         """A new block after every site of a network as it is now."""
         return [
-            Candidate(name, self.block())
+            cg.Candidate(name, self.block())
             for name, module in model.named_modules()
             if isinstance(module, self.sites)
         ]
@@ -83,12 +94,7 @@ class Stem(nn.Sequential):
 
 
 class ResidualConv1d(nn.Module):
-    """x + K₂ ∗ relu(K₁ ∗ x + b₁) + b₂ on curves (samples, channels, positions), K₂ = b₂ = 0 pinned.
-
-    Args:
-        channels: Of the tensor at the site.
-        kernel_size: Of both convolutions, odd.
-    """
+    """x + K₂ ∗ relu(K₁ ∗ x + b₁) + b₂ on (samples, channels, positions), K₂ = b₂ = 0 pinned."""
 
     pinned = ("outer.weight", "outer.bias")
 
@@ -118,15 +124,7 @@ class ResidualConv1d(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small GPT on characters: pre-norm, causal, learnt positions.
-
-    Args:
-        characters: Size of the alphabet.
-        length: Positions.
-        width: Of the residual stream.
-        heads: Of the attention.
-        blocks: How many at the start.
-    """
+    """A small GPT on characters: pre-norm, causal, learned positions."""
 
     def __init__(self, characters: int, length: int, width: int, heads: int, blocks: int) -> None:
         super().__init__()
@@ -157,7 +155,7 @@ class Embed(nn.Module):
 
 
 def gpt_block(width: int, heads: int) -> TransformerBlock:
-    """With GPT-2's initial values where the output projections, which are pinned, are not zero."""
+    """GPT-2's initial values, but for the output projections, which are pinned at zero."""
     block = TransformerBlock(width, heads, causal=True)
     for linear in (block.qkv, block.fc1):
         nn.init.normal_(linear.weight, std=0.02)
@@ -166,7 +164,7 @@ def gpt_block(width: int, heads: int) -> TransformerBlock:
 
 
 def epochs(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end: one random order of all samples after the other."""
+    """An endless stream of batches: one random order of all samples after the other."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(x), generator=generator)
@@ -186,7 +184,7 @@ def _in_batches(x: Tensor, y: Tensor, size: int) -> list[Batch]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-_CHANNELS, _DIGITS_CHANNELS = 4, 4
+_CHANNELS = 4
 _LENGTH, _PIECES, _WIDTH, _HEADS = 64, 4, 32, 2
 
 
@@ -195,7 +193,7 @@ def _digits_material(seed: int) -> Material:
 
 
 def _digits_network(blocks: int) -> nn.Module:
-    stem = Stem(nn.Conv2d(1, _DIGITS_CHANNELS, 3, padding=1))
+    stem = Stem(nn.Conv2d(1, _CHANNELS, 3, padding=1))
     made = (_digits_block() for _ in range(blocks))
     return nn.Sequential(
         stem,
@@ -203,17 +201,17 @@ def _digits_network(blocks: int) -> nn.Module:
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(_DIGITS_CHANNELS, 10),
+        nn.Linear(_CHANNELS, 10),
     )
 
 
 def _digits_block() -> ResidualConv2d:
-    block = ResidualConv2d(_DIGITS_CHANNELS, nn.ReLU, norm_layer=None)
+    block = ResidualConv2d(_CHANNELS, nn.ReLU, norm_layer=None)
     nn.init.kaiming_normal_(block.get_parameter("convs.0.weight"), nonlinearity="relu")
     return block
 
 
-@lru_cache(maxsize=2)  # the arms of a seed come one after the other
+@lru_cache(maxsize=2)  # the arms of a seed run one after the other
 def _curves_material(seed: int) -> Material:
     return of_split(mnist1d(seed), (1, 40), 100)
 
@@ -256,11 +254,11 @@ def _text_network(blocks: int) -> nn.Module:
     return GPT(len(_text().alphabet), _LENGTH, _WIDTH, _HEADS, blocks)
 
 
-# Chosen on seeds from 1000 on, which the benchmark does not use. Learning rate: of 0.001, 0.003 and
-# 0.01 the one with which the big network ends lowest. Widths and steps: so that depth pays, that is
-# the big network ends lower than the small one with the same multiply-adds; for the GPT that would
-# take a longer run than can be afforded. When to insert: spread evenly over as many steps as the
-# big network trains for in all.
+# Chosen on seeds from 1000 on, which the benchmark does not use. Learning rate: the one of 0.001,
+# 0.003 and 0.01 with which the big network ends lowest. Widths and steps: such that depth pays,
+# that is the big network ends lower than the small one with the same multiply-adds; the GPT would
+# need a longer run than is affordable. Insertions are spread evenly over as many steps as the big
+# network trains for in all.
 DIGITS = GrowthTask(
     "digits",
     "digits as 8 × 8 images, residual 3 × 3 convolutions of 4 channels",

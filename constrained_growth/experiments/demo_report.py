@@ -1,4 +1,4 @@
-"""The results of the experiments as a reader on a terminal sees them."""
+"""The demonstration as a reader on a terminal sees it, and its picture."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from constrained_growth.experiments.demo import DemoResult, Question, Row, Score
-from constrained_growth.plotting.solutions import plot_growth
-from constrained_growth.solution import Sensitivity
+import constrained_growth as cg
+from constrained_growth.experiments.demo import DemoResult, Question, Row
+from constrained_growth.plotting import plot_growth
+
+_CAUTION = "This is one run with one seed; others can end differently (try --seed)."
 
 
 def question(asked: Question) -> RenderableType:
     """Where training stands, the table of candidates and the decision."""
-    solution = asked.solution
+    solution, decision = asked.solution, asked.solution.decision
     state = "Plateau" if asked.plateau_reached else "No plateau yet, but the limit of epochs"
-    decision = solution.decision
     choice = f"insert {', '.join(decision.chosen)}" if decision.chosen else "insert nothing"
     return Group(
         Text(f"{state} after {asked.epochs} epochs, training loss {solution.loss:.5f} nats."),
@@ -29,7 +30,7 @@ def question(asked: Question) -> RenderableType:
 
 
 def ending(result: DemoResult) -> RenderableType:
-    """What the insertion did at once, the table of both networks and what it says."""
+    """By how much the insertion moved the loss, the table of both networks, and the verdict."""
     before, after = result.kept_at_insertion.train_loss, result.grown_at_insertion.train_loss
     return Group(
         Text(
@@ -42,13 +43,13 @@ def ending(result: DemoResult) -> RenderableType:
 
 
 def verdict(result: DemoResult) -> str:
-    """What the numbers of this run say, whichever way they turned out."""
+    """What the numbers of this run say, however they turned out."""
     if not result.chosen:
         return "Nothing was inserted, so both networks are the same. " + _CAUTION
     kept, grown = result.kept_at_end, result.grown_at_end
     peak = max(result.losses_grown)
     jump = (
-        f" On its way the loss jumped to {peak:.3g}: the step size was long for the grown network."
+        f" On the way the loss jumped to {peak:.3g}: the steps were long for the grown network."
         if peak > 2 * result.losses_grown[0]
         else ""
     )
@@ -71,13 +72,21 @@ def _comparison(grown: float, kept: float) -> str:
 
 
 def picture(result: DemoResult) -> Figure:
-    """The losses around the insertion beside the sensitivities it was decided on."""
+    """The losses around the insertion beside the sensitivities that decided it."""
     kept, grown = result.kept_at_end, result.grown_at_end
     momentum = f" with momentum {m:g}" if (m := result.setting.momentum) else ""
     return plot_growth(
         result.losses_before,
         {"kept": result.losses_kept, "grown": result.losses_grown},
-        {row.name: _sensitivity(row) for row in result.candidates},
+        {
+            row.name: cg.Sensitivity(
+                row.sensitivity,
+                math.nan if row.standard_error is None else row.standard_error,
+                baseline=row.baseline,
+                site=row.site,
+            )
+            for row in result.candidates
+        },
         chosen=result.chosen,
         title=(
             f"Training loss {grown.train_loss:.3g} nats with the inserted layer, "
@@ -93,58 +102,43 @@ def picture(result: DemoResult) -> Figure:
     )
 
 
-_CAUTION = "This is one run with one seed; others can end otherwise (try --seed)."
-
-
 def _candidates(rows: tuple[Row, ...], chosen: tuple[str, ...]) -> Table:
     table = Table("candidate", "after module", title="Candidates, in order of depth")
-    table.add_column("sensitivity ‖λ‖ ± s.e.", justify="right")
-    table.add_column("pinned", justify="right")
-    table.add_column("added", justify="right")
+    for heading in ("sensitivity ‖λ‖ ± s.e.", "pinned", "added"):
+        table.add_column(heading, justify="right")
     for row in rows:
+        error = "?" if row.standard_error is None else f"{row.standard_error:.4f}"
         table.add_row(
             row.name,
             row.site,
-            f"{row.sensitivity:.4f} ± {_error(row)}",
+            f"{row.sensitivity:.4f} ± {error}",
             str(row.pinned),
             str(row.added),
             style="bold" if row.name in chosen else None,
         )
-    baseline = rows[0].baseline
-    known = (
-        "" if baseline is None else f"Mean gradient norm of the layers in place: {baseline:.4f}."
-    )
     table.caption = (
-        f"{known}\n± takes the data for a sample; for the loss on these data λ is exact."
+        "± is the standard error, the data being a sample; for the loss on these data λ is exact."
     )
+    if (baseline := rows[0].baseline) is not None:
+        table.caption = (
+            f"Mean gradient norm of the layers in place: {baseline:.4f}.\n{table.caption}"
+        )
     return table
-
-
-def _sensitivity(row: Row) -> Sensitivity:
-    return Sensitivity(
-        row.sensitivity,
-        math.nan if row.standard_error is None else row.standard_error,
-        baseline=row.baseline,
-        site=row.site,
-    )
-
-
-def _error(row: Row) -> str:
-    return "?" if row.standard_error is None else f"{row.standard_error:.4f}"
 
 
 def _scores(result: DemoResult) -> Table:
     table = Table("", "network", title=f"{result.data}, seed {result.seed}")
     for heading in ("train loss [nats]", "test accuracy", "parameters"):
         table.add_column(heading, justify="right")
-    _add(table, "at insertion", result.kept_at_insertion, result.grown_at_insertion)
-    table.add_section()
-    further = len(result.losses_kept) - 1
-    _add(table, f"{further} epochs later", result.kept_at_end, result.grown_at_end)
-    return table
-
-
-def _add(table: Table, moment: str, kept: Score, grown: Score) -> None:
-    for when, name, score in ((moment, "kept", kept), ("", "grown", grown)):
+    later = f"{len(result.losses_kept) - 1} epochs later"
+    for moment, name, score in (
+        ("at insertion", "kept", result.kept_at_insertion),
+        ("", "grown", result.grown_at_insertion),
+        (later, "kept", result.kept_at_end),
+        ("", "grown", result.grown_at_end),
+    ):
+        if moment == later:
+            table.add_section()
         numbers = f"{score.train_loss:.5f}", f"{score.test_accuracy:.1%}", str(score.parameters)
-        table.add_row(when, name, *numbers)
+        table.add_row(moment, name, *numbers)
+    return table
