@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,6 +35,18 @@ def _writable_file(file: Path | None) -> Path | None:
         if file.is_dir():
             raise typer.BadParameter(f"{file} is a folder; give the name of a file.")
     return file
+
+
+def one_of(names: Iterable[str], help: str) -> Any:
+    """An option that takes one of these names."""
+    known = ", ".join(names)
+
+    def checked(value: str | None) -> str | None:
+        if value is not None and value not in known.split(", "):
+            raise typer.BadParameter(f"{value} is none of {known}.")
+        return value
+
+    return typer.Option(help=f"{help} One of {known}.", callback=checked)
 
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,49 +21,31 @@ from constrained_growth.experiments.command_line import (
     Seed,
     Tasks,
     carry_out,
+    one_of,
     terminal,
     typed,
     write_tables,
 )
 from constrained_growth.experiments.data import Split, digits, mnist, mnist1d
 from constrained_growth.experiments.decisions import report as decisions
-from constrained_growth.experiments.demo import run_demo
+from constrained_growth.experiments.demo import DATA, run_demo
 from constrained_growth.experiments.growth import benchmark as growth
 from constrained_growth.experiments.growth import steps
 from constrained_growth.experiments.reproduction import report
-from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, Experiment, on_images
+from constrained_growth.experiments.reproduction.protocols import (
+    EXPERIMENTS,
+    FAMILIES,
+    Experiment,
+    on_images,
+)
 from constrained_growth.experiments.reproduction.reproduce import forget
 from constrained_growth.experiments.reproduction.reproduce import reproduce as run
 from constrained_growth.experiments.speed import monitoring, multipliers
 from constrained_growth.experiments.tables import to_json
 from constrained_growth.experiments.timing import one_thread
 
-
-class DataName(StrEnum):
-    """The names in `demo.DATA`, as choices that the help lists."""
-
-    DIGITS = "digits"
-    SPIRALS = "spirals"
-
-
-class FamilyName(StrEnum):
-    """The names in `protocols.FAMILIES`, as choices that the help lists."""
-
-    RELU = "relu"
-    TANHLU = "tanhlu"
-    RESIDUAL_ONE = "residual-one"
-    RESIDUAL_OUTER = "residual-outer"
-    RESIDUAL_INNER = "residual-inner"
-    CONVOLUTION = "convolution"
-
-
-class ImageName(StrEnum):
-    """Where `reproduce images` takes its images from."""
-
-    DIGITS = "digits"
-    MNIST1D = "mnist1d"
-    MNIST = "mnist"
-
+IMAGES = ("digits", "mnist1d", "mnist")
+"""Where `reproduce images` takes its images from."""
 
 app = typer.Typer(
     add_completion=False,
@@ -94,7 +74,7 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[DataName, typer.Option(help="What to learn.")] = DataName.DIGITS,
+    data: Annotated[str, one_of(DATA, help="What to learn.")] = "digits",
     seed: Seed = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
@@ -105,17 +85,17 @@ def demo(
     """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
     begin, console = time.perf_counter(), terminal(width=0)
     result = run_demo(
-        data.value,
+        data,
         seed,
         max_epochs=epochs,
         epochs_after=epochs,
-        on_solved=lambda asked: console.print(demo_report.question(asked)),
+        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
     )
     console.print(demo_report.ending(result))
     picture = out / "constrained-growth-demo.png"
     demo_report.picture(result).savefig(picture)
     if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
+        json.write_text(to_json(result) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -180,9 +160,9 @@ def reproduce(
     seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
     seed: Seed = 0,
     network: Annotated[
-        FamilyName | None, typer.Option(help="Another kind of network of the same widths.")
+        str | None, one_of(FAMILIES, help="Another kind of network of the same widths.")
     ] = None,
-    data: Annotated[ImageName, typer.Option(help="What images.")] = ImageName.DIGITS,
+    data: Annotated[str, one_of(IMAGES, help="What images.")] = "digits",
     root: Annotated[
         Path, typer.Option(help="Where torchvision keeps MNIST.", metavar="DIR")
     ] = Path("data"),
@@ -229,31 +209,24 @@ def reproduce(
             forget(experiment, each, out, dtype)
 
 
-def _named(name: str, network: FamilyName | None, data: ImageName, root: Path) -> list[Experiment]:
-    """The experiments of a name, whatever its case."""
-    known = {key.lower(): experiment for key, experiment in EXPERIMENTS.items()}
+def _named(name: str, network: str | None, data: str, root: Path) -> list[Experiment]:
+    """The experiments of a name, whatever its case; perhaps for another kind of network."""
+    known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
+    known["all"] = list(EXPERIMENTS.values())
     if name.lower() == "images":
-        found = list(on_images(data.value, _images(data, root)))
-    elif name.lower() == "all":
-        found = list(known.values())
+        found = on_images(data, _images(data, root))
     elif name.lower() in known:
-        found = [known[name.lower()]]
+        found = known[name.lower()]
     else:
         raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
-    return [e if network in (None, e.family) else _as(e, str(network)) for e in found]
+    return [e if network in (None, e.family) else e.of_family(network) for e in found]
 
 
-def _images(data: ImageName, root: Path) -> Callable[[int], Split]:
-    if data is ImageName.MNIST:
+def _images(data: str, root: Path) -> Callable[[int], Split]:
+    if data == "mnist":
         try:
             mnist(root)
         except cg.DataError as error:
             raise typer.BadParameter(str(error)) from None
         return functools.partial(mnist, root)
-    return digits if data is ImageName.DIGITS else functools.cache(mnist1d)  # a second for each
-
-
-def _as(experiment: Experiment, family: str) -> Experiment:
-    """The same protocol for another kind of network, which has no reference figures."""
-    title = f"{experiment.name}-{family}"
-    return replace(experiment, name=title, family=family, reference={}, counts=())
+    return digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed

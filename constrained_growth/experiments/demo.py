@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 import constrained_growth as cg
 from constrained_growth.experiments.data import Split, digits, two_spirals
-from constrained_growth.experiments.tables import to_json
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -60,85 +59,8 @@ initial weights that leave no layer dead (learning rate 0.05 without momentum ha
 
 RULE = cg.Threshold(relative=1.0, max_insertions=1)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate in the table: see `constrained_growth.Sensitivity`.
-
-    `added` counts the parameters that the network would gain, `pinned` the pinned ones among them;
-    `standard_error` is None where it is not known.
-    """
-
-    name: str
-    site: str
-    sensitivity: float
-    standard_error: float | None
-    baseline: float | None
-    pinned: int
-    added: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """A network at one moment: training loss in nats, test accuracy, number of parameters."""
-
-    train_loss: float
-    test_accuracy: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What a demonstration found.
-
-    Attributes:
-        data: Name of the data set.
-        seed: Of the split, the initial weights and the candidates' free weights.
-        setting: How it was trained.
-        layers: Widths of the network from input to output.
-        plateau_reached: False when `max_epochs` came first.
-        stationarity: ‖∇_θ L‖ there.
-        status: Name of the solution's status.
-        candidates: The table, in order of depth.
-        chosen: Names of the inserted candidates, possibly none.
-        reason: Of the decision.
-        kept_at_insertion, grown_at_insertion: The network as it was, and with the new layer.
-        kept_at_end, grown_at_end: Both after the same further training.
-        losses_before: Training loss after 0, 1, … epochs up to the insertion.
-        losses_kept, losses_grown: The same from the insertion on, without and with the new layer.
-    """
-
-    data: str
-    seed: int
-    setting: Setting
-    layers: tuple[int, ...]
-    plateau_reached: bool
-    stationarity: float | None
-    status: str
-    candidates: tuple[Row, ...]
-    chosen: tuple[str, ...]
-    reason: str
-    kept_at_insertion: Score
-    grown_at_insertion: Score
-    kept_at_end: Score
-    grown_at_end: Score
-    losses_before: tuple[float, ...]
-    losses_kept: tuple[float, ...]
-    losses_grown: tuple[float, ...]
-
-    def to_json(self) -> str:
-        """The result as JSON text, numbers that are not finite as null."""
-        return to_json(asdict(self), indent=2)
-
-
-@dataclass(frozen=True)
-class Question:
-    """The moment between solving and inserting."""
-
-    plateau_reached: bool
-    epochs: int
-    solution: cg.Solution
-    candidates: tuple[Row, ...]
+Numbers = dict[str, Any]
+"""What `--json` writes."""
 
 
 def run_demo(
@@ -149,8 +71,8 @@ def run_demo(
     max_epochs: int | None = None,
     epochs_after: int | None = None,
     dtype: torch.dtype = torch.float32,
-    on_solved: Callable[[Question], None] = lambda question: None,
-) -> DemoResult:
+    on_solved: Callable[[Numbers, cg.Solution], None] = lambda found, solution: None,
+) -> Numbers:
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
     The candidates are an identity layer and a residual block after each ReLU. The network as it
@@ -164,7 +86,12 @@ def run_demo(
         max_epochs: Replaces the setting's.
         epochs_after: Replaces the setting's.
         dtype: Of data and parameters.
-        on_solved: Called with the solution before anything is inserted.
+        on_solved: Called with what is known by then, and the solution, before the insertion.
+
+    Returns:
+        Settings, the table of candidates, the decision, and for the network "kept" as it was and
+        the "grown" one training loss (nats), test accuracy and size "at_insertion" and "at_end",
+        and training losses after 0, 1, … epochs.
 
     Raises:
         DataError: There are no data of that name.
@@ -188,42 +115,45 @@ def run_demo(
         return on_plateau(losses, setting.window, setting.tolerance)
 
     before = _train(kept, kept_optimizer, split, limit, "to the plateau", enough)
-    reached = enough(before[:-1])  # the last answer of the loop
     problem = cg.GrowthProblem(kept, LOSS, [(split.x_train, split.y_train)], candidates)
     solution = cg.solve(problem, rule=rule)
-    rows = tuple(_row(name, s) for name, s in solution.sensitivities.items())
-    on_solved(Question(reached, len(before) - 1, solution, rows))
-
+    found: Numbers = {
+        "data": data,
+        "seed": seed,
+        "setting": asdict(setting),
+        "layers": layers,
+        "plateau_reached": enough(before[:-1]),  # the last answer of the loop
+        "stationarity": solution.stationarity,
+        "status": solution.status.name,
+        "candidates": [
+            {
+                "name": name,
+                "site": s.site,
+                "sensitivity": s.value,
+                "standard_error": s.standard_error,
+                "baseline": s.baseline,
+                "pinned": s.num_parameters,
+                "added": s.num_new_parameters,
+            }
+            for name, s in solution.sensitivities.items()
+        ],
+        "chosen": solution.decision.chosen,
+        "reason": solution.decision.reason,
+        "losses_before": before,
+    }
+    on_solved(found, solution)
     grown, grown_optimizer = copy.deepcopy((kept, kept_optimizer))
     cg.insert(grown, solution, optimizer=grown_optimizer)
-    kept_score, grown_score = score(kept, split), score(grown, split)
-    losses_kept = _train(kept, kept_optimizer, split, further, "kept as it was")
-    losses_grown = _train(grown, grown_optimizer, split, further, "grown")
-    return DemoResult(
-        data=data,
-        seed=seed,
-        setting=setting,
-        layers=layers,
-        plateau_reached=reached,
-        stationarity=solution.stationarity,
-        status=solution.status.name,
-        candidates=rows,
-        chosen=solution.decision.chosen,
-        reason=solution.decision.reason,
-        kept_at_insertion=kept_score,
-        grown_at_insertion=grown_score,
-        kept_at_end=score(kept, split),
-        grown_at_end=score(grown, split),
-        losses_before=before,
-        losses_kept=losses_kept,
-        losses_grown=losses_grown,
-    )
+    found |= {"kept_at_insertion": score(kept, split), "grown_at_insertion": score(grown, split)}
+    found["losses_kept"] = _train(kept, kept_optimizer, split, further, "kept as it was")
+    found["losses_grown"] = _train(grown, grown_optimizer, split, further, "grown")
+    return found | {"kept_at_end": score(kept, split), "grown_at_end": score(grown, split)}
 
 
 def network(
     layers: Sequence[int], *, he_init: bool = False, dtype: torch.dtype | None = None
 ) -> nn.Sequential:
-    """Linear layers of these widths with a ReLU between each two."""
+    """Linear layers of these widths with ReLU between them."""
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(layers):
         linear = nn.Linear(before, after, dtype=dtype)
@@ -257,14 +187,14 @@ def on_plateau(losses: Sequence[float], window: int, tolerance: float) -> bool:
 
 
 @torch.no_grad()
-def score(model: nn.Module, split: Split) -> Score:
+def score(model: nn.Module, split: Split) -> Numbers:
     """Training loss, test accuracy and size of a network."""
     right = model(split.x_test).argmax(dim=1) == split.y_test
-    return Score(
-        train_loss=LOSS(model(split.x_train), split.y_train).item(),
-        test_accuracy=right.double().mean().item(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    return {
+        "train_loss": LOSS(model(split.x_train), split.y_train).item(),
+        "test_accuracy": right.double().mean().item(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def _train(
@@ -274,7 +204,7 @@ def _train(
     epochs: int,
     name: str,
     stop: Callable[[Sequence[float]], bool] = lambda losses: False,
-) -> tuple[float, ...]:
+) -> list[float]:
     """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
     losses: list[float] = []
     with tqdm(total=epochs, desc=name, unit=" epochs", leave=False, disable=None) as bar:
@@ -286,16 +216,4 @@ def _train(
             losses.append(loss.item())
             bar.update()
     with torch.no_grad():
-        return (*losses, LOSS(model(split.x_train), split.y_train).item())
-
-
-def _row(name: str, found: cg.Sensitivity) -> Row:
-    return Row(
-        name=name,
-        site=found.site,
-        sensitivity=found.value,
-        standard_error=found.standard_error if math.isfinite(found.standard_error) else None,
-        baseline=found.baseline,
-        pinned=found.num_parameters,
-        added=found.num_new_parameters,
-    )
+        return [*losses, LOSS(model(split.x_train), split.y_train).item()]

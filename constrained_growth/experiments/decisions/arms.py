@@ -10,9 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
@@ -27,17 +25,11 @@ from constrained_growth.rules import Rule, rule_for
 
 @dataclass(frozen=True)
 class Asked:
-    """A network about which a rule is asked.
+    """A network about which a rule is asked, its candidates in the order of the sites.
 
-    Attributes:
-        task: Its task.
-        seed: Its seed.
-        model: The network.
-        optimizer: The one that trained it, with its state.
-        candidates: Their names, in the order of the sites.
-        samples: How many there are to train on.
-        rehearsal: Final losses of one full training for each site, in an order of the data that
-            is used for nothing else.
+    `optimizer` trained it, and has its state; `samples` is the number of training samples;
+    `rehearsal` holds the final losses of one full training for each site, in an order of the data
+    that is used for nothing else.
     """
 
     task: Task
@@ -75,15 +67,14 @@ class Choices:
     """What an arm decided about each network.
 
     Attributes:
-        sites: Number of the site, −1 for inserting nothing; shape (networks,).
-        passes: What that cost, shape (networks,).
-        blocks: For each network, the layer as it would start at each site; None if every layer
-            starts at its pins.
+        sites: Number of the site, −1 for inserting nothing.
+        passes: What that cost.
+        blocks: The layer as it would start at each site: at its pins, or moved by the decision.
     """
 
-    sites: NDArray[np.int64]
-    passes: Array
-    blocks: Sequence[Sequence[nn.Module]] | None = None
+    sites: list[int] = field(default_factory=list)
+    passes: list[float] = field(default_factory=list)
+    blocks: list[Sequence[nn.Module]] = field(default_factory=list)
 
 
 def choices(
@@ -106,13 +97,10 @@ def choices(
     Raises:
         RuleError: A rule chose more than one candidate.
     """
-    decided: dict[str, list[tuple[int, float, list[nn.Module] | None]]] = {a.name: [] for a in arms}
-    for i in range(len(moment.models)):
+    decided = {arm.name: Choices() for arm in arms}
+    for i, blocks in enumerate(moment.blocks):
         asked = _asked(moment, i, rehearsal[:, i])
-        candidates = [
-            cg.Candidate(name, block)
-            for name, block in zip(asked.candidates, moment.blocks[i], strict=True)
-        ]
+        candidates = [cg.Candidate(*pair) for pair in zip(asked.candidates, blocks, strict=True)]
         x, y = moment.plain[i]
         problems = {
             in_batches: cg.GrowthProblem(asked.model, moment.task.loss_fn, data, candidates)
@@ -123,27 +111,18 @@ def choices(
                 torch.manual_seed(asked.seed)
                 problem = problems[arm.in_batches]
                 decision = cg.solve(problem, arm.rule(asked), norm=arm.norm).decision
-            decided[arm.name].append(
-                (
-                    _site(arm, decision, asked.candidates),
-                    arm.passes + float(decision.evidence.get("passes", 0.0)),
-                    _started(decision, asked.candidates, moment.blocks[i]),
-                )
-            )
+            mine = decided[arm.name]
+            mine.sites.append(_site(arm, decision, asked.candidates))
+            mine.passes.append(arm.passes + float(decision.evidence.get("passes", 0.0)))
+            mine.blocks.append(_started(decision, asked.candidates, blocks))
         on_network()
-    return {name: _choices(each, moment.blocks) for name, each in decided.items()}
+    return decided
 
 
 def plain_optimizer(
     optimizer: Optimizer, model: nn.Module, memory: Mapping[str, Tensor]
 ) -> torch.optim.Optimizer:
-    """PyTorch's optimizer in the state in which an ensemble has left one of its replicas.
-
-    Args:
-        optimizer: `SGD` or `Adam`.
-        model: The replica as a plain network.
-        memory: Its entries of the ensemble's memory, each of shape (parameters,).
-    """
+    """PyTorch's optimizer of a plain network, with its state in an ensemble as (parameters,)."""
     parameters = list(model.parameters())
     parts = {
         name: [
@@ -179,12 +158,9 @@ def trial_of(passes: float, asked: Asked) -> cg.Trial:
 
 
 def trial_passes(sites: int, steps: int, share: float) -> float:
-    """Cost of a successive halving by thirds, with inserting nothing among the trials.
+    """Cost of a successive halving by thirds with this many steps, inserting nothing among them.
 
-    Args:
-        sites: How many candidates there are.
-        steps: Of the last ones.
-        share: Of the data in a batch; the last batch counts as a whole one.
+    A batch holds a `share` of the data; the last batch counts as a whole one.
     """
     left = [sites]
     while left[-1] > 1:
@@ -281,10 +257,10 @@ def _site(arm: Arm, decision: cg.Decision, candidates: Sequence[str]) -> int:
 
 def _started(
     decision: cg.Decision, candidates: Sequence[str], blocks: Sequence[nn.Module]
-) -> list[nn.Module] | None:
-    """The layers, the chosen one moved from its pins as decided; None where it is not moved."""
+) -> Sequence[nn.Module]:
+    """The same layers, or with the chosen one moved from its pins as decided."""
     if not any(decision.values.values()):
-        return None
+        return blocks
     moved = list(blocks)
     for name, values in decision.values.items():
         index = candidates.index(name)
@@ -294,13 +270,3 @@ def _started(
             for parameter, value in values.items():
                 pins[parameter].add_(value)
     return moved
-
-
-def _choices(
-    decided: Sequence[tuple[int, float, list[nn.Module] | None]],
-    blocks: Sequence[Sequence[nn.Module]],
-) -> Choices:
-    sites, passes, moved = zip(*decided, strict=True)
-    started = [mine if some is None else some for some, mine in zip(moved, blocks, strict=True)]
-    unmoved = all(some is None for some in moved)
-    return Choices(np.array(sites), np.array(passes), None if unmoved else started)

@@ -78,7 +78,7 @@ class Decided:
             networks whose decision costs more.
     """
 
-    sites: NDArray[np.int64]
+    sites: NDArray[np.integer]
     passes: Array
     loss: Array
     at_pin: Array
@@ -188,17 +188,17 @@ def _judge(
 
 def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Decided:
     """What became of the choices; layers that start off their pins are trained now."""
+    sites, passes = np.array(chosen.sites), np.array(chosen.passes)
+    rows = np.arange(len(sites))
     known = np.concatenate([found.inserted, found.nothing[None]]).mean(2)
-    at_pin = known[chosen.sites, np.arange(len(chosen.sites))]
-    loss = at_pin
-    if chosen.blocks is not None:
-        sites, runs = chosen.sites.tolist(), range(found.nothing.shape[1])
-        bar.total += epochs(moment.task, len(set(sites)) - 1)
-        loss = continued(moment, sites, chosen.blocks, runs, bar.update).mean(1)
-    left = np.floor(MORE - chosen.passes + 1e-9)  # passes are sums of thirds
-    rows, more = np.arange(len(left)), np.maximum(left, 0).astype(int)
-    trained_on = np.where(left >= 0, loss[rows, more], np.nan)
-    return Decided(chosen.sites, chosen.passes, loss[:, 0], at_pin[:, 0], trained_on)
+    at_pin = loss = known[sites, rows]
+    if any(mine is not pinned for mine, pinned in zip(chosen.blocks, moment.blocks, strict=True)):
+        bar.total += epochs(moment.task, len(set(chosen.sites)) - 1)
+        runs = range(found.nothing.shape[1])
+        loss = continued(moment, chosen.sites, chosen.blocks, runs, bar.update).mean(1)
+    left = np.floor(MORE - passes + 1e-9)  # passes are sums of thirds
+    trained_on = np.where(left >= 0, loss[rows, np.maximum(left, 0).astype(int)], np.nan)
+    return Decided(sites, passes, loss[:, 0], at_pin[:, 0], trained_on)
 
 
 def _groups(tasks: Sequence[Judged]) -> dict[str, list[Judged]]:

@@ -208,62 +208,28 @@ def _planted(seed: int) -> tuple[nn.Sequential, Data, int]:
     return nn.Sequential(first, nn.Tanh(), *kept, last), (x, y), missing
 
 
+def _spirals(
+    name: str, about: str, hidden: Sequence[int], optimizer: Optimizer, half: int, before: int = 400
+) -> Task:
+    begin = _classifier(two_spirals, *hidden)
+    about = f"two spirals, ReLU {about}"
+    return Task(name, about, begin, _relu_layer, optimizer, 225, before, after=800, half=half)
+
+
+def _digits(name: str, about: str, optimizer: Optimizer, half: int, before: int) -> Task:
+    begin = _classifier(digits, 8, 8, 8, 8, 8)
+    about = f"digits, ReLU [8] × 5, {about}"
+    return Task(name, about, begin, _relu_layer, optimizer, 128, before, after=60, half=half)
+
+
 SUITE: tuple[Task, ...] = (
-    Task(
-        "spirals-4x2",
-        "two spirals, ReLU [4, 4], SGD, far from stationary",
-        _classifier(two_spirals, 4, 4),
-        _relu_layer,
-        SGD(0.2),
-        batch=225,
-        before=400,
-        after=800,
-        half=0,
+    _spirals("spirals-4x2", "[4, 4], SGD, far from stationary", [4, 4], SGD(0.2), 0),
+    _spirals("spirals-6x4", "[6] × 4, SGD, far from stationary", [6] * 4, SGD(0.1), 1),
+    _spirals(
+        "spirals-4x4-adam", "[4] × 4, Adam, nearly stationary", [4] * 4, Adam(0.005), 0, before=800
     ),
-    Task(
-        "spirals-6x4",
-        "two spirals, ReLU [6] × 4, SGD, far from stationary",
-        _classifier(two_spirals, 6, 6, 6, 6),
-        _relu_layer,
-        SGD(0.1),
-        batch=225,
-        before=400,
-        after=800,
-        half=1,
-    ),
-    Task(
-        "spirals-4x4-adam",
-        "two spirals, ReLU [4] × 4, Adam, nearly stationary",
-        _classifier(two_spirals, 4, 4, 4, 4),
-        _relu_layer,
-        Adam(0.005),
-        batch=225,
-        before=800,
-        after=800,
-        half=0,
-    ),
-    Task(
-        "digits-8x5",
-        "digits, ReLU [8] × 5, SGD with momentum",
-        _classifier(digits, 8, 8, 8, 8, 8),
-        _relu_layer,
-        SGD(0.02, 0.9),
-        batch=128,
-        before=40,
-        after=60,
-        half=1,
-    ),
-    Task(
-        "digits-8x5-adam",
-        "digits, ReLU [8] × 5, Adam",
-        _classifier(digits, 8, 8, 8, 8, 8),
-        _relu_layer,
-        Adam(0.002),
-        batch=128,
-        before=60,
-        after=60,
-        half=0,
-    ),
+    _digits("digits-8x5", "SGD with momentum", SGD(0.02, 0.9), 1, before=40),
+    _digits("digits-8x5-adam", "Adam", Adam(0.002), 0, before=60),
     Task(
         "mnist1d-residual",
         "MNIST-1D, residual tanh blocks of width 8, Adam",

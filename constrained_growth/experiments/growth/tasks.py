@@ -67,13 +67,13 @@ class GrowthTask:
     network: Callable[[int], nn.Module]
     block: Callable[[], nn.Module]
     sites: tuple[type[nn.Module], ...]
-    lr: float
-    warmup: int
-    small: int
-    big: int
-    steps: int
-    row: int
-    wait: int
+    lr: float = 0.01
+    warmup: int = 50
+    small: int = 1
+    big: int = 8
+    steps: int = 1000
+    row: int = 20
+    wait: int = 7
 
     @property
     def settings(self) -> dict[str, int | float | str]:
@@ -192,17 +192,9 @@ def _digits_material(seed: int) -> Material:
     return of_split(digits(seed), (1, 8, 8), 64)
 
 
-def _digits_network(blocks: int) -> nn.Module:
-    stem = Stem(nn.Conv2d(1, _CHANNELS, 3, padding=1))
-    made = (_digits_block() for _ in range(blocks))
-    return nn.Sequential(
-        stem,
-        *made,
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(_CHANNELS, 10),
-    )
+@lru_cache(maxsize=2)  # the arms of a seed run one after the other
+def _curves_material(seed: int) -> Material:
+    return of_split(mnist1d(seed), (1, 40), 100)
 
 
 def _digits_block() -> ResidualConv2d:
@@ -211,21 +203,25 @@ def _digits_block() -> ResidualConv2d:
     return block
 
 
-@lru_cache(maxsize=2)  # the arms of a seed run one after the other
-def _curves_material(seed: int) -> Material:
-    return of_split(mnist1d(seed), (1, 40), 100)
+def _curves_block() -> ResidualConv1d:
+    return ResidualConv1d(_CHANNELS, 3)
+
+
+def _digits_network(blocks: int) -> nn.Module:
+    stem = Stem(nn.Conv2d(1, _CHANNELS, 3, padding=1))
+    return _convolutional(stem, _digits_block, blocks, nn.AdaptiveAvgPool2d(1))
 
 
 def _curves_network(blocks: int) -> nn.Module:
     stem = Stem(nn.Conv1d(1, _CHANNELS, 3, padding=1))
-    made = (ResidualConv1d(_CHANNELS, 3) for _ in range(blocks))
-    return nn.Sequential(
-        stem, *made, nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(_CHANNELS, 10)
-    )
+    return _convolutional(stem, _curves_block, blocks, nn.AdaptiveAvgPool1d(1))
 
 
-def _curves_block() -> ResidualConv1d:
-    return ResidualConv1d(_CHANNELS, 3)
+def _convolutional(
+    stem: nn.Module, block: Callable[[], nn.Module], blocks: int, pool: nn.Module
+) -> nn.Module:
+    body = [block() for _ in range(blocks)]
+    return nn.Sequential(stem, *body, nn.ReLU(), pool, nn.Flatten(), nn.Linear(_CHANNELS, 10))
 
 
 _text = cache(python_help)
@@ -266,13 +262,6 @@ DIGITS = GrowthTask(
     _digits_network,
     _digits_block,
     (Stem, ResidualConv2d),
-    lr=0.01,
-    warmup=50,
-    small=1,
-    big=8,
-    steps=1000,
-    row=20,
-    wait=7,
 )
 
 MNIST1D = GrowthTask(
@@ -282,13 +271,6 @@ MNIST1D = GrowthTask(
     _curves_network,
     _curves_block,
     (Stem, ResidualConv1d),
-    lr=0.01,
-    warmup=50,
-    small=1,
-    big=8,
-    steps=1000,
-    row=20,
-    wait=7,
 )
 
 GPT_TEXT = GrowthTask(
@@ -300,7 +282,6 @@ GPT_TEXT = GrowthTask(
     (Embed, TransformerBlock),
     lr=0.003,
     warmup=100,
-    small=1,
     big=4,
     steps=2000,
     row=40,

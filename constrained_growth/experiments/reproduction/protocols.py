@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -171,6 +171,11 @@ class Experiment:
     def epochs(self) -> int:
         """All of them."""
         return self.before + self.after
+
+    def of_family(self, family: str) -> Experiment:
+        """The same protocol for another kind of network, which has no reference figures."""
+        name = f"{self.name}-{family}"
+        return replace(self, name=name, family=family, reference={}, counts=())
 
 
 def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...]:
