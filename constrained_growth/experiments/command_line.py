@@ -96,7 +96,7 @@ def carry_out(
     json: Path | None,
     tasks: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-    """Run a benchmark, show its tables and how long it took, and write what was asked for.
+    """Run a benchmark, show its tables, and write what was asked for; returns its numbers.
 
     Args:
         name: Of the benchmark.
@@ -107,9 +107,6 @@ def carry_out(
         out: Folder for the tables as text, and for parts of an interrupted run.
         json: File for the numbers, with the command typed.
         tasks: Names of the tasks to run; all by default.
-
-    Returns:
-        The numbers.
     """
     begin, console = time.perf_counter(), terminal()
     plan = study.QUICK if quick else study.FULL

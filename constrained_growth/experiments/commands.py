@@ -30,7 +30,6 @@ from constrained_growth.experiments.data import Split, digits, mnist, mnist1d
 from constrained_growth.experiments.decisions import report as decisions
 from constrained_growth.experiments.demo import DATA, run_demo
 from constrained_growth.experiments.growth import benchmark as growth
-from constrained_growth.experiments.growth import steps
 from constrained_growth.experiments.reproduction import report
 from constrained_growth.experiments.reproduction.protocols import (
     EXPERIMENTS,
@@ -138,14 +137,6 @@ def bench_growth(
     found = carry_out("growth", growth, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
         figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
-
-
-@bench.command("steps")
-def bench_steps(
-    quick: Quick = False, task: Tasks = None, seed: Seed = 0, out: Out = None, json: Json = None
-) -> None:
-    """The same networks with the same new layer, trained on in different ways."""
-    carry_out("steps", steps, quick=quick, seed=seed, out=out, json=json, tasks=task)
 
 
 @app.command()

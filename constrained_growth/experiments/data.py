@@ -21,11 +21,7 @@ from constrained_growth.errors import DataError
 class Split:
     """A classification data set, split at random.
 
-    Attributes:
-        x_train: Inputs to train on, shape (samples, features).
-        y_train: Their classes, 0, 1, …, shape (samples,), int64.
-        x_test: Inputs held out, shape (other samples, features).
-        y_test: Their classes.
+    Inputs have shape (samples, features), classes 0, 1, … shape (samples,) and type int64.
     """
 
     x_train: Tensor
@@ -186,13 +182,7 @@ def _read(root: Path, name: str, shape: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Text:
-    """A text as character numbers of shape (characters,), int64.
-
-    Attributes:
-        train: The first nine tenths.
-        held_out: The last tenth.
-        alphabet: The characters, in the order of their numbers.
-    """
+    """A text as numbers of its characters, int64, nine tenths to train on; and its alphabet."""
 
     train: Tensor
     held_out: Tensor
@@ -212,11 +202,7 @@ def python_help() -> Text:
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Pieces of a text from these starts on, and the same shifted by one: the next characters.
-
-    Returns:
-        Both of shape (samples, length).
-    """
+    """Pieces of a text, shape (samples, length), and the same shifted by one character."""
     found = text[starts.unsqueeze(1) + torch.arange(length + 1)]
     return found[:, :-1], found[:, 1:]
 

@@ -46,10 +46,6 @@ class Spread:
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high)
 
-    def __format__(self, form: str) -> str:
-        form = form or ".2f"
-        return f"{self.median:{form}} [{self.low:{form}} {self.high:{form}}]"
-
 
 def estimate(resampled: Array) -> Estimate:
     """The percentile interval, from the value followed by those of bootstrap samples."""
@@ -76,18 +72,14 @@ def _rows(count: int, seed: int, draws: int) -> NDArray[np.int64]:
 
 
 def best_loss(inserted: Array) -> Array:
-    """Expected loss of each network at its best site, cross-fitted.
+    """Expected loss of each network at its best site, cross-fitted, shape (networks,).
 
     The lowest of several noisy means is too low on average. So the best site is picked on one
     half of the runs and its loss read on the other half, in all ways to halve them. The error that
     remains is on the safe side: where the pick is not the best site, the loss is too high.
 
     Args:
-        inserted: Loss after inserting at each site, shape (sites, networks, runs), two runs or
-            more.
-
-    Returns:
-        Shape (networks,).
+        inserted: Loss after inserting at each site, shape (sites, networks, two runs or more).
 
     Example:
         >>> best_loss(np.array([[[1.0, 5.0]], [[3.0, 3.0]]]))  # 1 is picked and 5 read; 3 and 3
@@ -105,12 +97,7 @@ def best_loss(inserted: Array) -> Array:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """What a choice of the site is compared with; both of shape (networks,).
-
-    Attributes:
-        best: Expected loss of each network at its best site, see `best_loss`.
-        mean: Its mean over the sites: a choice at random.
-    """
+    """Expected loss of each network at its best site, and the mean over its sites (at random)."""
 
     best: Array
     mean: Array
@@ -140,10 +127,12 @@ def resampled_regret(loss: Array, against: Yardstick, seed: int, draws: int = DR
     0 is the best site in expectation, 1 no better than chance; a rule that inserts nothing where
     that is best gets below 0.
 
+    Rules with the same seed are compared on the same samples.
+
     Args:
         loss: Expected loss of each network under the rule, shape (networks,).
         against: The best and the mean site.
-        seed: Of the bootstrap; rules with the same seed are compared on the same samples.
+        seed: Of the bootstrap.
         draws: How many samples.
 
     Returns:
@@ -203,12 +192,10 @@ class Paired:
 
     Attributes:
         runs: How many pairs.
-        mean: Mean difference.
-        interval: Its 95 % bootstrap interval (bias-corrected, accelerated).
-        median: Median difference.
-        median_interval: Its 95 % bootstrap interval (percentiles).
-        smaller: In how many pairs the first is smaller.
-        equal: In how many both are the same.
+        mean, median: Of the differences.
+        interval: Of the mean, 95 %, by the bias-corrected and accelerated bootstrap.
+        median_interval: Of the median, 95 %, by bootstrap percentiles.
+        smaller, equal: In how many pairs the first is smaller, or both are equal.
         p: Of the two-sided Wilcoxon signed-rank test; 1 if all pairs are equal.
     """
 
@@ -273,7 +260,7 @@ def agreement(
         median: Of them, if known.
 
     Returns:
-        The p-value of the "mean" and of the "median", None where it is not known.
+        The p-values of "mean" and "median", None where these are not known.
     """
     draw = np.random.default_rng(0)
     theirs = draw.choice(ours, (DRAWS, runs))

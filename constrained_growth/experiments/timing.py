@@ -67,13 +67,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Times of some runs relative to a first one, round by round.
-
-    Attributes:
-        seconds: Median time of the first run.
-        ratios: Name → time of each other run over that of the first one in the same round.
-        rounds: How many rounds there were.
-    """
+    """Median time of the first run; name → time of another run over the first's in its round."""
 
     seconds: float
     ratios: Mapping[str, Spread]
@@ -85,10 +79,6 @@ def compare(runs: Mapping[str, Callable[[], object]], effort: Effort) -> Compari
 
     `torch.utils.benchmark.Timer` times one statement after the other; on a machine whose speed
     drifts, only ratios within a round can be compared. Nothing is run to warm up.
-
-    Args:
-        runs: Name → what to time; the others are compared with the first one.
-        effort: How many rounds.
     """
     names, rounds = list(runs), list[dict[str, float]]()
     begin = timer()

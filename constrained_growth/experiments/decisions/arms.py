@@ -34,7 +34,6 @@ class Asked:
 
     task: Task
     seed: int
-    model: nn.Module
     optimizer: torch.optim.Optimizer
     candidates: tuple[str, ...]
     samples: int
@@ -43,14 +42,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Arm:
-    """A rule to be judged.
+    """A rule to be judged, made anew for every network, and the norm of the multipliers.
 
     Attributes:
-        name: In tables and files.
-        rule: Makes it, anew for every network, so that nothing is remembered.
-        norm: How large a multiplier is.
-        passes: What the question costs beside what a decision reports as `evidence["passes"]`,
-            in gradient passes over the data: 1 for the multipliers, 0 where they are not used.
+        passes: Cost of the question beside what a decision reports as `evidence["passes"]`, in
+            gradient passes over the data: 1 for the multipliers, 0 where they are not used.
         in_batches: Whether the problem has the batches of training, in random order, or all of
             the data in one batch, which gives the same loss and is faster.
     """
@@ -64,12 +60,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Choices:
-    """What an arm decided about each network.
+    """What an arm decided about each network: the site (−1 for nothing), and what that cost.
 
-    Attributes:
-        sites: Number of the site, −1 for inserting nothing.
-        passes: What that cost.
-        blocks: The layer as it would start at each site: at its pins, or moved by the decision.
+    `blocks` are the layers as they would start at each site: at the pins, or moved by the decision.
     """
 
     sites: list[int] = field(default_factory=list)
@@ -83,27 +76,20 @@ def choices(
     rehearsal: Array,
     on_network: Callable[[], object] = lambda: None,
 ) -> dict[str, Choices]:
-    """Ask the library about every network, once for each arm.
+    """Ask the library about every network, once for each arm; name of an arm → its decisions.
 
-    Args:
-        moment: The networks.
-        arms: The rules.
-        rehearsal: Final losses of a full training for each site, shape (sites, networks).
-        on_network: Called after every network.
-
-    Returns:
-        Name of an arm → what it decided.
-
-    Raises:
-        RuleError: A rule chose more than one candidate.
+    `rehearsal` holds the final losses of a full training for each site, shape (sites, networks).
     """
     decided = {arm.name: Choices() for arm in arms}
     for i, blocks in enumerate(moment.blocks):
-        asked = _asked(moment, i, rehearsal[:, i])
-        candidates = [cg.Candidate(*pair) for pair in zip(asked.candidates, blocks, strict=True)]
-        x, y = moment.plain[i]
+        model, (x, y) = moment.models[i], moment.plain[i]
+        memory = {name: flat[i] for name, flat in moment.trained.memory.items()}
+        optimizer = plain_optimizer(moment.task.optimizer, model, memory)
+        names = tuple(name for name, _ in sites_of(model))
+        asked = Asked(moment.task, moment.seeds[i], optimizer, names, len(x), rehearsal[:, i])
+        candidates = [cg.Candidate(*pair) for pair in zip(names, blocks, strict=True)]
         problems = {
-            in_batches: cg.GrowthProblem(asked.model, moment.task.loss_fn, data, candidates)
+            in_batches: cg.GrowthProblem(model, moment.task.loss_fn, data, candidates)
             for in_batches, data in ((False, [(x, y)]), (True, _loader(x, y, moment.task.batch)))
         }
         for arm in arms:
@@ -223,20 +209,6 @@ ARMS: tuple[Arm, ...] = (
     *CONTROLS,
 )
 """All that is judged by default."""
-
-
-def _asked(moment: Moment, i: int, rehearsal: Array) -> Asked:
-    model = moment.models[i]
-    memory = {name: flat[i] for name, flat in moment.trained.memory.items()}
-    return Asked(
-        moment.task,
-        moment.seeds[i],
-        model,
-        plain_optimizer(moment.task.optimizer, model, memory),
-        tuple(name for name, _ in sites_of(model)),
-        len(moment.plain[i][0]),
-        rehearsal,
-    )
 
 
 def _loader(x: Tensor, y: Tensor, batch: int) -> DataLoader:

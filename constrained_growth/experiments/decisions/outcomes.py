@@ -41,12 +41,9 @@ class Outcomes:
 
 
 def outcomes(moment: Moment, runs: int, on_epoch: Callable[[], object] = lambda: None) -> Outcomes:
-    """Insert at every site of every network, and nowhere, and train on.
+    """Insert at every site of every network, and nowhere; train on in `runs` orders of the data.
 
-    Args:
-        moment: The networks.
-        runs: How many orders of the data, so that luck is not taken for skill.
-        on_epoch: Called after every epoch, `epochs(moment.task, sites)` times in all.
+    `on_epoch` is called `epochs(moment.task, sites)` times.
     """
     count, sites = len(moment.models), range(len(moment.blocks[0]))
     nothing = continued(moment, [-1] * count, moment.blocks, range(runs), on_epoch)
@@ -63,14 +60,14 @@ def continued(
     runs: Sequence[int],
     on_epoch: Callable[[], object] = lambda: None,
 ) -> Array:
-    """Insert into each network at its site, and train on.
+    """Insert into each network at its site, and train on; networks with one site train together.
 
     Args:
         moment: The networks.
         sites: The site of each network; −1 inserts nothing.
         blocks: For each network the layer at every site, with the values it starts from.
         runs: Numbers of the orders of the data.
-        on_epoch: Called after every epoch; networks with the same site are trained together.
+        on_epoch: Called after every epoch.
 
     Returns:
         Final training losses after 0, 1, … MORE further epochs, shape (networks, runs, 1 + MORE).

@@ -40,14 +40,7 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run.
-
-    Attributes:
-        tasks: Which tasks.
-        networks: How many of each, two or more.
-        runs: How many orders of the data after every insertion, two or more.
-        workers: Processes, one thread each.
-    """
+    """How many networks of which tasks, and orders of the data after each insertion, are run."""
 
     tasks: Sequence[Task]
     networks: int
@@ -66,16 +59,15 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Decided:
-    """What an arm did on a task; all of shape (networks,).
+    """What an arm did on a task; all of shape (networks,), losses are means over the runs.
 
     Attributes:
         sites: Where each network gained a layer, −1 for nowhere.
-        passes: What the decision cost, in gradient passes.
-        loss: Final training loss, the mean over the runs, each layer trained on from where the
-            decision starts it.
+        passes: Cost of the decision, in gradient passes.
+        loss: Final training loss, each layer trained on from where the decision starts it.
         at_pin: The same with all layers starting at their pins.
-        trained_on: Final loss if the rest of `MORE` passes is spent on further epochs; NaN for
-            networks whose decision costs more.
+        trained_on: The same as `loss` if the rest of `MORE` passes is spent on further epochs; NaN
+            where the decision costs more.
     """
 
     sites: NDArray[np.integer]
@@ -149,9 +141,9 @@ def run(
             "passes": MORE,
             "tasks": {
                 t.task.name: {
-                    name: _value(_regret(t, t.arms[name].trained_on))
-                    for name in names
-                    if (t.arms[name].passes <= MORE).all()
+                    name: _value(_regret(t, decided.trained_on))
+                    for name, decided in t.arms.items()
+                    if (decided.passes <= MORE).all()
                 }
                 for t in found
             },

@@ -31,17 +31,13 @@ class Task:
     """Networks of one kind, each on its own data, and how they are trained.
 
     Attributes:
-        name: In tables and files.
-        about: One line for the reader.
         begin: Seed → network and data before the first step, and the site (number of the hidden
             stage before it) where a layer is known to be missing, or None.
         block: Width of a site → the layer that could be inserted there.
         optimizer: The same before and after.
-        batch: Samples in a batch.
         before, after: Epochs before and after the insertion.
         half: 0 or 1: constants chosen on one half of the suite are judged on the other.
-        loss: What is minimised, for an ensemble.
-        loss_fn: The same for a plain network.
+        loss: What is minimised, for an ensemble; `loss_fn` is the same for a plain network.
     """
 
     name: str
@@ -59,16 +55,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Moment:
-    """All networks of a task at the moment of insertion.
+    """All networks of a task at the moment of insertion, as an ensemble and as plain modules.
 
-    Attributes:
-        task: The task.
-        trained: The networks, one replica each.
-        data: Of each.
-        models, plain: The same networks as plain modules, the same data as plain tensors.
-        blocks: For each network, the layer that could be inserted at each of its sites.
-        planted: For each network, the site where a layer is missing, or None.
-        seeds: Of the networks.
+    `blocks` has for each network the layer that could be inserted at each of its sites, `planted`
+    the site where a layer is missing, or None.
     """
 
     task: Task

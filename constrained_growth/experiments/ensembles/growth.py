@@ -26,13 +26,9 @@ from constrained_growth.experiments.ensembles.stages import Stage, stage_of
 
 @dataclass(frozen=True)
 class NewLayer:
-    """A layer that can be inserted.
+    """A layer to insert; `start`, its parameters at the pins, is (replicas or 1, parameters).
 
-    Attributes:
-        stage: What it computes.
-        start: Its parameters at the pins, shape (replicas or 1, parameters).
-        names: Of its parameters in the plain block.
-        pinned: Which of them are pinned.
+    `names` are those of the parameters in the plain block, `pinned` the pinned ones among them.
     """
 
     stage: Stage

@@ -40,11 +40,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Samples:
-    """Data of all replicas, or the same for all (then the first dimension is 1).
+    """Inputs (replicas or 1, features, samples) and targets (replicas or 1, outputs, samples).
 
-    Attributes:
-        x: Inputs, shape (replicas or 1, features, samples).
-        y: Targets, shape (replicas or 1, outputs, samples); classes as unit vectors.
+    Classes are unit vectors; a first dimension of 1 holds the same data for all replicas.
     """
 
     x: Tensor

@@ -12,12 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from constrained_growth.blocks import (
-    IdentityConv2d,
-    IdentityLinear,
-    ResidualLinear,
-    ResidualMLP,
-)
+from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualLinear, ResidualMLP
 from constrained_growth.errors import BlockError, CandidateError
 
 Activation = Callable[[Tensor], Tensor]
@@ -93,15 +88,9 @@ class Residual:
 
 @dataclass(frozen=True)
 class Convolution:
-    """σ(K ∗ x + b) − s on images, which are flattened as (channels, height, width).
+    """σ(K ∗ x + b) − s on images of this (height, width), flattened as (channels, height, width).
 
-    Attributes:
-        channels: Of the output.
-        size: Height and width of the input.
-        kernel: k, odd; the image is padded with zeros by half of it.
-        stride: As in `nn.Conv2d`, in height and width.
-        activation: σ.
-        shift: s.
+    The kernel K has an odd size k; the image is padded with zeros by half of it.
     """
 
     channels: int

@@ -37,13 +37,7 @@ Content = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run.
-
-    Attributes:
-        tasks: Which tasks.
-        seeds: How many runs of each arm: data, initial values, order of the batches.
-        workers: Processes, one thread each.
-    """
+    """Which tasks are run, from how many seeds (data, initial values, order of the batches)."""
 
     tasks: Sequence[GrowthTask]
     seeds: int

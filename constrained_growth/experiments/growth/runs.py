@@ -23,9 +23,7 @@ class Arm:
     """A way to a big network.
 
     Attributes:
-        name: In tables and files.
         rule: Seed → where the next layer goes; None for a network that does not grow.
-        begins_big: Whether it has all its layers from the start.
         looks: Whether the rule uses sensitivities. If not, the pass that computes them is free.
     """
 
@@ -58,12 +56,11 @@ class Trace:
     """What a run recorded, row by row.
 
     Attributes:
-        multiply_adds: Spent until then, decisions included.
-        seconds: Taken until then, without measuring the loss.
+        multiply_adds, seconds: Spent until then, decisions included, measuring the loss not.
         loss: On the training data set aside for measuring.
         held_out: The loss on data not trained on, at the end.
         sites: Where layers were inserted, in their order.
-        decisions: Multiply-adds of deciding and inserting, of the sum.
+        decisions: Multiply-adds of deciding and inserting.
     """
 
     multiply_adds: tuple[int, ...]

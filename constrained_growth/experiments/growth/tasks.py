@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Material:
-    """What one run of a task learns from.
+    """What one run learns from.
 
     Attributes:
         stream: Seed → an endless stream of batches.
@@ -46,16 +46,11 @@ class GrowthTask:
     """A kind of network, its data, and how it grows.
 
     Attributes:
-        name: In tables and files.
-        about: One line for the reader.
-        material: Seed → data.
         network: Number of blocks → network, random values from the global generator.
-        block: Makes a block that can be inserted.
-        sites: The modules after which a block may be inserted.
+        block: Makes a block that can be inserted after modules of the types `sites`.
         lr: Learning rate of Adam, chosen for the big network.
         warmup: Over how many of the first steps it rises linearly from 0.
-        small: Blocks at the start of the runs that grow.
-        big: Blocks of the big network, and of the grown ones at their end.
+        small, big: Blocks at the start of the runs that grow, and at their end.
         steps: Steps of the big network; all arms may spend as many multiply-adds.
         row: Steps between two measurements of the loss.
         wait: Rows before each insertion.
@@ -184,8 +179,7 @@ def _in_batches(x: Tensor, y: Tensor, size: int) -> list[Batch]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-_CHANNELS = 4
-_LENGTH, _PIECES, _WIDTH, _HEADS = 64, 4, 32, 2
+_CHANNELS, _LENGTH, _PIECES, _WIDTH, _HEADS = 4, 64, 4, 32, 2
 
 
 def _digits_material(seed: int) -> Material:
@@ -203,10 +197,6 @@ def _digits_block() -> ResidualConv2d:
     return block
 
 
-def _curves_block() -> ResidualConv1d:
-    return ResidualConv1d(_CHANNELS, 3)
-
-
 def _digits_network(blocks: int) -> nn.Module:
     stem = Stem(nn.Conv2d(1, _CHANNELS, 3, padding=1))
     return _convolutional(stem, _digits_block, blocks, nn.AdaptiveAvgPool2d(1))
@@ -214,7 +204,9 @@ def _digits_network(blocks: int) -> nn.Module:
 
 def _curves_network(blocks: int) -> nn.Module:
     stem = Stem(nn.Conv1d(1, _CHANNELS, 3, padding=1))
-    return _convolutional(stem, _curves_block, blocks, nn.AdaptiveAvgPool1d(1))
+    return _convolutional(
+        stem, partial(ResidualConv1d, _CHANNELS, 3), blocks, nn.AdaptiveAvgPool1d(1)
+    )
 
 
 def _convolutional(
@@ -242,10 +234,6 @@ def _text_material(seed: int) -> Material:
     )
 
 
-def _text_block() -> TransformerBlock:
-    return gpt_block(_WIDTH, _HEADS)
-
-
 def _text_network(blocks: int) -> nn.Module:
     return GPT(len(_text().alphabet), _LENGTH, _WIDTH, _HEADS, blocks)
 
@@ -269,7 +257,7 @@ MNIST1D = GrowthTask(
     "MNIST-1D, residual convolutions of 4 channels, 3 positions wide",
     _curves_material,
     _curves_network,
-    _curves_block,
+    partial(ResidualConv1d, _CHANNELS, 3),
     (Stem, ResidualConv1d),
 )
 
@@ -278,7 +266,7 @@ GPT_TEXT = GrowthTask(
     "characters of Python's help texts, a GPT of width 32",
     _text_material,
     _text_network,
-    _text_block,
+    partial(gpt_block, _WIDTH, _HEADS),
     (Embed, TransformerBlock),
     lr=0.003,
     warmup=100,

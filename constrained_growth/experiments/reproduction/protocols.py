@@ -25,8 +25,8 @@ class Family:
     """A kind of network.
 
     Attributes:
-        build: (inputs, widths of the hidden layers, outputs) → a network, freshly initialised.
-        block: Width → the layer to insert. Widths of convolutions are channels.
+        build: (inputs, widths of the hidden layers, outputs) → a freshly initialised network.
+        block: Width (of convolutions: channels) → the layer to insert.
         selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
     """
 
@@ -93,8 +93,7 @@ FAMILIES: Mapping[str, Family] = {
         lambda width: ResidualMLP(width, width, torch.tanh, inner_init=0.8), "outer.weight"
     ),
     "residual-inner": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8),
-        "inner.weight",
+        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8), "inner.weight"
     ),
     "convolution": _convolutional(),
 }
@@ -114,14 +113,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Count:
-    """In how many of the reference's runs the first arm was better than the second.
+    """In how many of the reference's runs the first of two arms was better than the second.
 
-    Attributes:
-        arms: The two.
-        after: Steps after the insertion at which the drop of the loss is compared; None for the
-            final loss.
-        held: In how many …
-        runs: … of how many runs.
+    `after` counts steps after the insertion, for the drop of the loss; None is the final loss.
     """
 
     arms: tuple[str, str]
@@ -135,20 +129,17 @@ class Experiment:
     """A protocol: one insertion into a small network, trained by plain SGD.
 
     Attributes:
-        name: As in the source.
-        shows: The figure or claim it stands for.
+        shows: The figure or claim of the source that it stands for.
         family: Key of `FAMILIES`.
         widths: Of the hidden layers before the insertion.
-        lr: Learning rate.
-        factor: By which it is multiplied after the insertion.
+        factor: By which the learning rate is multiplied after the insertion.
         before, after: Epochs before and after the insertion.
         batch: Samples in a batch; None for all of them.
         times: Other epochs to insert at, with the same total.
         seconds: How long 100 seeds take on one core, roughly.
         chunk: How many seeds train together: what an interruption can cost.
         data: Seed → the data.
-        reference: Arm → what the source's code gives.
-        counts: What it gives in comparisons.
+        reference, counts: What the source's code gives, arm by arm, and in comparisons.
     """
 
     name: str
@@ -283,10 +274,7 @@ _LIST = (
         0.1,
         1.0,
         seconds=60,
-        reference={
-            "LImax": Reference(20, 0.517, 0.482),
-            "LImin": Reference(20, 0.480, 0.478),
-        },
+        reference={"LImax": Reference(20, 0.517, 0.482), "LImin": Reference(20, 0.480, 0.478)},
         counts=(Count(("LImax", "LImin"), 1, 17, 20),),
     ),
     Experiment(

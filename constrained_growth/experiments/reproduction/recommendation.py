@@ -40,7 +40,7 @@ def recommended(
     layer: NewLayer,
     solver: Solver = RECOMMENDED,
 ) -> tuple[NDArray[np.integer], list[Group]]:
-    """Ask the library about each replica and insert what it says.
+    """Ask the library about each replica, and insert what it says.
 
     Args:
         trained: The replicas, before the insertion; not changed.
@@ -51,8 +51,7 @@ def recommended(
         solver: How to ask.
 
     Returns:
-        The site of each replica, −1 where nothing is inserted, and the replicas grouped by it,
-        ready for `StepsAfter`.
+        The site of each replica, −1 for nowhere, and the replicas grouped by it for `StepsAfter`.
     """
     old = {AGE: torch.full_like(trained.parameters, torch.inf)}
     trained = replace(trained, memory={**trained.memory, **old})

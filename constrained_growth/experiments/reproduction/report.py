@@ -24,13 +24,7 @@ from constrained_growth.experiments.reproduction.runs import (
     saved,
     work,
 )
-from constrained_growth.experiments.statistics import (
-    Paired,
-    Spread,
-    agreement,
-    paired,
-    same_share,
-)
+from constrained_growth.experiments.statistics import Paired, Spread, agreement, paired, same_share
 from constrained_growth.experiments.tables import interval, number, titled
 
 Content = Mapping[str, Any]
@@ -361,9 +355,7 @@ def account(contents: Sequence[Content]) -> RenderableType:
         table.add_section()
     counts = [count["p"] for content in contents for count in content["counts"]]
     return Group(
-        table,
-        Text(_differences("means and medians", values)),
-        Text(_differences("counts", counts)),
+        table, Text(_differences("means and medians", values)), Text(_differences("counts", counts))
     )
 
 

@@ -26,7 +26,7 @@ class Runs:
 
     Attributes:
         loss: Training loss, in nats, before the steps of each epoch; shape (epochs, seeds).
-        test_error: Share of wrong test samples after each epoch; same shape.
+        test_error: Share of misclassified test samples after each epoch; same shape.
         trained: For how many epochs each run was trained, shape (seeds,).
         site: Where each run gained a layer, 0 for the first hidden layer; −1 for nowhere.
         operations: Multiply-adds for one sample of a forward pass before and after the insertion,

@@ -26,15 +26,7 @@ MODES = {"every step": 1, f"1 step in {EVERY}": EVERY}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
-
-    Attributes:
-        widths: Of the network.
-        batches: Samples in a batch.
-        effort: How many rounds in a cell.
-        seconds: Rough time of the steps that are timed together.
-        most: Steps at most that are timed together.
-    """
+    """Widths and batch sizes; rough time of the steps timed together, and how many at most."""
 
     widths: Sequence[int]
     batches: Sequence[int]

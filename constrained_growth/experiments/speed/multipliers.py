@@ -22,7 +22,6 @@ import constrained_growth as cg
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments.speed.networks import (
     Network,
-    closed_convolutional,
     convolutional,
     feedforward,
     residual,
@@ -51,14 +50,10 @@ REBATCHED = 2048
 TITLES = {
     "feedforward": "Feedforward ReLU networks, an identity layer after every ReLU",
     "residual": "Residual networks, one more block with two weights (W₂ pinned) after every block",
-    "others": "Residual ConvNets and a GPT, a residual candidate after every block",
+    "others": "A residual ConvNet and a GPT, a residual candidate after every block",
 }
 
-NETWORKS = {
-    "convolutional": "ConvNet, user's block",
-    "closed_convolutional": "ConvNet, closed form",
-    "transformer": "GPT",
-}
+NETWORKS = {"convolutional": "ConvNet", "transformer": "GPT"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +93,6 @@ FULL = Plan(
         "others": (
             Case(convolutional, depth=4, width=32, batch=16, samples=256),
             Case(convolutional, depth=4, width=32, batch=64, samples=256),
-            Case(closed_convolutional, depth=4, width=32, batch=16, samples=256),
-            Case(closed_convolutional, depth=4, width=32, batch=64, samples=256),
             Case(transformer, depth=4, width=128, batch=4, samples=64),
             Case(transformer, depth=4, width=128, batch=16, samples=64),
         ),
@@ -115,7 +108,6 @@ QUICK = Plan(
         "residual": tuple(Case(residual, *sizes, 4096) for sizes in _SMALL),
         "others": (
             Case(convolutional, depth=2, width=16, batch=16, samples=64),
-            Case(closed_convolutional, depth=2, width=16, batch=16, samples=64),
             Case(transformer, depth=2, width=64, batch=4, samples=16),
         ),
     },

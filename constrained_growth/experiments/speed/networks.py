@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +94,7 @@ class NewConvolution(nn.Module):
         return x + self.outer(torch.relu(self.inner(x)))
 
 
-def convolutional(
-    depth: int, width: int, block: Callable[[int], nn.Module] = NewConvolution
-) -> Network:
+def convolutional(depth: int, width: int) -> Network:
     """A residual ConvNet of `depth` blocks with `width` channels, a new block after each."""
     model = nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
@@ -107,14 +104,8 @@ def convolutional(
         nn.Flatten(),
         nn.Linear(width, CLASSES),
     )
-    candidates = tuple(cg.Candidate(str(i + 1), block(width)) for i in range(depth))
+    candidates = tuple(cg.Candidate(str(i + 1), NewConvolution(width)) for i in range(depth))
     return Network(model, candidates, _images)
-
-
-def closed_convolutional(depth: int, width: int) -> Network:
-    """The same ConvNet; its candidates, without normalisation, have a closed form."""
-    block = partial(cg.blocks.ResidualConv2d, activation=nn.ReLU, norm_layer=None)
-    return convolutional(depth, width, block)
 
 
 class Embedding(nn.Module):
