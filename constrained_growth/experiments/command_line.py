@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Annotated, Any
@@ -79,11 +80,11 @@ def terminal(width: int = WIDTH) -> Console:
 
 def write_tables(file: Path, *tables: RenderableType) -> None:
     """The command, and below it the tables as text."""
-    with file.open("w", encoding="utf-8") as stream:
-        console = Console(file=stream, width=WIDTH, highlight=False)
-        console.print(f"$ {typed()}\n", soft_wrap=True)
-        for table in tables:
-            console.print(table)
+    console = Console(file=StringIO(), width=WIDTH, highlight=False, record=True)
+    for table in tables:
+        console.print(table)
+    lines = (line.rstrip() for line in console.export_text().splitlines())
+    file.write_text("\n".join([f"$ {typed()}", "", *lines, ""]), encoding="utf-8")
 
 
 def carry_out(

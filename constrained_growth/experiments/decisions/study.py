@@ -229,7 +229,7 @@ def _row(judged: Judged, arm: str) -> dict[str, Any]:
         **_value(_regret(judged, decided.loss)),
         "planted_rate": float(np.mean(planted)) if planted else None,
         "loss": float(decided.loss.mean()),
-        "loss_not_inserting": float(judged.outcomes.nothing[..., 0].mean()),
+        "loss_not_inserting": float(judged.outcomes.nothing[..., 0].mean(1).mean()),
         "cost_passes": float(decided.passes.mean()),
     }
 
