@@ -2,11 +2,9 @@
 
 import copy
 import gc
-import json
 import math
 import weakref
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,16 +26,12 @@ from helpers import (
 )
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from typer.testing import CliRunner
 
 import constrained_growth as cg
 from constrained_growth._multipliers import windows
 from constrained_growth._multipliers.sketching import Sketched, sketched_sites
 from constrained_growth._multipliers.uses import block_multipliers
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.speed import monitoring as monitoring_cost
-from constrained_growth.experiments.timing import Effort
 
 Loss = Callable[[Any, Any], Tensor]
 ROOMS = pytest.mark.parametrize("room", [2**20, 0], ids=["waiting", "at once"])
@@ -618,23 +612,3 @@ def test_a_site_that_becomes_no_tensor_is_refused() -> None:
     as_tuple = model[1].register_forward_hook(lambda module, args, output: (None,))
     with as_tuple, cg.monitor(problem), refused(cg.CandidateError, 'after="1"', "tuple"):
         model(data[0][0])
-
-
-# --- the benchmark, without looking at the times --------------------------------------------------
-
-
-def test_the_benchmark_counts_and_reports(tmp_path: Path) -> None:
-    plan = monitoring_cost.Plan((4,), (3,), Effort(fewest=2, most=2, seconds=0.0), 0.0, 1)
-    found = monitoring_cost.run_monitoring(plan, seed=1)
-    (cell,) = found.cells
-    assert list(cell.overheads) == list(monitoring_cost.MODES) == list(found.met())
-    weights = 16 * 4 + 7 * 16 + 4 * 10
-    assert cell.operations.step == 3 * (6 * weights - 2 * 16 * 4)
-    assert cell.operations.exact == 3 * 8 * 2 * 16
-    assert json.loads(found.to_json())["cells"][0]["width"] == 4
-    with patch.object(monitoring_cost, "QUICK", plan):
-        file = tmp_path / "cost.json"
-        result = CliRunner().invoke(app, ["bench", "monitoring", "--quick", "--json", str(file)])
-    assert result.exit_code == 0, result.output
-    assert "sketch, 1 in 10" in result.output
-    assert json.loads(file.read_text())["seed"] == 0

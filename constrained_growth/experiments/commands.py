@@ -27,7 +27,7 @@ from constrained_growth.experiments.command_line import (
     write_tables,
 )
 from constrained_growth.experiments.data import Split, digits, mnist, mnist1d
-from constrained_growth.experiments.decisions import report as decisions
+from constrained_growth.experiments.decisions import study as decisions
 from constrained_growth.experiments.demo import DATA, run_demo
 from constrained_growth.experiments.growth import benchmark as growth
 from constrained_growth.experiments.reproduction import report

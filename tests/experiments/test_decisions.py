@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decisions import report, study
+from constrained_growth.experiments.decisions import study
 from constrained_growth.experiments.decisions import tasks as suite
 from constrained_growth.experiments.decisions.arms import (
     ARMS,
@@ -346,7 +346,7 @@ def test_at_equal_cost_what_a_decision_leaves_is_spent_on_training() -> None:
 
 
 def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(report, "QUICK", plan())
+    monkeypatch.setattr(study, "QUICK", plan())
     file = tmp_path / "decisions.json"
     arguments = ["bench", "decisions", "--quick", "--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)

@@ -130,10 +130,10 @@ class _Setting:
     dtype: torch.dtype
     on_epoch: Callable[[], object]
 
-    def start(self, widths: Sequence[int]) -> Ensemble:
+    def models(self, widths: Sequence[int]) -> list[nn.Sequential]:
         inputs, outputs = self.data.x.shape[1], self.data.y.shape[1]
-        models = networks(self.experiment, widths, self.seeds, inputs, outputs)
-        return ensemble([model.to(self.dtype) for model in models])
+        made = networks(self.experiment, widths, self.seeds, inputs, outputs)
+        return [model.to(self.dtype) for model in made]
 
     def train(
         self,
@@ -166,17 +166,12 @@ class _Setting:
         selected = FAMILIES[self.experiment.family].selected
         layer, count = self.layer(trained), self.data.x.shape[2]
         at_once = _AT_ONCE if self.experiment.batch else count
-        total = list[dict[str, Tensor]]()
-        for begin in range(0, count, at_once):
-            part = slice(begin, begin + at_once)
-            some = Samples(self.data.x[:, :, part], self.data.y[:, :, part])
-            found = multipliers(trained, some, layer)
-            share = some.x.shape[2] / count
-            total = total or [{name: torch.zeros_like(v) for name, v in f.items()} for f in found]
-            for sums, f in zip(total, found, strict=True):
-                for name, value in f.items():
-                    sums[name] += share * value
-        return _array(frobenius(total, only=selected))
+        parts = list[list[Tensor]]()
+        for x, y in zip(self.data.x.split(at_once, 2), self.data.y.split(at_once, 2), strict=True):
+            found = multipliers(trained, Samples(x, y), layer)
+            parts.append([x.shape[2] / count * at[selected] for at in found])
+        total = [{selected: sum(site, torch.tensor(0.0))} for site in zip(*parts, strict=True)]
+        return _array(frobenius(total))
 
 
 def _run(
@@ -195,7 +190,7 @@ def _run(
         dtype,
         on_epoch,
     )
-    small = setting.start(experiment.widths)
+    small = ensemble(setting.models(experiment.widths))
     kept, moments, trace = _keep(setting, small)
     before = moments[experiment.before]
     sizes = setting.sizes(before)
@@ -252,7 +247,8 @@ def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble]
 
 
 def _fresh(setting: _Setting, widths: Sequence[int]) -> Runs:
-    trained, history = setting.train(setting.start(widths), setting.experiment.epochs)
+    begun = ensemble(setting.models(widths))
+    trained, history = setting.train(begun, setting.experiment.epochs)
     return _runs([history], trained)
 
 
@@ -260,7 +256,7 @@ def _deep(setting: _Setting) -> tuple[Runs, Runs]:
     """The network of the grown one's depth from the start, with one learning rate and with two."""
     experiment = setting.experiment
     widths = (*experiment.widths, experiment.widths[-1])
-    before, first = setting.train(setting.start(widths), experiment.before)
+    before, first = setting.train(ensemble(setting.models(widths)), experiment.before)
     trained, second = setting.train(before, experiment.after)
     runs = _runs([first, second], trained)
     return runs, _changed(setting, runs, before)
@@ -297,16 +293,7 @@ def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
     """Site, insertion and steps after it as the library says; the learning rate is kept."""
-    models = [
-        model.to(setting.dtype)
-        for model in networks(
-            setting.experiment,
-            setting.experiment.widths,
-            setting.seeds,
-            setting.data.x.shape[1],
-            setting.data.y.shape[1],
-        )
-    ]
+    models = setting.models(setting.experiment.widths)
     block = FAMILIES[setting.experiment.family].block
     sites, groups = recommended(before, setting.data, models, block, setting.layer(before))
     after = setting.experiment.epochs - before.epochs

@@ -50,22 +50,9 @@ def feedforward(depth: int, width: int) -> Network:
     return Network(model, candidates, _vectors)
 
 
-class ResidualBlock(nn.Module):
-    """x + W₂ tanh(W₁x + b)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, width) to the same."""
-        return x + self.outer(torch.tanh(self.inner(x)))
-
-
 def residual(depth: int, width: int) -> Network:
     """`depth` residual blocks with two weights, one more such block after each, W₂ pinned."""
-    blocks = [ResidualBlock(width) for _ in range(depth)]
+    blocks = [cg.blocks.ResidualMLP(width, width, torch.tanh) for _ in range(depth)]
     model = nn.Sequential(nn.Linear(INPUTS, width), *blocks, nn.Linear(width, CLASSES))
     candidates = tuple(
         cg.Candidate(str(i + 1), cg.blocks.ResidualMLP(width, width, torch.tanh))
