@@ -25,11 +25,10 @@ class Optimizer(Protocol):
     def step(
         self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
     ) -> None:
-        """Move the parameters and update the memory, in place.
+        """Move the parameters and update the memory, in place, all (replicas, parameters).
 
-        Parameters, gradient and every entry of the memory (empty before the first step) have shape
-        (replicas, parameters); `running`, shape (replicas, 1), is 1.0 for replicas in training
-        and 0.0 for others.
+        The memory is empty before the first step; `running` (replicas, 1) is 0.0 for replicas
+        that have stopped, else 1.0.
         """
         ...
 
@@ -126,7 +125,7 @@ def train(
         epochs: At most this many more.
         optimizer: Makes the steps.
         loss: Mean loss of each replica.
-        batch: Samples in a batch, the last one may be smaller; by default all of them.
+        batch: Samples in a batch (the last one may be smaller); by default all of them.
         order: (epoch, samples) → order of reading, (replicas, samples), such as `Shuffle`; by
             default that of the data. Epochs count from `begun.epochs`.
         test: Data on which the error rate is measured after every epoch.

@@ -128,8 +128,8 @@ def run(
 
     Returns:
         The numbers that `--json` writes. A row of a table has the median time of an ordinary
-        gradient pass in milliseconds, and for each of `COLUMNS` the median time in such passes
-        with its quartiles, over so many pairs.
+        gradient pass in milliseconds, for each of `COLUMNS` the median time in such passes with
+        its quartiles, and the number of pairs.
     """
     cases = [(name, case) for name, some in plan.tables.items() for case in some]
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
