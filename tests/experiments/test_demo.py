@@ -1,10 +1,8 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from matplotlib.colors import to_hex
 from matplotlib.image import imread
 from torch import nn
 from typer.testing import CliRunner
@@ -15,7 +13,6 @@ from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.demo import DATA, SETTINGS, on_plateau, run_demo
 from constrained_growth.experiments.tables import to_json
-from constrained_growth.plotting import solutions as plotting
 
 
 def tiny(seed=0, data="spirals", **kwargs):
@@ -26,14 +23,6 @@ def tiny(seed=0, data="spirals", **kwargs):
         "dtype": torch.float64,
     } | kwargs
     return run_demo(data, seed, **options)
-
-
-def widths(ax):
-    return [bar.get_width() for bar in ax.containers[0]]
-
-
-def points(line):
-    return np.asarray(line.get_xydata()).ravel().tolist()
 
 
 @pytest.fixture(scope="module")
@@ -151,54 +140,6 @@ def test_the_verdict_mentions_a_jump(result):
     jumped = result | {"losses_grown": [0.5, 3.0, 0.4]}
     assert "jumped to 3:" in report.verdict(jumped)
     assert "jumped" not in report.verdict(result)
-
-
-def test_bars_show_the_sensitivities_and_highlight_the_chosen():
-    found = {
-        "a": cg.Sensitivity(0.2, 0.1, baseline=0.1, site="1"),
-        "b": cg.Sensitivity(0.4, math.nan, baseline=0.1, site="3"),
-    }
-    ax = plotting.plot_sensitivities(found, chosen=("b",))
-    assert widths(ax) == [0.2, 0.4]
-    assert [to_hex(bar.get_facecolor()).upper() for bar in ax.patches] == [
-        plotting.QUIET,
-        plotting.GROWN,
-    ]
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
-    assert ax.yaxis.get_inverted()
-
-
-def test_bars_of_a_solution_highlight_its_decision():
-    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
-    split = two_spirals(dtype=torch.float64)
-    problem = cg.GrowthProblem(
-        model,
-        nn.CrossEntropyLoss(),
-        [(split.x_train, split.y_train)],
-        cg.find_candidates(model, split.x_train),
-    )
-    solution = cg.solve(problem)
-    ax = plotting.plot_sensitivities(solution)
-    assert widths(ax) == [solution.sensitivities["1"].value]
-    assert to_hex(ax.patches[0].get_facecolor()).upper() == plotting.GROWN
-
-
-def test_curves_hold_the_losses_and_the_insertion():
-    ax = plotting.plot_losses([1.0, 0.5], {"kept": [0.5, 0.4], "grown": [0.5, 0.05]})
-    before, kept, grown, insertion = ax.get_lines()
-    assert points(before) == [0, 1.0, 1, 0.5]
-    assert points(kept) == [1, 0.5, 2, 0.4]
-    assert points(grown) == [1, 0.5, 2, 0.05]
-    assert np.unique(insertion.get_xdata()).tolist() == [1]
-    assert ax.get_yscale() == "log"
-    assert ax.get_ylabel() == "training loss [nats]"
-    assert plotting.plot_losses([1.0, 0.9], {"kept": [0.9, 0.8]}).get_yscale() == "linear"
-
-
-def test_curves_that_diverge_are_drawn_as_far_as_they_go():
-    ax = plotting.plot_losses([1.0, 0.5], {"kept": [0.5, 0.4], "grown": [0.5, math.nan]})
-    ax.figure.canvas.draw()
-    assert [text.get_text().split("\n")[0] for text in ax.texts] == ["layer inserted", "kept"]
 
 
 def test_the_command_writes_picture_and_numbers(tmp_path):
