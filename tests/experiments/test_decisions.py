@@ -35,9 +35,8 @@ from constrained_growth.experiments.decisions.tasks import (
     Task,
     at_the_moment,
     feedforward,
-    sites_of,
 )
-from constrained_growth.experiments.ensembles.networks import mean_loss
+from constrained_growth.experiments.ensembles.networks import mean_loss, sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
 from constrained_growth.experiments.statistics import (
     Yardstick,

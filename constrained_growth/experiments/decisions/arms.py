@@ -16,7 +16,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 import constrained_growth as cg
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.experiments.decisions.tasks import Moment, Task, sites_of
+from constrained_growth.experiments.decisions.tasks import Moment, Task
+from constrained_growth.experiments.ensembles.networks import sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
 from constrained_growth.norms import Entrywise1, Frobenius, KroneckerFisher, Nuclear

@@ -18,6 +18,7 @@ from constrained_growth.experiments.ensembles.networks import (
     cross_entropy,
     ensemble,
     samples,
+    sites_of,
     squared_error,
 )
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
@@ -105,17 +106,6 @@ def at_the_moment(
     return Moment(
         task, trained, data, models, list(zip(xs, ys, strict=True)), blocks, planted, seeds
     )
-
-
-def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
-    """Name and width of the modules whose outputs are the sites, in their order."""
-    found, width = [], 0
-    for index, module in enumerate(list(model)[:-1]):
-        if isinstance(module, nn.Linear):
-            width = module.out_features
-        else:
-            found.append((str(index), width))
-    return found
 
 
 def feedforward(widths: Sequence[int]) -> nn.Sequential:

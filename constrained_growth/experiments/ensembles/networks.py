@@ -114,6 +114,19 @@ def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
     return Ensemble(stack, parameters, running, parameters.new_full((len(rows),), torch.nan))
 
 
+def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
+    """Names and widths (of convolutions: channels) of the sites after hidden layers, in order."""
+    width, found = 0, []
+    for name, module in list(model.named_children())[:-1]:
+        if isinstance(module, nn.Linear):
+            width = module.out_features
+        elif isinstance(module, nn.Conv2d):
+            width = module.out_channels
+        elif not isinstance(module, nn.Flatten | nn.Unflatten):
+            found.append((name, width))
+    return found
+
+
 def samples(x: Sequence[Tensor], y: Sequence[Tensor], classes: int | None = None) -> Samples:
     """The data of each replica, or one data set for all, in the layout of an ensemble.
 

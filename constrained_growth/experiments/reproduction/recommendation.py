@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
-from constrained_growth.experiments.ensembles.networks import Ensemble, Samples
+from constrained_growth.experiments.ensembles.networks import Ensemble, Samples, sites_of
 from constrained_growth.experiments.ensembles.training import Optimizer
 from constrained_growth.training import NewLayers
 
@@ -58,7 +58,7 @@ def recommended(
     sites, rows = list[int](), list[Tensor]()
     for r, model in enumerate(models):
         nn.utils.vector_to_parameters(trained.parameters[r], model.parameters())
-        at = _sites(model)
+        at = dict(sites_of(model))
         problem = cg.GrowthProblem(
             model,
             nn.CrossEntropyLoss(),
@@ -96,16 +96,3 @@ class StepsAfter:
         warm = (memory[AGE].add_(1) / (self.policy.warmup + 1)).clamp(max=1)
         share = torch.where(memory[AGE].isinf(), 1.0, self.policy.scale * warm)
         parameters.copy_(before.lerp(parameters, share))
-
-
-def _sites(model: nn.Sequential) -> dict[str, int]:
-    """Names and widths of the sites after the hidden layers, in order of depth."""
-    width, found = 0, dict[str, int]()
-    for name, module in list(model.named_children())[:-1]:
-        if isinstance(module, nn.Linear):
-            width = module.out_features
-        elif isinstance(module, nn.Conv2d):
-            width = module.out_channels
-        elif not isinstance(module, nn.Flatten | nn.Unflatten):
-            found[name] = width
-    return found
