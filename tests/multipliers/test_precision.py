@@ -1,6 +1,6 @@
 """Lower precision: what is summed up, and in what; and nothing goes to the host in the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
