@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
+from constrained_growth._multipliers.uses import block_multipliers
 from rich.console import Console
 from typer.testing import CliRunner
 
-from constrained_growth._multipliers.uses import block_multipliers
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.speed import benchmarks
 from constrained_growth.experiments.speed import report as benchmark_report
