@@ -119,6 +119,11 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     return x.clone() if overwritten else x.view_as(x)
 
 
+def transformed(x: Tensor) -> bool:
+    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 Take = Callable[[int, list[Use], Any], None]
 """`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""
 
@@ -230,6 +235,8 @@ class Collector:
 
     def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
         forward, site, alias = self._now, self._sites[index], None
+        if transformed(x):
+            forward = None  # the tensor is of no use outside the transform, nor has it a δ
         if torch.is_grad_enabled() and forward is not None and x.is_floating_point():
             alias = alias_of(x, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT

@@ -1,4 +1,4 @@
-"""Random models in which a tensor is read past its site: λ is that of the layer that `insert` makes.
+"""Random models that read a tensor past its site: λ is that of the layer that `insert` makes.
 
 A model keeps activations, returns what it computes from them, changes them in place, differentiates
 itself; a loss reads what was kept, runs the model again, or differentiates it. Whatever they do, λ
@@ -302,6 +302,7 @@ EXTRAS = (
     "slope of loss by a weight",
     "output in place",
     "straight through",
+    "own target",
 )
 
 
@@ -339,6 +340,11 @@ class Loss:
             loss = loss + slope(along, at).square().mean()
         if "slope of loss by a weight" in self.extras:
             loss = loss + slope(loss, net.stem.weight).square().sum()
+        if "own target" in self.extras:
+            with torch.no_grad():
+                other = net(x - 0.1)
+            loss = loss + ((other[0] if net.hidden else other) - output).square().mean()
+            self.side.clear()
         if "again" in self.extras:
             other = net(x + 0.3)
             loss = loss + ((other[0] if net.hidden else other) - output).square().mean()
