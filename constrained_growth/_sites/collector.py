@@ -119,6 +119,11 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     return x.clone() if overwritten else x.view_as(x)
 
 
+def transformed(x: Tensor) -> bool:
+    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+
+
 Take = Callable[[int, list[Use], Any], None]
 """`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""
 
@@ -131,6 +136,8 @@ class Forward:
         batch: What the caller wants to know of it when δ arrives.
         take: Whom to tell.
         keeps: Whether x is kept as long as the graph is.
+        over: Whether the pass is over. Gradients that come before are derivatives that the model or
+            its loss takes, and not δ.
         seen: For each site, how often its module has run.
         waiting: For each site, the uses at which δ has arrived, until it has at all of them.
     """
@@ -138,6 +145,7 @@ class Forward:
     batch: Any
     take: Take
     keeps: bool
+    over: bool = False
     seen: Counter[int] = field(default_factory=Counter)
     waiting: dict[int, list[Use]] = field(default_factory=dict)
 
@@ -195,6 +203,8 @@ class Collector:
     def end(self) -> None:
         """The forward pass is over, and backward may run parts of it again (checkpointing)."""
         self._running = False
+        if self._now is not None:
+            self._now.over = True
 
     def backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> Sequence[Tensor | None]:
         """One backward pass down to the sites and to some leaves, whose gradients it returns.
@@ -225,7 +235,9 @@ class Collector:
 
     def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
         forward, site, alias = self._now, self._sites[index], None
-        if torch.is_grad_enabled() and forward is not None:
+        if transformed(x):
+            forward = None  # the tensor is of no use outside the transform, nor has it a δ
+        if torch.is_grad_enabled() and forward is not None and x.is_floating_point():
             alias = alias_of(x, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
             here = [x.detach() if x.requires_grad else x.detach().clone()]
@@ -245,6 +257,8 @@ def _arrive(
     forward: Forward, index: int, context: Context, here: list[Tensor], delta: Tensor
 ) -> None:
     """δ of one use; a function, as a method would keep the collector alive as long as the graph."""
+    if not forward.over:
+        return
     waiting = forward.waiting.setdefault(index, [])
     waiting.append(Use(here[0] if forward.keeps else here.pop(), delta.detach(), context))
     if len(waiting) == forward.seen[index]:

@@ -124,7 +124,8 @@ def _name(training: bool) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-    with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
+    # with gradients on, as a model may take derivatives in its forward
+    with untouched(model), torch.inference_mode(False), torch.enable_grad(), as_written():
         try:
             if training != model.training:
                 model.train(training)
