@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._sites.context import context_of, takes_context
-from constrained_growth._sites.outputs import tensor_in, with_tensor
+from constrained_growth._sites.collector import replaced
+from constrained_growth._sites.context import Context, arguments
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, CandidateError, RecordError
 from constrained_growth.insertion.record import InsertedLayer
@@ -52,15 +52,13 @@ class WithInsertedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the base, the inserted layer applied to its tensor."""
-        output = self.base(*args, **kwargs)
-        x = output if isinstance(output, Tensor) else tensor_in(output, self.output)
-        if takes_context(self.inserted):
-            context = context_of(self.base, args, kwargs)
-            y = self.inserted(x, *context.args, **context.kwargs)
-        else:
-            y = self.inserted(x)
-        y = y.clone() if self.overwritten else y
-        return y if x is output else with_tensor(output, self.output, y)
+        output, kind = self.base(*args, **kwargs), type(self.base).__name__
+        return replaced(kind, self.base, args, kwargs, output, self.output, self._run_inserted)
+
+    def _run_inserted(self, x: Tensor, context: Context) -> Tensor:
+        positional, named = arguments(self.inserted, x, context)
+        y = self.inserted(*positional, **named)
+        return y.clone() if self.overwritten else y
 
     def __len__(self) -> int:
         return len(self.base)  # type: ignore[arg-type]
