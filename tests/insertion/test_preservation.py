@@ -289,6 +289,7 @@ def test_a_model_that_differentiates_in_its_forward_pass() -> None:
     assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
     loss_fn(after, y).backward()
     gradient = model.get_parameter("net.1.inserted.outer.weight").grad
-    assert gradient is not None and bool(gradient.any())
+    assert gradient is not None
+    assert bool(gradient.any())
     (found,) = solution.multipliers["net.1"].values()
     torch.testing.assert_close(found, -gradient)
