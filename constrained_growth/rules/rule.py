@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -23,17 +23,25 @@ class DecisionRule(Protocol):
     """A rule that needs only the sensitivities; a plain function fits."""
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """The decision, from candidate → sensitivity in the order of the problem."""
+        """Decide which candidates to insert; `Decision(chosen=())` inserts nothing.
+
+        Args:
+            sensitivities: Candidate → sensitivity, in the order of the problem.
+        """
         ...
 
 
+@runtime_checkable
 class ModelRule(Protocol):
     """A rule that also evaluates the model, such as `TrustRegion`."""
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
-        """The decision about the candidates in `solution.sensitivities`.
+        """Decide which candidates to insert, and leave model and data as they are.
 
-        The problem may have more candidates, and the decision of the solution is empty.
+        Args:
+            problem: The problem that was solved.
+            solution: Its solution, with an empty decision. The candidates are those in
+                `solution.sensitivities`; the problem may have more.
         """
         ...
 
@@ -78,11 +86,19 @@ def checked_decision(
             f"rule={rule!r} chose {decision.chosen}; the candidates are {tuple(sensitivities)}, "
             "and each may be chosen at most once."
         )
-    if not decision.values.keys() <= set(decision.chosen):
+    strangers = [name for name in decision.values if name not in decision.chosen]
+    if strangers:
         raise RuleError(
-            f"rule={rule!r} chose {decision.chosen}, but gives values for {[*decision.values]}."
+            f"rule={rule!r} gives values for {strangers}, which it did not choose; it chose "
+            f"{decision.chosen}."
         )
     return decision
+
+
+def check_count(name: str, value: object, owner: str) -> None:
+    """Raise a RuleError unless an argument of a rule is a positive whole number."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise RuleError(f"{name}={value!r} of {owner} is not a positive whole number.")
 
 
 def check_optimizer(optimizer: object, owner: str) -> None:

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from constrained_growth._arguments import positive_int
 from constrained_growth.errors import RuleError
+from constrained_growth.rules.rule import check_count
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import MIN_CONFIDENCE, interval
 
@@ -39,7 +39,7 @@ class TopK:
     cost: Callable[[Sensitivity], float] | None = None
 
     def __post_init__(self) -> None:
-        positive_int("k", self.k, RuleError)
+        check_count("k", self.k, "TopK")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The k best."""
@@ -53,7 +53,9 @@ class TopK:
     def _score(self, name: str, sensitivity: Sensitivity) -> float:
         cost = 1.0 if self.cost is None else self.cost(sensitivity)
         if not cost > 0:
-            raise RuleError(f'cost of TopK is {cost} for candidate "{name}", not positive.')
+            raise RuleError(
+                f'cost of TopK gives {cost} for candidate "{name}"; it must be positive.'
+            )
         return sensitivity.value / cost
 
 
@@ -89,15 +91,17 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.absolute is self.relative is self.confidence is None:
             raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
-        for name, value in (("absolute", self.absolute), ("relative", self.relative)):
+        for name in ("absolute", "relative"):
+            value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
         if self.confidence is not None and not MIN_CONFIDENCE <= self.confidence < 1:
             raise RuleError(
-                f"confidence={self.confidence!r} of Threshold is not in [{MIN_CONFIDENCE}, 1)."
+                f"confidence={self.confidence!r} of Threshold must be at least {MIN_CONFIDENCE} "
+                "and below 1, such as 0.95."
             )
         if self.max_insertions is not None:
-            positive_int("max_insertions", self.max_insertions, RuleError)
+            check_count("max_insertions", self.max_insertions, "Threshold")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""
@@ -124,7 +128,8 @@ class Threshold:
             return self.absolute or 0.0
         if sensitivity.baseline is None:
             raise RuleError(
-                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True)."
+                f"relative={self.relative!r} of Threshold needs the gradients of the layers the "
+                "network has; call solve(problem, rule, stationarity=True)."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
 
@@ -133,9 +138,12 @@ class Threshold:
 class Random:
     """Candidates drawn uniformly at random, as a control.
 
+    The draw depends only on the seed and the names of the candidates, so asking twice gives the
+    same decision; use another seed for another draw.
+
     Args:
         k: How many; all candidates if there are fewer.
-        seed: The draw depends only on it and on the names of the candidates.
+        seed: Seed of the draw.
 
     Raises:
         RuleError: k is not a positive whole number.
@@ -149,7 +157,7 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive_int("k", self.k, RuleError)
+        check_count("k", self.k, "Random")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The draw."""
