@@ -20,11 +20,10 @@ from constrained_growth.insertion.record import InsertedLayer
 class WithInsertedLayer(nn.Module):
     """A module followed by an inserted layer: x ↦ inserted(base(x)).
 
-    It takes the place of `base` in the model, under the same name: all other names in the model
-    stay, `"3"` still means "the output of this place", and attributes not found here are looked
-    up in `base` (`model.fc.in_features` still works). Keys in the state dict change from
-    `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
-    fire once per pass, with the output that the inserted layer receives.
+    It takes the place of `base` in the model, under the same name, and attributes not found here
+    are looked up in `base` (`model.fc.in_features` still works). Keys in the state dict change
+    from `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
+    see the output that the inserted layer receives.
 
     Args:
         base: The module at the site.
@@ -85,11 +84,7 @@ class WithInsertedLayer(nn.Module):
 def put_into(
     model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
 ) -> nn.Module:
-    """Insert a layer after a site as its record says; returns the module now at its place.
-
-    Raises:
-        RecordError: The record makes it the next element of a list, and the site is in none.
-    """
+    """Insert a layer after a site as its record says; returns the module now at its place."""
     if record.placement == "sibling":
         owner = list_of(model, site)
         if owner is None:
@@ -110,10 +105,10 @@ def put_into(
 
 
 def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The `nn.ModuleList` or `nn.Sequential` of which a module is an element.
+    """The list in which another element can follow a module, if there is one.
 
-    None if there is none, if the module has a second owner, or if the elements are not numbered
-    consecutively or do not simply run one after the other (a `Sequential` with its own forward).
+    The module has no other owner, the elements are numbered consecutively, and a `Sequential` has
+    no forward of its own.
     """
     owners = [o for o in model.modules() for child in o._modules.values() if child is module]
     if len(owners) != 1:
@@ -121,24 +116,20 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequentia
     (owner,) = owners
     if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
         return None
-    if isinstance(owner, nn.Sequential):
-        return owner if type(owner).forward is nn.Sequential.forward else None
+    if isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
+        return owner
     return owner if isinstance(owner, nn.ModuleList) else None
 
 
 def standalone_form(block: nn.Module) -> nn.Module:
-    """The module `block.standalone()`, made without drawing random numbers.
-
-    Raises:
-        BlockError: It does not hold the pinned parameters of the block themselves.
-    """
+    """The module `block.standalone()`, made without drawing random numbers."""
     with torch.random.fork_rng(devices=[]):
         layer = block.standalone()  # type: ignore[operator]
     pins = {id(p) for p in pinned_parameters(block).values()}
     if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
         raise BlockError(
-            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__}; it "
-            "must return a module that holds the pinned parameters of the block themselves."
+            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__} that "
+            "does not hold the pinned parameters of the block themselves."
         )
     return layer
 
@@ -149,12 +140,7 @@ def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
 
 
 def check_can_change(model: nn.Module) -> None:
-    """Refuse a model in which no module can be replaced.
-
-    Raises:
-        CandidateError: It is compiled to TorchScript, or its parameters are kept in one flat
-            tensor (FullyShardedDataParallel).
-    """
+    """Refuse a model in which no module can be replaced."""
     for name, module in model.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if kinds & {"ScriptModule", "FullyShardedDataParallel"}:
