@@ -86,10 +86,7 @@ class History:
         return [round for round in self.rounds if round.chosen]
 
     def predictions(self) -> tuple[list[float], list[float]]:
-        """Predicted and actual decreases of the loss, where the rule tried its step.
-
-        `plotting.plot_predictions` draws them.
-        """
+        """Predicted and actual decreases of the loss where the rule tried its step."""
         evidence = [round.evidence for round in self.rounds]
         tried = [e for e in evidence if "predicted" in e and "actual" in e]
         return [e["predicted"] for e in tried], [e["actual"] for e in tried]
@@ -166,20 +163,16 @@ class Writer(Protocol):
 
 
 def measurements(round: Round) -> dict[str, float]:
-    """The numbers of a round, tagged for a logger.
-
-    `growth/sensitivity/…` for each candidate, `growth/inserted` (how many layers),
-    `growth/layers` and `growth/parameters` (the model's size afterwards), `growth/loss`, and
-    `growth/stationarity` where it is known.
-    """
-    found = {f"growth/sensitivity/{name}": value for name, value in round.sensitivities.items()}
-    found["growth/inserted"] = float(len(round.chosen))
-    found["growth/layers"] = float(round.layers)
-    found["growth/parameters"] = float(round.parameters)
-    found["growth/loss"] = round.loss
-    if round.stationarity is not None:
-        found["growth/stationarity"] = round.stationarity
-    return found
+    """The numbers of a round, tagged for a logger; a stationarity that is unknown is left out."""
+    found = {
+        **{f"sensitivity/{name}": value for name, value in round.sensitivities.items()},
+        "inserted": float(len(round.chosen)),
+        "layers": float(round.layers),
+        "parameters": float(round.parameters),
+        "loss": round.loss,
+        "stationarity": round.stationarity,
+    }
+    return {f"growth/{name}": value for name, value in found.items() if value is not None}
 
 
 def count_layers(model: nn.Module) -> int:
