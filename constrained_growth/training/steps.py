@@ -45,11 +45,12 @@ class NewLayers:
         if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
             raise TrainingError(f"warmup={warmup!r} of NewLayers is not a whole number ≥ 0.")
         self.scale, self.warmup = scale, warmup
-        self._ages: dict[Tensor, int] = {}  # steps that each new parameter has made
-        self._origins: dict[Tensor, Tensor] = {}
+        # new parameter → steps it has made, initial value
+        self._new: dict[Tensor, tuple[int, Tensor]] = {}
+        self._loaded: Mapping[str, tuple[int, Tensor]] = {}
         self._model = nn.Module()
         self._hooks: list[Any] = []
-        self._loaded: Mapping[str, Any] = {"ages": {}, "origins": {}}
+        self._before: list[tuple[Tensor, Tensor, float]] = []
 
     def __call__(self, grower: Grower, round: Round) -> None:
         """Attach to the grower's optimizer, for the parameters just inserted."""
@@ -58,7 +59,7 @@ class NewLayers:
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str] = ()
     ) -> None:
-        """Hook into the optimizer of a grown model, and only that; loaded state goes on.
+        """Hook into an optimizer, instead of the one before; loaded state goes on.
 
         Args:
             model: The grown model.
@@ -68,64 +69,61 @@ class NewLayers:
         Raises:
             TrainingError: There are no such parameters.
         """
-        parameters, loaded = dict(model.named_parameters()), self._loaded
-        unknown = [name for name in (*names, *loaded["ages"]) if name not in parameters]
+        parameters = dict(model.named_parameters())
+        unknown = [name for name in (*names, *self._loaded) if name not in parameters]
         if unknown:
             raise TrainingError(
                 f"names: {type(model).__name__} has no parameters {unknown}; give names of "
                 "parameters of the model as it is now."
             )
-        self._ages |= {parameters[n]: age for n, age in loaded["ages"].items()}
-        self._ages |= {parameters[n]: 0 for n in names}
-        origins = {**loaded["origins"], **{n: parameters[n].detach() for n in names}}
-        self._origins |= {parameters[n]: o.to(parameters[n]).clone() for n, o in origins.items()}
+        for name, (age, start) in self._loaded.items():
+            self._new[parameters[name]] = (age, start.to(parameters[name]).clone())
+        for name in names:
+            self._new[parameters[name]] = (0, parameters[name].detach().clone())
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
         ]
-        self._model, self._loaded = model, {"ages": {}, "origins": {}}
+        self._model, self._loaded = model, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps and the initial value of every new parameter, by name."""
-        named = [(n, p) for n, p in self._model.named_parameters() if p in self._ages]
-        return {
-            "ages": {name: self._ages[p] for name, p in named},
-            "origins": {name: self._origins[p].clone() for name, p in named},
-        }
+        """Name of every new parameter → steps it has made, initial value."""
+        named = [(n, self._new[p]) for n, p in self._model.named_parameters() if p in self._new]
+        return {name: (age, start.clone()) for name, (age, start) in named}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the next `attach` finds the parameters by name."""
         self._loaded = state
-
-    def _share(self, parameter: Tensor) -> float:
-        return self.scale * min(1.0, (self._ages[parameter] + 1) / (self.warmup + 1))
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         # an optimizer without the setting may decay all the same
         groups = [group for group in optimizer.param_groups if group.get("weight_decay", 1)]
         decayed = {p for group in groups for p in group["params"]}
-        self._shifted = [(p, origin) for p, origin in self._origins.items() if p in decayed]
+        self._shifted = [(p, start) for p, (_, start) in self._new.items() if p in decayed]
         self._shift(-1)
-        self._before = [(p, p.clone()) for p in self._ages if self._share(p) != 1]
+        for parameter, (age, _) in self._new.items():
+            share = self.scale * min(1.0, (age + 1) / (self.warmup + 1))
+            if share != 1:
+                self._before.append((parameter, parameter.clone(), share))
         args = tuple(self._unshifted(value) for value in args)
         return args, {name: self._unshifted(value) for name, value in kwargs.items()}
 
     @torch.no_grad()
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        for parameter, before in self._before:
-            parameter.copy_(before.lerp(parameter, self._share(parameter)))
+        for parameter, before, share in self._before:
+            parameter.copy_(before.lerp(parameter, share))
         self._shift(1)
         self._before = []
-        self._ages = {parameter: age + 1 for parameter, age in self._ages.items()}
+        self._new = {parameter: (age + 1, start) for parameter, (age, start) in self._new.items()}
 
     @torch.no_grad()
     def _shift(self, sign: int) -> None:
         """Turn parameters into deviations (−1), or back (1)."""
-        for parameter, origin in self._shifted:
-            parameter.add_(origin, alpha=sign)
+        for parameter, start in self._shifted:
+            parameter.add_(start, alpha=sign)
 
     def _unshifted(self, closure: Any) -> Any:
         """The closure, evaluated at the parameters and not at their deviations."""
