@@ -23,7 +23,7 @@ from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.testing.case import listed, said, tried
+from constrained_growth.testing.findings import listed, said, tried
 
 
 def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:

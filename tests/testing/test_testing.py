@@ -334,7 +334,7 @@ DEFECTS: dict[Callable[[], nn.Module], list[str]] = {
     WrongFactors: ["'outer.weight' that autograd gives"],
     MissingFactors: ["gives ('outer.weight',)", "('outer.weight', 'shift')"],
     MisshapenFactors: ["do not multiply to its shape (4, 3)"],
-    FewerFactors: ["['outer.weight'] are not of 5 samples"],
+    FewerFactors: ["the factors of 'outer.weight' are of 4 samples, and x has 5"],
     MixingFactors: ["and not for each"],
     MixingSamples: ["and not for each", "mixes samples"],
     Uncopyable: ["cannot be copied", "there is only one of me"],
