@@ -81,17 +81,15 @@ class _Case:
     def ask(self, rule: Rule | None = None) -> Decision | None:
         """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
-        sensitivities = types.MappingProxyType(dict(self.solution.sensitivities))
+        shown = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.data):
             torch.manual_seed(0)
             try:
-                if needs_model(rule):
-                    decision = rule.decide(self.problem, self.solution)
-                else:
-                    decision = rule(sensitivities)
+                known = (self.problem, self.solution)
+                decision = rule.decide(*known) if needs_model(rule) else rule(shown)
             except RuleError:
                 return None
-        return checked_decision(rule, decision, sensitivities)
+        return checked_decision(rule, decision, shown)
 
     def facts(self, rule: Rule | None = None) -> object:
         """The same decision as something to compare."""

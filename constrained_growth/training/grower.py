@@ -26,7 +26,7 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.history import History, Round, Writer, count_layers, measurements
+from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
 
@@ -70,8 +70,8 @@ class Grower:
             None (default) trains them as their neighbours.
         solver: `solver(problem, rule) -> Solution`; `solve` by default, or
             `functools.partial(cg.solve, norm=…)` for other options.
-        writer: Logs the sensitivities and the depth at each round (`add_scalar(tag, value,
-            step)`), such as TensorBoard's `SummaryWriter`. None (default) for no log.
+        writer: Logs the sensitivities and the depth at each round by `add_scalar(tag, value,
+            step)`, as TensorBoard's `SummaryWriter` does. None (default) for no log.
         wrapper: The DistributedDataParallel around the model, where `model` is the module inside
             it; rebuilt in place after an insertion. None (default) where `model` is given as it
             is trained.
@@ -117,7 +117,7 @@ class Grower:
     max_insertions: int | None = None
     after_insertion: AfterInsertion | None = None
     solver: Callable[[GrowthProblem, Rule], Solution] = solve
-    writer: Writer | None = None
+    writer: Any = None
     wrapper: nn.Module | None = None
 
     def __post_init__(self) -> None:

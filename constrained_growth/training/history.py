@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -112,25 +112,15 @@ class History:
         """
         import pandas
 
+        epochs = pandas.RangeIndex(1, len(self.losses) + 1, name="epoch")
+        columns = {"step": self.steps, "loss": self.losses, **self.metrics}
+        frame = pandas.DataFrame(columns, index=epochs)
         inserted = self._inserted()
-        epochs = range(1, len(self.losses) + 1)
-        return pandas.DataFrame(
-            {
-                "step": self.steps,
-                "loss": self.losses,
-                **self.metrics,
-                "layers": self.layers,
-                "seconds": self.seconds,
-                "inserted": [inserted.get(epoch, "") for epoch in epochs],
-            },
-            index=pandas.Index(epochs, name="epoch"),
-        )
+        names = [inserted.get(epoch, "") for epoch in epochs]
+        return frame.assign(layers=self.layers, seconds=self.seconds, inserted=names)
 
     def plot(self) -> Figure:
-        """The loss with the insertions marked, above the sensitivities over site and time.
-
-        Needs matplotlib. `constrained_growth.plotting` draws each of them on your own Axes.
-        """
+        """`plotting.plot_run`: loss and insertions above the sensitivities; needs matplotlib."""
         from constrained_growth.plotting import plot_run  # matplotlib is not always installed
 
         return plot_run(
@@ -152,14 +142,6 @@ class History:
 
     def _inserted(self) -> dict[int, str]:
         return {round.epoch: ", ".join(round.chosen) for round in self.insertions}
-
-
-class Writer(Protocol):
-    """Anything that logs scalars as TensorBoard's `SummaryWriter` does."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Log one number at one step."""
-        ...
 
 
 def measurements(round: Round) -> dict[str, float]:

@@ -27,7 +27,7 @@ from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
 from constrained_growth.training.grower import AfterInsertion, Candidates, Grower
-from constrained_growth.training.history import History, Writer
+from constrained_growth.training.history import History
 
 _TOP_ONE = TopK(1)
 _LOSS = "validation loss"
@@ -57,7 +57,7 @@ def grow(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
-    writer: Writer | None = None,
+    writer: Any = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model that gains layers where and when they promise to help.
