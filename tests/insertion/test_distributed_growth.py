@@ -349,10 +349,10 @@ def failures_on_one_process(rank: Rank) -> None:
                 fail_on(rank, 0, "block")
             return super().forward(x)
 
-    def breaking(solution: cg.Solution) -> cg.When:
+    def breaking(solution: cg.Solution) -> cg.rules.When:
         nonlocal breaks
         breaks = True
-        return cg.When.NOW
+        return cg.rules.When.NOW
 
     def proposed(model: nn.Module) -> list[cg.Candidate]:
         return [candidate(prefix(model) + "2", block=Broken(4))]
@@ -360,7 +360,7 @@ def failures_on_one_process(rank: Rank) -> None:
     parts: list[tuple[str, dict[str, Any]]] = [
         ("rule", {"rule": lambda _: fail_on(rank, 1, "rule", cg.Decision())}),
         ("when", {"when": lambda _: fail_on(rank, 1, "when", True)}),
-        ("confirm", {"confirm": lambda _: fail_on(rank, 0, "confirm", cg.When.NOW)}),
+        ("confirm", {"confirm": lambda _: fail_on(rank, 0, "confirm", cg.rules.When.NOW)}),
         ("block", {"confirm": breaking, "candidates": proposed}),
         ("propose", {"candidates": lambda model: fail_on(rank, 1, "propose", sites_of(model))}),
         (

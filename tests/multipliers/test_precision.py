@@ -1,6 +1,6 @@
 """Lower precision: what is summed up, and in what; and nothing goes to the host in the loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_growth as cg
-from constrained_growth._multipliers.one_pass import measure
+from constrained_growth._multipliers.measure import Pass
+from constrained_growth._sites.untouched import differentiable
 
 HALF = torch.bfloat16
 LOW = [torch.bfloat16, torch.float16]
@@ -197,9 +198,24 @@ class Overseen:
             yield from self.batches
 
 
+def measure(problem: cg.GrowthProblem, data: Iterable[Any], *, moments: bool) -> None:
+    """The loop of `solve` alone: what comes after it asks for numbers."""
+    with differentiable():
+        running = Pass(
+            problem.model,
+            problem.loss_fn,
+            problem.sites,
+            problem.method,
+            gradients=True,
+            moments=moments,
+        )
+        with running.watching():
+            for input, target in data:
+                running.add(input, target, len(target))
+
+
 @pytest.mark.parametrize("width", [8, 600])  # (x, δ) wait for more, or are worked off at once
-@pytest.mark.parametrize("progress", [False, True])
-def test_the_loop_asks_for_no_numbers(width: int, progress: bool) -> None:
+def test_the_loop_asks_for_no_numbers(width: int) -> None:
     model, data = feedforward(2, width, width, 3), classified(500, batch=160)
     candidates = [
         candidate("1", width),
@@ -210,15 +226,7 @@ def test_the_loop_asks_for_no_numbers(width: int, progress: bool) -> None:
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
     mode = Asking()
     overseen = Overseen(data, mode)
-    measure(
-        model,
-        CROSS_ENTROPY,
-        overseen,
-        problem.sites,
-        gradients=True,
-        moments=True,
-        progress=progress,
-    )
+    measure(problem, overseen, moments=True)
     assert mode.count > 100
     assert mode.asked == []
 
@@ -272,7 +280,7 @@ def test_a_gpu_is_not_made_to_wait(width: int) -> None:
     candidates = [candidate("1", width), candidate("2", block=Gain(width))]
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
     for _ in range(2):  # the first run sets up libraries
-        measure(model, CROSS_ENTROPY, Strict(data), problem.sites, gradients=True, progress=False)
+        measure(problem, Strict(data), moments=False)
 
 
 @pytest.mark.gpu
