@@ -322,7 +322,7 @@ ax.spines[["top", "right"]].set_visible(False)
 
 # %%
 sgd = functools.partial(torch.optim.SGD, lr=0.3)
-trial = cg.Trial(100, sgd, eta=math.inf)
+trial = cg.rules.Trial(100, sgd, eta=math.inf)
 found = cg.solve(cg.GrowthProblem(base, loss_fn, data, found), rule=trial).decision
 ours = {name: alone[100] - gain[name][100] for name in gain}
 print("chosen:", found.chosen, f"   paid: {found.evidence['passes']:.0f} gradient passes")
@@ -368,7 +368,7 @@ def offers():
     return [cg.Candidate(after, cg.blocks.IdentityLinear(8, nn.ReLU())) for after in ("1", "3")]
 
 
-unit_steps = cg.Stable(torch.optim.SGD(regressor.parameters(), lr=1.0), max_products=40)
+unit_steps = cg.rules.Stable(torch.optim.SGD(regressor.parameters(), lr=1.0), max_products=40)
 offered = cg.GrowthProblem(regressor, square, [(cube, wave)], offers())
 limits = {
     name: 1 / part
