@@ -463,7 +463,7 @@ fig.tight_layout()
 # **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: one pass or none; red: more). *Left:*
 # regardless of cost. The line at 0 is the best site, the dashed one chance. *Right:* every rule has 21 passes, and spends what its decision
 # leaves of them on additional epochs of training; rules that need more are left out. Below 0 these epochs are worth more than the best
-# site.
+# site. The joint trust region and the longer and combined trials did not pay; the library and the benchmark no longer contain them.
 #
 # On the left we see that the norm matters more than anything else that is cheap. The same multipliers have half the regret of chance in the
 # Fisher norm of notebook 5, and all of it in the Frobenius norm. The sum of the canonical correlations has slightly less regret than their
