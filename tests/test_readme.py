@@ -21,12 +21,13 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     namespace = vars(module)
     for example in examples:
         exec(compile(example, str(README), "exec"), namespace)
+        if "cg.replay" in example:
+            model, fresh, (x, _) = namespace["model"], namespace["fresh"], namespace["data"][0]
+            assert torch.equal(fresh(x), model(x))
     printed = capsys.readouterr().out
     assert namespace["record"].insertions[0].after in ("1", "3")
     assert namespace["solution"].decision.reason == "10 standard errors"
     assert table in printed
     assert len(namespace["growth"].insertions) == 2
-    images, net, again = (namespace[name] for name in ("images", "net", "again"))
-    assert torch.equal(again.eval()(images), net.eval()(images))
     assert namespace["gpt"].config.n_layer == len(namespace["gpt"].transformer.h) == 3
     assert "KKTResiduals" in printed

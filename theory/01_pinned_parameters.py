@@ -1,9 +1,8 @@
 # %% [markdown]
 # # 1. Pinned parameters
 #
-# A layer that *could* stand in a network can be thought of as standing there already, held by
-# constraints at values at which it does nothing. The Lagrange multipliers of these constraints
-# say what it is worth to loosen them.
+# Imagine that a layer we could insert is already present, and that constraints keep it the identity.
+# The Lagrange multipliers of these constraints say what it would be worth to relax them.
 #
 # At the end you will be able to say
 #
@@ -11,7 +10,7 @@
 # * when $\lambda$ is *the* multiplier, and what it is when training has not finished;
 # * in which sense $\lambda$ is a price: the slope of the best loss that can be reached.
 #
-# Every claim below is asserted by a cell. If one were false, this notebook would not run through.
+# Every claim below is asserted by a cell. If one were false, this notebook would fail.
 
 # %%
 import matplotlib.pyplot as plt
@@ -36,10 +35,10 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 #
 # $$\min_{\theta,\,v}\; L(\theta, v) \quad\text{subject to}\quad v = 0 .$$
 #
-# Our example fits forty points on a curve with three hidden units. The layer in thought is a
-# residual block $x \mapsto x + W_2\,\tanh(W_1 x + b)$ after the hidden units. With $W_2 = 0$ it does
-# nothing, whatever $W_1$ and $b$ are: $W_2$ is pinned, so $v = W_2$. A little weight decay in
-# the loss makes the minimum an isolated one.
+# Our example fits forty points on a curve with three hidden units. The candidate is a residual block
+# $x \mapsto x + W_2\,\tanh(W_1 x + b)$ after the hidden units. With $W_2 = 0$ it does nothing,
+# whatever $W_1$ and $b$ are: $W_2$ is pinned, so $v = W_2$. A little weight decay in the loss
+# isolates the minimum.
 
 # %%
 x = torch.linspace(-2, 2, 40)[:, None]
@@ -58,8 +57,8 @@ problem = cg.GrowthProblem(model, loss_fn, [(x, y)], [cg.Candidate(after="1", bl
 print(problem.constraints)
 
 # %% [markdown]
-# For comparison we also write $L(\theta, v)$ down directly, with the block really standing in the
-# network and everything else as plain PyTorch.
+# For comparison we also write $L(\theta, v)$ directly, in plain PyTorch, with the block really
+# inserted into the network.
 
 # %%
 extended = nn.Sequential(model[0], model[1], block, model[2])
@@ -128,8 +127,8 @@ assert np.allclose(estimate, solution.multipliers["1"]["outer.weight"].flatten()
 assert np.isclose(residual, solution.stationarity)
 
 # %% [markdown]
-# Now we train, to a stationary point and not just for a while: a trust-region method with exact
-# Hessians makes $\lVert\nabla_\theta L\rVert$ vanish to rounding. The status changes.
+# Now we train, to a stationary point: a trust-region method with exact Hessians makes
+# $\lVert\nabla_\theta L\rVert$ vanish to rounding. The status changes.
 
 
 # %%
@@ -173,7 +172,7 @@ assert torch.allclose(lam, -grad(L, argnums=1)(theta, pin), rtol=1e-12)
 #
 # $\lambda$ is a **shadow price** (Boyd and Vandenberghe 2004, section 5.6; the argument is the
 # envelope theorem). We trace $p$ along the ray $\varepsilon = t\,\lambda/\lVert\lambda\rVert$ by
-# solving the problem anew for each of 33 values of $t$.
+# solving the problem again for each of 33 values of $t$.
 
 # %%
 unit = lam / lam.norm()
@@ -255,8 +254,8 @@ ax.spines[["top", "right"]].set_visible(False)
 #    $\lambda$? (Start from $\mathcal L = L + \langle\mu, 2v\rangle$.)
 # 2. The pin is moved to $\varepsilon = 0.05\,\lambda/\lVert\lambda\rVert$. Predict the best loss to
 #    first order. Is the truth above or below? Why can Figure 1 say so?
-# 3. Nobody told `cg.solve` how the block is drawn. Draw another one with random $W_1, b$ at the
-#    same $\theta$: does $\lambda$ change? Does the status?
+# 3. The free parameters $W_1, b$ of the block were drawn at random. Draw another block at the same
+#    $\theta$: does $\lambda$ change? Does the status?
 #
 # The functions below check your answers; the cell after them holds ours.
 

@@ -7,11 +7,11 @@
 # At the end you will be able to say
 #
 # * which activations allow an *identity layer* $\sigma(Wx + b)$, and by how much the others fail;
-# * why a *residual* layer with a zero factor does nothing, to the last bit, for all of them;
+# * why a *residual* layer with a zero factor is the identity, bit for bit, for all of them;
 # * what BatchNorm does to both, and which kind of transformer block can be inserted.
 #
-# Throughout, "fails by" is the relative change $\lVert \text{layer}(x) - x\rVert/\lVert x\rVert$ of
-# what arrives at the layer, without a unit.
+# Throughout, "fails by" means the relative change $\lVert \text{layer}(x) - x\rVert/\lVert x\rVert$ of
+# the input $x$ of the layer (no unit).
 
 # %%
 import matplotlib.pyplot as plt
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import constrained_growth as cg
-from constrained_growth._activations import identity_shift
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
@@ -27,7 +26,7 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 
 
 def change(layer, x):
-    """By how much a layer changes what arrives, relative to it."""
+    """The relative change that a layer makes to its input."""
     return ((layer(x) - x).norm() / x.norm()).item()
 
 
@@ -38,10 +37,10 @@ def change(layer, x):
 #
 # $$x \;\mapsto\; \sigma(Wx + b) - s, \qquad W = I,\; b = s .$$
 #
-# It does nothing exactly when $\sigma(x + s) = x + s$ for every $x$ that $\sigma$ can give. With
-# $s = 0$ this says $\sigma\circ\sigma = \sigma$: the activation is **idempotent**. ReLU is, and Net2Net
-# deepens ReLU networks in this way (Chen, Goodfellow and Shlens 2016). A shift $s > 0$
-# helps an activation that becomes the identity from some point on, such as
+# It does nothing exactly when $\sigma(x + s) = x + s$ for every $x$ in the range of $\sigma$. With
+# $s = 0$ this says $\sigma\circ\sigma = \sigma$: the activation is **idempotent**. ReLU is, and
+# Net2Net deepens ReLU networks in this way (Chen, Goodfellow and Shlens 2016). A shift $s > 0$ helps
+# an activation that becomes the identity from some point on, such as
 #
 # $$\mathrm{TanhLU}_\varepsilon(x) = \begin{cases} x & x \ge \varepsilon\\
 # \varepsilon\,(\tanh((x - \varepsilon)/\varepsilon) + 1) & x < \varepsilon \end{cases}$$
@@ -74,11 +73,22 @@ def allowed(make):
     return True
 
 
+def smallest_shift(sigma):
+    """The smallest s >= 0 with sigma(x + s) = x + s on the range of sigma, on a grid; else None."""
+    x = torch.linspace(-64, 64, 128_001)
+    if torch.equal(sigma(sigma(x)), sigma(x)):
+        return 0.0
+    bent = x[~torch.isclose(sigma(x), x, rtol=1e-15, atol=0)]
+    shift = bent.max() + 0.001 - sigma(x).min()  # straight beyond the last bent point
+    moved = sigma(torch.cat([x, torch.tensor([-1e6])])) + shift
+    return shift.item() if torch.allclose(sigma(moved), moved, rtol=1e-12, atol=0) else None
+
+
 errors, shifts, identity, inner = {}, {}, {}, {}
 print(f"{'activation':13} {'error':>8} {'shift':>6}  IdentityLinear  ResidualLinear  ResidualMLP")
 for name, sigma in activations.items():
     errors[name] = change(sigma, sigma(z))
-    shifts[name] = identity_shift(sigma)
+    shifts[name] = smallest_shift(sigma)
     identity[name] = allowed(lambda sigma=sigma: cg.blocks.IdentityLinear(4, sigma))
     inner[name] = allowed(lambda sigma=sigma: cg.blocks.ResidualLinear(4, sigma))
     outer = allowed(lambda sigma=sigma: cg.blocks.ResidualMLP(4, 4, sigma))
@@ -119,11 +129,11 @@ fig.tight_layout()
 # **Figure 1.** Left: what a second application of $\sigma$ changes. Right: the same as a relative
 # change, for $z \sim N(0, 1)$; blue where the library builds an identity layer. No unit.
 #
-# ELU is a case between: the shift $s = 1$ would make it exact, but moves the layer so far into its
-# straight part that it is a *linear* layer until its parameters have moved by about 1, and linear
+# ELU is an intermediate case: the shift $s = 1$ would make it exact, but moves the layer so far into
+# its straight part that it is a *linear* layer until its parameters have moved by about 1, and linear
 # layers are of little use (notebook 4). The shifts of GELU and SiLU in the table are where these
-# functions become straight to the last bit of a 64-bit number. The library takes a large shift only
-# when it is asked to.
+# functions become straight up to rounding in 64-bit numbers. The library uses a large shift only if
+# you ask for it.
 
 # %%
 elu = nn.ELU()
@@ -134,10 +144,10 @@ assert change(cg.blocks.IdentityLinear(1, elu, shift=1.0), elu(z)[:, None]) < 1e
 # ## Claim 2. A residual layer with a zero factor does nothing, for every activation
 #
 # In $x \mapsto x + W_2\,\sigma(W_1 x + b)$ the pin $W_2 = 0$ makes the branch zero whatever $\sigma$,
-# $W_1$ and $b$ are, and $x + 0 = x$ also in floating-point numbers: nothing changes *to the last
-# bit*. This is how deep residual networks are often started: Fixup sets the last layer of each
-# branch to zero (Zhang, Dauphin and Ma 2019), ReZero multiplies the branch by a number that starts
-# at zero (Bachlechner et al. 2021).
+# $W_1$ and $b$ are, and $x + 0 = x$ also in floating-point numbers: the output is the same *bit for
+# bit*. Deep residual networks are often initialised this way: Fixup sets the last layer of each branch
+# to zero (Zhang, Dauphin and Ma 2019), ReZero multiplies the branch by a number that starts at zero
+# (Bachlechner et al. 2021).
 #
 # With one weight, $x \mapsto x + \sigma(Wx + b)$ at $W = 0, b = 0$, one needs $\sigma(0) = 0$; and
 # $\sigma'(0) \ne 0$, or no multiplier would ever be different from zero (notebook 4).
@@ -165,10 +175,10 @@ assert not allowed(lambda: cg.blocks.ResidualMLP(4, 4, torch.tanh, inner_init=0.
 # $$\gamma\,\frac{x - \mu_B}{\sqrt{\sigma_B^2 + \epsilon}} + \beta,$$
 #
 # with the mean and variance of *this batch*. Fresh ($\gamma = 1, \beta = 0$) it is far from the
-# identity. Setting $\gamma = \sqrt{\sigma_B^2 + \epsilon}$ and $\beta = \mu_B$ undoes it on one
-# batch, and on no other. At the end of a residual branch, $\gamma = \beta = 0$ is a pin that holds in
-# both modes and for all data; residual networks are often started so (Goyal et al. 2017,
-# section 5.1).
+# identity. Setting $\gamma = \sqrt{\sigma_B^2 + \epsilon}$ and $\beta = \mu_B$ undoes it on one batch,
+# and on no other. At the end of a residual branch, $\gamma = \beta = 0$ is a pin that holds in both
+# modes and for all data; residual networks are often initialised this way (Goyal et al. 2017, section
+# 5.1).
 
 # %%
 features = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
@@ -250,10 +260,10 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # $$x \leftarrow x + \mathrm{Attn}(\mathrm{LN}(x)), \qquad x \leftarrow x + \mathrm{MLP}(\mathrm{LN}(x)),$$
 #
-# and the projection with which each branch ends can be pinned at zero: LLaMA Pro expands language
-# models by copied blocks with these projections set to zero (Wu et al. 2024). A post-norm block is
-# $x \leftarrow \mathrm{LN}(x + \dots)$. With both branches at zero a $\mathrm{LN}$ remains, which
-# leaves $x$ as it is only if $x$ has been normalised with the same scale and shift already.
+# and the last projection of each branch can be pinned at zero: LLaMA Pro expands language models by
+# copied blocks with these projections set to zero (Wu et al. 2024). A post-norm block is
+# $x \leftarrow \mathrm{LN}(x + \dots)$. With both branches at zero an $\mathrm{LN}$ remains, which
+# leaves $x$ unchanged only if $x$ has been normalised with the same scale and shift already.
 
 
 # %%
@@ -282,8 +292,8 @@ assert torch.equal(pre(tokens), tokens)
 assert change(post, tokens) > 0.05
 
 # %% [markdown]
-# The library tries every block on the data before it measures anything. It takes the first, refuses
-# the second, and after the insertion the output of the network is what it was, bit for bit.
+# The library tries every block on the data before it measures anything. It accepts the first block and
+# refuses the second. After the insertion the output of the network is the same, bit for bit.
 
 # %%
 model = nn.Sequential(nn.Linear(3, 8), TransformerBlock(8, norm_first=True), nn.Linear(8, 1))

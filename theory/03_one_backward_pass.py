@@ -10,7 +10,7 @@
 # * why the operations are those of one gradient pass, and how many a larger network would take;
 # * why a standard error costs next to nothing, and why the norm of a mean is not the mean of norms.
 #
-# Notation: $x_n$ is what sample $n$ brings to the site and $\delta_n = \partial L/\partial x_n$, so
+# Notation: $x_n$ is the tensor of sample $n$ at the site, and $\delta_n = \partial L/\partial x_n$, so
 # $\delta_n$ contains the $1/N$ of a mean loss. Sums run over the samples.
 
 # %%
@@ -37,8 +37,8 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
 #
 # $$\lambda = -\nabla_v L = -\sum_n \Big(\frac{\partial f}{\partial v}(x_n, 0)\Big)^{\mathsf T}\delta_n .$$
 #
-# Nothing in it depends on other candidates: they are all the identity. For the blocks of the library
-# $v$ enters through a pinned affine map $W\varphi + b$. With $\psi_n$ the derivative of the loss by the
+# Nothing in it depends on other candidates: they are all the identity. For the blocks of the library $v$ enters
+# through a pinned affine map $W\varphi + b$. With $\psi_n$ the derivative of the loss with respect to the
 # output of that map, $\lambda_W = -\sum\psi_n\varphi_n^{\mathsf T}$ and $\lambda_b = -\sum\psi_n$:
 #
 # | block | map | $\varphi$ | $\psi$ |
@@ -48,9 +48,10 @@ BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
 # | `ResidualMLP`, outer | $x + W_2\,\sigma(W_1x + b)$ | $\sigma(W_1x + b)$ | $\delta$ |
 # | `ResidualMLP`, inner | $x + W_2\,\sigma(W_1x + b)$ | $x$ | $\sigma'(0)\,W_2^{\mathsf T}\delta$ |
 #
-# (Herberg et al. 2023 have the pinned weights and the gradient; the outer-product form is how backpropagation
-# computes the gradient of any affine map, Goodfellow, Bengio and Courville 2016, section 6.5.) We compare
-# three ways: these formulas written out, `cg.solve`, and autograd in a network with all four candidates in it.
+# (Herberg et al. 2023 introduce the pinned weights and the gradient; the outer-product form is how
+# backpropagation computes the gradient of any affine map, Goodfellow, Bengio and Courville 2016, section 6.5.)
+# We compare three ways: these formulas written out, `cg.solve`, and autograd in a network with all four
+# candidates in it.
 
 # %%
 model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
@@ -114,10 +115,10 @@ for (name, parameter), formula in formulas.items():
 #
 # $$2n\,(w^2 - dw - wm),$$
 #
-# one site more than hidden matrices, less the first and the last layer. With all candidates built in, each
-# of them adds three products: the pass becomes twice as dear. Without a stationarity residual nothing else is
-# needed; with it ($\lVert\nabla_\theta L\rVert$, the default), the products of the gradient come on top.
-# We count the operations that PyTorch executes.
+# one site more than hidden matrices, less the first and the last layer. With all candidates built in, each of
+# them adds three products: the pass costs twice as much. Without a stationarity residual nothing else is
+# needed; with it ($\lVert\nabla_\theta L\rVert$, the default), the products of the gradient are added. We count
+# the operations that PyTorch executes.
 
 # %%
 d, m, n = 4, 3, 128
@@ -185,8 +186,8 @@ for depth in depths:
 print("ratios at depth 16, width 128:", [c / operations[16, 128][0] for c in operations[16, 128]])
 
 # %% [markdown]
-# Counting is exact and the same everywhere; time is neither. The right half of the picture shows what this
-# machine took, the fastest of seven runs each. No claim about time is asserted.
+# Operation counts are exact and the same everywhere; times are neither. The right half of the picture shows
+# times on this machine, the fastest of seven runs each. No claim about time is asserted.
 
 
 # %%
@@ -233,15 +234,15 @@ left.legend(frameon=False, fontsize=8)
 fig.tight_layout()
 
 # %% [markdown]
-# **Figure 1.** Operations (counted) and time (on the machine that ran this notebook) of all multipliers, and
-# of a gradient in the network with every candidate built in, over those of one gradient pass. Width 128, six
-# batches of 128, 64-bit numbers. What the time has on top of the operations is reading and writing the tensors, and
-# the fixed costs of a small network.
+# **Figure 1.** Operations (counted) and time (on the machine that ran this notebook) of all multipliers, and of
+# a gradient in the network with every candidate built in, over those of one gradient pass. Width 128, six
+# batches of 128, 64-bit numbers. Time exceeds operations because of memory traffic and the fixed costs of a
+# small network.
 #
 # ## Claim 3. The standard error is nearly free
 #
 # Each sample has a multiplier of its own, $\lambda_n = -N\psi_n\varphi_n^{\mathsf T}$, and $\lambda$ is their
-# mean. To know how far the mean may be from that of the population one needs $\sum\lVert\lambda_n\rVert^2$, and
+# mean. To know how far it may be from the mean of the population, one needs $\sum\lVert\lambda_n\rVert^2$, and
 #
 # $$\lVert\psi_n\varphi_n^{\mathsf T}\rVert_F^2 = \lVert\psi_n\rVert^2\,\lVert\varphi_n\rVert^2 :$$
 #
@@ -330,9 +331,9 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # ## Exercises
 #
-# 1. How many operations more than one gradient pass do the multipliers take for $D = 10$, $w = 100$, $d = 20$,
+# 1. How many more operations than one gradient pass do the multipliers take for $D = 10$, $w = 100$, $d = 20$,
 #    $m = 10$, $n = 50$? In percent?
-# 2. Batches of 32 have the bias of Claim 4. Of which size must a batch be for the bias to be a tenth of
+# 2. Batches of 32 have the bias of Claim 4. How large must a batch be for the bias to be a tenth of
 #    $\lVert\lambda\rVert^2$? (`truth.variance` is that of a mean over 20,000.)
 # 3. `ResidualMLP` with the outer factor pinned has to compute $\varphi = \sigma(W_1x + b)$ at the site. With
 #    hidden width $w$, how many operations does such a candidate take in all, in units of $2nw^2$?

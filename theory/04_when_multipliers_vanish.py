@@ -54,10 +54,10 @@ def at_site():
 #
 # There is no first-order term: $\lambda = 0$ for *any* network and data. The second-order term is a
 # quadratic form whose eigenvalues come in pairs $\pm\sigma'(0)\,s_i(M)$ with the singular values $s_i$ of
-# $M$. The pin is a saddle point, and the smallest eigenvalue, $-\sigma'(0)\,s_{\max}(M)$, is what
-# leaving it in the best direction gains, per half square of the distance. Criteria for layers whose
-# first derivative vanishes are therefore eigenvalue problems; the topological derivative of
-# Krishnanunni, Bui-Thanh and Dawson (2025) is one.
+# $M$. The pin is a saddle point, and the smallest eigenvalue, $-\sigma'(0)\,s_{\max}(M)$, is the gain of
+# leaving it in the best direction, per half squared distance. Criteria for layers whose first derivative
+# vanishes are therefore eigenvalue problems; the topological derivative of Krishnanunni, Bui-Thanh and
+# Dawson (2025) is one.
 
 # %%
 x, delta = at_site()
@@ -88,7 +88,7 @@ assert torch.allclose(spectrum, torch.cat([-s, s.flip(0)]), atol=1e-12)
 # $$\lambda_W = -\sum\delta x^{\mathsf T} = -\,U^{\mathsf T}\,\nabla_U L .$$
 #
 # This holds at *every* $\theta$. As soon as the next layer is stationary, $\lambda_W = 0$: what $W$ could
-# do, $U$ can do as well. The same formula hides in layers that are not linear:
+# do, $U$ can do too. The same formula hides in layers that are not linear:
 #
 # * a residual block $x + W_2\,\mathrm{ReLU}(W_1x)$ after a ReLU with $W_1 = cI$: all entries of $x$ are
 #   non-negative, the block is linear there, and $\lambda_{W_2} = -c\,U^{\mathsf T}\nabla_U L$;
@@ -142,8 +142,9 @@ assert torch.allclose(identity["weight"].diag(), redundant.diag())
 assert torch.allclose(M, -redundant)  # Claim 1 too, where the next layer is linear
 
 # %% [markdown]
-# We train the last layer alone: the features stay, and the least-squares problem for $U, c$ is solved a
-# little further in each of 12 steps. The redundant multipliers die with $\nabla_U L$, the others stay.
+# We train the last layer alone: the features stay fixed, and each of 12 steps solves the least-squares
+# problem for $U, c$ a little further. The redundant multipliers vanish with $\nabla_U L$, the others do
+# not.
 
 # %%
 features = torch.cat([x, torch.ones(200, 1)], dim=1)
@@ -183,8 +184,8 @@ assert max(history, key=lambda name: history[name][0]) == "residual tanh, one we
 
 # %% [markdown]
 # **Figure 1.** Sensitivities while the next layer is trained to its optimum. The three redundant layers
-# lose theirs at the rate of the gradient of $U$. At step 0 a layer without any use in the long
-# run leads.
+# lose theirs at the rate of the gradient of $U$. At step 0 a layer that is useless in the long run ranks
+# first.
 #
 # ## Claim 3. At a kink there are two slopes, and autograd returns neither
 #
@@ -271,12 +272,12 @@ fig.tight_layout()
 #
 # $$\nabla^2 p(0) = H_{vv} - H_{v\theta}\,H_{\theta\theta}^{-1}\,H_{\theta v} .$$
 #
-# $H_{vv}$ is what the new parameters do on their own; the correction takes off what the old parameters
-# do in answer (Boyd and Vandenberghe 2004, appendix A.5.5, has the linear algebra). We let the last layer
-# be $\theta$, so that the inner minimum is a linear least-squares problem, solved exactly.
+# $H_{vv}$ is the curvature with the old parameters fixed; the correction accounts for their response (Boyd
+# and Vandenberghe 2004, appendix A.5.5, has the linear algebra). We let the last layer be $\theta$, so that
+# the inner minimum is a linear least-squares problem, solved exactly.
 #
-# The Schur complement sees redundancy to second order: for the linear layer $x\mapsto (I + V)x$ the
-# old $U$ answers by $U(I + V)^{-1}$, the value function is *constant*, and $\nabla^2p(0) = 0$ although
+# The Schur complement sees redundancy to second order: for the linear layer $x\mapsto (I + V)x$ the old $U$
+# responds with $U(I + V)^{-1}$, the value function is *constant*, and $\nabla^2p(0) = 0$ although
 # $H_{vv} \ne 0$.
 
 
@@ -350,8 +351,8 @@ fig.tight_layout()
 #
 # ## Exercises
 #
-# 1. Insert $z \mapsto z + Wz$ with $W = 0$ between *two linear layers*, $z = W_0a + c_0$ and $y = Uz + c$. Of
-#    these two layers, how many are such that its being stationary makes $\lambda_W = 0$ all by itself?
+# 1. Insert $z \mapsto z + Wz$ with $W = 0$ between *two linear layers*, $z = W_0a + c_0$ and $y = Uz + c$.
+#    For how many of these two layers does stationarity of that layer alone make $\lambda_W = 0$?
 # 2. With both factors of Claim 1 pinned at zero, by how much does the loss fall, to second order, if $v$ moves
 #    by $0.1$ in the best direction? Answer in terms of `s`, the singular values.
 # 3. In Claim 3, for which sign of $\delta_i$ does waking an inactive unit ($u_i > 0$) lower the loss?

@@ -8,7 +8,7 @@
 # * why the right norm is the *dual* of the ball in which the new layer will move, and which ball
 #   belongs to which optimizer;
 # * which norm does not depend on the units of features and outputs;
-# * how SensLI, GradMax, TINY, SENN and the topological derivative differ: where they stand in one plane.
+# * how SensLI, GradMax, TINY, SENN and the topological derivative differ, and where each lies in one plane.
 
 # %%
 import cvxpy as cp
@@ -115,11 +115,11 @@ assert np.isclose(fisher, np.sqrt(lam2 @ np.linalg.solve(F, lam2)), rtol=1e-3)
 # * by $\eta\lambda$ with SGD: the loss falls by $\eta\lVert\lambda\rVert_F^2$ to first order;
 # * by $\eta\,\mathrm{sign}(\lambda)$ with sign descent, and in Adam's first step (Kingma and Ba 2015: both moments
 #   are those of one gradient, and their ratio is its sign): by $\eta\sum|\lambda_{ij}|$;
-# * by $\eta\,PQ^{\mathsf T}$ with Muon, but for its approximation of the factor (Jordan et al. 2024): by $\eta\sum s_i$.
+# * by $\eta\,PQ^{\mathsf T}$ with Muon, up to its approximation of the factor (Jordan et al. 2024): by $\eta\sum s_i$.
 #
-# Bernstein and Newhouse (2024) read these optimizers as steepest descent in exactly these norms. We insert a
-# layer at each of two sites, one narrow and one wide, take one small step of the new parameters alone, and
-# compare what is gained with what the norm said before. `cg.norms.norm_for(optimizer)` picks it.
+# Bernstein and Newhouse (2024) read these optimizers as steepest descent in exactly these norms. We insert a layer at each of two
+# sites, one narrow and one wide, take one small step of the new parameters alone, and compare the gain with what the norm
+# predicted. `cg.norms.norm_for(optimizer)` picks the norm.
 
 # %%
 x = torch.rand(300, 2) * 4 - 2
@@ -193,11 +193,11 @@ print("wide over narrow:", {name: round(value, 2) for name, value in preference.
 #
 # ## Claim 3. The Fisher norm does not depend on units
 #
-# Change the coordinates of the features at a site by an invertible $S$, and let the next layer undo it: the
-# network computes the same. But $\varphi' = S\varphi$ and $\psi' = S^{-\mathsf T}\psi$, so
-# $\lambda' = S^{-\mathsf T}\lambda S^{\mathsf T}$, and the Frobenius norm is another one. With the second moments
-# $A = \mathbb E[\varphi\varphi^{\mathsf T}]$, $G = \mathbb E[\psi\psi^{\mathsf T}]$ that K-FAC uses for the
-# Fisher matrix, $F \approx A\otimes G$ (Martens and Grosse 2015), the norm
+# Change the coordinates of the features at a site by an invertible $S$, and let the next layer undo it: the network computes the
+# same. But $\varphi' = S\varphi$ and $\psi' = S^{-\mathsf T}\psi$, so $\lambda' = S^{-\mathsf T}\lambda S^{\mathsf T}$, and the
+# Frobenius norm changes. With the second moments $A = \mathbb E[\varphi\varphi^{\mathsf T}]$,
+# $G = \mathbb E[\psi\psi^{\mathsf T}]$ that K-FAC uses for the Fisher matrix, $F \approx A\otimes G$ (Martens and Grosse 2015),
+# the norm
 #
 # $$\lVert\lambda\rVert^2_{F^{-1}} = \operatorname{tr}\,(G^{-1}\lambda A^{-1}\lambda^{\mathsf T})$$
 #
@@ -244,11 +244,11 @@ ax.spines[["top", "right"]].set_visible(False)
 # each. No unit.
 #
 # In these coordinates, too, there is more than one norm. The singular values of $G^{-1/2}\lambda A^{-1/2}$ are the **canonical
-# correlations** $\rho_i$ of the features and of what the loss asks of them (Hotelling 1936): cosines between the two spaces of
-# functions on the data. `KroneckerFisher(damping=0)` is their length $\sqrt{\sum\rho_i^2}$. `KroneckerFisher(damping=0, ord="nuc")`
-# is their sum, the dual of the ball in which no direction moves further than $1$. (Damping, $0.1$ by default, makes both a little
-# smaller.) The sum counts in *how many* directions a layer could help, where the length is content with one strong direction. Which
-# of the two decides better is no theorem but a measurement: notebook 7.
+# correlations** $\rho_i$ of the features $\varphi$ and the derivatives $\psi$ (Hotelling 1936): cosines between the two spaces of
+# functions on the data. `KroneckerFisher(damping=0)` is their length $\sqrt{\sum\rho_i^2}$.
+# `KroneckerFisher(damping=0, ord="nuc")` is their sum, the dual of the ball in which no direction moves further than $1$.
+# (Damping, $0.1$ by default, makes both slightly smaller.) The sum counts in *how many* directions a layer could help, whereas
+# one strong direction suffices for a large length. Which of the two decides better is a question for measurement: notebook 7.
 
 # %%
 layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))
@@ -284,8 +284,8 @@ for order in ("fro", "nuc"):
 # * **GradMax** (Evci et al. 2022): inner weight pinned at zero, $\lambda_{W_1} = -W_2^{\mathsf T}M$; the unit vector $W_2$ that
 #   makes it longest is the first left singular vector of $M$, and $\lVert\lambda_{W_1}\rVert^2 = s_{\max}(M)^2$.
 # * **TINY** (Verbockhaven et al. 2024): the features are whitened, and what the existing parameters can do is projected out
-#   first. For this block: the part of $\delta$ that no linear map of $x$ explains, against the whitened part of
-#   $\sigma(W_1x)$ that no linear map of $x$ explains. (TINY also chooses $W_1$ anew; here it is given, so that it compares.)
+#   first. For this block: the part of $\delta$ that no linear map of $x$ explains, against the whitened part of $\sigma(W_1x)$
+#   that no linear map of $x$ explains. (TINY also chooses a new $W_1$; here it is given, so that the criteria can be compared.)
 # * **SENN** (Mitchell et al. 2023): $\eta = g^{\mathsf T}F^{-1}g$, which with a Kronecker-factored $F$ is the norm of Claim 3, squared.
 # * **Topological derivative** (Krishnanunni, Bui-Thanh and Dawson 2025): an eigenvalue problem for the second derivative. For this block
 #   its extreme eigenvalue is $s_{\max}(M)$ (notebook 4).
@@ -386,8 +386,8 @@ ax.tick_params(length=0)
 ax.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# **Figure 3.** Five criteria on the same network, for insertion after modules 1, 3 and 5: bars relative to the largest
-# of each criterion (red: its choice). The empty places are criteria too.
+# **Figure 3.** Five criteria on the same network, for insertion after modules 1, 3 and 5: bars relative to the largest of each
+# criterion (red: its choice). The empty cells are possible criteria too.
 
 # %%
 choices = {name: max(values, key=values.get) for name, (_, _, values) in criteria.items()}
@@ -401,8 +401,8 @@ assert len(set(choices.values())) > 1  # and yet the five do not agree
 # 1. In which norm is the largest entry $\max|\lambda_{ij}|$ the best first-order decrease? Give the ball as a function of $v$.
 # 2. Two candidates have $\lVert\lambda\rVert_F = 3$ with 100 pinned parameters and $2$ with 16. Which one wins under
 #    `Frobenius`, which one under `PerParameter`?
-# 3. Divide all weights of the layer before a site by 10 and multiply those of the next one by 10 (take the identity in
-#    place of tanh, so that the function stays). What happens to $\lVert\lambda\rVert_F$ of a *linear* layer $W$ pinned at $I$
+# 3. Divide all weights of the layer before a site by 10 and multiply those of the next one by 10 (take the identity in place of
+#    tanh, so that the function stays the same). What happens to $\lVert\lambda\rVert_F$ of a *linear* layer $W$ pinned at $I$
 #    between the two?
 
 

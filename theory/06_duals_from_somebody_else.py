@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 6. Duals from somebody else
 #
-# `cg.solve` finds multipliers without building the network they belong to. Two general solvers,
-# CVXPY and SciPy, can be handed the same constrained problem in full: with the virtual parameters as
-# variables and the pins as explicit equality constraints. They know nothing of this project.
+# `cg.solve` finds multipliers without building the network they belong to. Two general solvers, CVXPY
+# and SciPy, can be given the same constrained problem in full, with the virtual parameters as
+# variables and the pins as explicit equality constraints. They know nothing about this project.
 #
 # At the end you will be able to say
 #
 # * which instances a solver can check, and to how many digits the duals agree;
 # * which solver reports which sign;
-# * what the primal, dual and complementarity residuals are, and what each of them would catch.
+# * what the primal, dual and complementarity residuals are, and what each of them catches.
 
 # %%
 import cvxpy as cp
@@ -36,7 +36,7 @@ BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 #
 # At $v = 0$ the best $\theta$ is $1$, and $\partial f/\partial v = (v - 3) + \theta = -2$. With
 # $\mathcal L = f + \lambda v$ the multiplier is $\lambda = -\partial f/\partial v = +2$. A solver
-# that writes $\mathcal L = f - \lambda v$ says $-2$: both are right, and one has to know which.
+# that writes $\mathcal L = f - \lambda v$ says $-2$. Both are right; one has to know the convention.
 # (For CVXPY we write $f = \tfrac12(\theta + v)^2 - \theta - 3v + 5$, which shows that it is convex.)
 
 # %%
@@ -126,10 +126,10 @@ assert convex.solution.status is cg.Status.KKT_MULTIPLIERS
 # %% [markdown]
 # ## Claim 3. SciPy agrees on nonconvex ones
 #
-# A network that is trained as a whole is not convex. SciPy's `trust-constr` goes from where we start
-# to a stationary point nearby, with exact Hessians, and reports multipliers there: least-squares
-# estimates (notebook 1) from the gradients of the whole problem at its last iterate. `cg.solve` at that
-# point must give the same, to rounding.
+# Training a whole network is not convex. SciPy's `trust-constr` moves from our starting point to a
+# stationary point nearby, with exact Hessians, and reports multipliers there: least-squares estimates
+# (notebook 1) from the gradients of the whole problem at its last iterate. `cg.solve` at that point
+# must give the same, to rounding.
 
 # %%
 t = torch.linspace(-2, 2, 30)[:, None]
@@ -174,7 +174,7 @@ fig.tight_layout()
 # **Figure 1.** Every entry of every multiplier, from a solver and from `cg.solve` (grey: equality).
 # Units: loss per unit of the pinned parameter.
 #
-# ## Claim 4. Three residuals, each of which catches something else
+# ## Claim 4. Three residuals, each of which catches a different fault
 #
 # For $\min L$ subject to $v = 0$ the first-order conditions (Nocedal and Wright 2006, theorem 12.1)
 # leave three residuals:
@@ -183,8 +183,8 @@ fig.tight_layout()
 # \underbrace{\lVert\nabla_v L + \lambda\rVert}_{\text{dual}}, \qquad
 # \underbrace{\lVert\nabla_\theta L\rVert}_{\text{stationarity}} .$$
 #
-# The first is not zero if a layer is no identity at its pin, the second if $\lambda$ is wrong, the
-# third if $\theta$ is not trained. We spoil each in turn.
+# The first is nonzero if a layer is not the identity at its pin, the second if $\lambda$ is wrong,
+# the third if $\theta$ is not trained. We break each in turn.
 
 # %%
 good = kkt_residuals(convex.problem, convex.solution)
@@ -200,7 +200,7 @@ assert spoilt_dual.primal < 1e-12
 assert untrained.stationarity > 1e-3
 assert untrained.dual < 1e-12
 # %% [markdown]
-# The primal residual cannot be spoilt through the library: a block that is not the identity at its
+# The primal residual cannot be broken through the library: a block that is not the identity at its
 # pins is refused when the problem is made.
 
 
@@ -231,18 +231,19 @@ assert "not the identity at its pins" in refused
 # ## Claim 5. Complementarity: what the radius of a trust region costs
 #
 # Equalities have no complementarity condition: their multipliers may have any sign, and a pin is
-# always active. It appears as soon as the pin is *loosened to a ball*,
+# always active. It appears as soon as the pin is *relaxed to a ball*,
 #
 # $$P(\Delta) = \min_{\theta, v} L(\theta, v) \quad\text{subject to}\quad \lVert v\rVert_F \le \Delta,
 # \qquad \mu \ge 0, \quad \mu\,(\lVert v\rVert_F - \Delta) = 0 .$$
 #
-# Either the ball is used up, or its price $\mu$ is zero. By sensitivity analysis $P'(\Delta) =
-# -\mu(\Delta)$, and for a small ball the best one can do is $\Delta\lVert\lambda\rVert_F$, so
+# Either the step reaches the boundary of the ball, or its price $\mu$ is zero. By sensitivity
+# analysis $P'(\Delta) = -\mu(\Delta)$, and for a small ball the best one can do is
+# $\Delta\lVert\lambda\rVert_F$, so
 #
 # $$\mu(\Delta) \to \lVert\lambda\rVert_F \quad\text{as}\quad \Delta\to 0:$$
 #
 # the *norm* of a multiplier is itself a multiplier, that of the radius. Notebook 5 does the same for
-# other norms, notebook 7 makes decisions of it. Here we solve the convex instance for 14 radii,
+# other norms, notebook 7 turns it into decisions. Here we solve the convex instance for 14 radii,
 # with the tanh candidate alone.
 
 # %%
@@ -302,7 +303,7 @@ fig.tight_layout()
 #    (Find the new $\theta$ first.)
 # 2. Write the pin $v = 0$ as two inequalities $v \le 0$ and $-v \le 0$ with multipliers
 #    $\mu_+, \mu_- \ge 0$. Give some $\mu_+, \mu_-$ that satisfy the first-order conditions of the
-#    problem of Claim 1, with $\mu_+\mu_- = 0$. Are they unique without that?
+#    problem of Claim 1, with $\mu_+\mu_- = 0$. Are they unique without the last condition?
 # 3. What is the slope of $P$ with respect to $\Delta^2$ as $\Delta \to 0$: zero, finite or infinite?
 
 

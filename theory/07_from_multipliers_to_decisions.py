@@ -1,15 +1,15 @@
 # %% [markdown]
 # # 7. From multipliers to decisions
 #
-# A rule turns prices into a decision. Each rule of the library is the solution of a small optimization
-# problem, and the multipliers of *that* problem are worth knowing too.
+# A rule turns prices into a decision. Each rule of the library solves a small optimization problem, and the multipliers of *that* problem
+# are worth knowing too.
 #
 # At the end you will be able to say
 #
-# * which problem threshold, top-k, budget and trust region solve, and how to check their answers;
+# * which problems threshold, top-k, budget and trust region solve, and how to check their answers;
 # * what the price of a budget is, and how it differs from the price of a pin;
 # * why a step should be tried before it is taken;
-# * over which horizon prices predict gains, over which they do not, and what to do then;
+# * over which horizon prices predict gains, and what to do beyond it;
 # * when a layer makes the steps of gradient descent too large.
 
 # %%
@@ -168,8 +168,8 @@ fig.tight_layout()
 #
 # ## Claim 3. A trust region chooses how far, and the trial says whether
 #
-# First order says in which direction to go, not how far. With curvature $B$ (here the Hessian in the new parameters)
-# the trust-region problem of a candidate is
+# The first order says in which direction to go, not how far. With curvature $B$ (here the Hessian in the new parameters) the trust-region
+# problem of a candidate is
 #
 # $$\min_s\; m(s) = -\langle\lambda, s\rangle + \tfrac12\langle s, Bs\rangle \quad\text{subject to}\quad \lVert s\rVert\le\Delta .$$
 #
@@ -259,9 +259,9 @@ assert after < before
 # ## Claim 4. Prices predict the next step, and less and less beyond
 #
 # One gradient step of size $\eta$ after the insertion gains $\eta\lVert\lambda_c\rVert_F^2$ more than the same step without it, to first
-# order: at this horizon the ranking by sensitivity *is* the ranking by gain. Nothing of the kind is proven for the loss after
-# hundreds of steps. We measure it: six networks, five sites each; at each site the same kind of layer is inserted, and the grown network
-# and its twin are trained on. For each horizon we compare the ranking of the sites by sensitivity with that by realised gain.
+# order: at this horizon the ranking by sensitivity *is* the ranking by gain. No such theorem holds for the loss after hundreds of steps. We
+# measure it: six networks, five sites each; at each site the same kind of layer is inserted, and the grown network and its twin are trained
+# on. For each horizon we compare the ranking of the sites by sensitivity with that by realised gain.
 
 # %%
 horizons = (1, 3, 10, 30, 100, 300)
@@ -313,16 +313,16 @@ ax.spines[["top", "right"]].set_visible(False)
 # **Figure 3.** Spearman's rank correlation of sensitivity and realised gain over five sites, for six networks (grey) and on
 # average (blue). No unit; 1 is the same ranking. Six networks show that prices fade with the horizon, and are too few to say how fast.
 #
-# ## Claim 5. When the horizon matters, the answer can be bought
+# ## Claim 5. When the horizon matters, the answer can be bought with training
 #
-# `Trial` puts every candidate into a copy of the network, trains the copies for as long as the question asks, one without a new
-# layer among them, and takes the best, if it beats inserting nothing. That is no longer a prediction, and it is paid for: by so many gradient
-# passes, where all multipliers together take about one. Successive halving (Jamieson and Talwalkar 2016) gives the full length
-# to the promising ones only; here all get it ($\eta = \infty$), so that the result can be compared with our own trainings of the last network.
+# `Trial` inserts every candidate into a copy of the network, trains these copies and one without a new layer, and takes the best candidate
+# if it beats inserting nothing. This is no longer a prediction, and it is expensive: hundreds of gradient passes, where all multipliers
+# together take about one. Successive halving (Jamieson and Talwalkar 2016) trains only the promising ones for the full number of steps;
+# here all are ($\eta = \infty$), so that the result can be compared with our own trainings of the last network.
 
 # %%
 sgd = functools.partial(torch.optim.SGD, lr=0.3)
-trial = cg.Trial(100, sgd, eta=math.inf, margin=0.0)
+trial = cg.rules.Trial(100, sgd, eta=math.inf)
 found = cg.solve(cg.GrowthProblem(base, loss_fn, data, found), rule=trial).decision
 ours = {name: alone[100] - gain[name][100] for name in gain}
 print("chosen:", found.chosen, f"   paid: {found.evidence['passes']:.0f} gradient passes")
@@ -334,13 +334,13 @@ assert found.evidence["passes"] > 500  # six networks, 100 steps each
 # ## Claim 6. A layer may be too much for the step size, and no price says so
 #
 # Gradient descent with steps $\eta$ on a quadratic loss grows without bound along every direction of curvature $\kappa$ with
-# $\eta\kappa > 2$; with Polyak's momentum $\beta$ the limit is $2(1+\beta)$. A layer that does nothing yet adds directions, and the
-# largest eigenvalue of a symmetric matrix is never below that of a principal submatrix (Cauchy's interlacing): with the layer the
-# Gauss–Newton matrix of the grown network in $(\theta, v)$ is at least as sharp as without. A multiplier is a first derivative and cannot
-# know. `Stable` measures the eigenvalue by a few products with the matrix (Lanczos) and says which part of the limit
-# the optimizer's steps use.
+# $\eta\kappa > 2$; with Polyak's momentum $\beta$ the limit is $2(1+\beta)$. A layer that does nothing yet adds directions, and the largest
+# eigenvalue of a symmetric matrix is never below that of a principal submatrix (Cauchy's interlacing): with the layer the Gauss–Newton
+# matrix of the grown network in $(\theta, v)$ is at least as sharp as without. A multiplier is a first derivative and cannot see this.
+# `Stable` estimates the eigenvalue from a few products with the matrix (Lanczos) and says what fraction of the limit the optimizer's steps
+# use.
 #
-# Here both candidates of a network are inserted and trained on with step sizes below and above their limits.
+# Here we insert each of two candidates into a network and continue training with step sizes below and above its limit.
 
 # %%
 torch.manual_seed(0)
@@ -368,7 +368,7 @@ def offers():
     return [cg.Candidate(after, cg.blocks.IdentityLinear(8, nn.ReLU())) for after in ("1", "3")]
 
 
-unit_steps = cg.Stable(torch.optim.SGD(regressor.parameters(), lr=1.0), max_products=40)
+unit_steps = cg.rules.Stable(torch.optim.SGD(regressor.parameters(), lr=1.0), max_products=40)
 offered = cg.GrowthProblem(regressor, square, [(cube, wave)], offers())
 limits = {
     name: 1 / part
@@ -396,27 +396,27 @@ for (name, values), colour in zip(worst.items(), (BLUE, RED), strict=True):
     ax.plot(parts, values, "o-", color=colour, label=f"layer after {name}")
 ax.axvline(1, color="black", linestyle="--", linewidth=1)
 ax.set_yscale("log")
-ax.set_xlabel("step size, as a part of the limit that Stable foresees")
+ax.set_xlabel("step size, as a fraction of the limit that Stable predicts")
 ax.set_ylabel("highest loss in 300 steps, loss before = 1")
 ax.legend(frameon=False)
 ax.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# **Figure 4.** Full-batch gradient descent after an insertion. Up to the limit the loss falls; above it, it rises by factors of
-# ten to a thousand, until the parameters have been thrown to where the loss is flatter. The limit is local and of full batches:
-# the noise of small ones lowers it, which is why `Stable` allows three quarters of it.
+# **Figure 4.** Full-batch gradient descent after an insertion. Up to the limit the loss falls; above it, it rises by factors of ten to a
+# thousand, until the parameters have moved to where the loss is flatter. The limit is local and holds for full batches: the noise of small
+# batches lowers it, which is why `Stable` allows only three quarters of it.
 #
 # ## Claim 7. How well decisions turn out, measured
 #
-# `constrained-growth bench decisions` inserts a layer at *every* site of many trained networks, trains each of them on, and asks
+# `constrained-growth bench decisions` inserts a layer at *every* site of many trained networks, continues training each of them, and asks
 # every rule where it would have inserted. **Regret relative to random** is
 #
 # $$\frac{\mathbb E\,[\text{loss at the chosen site}] - \mathbb E\,[\text{loss at the best site}]}
 # {\mathbb E\,[\text{loss at a random site}] - \mathbb E\,[\text{loss at the best site}]} :$$
 #
-# $0$ is the best site, $1$ no better than chance. It takes an hour, so that its result is read here and not computed. The mean is
-# over the tasks on which the place matters: best and mean site are two standard errors apart. The constants of the rules were chosen on
-# other networks of the same tasks.
+# $0$ is the best site, $1$ no better than chance. It takes an hour, so its result is read here, not computed. The mean is over the tasks on
+# which the place matters: best and mean site are two standard errors apart. The constants of the rules were chosen on other networks of the
+# same tasks.
 
 # %%
 import json
@@ -460,22 +460,22 @@ axes[1].set_xlabel("the same at equal cost")
 fig.tight_layout()
 
 # %% [markdown]
-# **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: one pass or none; red: more). *Left:* whatever
-# a decision costs. The line at 0 is the best site, the dashed one chance. *Right:* every rule has 21 passes, and what its decision leaves of
-# them is spent on epochs more of training; rules that need more are left out. Below 0 the epochs are worth more than the best site.
+# **Figure 5.** Mean regret over the tasks with 95 % bootstrap intervals over networks (blue: one pass or none; red: more). *Left:*
+# regardless of cost. The line at 0 is the best site, the dashed one chance. *Right:* every rule has 21 passes, and spends what its decision
+# leaves of them on additional epochs of training; rules that need more are left out. Below 0 these epochs are worth more than the best
+# site. The joint trust region and the longer and combined trials did not pay; the library and the benchmark no longer contain them.
 #
-# Read off on the left: the norm matters more than anything else that is cheap. The same multipliers, measured by the Fisher norm
-# of notebook 5, leave half of the regret of chance, by the Frobenius norm all of it; the sum of the canonical correlations a little
-# less than their length (the intervals overlap; with `--seed 1` to `4` the sum is lower each time). Short trials mislead: what
-# helps in twenty epochs is not what helps in the end. And what is asked beside $\lambda$ lowers the regret further: whether the layer
-# would be stable (SGD, claim 6) and at which step it should begin (Adam, claim 3; `step=True`); one full training of each site is
-# better still, for a thousand passes and more. Other networks of the same tasks give other figures: on 72 more (`--seed 4`) the rule
-# with a step has 0.26 instead of 0.20, one pass 0.44 instead of 0.47.
+# On the left we see that the norm matters more than anything else that is cheap. The same multipliers have half the regret of chance in the
+# Fisher norm of notebook 5, and all of it in the Frobenius norm. The sum of the canonical correlations has slightly less regret than their
+# length (the intervals overlap; with `--seed 1` to `4` the sum is lower each time). Short trials mislead: what helps within twenty epochs
+# is not what helps at the end. Further questions lower the regret further: whether the layer would be stable (SGD, claim 6) and at which
+# step it should start (Adam, claim 3; `step=True`). One full training for each site is better still, but takes more than a thousand passes.
+# Other networks of the same tasks give different figures: on 72 more (`--seed 4`) the rule with a step has 0.26 instead of 0.20, one pass
+# 0.44 instead of 0.47.
 #
-# Read off on the right: a pass spent on a decision is a pass not spent on training. Those of trials and of second-order steps would
-# have bought more as training, so that the cheapest questions are the best ones: one pass, the Fisher norm, and with SGD a hundred
-# samples for the question of stability. The intervals are wide, and the mean is mostly that of the tasks with few epochs, where
-# twenty more are worth much.
+# On the right, a pass spent on a decision is a pass not spent on training. The passes of trials and second-order steps would have gained
+# more as training, so the cheapest questions are the best ones: one pass in the Fisher norm and, with SGD, a stability check on a hundred
+# samples. The intervals are wide, and the mean is dominated by the tasks with few epochs, where twenty more are worth a lot.
 
 # %%
 fisher, frobenius_norm = arms["Kronecker-Fisher nuclear 0.1"], arms["Frobenius"]

@@ -7,7 +7,7 @@
 #
 # * what a rule gets and what it has to return, and how to give one a guarantee;
 # * what makes a module a block, and what a closed form of its multipliers adds;
-# * how to have both checked before they are trusted.
+# * how to check both before you trust them.
 
 # %%
 import copy
@@ -55,8 +55,8 @@ def only_narrow(sensitivities):
 #
 # $$\Pr\big(\lVert\hat\lambda\rVert \ge z\sqrt{\operatorname{tr}\operatorname{Cov}(\hat\lambda)}\big) \le \frac1{z^2} .$$
 #
-# For $m$ candidates the union bound multiplies this by $m$. So a rule that asks for $z^2 = m/\alpha$ inserts needlessly with
-# probability at most $\alpha$, if the variance is known; here it is estimated from the same sample. No normality is needed.
+# For $m$ candidates the union bound multiplies this by $m$. So a rule that requires $z^2 = m/\alpha$ inserts needlessly with probability
+# at most $\alpha$, if the variance is known; here it is estimated from the same sample. No normality is needed.
 
 
 # %%
@@ -145,17 +145,17 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # ## Claim 3. A block is a module that names its pins
 #
-# Take a bottleneck as adapters for transformers have it (Houlsby et al. 2019), with a normalisation in front:
+# Take a bottleneck as in adapters for transformers (Houlsby et al. 2019), preceded by a normalisation:
 #
 # $$x\mapsto x + W_2\,\mathrm{GELU}(W_1\,\mathrm{LN}(x)), \qquad W_2 = 0 \text{ pinned} .$$
 #
-# Any module that is the identity and says `pinned = (...)` will do: its multipliers are then found by differentiating the block alone.
-# If it also says `factors(x, delta)`, the outer-product form of notebook 3,
+# Any module that is the identity and declares `pinned = (...)` will do: its multipliers are found by differentiating the block alone. If
+# it also has `factors(x, delta)`, the outer-product form of notebook 3,
 #
 # $$\lambda_{W_2} = -\sum\psi\varphi^{\mathsf T}, \qquad \psi = \delta, \quad \varphi = \mathrm{GELU}(W_1\,\mathrm{LN}(x)),$$
 #
-# the library gets the multipliers of single samples for nothing, and with them a standard error from a single batch. A `config()` lets a
-# record build the block again in another process.
+# the library gets the multipliers of single samples at no cost, and with them a standard error from a single batch. To rebuild the
+# architecture in another process, pass your block to `cg.replay(..., blocks=...)`.
 
 
 # %%
@@ -176,9 +176,6 @@ class Bottleneck(nn.Module):
 
     def features(self, x):
         return F.gelu(self.down(self.norm(x)))
-
-    def config(self):
-        return {"width": self.down.in_features, "hidden": self.down.out_features}
 
 
 class WithFactors(Bottleneck):
@@ -210,10 +207,11 @@ assert torch.allclose(by_factors, -gradient, atol=1e-14)
 # %% [markdown]
 # ## Claim 4. What can go wrong is checked
 #
-# `check_block(block, x)` tries all that the library relies on: identity at the pins in both modes, no dead pins, factors that are the
-# gradient of every single sample, copying, saving, other precisions, and a whole solve, insert and replay. A block that passes can be used; one
-# that does not is told why. We break ours in three ways. `check_rule(rule)` does the same for a rule: a decision about the candidates it
-# is shown, also when there are none, or when all their sensitivities are zero; the same one twice; nothing written to what it is given.
+# `check_block(block, x)` tests everything that the library relies on: identity at the pins in both modes, no dead pins, factors that are
+# the gradient of every single sample, copying, saving, other precisions, and a complete solve, insert and replay. A block that passes can
+# be used; otherwise the error says why not. We break ours in three ways. `check_rule(rule)` does the same for a rule: it must decide about
+# the candidates it is shown, also when there are none or all their sensitivities are zero; decide the same when asked twice; and change
+# nothing it is given.
 
 
 # %%
@@ -262,9 +260,9 @@ assert message
 print(message.splitlines()[1][:110], "…")
 
 # %% [markdown]
-# ## Claim 5. Your own rule and block do all that the library's do
+# ## Claim 5. Your own rule and block can do everything that the library's can
 #
-# Solve, decide, insert without moving the function, write the record down, build the architecture again, train on.
+# Solve, decide, insert without changing the function, save the record, rebuild the architecture, continue training.
 
 # %%
 mixed = [
@@ -315,8 +313,8 @@ ax.legend(frameon=False)
 ax.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
-# **Figure 2.** One network with the layer and its twin without. Both start at the same loss, because the insertion does not move the
-# function. One run of each: an illustration, and no evidence that insertion pays in general.
+# **Figure 2.** One network with the layer and its twin without. Both start at the same loss, because the insertion does not change the
+# function. One run of each: an illustration, not evidence that insertion pays in general.
 #
 # ## Exercises
 #

@@ -1,17 +1,17 @@
 # %% [markdown]
 # # 9. The source, held to account
 #
-# The experiments of Herberg et al. (2023) are small and chaotic: one run says little. Here each was run a hundred times,
-# every arm of a run from the same start, and every claim put to the test that a referee would ask for.
+# The experiments of Herberg et al. (2023) are small and chaotic: one run says little. Here each was run a hundred times, with all
+# arms of a run starting from the same network, and every claim was put to the test that a referee would ask for.
 #
 # At the end you will be able to say
 #
-# * how to tell whether two programs do the same when only means and medians of one are known;
+# * how to tell whether two programs do the same when only means and medians are known of one of them;
 # * for how many steps the largest sensitivity beats the smallest and a random site, and what is left of it at the end;
 # * when inserting lowers the loss against not inserting, and when the learning rate explains the difference;
 # * why pairs of runs from one start say more than two groups of runs.
 #
-# Nothing is trained here. `constrained-growth reproduce` wrote the files that are read, in `theory/reproduction`.
+# Nothing is trained here. The files in `theory/reproduction` were written by `constrained-growth reproduce`.
 
 # %%
 import json
@@ -55,12 +55,12 @@ def pair(name, first, second, after=None):
 assert all(found[name]["seeds"] >= 100 for name in SPIRALS)
 
 # %% [markdown]
-# ## Claim 1. It is the source's program
+# ## Claim 1. Our program does what the source's does
 #
-# Of the source's code, rerun with fixed data handling, means, medians and numbers of runs are known. If its runs and ours are
-# draws from one population, samples of both sizes drawn from *our* runs differ by chance as much as those two do. The share of
-# such draws that differ more is the p-value; nothing normal is assumed. With many comparisons some p are small by chance, and
-# Benjamini and Hochberg (1995) say how small the smallest must be to mean something.
+# We know means, medians and numbers of runs of the source's code, rerun with fixed data handling. If its runs and ours are draws
+# from one population, samples of both sizes drawn from *our* runs differ by chance as much as those two do. The share of such
+# draws that differ more is the p-value; no normality is assumed. With many comparisons some p are small by chance, and Benjamini
+# and Hochberg (1995) say how small the smallest must be to mean something.
 
 # %%
 cells = {
@@ -88,8 +88,8 @@ for name, count in counts:
 # %% [markdown]
 # Means and medians agree. Two of the counts do not: after *one* step of the residual networks (Exp11, Exp14) the largest
 # sensitivity won in all of our runs, in the reference in 17 and 16 of 20. The reference computes in single precision, in which
-# losses near 0.6 are multiples of $6\cdot10^{-8}$; half of the differences are below a few of these. With `--float32` ours are 83 and 93 of
-# 100, the others mostly equal: rounding does this. Exercise 1 says how much of it is needed.
+# losses near 0.6 are multiples of $6\cdot10^{-8}$; half of the differences are below a few of these. With `--float32` ours are 83
+# and 93 of 100, the others mostly equal: an effect of rounding. Exercise 1 asks how much rounding this takes.
 
 # %%
 differences = pair("Exp14", "LImax", "LImin", 1)
@@ -97,7 +97,7 @@ print(f"Exp14, median difference after one epoch: {differences['median']:.1e} na
 assert abs(differences["median"]) < 10 * np.spacing(np.float32(0.6))
 
 # %% [markdown]
-# ## Claim 2. Inserting lowers the loss in some of these networks, and not in all
+# ## Claim 2. Inserting lowers the loss in some of these networks, not in all
 
 # %%
 arms = {
@@ -125,7 +125,7 @@ fig.tight_layout()
 
 # %% [markdown]
 # **Figure 1.** Training loss over 100 seeds: medians, and bands from quartile to quartile; dotted, the insertion. The bands
-# overlap everywhere, for they are wide because starts differ. Whether *inserting* helps is a question about each start.
+# overlap everywhere: they are wide because the starts differ. Whether *inserting* helps is a question about each start.
 #
 # ## Claim 3. Pairs say what groups cannot
 #
@@ -244,7 +244,7 @@ fig.tight_layout()
 # often the same site); bold, and with a star in the list, where Wilcoxon's signed-rank test has p < 0.05. Blue is more than half,
 # red is less. An epoch is one step on all data in the first four rows, and several steps elsewhere.
 #
-# On the digits it goes every way: in residual networks the largest sensitivity stays ahead to the end, in ReLU networks the site
+# On the digits all outcomes occur: in residual networks the largest sensitivity stays ahead to the end, in ReLU networks the site
 # makes no difference, in convolutional ones the smallest ends lower.
 
 # %%
@@ -265,7 +265,7 @@ assert pair("digits-convolution", "LImax", "LImin")["interval"][0] > 0
 #
 # $$\frac{e_{\text{before}}}{e_{\text{before}} + e_{\text{after}}}\cdot\Bigl(1 - \frac{c_{\text{small}}}{c_{\text{grown}}}\Bigr) .$$
 #
-# What it is worth depends on where the two end, and that goes both ways.
+# Its worth depends on the final losses of the two, and either may be lower.
 
 # %%
 products = {"Exp6": (20, 45), "Exp9": (32, 48)}  # multiply-adds of one forward pass of one sample
