@@ -1,108 +1,55 @@
-"""What the first batch tells: what is at each site, which blocks fit, and which way to λ is right.
-
-The model runs twice on the first batch of the data: once as it is, watched at its sites, and once
-with the blocks standing there at their pins. The first gives λ in closed form, the second in the
-graph (by autograd through the blocks, right for every loss). Where both agree the first, which is
-cheaper, serves for all the data; where they do not, the second. That the *loss* is the same both
-times is the check that no block moves it.
-"""
+"""What the first batch tells: what is at each site, and which blocks fit there."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_size, batch_weight, batches
+from constrained_growth._data import Weight, batch_weight, batches
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
-from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
 from constrained_growth._multipliers.fit import check_fit
-from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
-from constrained_growth._sites.model import call, checked_loss, device_of, tensors_of
-from constrained_growth._sites.outputs import Which
+from constrained_growth._sites.model import (
+    call,
+    checked_loss,
+    coarsest_epsilon,
+    device_of,
+    tensors_of,
+)
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.candidates.candidate import Candidate
-from constrained_growth.errors import BlockError, CandidateError, DataError
+from constrained_growth.candidates import Candidate
+from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.solution import Method
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+Places = Sequence[tuple[Site, Sequence[Candidate]]]
+"""Sites of which only the place is known yet, and what could stand there."""
 
-@dataclass(frozen=True)
-class Place:
-    """Where a site is.
-
-    Attributes:
-        after: Qualified name of the module.
-        output: Which tensor of its output; see `Candidate`.
-        module: That module.
-    """
-
-    after: str
-    output: Which
-    module: nn.Module
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What a site is like, for the processes that have no data to see for themselves.
-
-    Attributes:
-        dtype: What a block there has to be in.
-        overwritten: As in `Site`.
-    """
-
-    dtype: torch.dtype
-    overwritten: bool
-
-
-@dataclass(frozen=True)
-class _FirstBatch:
-    """The first batch, and what was seen as the model ran on it.
-
-    Attributes:
-        input, target, weight: Of the batch.
-        loss: Its loss.
-        uses: For each site what it brought there, on which the loss depends.
-        seen: For each site all that was there, δ not being known.
-    """
-
-    input: Any
-    target: Any
-    weight: float
-    loss: float
-    uses: list[list[Use]]
-    seen: list[list[Use]]
+_Facts = tuple[torch.dtype, bool]
+"""Of a site: what a block there has to be in, and whether the model changes the tensor in place."""
 
 
 def look_at_sites(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     data: Iterable[Any],
-    candidates: Mapping[Place, Sequence[Candidate]],
+    places: Places,
     group: ProcessGroup | None,
     weight: Weight = None,
 ) -> tuple[tuple[Site, ...], object, Method]:
-    """The sites, the same on all processes, with the blocks that fit there; and the first input.
-
-    Args:
-        model: Run on the first batch, with gradients on (`differentiable`).
-        loss_fn: `loss_fn(output, target)`.
-        data: `(input, target)` pairs; on some processes there may be none.
-        candidates: What could stand where.
-        group: The processes that have a shard of the data each.
-        weight: How much a batch counts; the first one that does is looked at.
+    """The sites with the blocks that fit there, the same on all processes.
 
     Returns:
         The sites, the first input (None without data here), and the way to λ.
@@ -111,27 +58,26 @@ def look_at_sites(
         DataError, CandidateError, BlockError: As `GrowthProblem` says.
     """
     sharded = is_sharded(model)
-    firsts: list[_FirstBatch] = []
+    firsts: list[FirstBatch] = []
 
     def look() -> tuple[object, list[_Facts] | None]:
-        for place in candidates:
-            _check_hooks(place)
-        layout = [_layout(place, each) for place, every in candidates.items() for each in every]
-        weighed = ((*b, batch_weight(weight, *b)) for b in batches(data, device_of(model)))
-        counting = (batch for batch in weighed if batch[2] > 0)
+        for site, _ in places:
+            _check_hooks(site)
+        layout = [_layout(site, each) for site, every in places for each in every]
+        counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         batch = next(counting, None)
         if batch is None:
             return layout, None
-        first, facts = _run(model, loss_fn, batch, list(candidates))
+        first, facts = _run(model, loss_fn, batch, [site for site, _ in places])
         firsts.append(first)
         if sharded:
-            _refuse_reduced(model, candidates, facts)
+            _refuse_reduced(model, places, facts)
         return layout, facts
 
     found = everywhere(look, group, collective=sharded)
     if any(layout != found[0][0] for layout, _ in found):
-        names = [each.name for every in candidates.values() for each in every]
+        names = [each.name for _, every in places for each in every]
         raise CandidateError(
             f"candidates={names} are not the same on all processes of the group; give each the "
             "same candidates in the same order."
@@ -141,8 +87,8 @@ def look_at_sites(
         raise DataError("data yields no batches; give at least one (input, target) pair.")
     first = firsts[0] if firsts else None
     sites = [
-        _site(place, fact, _device(place.module, model, first, index), every, model)
-        for index, ((place, every), fact) in enumerate(zip(candidates.items(), facts, strict=True))
+        _filled(site, every, fact, model, first.seen[index] if first else [])
+        for index, ((site, every), fact) in enumerate(zip(places, facts, strict=True))
     ]
     if several(group):
         sites = [
@@ -159,7 +105,7 @@ def look_at_sites(
                     check_fit(name, block, use.x, use.context)
 
     def compare() -> bool:
-        return first is None or _closed_form_holds(model, loss_fn, sites, first)
+        return first is None or closed_form_holds(model, loss_fn, sites, first)
 
     everywhere(check, group)
     holds = all(everywhere(compare, group, collective=sharded))
@@ -170,185 +116,76 @@ def look_at_sites(
 def _run(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
-    batch: tuple[Any, Any, float],
-    places: Sequence[Place],
-) -> tuple[_FirstBatch, list[_Facts]]:
-    """Run the model on the first batch, watched at its sites, all of which get copies."""
-    cpu = torch.device("cpu")
-    # copies, so that in-place changes of what is handed on show, and x is what it was
-    sites = [Site(p.after, p.module, p.output, {}, (), cpu, True, True) for p in places]
-    dtypes: dict[str, torch.dtype] = {}
-    seen: list[list[Use]] = [[] for _ in places]  # δ still to come
-    versions: list[list[tuple[Tensor, int]]] = [[] for _ in places]
+    batch: tuple[Any, Any],
+    sites: Sequence[Site],
+) -> tuple[FirstBatch, list[_Facts]]:
+    """Run the model on the first batch, watched at its sites."""
+    dtypes: dict[int, torch.dtype] = {}
+    seen: list[list[Use]] = [[] for _ in sites]  # δ still to come
+    uses: list[list[Use]] = [[] for _ in sites]
+    aliases: list[list[tuple[Tensor, int]]] = [[] for _ in sites]  # and their version counters
     originals: list[tuple[Tensor, int]] = []
-    uses: list[list[Use]] = [[] for _ in places]
     reached: set[int] = set()
 
     def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
-        after = places[index].after
         reached.add(index)
         if transformed(x):
             return
-        _check_tensor(after, x.detach())
+        _check_tensor(sites[index].after, x.detach())
         if alias is None:
             return
         autocast = torch.is_autocast_enabled(x.device.type)
-        dtypes[after] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
+        dtypes[index] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
         seen[index].append(Use(x.detach(), x.detach(), detached(context)))
-        versions[index].append((alias, alias._version))
+        aliases[index].append((alias, alias._version))
         originals.append((x.detach(), x._version))
 
     def take(index: int, here: list[Use], _: object) -> None:
         uses[index] = here
 
     collector = Collector(sites, inspect)
-    input, target, weight = batch
+    input, target = batch
     with untouched(model), collector.watching():
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
-        for index, place in enumerate(places):
-            _check_reached(place.after, index in reached)
-        _check_finite(loss)
-        changed = [any(a._version != v for a, v in here) for here in versions]
-        originals_changed = any(x._version != version for x, version in originals)
-        for place, here in zip(places, seen, strict=True):
-            _check_differentiable(place.after, bool(here))
+        for index, site in enumerate(sites):
+            _check_reached(site.after, index in reached)
+        if not bool(torch.isfinite(loss)):
+            raise DataError(
+                f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
+                "data, the model's parameters, or the loss."
+            )
+        for site, here in zip(sites, seen, strict=True):
+            _check_differentiable(site.after, bool(here))
+        changed = [any(t._version != v for t, v in here) for here in aliases]
+        changes = any(changed) or any(t._version != v for t, v in originals)
         _refuse_reentrant(loss)
         if loss.requires_grad:
             collector.backward(loss)
-    first = _FirstBatch(input, target, weight, float(loss.detach()), uses, seen)
-    if originals_changed or any(changed):
-        _refuse_kept_and_overwritten(model, loss_fn, first, places, changed)
-    facts = [_Facts(dtypes[p.after], flag) for p, flag in zip(places, changed, strict=True)]
-    return first, facts
-
-
-def _loss_without_hooks(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], first: _FirstBatch
-) -> float:
-    with untouched(model):
-        return float(checked_loss(loss_fn(call(model, first.input), first.target)).detach())
+    first = FirstBatch(input, target, float(loss.detach()), uses, seen)
+    if changes:
+        names = [
+            s.after for s, flag in zip(sites, changed, strict=True) if flag or not any(changed)
+        ]
+        _refuse_kept_and_overwritten(model, loss_fn, first, names)
+    return first, [(dtypes[index], changed[index]) for index in range(len(sites))]
 
 
 def _refuse_kept_and_overwritten(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    first: _FirstBatch,
-    places: Sequence[Place],
-    changed: Sequence[bool],
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], first: FirstBatch, names: list[str]
 ) -> None:
     """Refuse sites whose tensor is changed in place, the changed one being read elsewhere too.
 
     A layer there would have an output of its own, so that the other reader no longer sees the
     change, and the function would move.
     """
-    plain = _loss_without_hooks(model, loss_fn, first)
-    if abs(plain - first.loss) <= _allowed_in_loss(model, first):
-        return
-    names = [place.after for place, flag in zip(places, changed, strict=True) if flag]
-    raise CandidateError(
-        f"after={names or [place.after for place in places]}: the model changes the tensor there "
-        "in place, and something that keeps the tensor itself (a hook, an attribute, a second "
-        f"output) reads it changed: with a layer there the loss would move from {plain:.6g} to "
-        f"{first.loss:.6g}. Choose another submodule, or let the model change a copy."
-    )
-
-
-def _closed_form_holds(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    sites: Sequence[Site],
-    first: _FirstBatch,
-) -> bool:
-    """Whether λ of the first batch in closed form is what autograd gives through the blocks.
-
-    Raises:
-        CandidateError: The loss does not depend on a site.
-        BlockError: The blocks move the loss.
-    """
-    closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
-    in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
-    closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
-    with untouched(model), in_graph.watching():
-        loss = float(in_graph.add(first.input, first.target, 1.0))
-    epsilon = _epsilon(model, sites)
-    if not abs(loss - first.loss) <= _allowed_in_loss(model, first, epsilon):
-        again = _loss_without_hooks(model, loss_fn, first)
-        if abs(again - first.loss) <= _allowed_in_loss(model, first, epsilon):
-            _refuse_moving_loss(sites, first.loss, loss)
-        return False  # the model is not a function of its input: nothing can be compared
-    found, exact = closed.estimates(), in_graph.estimates()
-    holds = True
-    for index, site in enumerate(sites):
-        scale = sum(
-            float(_norm(use.delta)) * (float(_norm(use.x)) + math.sqrt(use.x.numel()))
-            for use in first.uses[index]
-        )
-        reached = bool(first.uses[index])
-        for name in site.blocks:
-            reached = reached or name in in_graph.reached
-            holds = holds and _agree(found[name], exact[name], scale, epsilon)
-        if not reached:
-            raise CandidateError(
-                f'after="{site.after}": the loss does not depend on the output of this module, '
-                "so no layer there could change it; choose another submodule."
-            )
-    return holds
-
-
-def _agree(found: Estimate, true: Estimate, scale: float, epsilon: float) -> bool:
-    """Whether two multipliers are the same up to rounding.
-
-    The sums are in other orders, which costs ε of the summands; and both rest on a δ that was
-    rounded. A difference that is larger by chance makes λ dearer, not wrong.
-    """
-    pairs = [(found.multiplier[key], value) for key, value in true.multiplier.items()]
-    difference = math.hypot(*(float(_norm(one - other)) for one, other in pairs))
-    size = math.hypot(*(float(_norm(other)) for _, other in pairs))
-    return not difference > math.sqrt(epsilon) / 3 * size + 3 * epsilon * scale
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-
-
-def _epsilon(model: nn.Module, sites: Sequence[Site]) -> float:
-    """The coarsest machine precision that the numbers went through."""
-    parameters = [p for site in sites for block in site.blocks.values() for p in block.parameters()]
-    parameters += [p for p in model.parameters() if p.is_floating_point()]
-    kinds = {p.dtype for p in parameters}
-    kinds |= {
-        torch.get_autocast_dtype(device)
-        for device in {p.device.type for p in parameters}
-        if torch.is_autocast_enabled(device)
-    }
-    rough = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}  # of products, in float32
-    products = rough[torch.get_float32_matmul_precision()] if torch.float32 in kinds else 0.0
-    return max([products, *(torch.finfo(kind).eps for kind in kinds)])
-
-
-def _allowed_in_loss(model: nn.Module, first: _FirstBatch, epsilon: float | None = None) -> float:
-    """By how much rounding at the sites may move the loss, amplified by a deep model."""
-    epsilon = _epsilon(model, ()) if epsilon is None else epsilon
-    slopes = [float(_norm(use.delta)) * float(_norm(use.x)) for here in first.uses for use in here]
-    return 10 * math.sqrt(epsilon) * max([abs(first.loss), *slopes])
-
-
-def _refuse_moving_loss(sites: Sequence[Site], before: float, after: float) -> None:
-    names = [name for site in sites for name in site.blocks]
-    raise BlockError(
-        f"candidates={names}: with their blocks standing at their pins the loss of the first batch "
-        f"is {after:.6g} instead of {before:.6g}. One of them is not the identity as it is called "
-        "there, or something else than the model reads the tensor at its site; make a problem with "
-        "each alone to see which."
-    )
-
-
-def _check_finite(loss: Tensor) -> None:
-    if not bool(torch.isfinite(loss)):
-        raise DataError(
-            f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
-            "data, the model's parameters, or the loss."
+    plain = first.loss_unwatched(model, loss_fn)
+    if not first.is_same(plain, coarsest_epsilon(model.parameters())):
+        raise CandidateError(
+            f"after={names}: the model changes the tensor there in place, and something that keeps "
+            "the tensor itself (a hook, an attribute, a second output) reads it changed: with a "
+            f"layer there the loss would move from {plain:.6g} to {first.loss:.6g}. Choose another "
+            "submodule, or let the model change a copy."
         )
 
 
@@ -369,10 +206,10 @@ def _check_differentiable(after: str, seen: bool) -> None:
         )
 
 
-def _check_hooks(place: Place) -> None:
-    if place.module._backward_pre_hooks:
+def _check_hooks(site: Site) -> None:
+    if site.module._backward_pre_hooks:
         raise CandidateError(
-            f'after="{place.after}" has a full backward pre-hook. It may change the gradient that '
+            f'after="{site.after}" has a full backward pre-hook. It may change the gradient that '
             "comes out of a layer there, and not the gradient of that layer's own parameters; "
             "remove the hook, or choose another submodule."
         )
@@ -408,14 +245,12 @@ def _refuse_reentrant(loss: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def _refuse_reduced(
-    model: nn.Module, candidates: Mapping[Place, Sequence[Candidate]], facts: Sequence[_Facts]
-) -> None:
-    for (place, every), here in zip(candidates.items(), facts, strict=True):
-        own = _parameter_dtype(model, here.dtype)
-        if here.dtype != own:
+def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts]) -> None:
+    for (site, every), (dtype, _) in zip(places, facts, strict=True):
+        own = _parameter_dtype(model, dtype)
+        if dtype != own:
             raise CandidateError(
-                f'model={type(model).__name__}: the output of "{place.after}" is {here.dtype}, and '
+                f'model={type(model).__name__}: the output of "{site.after}" is {dtype}, and '
                 f"the parameters of the sharded model are {own}: layers cannot be sharded with a "
                 "MixedPrecisionPolicy yet; use fully_shard without one, under torch.autocast."
             )
@@ -428,38 +263,32 @@ def _refuse_reduced(
                 )
 
 
-def _layout(place: Place, candidate: Candidate) -> tuple[object, ...]:
+def _layout(site: Site, candidate: Candidate) -> tuple[object, ...]:
     """What has to be the same on all processes."""
     shapes = [t.shape for t in tensors_of(candidate.block)]
-    return candidate.name, place.after, place.output, shapes
+    return candidate.name, site.after, site.output, shapes
 
 
-def _site(
-    place: Place,
-    facts: _Facts,
-    device: torch.device,
+def _filled(
+    site: Site,
     candidates: Sequence[Candidate],
+    facts: _Facts,
     model: nn.Module,
+    seen: Sequence[Use],
 ) -> Site:
-    module = place.module
-    blocks = {c.name: _brought(c, module, device, facts.dtype, model) for c in candidates}
-    return Site(
-        after=place.after,
-        module=module,
-        output=place.output,
+    """The site with the blocks of its candidates, brought there."""
+    device = seen[0].x.device if seen else device_of(site.module) or device_of(model)
+    device = device or torch.device("cpu")
+    dtype, overwritten = facts
+    blocks = {c.name: _brought(c, site.module, device, dtype, model) for c in candidates}
+    return replace(
+        site,
         blocks=blocks,
-        conditional=tuple(key for key, block in blocks.items() if not _exact_after(block, module)),
+        conditional=tuple(n for n, block in blocks.items() if not _exact_after(block, site.module)),
         device=device,
-        overwritten=facts.overwritten,
+        overwritten=overwritten,
         needs_context=any(takes_context(block) for block in blocks.values()),
     )
-
-
-def _device(
-    module: nn.Module, model: nn.Module, first: _FirstBatch | None, index: int
-) -> torch.device:
-    found = first.seen[index][0].x.device if first else device_of(module) or device_of(model)
-    return found or torch.device("cpu")
 
 
 def _parameter_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from constrained_growth._data import Weight
 from constrained_growth._distributed import everywhere, several
-from constrained_growth._first_batch import Place, look_at_sites
+from constrained_growth._first_batch import Places, look_at_sites
 from constrained_growth._sharding import check_sharding
+from constrained_growth._sites.outputs import Which
+from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
@@ -192,10 +195,10 @@ def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:
     return found
 
 
-def _places(model: nn.Module, candidates: Sequence[Candidate]) -> dict[Place, list[Candidate]]:
+def _places(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
     """The candidates by their sites; a module of several names has the first of them."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[Place, list[Candidate]] = {}
+    found: dict[tuple[str, Which], tuple[Site, list[Candidate]]] = {}
     for candidate in candidates:
         name = _name_in(modules, candidate.after)
         if not name:
@@ -213,8 +216,10 @@ def _places(model: nn.Module, candidates: Sequence[Candidate]) -> dict[Place, li
             )
         module = modules[name]
         first = next(key for key, same in modules.items() if same is module)
-        found.setdefault(Place(first, candidate.output, module), []).append(candidate)
-    return found
+        # taken to change the tensor in place and to need the context, until more is known
+        site = Site(first, module, candidate.output, {}, (), torch.device("cpu"), True, True)
+        found.setdefault((first, candidate.output), (site, []))[1].append(candidate)
+    return list(found.values())
 
 
 def _name_in(modules: Mapping[str, nn.Module], after: str) -> str:

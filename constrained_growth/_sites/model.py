@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -56,3 +56,17 @@ def device_of(model: nn.Module) -> torch.device | None:
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Its parameters, then its buffers."""
     return itertools.chain(model.parameters(), model.buffers())
+
+
+def coarsest_epsilon(tensors: Iterable[Tensor]) -> float:
+    """The coarsest machine precision that numbers in these tensors go through.
+
+    That of their dtypes, of autocast on their devices, and of float32 matrix products.
+    """
+    found = [t for t in tensors if t.is_floating_point() or t.is_complex()]
+    kinds = {t.dtype for t in found}
+    devices = {t.device.type for t in found}
+    kinds |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+    products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
+    rough = products[torch.get_float32_matmul_precision()] if torch.float32 in kinds else 0.0
+    return max([rough, *(torch.finfo(kind).eps for kind in kinds)])

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from constrained_growth._data import batches, moved
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.model import call, coarsest_epsilon, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import BlockError, DataError
 
@@ -84,7 +84,7 @@ def check_preserved(
         pairs = [(y, grown[key]) for key, y in output.items() if key in grown and y.numel()]
         if pairs:
             differences[mode] = max(_difference(*pair) for pair in pairs)
-        epsilon = _epsilon(model, [one for one, _ in pairs])
+        epsilon = coarsest_epsilon([*model.parameters(), *(one for one, _ in pairs)])
         beyond = [p for p in pairs if not _difference(*p) <= _allowed(p[0], epsilon)]
         if beyond and mode == next(iter(before)):
             worst = max(_difference(*pair) for pair in beyond)
@@ -156,17 +156,6 @@ def _allowed(before: Tensor, epsilon: float) -> float:
     largest = float(sizes.masked_fill(~sizes.isfinite(), 0.0).max())
     scale = max(largest, 1.0) if before.numel() == 1 else largest  # a loss may be near zero
     return min(1e3 * epsilon, 1 / 16) * scale
-
-
-def _epsilon(model: nn.Module, outputs: Iterable[Tensor]) -> float:
-    tensors = [*outputs, *(p for p in model.parameters() if p.is_floating_point())]
-    dtypes = {tensor.dtype for tensor in tensors}
-    for device in {tensor.device.type for tensor in tensors}:
-        if torch.is_autocast_enabled(device):
-            dtypes.add(torch.get_autocast_dtype(device))
-    products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
-    rough = products[torch.get_float32_matmul_precision()] if torch.float32 in dtypes else 0.0
-    return max([rough, *(torch.finfo(dtype).eps for dtype in dtypes)])
 
 
 @contextmanager

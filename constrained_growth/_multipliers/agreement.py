@@ -1,0 +1,118 @@
+"""Which way to λ is right? Both are computed on the first batch, and compared.
+
+In the graph λ is right for every loss; in closed form, which is cheaper, it is where the loss sees
+a layer through the value of its output alone. That the *loss* is the same with the blocks at
+their pins as without is the check that no block moves it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._data import batch_size
+from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.measure import Pass
+from constrained_growth._sites.collector import Use
+from constrained_growth._sites.model import call, checked_loss, coarsest_epsilon
+from constrained_growth._sites.site import Site
+from constrained_growth._sites.untouched import untouched
+from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.solution import Method
+
+
+@dataclass(frozen=True)
+class FirstBatch:
+    """The first batch, and what was seen when the model ran on it.
+
+    Attributes:
+        input, target: Of the batch.
+        loss: Its loss, the model being watched.
+        uses: For each site, what it brought there on which the loss depends.
+        seen: For each site, all that was there, δ not being known.
+    """
+
+    input: Any
+    target: Any
+    loss: float
+    uses: list[list[Use]]
+    seen: list[list[Use]]
+
+    def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
+        """The loss of the model as it is, left as it is."""
+        with untouched(model):
+            return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
+
+    def is_same(self, loss: float, epsilon: float) -> bool:
+        """Whether rounding at the sites, amplified by a deep model, explains the difference."""
+        slopes = [_norm(use.delta) * _norm(use.x) for here in self.uses for use in here]
+        return abs(loss - self.loss) <= 10 * math.sqrt(epsilon) * max([abs(self.loss), *slopes])
+
+
+def closed_form_holds(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    sites: Sequence[Site],
+    first: FirstBatch,
+) -> bool:
+    """Whether λ of the first batch in closed form is what autograd gives through the blocks.
+
+    Raises:
+        CandidateError: The loss does not depend on a site.
+        BlockError: The blocks move the loss.
+    """
+    closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
+    in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
+    closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
+    with untouched(model), in_graph.watching():
+        loss = float(in_graph.add(first.input, first.target, 1.0))
+    blocks = [block for site in sites for block in site.blocks.values()]
+    epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())
+    if not first.is_same(loss, epsilon):
+        if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
+            _refuse_moving_loss(sites, first.loss, loss)
+        return False  # the model is not a function of its input: nothing can be compared
+    found, exact = closed.estimates(), in_graph.estimates()
+    for site, uses in zip(sites, first.uses, strict=True):
+        if not uses and in_graph.reached.isdisjoint(site.blocks):
+            raise CandidateError(
+                f'after="{site.after}": the loss does not depend on the output of this module, '
+                "so no layer there could change it; choose another submodule."
+            )
+    return all(
+        _agree(found[name], exact[name], uses, epsilon)
+        for site, uses in zip(sites, first.uses, strict=True)
+        for name in site.blocks
+    )
+
+
+def _agree(found: Estimate, exact: Estimate, uses: Sequence[Use], epsilon: float) -> bool:
+    """Whether two multipliers are the same up to rounding.
+
+    Both rest on a δ that was rounded, and their sums are in different orders, which costs ε of
+    the summands. A difference that is larger by chance makes λ dearer, not wrong.
+    """
+    summands = sum(_norm(u.delta) * (_norm(u.x) + math.sqrt(u.x.numel())) for u in uses)
+    pairs = [(found.multiplier[key], value) for key, value in exact.multiplier.items()]
+    difference = math.hypot(*(_norm(one - other) for one, other in pairs))
+    size = math.hypot(*(_norm(other) for _, other in pairs))
+    return not difference > math.sqrt(epsilon) / 3 * size + 3 * epsilon * summands
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+
+
+def _refuse_moving_loss(sites: Sequence[Site], before: float, after: float) -> None:
+    names = [name for site in sites for name in site.blocks]
+    raise BlockError(
+        f"candidates={names}: with their blocks standing at their pins the loss of the first batch "
+        f"is {after:.6g} instead of {before:.6g}. One of them is not the identity as it is called "
+        "there, or something else than the model reads the tensor at its site; make a problem with "
+        "each alone to see which."
+    )
