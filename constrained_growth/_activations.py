@@ -1,4 +1,4 @@
-"""Facts about an activation, found by calling it: derivative at 0, shift that makes it idle.
+"""Properties of an activation, found by calling it: σ(0), σ′, the shift that makes it idempotent.
 
 Every function takes an activation as the user wrote it: an `nn.Module`, a module class, or any
 elementwise function of a tensor.
@@ -18,15 +18,12 @@ from constrained_growth.errors import BlockError
 
 Activation = Callable[[Tensor], Tensor]
 
-_relu_backward = torch.ops.aten.threshold_backward.default
-
-MAX_AUTOMATIC_SHIFT = 0.1
-"""Largest shift taken without being asked for.
-
-A shifted identity layer is linear until its parameters have moved by about the shift, and the
-multipliers of a linear layer are redundant with those of the next layer. A tenth of the unit
-scale of an activation keeps it near its bend.
-"""
+# A shifted identity layer is linear until its parameters have moved by about the shift, and the
+# multipliers of a linear layer are redundant with those of the next layer. A tenth of the unit
+# scale of an activation keeps it near its bend.
+_MAX_AUTOMATIC_SHIFT = 0.1
+_TOLERANCE = 1e-12
+_FAR = 1e4
 
 
 class TanhLU(nn.Module):
@@ -55,12 +52,12 @@ class TanhLU(nn.Module):
         return torch.where(x >= self.eps, x, below)
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         return f"eps={self.eps}"
 
 
 def as_activation(activation: Any) -> Activation:
-    """The activation as something to call on a tensor; of a module a copy, for a block to own.
+    """The activation as a callable on tensors; a module is copied, for a block to own.
 
     Raises:
         BlockError: `activation` is no module, module class or function, or not elementwise.
@@ -72,7 +69,6 @@ def as_activation(activation: Any) -> Activation:
             f"activation={activation!r} cannot be called; give a module such as nn.ReLU() or an "
             "elementwise function such as torch.tanh."
         )
-    is_module = isinstance(function, nn.Module)
     probe = torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 4)
     other = probe.clone()
     other[0, 0] = 3.0
@@ -87,9 +83,10 @@ def as_activation(activation: Any) -> Activation:
     if not fits:
         raise BlockError(
             f"activation={activation!r} is not elementwise: every entry of its output must depend "
-            "on the entry at the same place alone."
+            "only on the entry at the same place."
         )
-    return cast(Activation, copy.deepcopy(function) if is_module else function)
+    owned = copy.deepcopy(function) if isinstance(function, nn.Module) else function
+    return cast(Activation, owned)
 
 
 def computes_same(activation: Activation, other: object) -> bool:
@@ -109,9 +106,8 @@ def computes_same(activation: Activation, other: object) -> bool:
 
 def in_double(activation: Any) -> Activation:
     """The activation on float64, its own parameters too, and never in place."""
-    function = (
-        copy.deepcopy(activation).double() if isinstance(activation, nn.Module) else activation
-    )
+    is_module = isinstance(activation, nn.Module)
+    function = copy.deepcopy(activation).double() if is_module else activation
     return lambda x: function(x.clone())
 
 
@@ -132,20 +128,66 @@ def value_at_zero(activation: Activation) -> float:
 
 
 def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Tensor:
-    """Cotangent ⊙ σ′(x), elementwise, by autograd.
-
-    Args:
-        activation: Elementwise function.
-        x: Where to differentiate, any shape.
-        cotangent: Same shape as `x`.
-    """
+    """The elementwise product of a cotangent and σ′(x), by autograd; all of one shape."""
     if isinstance(activation, nn.ReLU) or activation in (torch.relu, F.relu):
-        # autograd's own kernel for ReLU without its second and third pass over the data
-        return _relu_backward(cotangent, x, 0)
+        # autograd's own kernel for ReLU: one pass over the data instead of three
+        return torch.ops.aten.threshold_backward.default(cotangent, x, 0)
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         (result,) = torch.autograd.grad(activation(leaf.view_as(leaf).clone()), leaf, cotangent)
     return result
+
+
+def checked_slope(activation: Activation, block: str) -> float:
+    """σ′(0), which a residual layer with its inner weight pinned needs.
+
+    Raises:
+        BlockError: σ(0) ≠ 0 or σ′(0) = 0.
+    """
+    value, slope = value_at_zero(activation), slope_at_zero(activation)
+    advice = 'Use ResidualMLP(width, hidden, activation, pinned="outer"), which takes every σ.'
+    if value != 0:
+        raise BlockError(
+            f"activation={activation!r} has σ(0) = {value:g}: {block} with its weights at zero "
+            f"would not be the identity. {advice}"
+        )
+    if slope == 0:
+        raise BlockError(
+            f"activation={activation!r} has σ′(0) = 0 by autograd's convention: every "
+            f"multiplier of {block} would be exactly 0. {advice}"
+        )
+    return slope
+
+
+def checked_shift(
+    activation: Activation,
+    shift: float | None,
+    alternative: str = "ResidualMLP(width, hidden, activation)",
+) -> float:
+    """The shift of an identity layer: the given one, or the smallest one.
+
+    Raises:
+        BlockError: There is none, or only a large one that was not asked for.
+    """
+    found = identity_shift(activation) if shift is None else float(shift)
+    if found is None or (shift is not None and identity_error(activation, found) > _TOLERANCE):
+        error = identity_error(activation, found or 0.0)
+        stated = "no shift s" if found is None else f"shift={found:g} does not"
+        reason = (
+            f"({stated} gives σ(x + s) = x + s on the range of σ; at s = {found or 0.0:g} it is "
+            f"off by {error:.2g})"
+        )
+    elif shift is None and found > _MAX_AUTOMATIC_SHIFT:
+        reason = (
+            f"(only the shift {found:.4g} would do, and with it the layer is linear on its whole "
+            f"input; pass shift={found!r} if you want that)"
+        )
+    else:
+        return found
+    raise BlockError(
+        f"activation={activation!r} cannot make an identity layer {reason}. Use "
+        f"{alternative}, which is the identity for every activation."
+    )
 
 
 def identity_error(activation: Activation, shift: float) -> float:
@@ -161,9 +203,6 @@ def identity_shift(activation: Activation) -> float | None:
 
     Found by calling σ on a grid in float64, never by its name: 0 for idempotent functions such
     as ReLU or Hardtanh, ε for `TanhLU(ε)`, 1 for ELU, None for tanh or LeakyReLU.
-
-    Returns:
-        s, or None where no shift makes the layer σ(x + s) − s do nothing.
     """
     if identity_error(activation, 0.0) <= _TOLERANCE:
         return 0.0
@@ -172,14 +211,10 @@ def identity_shift(activation: Activation) -> float | None:
     if not bool(straight[-1]) or bool(straight.all()):
         return None
     last_bent = int(torch.nonzero(~straight).max())
-    begin = _tidy(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
+    begin = _rounded_up(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
     with torch.no_grad():
         shift = begin - sigma(grid).min().item()
     return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
-
-
-_TOLERANCE = 1e-12
-_FAR = 1e4
 
 
 def _grid() -> Tensor:
@@ -210,10 +245,10 @@ def _bisect(sigma: Activation, low: Tensor, high: Tensor) -> float:
     return high.item()
 
 
-def _tidy(value: float) -> float:
+def _rounded_up(value: float) -> float:
     """The shortest decimal just above `value`: bisection stops within rounding of 0.01.
 
-    Where σ becomes straight smoothly, that is by √eps of the scale of σ too early.
+    Where σ becomes straight smoothly, it stops √eps of the scale of σ too early.
     """
     for rounded in (0.0, *(float(f"{value:.{digits}g}") for digits in range(1, 12))):
         if 0 <= rounded - value <= 1e-7 * max(1.0, abs(value)):

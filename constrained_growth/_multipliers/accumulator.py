@@ -30,7 +30,7 @@ from constrained_growth._multipliers.closed_form import (
 )
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, has_factors, pinned_parameters
-from constrained_growth.blocks.pins import change, moves
+from constrained_growth.blocks.protocol import change, moves
 from constrained_growth.norms import SecondMoments
 
 

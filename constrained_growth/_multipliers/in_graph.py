@@ -21,7 +21,7 @@ from constrained_growth._sites.collector import See, collecting, transformed
 from constrained_growth._sites.context import Context
 from constrained_growth._sites.site import Site
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.blocks.pins import change
+from constrained_growth.blocks.protocol import change
 
 
 class Standing:

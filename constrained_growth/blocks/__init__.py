@@ -1,13 +1,28 @@
-"""Layers that start as the identity, and which of their parameters are pinned.
+"""Layers that start as the identity, with some of their parameters pinned.
 
-A block is an `nn.Module` that maps a tensor to one of the same shape, together with an attribute
-`pinned`: the names of the parameters that are pinned at the values they have now, where the
-block is the identity. The virtual parameters v are the deviations from these values, and
+A block is an `nn.Module` that maps a tensor to one of the same shape and has an attribute
+
+    pinned: tuple[str, ...]
+
+with the names of the parameters that are pinned at their current values, where the block is the
+identity. The virtual parameters v are the deviations from these values, and
 
     λ = −∇_v L(θ, 0),   L the mean loss over the samples.
 
-A block may also offer `factors(x, delta)`: the closed form of its multipliers as products of
-cotangents and features. Without it λ comes from differentiating the block alone.
+Nothing else is required: λ then comes from differentiating the block alone. A block may also have
+
+    factors(x, delta)     its multipliers in closed form, an iterable of `AffineFactors` for all
+                          pinned parameters; see `HasFactors`
+    exact_after(module)   True if the block is the identity on everything that `module` can
+                          return; otherwise this is checked on the data
+    takes_context         true if the block is called as block(x, *args[1:], **kwargs), with all
+                          arguments of the module at its site (masks, position embeddings)
+    standalone()          the module to insert instead of the block where its site is an element
+                          of an `nn.ModuleList` or `nn.Sequential`; it holds the pinned parameters
+    config()              the arguments that build the same architecture again; used for the
+                          records of the blocks in this package
+
+`constrained_growth.testing.check_block` checks a block of your own.
 """
 
 from constrained_growth._activations import TanhLU
@@ -17,16 +32,15 @@ from constrained_growth.blocks.convolution import (
     ResidualConv2d,
 )
 from constrained_growth.blocks.copied import CopiedBlock
-from constrained_growth.blocks.factors import (
+from constrained_growth.blocks.linear import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.blocks.protocol import (
     AffineFactors,
     HasFactors,
-    HasJointFactors,
+    change,
     has_factors,
-    has_joint_factors,
+    moves,
+    pinned_parameters,
 )
-from constrained_growth.blocks.identity import IdentityLinear
-from constrained_growth.blocks.pins import change, moves, pinned_parameters
-from constrained_growth.blocks.residual import ResidualLinear, ResidualMLP
 from constrained_growth.blocks.transformer import GatedMLP, TransformerBlock
 
 __all__ = [
@@ -34,7 +48,6 @@ __all__ = [
     "CopiedBlock",
     "GatedMLP",
     "HasFactors",
-    "HasJointFactors",
     "IdentityConv2d",
     "IdentityLinear",
     "ResidualBottleneck2d",
@@ -45,7 +58,6 @@ __all__ = [
     "TransformerBlock",
     "change",
     "has_factors",
-    "has_joint_factors",
     "moves",
     "pinned_parameters",
 ]

@@ -1,88 +1,231 @@
-"""Where the branches of a residual block end, read off the graph that autograd keeps of its output.
+"""Which parameters make a residual block the identity where they are zero.
 
 A residual block is a trunk that carries x to the output, and branches that are added to it. It is
-the identity once the last operation with parameters in every branch gives zero.
+the identity once the last operation with parameters of every branch gives zero. These operations
+are read from autograd's graph of one call:
+
+1. The trunk: the operations on the paths from the output back to x that meet no parameters.
+2. A branch begins wherever an operation of the trunk has another input that depends on x, and ends
+   with the first parameters met on the way back from there.
+3. With these parameters at zero the block must be the identity, and no branch may have a
+   multiplier that vanishes identically. Parameters not needed for the identity are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from constrained_growth._sites.untouched import differentiable
+from constrained_growth.blocks.protocol import change
+from constrained_growth.errors import BlockError
+
+_ALTERNATIVE = (
+    "Use ResidualMLP(width, hidden, activation), which is the identity anywhere, or name the "
+    "parameters to pin: pinned=(…)."
+)
 
 
-@dataclass(frozen=True)
-class Ends:
-    """How the branches of a block end.
-
-    Attributes:
-        branches: For each branch the parameters that make it vanish where they are zero.
-        on_trunk: Parameters that act on the trunk itself, as a normalisation after the sum does:
-            with them the block cannot be the identity. Then `branches` is empty.
-        exact: Whether the trunk is sums and rearrangements only, and so the identity for every x.
-    """
-
-    branches: tuple[tuple[Tensor, ...], ...]
-    on_trunk: tuple[Tensor, ...]
-    exact: bool
-
-
-def ends_of(x: Tensor, y: Tensor) -> Ends:
-    """How the branches end that make y of x.
+def branch_ends(
+    block: Callable[..., Tensor],
+    module: nn.Module,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> tuple[tuple[str, ...], bool]:
+    """The parameters at the ends of the branches of a residual block.
 
     Args:
-        x: A leaf that requires gradients.
-        y: Computed from x, shape of x, with all parameters requiring gradients.
+        block: Calls `module` and returns its first tensor.
+        module: All its parameters require gradients; its values and modes are restored.
+        args: One call, `block(*args, **kwargs)`, x first. None tries tensors of the usual shapes.
+        kwargs: Its keyword arguments.
+
+    Returns:
+        Their names in `module`, and whether the block is then the identity for every x (and not
+        only for x ≥ 0, say).
+
+    Raises:
+        BlockError: As documented in `CopiedBlock`.
     """
-    graph = _Graph(x, y)
-    trunk = graph.trunk(y.grad_fn)
-    if not trunk:
-        return Ends((), tuple(_unique(graph.last_parameters(y.grad_fn))), False)
-    branches = []
-    for node in reversed(trunk):
-        on_the_way = [child for child in graph.inputs(node) if child not in trunk]
-        found = [graph.last_parameters(child) for child in on_the_way]
-        branches += [tuple(_unique(parameters)) for parameters in [*found, graph.direct(node)]]
-    exact = all(_kind(node) in _KEEPING for node in trunk)
-    return Ends(tuple(branch for branch in branches if branch), (), exact)
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    modes = [(submodule, submodule.training) for submodule in module.modules()]
+    module.eval()
+    try:
+        with differentiable(), torch.random.fork_rng(devices=[]):
+            return _branch_ends(module, *_example(block, module, args, kwargs or {}), before)
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+        with torch.no_grad():
+            for name, value in before.items():
+                module.get_parameter(name).copy_(value)
+
+
+def _branch_ends(
+    module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, before: Mapping[str, Tensor]
+) -> tuple[tuple[str, ...], bool]:
+    kind = f"module={type(module).__name__}"
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    graph = _Graph(x, run(x))
+    branches = [[names[id(p)] for p in branch] for branch in graph.branches()]
+    on_trunk = tuple(names[id(p)] for p in graph.on_trunk())
+    exact = graph.is_exact()
+    del graph  # and with it the activations of the call
+    if not branches:
+        reason = (
+            f"its parameters {on_trunk} act on its whole output, as in a post-norm block, which "
+            "normalises the sum"
+            if on_trunk
+            else "it has no branch with parameters"
+        )
+        raise BlockError(
+            f"{kind} cannot be the identity by zeros at the ends of its branches: {reason}. "
+            f"{_ALTERNATIVE}"
+        )
+    found = tuple(dict.fromkeys(name for branch in branches for name in branch))
+    parameters = {name: module.get_parameter(name) for name in found}
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.zero_()
+    starts = (x.detach(), x.detach().abs())  # the latter for blocks that end in a ReLU
+    start = next((start for start in starts if _is_identity(run, start)), None)
+    if start is None:
+        raise BlockError(f"{kind} is not the identity where {found} are zero. {_ALTERNATIVE}")
+    y = run(start)
+    for branch in branches:
+        pins = [parameters[name] for name in branch]
+        grads = torch.autograd.grad(
+            y, pins, _normal(y.shape, y), retain_graph=True, allow_unused=True
+        )
+        if not any(grad is not None and bool(grad.any()) for grad in grads):
+            raise BlockError(
+                f"{kind}: the multipliers of {tuple(branch)} vanish identically, as the factor "
+                "that multiplies them is zero too; give that other factor a non-zero value."
+            )
+    needed = []
+    for name, parameter in parameters.items():
+        with torch.no_grad():
+            parameter.copy_(_normal(parameter.shape, parameter))
+            is_needed = not _is_identity(run, start)
+            parameter.copy_(torch.zeros_like(parameter) if is_needed else before[name])
+        if is_needed:
+            needed.append(name)
+    return tuple(needed), exact
+
+
+def _is_identity(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    return float(change(x, run(x).detach())) <= 1
+
+
+def _example(
+    block: Callable[..., Tensor],
+    module: nn.Module,
+    args: Sequence[Any] | None,
+    kwargs: Mapping[str, Any],
+) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A call that keeps the shape of its x, the given one or the first that works; and x."""
+    problem = "it has no parameters"
+    options = tree_map_only(Tensor, Tensor.detach, dict(kwargs))
+    for given in ((x,) for x in _usual_inputs(module)) if args is None else [args]:
+        first, *rest = tree_map_only(Tensor, Tensor.detach, tuple(given))
+        if not isinstance(first, Tensor) or not first.is_floating_point():
+            raise BlockError(f"args: the first is {first!r:.80}, not the tensor x of a call.")
+
+        def run(x: Tensor, rest: Sequence[Any] = rest) -> Tensor:
+            return block(x.clone(), *rest, **options)
+
+        x = first.clone().requires_grad_()
+        try:
+            y = run(x)
+        except Exception as error:
+            if args is not None:
+                raise
+            problem = f"{type(error).__name__}: {error}"
+            continue
+        if y.shape == x.shape and y.requires_grad:
+            return run, x
+        problem = f"it turns the shape {tuple(x.shape)} into {tuple(y.shape)}"
+    raise BlockError(
+        f"module={type(module).__name__} does not keep the shape of its input, or needs more than "
+        f"one tensor ({problem}). A block that changes the shape cannot be repeated; for another "
+        "one give an example call, args=(x, …) and kwargs={…}, or the names of its output "
+        "projections, pinned=(…)."
+    )
+
+
+def _usual_inputs(module: nn.Module) -> Iterator[Tensor]:
+    """Sequences, images and vectors of the widths found among the parameters."""
+    parameters = [p for p in module.parameters() if p.is_floating_point()]
+    for width in dict.fromkeys(size for p in parameters for size in p.shape):
+        for shape in ((2, 4, width), (2, width, 8, 8), (2, width), (2, width, 8)):
+            yield _normal(torch.Size(shape), parameters[0])
+
+
+def _normal(shape: torch.Size, like: Tensor) -> Tensor:
+    """The same normal numbers each time, whatever the random state."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+
+_SUMS = frozenset({"Add"})
+_REARRANGEMENTS = frozenset(
+    {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Squeeze"}
+    | {"Unsqueeze", "Alias", "Clone", "ToCopy", "AsStrided"}
+)
+_EXACT = _SUMS | _REARRANGEMENTS | {"torch::autograd::AccumulateGrad"}
 
 
 class _Graph:
-    """What leads from x to y: the nodes that depend on x, and those that can carry it on."""
+    """Autograd's graph from the leaf x to y."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
-        self._reached: set[Any] = set()
-        self._carrying: set[Any] = set()
-        for node in _inputs_first(y.grad_fn):
+        self._root = y.grad_fn
+        self._dependent: set[Any] = set()  # nodes that depend on x
+        self._carriers: set[Any] = set()  # those that can carry it on, without parameters
+        for node in _inputs_first(self._root):
             is_x = getattr(node, "variable", None) is x
-            if is_x or any(child in self._reached for child in _children(node)):
-                self._reached.add(node)
+            if is_x or any(child in self._dependent for child in _children(node)):
+                self._dependent.add(node)
                 if is_x or self._carries(node):
-                    self._carrying.add(node)
-
-    def trunk(self, root: Any) -> list[Any]:
-        """The nodes on the ways from the output to x that meet no parameters."""
-        found: dict[Any, None] = {}
-        waiting = [root] if root in self._carrying else []
+                    self._carriers.add(node)
+        self._trunk: dict[Any, None] = {}  # a set in order
+        waiting = [self._root] if self._root in self._carriers else []
         while waiting:
             node = waiting.pop()
-            found[node] = None
-            waiting += [child for child in self.inputs(node) if child in self._carrying]
-        return list(found)
+            self._trunk[node] = None
+            waiting += [child for child in self._inputs(node) if child in self._carriers]
 
-    def inputs(self, node: Any) -> list[Any]:
+    def branches(self) -> list[list[Tensor]]:
+        """For each branch the parameters of its last operations; empty without a trunk."""
+        branches = []
+        for node in reversed(self._trunk):
+            starts = [child for child in self._inputs(node) if child not in self._trunk]
+            branches += [*map(self._last_parameters, starts), self._parameters(node)]
+        return [_unique(branch) for branch in branches if branch]
+
+    def on_trunk(self) -> list[Tensor]:
+        """Without a trunk, the parameters in its way, such as those of a norm of the sum."""
+        return [] if self._trunk else _unique(self._last_parameters(self._root))
+
+    def is_exact(self) -> bool:
+        """Whether the trunk has sums and rearrangements only, so is the identity for every x."""
+        return all(_operation(node) in _EXACT for node in self._trunk)
+
+    def _inputs(self, node: Any) -> list[Any]:
         """The inputs of an operation that depend on x."""
-        return [child for child in _children(node) if child in self._reached]
+        return [child for child in _children(node) if child in self._dependent]
 
-    def direct(self, node: Any) -> list[Tensor]:
-        """The parameters that an operation takes as they are, at most rearranged."""
-        bare = (_bare(child) for child in _children(node) if child not in self._reached)
-        return [variable for variable in bare if variable is not None]
+    def _parameters(self, node: Any) -> list[Tensor]:
+        """The parameters that an operation takes directly, or rearranged."""
+        found = (_leaf(child) for child in _children(node) if child not in self._dependent)
+        return [variable for variable in found if variable is not None]
 
-    def last_parameters(self, node: Any) -> list[Tensor]:
-        """The parameters of the last operations that have some, on all ways back from a node."""
+    def _last_parameters(self, node: Any) -> list[Tensor]:
+        """The first parameters on every path back from a node."""
         found: list[Tensor] = []
         seen, waiting = set(), [node]
         while waiting:
@@ -90,28 +233,20 @@ class _Graph:
             if node in seen:
                 continue
             seen.add(node)
-            here = self.direct(node)
+            here = self._parameters(node)
             found += here
-            if not here or _kind(node) in _ADDING:  # W φ + b as a sum: W is further back
-                waiting += self.inputs(node)
+            if not here or _operation(node) in _SUMS:  # of W φ + b as a sum, W is further back
+                waiting += self._inputs(node)
         return found
 
     def _carries(self, node: Any) -> bool:
-        inputs = self.inputs(node)
-        if _kind(node) in _ADDING:
-            return any(child in self._carrying for child in inputs)
-        return len(inputs) == 1 and inputs[0] in self._carrying and not self.direct(node)
+        inputs = self._inputs(node)
+        if _operation(node) in _SUMS:
+            return any(child in self._carriers for child in inputs)
+        return len(inputs) == 1 and inputs[0] in self._carriers and not self._parameters(node)
 
 
-_ADDING = frozenset({"Add"})
-_REARRANGING = frozenset(
-    {"T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Squeeze"}
-    | {"Unsqueeze", "Alias", "Clone", "ToCopy", "AsStrided"}
-)
-_KEEPING = _ADDING | _REARRANGING | {"torch::autograd::AccumulateGrad"}
-
-
-def _kind(node: Any) -> str:
+def _operation(node: Any) -> str:
     """The operation of a node: "Add" for AddBackward0."""
     return node.name().partition("Backward")[0]
 
@@ -120,9 +255,9 @@ def _children(node: Any) -> list[Any]:
     return [child for child, _ in node.next_functions if child is not None]
 
 
-def _bare(node: Any) -> Tensor | None:
-    """The tensor that a node hands on as it is or rearranged, or None."""
-    while _kind(node) in _REARRANGING and len(_children(node)) == 1:
+def _leaf(node: Any) -> Tensor | None:
+    """The leaf that a node returns, at most rearranged, or None."""
+    while _operation(node) in _REARRANGEMENTS and len(_children(node)) == 1:
         (node,) = _children(node)
     return getattr(node, "variable", None)
 

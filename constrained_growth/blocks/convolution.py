@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from constrained_growth._activations import (
     Activation,
     as_activation,
+    checked_shift,
     computes_same,
     vector_jacobian,
 )
-from constrained_growth.blocks.checks import checked_shift, positive
-from constrained_growth.blocks.factors import AffineFactors
+from constrained_growth._arguments import positive_int
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
 from constrained_growth.errors import BlockError
 
 NormLayer = Callable[[int], nn.Module]
@@ -32,33 +33,33 @@ class ResidualConv2d(nn.Module):
         pinned="weight":  K₂ = 0 and its bias = 0, and N₂ is left out: after it, a normalisation
                           would blow K₂ up to unit size as soon as it moves (λ is larger by 1/√ε).
 
-    Either way it is the identity in train and eval mode, whatever σ is, and no activation follows
-    the sum. BatchNorm brings two things to know. In train mode it mixes the samples of a batch, so
-    there are no multipliers of single samples and the standard error comes from the spread over
-    batches. In eval mode the running statistics of a block that has seen no data are 0 and 1: λ_γ
-    is then that of features which are not normalised, so measure in train mode.
+    Either way it is the identity in train and eval mode and for every σ, and no activation follows
+    the sum. With BatchNorm, note two things. In train mode it mixes the samples of a batch, so
+    single samples have no multipliers and the standard error comes from the spread over batches.
+    In eval mode the running statistics of a block that has seen no data are 0 and 1: λ_γ is then
+    that of features that are not normalised, so measure in train mode.
 
-    Without normalisation λ has a closed form, ψ = δ and φ = the patches that K₂ sees, which are
-    made for a few samples at a time: they are k² times as large as what they come from.
+    Without normalisation λ has a closed form, ψ = δ and φ = the patches that K₂ sees. They take k²
+    times the memory of the features, and so are made for a few samples at a time.
 
     Args:
-        channels: Of the tensor at the site, its second dimension.
+        channels: Channels of the tensor at the site, its second dimension.
         activation: σ, a module or an elementwise function.
         hidden: Channels in between; `channels` by default.
         kernel_size: k, odd, of both convolutions.
-        norm_layer: Makes a normalisation from a number of channels, with parameters `weight` and
-            `bias`: `nn.BatchNorm2d` (default), or `functools.partial(nn.GroupNorm, 8)`. (Not a
-            lambda, which cannot be pickled.) None for none; the convolutions have a bias then.
+        norm_layer: Makes a normalisation with parameters `weight` and `bias` from a number of
+            channels: `nn.BatchNorm2d` (default), or `functools.partial(nn.GroupNorm, 8)` (not a
+            lambda, which cannot be pickled). None for none; the convolutions then have a bias.
         pinned: "gamma" or "weight"; by default the first if there is a normalisation.
-        device: Where the parameters are made.
-        dtype: In which precision.
+        device: Device of the parameters.
+        dtype: Their dtype.
 
     Parameters:
         convs.0.weight (hidden, channels, k, k), convs.1.weight (channels, hidden, k, k), their
         biases where no normalisation follows, norms.0 and norms.1: weight and bias.
 
     Raises:
-        BlockError: An argument that makes no sense, or a normalisation without weight and bias.
+        BlockError: An argument is invalid, or the normalisation has no weight and bias.
 
     Source:
         He et al., arXiv 1512.03385 (the block); Goyal et al., arXiv 1706.02677, 5.1 (γ = 0).
@@ -69,6 +70,9 @@ class ResidualConv2d(nn.Module):
         >>> torch.equal(block(x), x), block.pinned
         (True, ('norms.1.weight', 'norms.1.bias'))
     """
+
+    exact_after = exact_everywhere
+    _reduction = 1  # of the channels in between, by default
 
     def __init__(
         self,
@@ -83,44 +87,45 @@ class ResidualConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        channels = positive("channels", channels)
-        hidden = self._default_hidden(channels) if hidden is None else positive("hidden", hidden)
-        sizes = self._kernel_sizes(_odd(kernel_size))
-        pins_gamma = _checked_pinned(pinned, norm_layer)
-        widths = (channels, *[hidden] * (len(sizes) - 1), channels)
-        self.channels, self.hidden, self.kernel_size = channels, hidden, kernel_size
+        self.channels = positive_int("channels", channels, BlockError)
+        hidden = max(1, channels // self._reduction) if hidden is None else hidden
+        self.hidden = positive_int("hidden", hidden, BlockError)
+        self.kernel_size = _odd(kernel_size)
+        self._pins_gamma = _pins_gamma(pinned, norm_layer)
+        self._norm_layer = norm_layer
         self.activation = as_activation(activation)
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
-        for index, size in enumerate(sizes):
-            out = widths[index + 1]
-            is_last = index == len(sizes) - 1
-            norm = None if norm_layer is None or (is_last and not pins_gamma) else norm_layer(out)
-            conv = nn.Conv2d(
-                widths[index], out, size, padding=size // 2, bias=norm is None, dtype=dtype
-            )
+        sizes = self._kernel_sizes(kernel_size)
+        last = len(sizes) - 1
+        widths = (channels, *[hidden] * last, channels)
+        for size, width, out in zip(sizes, widths, widths[1:], strict=False):
+            is_bare = len(self.convs) == last and not self._pins_gamma
+            norm = None if norm_layer is None or is_bare else norm_layer(out)
+            conv = nn.Conv2d(width, out, size, padding=size // 2, bias=norm is None, dtype=dtype)
             self.convs.append(conv.to(device))
             self.norms.append(nn.Identity() if norm is None else norm.to(device, dtype))
-        last = f"norms.{len(sizes) - 1}" if pins_gamma else f"convs.{len(sizes) - 1}"
-        self.pinned = (f"{last}.weight", f"{last}.bias")
-        self._norm_layer = norm_layer
-        self._pins_gamma = pins_gamma
-        self._set_to_zero()
-
-    @staticmethod
-    def _default_hidden(channels: int) -> int:
-        return channels
+        end = f"norms.{last}" if self._pins_gamma else f"convs.{last}"
+        self.pinned = (f"{end}.weight", f"{end}.bias")
+        shapes = [getattr(getattr(self.norms[-1], n, None), "shape", None) for n in _AFFINE]
+        if self._pins_gamma and shapes != [(channels,)] * 2:
+            raise BlockError(
+                f"norm_layer={norm_layer!r} makes {self.norms[-1]!r} without a scale `weight` and "
+                f"a shift `bias` of shape ({channels},), which would be pinned at zero; use "
+                'nn.BatchNorm2d, or pinned="weight".'
+            )
+        zero_pins(self)
 
     @staticmethod
     def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:
         return kernel_size, kernel_size
 
     def forward(self, x: Tensor) -> Tensor:
-        """X + the branch, shape (samples, channels, height, width) to the same."""
+        """Return x + the branch, of the shape (samples, channels, height, width) of x."""
         return x + self.norms[-1](self.convs[-1](self._features(x)))
 
     def _features(self, x: Tensor) -> Tensor:
-        """What arrives at the last convolution."""
+        """The input of the last convolution."""
         _check_images(self, x, self.channels)
         for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
             x = self.activation(norm(conv(x)))
@@ -128,17 +133,13 @@ class ResidualConv2d(nn.Module):
 
     @property
     def factors(self) -> Callable[[Tensor, Tensor], Iterator[AffineFactors]] | None:
-        """`factors(x, delta)`: ψ = δ, φ = the patches of the features; None with normalisation."""
+        """`factors(x, delta)`: ψ = δ, φ = patches of the features; None with normalisation."""
         return self._factors if self._norm_layer is None else None
 
     def _factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
         weight, bias = self.pinned
         size = self._kernel_sizes(self.kernel_size)[-1]
         return _patch_factors(weight, bias, delta, self._features(x), size)
-
-    def exact_after(self, site: nn.Module) -> bool:
-        """Always: the branch is zero, whatever arrives."""
-        return True
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
@@ -152,47 +153,25 @@ class ResidualConv2d(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         return f"pinned={self.pinned}"
-
-    def _set_to_zero(self) -> None:
-        if self._pins_gamma:
-            shapes = [getattr(getattr(self.norms[-1], n, None), "shape", None) for n in _AFFINE]
-            if shapes != [(self.channels,)] * 2:
-                raise BlockError(
-                    f"norm_layer={self._norm_layer!r} makes {self.norms[-1]!r} without a scale "
-                    f"`weight` and a shift `bias` of shape ({self.channels},), which would be "
-                    'pinned at zero; use nn.BatchNorm2d, or pinned="weight".'
-                )
-        with torch.no_grad():
-            for name in self.pinned:
-                self.get_parameter(name).zero_()
 
 
 class ResidualBottleneck2d(ResidualConv2d):
     """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
 
-    As `ResidualConv2d` in all else: x ↦ x + N₃(K₃ ∗ σ(N₂(K₂ ∗ σ(N₁(K₁ ∗ x))))) with γ and β of N₃
-    pinned at zero, or K₃ and its bias. The closed form without normalisation costs no memory here,
-    as K₃ sees single pixels.
+    x ↦ x + N₃(K₃ ∗ σ(N₂(K₂ ∗ σ(N₁(K₁ ∗ x))))) with γ and β of N₃ pinned at zero, or K₃ and its
+    bias. The closed form without normalisation needs no extra memory, as K₃ sees single pixels.
 
-    Args:
-        channels: Of the tensor at the site, its second dimension.
-        activation: σ, a module or an elementwise function.
+    Args and errors are those of `ResidualConv2d`, except
+
         hidden: Channels in between; a quarter of `channels` by default.
         kernel_size: k, odd, of the convolution in the middle.
-        norm_layer: As in `ResidualConv2d`.
-        pinned: "gamma" or "weight"; by default the first if there is a normalisation.
-        device: Where the parameters are made.
-        dtype: In which precision.
 
     Parameters:
         convs.0.weight (hidden, channels, 1, 1), convs.1.weight (hidden, hidden, k, k),
         convs.2.weight (channels, hidden, 1, 1), their biases where no normalisation follows,
         norms.0, norms.1 and norms.2: weight and bias.
-
-    Raises:
-        BlockError: An argument that makes no sense, or a normalisation without weight and bias.
 
     Source:
         He et al., arXiv 1512.03385, figure 5.
@@ -203,9 +182,7 @@ class ResidualBottleneck2d(ResidualConv2d):
         ([(2, 8), (2, 2), (8, 2)], ('norms.2.weight', 'norms.2.bias'))
     """
 
-    @staticmethod
-    def _default_hidden(channels: int) -> int:
-        return max(1, channels // 4)
+    _reduction = 4
 
     @staticmethod
     def _kernel_sizes(kernel_size: int) -> tuple[int, ...]:
@@ -215,11 +192,10 @@ class ResidualBottleneck2d(ResidualConv2d):
 class IdentityConv2d(nn.Module):
     """Identity convolution x ↦ σ(K ∗ x + b) − s, K the Dirac kernel and b = s, right after a σ.
 
-    The Dirac kernel is 1 from each channel to itself at the middle and 0 elsewhere; zeros around
-    the image keep K ∗ x = x exact at the border. When it is the identity, and the shift s, are as
-    in `IdentityLinear`: ReLU and other idempotent functions with s = 0, `TanhLU(ε)` with s = ε.
-    The output is computed as σ(x + (K − Dirac) ∗ x + b) − s, so that no convolution algorithm
-    (nor TF32) rounds x.
+    The Dirac kernel is 1 from each channel to itself at the centre and 0 elsewhere; with zero
+    padding K ∗ x = x also at the border. The conditions on σ and s are those of `IdentityLinear`:
+    ReLU and other idempotent functions with s = 0, `TanhLU(ε)` with s = ε. The output is computed
+    as σ(x + (K − Dirac) ∗ x + b) − s, so that no convolution algorithm (nor TF32) rounds x.
 
     Multipliers, with δ = ∂L/∂x, patches φ of x and sums over samples and pixels:
 
@@ -229,13 +205,13 @@ class IdentityConv2d(nn.Module):
     undo the normalisation of one batch and of no other, and train and eval mode differ.
 
     Args:
-        channels: Of the tensor at the site, its second dimension.
+        channels: Channels of the tensor at the site, its second dimension.
         activation: σ, a module or an elementwise function.
         kernel_size: k, odd.
-        shift: s. None (default) looks for the smallest one, up to 0.1, as in `IdentityLinear`.
+        shift: s. None (default) takes the smallest one, up to 0.1, as in `IdentityLinear`.
         norm_layer: None; anything else is refused.
-        device: Where the parameters are made.
-        dtype: In which precision. A shift is exact in the one it was made in, and in lower ones.
+        device: Device of the parameters.
+        dtype: Their dtype. A shift is exact in the one it was made in, and in lower ones.
 
     Parameters:
         weight (channels, channels, k, k), bias (channels,): both pinned.
@@ -275,7 +251,7 @@ class IdentityConv2d(nn.Module):
                 "identity on one batch and on no other. Use ResidualConv2d(channels, activation), "
                 "whose last normalisation starts at zero: the identity in train and eval mode."
             )
-        channels, size = positive("channels", channels), _odd(kernel_size)
+        channels, size = positive_int("channels", channels, BlockError), _odd(kernel_size)
         self.activation = as_activation(activation)
         self.shift = checked_shift(
             self.activation, shift, "ResidualConv2d(channels, activation, norm_layer=None)"
@@ -286,15 +262,12 @@ class IdentityConv2d(nn.Module):
         self.bias = nn.Parameter(torch.full((channels,), self.shift, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """σ(K ∗ x + b) − s, shape (samples, channels, height, width) to the same."""
+        """σ(K ∗ x + b) − s, of the shape (samples, channels, height, width) of x."""
         _check_images(self, x, len(self.bias))
-        moved = F.conv2d(x, self.weight - self.dirac, self.bias, padding=self._padding)
+        padding = self.weight.shape[-1] // 2
+        moved = F.conv2d(x, self.weight - self.dirac, self.bias, padding=padding)
         y = self.activation(x + moved)
         return y - self.shift if self.shift else y
-
-    @property
-    def _padding(self) -> int:
-        return self.weight.shape[-1] // 2
 
     def factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
         """ψ = δ ⊙ σ′(x + s), φ = the patches of x."""
@@ -303,7 +276,7 @@ class IdentityConv2d(nn.Module):
         return _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
 
     def exact_after(self, site: nn.Module) -> bool:
-        """Whether this is the identity on all that a module can give: σ itself, by its values."""
+        """Whether `site` computes σ, judged by its values."""
         return computes_same(self.activation, site)
 
     def config(self) -> dict[str, Any]:
@@ -316,21 +289,19 @@ class IdentityConv2d(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         channels, _, size, _ = self.weight.shape
         return f"channels={channels}, kernel_size={size}, shift={self.shift:g}"
 
 
 _AFFINE = ("weight", "bias")
-
-_PATCHES = 2**22
-"""Bytes of patches made at a time; larger is slower, as they leave the cache."""
+_PATCHES = 2**22  # bytes of patches made at a time; more is slower, as they leave the cache
 
 
 def _patch_factors(
     weight: str, bias: str, psi: Tensor, images: Tensor, size: int
 ) -> Iterator[AffineFactors]:
-    """A convolution as an affine map of patches, for some samples after others."""
+    """A convolution as an affine map of patches, for a few samples at a time."""
     each = max(1, _PATCHES // max(1, size**2 * images[:1].nbytes))
     for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
         patches = F.unfold(some, size, padding=size // 2)
@@ -341,21 +312,22 @@ def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != channels:
         raise BlockError(
             f"block={type(block).__name__} made with channels={channels} takes images of shape "
-            f"(samples, {channels}, height, width), and at its site there are {tuple(x.shape)}."
+            f"(samples, {channels}, height, width), and the tensor at its site has the shape "
+            f"{tuple(x.shape)}."
         )
 
 
 def _odd(kernel_size: int) -> int:
-    if positive("kernel_size", kernel_size) % 2 == 0:
+    if positive_int("kernel_size", kernel_size, BlockError) % 2 == 0:
         raise BlockError(
-            f"kernel_size={kernel_size} is even, and would change the size of the image; use an "
+            f"kernel_size={kernel_size} is even and would change the size of the image; use an "
             f"odd one, such as {kernel_size + 1}."
         )
     return kernel_size
 
 
-def _checked_pinned(pinned: str | None, norm_layer: NormLayer | None) -> bool:
-    """Whether the last normalisation is pinned, and not the last convolution."""
+def _pins_gamma(pinned: str | None, norm_layer: NormLayer | None) -> bool:
+    """Whether the last normalisation is pinned, rather than the last convolution."""
     if pinned not in ("gamma", "weight", None):
         raise BlockError(f'pinned={pinned!r} is neither "gamma" nor "weight".')
     if norm_layer is not None and not callable(norm_layer):

@@ -1,4 +1,4 @@
-"""A copy of a block that is in the model already, made to do nothing at first."""
+"""A copy of a block of the model, which starts as the identity."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.outputs import tensor_in
-from constrained_growth.blocks.pins import pinned_parameters
-from constrained_growth.blocks.zeros import zeros_of
+from constrained_growth.blocks.branches import branch_ends
+from constrained_growth.blocks.protocol import zero_pins
 from constrained_growth.errors import BlockError
 
 
 class CopiedBlock(nn.Module):
     """A copy of a residual block, with the last parameters of its branches pinned at zero.
 
-    The block x ↦ x + f(x) is the identity where the output projections of f are zero: of the
-    attention and the MLP of a pre-norm transformer block, the layer scale where there is one, the
-    last γ and β of a residual convolution block. The rest is what the neighbour has learnt. One
-    factor of a product is pinned, never both, so that λ does not vanish.
+    The block x ↦ x + f(x) is the identity where the output projections of f are zero: those of
+    the attention and the MLP of a pre-norm transformer block, its layer scales if it has them, the
+    last γ and β of a residual convolution block. All other parameters keep the values of the
+    original. Of a product one factor is pinned, never both, so that λ does not vanish.
 
-    A block that normalises the sum (post-norm, as in BERT) cannot be the identity this way, and
+    A block that normalises the sum (post-norm, as in BERT) cannot be the identity this way and
     is refused. One with a ReLU after the sum is the identity where x ≥ 0, which is checked on the
     data.
 
-    It is called with everything that the module at its site was called with: masks, position
-    embeddings. A cache of keys and values is not passed on: the copy reads and writes none.
-    Inserted after an element of an `nn.ModuleList` or `nn.Sequential` it becomes the next
-    element, as a module of the neighbour's own class.
+    The copy is called with all arguments of the module at its site, such as masks and position
+    embeddings, except a cache of keys and values, which it neither reads nor writes. Inserted
+    after an element of an `nn.ModuleList` or `nn.Sequential` it becomes the next element, as a
+    module of the original's class.
 
     Args:
-        module: The block to copy; it stays as it is, and may be frozen: the copy can be trained.
-        pinned: Names of parameters of `module` that make it the identity where they are zero.
-            None (default) finds them in the graph that autograd keeps of a call.
-        args: One call of `module`, as `module(*args, **kwargs)`, the first of them the tensor x.
-            None (default) tries tensors of the usual shapes; a module that needs more than x has
-            to be given an example. Not used where `pinned` says it all.
+        module: The block to copy, left unchanged. It may be frozen; the copy is trainable.
+        pinned: Names of the parameters of `module` that make it the identity where they are zero.
+            None (default) finds them in autograd's graph of one call.
+        args: The positional arguments of that call, the tensor x first. None (default) tries
+            tensors of the usual shapes; a module that needs more than x needs an example. Not
+            used if `pinned` is given.
         kwargs: The keyword arguments of that call.
 
     Parameters:
         Those of `module`, as `module.…`; the pinned ones are in `pinned`.
 
     Raises:
-        BlockError: `module` cannot be the identity by zeros at the ends of its branches, cannot
-            be called, or `pinned` names parameters that it does not have.
+        BlockError: `module` cannot be made the identity by zeros at the ends of its branches or
+            cannot be called, or `pinned` names parameters it does not have.
 
     Example:
+        >>> import torch
         >>> layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, norm_first=True)
         >>> block = CopiedBlock(layer)
         >>> [name for name in block.pinned if name.endswith("weight")]
@@ -82,15 +82,12 @@ class CopiedBlock(nn.Module):
         if isinstance(pinned, str):
             raise BlockError(f"pinned={pinned!r} is a string; give a tuple of names: ({pinned!r},)")
         if pinned is None:
-            zeros = zeros_of(self, self.module, args, kwargs)
-            pinned, self._exact = zeros.names, zeros.exact
+            pinned, self._exact = branch_ends(self, self.module, args, kwargs)
         self.pinned = tuple(f"module.{name}" for name in pinned)
-        with torch.no_grad():
-            for parameter in pinned_parameters(self).values():
-                parameter.zero_()
+        zero_pins(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The first tensor that the copy makes of x, shape of x."""
+        """The first tensor in the output of the copy, of the shape of x."""
         args = tuple(_without_cache(value, x) for value in args)
         kwargs = {name: _without_cache(value, x) for name, value in kwargs.items()}
         if kwargs.get("use_cache"):
@@ -98,37 +95,32 @@ class CopiedBlock(nn.Module):
         return tensor_in(self.module(x, *args, **kwargs))
 
     def exact_after(self, site: nn.Module) -> bool:
-        """Whether nothing but sums is on the way from x to the output."""
+        """Whether the path from x to the output has nothing but sums."""
         return self._exact
 
     def standalone(self) -> nn.Module:
-        """The copy itself, of the class of the module that was copied; not another copy."""
+        """The copied module itself, of the class of the original."""
         self._switch_checkpointing(True)
         return self.module
 
     def _switch_checkpointing(self, on: bool) -> None:
-        """Activation checkpointing of submodules that had it on; alone they are run without."""
+        """Switch activation checkpointing of the submodules that had it; the block runs without."""
         for name in self._checkpointed:
             setattr(self.module.get_submodule(name), _CHECKPOINTING, on)
 
 
 _CHECKPOINTING = "gradient_checkpointing"
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks_with_kwargs",
-)
 
 
 def _copied(module: nn.Module) -> nn.Module:
-    """A deep copy that can be trained, without the hooks, which are about the original."""
+    """A trainable deep copy, without hooks, which belong to the original."""
     module = getattr(module, "_orig_mod", module)  # of torch.compile
-    hooks = (getattr(m, name) for m in module.modules() for name in _HOOKS)
-    memo: dict[int, Any] = {id(held): OrderedDict() for held in hooks}
+    attributes = (item for m in module.modules() for item in vars(m).items())
+    memo: dict[int, Any] = {
+        id(value): OrderedDict()
+        for name, value in attributes
+        if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
+    }
     copied = copy.deepcopy(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None
@@ -138,10 +130,10 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def _without_cache(value: Any, x: Tensor) -> Any:
-    """None in the place of a cache of keys and values, and every other value as it is.
+    """None in place of a cache of keys and values; any other value unchanged.
 
     Raises:
-        BlockError: The cache holds more than the call itself has put there.
+        BlockError: The cache holds positions of earlier calls.
     """
     if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
         return value
@@ -151,7 +143,7 @@ def _without_cache(value: Any, x: Tensor) -> Any:
     if x.dim() > 1 and length > x.shape[1]:
         raise BlockError(
             f"a copied block was called with a cache of {length} positions for {x.shape[1]} new "
-            "ones, and it keeps none of its own: call the model with use_cache=False, or insert "
-            "by constrained_growth.integrations.transformers.insert."
+            "ones, but has no cache of its own: call the model with use_cache=False, or insert "
+            "with constrained_growth.integrations.transformers.insert."
         )
     return None

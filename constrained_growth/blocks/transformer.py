@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from constrained_growth._activations import Activation, as_activation
-from constrained_growth.blocks.checks import positive
-from constrained_growth.blocks.factors import AffineFactors
+from constrained_growth._arguments import positive_int
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
 from constrained_growth.errors import BlockError
 
 
@@ -19,26 +19,25 @@ class TransformerBlock(nn.Module):
 
         h = x + P · attention(LN₁(x)) + p,   y = h + W₂ σ(W₁ LN₂(h) + b₁) + b₂,
 
-    with P = 0, p = 0, W₂ = 0, b₂ = 0: the identity whatever arrives and whatever σ is.
+    with P = 0, p = 0, W₂ = 0, b₂ = 0: the identity for every x and every σ.
     Multipliers, with sums over samples and positions and all features taken at h = x:
 
         λ_P = −Σ δ attention(LN₁(x))ᵀ,  λ_{W₂} = −Σ δ σ(W₁ LN₂(x) + b₁)ᵀ,  λ_p = λ_{b₂} = −Σ δ.
 
-    Samples come first. Where there are more than three dimensions, all positions between the
-    first and the last one attend to each other. What the block cannot know: a padding mask (it
-    sees only the tensor at its site, so attention also looks at padded positions, and λ_P and the
-    inserted layer are those of attention without a mask), and the positions themselves (it adds
-    no encoding, and rotates no queries). For a model that relies on either, use a copy of the
-    model's own block, which is called with what its neighbour is called with.
+    The first dimension counts samples. With more than three dimensions, all positions between the
+    first and the last dimension attend to each other. The block sees only the tensor at its site:
+    it knows no padding mask, so it attends to padded positions too, and it neither adds a
+    positional encoding nor rotates queries. For a model that relies on either use `CopiedBlock`,
+    which is called with everything that its neighbour is called with.
 
     Args:
         width: Size of the last dimension of the tensor at the site.
         heads: Number of heads, a divisor of `width`.
         hidden: Inner width of the feedforward part; 4 · `width` by default.
         activation: σ, a module or an elementwise function.
-        causal: Whether a position attends only to itself and to those before it.
-        device: Where the parameters are made.
-        dtype: In which precision.
+        causal: Whether a position attends only to itself and to earlier ones.
+        device: Device of the parameters.
+        dtype: Their dtype.
 
     Parameters:
         norm1.weight, norm1.bias, norm2.weight, norm2.bias (width,); qkv.weight (3 width, width),
@@ -46,7 +45,7 @@ class TransformerBlock(nn.Module):
         width), fc1.bias; fc2.weight (width, hidden), fc2.bias (width,): pinned.
 
     Raises:
-        BlockError: `heads` does not divide `width`, or another argument makes no sense.
+        BlockError: `heads` does not divide `width`, or another argument is invalid.
 
     Source:
         Xiong et al., arXiv 2002.04745 (pre-norm); Wu et al., arXiv 2401.02415 (block expansion
@@ -60,6 +59,7 @@ class TransformerBlock(nn.Module):
     """
 
     pinned = ("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")
+    exact_after = exact_everywhere
 
     def __init__(
         self,
@@ -73,8 +73,9 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width, self.heads = positive("width", width), positive("heads", heads)
-        hidden = 4 * width if hidden is None else positive("hidden", hidden)
+        self.heads = positive_int("heads", heads, BlockError)
+        hidden = 4 * positive_int("width", width, BlockError) if hidden is None else hidden
+        hidden = positive_int("hidden", hidden, BlockError)
         if width % heads:
             raise BlockError(f"heads={heads} does not divide width={width}; use a divisor.")
         self.causal = bool(causal)
@@ -85,21 +86,19 @@ class TransformerBlock(nn.Module):
         self.fc1 = nn.Linear(width, hidden, device=device, dtype=dtype)
         self.activation = as_activation(activation)
         self.fc2 = nn.Linear(hidden, width, device=device, dtype=dtype)
-        with torch.no_grad():
-            for name in self.pinned:
-                self.get_parameter(name).zero_()
+        zero_pins(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X + both branches, shape (samples, ..., width) to the same."""
+        """Return y, of the shape (samples, ..., width) of x."""
         x = x + self.proj(self._attended(x))
         return x + self.fc2(self._activated(x))
 
     def _attended(self, x: Tensor) -> Tensor:
-        """What arrives at `proj`: the outputs of the heads, one after another."""
+        """The input of `proj`: the concatenated outputs of the heads."""
         if x.dim() < 3:
             raise BlockError(
                 f"block=TransformerBlock takes sequences of shape (samples, positions, width), "
-                f"and at its site there are {tuple(x.shape)}; use ResidualMLP there."
+                f"and the tensor at its site has the shape {tuple(x.shape)}; use ResidualMLP."
             )
         mixed = self.qkv(self.norm1(x)).flatten(1, -2)
         parts = mixed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -107,19 +106,15 @@ class TransformerBlock(nn.Module):
         return y.transpose(1, 2).reshape(x.shape)
 
     def _activated(self, x: Tensor) -> Tensor:
-        """What arrives at `fc2`."""
+        """The input of `fc2`."""
         return self.activation(self.fc1(self.norm2(x)))
 
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
-        """ψ = δ for both, φ = what arrives at the two projections, where the branches are zero."""
+        """ψ = δ for both, φ = the input of each projection, with both branches zero."""
         return (
             AffineFactors("proj.weight", "proj.bias", delta, self._attended(x)),
             AffineFactors("fc2.weight", "fc2.bias", delta, self._activated(x)),
         )
-
-    def exact_after(self, site: nn.Module) -> bool:
-        """Always: both branches are zero, whatever arrives."""
-        return True
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
@@ -132,14 +127,14 @@ class TransformerBlock(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         return f"heads={self.heads}, causal={self.causal}"
 
 
 class GatedMLP(nn.Module):
     """Gated feedforward layer, x ↦ x + D(σ(G n) ⊙ U n) with n = RMSNorm(x), D pinned at zero.
 
-    The feedforward half of a Llama layer. The identity whatever arrives and whatever σ is;
+    The feedforward half of a Llama layer. The identity for every x and every σ;
 
         λ_D = −Σ δ (σ(G n) ⊙ U n)ᵀ.
 
@@ -148,15 +143,15 @@ class GatedMLP(nn.Module):
         hidden: Inner width.
         activation: σ, a module or an elementwise function.
         eps: Added to the mean square in the normalisation.
-        device: Where the parameters are made.
-        dtype: In which precision.
+        device: Device of the parameters.
+        dtype: Their dtype.
 
     Parameters:
         norm.weight (width,), gate_proj.weight and up_proj.weight (hidden, width),
         down_proj.weight (width, hidden): pinned.
 
     Raises:
-        BlockError: An argument that makes no sense.
+        BlockError: An argument is invalid.
 
     Source:
         Shazeer, arXiv 2002.05202 (SwiGLU); Touvron et al., arXiv 2302.13971.
@@ -168,6 +163,7 @@ class GatedMLP(nn.Module):
     """
 
     pinned = ("down_proj.weight",)
+    exact_after = exact_everywhere
 
     def __init__(
         self,
@@ -180,30 +176,27 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width, hidden = positive("width", width), positive("hidden", hidden)
+        width = positive_int("width", width, BlockError)
+        hidden = positive_int("hidden", hidden, BlockError)
         self.norm = nn.RMSNorm(width, eps=eps, device=device, dtype=dtype)
         self.gate_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
         self.up_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
         self.activation = as_activation(activation)
         self.down_proj = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
-        nn.init.zeros_(self.down_proj.weight)
+        zero_pins(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X + the branch, shape (..., width) to the same."""
+        """Return x + the branch, of the shape (..., width) of x."""
         return x + self.down_proj(self._gated(x))
 
     def _gated(self, x: Tensor) -> Tensor:
-        """What arrives at `down_proj`."""
+        """The input of `down_proj`."""
         n = self.norm(x)
         return self.activation(self.gate_proj(n)) * self.up_proj(n)
 
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = δ, φ = σ(G n) ⊙ U n."""
         return (AffineFactors("down_proj.weight", None, delta, self._gated(x)),)
-
-    def exact_after(self, site: nn.Module) -> bool:
-        """Always: the branch is zero, whatever arrives."""
-        return True
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
@@ -213,7 +206,3 @@ class GatedMLP(nn.Module):
             "activation": self.activation,
             "eps": self.norm.eps,
         }
-
-    def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
-        return f"pinned={self.pinned}"

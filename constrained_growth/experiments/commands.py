@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from enum import StrEnum
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
-from rich.console import Console
 
-from constrained_growth.experiments import report
-from constrained_growth.experiments.command_options import Json, Out, Seed
-from constrained_growth.experiments.decisions.command import bench_decisions
-from constrained_growth.experiments.demo import run_demo
-from constrained_growth.experiments.growth.command import bench_growth, bench_steps
-from constrained_growth.experiments.reproduction.command import reproduce
-from constrained_growth.experiments.speed.command import (
-    bench_monitoring,
-    bench_multipliers,
-    bench_sampling,
+import constrained_growth as cg
+from constrained_growth.experiments import demo_report, figures
+from constrained_growth.experiments.command_line import (
+    Folder,
+    Json,
+    Out,
+    Quick,
+    Seed,
+    Tasks,
+    carry_out,
+    one_of,
+    terminal,
+    typed,
+    write_tables,
 )
+from constrained_growth.experiments.data import Split, digits, mnist, mnist1d
+from constrained_growth.experiments.decisions import study as decisions
+from constrained_growth.experiments.demo import DATA, run_demo
+from constrained_growth.experiments.growth import benchmark as growth
+from constrained_growth.experiments.reproduction import report
+from constrained_growth.experiments.reproduction.protocols import (
+    EXPERIMENTS,
+    FAMILIES,
+    Experiment,
+    on_images,
+)
+from constrained_growth.experiments.reproduction.reproduce import forget
+from constrained_growth.experiments.reproduction.reproduce import reproduce as run
+from constrained_growth.experiments.speed import monitoring, multipliers
+from constrained_growth.experiments.tables import to_json
+from constrained_growth.experiments.timing import one_thread
+
+IMAGES = ("digits", "mnist1d", "mnist")
+"""Where `reproduce images` takes its images from."""
 
 app = typer.Typer(
     add_completion=False,
@@ -28,53 +52,172 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
 )
-bench = typer.Typer(help="What things cost, measured on this machine.", no_args_is_help=True)
+bench = typer.Typer(help="What things cost and gain, measured.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
-app.command()(reproduce)
-bench.command("multipliers")(bench_multipliers)
-bench.command("monitoring")(bench_monitoring)
-bench.command("sampling")(bench_sampling)
-bench.command("decisions")(bench_decisions)
-bench.command("growth")(bench_growth)
-bench.command("steps")(bench_steps)
 
 
-class DataName(StrEnum):
-    """The names in `demo.DATA`, as choices that the help lists."""
-
-    DIGITS = "digits"
-    SPIRALS = "spirals"
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(cg.__version__)
+        raise typer.Exit
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Would another layer help this network, where, and what would it buy?"""
 
 
 @app.command()
 def demo(
-    data: Annotated[DataName, typer.Option(help="What to learn.")] = DataName.DIGITS,
+    data: Annotated[str, one_of(DATA, help="What to learn.")] = "digits",
     seed: Seed = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="At most so many before and after the insertion.")
+        int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
     ] = None,
-    out: Out = Path(),
+    out: Folder = Path(),
     json: Json = None,
 ) -> None:
     """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
-    begin = time.perf_counter()
-    console = Console(highlight=False)
+    begin, console = time.perf_counter(), terminal(width=0)
     result = run_demo(
-        data.value,
+        data,
         seed,
         max_epochs=epochs,
         epochs_after=epochs,
-        on_solved=lambda asked: console.print(report.question(asked)),
+        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
     )
-    console.print(report.ending(result))
+    console.print(demo_report.ending(result))
     picture = out / "constrained-growth-demo.png"
-    report.picture(result).savefig(picture)
+    demo_report.picture(result).savefig(picture)
     if json is not None:
-        json.write_text(result.to_json() + "\n", encoding="utf-8")
+        json.write_text(to_json(result) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
+
+
+@bench.command("multipliers")
+def bench_multipliers(
+    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Time multipliers against ordinary gradient passes, on one thread."""
+    carry_out("multipliers", multipliers, quick=quick, seed=seed, out=out, json=json)
+
+
+@bench.command("monitoring")
+def bench_monitoring(
+    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Time training steps that are watched against steps that are not, on one thread."""
+    carry_out("monitoring", monitoring, quick=quick, seed=seed, out=out, json=json)
+
+
+@bench.command("decisions")
+def bench_decisions(
+    quick: Quick = False, task: Tasks = None, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Insert a layer everywhere, ask every rule where, and compare: regret relative to random.
+
+    With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
+    """
+    carry_out("decisions", decisions, quick=quick, seed=seed, out=out, json=json, tasks=task)
+
+
+@bench.command("growth")
+def bench_growth(
+    quick: Quick = False, task: Tasks = None, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Multiply-adds and seconds to the loss of a big network: growing against training it whole.
+
+    With --out, every run is kept there: an interrupted benchmark resumes.
+    """
+    found = carry_out("growth", growth, quick=quick, seed=seed, out=out, json=json, tasks=task)
+    if out is not None:
+        figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
+
+
+@app.command()
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(help=f"{', '.join(EXPERIMENTS)}, all, or images.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--list", help="List the experiments and how long they take.")
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
+    seed: Seed = 0,
+    network: Annotated[
+        str | None, one_of(FAMILIES, help="Another kind of network of the same widths.")
+    ] = None,
+    data: Annotated[str, one_of(IMAGES, help="What images.")] = "digits",
+    root: Annotated[
+        Path, typer.Option(help="Where torchvision keeps MNIST.", metavar="DIR")
+    ] = Path("data"),
+    float32: Annotated[
+        bool, typer.Option("--float32", help="In single precision, as the source's code.")
+    ] = False,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Run an experiment of the source: its protocol beside others, compared with its figures.
+
+    With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers.
+    """
+    console = terminal()
+    if show or name is None:
+        console.print(report.overview())
+        return
+    results = dict[str, dict[str, Any]]()
+    experiments = _named(name, network, data, root)
+    each, dtype = range(seed, seed + seeds), torch.float32 if float32 else torch.float64
+    for experiment in experiments:
+        begin, described = time.perf_counter(), report.describe(experiment)
+        console.print(described)
+        with one_thread():
+            found = run(experiment, each, cache=out, dtype=dtype)
+        numbers = report.numbers(found) | {"command": typed()}
+        results[experiment.name] = numbers
+        console.print(report.tables(numbers))
+        if out is not None:
+            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            text = to_json(numbers) + "\n"
+            (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
+            write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
+        console.print(f"{time.perf_counter() - begin:.0f} s.")
+    if name.lower() == "all":
+        console.print(report.account(list(results.values())))
+        if out is not None:
+            write_tables(out / "all.txt", report.account(list(results.values())))
+    if json is not None:
+        content = results if len(results) > 1 else next(iter(results.values()))
+        json.write_text(to_json(content) + "\n", encoding="utf-8")
+    if out is not None:  # not earlier: an interrupted command resumes
+        for experiment in experiments:
+            forget(experiment, each, out, dtype)
+
+
+def _named(name: str, network: str | None, data: str, root: Path) -> list[Experiment]:
+    """The experiments of a name, whatever its case; perhaps for another kind of network."""
+    known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
+    known["all"] = list(EXPERIMENTS.values())
+    if name.lower() == "images":
+        found = on_images(data, _images(data, root))
+    elif name.lower() in known:
+        found = known[name.lower()]
+    else:
+        raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
+    return [e if network in (None, e.family) else e.of_family(network) for e in found]
+
+
+def _images(data: str, root: Path) -> Callable[[int], Split]:
+    if data == "mnist":
+        try:
+            mnist(root)
+        except cg.DataError as error:
+            raise typer.BadParameter(str(error)) from None
+        return functools.partial(mnist, root)
+    return digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed

@@ -1,10 +1,13 @@
-"""The data sets of the experiments: nothing to download, the same points for the same seed."""
+"""The data sets of the experiments: nothing is downloaded, the same seed gives the same data."""
 
 from __future__ import annotations
 
+import gzip
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +21,7 @@ from constrained_growth.errors import DataError
 class Split:
     """A classification data set, split at random.
 
-    Attributes:
-        x_train: Inputs to train on, shape (samples, features).
-        y_train: Their classes, 0, 1, …, shape (samples,), int64.
-        x_test: Inputs held out, shape (other samples, features).
-        y_test: Their classes.
+    Inputs have shape (samples, features), classes 0, 1, … shape (samples,) and type int64.
     """
 
     x_train: Tensor
@@ -60,7 +59,7 @@ def two_spirals(
         seed: Of the random split; the points themselves are always the same.
         points_per_class: n.
         r0: Radius at which the spirals begin.
-        circles: How often they go round.
+        circles: Number of turns.
         train_fraction: Share of the points to train on.
         dtype: Of the inputs.
 
@@ -80,8 +79,8 @@ def digits(
 ) -> Split:
     """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels, ten classes.
 
-    Pixels are centred by their means over the training part, and all divided by one number, the
-    root-mean-square of what is left there.
+    Pixels are centred by their means over the training part and divided by the root-mean-square
+    of the centred training part, one number for all.
 
     Args:
         seed: Of the random split.
@@ -96,21 +95,13 @@ def digits(
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(pixels, dtype=torch.float64), torch.as_tensor(labels).long()
-    raw = _split(x, y, train_fraction, seed)
-    mean = raw.x_train.mean(dim=0)
-    scale = (raw.x_train - mean).square().mean().sqrt()
-    return Split(
-        ((raw.x_train - mean) / scale).to(dtype),
-        raw.y_train,
-        ((raw.x_test - mean) / scale).to(dtype),
-        raw.y_test,
-    )
+    return _scaled(_split(x, y, train_fraction, seed), dtype)
 
 
 def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torch.float32) -> Split:
-    """MNIST-1D: ten templates of digits as curves of 40 numbers, moved, stretched and with noise.
+    """MNIST-1D: ten templates of digits as curves of 40 numbers, shifted, stretched and noisy.
 
-    They are generated here, by the authors' own package, four fifths of them to train on.
+    The authors' own package generates them; four fifths are to train on.
 
     Args:
         seed: Of everything random in it.
@@ -133,6 +124,105 @@ def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torc
     x_train, x_test = (torch.as_tensor(made[key]).to(dtype) for key in ("x", "x_test"))
     y_train, y_test = (torch.as_tensor(made[key]).long() for key in ("y", "y_test"))
     return Split(x_train, y_train, x_test, y_test)
+
+
+def mnist(
+    root: Path,
+    seed: int = 0,
+    *,
+    train: int = 5000,
+    test: int = 2000,
+    dtype: torch.dtype = torch.float32,
+) -> Split:
+    """Some of the 70000 handwritten digits, 28 × 28 pixels, ten classes, scaled as `digits`.
+
+    Args:
+        root: The folder given to `torchvision.datasets.MNIST`; the files are in MNIST/raw below it.
+        seed: Of the draw from the 60000 and the 10000 images.
+        train: How many to train on.
+        test: How many to test on.
+        dtype: Of the inputs.
+
+    Raises:
+        DataError: The files are missing, or are not those of MNIST.
+
+    Source:
+        LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 86 (1998), 2278–2324.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = list[Tensor]()
+    for name, count in (("train", train), ("t10k", test)):
+        pixels = _read(root, f"{name}-images-idx3-ubyte", (28, 28)).flatten(1)
+        labels = _read(root, f"{name}-labels-idx1-ubyte", ())
+        drawn = torch.randperm(len(labels), generator=generator)[:count]
+        parts += [pixels[drawn].double(), labels[drawn].long()]
+    return _scaled(Split(*parts), dtype)
+
+
+def _read(root: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """An IDX file of bytes: magic number, sizes as big-endian integers, bytes."""
+    plain = root / "MNIST" / "raw" / name
+    packed = plain.with_name(f"{name}.gz")
+    if plain.exists():
+        content = plain.read_bytes()
+    elif packed.exists():
+        content = gzip.decompress(packed.read_bytes())
+    else:
+        raise DataError(
+            f"root={str(root)!r} has no {plain.relative_to(root)}; give the folder in which "
+            "torchvision.datasets.MNIST(root, download=True) has put it."
+        )
+    begin = 8 + 4 * len(shape)
+    sizes = np.frombuffer(content[4:begin], dtype=">i4")
+    values = np.frombuffer(content[begin:], dtype=np.uint8)
+    if tuple(sizes[1:]) != shape or len(values) != sizes.prod():
+        raise DataError(f"{name} in root={str(root)!r} is not a file of MNIST.")
+    return torch.from_numpy(values.reshape(sizes).copy())
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as numbers of its characters, int64, nine tenths to train on; and its alphabet."""
+
+    train: Tensor
+    held_out: Tensor
+    alphabet: str
+
+
+def python_help() -> Text:
+    """The topics of Python's own help, some 460 kB; they differ a little between its versions."""
+    from pydoc_data.topics import topics
+
+    whole = "\n\n".join(topics[name] for name in sorted(topics))
+    alphabet = "".join(sorted(set(whole)))
+    number = {character: index for index, character in enumerate(alphabet)}
+    values = torch.tensor([number[character] for character in whole])
+    cut = len(values) * 9 // 10
+    return Text(values[:cut], values[cut:], alphabet)
+
+
+def windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Pieces of a text, shape (samples, length), and the same shifted by one character."""
+    found = text[starts.unsqueeze(1) + torch.arange(length + 1)]
+    return found[:, :-1], found[:, 1:]
+
+
+def random_windows(
+    text: Tensor, samples: int, length: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An endless stream of batches of pieces from random places."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        starts = torch.randint(len(text) - length, (samples,), generator=generator)
+        yield windows(text, starts, length)
+
+
+def _scaled(raw: Split, dtype: torch.dtype) -> Split:
+    """Inputs centred by their means, and divided by one root-mean-square, of the training part."""
+    mean = raw.x_train.mean(dim=0)
+    scale = (raw.x_train - mean).square().mean().sqrt()
+    x_train, x_test = (((x - mean) / scale).to(dtype) for x in (raw.x_train, raw.x_test))
+    return Split(x_train, raw.y_train, x_test, raw.y_test)
 
 
 def _split(x: Tensor, y: Tensor, train_fraction: float, seed: int) -> Split:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,12 +27,12 @@ class Setting:
     Attributes:
         hidden: Widths of the hidden ReLU layers.
         learning_rate: Of `torch.optim.SGD`, the same before and after the insertion.
-        momentum: Of the same; the insertion keeps it for the layers that are there.
+        momentum: Likewise; the insertion keeps it for the old layers.
         he_init: Initial weights after He et al. (2015), biases zero; or PyTorch's defaults.
         window: The plateau is reached when the best loss of the last `window` epochs is not
             better than the best before them …
         tolerance: … by more than this fraction of it.
-        max_epochs: Stop there, plateau or not.
+        max_epochs: Training stops there, plateau or not.
         epochs_after: Epochs after the insertion, for both networks.
     """
 
@@ -54,131 +52,46 @@ SETTINGS = {
 }
 """The spirals are trained as in the source's Exp9, up to a plateau.
 
-For the digits the curves of the network that is kept decided, on eight seeds: so narrow that the
-loss flattens out above 0, steps so short that it falls without jumps, weights that leave no layer
-dead. A first choice (learning rate 0.05, no momentum, PyTorch's initial weights) was given up
-after one full run: the loss of the kept network had jumps, and that of the grown one a large one.
+The setting for the digits was chosen on eight seeds by the curves of the kept network: narrow
+enough for the loss to flatten out above 0, steps short enough for it to fall without jumps, and
+initial weights that leave no layer dead (learning rate 0.05 without momentum had large jumps).
 """
 
 RULE = cg.Threshold(relative=1.0, max_insertions=1)
 
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate in the table.
-
-    Attributes:
-        name: Of the candidate.
-        site: Qualified name of the module after which it would stand.
-        sensitivity: ‖λ‖_F, in nats per unit of the pinned parameters.
-        standard_error: Of the sensitivity; None where it cannot be known.
-        baseline: Mean over the layers of the network of the norm of their gradients.
-        pinned: Number of pinned parameters.
-        added: Number of parameters the network would gain.
-    """
-
-    name: str
-    site: str
-    sensitivity: float
-    standard_error: float | None
-    baseline: float | None
-    pinned: int
-    added: int
-
-
-@dataclass(frozen=True)
-class Score:
-    """A network at one moment: loss on the training data (nats), share of the test data right."""
-
-    train_loss: float
-    test_accuracy: float
-    parameters: int
-
-
-@dataclass(frozen=True)
-class DemoResult:
-    """What a demonstration found; `to_json` writes all of it.
-
-    Attributes:
-        data: Name of the data set.
-        seed: Of the split, the initial weights and the candidates' free weights.
-        setting: How it was trained.
-        layers: Widths of the network from input to output.
-        plateau_reached: False when `max_epochs` came first.
-        stationarity: ‖∇_θ L‖ there.
-        status: Name of the solution's status.
-        candidates: The table, in order of depth.
-        chosen: Names of the inserted candidates, maybe none.
-        reason: Of the decision.
-        kept_at_insertion: The network as it was.
-        grown_at_insertion: The same with the new layer.
-        kept_at_end: The network as it was, trained on.
-        grown_at_end: The grown network, trained on alike.
-        losses_before: Training loss after 0, 1, … epochs up to the insertion.
-        losses_kept: The same from the insertion on, without the new layer.
-        losses_grown: And with it.
-    """
-
-    data: str
-    seed: int
-    setting: Setting
-    layers: tuple[int, ...]
-    plateau_reached: bool
-    stationarity: float | None
-    status: str
-    candidates: tuple[Row, ...]
-    chosen: tuple[str, ...]
-    reason: str
-    kept_at_insertion: Score
-    grown_at_insertion: Score
-    kept_at_end: Score
-    grown_at_end: Score
-    losses_before: tuple[float, ...]
-    losses_kept: tuple[float, ...]
-    losses_grown: tuple[float, ...]
-
-    def to_json(self) -> str:
-        """The result as JSON text, numbers that are not finite as null."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False)
-
-
-@dataclass(frozen=True)
-class Question:
-    """The moment between solving and inserting, for whoever watches."""
-
-    plateau_reached: bool
-    epochs: int
-    solution: cg.Solution
-    candidates: tuple[Row, ...]
+Numbers = dict[str, Any]
+"""What `--json` writes."""
 
 
 def run_demo(
     data: str = "digits",
     seed: int = 0,
     *,
-    rule: cg.DecisionRule = RULE,
+    rule: cg.rules.DecisionRule = RULE,
     max_epochs: int | None = None,
     epochs_after: int | None = None,
     dtype: torch.dtype = torch.float32,
-    on_solved: Callable[[Question], None] = lambda question: None,
-) -> DemoResult:
+    on_solved: Callable[[Numbers, cg.Solution], None] = lambda found, solution: None,
+) -> Numbers:
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
     The candidates are an identity layer and a residual block after each ReLU. The network as it
-    was trains on beside the grown one, with the same optimizer and for as many epochs.
+    was trains on beside the grown one, with the same optimizer and for the same number of epochs.
 
     Args:
         data: "digits" or "spirals".
         seed: Of everything random. The random state of the caller is left alone.
-        rule: What decides. By default the largest sensitivity is inserted if it exceeds the mean
-            gradient norm of the layers that are there.
-        max_epochs: Instead of the setting's.
-        epochs_after: Instead of the setting's.
+        rule: By default the largest sensitivity is inserted if it exceeds the mean gradient norm
+            of the layers in place.
+        max_epochs: Replaces the setting's.
+        epochs_after: Replaces the setting's.
         dtype: Of data and parameters.
-        on_solved: Called with the solution before anything is inserted.
+        on_solved: Called with what is known by then, and the solution, before the insertion.
 
     Returns:
-        The result, pure data.
+        Settings, the table of candidates, the decision, and for the network "kept" as it was and
+        the "grown" one training loss (nats), test accuracy and size "at_insertion" and "at_end",
+        and training losses after 0, 1, … epochs.
 
     Raises:
         DataError: There are no data of that name.
@@ -202,42 +115,45 @@ def run_demo(
         return on_plateau(losses, setting.window, setting.tolerance)
 
     before = _train(kept, kept_optimizer, split, limit, "to the plateau", enough)
-    reached = enough(before[:-1])  # what was asked last
     problem = cg.GrowthProblem(kept, LOSS, [(split.x_train, split.y_train)], candidates)
     solution = cg.solve(problem, rule=rule)
-    rows = tuple(_row(name, s) for name, s in solution.sensitivities.items())
-    on_solved(Question(reached, len(before) - 1, solution, rows))
-
+    found: Numbers = {
+        "data": data,
+        "seed": seed,
+        "setting": asdict(setting),
+        "layers": layers,
+        "plateau_reached": enough(before[:-1]),  # the last answer of the loop
+        "stationarity": solution.stationarity,
+        "status": solution.status.name,
+        "candidates": [
+            {
+                "name": name,
+                "site": s.site,
+                "sensitivity": s.value,
+                "standard_error": s.standard_error,
+                "baseline": s.baseline,
+                "pinned": s.num_parameters,
+                "added": s.num_new_parameters,
+            }
+            for name, s in solution.sensitivities.items()
+        ],
+        "chosen": solution.decision.chosen,
+        "reason": solution.decision.reason,
+        "losses_before": before,
+    }
+    on_solved(found, solution)
     grown, grown_optimizer = copy.deepcopy((kept, kept_optimizer))
     cg.insert(grown, solution, optimizer=grown_optimizer)
-    kept_score, grown_score = score(kept, split), score(grown, split)
-    losses_kept = _train(kept, kept_optimizer, split, further, "kept as it was")
-    losses_grown = _train(grown, grown_optimizer, split, further, "grown")
-    return DemoResult(
-        data=data,
-        seed=seed,
-        setting=setting,
-        layers=layers,
-        plateau_reached=reached,
-        stationarity=solution.stationarity,
-        status=solution.status.name,
-        candidates=rows,
-        chosen=solution.decision.chosen,
-        reason=solution.decision.reason,
-        kept_at_insertion=kept_score,
-        grown_at_insertion=grown_score,
-        kept_at_end=score(kept, split),
-        grown_at_end=score(grown, split),
-        losses_before=before,
-        losses_kept=losses_kept,
-        losses_grown=losses_grown,
-    )
+    found |= {"kept_at_insertion": score(kept, split), "grown_at_insertion": score(grown, split)}
+    found["losses_kept"] = _train(kept, kept_optimizer, split, further, "kept as it was")
+    found["losses_grown"] = _train(grown, grown_optimizer, split, further, "grown")
+    return found | {"kept_at_end": score(kept, split), "grown_at_end": score(grown, split)}
 
 
 def network(
     layers: Sequence[int], *, he_init: bool = False, dtype: torch.dtype | None = None
 ) -> nn.Sequential:
-    """Linear layers of these widths with a ReLU between each two."""
+    """Linear layers of these widths with ReLU between them."""
     modules: list[nn.Module] = []
     for before, after in itertools.pairwise(layers):
         linear = nn.Linear(before, after, dtype=dtype)
@@ -271,14 +187,14 @@ def on_plateau(losses: Sequence[float], window: int, tolerance: float) -> bool:
 
 
 @torch.no_grad()
-def score(model: nn.Module, split: Split) -> Score:
+def score(model: nn.Module, split: Split) -> Numbers:
     """Training loss, test accuracy and size of a network."""
     right = model(split.x_test).argmax(dim=1) == split.y_test
-    return Score(
-        train_loss=LOSS(model(split.x_train), split.y_train).item(),
-        test_accuracy=right.double().mean().item(),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
+    return {
+        "train_loss": LOSS(model(split.x_train), split.y_train).item(),
+        "test_accuracy": right.double().mean().item(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
 
 
 def _train(
@@ -288,8 +204,8 @@ def _train(
     epochs: int,
     name: str,
     stop: Callable[[Sequence[float]], bool] = lambda losses: False,
-) -> tuple[float, ...]:
-    """Training losses after 0, 1, … epochs; `stop` is asked before each whether that is enough."""
+) -> list[float]:
+    """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
     losses: list[float] = []
     with tqdm(total=epochs, desc=name, unit=" epochs", leave=False, disable=None) as bar:
         while len(losses) < epochs and not stop(losses):
@@ -300,25 +216,4 @@ def _train(
             losses.append(loss.item())
             bar.update()
     with torch.no_grad():
-        return (*losses, LOSS(model(split.x_train), split.y_train).item())
-
-
-def _row(name: str, found: cg.Sensitivity) -> Row:
-    return Row(
-        name=name,
-        site=found.site,
-        sensitivity=found.value,
-        standard_error=found.standard_error if math.isfinite(found.standard_error) else None,
-        baseline=found.baseline,
-        pinned=found.num_parameters,
-        added=found.num_new_parameters,
-    )
-
-
-def _finite(value: Any) -> Any:
-    """The same data with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [*losses, LOSS(model(split.x_train), split.y_train).item()]

@@ -1,32 +1,31 @@
 """How large a multiplier is.
 
-A norm is any function of a multiplier (pinned parameter → tensor) that gives a number. The
-best first-order decrease of the loss inside a ball ‖v‖ ≤ Δ is
+A norm is any function of a multiplier (pinned parameter → tensor) that returns a number. The
+largest first-order decrease of the loss in a ball ‖v‖ ≤ Δ is
 
     max { ⟨λ, v⟩ : ‖v‖ ≤ Δ } = Δ ‖λ‖_*,
 
 so the right norm is the *dual* of the one in which the optimizer moves the new layer (Boyd and
 Vandenberghe, *Convex Optimization*, 2004, A.1.6). `norm_for` picks it.
 
-The ball is always one ball over all pinned parameters of a candidate together. Where a norm is
-one of matrices, a vector is a matrix with one column, a tensor of more dimensions (the kernel of
-a convolution) is flattened to (out, everything else), and several tensors are the blocks of one
-block-diagonal matrix.
+It is always one ball over all pinned parameters of a candidate together. For matrix norms a vector
+is a matrix with one column, a tensor of more dimensions (the kernel of a convolution) is flattened
+to (out, everything else), and several tensors are the blocks of one block-diagonal matrix.
 """
 
-from constrained_growth.norms.lipschitz import lipschitz
-from constrained_growth.norms.matching import norm_for
 from constrained_growth.norms.matrices import (
     Entrywise1,
     Frobenius,
     Nuclear,
     PerParameter,
     Spectral,
+    norm_for,
 )
 from constrained_growth.norms.moments import (
     KroneckerFisher,
     MomentNorm,
     SecondMoments,
+    lipschitz,
     needs_moments,
 )
 from constrained_growth.solution import Norm

@@ -1,4 +1,4 @@
-"""Norms of the multiplier alone."""
+"""Norms of the multiplier alone, and which of them fits an optimizer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from constrained_growth.errors import RuleError
+from constrained_growth.solution import Norm
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Frobenius:
     """
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
-        """The norm of one candidate's multiplier."""
+        """The norm of the multiplier of one candidate."""
         squares = [tensor.square().sum() for tensor in multiplier.values()]
         return torch.stack(squares).sum().sqrt()
 
@@ -45,7 +48,7 @@ class PerParameter:
     """
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
-        """The norm of one candidate's multiplier."""
+        """The norm of the multiplier of one candidate."""
         return Frobenius()(multiplier) * self.lipschitz(multiplier)
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
@@ -70,7 +73,7 @@ class Entrywise1:
     """
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
-        """The norm of one candidate's multiplier."""
+        """The norm of the multiplier of one candidate."""
         return torch.stack([tensor.abs().sum() for tensor in multiplier.values()]).sum()
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
@@ -82,9 +85,8 @@ class Entrywise1:
 class Spectral:
     """The largest singular value of diag(λ_W, λ_b, …): the dual of the nuclear-norm ball.
 
-    That is the largest of the tensors' own spectral norms, and the ball allows
-    Σ_p ‖v_p‖_nuclear ≤ 1 over the pinned tensors p. Its best step has rank one, as one of
-    Frank-Wolfe over that ball does.
+    That is the largest spectral norm of a tensor, and the ball is Σ_p ‖v_p‖_nuclear ≤ 1 over the
+    pinned tensors p. Its best step has rank one, like a Frank-Wolfe step over that ball.
 
     Source:
         Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jaggi, *Revisiting
@@ -97,11 +99,11 @@ class Spectral:
     """
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
-        """The norm of one candidate's multiplier."""
+        """The norm of the multiplier of one candidate."""
         return singular_values(multiplier).max()
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
-        """1: the largest singular value against the root of the sum of all their squares."""
+        """1: no singular value exceeds the root of the sum of their squares."""
         return 1.0
 
 
@@ -109,10 +111,10 @@ class Spectral:
 class Nuclear:
     """The sum of the singular values of diag(λ_W, λ_b, …): the dual of the spectral ball.
 
-    That is the sum of the tensors' own nuclear norms, and the ball allows every pinned tensor a
-    spectral norm of 1: the norm of Muon, which moves every matrix on its own by an
-    orthogonal factor. A vector is a matrix with one column, which gains η‖λ_b‖₂; Muon itself
-    leaves vectors to another optimizer, usually AdamW, for which `Entrywise1` would be right.
+    That is the sum of the nuclear norms of the tensors, and the ball allows each pinned tensor a
+    spectral norm of 1: the norm of Muon, which moves each matrix by its orthogonal factor. A
+    vector is a matrix with one column, which gains η‖λ_b‖₂; Muon itself leaves vectors to another
+    optimizer, usually AdamW, for which `Entrywise1` would be right.
 
     Source:
         Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jordan et al., *Muon*, 2024;
@@ -125,7 +127,7 @@ class Nuclear:
     """
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
-        """The norm of one candidate's multiplier."""
+        """The norm of the multiplier of one candidate."""
         return singular_values(multiplier).sum()
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
@@ -133,19 +135,78 @@ class Nuclear:
         return sum(min(as_matrix(tensor).shape) for tensor in multiplier.values()) ** 0.5
 
 
+_EUCLIDEAN = (torch.optim.SGD, torch.optim.ASGD)
+_PER_COORDINATE = (
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.SparseAdam,
+    torch.optim.Adafactor,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.Rprop,
+)
+_ORTHOGONAL: tuple[type, ...] = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()
+
+
+def norm_for(optimizer: torch.optim.Optimizer) -> Norm:
+    """The dual of the norm in which an optimizer of `torch.optim` moves new parameters.
+
+    * SGD, with or without momentum, and ASGD move along the gradient: `Frobenius`.
+    * Adam, AdamW, Adamax, NAdam, RAdam, SparseAdam, RMSprop, Adagrad, Adadelta and Rprop scale
+      each coordinate by its own past gradients. A new parameter moves by the same amount in every
+      coordinate, in the direction of sign(λ) (RAdam after its first five steps): `Entrywise1`.
+      Adafactor, which replaces these scales by a rank-one estimate, counts as one of them.
+    * Muon (where torch has it) moves each matrix by its orthogonal factor: `Nuclear`. Its factor
+      for the shape of a matrix (`adjust_lr_fn`) is left out, as are all learning rates.
+
+    Args:
+        optimizer: The one that will train the new layer; a subclass counts as its base.
+
+    Returns:
+        The norm, for `solve(problem, norm=...)`.
+
+    Raises:
+        RuleError: `optimizer` is none of these.
+
+    Source:
+        Bernstein and Newhouse, *Old Optimizer, New Norm: An Anthology*, 2024.
+
+    Example:
+        >>> norm_for(torch.optim.Adam(torch.nn.Linear(2, 2).parameters()))
+        Entrywise1()
+    """
+    if isinstance(optimizer, _EUCLIDEAN):
+        return Frobenius()
+    if isinstance(optimizer, _PER_COORDINATE):
+        return Entrywise1()
+    if isinstance(optimizer, _ORTHOGONAL):
+        return Nuclear()
+    given = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    raise RuleError(
+        f"optimizer={given} is not an instance of an optimizer of torch.optim whose norm is known; "
+        "pass norm= yourself, the dual of the norm it moves in: Frobenius() for gradient descent, "
+        "Entrywise1() for sign descent, Nuclear() for orthogonalised updates, KroneckerFisher() "
+        "for natural gradients."
+    )
+
+
 def count(multiplier: Mapping[str, Tensor]) -> int:
-    """How many entries it has."""
+    """Number of entries."""
     return sum(tensor.numel() for tensor in multiplier.values())
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """(out, everything else), a vector as one column; in a precision LAPACK knows."""
+    """Shape (out, everything else), a vector as one column; in a dtype that LAPACK supports."""
     matrix = tensor.flatten(1) if tensor.dim() > 1 else tensor.reshape(-1, 1)
     return matrix if matrix.dtype in (torch.float32, torch.float64) else matrix.float()
 
 
 def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
-    """Those of the block-diagonal matrix of all tensors; NaN where an entry is not finite."""
+    """Those of the block-diagonal matrix of all tensors; NaN if an entry is not finite."""
     matrices = [as_matrix(tensor) for tensor in multiplier.values()]
     if not all(is_finite(matrix) for matrix in matrices):
         return matrices[0].new_full((1,), math.nan)

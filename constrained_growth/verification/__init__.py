@@ -1,9 +1,9 @@
-"""The same problem handed to CVXPY and to SciPy, and the KKT residuals of a solution.
+"""The same problem solved by CVXPY and by SciPy, and the KKT residuals of a solution.
 
-Nothing here uses what `solve` uses to find λ: the network is really built with every candidate in
-it, the virtual parameters v are variables like θ, the pins are explicit constraints v = 0, and
-the solver finds the multipliers. Everything runs on copies, in float64, on the CPU, and is meant
-for small instances.
+Independent of how `solve` finds λ: the network is built with every candidate in it, the virtual
+parameters v are variables like θ, the pins are explicit constraints v = 0, and the solver finds
+the multipliers. Everything runs on copies, in float64, on the CPU, and is meant for small
+instances.
 
     min over θ, v of L(θ, v)   subject to   v_c = 0 for every candidate c
 

@@ -19,10 +19,24 @@ from constrained_growth.verification.extended import ExtendedProblem
 from constrained_growth.verification.reports import VerificationReport, report_of
 
 Scalar = cp.Expression | float
-
-
 CvxpyLoss = Callable[[cp.Expression, Tensor], Scalar]
 """`(output, target) -> scalar convex expression`, the mean over the samples of a batch."""
+
+# With default settings except the tolerances Clarabel gives up early on some logistic instances (3
+# of 50 random ones, duals off by 1e-4). With refined linear systems and shorter steps it finished
+# all of them, with duals off by at most 2e-7.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    cp.CLARABEL: {
+        "tol_gap_abs": 1e-12,
+        "tol_gap_rel": 1e-12,
+        "tol_feas": 1e-12,
+        "iterative_refinement_reltol": 1e-15,
+        "iterative_refinement_abstol": 1e-15,
+        "iterative_refinement_max_iter": 50,
+        "static_regularization_constant": 1e-10,
+        "max_step_fraction": 0.8,
+    },
+}
 
 
 def check_with_cvxpy(
@@ -34,26 +48,26 @@ def check_with_cvxpy(
 ) -> VerificationReport:
     """Solve a convex instance with CVXPY and compare its dual values with λ at its optimum.
 
-    Convex means: the output of the network is affine in (θ, v_c) together for each candidate c,
-    which is checked, and the loss is convex in it. So whatever is nonlinear, and every layer that
-    a pinned layer is multiplied with, has to be frozen (`requires_grad_(False)`); outer factors
-    of `ResidualMLP` enter linearly. Candidates may stand one behind the other: products of two v
-    are of second order at v = 0, bear on no multiplier, and are left out.
+    An instance is convex if the network output is affine in (θ, v_c) jointly for each candidate
+    c, which is checked, and the loss is convex in the output. So nonlinear layers, and every layer
+    that multiplies a pinned layer, must be frozen (`requires_grad_(False)`); outer factors of
+    `ResidualMLP` enter linearly. Several candidates may lie on one path: products of their v are
+    of second order at v = 0, do not affect any multiplier, and are left out.
 
     Args:
-        problem: The problem; left as it was. The trainable parameters may have any values.
-        cvxpy_loss: `cvxpy_loss(output, target)`, the same as the problem's `loss_fn` for a CVXPY
-            expression of the output's shape. None (default) knows the mean forms of `MSELoss`,
-            `CrossEntropyLoss` and `BCEWithLogitsLoss`, as modules and as functions.
+        problem: The problem, left unchanged. The trainable parameters may have any values.
+        cvxpy_loss: `cvxpy_loss(output, target)`, the `loss_fn` of the problem for a CVXPY
+            expression of the shape of the output. None (default) knows the mean forms of
+            `MSELoss`, `CrossEntropyLoss` and `BCEWithLogitsLoss`, as modules and as functions.
         solver: One of `cvxpy.installed_solvers()`.
-        options: What to hand to it; None (default) asks Clarabel for tolerances of 1e-12 and
-            careful steps, and leaves the others at their own.
+        options: Its options; None (default) asks Clarabel for tolerances of 1e-12 and shorter
+            steps, and uses the defaults of other solvers.
 
     Returns:
-        The report. `report.dual_error` is the number to look at, `print(report)` shows all.
+        The report; see `report.dual_error` first, `print(report)` shows everything.
 
     Raises:
-        DataError: The output is not affine in (θ, v), or no tensor of one or two dimensions;
+        DataError: The output is not affine in (θ, v), or not a tensor of one or two dimensions;
             the loss has no known CVXPY form, or another value there; or there is no optimum.
 
     Source:
@@ -77,24 +91,25 @@ def check_with_cvxpy(
     _check_loss(extended, loss, pieces)
     _, *pins = variables = [cp.Variable(size) for size in extended.sizes]
     z = cp.hstack(variables)
-    terms = [
-        (weight / extended.whole) * loss(_expression(offset, matrix, z), target)
-        for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True)
-    ]
+    terms = []
+    for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True):
+        flat = offset.flatten().numpy() + matrix.numpy() @ z
+        output = cp.reshape(flat, tuple(offset.shape), order="C")
+        terms.append((weight / extended.total_weight) * loss(output, target))
     constraints: list[cp.Constraint] = [pin == 0 for pin in pins]
     objective = cp.sum(cp.hstack(terms))
     convex = cp.Problem(cp.Minimize(objective), constraints)
     try:
-        convex.solve(solver=solver, **(_TIGHT.get(solver, {}) if options is None else options))
+        convex.solve(solver=solver, **(_OPTIONS.get(solver, {}) if options is None else options))
     except cp.SolverError as error:
         raise DataError(
-            f"solver={solver!r} fails: {error} CVXPY has {cp.installed_solvers()} here; try "
-            "another one, or other options=."
+            f"solver={solver!r} fails: {error} Try another one of {cp.installed_solvers()}, or "
+            "other options=."
         ) from error
     if convex.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
         raise DataError(
-            f"solver={solver!r} says {convex.status!r}: the instance has no minimum it can find; "
-            "give more data, or a loss that is bounded below and attains its minimum."
+            f"solver={solver!r} returns {convex.status!r}: it finds no minimum; use more data, or "
+            "a loss that is bounded below and attains its minimum."
         )
     return report_of(
         extended,
@@ -118,9 +133,9 @@ def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
         if not isinstance(output, Tensor) or output.dim() not in (1, 2):
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise DataError(
-                f"the output of model={type(extended.problem.model).__name__} is {given}; CVXPY is "
-                "handed tensors of one or two dimensions. Use check_with_scipy, or a model whose "
-                "output is (samples,) or (samples, classes)."
+                f"the output of model={type(extended.problem.model).__name__} is {given}; CVXPY "
+                "takes tensors of one or two dimensions. Use check_with_scipy, or a model whose "
+                "output has the shape (samples,) or (samples, classes)."
             )
     jacobians = torch.autograd.functional.jacobian(
         lambda z: tuple(y.flatten() for y in extended.outputs(z)), extended.zero
@@ -130,8 +145,8 @@ def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
     if guilty:
         raise DataError(
             f"the output of model={type(extended.problem.model).__name__} is not affine in "
-            f"{guilty}, so the instance is not convex. Freeze what is nonlinear and what is "
-            "multiplied with a pinned layer by requires_grad_(False), pin the outer factor of a "
+            f"{guilty}, so the instance is not convex. Freeze nonlinear layers and those that "
+            "multiply a pinned layer with requires_grad_(False), pin the outer factor of a "
             "ResidualMLP, or use check_with_scipy."
         )
     return pieces
@@ -140,13 +155,12 @@ def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
 def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor]]) -> str:
     """The variables in which the output is not y₀ + J z, or ""; tried at two random points each.
 
-    The pins of one candidate at a time: products of the v of several are of second order at
-    v = 0, and bear on no multiplier.
+    With the pins of one candidate at a time, as products across candidates do not matter.
     """
     generator = torch.Generator().manual_seed(0)
     names = extended.names
 
-    def bent(*moved: str) -> bool:
+    def is_bent(*moved: str) -> bool:
         mask = torch.cat([torch.full((size,), n in moved) for n, size in extended.parts.items()])
         for _ in range(2):
             z = torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask
@@ -157,18 +171,12 @@ def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor
         return False
 
     for variables in extended.families:
-        if bent(*variables):
-            alone = [name for name in variables if bent(name)]
-            pairs = (pair for pair in itertools.combinations(variables, 2) if bent(*pair))
-            guilty = [(name,) for name in alone] or pairs
+        if is_bent(*variables):
+            alone = [(name,) for name in variables if is_bent(name)]
+            pairs = (pair for pair in itertools.combinations(variables, 2) if is_bent(*pair))
+            guilty = alone or pairs
             return ", ".join(" times ".join(names[key] for key in group) for group in guilty)
     return ""
-
-
-def _expression(offset: Tensor, matrix: Tensor, z: cp.Expression) -> cp.Expression:
-    """y₀ + J z in the shape of y₀."""
-    flat = offset.flatten().numpy() + matrix.numpy() @ z
-    return cp.reshape(flat, tuple(offset.shape), order="C")
 
 
 def _squares(output: cp.Expression, target: Tensor) -> Scalar:
@@ -197,51 +205,33 @@ def _known_loss(loss_fn: object) -> CvxpyLoss:
             return loss
     known = ", ".join(module.__name__ for module, _, _ in _KNOWN_LOSSES)
     raise DataError(
-        f"loss_fn={loss_fn!r} has no form for CVXPY here, which knows {known}; give "
-        "cvxpy_loss=, a function (output expression, target) -> convex scalar expression."
+        f"loss_fn={loss_fn!r} has no known form for CVXPY (only {known} have); give cvxpy_loss=, "
+        "a function (output expression, target) -> convex scalar expression."
     )
 
 
 def _check_loss(
     extended: ExtendedProblem, loss: CvxpyLoss, pieces: Sequence[tuple[Tensor, Tensor]]
 ) -> None:
-    """The expression must be the loss (weights, smoothing and the like would show)."""
+    """Refuse an expression that differs from the loss, as by class weights or smoothing."""
     generator = torch.Generator().manual_seed(0)
     for (offset, _), (_, target, _) in zip(pieces, extended.batches, strict=True):
         output = torch.randn(offset.shape, generator=generator, dtype=torch.float64)
-        here = extended.loss_fn(output, target).item()
+        ours = extended.loss_fn(output, target).item()
         try:
-            there = _value(loss(cp.Constant(output.numpy()), target))
+            theirs = _value(loss(cp.Constant(output.numpy()), target))
         except Exception as error:
             raise DataError(
                 f"loss_fn={extended.problem.loss_fn!r}: its form for CVXPY fails on an output of "
                 f"shape {tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the targets."
             ) from error
-        if not math.isclose(here, there, rel_tol=1e-9, abs_tol=1e-12):
+        if not math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12):
             raise DataError(
-                f"loss_fn={extended.problem.loss_fn!r} is {here:.12g} for a random output and its "
-                f"form for CVXPY {there:.12g}; give the same function as cvxpy_loss=, options "
-                "such as weight=, label_smoothing= or reduction= included."
+                f"loss_fn={extended.problem.loss_fn!r} is {ours:.12g} for a random output and its "
+                f"form for CVXPY {theirs:.12g}; give the same function as cvxpy_loss=, including "
+                "options such as weight=, label_smoothing= or reduction=."
             )
 
 
 def _value(scalar: Scalar) -> float:
     return float(np.asarray(scalar.value if isinstance(scalar, cp.Expression) else scalar))
-
-
-# Dual values are as exact as Clarabel's linear algebra lets it come close to the optimum. With its
-# own settings and only the tolerances lowered it gives up early on some logistic instances (3 of
-# 50 random ones, duals off by 1e-4); refining every linear system and taking shorter steps, it
-# finished all of them, the worst off by 2e-7.
-_TIGHT: dict[str, dict[str, Any]] = {
-    "CLARABEL": {
-        "tol_gap_abs": 1e-12,
-        "tol_gap_rel": 1e-12,
-        "tol_feas": 1e-12,
-        "iterative_refinement_reltol": 1e-15,
-        "iterative_refinement_abstol": 1e-15,
-        "iterative_refinement_max_iter": 50,
-        "static_regularization_constant": 1e-10,
-        "max_step_fraction": 0.8,
-    },
-}

@@ -1,7 +1,4 @@
-"""L(θ, v) with every candidate really standing in the network, for solvers from elsewhere.
-
-Independent of the multiplier pass, which never builds that network.
-"""
+"""L(θ, v) of the network with every candidate in it, which the multiplier pass never builds."""
 
 from __future__ import annotations
 
@@ -25,9 +22,11 @@ from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 
+_MAX_VARIABLES = 2000
+
 
 class ExtendedNetwork(nn.Module):
-    """A copy of the model, in float64 on the CPU, every block really standing behind its site."""
+    """A copy of the model in float64 on the CPU, with every block behind its site."""
 
     def __init__(self, problem: GrowthProblem) -> None:
         super().__init__()
@@ -36,42 +35,42 @@ class ExtendedNetwork(nn.Module):
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
-            hook = functools.partial(_stand, block, site)
+            hook = functools.partial(_with_block, block, site)
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     def forward(self, input: object) -> Any:
-        """The output of the model for one input as in the data."""
+        """The output of the model for one input of the data."""
         with eagerly():
             return call(self.model, input)
 
 
-def _stand(
+def _with_block(
     block: nn.Module, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object
 ) -> Any:
     """The output of a module with a block behind it."""
 
     def layer(x: Tensor, context: Context) -> Tensor:
         args, kwargs = arguments(block, x, context)
-        return block(*args, **kwargs).clone()  # the model may go on to change what it gets
+        return block(*args, **kwargs).clone()  # the model may change its input in place
 
     return replaced(site.after, module, args, kwargs, output, site.output, layer)
 
 
 class ExtendedProblem:
-    """L(θ, v) of the network with all its blocks in it, as a function of one flat vector.
+    """L(θ, v) of the extended network as a function of one flat vector.
 
-    z = (θ − θ₀, v_1, v_2, …): the deviations of the trainable parameters of the model, one after
-    the other, and then of each pin, from the values they have now.
+    z = (θ − θ₀, v_1, v_2, …): the deviations of the trainable parameters of the model and of each
+    pin from their current values.
 
     Attributes:
-        batches: (input, target, how much it counts) of each batch.
-        names: Key of each variable tensor in the extended network → what to call it.
-        parts: Key of each variable tensor → how many entries it has in z.
-        families: The keys of θ and of the pins of one candidate, for each candidate.
-        whole: How much all batches count together.
+        batches: (input, target, weight) of each batch.
+        total_weight: Sum of the weights.
+        names: Key of each variable tensor in the extended network → its name in messages.
+        parts: Key of each variable tensor → its number of entries in z.
+        families: For each candidate, the keys of θ and of its pins.
         sizes: Lengths of the parts of z: θ as a whole, then each pin.
         zero: z = 0.
-        loss_fn: The problem's, in float64.
+        loss_fn: The loss of the problem, in float64.
     """
 
     def __init__(self, problem: GrowthProblem) -> None:
@@ -104,7 +103,7 @@ class ExtendedProblem:
                 for input, target in batches(problem.data, torch.device("cpu"))
                 if (weight := batch_weight(problem.weight, input, target)) > 0
             ]
-            self.whole = sum(weight for _, _, weight in self.batches)
+            self.total_weight = sum(weight for _, _, weight in self.batches)
             self._refuse_large_or_random()
 
     def _refuse_large_or_random(self) -> None:
@@ -113,68 +112,63 @@ class ExtendedProblem:
             raise DataError(
                 f"model={model} has {self.sizes[0]} trainable and {sum(self.sizes[1:])} pinned "
                 f"parameters; verification is for small instances, up to {_MAX_VARIABLES} in all. "
-                "Freeze some with requires_grad_(False), or take a smaller model."
+                "Freeze some with requires_grad_(False), or use a smaller model."
             )
         if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
             raise DataError(
                 f"model={model}: the loss differs between two passes over the same data, so there "
-                "is no L(θ, v) to minimise; put Dropout and the like into eval mode: model.eval()."
+                "is no L(θ, v) to minimise; switch Dropout and the like off: model.eval()."
             )
 
     def outputs(self, z: Tensor) -> list[Any]:
-        """What the extended network gives on each batch."""
+        """The outputs of the extended network on each batch."""
         pieces = z.split(list(self.parts.values()))
         values = {
             name: base + piece.view_as(base)
             for (name, base), piece in zip(self._base.items(), pieces, strict=True)
         }
-        return [
-            functional_call(self.network, values | self._buffers(), (input,))
-            for input, _, _ in self.batches
-        ]
-
-    def _buffers(self) -> dict[str, Tensor]:
-        """Fresh copies, for a forward pass to write to."""
-        return {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        outputs = []
+        for input, _, _ in self.batches:
+            buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+            outputs.append(functional_call(self.network, values | buffers, (input,)))
+        return outputs
 
     def loss(self, z: Tensor) -> Tensor:
         """L(θ, v), the mean over all samples."""
         losses = [
-            self.loss_fn(output, target) * (weight / self.whole)
+            self.loss_fn(output, target) * (weight / self.total_weight)
             for output, (_, target, weight) in zip(self.outputs(z), self.batches, strict=True)
         ]
         return torch.stack(losses).sum()
 
     def loss_and_gradient(self, z: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """L and ∇L = (∇_θ L, ∇_v L), by one backward pass."""
+        """L and ∇L = (∇_θ L, ∇_v L)."""
         point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
         loss = self.loss(point)
         return loss.item(), torch.autograd.grad(loss, point)[0].numpy()
 
     def hessian(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
-        """∇²L, by one double backward pass for each variable."""
+        """∇²L, by one double backward pass per variable."""
         point = torch.tensor(z, dtype=torch.float64)
         result = torch.autograd.functional.hessian(self.loss, point)
         assert isinstance(result, Tensor)  # a tuple only for tuples of points
         return result.numpy()
 
     def problem_at(self, z: NDArray[np.float64]) -> GrowthProblem:
-        """The same problem at θ₀ + (θ part of z), v = 0, without the blocks standing in it."""
+        """The original problem, without the blocks, at θ₀ + (θ part of z)."""
         model = doubled(self.problem.model)
-        moved = torch.tensor(z[: self.sizes[0]], dtype=torch.float64)
         parameters = [p for p in model.parameters() if p.requires_grad]
+        steps = torch.tensor(z[: self.sizes[0]]).split([p.numel() for p in parameters])
         with torch.no_grad():
-            for p, piece in zip(
-                parameters, moved.split([p.numel() for p in parameters]), strict=True
-            ):
-                p.add_(piece.view_as(p))
+            for parameter, step in zip(parameters, steps, strict=True):
+                parameter.add_(step.view_as(parameter))
         data = [(input, target) for input, target, _ in self.batches]
         weight = self.problem.weight
         return GrowthProblem(model, self.loss_fn, data, self.problem.candidates, weight=weight)
 
 
 def doubled(value: Any) -> Any:
-    """A copy on the CPU with floating-point numbers in float64; functions as they are."""
+    """A copy on the CPU with floating-point numbers in float64; functions unchanged."""
     if isinstance(value, nn.Module):
         return copy.deepcopy(value).to("cpu", torch.float64)
     if isinstance(value, Tensor):
@@ -185,6 +179,3 @@ def doubled(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(doubled(item) for item in value)
     return value
-
-
-_MAX_VARIABLES = 2000

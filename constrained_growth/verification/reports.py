@@ -1,4 +1,4 @@
-"""What a solver found beside what `solve` says, and how far that is from a KKT point."""
+"""The answer of a solver next to that of `solve`, and how far that is from a KKT point."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
-from constrained_growth._sites.collector import hooked
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
@@ -22,10 +21,10 @@ from constrained_growth.verification.extended import ExtendedProblem
 class KKTResiduals:
     """How far (θ, 0, λ) is from the first-order conditions; all zero at a KKT point.
 
-    The constraints are equalities, so there is neither a sign of λ nor complementarity to check.
+    The constraints are equalities: λ may have any sign, and there is no complementarity.
 
     Attributes:
-        primal: Largest change of an entry of the tensor at a site by the block there, at v = 0.
+        primal: Largest change of an entry of the tensor at a site by its block, at v = 0.
         dual: ‖∇_v L(θ, 0) + λ‖₂ over all pins.
         stationarity: ‖∇_θ L(θ, 0)‖₂ over the trainable parameters.
     """
@@ -37,17 +36,17 @@ class KKTResiduals:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """What a solver found, beside what `solve` says at the same θ*.
+    """The answer of a solver, next to that of `solve` at the same θ*.
 
     Attributes:
         solver: Name of the solver.
-        status: What it says about its own answer.
-        objective: L(θ*, v*) as the solver has it; to be compared with `solution.loss`.
-        primal: max |v*|, how far the solver's answer leaves the pins.
-        duals: The solver's multiplier of each pin, in the shape of the pin.
+        status: Its status.
+        objective: Its L(θ*, v*), to compare with `solution.loss`.
+        primal: max |v*|, the constraint violation of its answer.
+        duals: Its multiplier of each pin, in the shape of the pin.
         problem: The problem at θ*, a float64 copy on the CPU.
-        solution: `solve(problem)` there.
-        residuals: `kkt_residuals(problem, solution)` there.
+        solution: `solve(problem)` at θ*.
+        residuals: `kkt_residuals(problem, solution)` at θ*.
     """
 
     solver: str
@@ -61,10 +60,9 @@ class VerificationReport:
 
     @property
     def dual_errors(self) -> dict[Constraint, float]:
-        """‖dual − λ‖₂ / ‖λ‖₂ of each pin.
+        """‖dual − λ‖₂ / ‖dual‖₂ of each pin; `print(report)` also shows the norms.
 
-        Where λ itself is zero but for rounding, this is rounding over rounding; `print(report)`
-        shows the norms.
+        Where λ is zero up to rounding, this is rounding divided by rounding.
         """
         return {
             pin: ratio(norm_of(dual - self.solution.dual_value(pin)), norm_of(dual))
@@ -78,7 +76,7 @@ class VerificationReport:
 
     @property
     def objective_error(self) -> float:
-        """|L there − L here| / |L here|."""
+        """|L* − L| / |L|, L* the objective of the solver and L that of `solve`."""
         return ratio(abs(self.objective - self.solution.loss), abs(self.solution.loss))
 
     def __str__(self) -> str:
@@ -93,13 +91,13 @@ class VerificationReport:
         return "\n".join(
             [
                 f"{self.solver}: {self.status}",
-                f"L there {self.objective:.12g}, here {self.solution.loss:.12g}, "
+                f"L {self.objective:.12g}, by solve {self.solution.loss:.12g}, "
                 f"relative difference {self.objective_error:.1e}",
-                f"max |v| there {self.primal:.1e}, blocks move their sites by "
+                f"max |v| {self.primal:.1e}, blocks change the tensors at their sites by at most "
                 f"{self.residuals.primal:.1e}",
                 f"|grad_theta L| {self.residuals.stationarity:.1e}, "
                 f"|grad_v L + lambda| {self.residuals.dual:.1e}",
-                f"{'pin':{width}}  {'|dual| there':>13}  {'|lambda| here':>13}  rel. err",
+                f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err",
                 *rows,
             ]
         )
@@ -109,12 +107,12 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
     """The KKT residuals of a solution, from autograd on the network with all blocks in it.
 
     Args:
-        problem: The problem; left as it was.
-        solution: What `solve(problem)` gave. Residuals are computed in float64 also when the
-            model is not, so they show the rounding of a float32 solution.
+        problem: The problem, left unchanged.
+        solution: The result of `solve(problem)`. Residuals are always computed in float64, so
+            they show the rounding of a float32 solution.
 
     Raises:
-        DataError: L is not the same in two passes.
+        DataError: L differs between two passes.
         CandidateError: A pin is not in `solution`.
 
     Source:
@@ -133,16 +131,15 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
     """
     multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
     extended = ExtendedProblem(problem)
-    moves = [0.0]
-
-    def see(block: nn.Module, args: tuple[Tensor, ...], kwargs: object, y: Tensor) -> None:
-        moves.append((y - args[0]).abs().max().item())
-
-    with hooked((block, see) for block in extended.network.blocks):
-        _, gradient = extended.loss_and_gradient(extended.zero.numpy())
+    changes = [0.0]
+    for block in extended.network.blocks:
+        block.register_forward_hook(
+            lambda _, args, y: changes.append((y - args[0]).abs().max().item())
+        )
+    _, gradient = extended.loss_and_gradient(extended.zero.numpy())
     grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
     return KKTResiduals(
-        primal=max(moves),
+        primal=max(changes),
         dual=norm_of(grad_v + torch.cat(multipliers).to(grad_v)),
         stationarity=norm_of(grad_theta),
     )
@@ -157,7 +154,7 @@ def report_of(
     z: NDArray[np.float64],
     duals: Sequence[NDArray[np.float64]],
 ) -> VerificationReport:
-    """Beside what a solver found, what `solve` says there."""
+    """The answer of a solver, z and its duals, next to that of `solve` there."""
     problem = extended.problem_at(z)
     solution = solve(problem, progress=False)
     return VerificationReport(
@@ -181,5 +178,5 @@ def norm_of(tensor: Tensor) -> float:
 
 
 def ratio(difference: float, size: float) -> float:
-    """Difference / size, and 0 where there is no difference."""
+    """Difference / size; 0 if there is no difference."""
     return 0.0 if difference == 0 else difference / size if size else math.inf

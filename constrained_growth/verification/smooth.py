@@ -18,24 +18,21 @@ def check_with_scipy(
 ) -> VerificationReport:
     """Solve a small instance with SciPy's trust-constr and compare its multipliers with λ there.
 
-    The network may be nonconvex: trust-constr goes from the θ that the model has to a stationary
-    point nearby, with gradients and Hessians in (θ, v) from autograd and one `LinearConstraint`
-    v_c = 0 for each pin.
+    The network may be nonconvex: trust-constr moves from the current θ to a stationary point
+    nearby, with gradients and Hessians in (θ, v) from autograd and one `LinearConstraint` v_c = 0
+    for each pin. It computes its multipliers from the gradients of its last iterate, so their
+    agreement with λ does not depend on `gtol`; that they are KKT multipliers does.
 
-    trust-constr takes its multipliers from the gradients of its last iterate, so their agreement
-    with λ does not depend on `gtol`; that they are KKT multipliers does.
-
-    At a kink (inactive units under a ReLU identity layer) the derivative is the one autograd
-    takes at v = 0 itself, so the comparison there means something only if `report.primal` is 0.
+    At a kink (inactive units of a ReLU identity layer) autograd's derivative is the one at v = 0
+    itself, so there the comparison is meaningful only if `report.primal` is 0.
 
     Args:
-        problem: The problem; left as it was.
-        gtol: trust-constr stops when the gradient of the Lagrangian is at most this in every
-            entry.
-        maxiter: The most iterations it may take.
+        problem: The problem, left unchanged.
+        gtol: trust-constr stops when no entry of the gradient of the Lagrangian exceeds this.
+        maxiter: Maximal number of iterations.
 
     Returns:
-        The report. `report.dual_error` is the number to look at, `print(report)` shows all.
+        The report; see `report.dual_error` first, `print(report)` shows everything.
 
     Raises:
         DataError: The instance is too large for dense Hessians, L is not the same in two passes,
@@ -60,12 +57,11 @@ def check_with_scipy(
         (0.0, True)
     """
     extended = ExtendedProblem(problem)
-    size = extended.zero.numel()
     bounds = np.cumsum(extended.sizes)
-    identity = np.eye(size)
+    identity = np.eye(bounds[-1])
     result = minimize(
         extended.loss_and_gradient,
-        np.zeros(size),
+        np.zeros(bounds[-1]),
         jac=True,
         hess=extended.hessian,
         method="trust-constr",
@@ -73,13 +69,13 @@ def check_with_scipy(
             LinearConstraint(identity[start:stop], 0.0, 0.0)
             for start, stop in itertools.pairwise(bounds)
         ],
-        options={"gtol": gtol, "xtol": _EPS, "maxiter": maxiter},
+        options={"gtol": gtol, "xtol": np.finfo(np.float64).eps, "maxiter": maxiter},
     )
     if not (result.optimality <= gtol and result.constr_violation <= gtol):
         raise DataError(
             f"trust-constr stopped after {result.nit} iterations with a gradient of the Lagrangian "
             f"of {result.optimality:.1e}, above gtol={gtol:g} ({result.message}); train the model "
-            "further first, raise maxiter, or take an instance that has a minimum."
+            "further first, raise maxiter, or use an instance that has a minimum."
         )
     return report_of(
         extended,
@@ -89,6 +85,3 @@ def check_with_scipy(
         z=result.x,
         duals=result.v,
     )
-
-
-_EPS = float(np.finfo(np.float64).eps)

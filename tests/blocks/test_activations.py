@@ -1,4 +1,7 @@
-"""Facts about activations, found by calling them."""
+"""What blocks find out about an activation by calling it."""
+
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -9,20 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth._activations import (
-    as_activation,
-    derivative,
-    identity_error,
-    identity_shift,
-    slope_at_zero,
-    value_at_zero,
-    vector_jacobian,
-)
-from constrained_growth.blocks import TanhLU
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
 
 
 def half_idempotent(x: Tensor) -> Tensor:
-    """A user's own: the distance to [−1, 1] is cut off, so that σ∘σ = σ."""
+    """A user's own idempotent function."""
     return x.clamp(-1, 1)
 
 
@@ -35,25 +29,43 @@ IDEMPOTENT = [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Identity(), torch.relu, h
 BENT = [nn.Tanh(), nn.Sigmoid(), nn.LeakyReLU(), nn.LeakyReLU(0.5), nn.PReLU(), torch.sin]
 
 
+def refusal(activation: Any) -> str:
+    with pytest.raises(cg.BlockError) as caught:
+        IdentityLinear(1, activation)
+    return str(caught.value)
+
+
+def proposed_shift(activation: Any) -> float:
+    """The shift that is taken, or proposed because it is too large to take unasked."""
+    try:
+        return IdentityLinear(1, activation).shift
+    except cg.BlockError as error:
+        found = re.search(r"pass shift=(\S+) if", str(error))
+        return float(found.group(1)) if found else float("nan")
+
+
+# --- the shift of an identity layer -------------------------------------------------------------
+
+
 @pytest.mark.parametrize("activation", IDEMPOTENT, ids=label)
 def test_idempotent_functions_need_no_shift(activation: nn.Module) -> None:
-    assert identity_shift(activation) == 0.0
+    assert IdentityLinear(1, activation).shift == 0.0
 
 
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Softplus(), nn.Mish()], ids=label)
 def test_shift_of_smooth_functions_lies_where_they_are_straight_to_rounding(
     activation: nn.Module,
 ) -> None:
-    shift = identity_shift(activation)
-    assert shift is not None
+    shift = proposed_shift(activation)
     assert shift > 5
-    x = activation(torch.linspace(-40, 40, 10_001))
-    torch.testing.assert_close(activation(x + shift), x + shift, rtol=1e-12, atol=1e-12)
+    block = IdentityLinear(1, activation, shift=shift)
+    x = activation(torch.linspace(-40, 40, 10_001))[:, None]
+    torch.testing.assert_close(block(x), x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", BENT, ids=label)
 def test_other_functions_have_no_shift(activation: nn.Module) -> None:
-    assert identity_shift(activation) is None
+    assert "no shift s" in refusal(activation)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +82,7 @@ def test_other_functions_have_no_shift(activation: nn.Module) -> None:
     ids=label,
 )
 def test_shift_is_found_exactly(activation: nn.Module, shift: float) -> None:
-    assert identity_shift(activation) == shift
+    assert proposed_shift(activation) == shift
 
 
 @pytest.mark.parametrize(
@@ -81,10 +93,13 @@ def test_shift_is_found_exactly(activation: nn.Module, shift: float) -> None:
     ],
     ids=label,
 )
-def test_identity_error_is_that_of_the_formula(activation: nn.Module, error: object) -> None:
+def test_a_refusal_says_how_far_off_the_identity_is(activation: nn.Module, error: Any) -> None:
     y = activation(torch.linspace(-64e4, 64e4, 200_001))
-    expected = (error(y) / y.abs().clamp(min=1)).max().item()  # type: ignore[operator]
-    assert identity_error(activation, 0.0) == pytest.approx(expected, rel=1e-6)
+    expected = (error(y) / y.abs().clamp(min=1)).max().item()
+    assert f"at s = 0 it is off by {expected:.2g})" in refusal(activation)
+
+
+# --- TanhLU ---------------------------------------------------------------------------------------
 
 
 @given(st.floats(-50, 50), st.floats(0.001, 2.0))
@@ -104,44 +119,53 @@ def test_tanhlu_keeps_gradients_finite_far_below() -> None:
     assert slope.tolist() == [0.0, 0.0, 1.0]
 
 
+# --- derivatives --------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
-    ("activation", "value", "slope"),
-    [
-        (nn.ReLU(), 0.0, 0.0),
-        (nn.Tanh(), 0.0, 1.0),
-        (nn.GELU(), 0.0, 0.5),
-        (nn.SiLU(), 0.0, 0.5),
-        (nn.Sigmoid(), 0.5, 0.25),
-        (torch.sin, 0.0, 1.0),
-        (nn.ELU(), 0.0, 1.0),
-    ],
+    ("activation", "slope"),
+    [(nn.Tanh(), 1.0), (nn.GELU(), 0.5), (nn.SiLU(), 0.5), (torch.sin, 1.0), (nn.ELU(), 1.0)],
     ids=label,
 )
-def test_value_and_slope_at_zero(activation: nn.Module, value: float, slope: float) -> None:
-    assert value_at_zero(activation) == value
-    assert slope_at_zero(activation) == pytest.approx(slope, abs=1e-15)
+def test_slope_at_zero(activation: nn.Module, slope: float) -> None:
+    (factor,) = ResidualLinear(1, activation).factors(torch.randn(2, 1), torch.ones(2, 1))
+    assert factor.cotangent.flatten().tolist() == pytest.approx([slope] * 2, abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("activation", "words"),
+    [(nn.ReLU(), "σ′(0) = 0"), (nn.Sigmoid(), "σ(0) = 0.5"), (torch.cos, "σ(0) = 1")],
+    ids=label,
+)
+def test_value_and_slope_at_zero_that_do_not_fit(activation: nn.Module, words: str) -> None:
+    with refused(cg.BlockError, words):
+        ResidualLinear(1, activation)
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU(), torch.relu, F.relu, nn.ReLU(inplace=True)])
 def test_the_short_cut_for_relu_is_autograd(activation: nn.Module) -> None:
-    x, cotangent = torch.randn(5, 7), torch.randn(5, 7)
+    x, delta = torch.randn(5, 7), torch.randn(5, 7)
     x[0, 0] = 0.0
     leaf = x.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(torch.clamp_min(leaf, 0), leaf, cotangent)
+    (expected,) = torch.autograd.grad(torch.clamp_min(leaf, 0), leaf, delta)
     expected[0, 0] = 0.0  # autograd's convention for ReLU at its kink
     before = x.clone()
-    assert torch.equal(vector_jacobian(activation, x, cotangent), expected)
+    (factor,) = IdentityLinear(7, activation).factors(x, delta)
+    assert torch.equal(factor.cotangent, expected)
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh(), nn.GELU(), nn.ELU(inplace=True), torch.sin])
+@pytest.mark.parametrize("activation", [TanhLU(1.0), nn.ELU(inplace=True), straight_from_three])
 def test_derivative_is_that_of_finite_differences(activation: nn.Module) -> None:
-    x, h = torch.randn(50), 1e-6
-    expected = (activation(x + h) - activation(x - h)) / (2 * h)
+    x, delta, h = torch.randn(50, 1), torch.randn(50, 1), 1e-6
+    expected = delta * (activation(x + 1 + h) - activation(x + 1 - h)) / (2 * h)
     with torch.no_grad():
-        found = derivative(activation, x)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
-    assert not found.requires_grad
+        (factor,) = IdentityLinear(1, activation, shift=1.0).factors(x, delta)
+    torch.testing.assert_close(factor.cotangent, expected, rtol=0, atol=1e-8)
+    assert not factor.cotangent.requires_grad
+
+
+# --- what is no activation, and no traces -------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,17 +178,17 @@ def test_derivative_is_that_of_finite_differences(activation: nn.Module) -> None
         (lambda x: x @ x, ["fails on a float64 tensor"]),
     ],
 )
-def test_what_is_no_activation_is_refused(activation: object, words: list[str]) -> None:
+def test_what_is_no_activation_is_refused(activation: Any, words: list[str]) -> None:
     with refused(cg.BlockError, *words):
-        as_activation(activation)
+        ResidualMLP(2, 2, activation)
 
 
 def test_looking_at_an_activation_leaves_no_trace() -> None:
     activation = nn.PReLU(dtype=torch.float32)
     weight = activation.weight
     state = torch.get_rng_state()
-    for look in (identity_shift, slope_at_zero, value_at_zero, as_activation):
-        look(activation)
+    ResidualLinear(2, activation)
+    refusal(activation)
     assert activation.weight is weight
     assert weight.dtype == torch.float32
     assert weight.grad is None

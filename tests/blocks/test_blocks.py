@@ -18,7 +18,6 @@ from constrained_growth.blocks import (
     ResidualMLP,
     TanhLU,
     has_factors,
-    has_joint_factors,
     pinned_parameters,
 )
 
@@ -130,23 +129,6 @@ def test_factors_are_the_gradient_of_the_block(
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("kind", [*RESIDUAL, *IDENTITY])
-@pytest.mark.parametrize("leading", [(5,), (5, 2)], ids=label)
-def test_joint_factors_are_those_of_every_block(kind: str, leading: tuple[int, ...]) -> None:
-    make = RESIDUAL[kind] if kind in RESIDUAL else lambda n: identity_block(kind, n)
-    blocks = [on_float64(make(4)) for _ in range(3)]
-    first = blocks[0]
-    assert has_joint_factors(first)
-    assert len({block.joint_kind() for block in blocks}) == 1
-    x, delta = torch.randn(3, *leading, 4), torch.randn(3, *leading, 4)
-    (joint,) = first.joint_factors(blocks, x, delta)
-    for index, block in enumerate(blocks):
-        (single,) = block.factors(x[index], delta[index])
-        assert (single.weight, single.bias) == (joint.weight, joint.bias)
-        torch.testing.assert_close(joint.cotangent[index], single.cotangent, rtol=0, atol=1e-14)
-        torch.testing.assert_close(joint.features[index], single.features, rtol=0, atol=1e-14)
 
 
 def test_closed_forms_of_the_paper() -> None:
@@ -294,9 +276,7 @@ def test_dead_or_moving_blocks_are_refused(make: Callable[[], object], words: li
         (lambda: ResidualMLP(2, 3, torch.tanh, inner_init=float("nan")), ["inner_init=nan"]),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(
-    make: Callable[[], object], words: list[str]
-) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], words: list[str]) -> None:
     with refused(cg.BlockError, *words):
         make()
 

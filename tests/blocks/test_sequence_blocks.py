@@ -122,7 +122,7 @@ def test_multipliers_are_the_gradient_with_the_block_in_the_model(kind: str) -> 
 @pytest.mark.parametrize("length", [1, 4, 12])
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_standard_errors_are_those_of_single_samples(kind: str, length: int) -> None:
-    """√tr Cov(λ) from the gradient of every sample by itself."""
+    """√tr Cov(λ) from the gradient of each sample."""
     model, data = Reader(), sentences(5, 5, length=length)
     one = cg.Candidate("mix", BLOCKS[kind]())
     solution = solved(model, data, one, loss_fn=token_loss)
@@ -197,9 +197,7 @@ def test_dtype_is_the_one_asked_for(make: Callable[..., nn.Module], dtype: torch
         (lambda: TransformerBlock(4, 2)(torch.randn(3, 4)), ["(3, 4)", "ResidualMLP"]),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(
-    make: Callable[[], object], words: list[str]
-) -> None:
+def test_invalid_arguments_are_refused(make: Callable[[], object], words: list[str]) -> None:
     with refused(cg.BlockError, *words):
         make()
 

@@ -1,9 +1,8 @@
-"""The benchmarks of growing: counted operations, runs, statistics, and policies for ensembles."""
+"""The benchmark of growing: counted operations, runs and statistics."""
 
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,22 +16,15 @@ from typer.testing import CliRunner
 
 import constrained_growth as cg
 from constrained_growth.blocks import TransformerBlock
-from constrained_growth.errors import DataError
+from constrained_growth.experiments import figures
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decisions.tasks import SUITE, at_the_moment
-from constrained_growth.experiments.ensembles.networks import ensemble, mean_loss, samples
-from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
-from constrained_growth.experiments.growth import figures, report, step_policies, steps_report
-from constrained_growth.experiments.growth import steps as step_study
-from constrained_growth.experiments.growth.benchmark import Plan, run_growth
+from constrained_growth.experiments.data import python_help, random_windows, windows
+from constrained_growth.experiments.growth.benchmark import Plan, run, tables
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
-from constrained_growth.experiments.growth.runs import ARMS, run
-from constrained_growth.experiments.growth.statistics import first_at_most, saving, smoothed
-from constrained_growth.experiments.growth.step_policies import OLD, ORIGIN, Policy, Stepper
+from constrained_growth.experiments.growth.runs import ARMS, train
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask, ResidualConv1d
-from constrained_growth.experiments.growth.text import python_help, random_windows, windows
+from constrained_growth.experiments.statistics import first_at_most, saving, smoothed
 from constrained_growth.testing import check_block
-from constrained_growth.training import steps
 
 TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
@@ -120,8 +112,8 @@ def test_a_grown_network_is_as_large_as_the_big_one(task: GrowthTask) -> None:
 
 @pytest.mark.parametrize("task", TINY, ids=lambda task: task.name)
 def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTask) -> None:
-    traces = {name: run(task, arm, 3) for name, arm in ARM.items()}
-    again = run(task, ARM["sensitivity"], 3)
+    traces = {name: train(task, arm, 3) for name, arm in ARM.items()}
+    again = train(task, ARM["sensitivity"], 3)
     assert replace(again, seconds=()) == replace(traces["sensitivity"], seconds=())
     example = next(task.material(3).stream(3))
     small, big = (
@@ -145,7 +137,7 @@ def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTa
 def test_charged_for_the_decision_is_the_pass_and_the_look_at_the_output() -> None:
     """The pass over the data that decide, counted apart; and four forward passes of a batch."""
     task = replace(TINY[0], big=2, lr=0.0, steps=3)
-    found = {name: run(task, ARM[name], 0) for name in ("sensitivity", "fixed")}
+    found = {name: train(task, ARM[name], 0) for name in ("sensitivity", "fixed")}
     material, loss_fn = task.material(0), nn.CrossEntropyLoss()
     torch.manual_seed(0)
     small = task.network(1)
@@ -181,25 +173,24 @@ def test_the_saving_is_a_median_and_what_is_not_reached_costs_more_than_anything
 
 def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_missed() -> None:
     plan = Plan(TINY[:1], seeds=3, workers=1)
-    found = run_growth(plan, 5, progress=False)
-    content = json.loads(report.to_json(found, "constrained-growth bench growth"))
-    (arms,) = content["tasks"].values()
+    found = run(plan, 5, progress=False)
+    (arms,) = found["tasks"].values()
     assert set(arms) == set(ARM)
     for name, entry in arms.items():
         for key in ("multiply_adds", "seconds", "final_loss"):
             assert len(entry[key]) == 3
         assert all(math.isfinite(loss) for loss in entry["final_loss"])
         for index in range(3):
-            trace = found.outcomes[TINY[0].name][name].traces[index]
+            trace = found["curves"]["digits"][name][index]
             target = arms["big"]["final_loss"][index]
-            row = first_at_most(trace.loss, target)
-            expected = None if row is None else trace.multiply_adds[row]
+            row = first_at_most(trace["loss"], target)
+            expected = None if row is None else trace["multiply_adds"][row]
             assert entry["multiply_adds"][index] == expected
             assert (entry["seconds"][index] is None) == (row is None)
     assert None not in arms["big"]["multiply_adds"]
-    assert content["against_big"]["digits"]["big"]["saved"]["value"] == 0
-    assert report.tables(found) is not None
-    drawn = {str(line.get_label()): line for line in figures.picture(found).axes[0].get_lines()}
+    assert found["against_big"]["digits"]["big"]["saved"]["value"] == 0
+    assert tables(found) is not None
+    drawn = {str(line.get_label()): line for line in figures.growth(found).axes[0].get_lines()}
     assert list(drawn) == list(arms)
     ends = [np.asarray(line.get_ydata())[-1] for line in drawn.values()]
     finals = [np.median(entry["final_loss"]) for entry in arms.values()]
@@ -209,137 +200,24 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
 def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:
     plan = Plan(TINY[:1], seeds=1, workers=1)
     arms = [ARM["big"], ARM["small"]]
-    first = run_growth(plan, arms=arms, cache=tmp_path, progress=False)
+    first = run(plan, arms=arms, cache=tmp_path, progress=False)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
-    assert run_growth(plan, arms=arms, cache=tmp_path, progress=False) == first
+    assert run(plan, arms=arms, cache=tmp_path, progress=False) == first
     other = replace(plan, tasks=[replace(TINY[0], lr=2 * TINY[0].lr)])
-    run_growth(other, arms=arms, cache=tmp_path, progress=False)
+    run(other, arms=arms, cache=tmp_path, progress=False)
     assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_plans_without_seeds_or_without_the_big_network_are_refused() -> None:
-    with pytest.raises(DataError, match="seeds=0"):
-        run_growth(Plan(TINY[:1], seeds=0))
-    with pytest.raises(DataError, match="'big'"):
-        run_growth(Plan(TINY[:1], seeds=1), arms=[ARM["small"]])
+    with pytest.raises(cg.DataError, match="seeds=0"):
+        run(Plan(TINY[:1], seeds=0))
+    with pytest.raises(cg.DataError, match="'big'"):
+        run(Plan(TINY[:1], seeds=1), arms=[ARM["small"]])
 
 
-def test_the_commands_are_there_and_name_unknown_tasks() -> None:
+def test_unknown_tasks_are_refused() -> None:
     runner = CliRunner()
-    assert runner.invoke(app, ["bench", "steps", "--help"]).exit_code == 0
     refused = runner.invoke(app, ["bench", "growth", "--task", "nowhere"])
     assert refused.exit_code == 2
     assert "nowhere" in refused.output
-
-
-def moment(name: str) -> Any:
-    (task,) = (task for task in SUITE if task.name == name)
-    return at_the_moment(replace(task, before=3, after=4), range(3))
-
-
-def stepped(policy: Policy, name: str = "spirals-4x4-adam") -> Any:
-    """The networks that grew at one site, before and after three steps."""
-    at = moment(name)
-    rows, begun = step_study.grown(at)[0]
-    data = samples([at.plain[i][0] for i in rows], [at.plain[i][1] for i in rows])
-    begun = replace(begun, memory=policy.begin(begun.memory))
-    stepper = Stepper(at.task.optimizer, policy, 10, lambda _: None, [])
-    after, _ = train(begun, data, 3, stepper, loss=at.task.loss)
-    return at, begun, data, after
-
-
-@pytest.mark.parametrize("name", ["spirals-4x2", "spirals-4x4-adam"])
-def test_the_policy_that_changes_nothing_trains_as_the_optimizer_does(name: str) -> None:
-    at, begun, data, after = stepped(Policy("same", ""), name)
-    plain, _ = train(begun, data, 3, at.task.optimizer, loss=at.task.loss)
-    torch.testing.assert_close(after.parameters, plain.parameters, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["spirals-4x2", "spirals-4x4-adam"])
-def test_a_share_is_a_learning_rate_of_the_new_parameters_alone(name: str) -> None:
-    at, begun, data, after = stepped(Policy("", "", lambda step: 0.3), name)
-    lr = at.task.optimizer.lr * (1 - 0.7 * (begun.memory[OLD] == 0).float())
-    plain, _ = train(begun, data, 3, replace(at.task.optimizer, lr=lr), loss=at.task.loss)
-    torch.testing.assert_close(after.parameters, plain.parameters, rtol=1e-5, atol=1e-6)
-    new = begun.memory[OLD] == 0
-    assert new.sum(1).tolist() == [4 * 4 + 4] * len(begun)
-    still = stepped(Policy("", "", lambda step: 0.0), name)[3]
-    assert torch.equal(still.parameters[new], begun.parameters[new])
-
-
-def test_decay_goes_to_zero_or_to_where_a_new_parameter_began() -> None:
-    """Against the recursion p ← p − (decay / steps)(p − anchor) with an optimizer that is still."""
-    for anchored in (False, True):
-        policy = Policy("", "", decay=0.5, anchored=anchored)
-        at = moment("spirals-4x2")
-        _, begun = step_study.grown(at)[0]
-        anchor = torch.zeros_like(begun.parameters)
-        if anchored:
-            new = begun.memory[OLD] == 0
-            anchor[new] = begun.memory[ORIGIN][new]
-        begun = replace(begun, parameters=begun.parameters + 1)
-        stepper = Stepper(SGD(0.0), policy, 10, lambda _: None, [])
-        p, memory = begun.parameters.clone(), dict(begun.memory)
-        for _ in range(4):
-            stepper.step(p, torch.zeros_like(p), memory, torch.ones(len(p), 1))
-        expected = anchor + (begun.parameters - anchor) * (1 - 0.05) ** 4
-        torch.testing.assert_close(p, expected)
-
-
-def test_memory_forgotten_is_a_new_optimizer_and_an_old_count_only_changes_new_parameters() -> None:
-    policies = {policy.name: policy for policy in step_policies.POLICIES}
-    at, begun, data, after = stepped(policies["all forgotten"])
-    fresh, _ = train(replace(begun, memory={}), data, 3, at.task.optimizer, loss=at.task.loss)
-    torch.testing.assert_close(after.parameters, fresh.parameters, rtol=1e-5, atol=1e-6)
-    _, begun, *_ = stepped(policies["old count"])
-    assert len(begun.memory["steps"].unique()) == 1
-    assert float(begun.memory["steps"].min()) > 0
-    assert not policies["old count"].matters(SGD(0.1, 0.9))
-    assert policies["old count"].matters(Adam(0.1))
-    assert not policies["all forgotten"].matters(SGD(0.1))
-
-
-def test_the_line_search_of_ensembles_is_that_of_the_library() -> None:
-    """Two networks with learning rates that are too large, one after the other by `LineSearch`."""
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    models = [nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 3)) for _ in range(2)]
-    data = [(torch.randn(20, 2), torch.randint(3, (20,))) for _ in range(2)]
-    begun = ensemble(models)
-    stacked = samples([x for x, _ in data], [y for _, y in data], 3)
-    loss = SUITE[0].loss
-    found = step_policies.searched(begun, stacked, SGD(20.0, 0.5), 3, loss)
-    for index, (model, batch) in enumerate(zip(models, data, strict=True)):
-        optimizer = torch.optim.SGD(model.parameters(), lr=20.0, momentum=0.5)
-        grower = cg.Grower(model, optimizer, nn.CrossEntropyLoss(), [batch])
-        shares = steps.LineSearch(3)(grower, None)  # type: ignore[arg-type]
-        assert min(shares) < 1
-        ours = nn.utils.parameters_to_vector(model.parameters()).detach()
-        torch.testing.assert_close(found.parameters[index], ours)
-    assert bool((mean_loss(found, stacked, loss) < mean_loss(begun, stacked, loss)).all())
-
-
-def test_the_benchmark_of_steps_compares_the_same_networks() -> None:
-    tasks = [replace(t, before=3, after=4) for t in SUITE if t.name in ("spirals-4x2", "friedman")]
-    plan = step_study.Plan(tasks, networks=3, workers=1)
-    found = step_study.run_steps(plan, progress=False)
-    for task, verdicts in found.verdicts.items():
-        assert verdicts["same"].final_difference.value == 0
-        still = found.followed[task]["new × 0"]
-        assert (still.final != found.followed[task]["same"].final).all()
-        assert ("all forgotten" in verdicts) == (task == "friedman")
-        searched = found.followed[task]["line search"]
-        assert (searched.jump >= 0).all()
-    content = json.loads(steps_report.to_json(found, ""))
-    assert len(content["tasks"]["friedman"]["same"]["finals"]) == 3
-    assert steps_report.tables(found) is not None
-
-
-def test_a_policy_without_a_layer_that_moves_is_a_network_that_did_not_grow() -> None:
-    at = moment("spirals-4x2")
-    policies = [p for p in step_policies.POLICIES if p.name == "new × 0"]
-    found = step_study.follow(at.task, range(3), policies, progress=False)["new × 0"]
-    orders = Shuffle([2_000_000 + seed for seed in range(3)])
-    _, history = train(at.trained, at.data, 4, at.task.optimizer, batch=at.task.batch, order=orders)
-    np.testing.assert_allclose(found.final, history.loss[-1].numpy(), rtol=1e-5)

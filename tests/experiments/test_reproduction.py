@@ -18,16 +18,16 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
+from constrained_growth.experiments import commands as command
+from constrained_growth.experiments import statistics
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.data import two_spirals
+from constrained_growth.experiments.data import mnist, two_spirals
 from constrained_growth.experiments.ensembles.growth import new_layer
 from constrained_growth.experiments.ensembles.networks import ensemble, samples
 from constrained_growth.experiments.ensembles.training import Shuffle
-from constrained_growth.experiments.mnist import mnist
-from constrained_growth.experiments.reproduction import command, referee, report
+from constrained_growth.experiments.reproduction import report
 from constrained_growth.experiments.reproduction import reproduce as reproduction
-from constrained_growth.experiments.reproduction.account import account
-from constrained_growth.experiments.reproduction.command import FamilyName
+from constrained_growth.experiments.reproduction import runs as referee
 from constrained_growth.experiments.reproduction.protocols import (
     EXPERIMENTS,
     FAMILIES,
@@ -36,8 +36,10 @@ from constrained_growth.experiments.reproduction.protocols import (
     on_images,
 )
 from constrained_growth.experiments.reproduction.recommendation import recommended
+from constrained_growth.experiments.reproduction.report import account
 from constrained_growth.experiments.reproduction.reproduce import networks, reproduce
 from constrained_growth.experiments.reproduction.runs import Runs
+from constrained_growth.experiments.tables import to_json
 from constrained_growth.training import NewLayers
 
 LOSS = nn.CrossEntropyLoss()
@@ -304,8 +306,8 @@ def made(loss, *, site=0, trained=None, operations=(20, 45, 90)):
 
 
 def test_savings_are_those_that_the_source_names():
-    assert referee.saving(EXPERIMENTS["Exp6"], 20, 45) == pytest.approx(0.135, abs=5e-4)
-    assert referee.saving(EXPERIMENTS["Exp9"], 32, 48) == pytest.approx(0.081, abs=5e-4)
+    assert referee.saved(EXPERIMENTS["Exp6"], 20, 45) == pytest.approx(0.135, abs=5e-4)
+    assert referee.saved(EXPERIMENTS["Exp9"], 32, 48) == pytest.approx(0.081, abs=5e-4)
 
 
 def test_work_is_counted():
@@ -351,7 +353,7 @@ def test_pairs_are_tested_as_scipy_tests_them():
     draw = np.random.default_rng(3)
     first, second = draw.normal(0.3, 1, 40), draw.normal(0, 1, 40)
     first[:3] = second[:3]
-    found, difference = referee.paired(first, second), first - second
+    found, difference = statistics.paired(first, second), first - second
     assert found.mean == pytest.approx(difference.mean())
     assert found.median == pytest.approx(np.median(difference))
     expected: Any = stats.wilcoxon(first, second)
@@ -361,9 +363,9 @@ def test_pairs_are_tested_as_scipy_tests_them():
     assert found.interval == pytest.approx(normal, abs=0.06)
     low, high = found.median_interval
     assert low < found.median < high
-    same = referee.paired(first, first)
+    same = statistics.paired(first, first)
     assert (same.mean, same.interval, same.p, same.equal) == (0, (0, 0), 1, 40)
-    shifted = referee.paired(np.full(5, 2.0), np.full(5, 1.5))
+    shifted = statistics.paired(np.full(5, 2.0), np.full(5, 1.5))
     assert (shifted.interval, shifted.p) == ((0.5, 0.5), 0.0625)
 
 
@@ -371,27 +373,22 @@ def test_agreement_is_the_normal_test_where_that_is_right():
     """Means of normal samples: p is that of the z-test with both sampling errors."""
     ours = stats.norm.ppf((np.arange(200) + 0.5) / 200)
     for known in (0.1, 0.4):
-        found = referee.agreement(ours, Reference(30, known))
+        found = statistics.agreement(ours, 30, known, None)
         z = known / math.sqrt(1 / 30 + 1 / 200)
-        assert found.mean == pytest.approx(2 * stats.norm.sf(z), abs=0.02)
-        assert found.median is None
-    shifted = referee.agreement(ours, Reference(30, 2.0, 2.0))
-    assert shifted.mean is not None
-    assert shifted.median is not None
-    assert max(shifted.mean, shifted.median) < 1e-3
+        assert found["mean"] == pytest.approx(2 * stats.norm.sf(z), abs=0.02)
+        assert found["median"] is None
+    shifted = statistics.agreement(ours, 30, 2.0, 2.0)
+    assert shifted["mean"] is not None
+    assert shifted["median"] is not None
+    assert max(shifted["mean"], shifted["median"]) < 1e-3
 
 
 def test_counts_are_compared_by_fishers_exact_test():
     """9 of 10 against 2 of 10: hypergeometric probabilities of what is as rare or rarer."""
     weights = [math.comb(10, k) * math.comb(10, 11 - k) for k in range(1, 11)]
     tail = sum(w for w in weights if w <= math.comb(10, 9) * math.comb(10, 2))
-    assert referee.same_share(9, 10, 2, 10) == pytest.approx(tail / sum(weights))
-    assert referee.same_share(5, 10, 10, 20) == 1
-
-
-def test_summary():
-    s = referee.summary(np.array([4.0, 1, 2, 3, 5]))
-    assert (s.runs, s.mean, s.median, s.low, s.high) == (5, 3, 3, 2, 4)
+    assert statistics.same_share(9, 10, 2, 10) == pytest.approx(tail / sum(weights))
+    assert statistics.same_share(5, 10, 10, 20) == 1
 
 
 @pytest.fixture
@@ -424,14 +421,14 @@ def test_a_command_of_several_experiments_repeats_none_of_them(
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert ran == ["Exp9", "Exp10", "Exp10"]
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.glob("*.joblib"))
 
 
 def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, small_protocols):
     monkeypatch.setattr("sys.argv", ["constrained-growth", "reproduce", "Exp9", "--seeds", "6"])
     file, out = tmp_path / "numbers.json", tmp_path / "out"
     options = ["--seeds", "6", "--seed", "2", "--json", str(file), "--out", str(out)]
-    ran = CliRunner().invoke(app, ["reproduce", "Exp9", *options])
+    ran = CliRunner().invoke(app, ["reproduce", "eXP9", *options])
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text(), parse_constant=pytest.fail)
     found = reproduce(small_protocols["Exp9"], range(2, 8))
@@ -508,20 +505,16 @@ def test_unknown_names_are_refused():
     assert "Exp7 is none of Exp6" in ran.stderr.replace("\n", " ")
 
 
-def test_the_choices_of_the_command_are_the_families_there_are():
-    assert [name.value for name in FamilyName] == list(FAMILIES)
-
-
 def test_arms_are_compared_no_later_than_the_end():
     """Seven epochs after the insertion: after one, and at the end."""
-    content = json.loads(report.to_json(reproduce(tiny(), range(3)), "x"))
+    content = report.numbers(reproduce(tiny(), range(3)))
     moments = [pair["after"] for pair in content["pairs"] if pair["arms"] == ["LImax", "N1"]]
     assert moments == [1, None]
 
 
 def test_the_effort_has_no_number_where_the_median_run_never_gets_there():
     found = reproduce(tiny(), range(3))
-    content = json.loads(report.to_json(found, "x"), parse_constant=pytest.fail)
+    content = json.loads(to_json(report.numbers(found)), parse_constant=pytest.fail)
     level = content["effort"]["N1"]["levels"]["0.1"]
     assert level == {"reached": 0.0, "epochs": None, "multiply_adds": None}
 
@@ -571,7 +564,7 @@ def test_mnist_that_is_not_there_is_refused(tmp_path):
     assert "train-images-idx3-ubyte" in ran.stderr.replace("\n", "")
     folder = tmp_path / "MNIST" / "raw"
     write_idx(folder, "train-images-idx3-ubyte", np.zeros((4, 8, 8), np.uint8), pack=False)
-    with refused(cg.DataError, "train-images-idx3-ubyte", "no file of MNIST"):
+    with refused(cg.DataError, "train-images-idx3-ubyte", "not a file of MNIST"):
         mnist(tmp_path)
 
 

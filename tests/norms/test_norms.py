@@ -373,6 +373,33 @@ def test_damped_kronecker_fisher_keeps_scale_and_rotation(order: Order) -> None:
     assert value(stretched, cotangents) != pytest.approx(expected, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-9, 1e-3, 0.1, 3.0])
+@pytest.mark.parametrize("order", ["fro", "nuc"])
+def test_damped_kronecker_fisher_by_symmetric_roots(
+    order: Order, damping: float, dtype: torch.dtype
+) -> None:
+    """G^(-1/2) λ̃ A^(-1/2) with the symmetric roots, from eigenvectors in NumPy."""
+
+    def inverse_root(moment: Tensor) -> Array:
+        values, vectors = np.linalg.eigh(moment.double().numpy())
+        damped = values.clip(min=0) + damping * values.mean()
+        return (vectors / np.sqrt(damped)) @ vectors.T
+
+    for data in (samples(3), with_dead_unit_and_softmax(), samples(5, n=3, width=8)):
+        features, cotangents = (tensor.to(dtype) for tensor in data)
+        multiplier = multiplier_of(features, cotangents)
+        moments = SecondMoments.of(features, cotangents, "bias")
+        matrix = torch.cat([multiplier["weight"], multiplier["bias"][:, None]], dim=1).double()
+        whitened = (
+            inverse_root(moments.cotangents) @ matrix.numpy() @ inverse_root(moments.features)
+        )
+        found = float(KroneckerFisher(damping, ord=order)(multiplier, {"weight": moments}))
+        assert found == pytest.approx(
+            np.linalg.norm(whitened, order), rel=1e-5 if dtype == torch.float32 else 1e-9
+        )
+
+
 def test_damping_tends_to_the_pseudo_inverse() -> None:
     data = with_dead_unit_and_softmax()
     exact = kronecker_fisher(*data)

@@ -1,1 +1,1 @@
-"""How well rules decide: every site really tried."""
+"""How well rules decide: every site is really tried."""

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from constrained_growth.experiments.decisions.tasks import Moment, Task
 from constrained_growth.experiments.ensembles.growth import insert_layer, new_layer
 from constrained_growth.experiments.ensembles.networks import Samples
 from constrained_growth.experiments.ensembles.training import Shuffle, train
-
-Array = NDArray[np.float64]
+from constrained_growth.experiments.statistics import Array
 
 LAST = 10
 """The final loss is the mean over the last tenth of the epochs."""
 
 MORE = 21
-"""So many epochs more are trained, so that it is known what passes would buy that a rule spends."""
+"""Further epochs are trained, to know what the passes would buy that a rule spends."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +29,10 @@ class Outcomes:
 
     Attributes:
         inserted: A layer at each site, at its pins; shape (sites, networks, runs, 1 + MORE), the
-            last index for how many epochs more than the task says.
+            last index for the number of further epochs.
         nothing: Inserting nothing, shape (networks, runs, 1 + MORE).
-        rehearsal: One more run with an order of its own, for a rule that tries every site to the
-            end; shape (sites, networks).
+        rehearsal: One more run with its own order, for a rule that tries every site to the end;
+            shape (sites, networks).
     """
 
     inserted: Array
@@ -44,12 +41,9 @@ class Outcomes:
 
 
 def outcomes(moment: Moment, runs: int, on_epoch: Callable[[], object] = lambda: None) -> Outcomes:
-    """Insert at every site of every network, and nowhere, and train on.
+    """Insert at every site of every network, and nowhere; train on in `runs` orders of the data.
 
-    Args:
-        moment: The networks.
-        runs: How many orders of the data, so that luck is not taken for skill.
-        on_epoch: Called after every epoch, `epochs(moment.task, sites)` times in all.
+    `on_epoch` is called `epochs(moment.task, sites)` times.
     """
     count, sites = len(moment.models), range(len(moment.blocks[0]))
     nothing = continued(moment, [-1] * count, moment.blocks, range(runs), on_epoch)
@@ -66,18 +60,17 @@ def continued(
     runs: Sequence[int],
     on_epoch: Callable[[], object] = lambda: None,
 ) -> Array:
-    """Insert into each network at a site of its own, and train on.
+    """Insert into each network at its site, and train on; networks with one site train together.
 
     Args:
         moment: The networks.
-        sites: Of each network the number of the site; −1 inserts nothing.
-        blocks: Of each network the layer for every site, with the values it starts at.
+        sites: The site of each network; −1 inserts nothing.
+        blocks: For each network the layer at every site, with the values it starts from.
         runs: Numbers of the orders of the data.
-        on_epoch: Called after every epoch; networks of one site are trained together.
+        on_epoch: Called after every epoch.
 
     Returns:
-        Final training losses after 0, 1, … MORE epochs more than the task says, shape (networks,
-        runs, 1 + MORE).
+        Final training losses after 0, 1, … MORE further epochs, shape (networks, runs, 1 + MORE).
     """
     task = moment.task
     found = np.empty((len(sites), len(runs), 1 + MORE))
@@ -95,7 +88,10 @@ def continued(
             task.optimizer,
             loss=task.loss,
             batch=task.batch,
-            order=Shuffle([_order(moment.seeds[i], run) for i in mine for run in runs]),
+            # no other network or run has the same order
+            order=Shuffle(
+                [1_000_000 + 1_000 * moment.seeds[i] + run for i in mine for run in runs]
+            ),
             on_epoch=on_epoch,
         )
         loss, last = history.loss.double().numpy(), max(1, task.after // LAST)
@@ -116,7 +112,7 @@ def _order(seed: int, run: int) -> int:
 
 
 def key(task: Task, seeds: Sequence[int], runs: int) -> str:
-    """A file name that other networks, data, layers, settings or seeds would not have."""
+    """Of the cache; changes with networks, data, layers, settings and seeds."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds[0])
         model, data, _ = task.begin(seeds[0])
@@ -126,18 +122,4 @@ def key(task: Task, seeds: Sequence[int], runs: int) -> str:
     digest = hashlib.sha256(described.encode())
     for tensor in (*model.parameters(), *data):
         digest.update(tensor.detach().numpy().tobytes())
-    return f"decisions-{task.name}-{digest.hexdigest()[:16]}.npz"
-
-
-def save(file: Path, found: Outcomes) -> None:
-    """Written under another name first: a file that is there is whole."""
-    unfinished = file.with_suffix(".part")
-    with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, **{f.name: getattr(found, f.name) for f in fields(found)})
-    unfinished.replace(file)
-
-
-def load(file: Path) -> Outcomes:
-    """What was saved."""
-    with np.load(file, allow_pickle=False) as arrays:
-        return Outcomes(*(arrays[f.name] for f in fields(Outcomes)))
+    return f"decisions-{task.name}-{digest.hexdigest()[:16]}"

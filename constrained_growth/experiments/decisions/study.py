@@ -1,43 +1,45 @@
-"""How far each rule can be trusted: its decisions held against what really becomes of all sites."""
+"""`bench decisions`: decisions of each rule, compared with what really becomes of all sites."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
 from numpy.typing import NDArray
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from constrained_growth.errors import DataError
+from constrained_growth.experiments.caching import cached
+from constrained_growth.experiments.decisions.arms import ARMS, Arm, Choices, choices
 from constrained_growth.experiments.decisions.outcomes import (
     MORE,
     Outcomes,
     continued,
     epochs,
     key,
-    load,
     outcomes,
-    save,
 )
-from constrained_growth.experiments.decisions.rules import ARMS, Arm, Choices, choices
-from constrained_growth.experiments.decisions.statistics import (
+from constrained_growth.experiments.decisions.tasks import SUITE, Moment, Task, at_the_moment
+from constrained_growth.experiments.statistics import (
+    LEVEL,
+    Array,
     Estimate,
     Yardstick,
     estimate,
     mean_difference,
     resampled_regret,
-    signal,
-    yardstick,
 )
-from constrained_growth.experiments.decisions.tasks import SUITE, Moment, Task, at_the_moment
-from constrained_growth.experiments.timing import Machine, one_thread
+from constrained_growth.experiments.tables import interval, titled
+from constrained_growth.experiments.timing import described, machine, one_thread
 
-Array = NDArray[np.float64]
-
+Content = Mapping[str, Any]
 
 CLEAR = 2.0
 """The place matters where the mean site is this many standard errors above the best."""
@@ -45,14 +47,7 @@ CLEAR = 2.0
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run.
-
-    Attributes:
-        tasks: Which tasks.
-        networks: How many of each.
-        runs: How many orders of the data after every insertion, two or more.
-        workers: Processes, one thread each.
-    """
+    """How many networks of which tasks, and orders of the data after each insertion, are run."""
 
     tasks: Sequence[Task]
     networks: int
@@ -71,19 +66,18 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Decided:
-    """What an arm did on a task.
+    """What an arm did on a task; all of shape (networks,), losses are means over the runs.
 
     Attributes:
-        sites: Where each network gained a layer, −1 for nowhere; shape (networks,).
-        passes: What the decision cost, in gradient passes, shape (networks,).
-        loss: Final training loss, the mean over the runs, shape (networks,). Layers that start
-            elsewhere than at their pins are trained on from there.
-        at_pin: The same where these start at their pins as all others do.
-        trained_on: Final loss where what is left of `MORE` passes is spent on as many epochs more
-            of training; NaN for networks where the decision costs more than these.
+        sites: Where each network gained a layer, −1 for nowhere.
+        passes: Cost of the decision, in gradient passes.
+        loss: Final training loss, each layer trained on from where the decision starts it.
+        at_pin: The same with all layers starting at their pins.
+        trained_on: The same as `loss` if the rest of `MORE` passes is spent on further epochs; NaN
+            where the decision costs more.
     """
 
-    sites: NDArray[np.int64]
+    sites: NDArray[np.integer]
     passes: Array
     loss: Array
     at_pin: Array
@@ -92,251 +86,254 @@ class Decided:
 
 @dataclass(frozen=True)
 class Judged:
-    """One task.
+    """A task, for each network the site known to lack a layer, all outcomes, and what arms did."""
 
-    Attributes:
-        task: Its name.
-        about: One line about it.
-        half: 0 or 1.
-        planted: For each network the site where a layer is known to be missing, or None.
-        outcomes: Of all sites.
-        against: The best and the mean site.
-        arms: Name → what it did.
-    """
-
-    task: str
-    about: str
-    half: int
-    planted: tuple[int | None, ...]
+    task: Task
+    planted: Sequence[int | None]
     outcomes: Outcomes
     against: Yardstick
     arms: Mapping[str, Decided]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """An arm on a task.
-
-    Attributes:
-        regret: Relative to random, with its interval over networks.
-        at_pin: The same for the sites alone: all layers start at their pins.
-        equal_cost: The same where every arm has `MORE` passes, those that its decision does not
-            take being spent on epochs more of training; held against the same best and mean site.
-            None where a decision costs more.
-        planted_rate: In which share of the networks the planted site was chosen, or None.
-        loss: Final training loss, the mean over networks and runs.
-        loss_not_inserting: That of inserting nothing.
-        against_nothing: The difference of the two, with its interval over networks.
-        cost_passes: Mean cost of a decision, in gradient passes over the data.
-        inserted: In which share of the networks something was inserted.
-    """
-
-    regret: Estimate
-    at_pin: Estimate
-    equal_cost: Estimate | None
-    planted_rate: float | None
-    loss: float
-    loss_not_inserting: float
-    against_nothing: Estimate
-    cost_passes: float
-    inserted: float
-
-
-@dataclass(frozen=True)
-class DecisionBenchmark:
-    """All that `bench decisions` found.
-
-    Attributes:
-        machine: Where.
-        seed: The networks are numbers seed · networks, … of an endless row.
-        plan: How much was run.
-        tasks: In the order of the plan.
-        verdicts: Task → arm → how it did.
-        means: Group of tasks (see `groups`) → arm → mean regret over them.
-        equal_cost: Arm → mean over all tasks of the regret at equal cost, for arms that have one.
-    """
-
-    machine: Machine
-    seed: int
-    plan: Plan
-    tasks: tuple[Judged, ...]
-    verdicts: Mapping[str, Mapping[str, Verdict]]
-    means: Mapping[str, Mapping[str, Estimate]]
-    equal_cost: Mapping[str, Estimate]
-
-
-def run_decisions(
+def run(
     plan: Plan,
     seed: int = 0,
     *,
     arms: Sequence[Arm] = ARMS,
     cache: Path | None = None,
     progress: bool | None = None,
-) -> DecisionBenchmark:
-    """Insert everywhere, ask every rule, and compare.
+) -> dict[str, Any]:
+    """Insert everywhere, ask every rule, and compare; deterministic in plan, seed and arms.
 
     Args:
         plan: How much.
         seed: Other seeds have other networks, none of them the same.
         arms: The rules.
         cache: Folder for what became of the networks of each task, so that an interrupted run
-            goes on where it was, and other rules can be asked without training all again. None
-            keeps nothing.
+            resumes, and other rules can be asked without training again. None keeps nothing.
         progress: Show bars; None (default) only on a terminal.
 
     Returns:
-        The result, which depends on plan, seed and arms alone.
+        The numbers that `--json` writes: for each task and arm its regret (with interval), cost
+        and losses, means over groups of tasks, and under "details" every network's losses.
 
     Raises:
-        DataError: There are fewer than two networks or runs, or arms of one name.
+        DataError: There are fewer than two networks or runs, or two arms with the same name.
     """
     if plan.networks < 2 or plan.runs < 2:
         raise DataError(
             f"networks={plan.networks}, runs={plan.runs} of plan: at least two of each are needed."
         )
-    if len({arm.name for arm in arms}) != len(arms):
-        raise DataError(f"arms have one name: {[arm.name for arm in arms]}.")
+    names = [arm.name for arm in arms]
+    if len(set(names)) != len(names):
+        raise DataError(f"arms share a name: {names}.")
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
     jobs = [
-        delayed(judge)(task, seeds, plan.runs, arms, cache, progress, at)
+        delayed(_judge)(task, seeds, plan.runs, arms, cache, progress, at)
         for at, task in enumerate(plan.tasks)
     ]
     with one_thread():
         found: Any = Parallel(n_jobs=min(plan.workers, len(jobs)))(jobs)
-        machine = Machine.here()
-    names = [arm.name for arm in arms]
-    verdicts = {task.task: {name: verdict(task, name) for name in names} for task in found}
-    cheap = [name for name in names if all(arms[name].equal_cost for arms in verdicts.values())]
-    return DecisionBenchmark(
-        machine,
-        seed,
-        plan,
-        tuple(found),
-        verdicts,
-        {
-            group: {name: mean_regret(tasks, [t.arms[name].loss for t in tasks]) for name in names}
-            for group, tasks in groups(found).items()
+        here = machine()
+    by_group = _groups(found)
+    affordable = [n for n in names if all((t.arms[n].passes <= MORE).all() for t in found)]
+    return {
+        "tasks": {t.task.name: {name: _row(t, name) for name in names} for t in found},
+        "means": {
+            group: {name: _mean(tasks, [t.arms[name].loss for t in tasks]) for name in names}
+            for group, tasks in by_group.items()
         },
-        {name: mean_regret(found, [t.arms[name].trained_on for t in found]) for name in cheap},
-    )
+        "groups": {name: [t.task.name for t in tasks] for name, tasks in by_group.items()},
+        "equal_cost": {
+            "passes": MORE,
+            "tasks": {
+                t.task.name: {
+                    name: _value(_regret_of(t, decided.trained_on))
+                    for name, decided in t.arms.items()
+                    if (decided.passes <= MORE).all()
+                }
+                for t in found
+            },
+            "mean": {n: _mean(found, [t.arms[n].trained_on for t in found]) for n in affordable},
+        },
+        "details": {t.task.name: _details(t) for t in found},
+        "machine": here,
+        "seed": seed,
+        "networks": plan.networks,
+        "runs": plan.runs,
+    }
 
 
-def judge(
+def _judge(
     task: Task,
     seeds: Sequence[int],
     runs: int,
     arms: Sequence[Arm],
-    cache: Path | None = None,
-    progress: bool | None = None,
-    line: int = 0,
+    cache: Path | None,
+    progress: bool | None,
+    line: int,
 ) -> Judged:
-    """One task: its networks, what becomes of them, and what the arms decide.
-
-    Args:
-        task: The task.
-        seeds: Of the networks.
-        runs: Orders of the data.
-        arms: The rules.
-        cache: As for `run_decisions`.
-        progress: As there.
-        line: Where the bar is on the screen.
-    """
+    """One task: its networks, what becomes of them, and what the arms decide."""
     quiet = None if progress is None else not progress
     with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=quiet) as bar:
         bar.reset(task.before)
         moment = at_the_moment(task, seeds, bar.update)
-        found = _outcomes(moment, runs, cache, bar)
-        bar.total += len(seeds)
+        bar.total += epochs(task, len(moment.blocks[0])) + len(seeds)
+        found = cached(cache, key(task, seeds, runs), lambda: outcomes(moment, runs, bar.update))
         chosen = choices(moment, arms, found.rehearsal, bar.update)
         decided = {name: _decided(moment, each, found, bar) for name, each in chosen.items()}
-    return Judged(
-        task.name,
-        task.about,
-        task.half,
-        tuple(moment.planted),
-        found,
-        yardstick(found.inserted[..., 0]),
-        decided,
-    )
+    return Judged(task, moment.planted, found, Yardstick.of(found.inserted[..., 0]), decided)
 
 
-def verdict(judged: Judged, arm: str, seed: int = 0) -> Verdict:
-    """How an arm did on a task.
-
-    Args:
-        judged: The task.
-        arm: Name of the arm.
-        seed: Of the bootstrap.
-    """
-    decided = judged.arms[arm]
-    nothing = judged.outcomes.nothing[..., 0].mean(1)
-    known = [(p, site) for p, site in zip(judged.planted, decided.sites, strict=True)]
-    planted = [p == site for p, site in known if p is not None]
-
-    def regret(loss: Array) -> Estimate:
-        return estimate(resampled_regret(loss, judged.against, seed))
-
-    return Verdict(
-        regret=regret(decided.loss),
-        at_pin=regret(decided.at_pin),
-        equal_cost=None if (decided.passes > MORE).any() else regret(decided.trained_on),
-        planted_rate=float(np.mean(planted)) if planted else None,
-        loss=float(decided.loss.mean()),
-        loss_not_inserting=float(nothing.mean()),
-        against_nothing=mean_difference(decided.loss, nothing, seed),
-        cost_passes=float(decided.passes.mean()),
-        inserted=float((decided.sites >= 0).mean()),
-    )
+def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Decided:
+    """What became of the choices; layers that start off their pins are trained now."""
+    sites, passes = np.array(chosen.sites), np.array(chosen.passes)
+    rows = np.arange(len(sites))
+    known = np.concatenate([found.inserted, found.nothing[None]]).mean(2)
+    at_pin = loss = known[sites, rows]
+    if any(mine is not pinned for mine, pinned in zip(chosen.blocks, moment.blocks, strict=True)):
+        bar.total += epochs(moment.task, len(set(chosen.sites)) - 1)
+        runs = range(found.nothing.shape[1])
+        loss = continued(moment, chosen.sites, chosen.blocks, runs, bar.update).mean(1)
+    left = np.floor(MORE - passes + 1e-9)  # passes are sums of thirds
+    trained_on = np.where(left >= 0, loss[rows, np.maximum(left, 0).astype(int)], np.nan)
+    return Decided(sites, passes, loss[:, 0], at_pin[:, 0], trained_on)
 
 
-def mean_regret(tasks: Sequence[Judged], losses: Sequence[Array], seed: int = 0) -> Estimate:
-    """Mean over tasks of the regret relative to random, the networks of each drawn anew.
-
-    Args:
-        tasks: At least one.
-        losses: Of an arm on each of them, shape (networks,).
-        seed: Of the bootstrap.
-    """
-    each = [
-        resampled_regret(loss, task.against, seed + 1_000 * (1 + index))
-        for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
-    ]
-    return estimate(np.mean(each, axis=0))
-
-
-def groups(tasks: Sequence[Judged]) -> dict[str, list[Judged]]:
+def _groups(tasks: Sequence[Judged]) -> dict[str, list[Judged]]:
     """The tasks over which regrets are averaged: all, the halves, those where the place matters."""
     found = {
         "all": list(tasks),
-        "half 0": [task for task in tasks if task.half == 0],
-        "half 1": [task for task in tasks if task.half == 1],
-        "place matters": [task for task in tasks if signal(task.against) >= CLEAR],
+        "half 0": [t for t in tasks if t.task.half == 0],
+        "half 1": [t for t in tasks if t.task.half == 1],
+        "place matters": [t for t in tasks if t.against.signal >= CLEAR],
     }
     return {name: some for name, some in found.items() if some}
 
 
-def _outcomes(moment: Moment, runs: int, cache: Path | None, bar: tqdm) -> Outcomes:
-    """From the cache, or made and put there."""
-    file = None if cache is None else cache / key(moment.task, moment.seeds, runs)
-    if file is not None and file.exists():
-        return load(file)
-    bar.total += epochs(moment.task, len(moment.blocks[0]))
-    found = outcomes(moment, runs, bar.update)
-    if file is not None:
-        save(file, found)
-    return found
+def _regret_of(judged: Judged, loss: Array) -> Estimate:
+    return estimate(resampled_regret(loss, judged.against, 0))
 
 
-def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Decided:
-    """What became of the choices; of layers that start elsewhere it has to be seen first."""
-    known = np.concatenate([found.inserted, found.nothing[None]]).mean(2)
-    at_pin = known[chosen.sites, np.arange(len(chosen.sites))]
-    loss = at_pin
-    if chosen.blocks is not None:
-        sites, runs = chosen.sites.tolist(), range(found.nothing.shape[1])
-        bar.total += epochs(moment.task, len(set(sites)) - 1)
-        loss = continued(moment, sites, chosen.blocks, runs, bar.update).mean(1)
-    left = np.floor(MORE - chosen.passes + 1e-9)  # passes are sums of thirds
-    rows, more = np.arange(len(left)), np.maximum(left, 0).astype(int)
-    trained_on = np.where(left >= 0, loss[rows, more], np.nan)
-    return Decided(chosen.sites, chosen.passes, loss[:, 0], at_pin[:, 0], trained_on)
+def _mean(tasks: Sequence[Judged], losses: Sequence[Array]) -> dict[str, Any]:
+    """Mean over tasks of an arm's regret relative to random, the networks of each resampled."""
+    each = [
+        resampled_regret(loss, task.against, 1_000 * (1 + index))
+        for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
+    ]
+    return _value(estimate(np.mean(each, axis=0)))
+
+
+def _value(regret: Estimate) -> dict[str, Any]:
+    return {"regret": regret.value, "interval": [regret.low, regret.high]}
+
+
+def _row(judged: Judged, arm: str) -> dict[str, Any]:
+    decided = judged.arms[arm]
+    pairs = zip(judged.planted, decided.sites, strict=True)
+    planted = [missing == site for missing, site in pairs if missing is not None]
+    return {
+        **_value(_regret_of(judged, decided.loss)),
+        "planted_rate": float(np.mean(planted)) if planted else None,
+        "loss": float(decided.loss.mean()),
+        "loss_not_inserting": float(judged.outcomes.nothing[..., 0].mean(1).mean()),
+        "cost_passes": float(decided.passes.mean()),
+    }
+
+
+def _details(judged: Judged) -> dict[str, Any]:
+    found = judged.outcomes
+    nothing = found.nothing[..., 0].mean(1)
+    return {
+        "about": judged.task.about,
+        "half": judged.task.half,
+        "signal": judged.against.signal,
+        "planted": judged.planted,
+        "best": judged.against.best.tolist(),
+        "inserted": found.inserted[..., 0].tolist(),
+        "nothing": found.nothing[..., 0].tolist(),
+        "rehearsal": found.rehearsal.tolist(),
+        "rules": {
+            arm: {
+                "regret_at_pins": _value(_regret_of(judged, decided.at_pin)),
+                "against_nothing": asdict(mean_difference(decided.loss, nothing)),
+                "inserted": float((decided.sites >= 0).mean()),
+                "sites": decided.sites.tolist(),
+                "losses": decided.loss.tolist(),
+                "losses_at_equal_cost": decided.trained_on.tolist(),
+                "passes": decided.passes.tolist(),
+            }
+            for arm, decided in judged.arms.items()
+        },
+    }
+
+
+def tables(found: Content) -> RenderableType:
+    """The machine, how to read it, a table for each task, and the means over the suite."""
+    passes = found["equal_cost"]["passes"]
+    return Group(
+        Text(
+            f"{described(found['machine'])}; seed {found['seed']}. {found['networks']} networks of "
+            f"each task, {found['runs']} runs after every insertion.\n"
+        ),
+        Text(
+            "Regret is relative to random: 0 is the best site in expectation, 1 no better "
+            f"than chance; in brackets the {LEVEL:.0%} bootstrap interval over networks. “At the "
+            "pins” is the regret of the site alone, where a rule starts its layer off its pins. "
+            "Loss is the final training loss. “− nothing” is that minus the loss of inserting "
+            "nothing. Cost is in gradient passes over the data, for one decision. Regret “at equal "
+            f"cost”: every rule has {passes} passes, and spends those that its decision does not "
+            "take on further epochs; it is compared with the same best and mean site, so that it "
+            "is below 0 where these epochs buy more than the best site, and blank where a decision "
+            "takes more passes.\n"
+        ),
+        *(_task(task, found) for task in found["tasks"]),
+        _means(found),
+    )
+
+
+def _task(task: str, found: Content) -> Table:
+    about, equal = found["details"][task], found["equal_cost"]["tasks"][task]
+    clear, planted = about["signal"], any(site is not None for site in about["planted"])
+    matters = "" if clear >= CLEAR else "; the place hardly matters"
+    headings = ["regret", "at the pins", "equal cost", "planted", "loss", "− nothing"]
+    headings += ["inserted", "cost"]
+    columns = [heading for heading in headings if planted or heading != "planted"]
+    table = titled(
+        f"{task}: {about['about']}. Best site {np.mean(about['best']):.4g}, mean site "
+        f"{np.mean(about['inserted']):.4g} ({clear:.1f} standard errors apart{matters}), "
+        f"not inserting {np.mean(about['nothing']):.4g}. Half {about['half']}.",
+        "rule",
+        *columns,
+    )
+    for arm, row in found["tasks"][task].items():
+        more = about["rules"][arm]
+        at_pins, nothing = more["regret_at_pins"]["regret"], more["against_nothing"]
+        cells = {
+            "regret": _regret(row),
+            "at the pins": "" if at_pins == row["regret"] else f"{at_pins:.2f}",
+            "equal cost": f"{equal[arm]['regret']:.2f}" if arm in equal else "",
+            "planted": "" if row["planted_rate"] is None else f"{row['planted_rate']:.0%}",
+            "loss": f"{row['loss']:.4g}",
+            "− nothing": interval(nothing["value"], nothing["low"], nothing["high"], ".2g"),
+            "inserted": f"{more['inserted']:.0%}",
+            "cost": f"{row['cost_passes']:.3g}",
+        }
+        table.add_row(arm, *(cells[heading] for heading in columns))
+    return table
+
+
+def _means(found: Content) -> Table:
+    equal = found["equal_cost"]["mean"]
+    columns = [f"{group} ({len(found['groups'][group])})" for group in found["means"]]
+    table = titled("Mean regret over tasks", "rule", *columns, "equal cost (all)", "cost")
+    for arm in found["means"]["all"]:
+        cost = np.mean([arms[arm]["cost_passes"] for arms in found["tasks"].values()])
+        shown = [_regret(arms[arm]) for arms in found["means"].values()]
+        shown.append(_regret(equal[arm]) if arm in equal else "")
+        table.add_row(arm, *shown, f"{cost:.3g}")
+    return table
+
+
+def _regret(row: Content) -> str:
+    return interval(row["regret"], *row["interval"])

@@ -1,4 +1,4 @@
-"""The suite on which decisions are judged: networks trained to the moment of an insertion."""
+"""The suite on which decisions are judged: networks trained up to the moment of insertion."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
-from constrained_growth.experiments.data import digits, mnist1d, two_spirals
+from constrained_growth.experiments.data import Split, digits, mnist1d, two_spirals
 from constrained_growth.experiments.ensembles.networks import (
     Ensemble,
     Loss,
@@ -18,6 +18,7 @@ from constrained_growth.experiments.ensembles.networks import (
     cross_entropy,
     ensemble,
     samples,
+    sites_of,
     squared_error,
 )
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
@@ -28,21 +29,16 @@ Data = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """Networks of one kind, each on data of its own, and how they are trained.
+    """Networks of one kind, each on its own data, and how they are trained.
 
     Attributes:
-        name: In tables and files.
-        about: One line for the reader.
         begin: Seed → network and data before the first step, and the site (number of the hidden
-            stage after which it is) where a layer is known to be missing, or None.
+            stage before it) where a layer is known to be missing, or None.
         block: Width of a site → the layer that could be inserted there.
         optimizer: The same before and after.
-        batch: Samples in a batch.
-        before: Epochs to the moment of insertion.
-        after: Epochs after it.
-        loss: What is minimised, for an ensemble.
-        loss_fn: The same for a plain network.
+        before, after: Epochs before and after the insertion.
         half: 0 or 1: constants chosen on one half of the suite are judged on the other.
+        loss: What is minimised, for an ensemble; `loss_fn` is the same for a plain network.
     """
 
     name: str
@@ -60,17 +56,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Moment:
-    """All networks of a task at the moment of insertion.
+    """All networks of a task at the moment of insertion, as an ensemble and as plain modules.
 
-    Attributes:
-        task: The task.
-        trained: The networks, one replica each.
-        data: Of each.
-        models: The same networks as plain modules.
-        plain: The same data as plain tensors.
-        blocks: For each network, the layer that could stand at each of its sites.
-        planted: For each network, the site where a layer is missing, or None.
-        seeds: Of the networks.
+    `blocks` has for each network the layer that could be inserted at each of its sites, `planted`
+    the site where a layer is missing, or None.
     """
 
     task: Task
@@ -86,13 +75,9 @@ class Moment:
 def at_the_moment(
     task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
 ) -> Moment:
-    """Make the networks of a task, one for each seed, and train them to the moment of insertion.
+    """Make the networks of a task, one for each seed, and train them up to the insertion.
 
-    Args:
-        task: The task.
-        seeds: Of the networks: data, initial values, order of the samples, free parameters of the
-            layers.
-        on_epoch: Called after every epoch.
+    A seed determines data, initial values, order of the samples, and free parameters of the layers.
     """
     models, xs, ys, planted, blocks = [], [], [], [], []
     for seed in seeds:
@@ -121,17 +106,6 @@ def at_the_moment(
     return Moment(
         task, trained, data, models, list(zip(xs, ys, strict=True)), blocks, planted, seeds
     )
-
-
-def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
-    """Name and width of the modules whose outputs are the sites, in their order."""
-    found, width = [], 0
-    for index, module in enumerate(list(model)[:-1]):
-        if isinstance(module, nn.Linear):
-            width = module.out_features
-        else:
-            found.append((str(index), width))
-    return found
 
 
 def feedforward(widths: Sequence[int]) -> nn.Sequential:
@@ -163,30 +137,26 @@ def _tanh_block(width: int) -> nn.Module:
     return ResidualMLP(width, width, nn.Tanh())
 
 
-def _spirals(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+def _classifier(
+    make: Callable[[int], Split], *hidden: int
+) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
+    """A ReLU network with these hidden widths on a data set."""
+
     def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
-        split = two_spirals(seed)
-        return feedforward((2, *hidden, 2)), (split.x_train, split.y_train), None
+        split = make(seed)
+        model = feedforward((split.num_features, *hidden, split.num_classes))
+        return model, (split.x_train, split.y_train), None
 
     return begin
 
 
-def _digits(*hidden: int) -> Callable[[int], tuple[nn.Sequential, Data, None]]:
-    def begin(seed: int) -> tuple[nn.Sequential, Data, None]:
-        split = digits(seed)
-        return feedforward((64, *hidden, 10)), (split.x_train, split.y_train), None
-
-    return begin
+def _mnist1d(seed: int) -> Split:
+    return mnist1d(seed, num_samples=2000)
 
 
 def _mnist1d_residual(seed: int) -> tuple[nn.Sequential, Data, None]:
-    split = mnist1d(seed, num_samples=2000)
+    split = _mnist1d(seed)
     return residual(40, 8, 3, 10), (split.x_train, split.y_train), None
-
-
-def _mnist1d_bottleneck(seed: int) -> tuple[nn.Sequential, Data, None]:
-    split = mnist1d(seed, num_samples=2000)
-    return feedforward((40, 16, 4, 16, 4, 10)), (split.x_train, split.y_train), None
 
 
 def _friedman(seed: int) -> tuple[nn.Sequential, Data, None]:
@@ -218,62 +188,28 @@ def _planted(seed: int) -> tuple[nn.Sequential, Data, int]:
     return nn.Sequential(first, nn.Tanh(), *kept, last), (x, y), missing
 
 
+def _spirals(
+    name: str, about: str, hidden: Sequence[int], optimizer: Optimizer, half: int, before: int = 400
+) -> Task:
+    begin = _classifier(two_spirals, *hidden)
+    about = f"two spirals, ReLU {about}"
+    return Task(name, about, begin, _relu_layer, optimizer, 225, before, after=800, half=half)
+
+
+def _digits(name: str, about: str, optimizer: Optimizer, half: int, before: int) -> Task:
+    begin = _classifier(digits, 8, 8, 8, 8, 8)
+    about = f"digits, ReLU [8] × 5, {about}"
+    return Task(name, about, begin, _relu_layer, optimizer, 128, before, after=60, half=half)
+
+
 SUITE: tuple[Task, ...] = (
-    Task(
-        "spirals-4x2",
-        "two spirals, ReLU [4, 4], SGD, far from stationary",
-        _spirals(4, 4),
-        _relu_layer,
-        SGD(0.2),
-        batch=225,
-        before=400,
-        after=800,
-        half=0,
+    _spirals("spirals-4x2", "[4, 4], SGD, far from stationary", [4, 4], SGD(0.2), 0),
+    _spirals("spirals-6x4", "[6] × 4, SGD, far from stationary", [6] * 4, SGD(0.1), 1),
+    _spirals(
+        "spirals-4x4-adam", "[4] × 4, Adam, nearly stationary", [4] * 4, Adam(0.005), 0, before=800
     ),
-    Task(
-        "spirals-6x4",
-        "two spirals, ReLU [6] × 4, SGD, far from stationary",
-        _spirals(6, 6, 6, 6),
-        _relu_layer,
-        SGD(0.1),
-        batch=225,
-        before=400,
-        after=800,
-        half=1,
-    ),
-    Task(
-        "spirals-4x4-adam",
-        "two spirals, ReLU [4] × 4, Adam, nearly stationary",
-        _spirals(4, 4, 4, 4),
-        _relu_layer,
-        Adam(0.005),
-        batch=225,
-        before=800,
-        after=800,
-        half=0,
-    ),
-    Task(
-        "digits-8x5",
-        "digits, ReLU [8] × 5, SGD with momentum",
-        _digits(8, 8, 8, 8, 8),
-        _relu_layer,
-        SGD(0.02, 0.9),
-        batch=128,
-        before=40,
-        after=60,
-        half=1,
-    ),
-    Task(
-        "digits-8x5-adam",
-        "digits, ReLU [8] × 5, Adam",
-        _digits(8, 8, 8, 8, 8),
-        _relu_layer,
-        Adam(0.002),
-        batch=128,
-        before=60,
-        after=60,
-        half=0,
-    ),
+    _digits("digits-8x5", "SGD with momentum", SGD(0.02, 0.9), 1, before=40),
+    _digits("digits-8x5-adam", "Adam", Adam(0.002), 0, before=60),
     Task(
         "mnist1d-residual",
         "MNIST-1D, residual tanh blocks of width 8, Adam",
@@ -288,7 +224,7 @@ SUITE: tuple[Task, ...] = (
     Task(
         "mnist1d-bottleneck",
         "MNIST-1D, ReLU [16, 4, 16, 4], Adam",
-        _mnist1d_bottleneck,
+        _classifier(_mnist1d, 16, 4, 16, 4),
         _relu_layer,
         Adam(0.005),
         batch=200,

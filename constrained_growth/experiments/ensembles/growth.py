@@ -1,16 +1,15 @@
-"""Where a layer would help the replicas of an ensemble, and its insertion, each at its own site."""
+"""Multipliers of a layer at the sites of an ensemble, and its insertion, replica by replica."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._activations import computes_same
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError
 from constrained_growth.experiments.ensembles.networks import (
@@ -27,13 +26,9 @@ from constrained_growth.experiments.ensembles.stages import Stage, stage_of
 
 @dataclass(frozen=True)
 class NewLayer:
-    """A layer that can be inserted.
+    """A layer to insert; `start`, its parameters at the pins, is (replicas or 1, parameters).
 
-    Attributes:
-        stage: What it computes.
-        start: Its parameters at the pins, shape (replicas or 1, parameters).
-        names: Of its parameters in the plain block.
-        pinned: Which of them are pinned.
+    `names` are those of the parameters in the plain block, `pinned` the pinned ones among them.
     """
 
     stage: Stage
@@ -45,12 +40,7 @@ class NewLayer:
 def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
     """A block of the library as a layer to insert: the same for all replicas, or one for each.
 
-    Args:
-        blocks: One, or as many as there are replicas.
-        after: A stage that it may follow; needed for a convolution, to know the size of images.
-
-    Raises:
-        BlockError: It has no stacked form, see `stage_of`.
+    A convolution needs a stage that it may follow, `after`, for the size of images.
     """
     each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
     return NewLayer(
@@ -71,15 +61,8 @@ def multipliers(
 ) -> list[dict[str, Tensor]]:
     """λ = −∇_v L(θ, 0) of a layer at the sites of every replica, in one pass.
 
-    As in `solve`, no candidate stands in the network: its multipliers are made from the tensor x
-    at the site and δ = ∂L/∂x.
-
-    Args:
-        trained: The replicas.
-        data: Over which the loss is a mean.
-        layer: Of the width of these sites.
-        loss: Mean loss of each replica.
-        sites: Which; None (default) for all. Site k is the output of hidden stage k = 0, 1, ….
+    As in `solve`, the candidates are not built in: λ comes from the tensor x at the site and
+    δ = ∂L/∂x. Site k is the output of hidden stage k = 0, 1, …; by default all sites are measured.
 
     Returns:
         For each of the sites: pinned parameter → λ, shape (replicas, *its shape).
@@ -104,14 +87,9 @@ def frobenius(found: Sequence[Mapping[str, Tensor]], only: str | None = None) ->
 
 
 def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLayer) -> Ensemble:
-    """Every replica gains the layer, each at its own site; what it computes does not change.
+    """Insert the layer into every replica at its own site, `sites` of shape (replicas,).
 
-    The memory of the optimizer is kept; that of the new parameters is zero.
-
-    Args:
-        trained: The replicas; not changed.
-        sites: Site k is the output of hidden stage k = 0, 1, …; shape (replicas,).
-        layer: What to insert.
+    Outputs do not change. The optimizer's memory is kept; that of the new parameters is zero.
 
     Raises:
         CandidateError: There is no such site, the widths differ, or the replicas would no longer
@@ -129,7 +107,7 @@ def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLay
         replace(trained.stack, stages=(*stages[: k + 1], layer.stage, *stages[k + 1 :]))
         for k in distinct
     ]
-    if any(not _same(grown[0].stages, other.stages) for other in grown):
+    if len({repr(stack) for stack in grown}) > 1:  # an activation shows its settings in its repr
         raise CandidateError(
             f"inserting at sites {distinct} gives different architectures; insert into "
             "take(…) of the replicas, one site at a time."
@@ -178,17 +156,3 @@ def _check_width(stack: Stack, layer: NewLayer, sites: Sequence[int]) -> None:
             f"layer has width {layer.stage.width}, the sites have {widths}; insert into take(…) "
             "of the replicas, one width at a time."
         )
-
-
-def _same(some: Iterable[Stage], others: Iterable[Stage]) -> bool:
-    """Whether two sequences of stages compute the same; activations are compared by value."""
-    return all(
-        type(a) is type(b)
-        and all(
-            computes_same(getattr(a, f.name), getattr(b, f.name))
-            if f.name == "activation"
-            else getattr(a, f.name) == getattr(b, f.name)
-            for f in fields(a)  # type: ignore[arg-type]
-        )
-        for a, b in zip(some, others, strict=True)
-    )

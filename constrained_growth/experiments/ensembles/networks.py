@@ -40,11 +40,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class Samples:
-    """Data of all replicas, or the same for all (then the first dimension is 1).
+    """Inputs (replicas or 1, features, samples) and targets (replicas or 1, outputs, samples).
 
-    Attributes:
-        x: Inputs, shape (replicas or 1, features, samples).
-        y: Targets, shape (replicas or 1, outputs, samples); classes as unit vectors.
+    Classes are unit vectors; a first dimension of 1 holds the same data for all replicas.
     """
 
     x: Tensor
@@ -53,15 +51,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Replicas of one architecture, each with parameters of its own.
+    """Replicas of one architecture, each with its own parameters.
 
     Attributes:
         stack: The architecture.
         parameters: Shape (replicas, parameters), in the order of `model.parameters()`.
         running: Which replicas are still trained, bool of shape (replicas,).
         last_loss: Of the last epoch each was trained in, shape (replicas,); NaN before the first.
-        memory: What the optimizer remembers, each in the shape of `parameters`.
-        epochs: For how many epochs it was trained.
+        memory: State of the optimizer, each entry in the shape of `parameters`.
+        epochs: How many epochs it was trained.
     """
 
     stack: Stack
@@ -91,12 +89,12 @@ def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
 
     Args:
         models: Each a sequence of `nn.Linear` followed by an elementwise activation, and of the
-            blocks `IdentityLinear`, `ResidualLinear` and `ResidualMLP`, with an `nn.Linear` last.
-            Between an `nn.Unflatten` and an `nn.Flatten` also `nn.Conv2d`, padded by half of its
-            kernel, followed by an activation. The activations are those of the first network.
+            blocks `IdentityLinear`, `ResidualLinear` and `ResidualMLP`, with an `nn.Linear` last;
+            between `nn.Unflatten` and `nn.Flatten` also `nn.Conv2d` with an activation, padded by
+            half of its kernel. The activations are those of the first network.
 
     Raises:
-        CandidateError: A network has another form, or they are not of one architecture.
+        CandidateError: A network has another form, or the architectures differ.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))
@@ -116,16 +114,26 @@ def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
     return Ensemble(stack, parameters, running, parameters.new_full((len(rows),), torch.nan))
 
 
+def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
+    """Names and widths (of convolutions: channels) of the sites after hidden layers, in order."""
+    width, found = 0, []
+    for name, module in list(model.named_children())[:-1]:
+        if isinstance(module, nn.Linear):
+            width = module.out_features
+        elif isinstance(module, nn.Conv2d):
+            width = module.out_channels
+        elif not isinstance(module, nn.Flatten | nn.Unflatten):
+            found.append((name, width))
+    return found
+
+
 def samples(x: Sequence[Tensor], y: Sequence[Tensor], classes: int | None = None) -> Samples:
     """The data of each replica, or one data set for all, in the layout of an ensemble.
 
     Args:
         x: One tensor (samples, features) for each replica, or a single one.
-        y: Labels (samples,) of integers, or targets (samples, outputs), likewise.
-        classes: How many classes there are; None counts those in `y`.
-
-    Raises:
-        DataError: The sets differ in size.
+        y: Integer labels (samples,), or targets (samples, outputs), likewise.
+        classes: Number of classes; by default that of the labels in `y`.
     """
     if len(x) != len(y) or len({v.shape for v in x}) != 1 or len({v.shape for v in y}) != 1:
         raise DataError("x and y must hold data sets of one size, as many of x as of y.")
@@ -137,16 +145,9 @@ def samples(x: Sequence[Tensor], y: Sequence[Tensor], classes: int | None = None
 
 
 def forward(stack: Stack, parameters: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Outputs of all replicas, and the tensors at their sites.
+    """Outputs (replicas, outputs, samples), and the output of each hidden stage, their sites.
 
-    Args:
-        stack: The architecture.
-        parameters: Shape (replicas, parameters).
-        x: Inputs, shape (replicas or 1, features, samples).
-
-    Returns:
-        Outputs (replicas, outputs, samples), and after each hidden stage the tensor there,
-        (replicas, width, samples).
+    Parameters have shape (replicas, parameters), inputs (replicas or 1, features, samples).
     """
     *hidden, (weight, bias) = parts(parameters, stack.shapes)
     x = x.expand(len(parameters), -1, -1)
@@ -193,7 +194,7 @@ def gradient(
 
 
 def multiply_adds(stack: Stack) -> int:
-    """Multiplications with an addition in one forward pass of one sample, biases not counted."""
+    """Multiply-adds of one forward pass of one sample, without biases."""
     widths = [stack.inputs, *(stage.width for stage in stack.stages)]
     hidden = sum(s.multiply_adds(w) for s, w in zip(stack.stages, widths, strict=False))
     return hidden + stack.outputs * widths[-1]

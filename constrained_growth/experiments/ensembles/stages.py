@@ -1,9 +1,9 @@
-"""Hidden layers of many replicas at once, and what plain modules they stand for."""
+"""Hidden layers of many replicas at once, and the plain modules that they stand for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -12,14 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from constrained_growth._activations import Activation
-from constrained_growth.blocks import (
-    IdentityConv2d,
-    IdentityLinear,
-    ResidualLinear,
-    ResidualMLP,
-)
+from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualLinear, ResidualMLP
 from constrained_growth.errors import BlockError, CandidateError
+
+Activation = Callable[[Tensor], Tensor]
 
 
 class Stage(Protocol):
@@ -35,7 +31,7 @@ class Stage(Protocol):
         ...
 
     def multiply_adds(self, inputs: int) -> int:
-        """Of one forward pass of one sample; biases and activations are not counted."""
+        """Of one forward pass of one sample, without biases and activations."""
         ...
 
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
@@ -45,11 +41,12 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Dense:
-    """σ(Wx + b) − s."""
+    """σ(Wx + b) − s, or with `residual` x + σ(Wx + b) − s; parameters W, b."""
 
     width: int
     activation: Activation
     shift: float = 0.0
+    residual: bool = False
 
     def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
         """W, b."""
@@ -63,33 +60,13 @@ class Dense:
         """The layer."""
         weight, bias = parameters
         y = self.activation(affine(weight, bias, x))
-        return y - self.shift if self.shift else y
+        y = y - self.shift if self.shift else y
+        return x + y if self.residual else y
 
 
 @dataclass(frozen=True)
-class ResidualOne:
-    """x + σ(Wx + b)."""
-
-    width: int
-    activation: Activation
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """W, b."""
-        return (self.width, inputs), (self.width,)
-
-    def multiply_adds(self, inputs: int) -> int:
-        """Wx."""
-        return self.width * inputs
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer."""
-        weight, bias = parameters
-        return x + self.activation(affine(weight, bias, x))
-
-
-@dataclass(frozen=True)
-class ResidualTwo:
-    """x + W₂σ(W₁x + b)."""
+class Residual:
+    """x + W₂σ(W₁x + b); parameters W₁, b, W₂."""
 
     width: int
     hidden: int
@@ -111,15 +88,9 @@ class ResidualTwo:
 
 @dataclass(frozen=True)
 class Convolution:
-    """σ(K ∗ x + b) − s on images, which are flattened as (channels, height, width).
+    """σ(K ∗ x + b) − s on images of this (height, width), flattened as (channels, height, width).
 
-    Attributes:
-        channels: Of the output.
-        size: Height and width of the input.
-        kernel: k, odd; the image is padded with zeros by half of it.
-        stride: As in `nn.Conv2d`, in height and width.
-        activation: σ.
-        shift: s.
+    The kernel K has an odd size k; the image is padded with zeros by half of it.
     """
 
     channels: int
@@ -151,10 +122,9 @@ class Convolution:
         return self.width * before * self.kernel**2
 
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """The layer, a product for each replica; a grouped convolution is slow on processors.
+        """One product per replica, since a grouped convolution is slow on CPUs.
 
-        A column of the output is made from k columns of the input, by a matrix that is banded
-        in height.
+        A column of the output comes from k columns of the input, by a matrix banded in height.
         """
         kernel, bias = parameters
         replicas, _, samples = x.shape
@@ -176,7 +146,7 @@ class Convolution:
 
 @cache
 def _bands(height: int, kernel: int, stride: int, dtype: torch.dtype) -> Tensor:
-    """Which row of the input each row of a kernel meets, shape (k, rows of output, of input)."""
+    """Which input row each kernel row meets, shape (k, output rows, input rows)."""
     out = stride * torch.arange(-(-height // stride)).view(1, -1, 1)
     met = out + torch.arange(kernel).view(-1, 1, 1) - kernel // 2
     return (met == torch.arange(height)).to(dtype)
@@ -188,11 +158,7 @@ def affine(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
 
 
 def activated(module: nn.Conv2d | nn.Linear, activation: nn.Module, size: tuple[int, int]) -> Stage:
-    """What a plain layer and its activation compute; a convolution on images of this size.
-
-    Raises:
-        CandidateError: The layer has no bias, or the convolution is of another kind.
-    """
+    """The stage of a plain layer and its activation; a convolution is on images of this size."""
     if module.bias is None:
         raise CandidateError(f"{module} of model has no bias.")
     if isinstance(module, nn.Linear):
@@ -206,21 +172,13 @@ def activated(module: nn.Conv2d | nn.Linear, activation: nn.Module, size: tuple[
 
 
 def stage_of(block: nn.Module, after: Stage | None = None) -> Stage:
-    """What a block of the library computes, for all replicas at once.
-
-    Args:
-        block: `IdentityLinear`, `ResidualLinear`, `ResidualMLP` or `IdentityConv2d`.
-        after: The stage it follows, which says how large the images are.
-
-    Raises:
-        BlockError: It is none of these, or a convolution after something else.
-    """
+    """The stage of a block of the library; for a convolution `after` gives the size of images."""
     if isinstance(block, IdentityLinear):
         return Dense(block.weight.shape[0], block.activation, block.shift)
     if isinstance(block, ResidualLinear):
-        return ResidualOne(block.weight.shape[0], block.activation)
+        return Dense(block.weight.shape[0], block.activation, residual=True)
     if isinstance(block, ResidualMLP):
-        return ResidualTwo(block.outer.out_features, block.inner.out_features, block.activation)
+        return Residual(block.outer.out_features, block.inner.out_features, block.activation)
     if isinstance(block, IdentityConv2d) and isinstance(after, Convolution):
         channels, _, kernel, _ = block.weight.shape
         size, once = after.out_size, (1, 1)

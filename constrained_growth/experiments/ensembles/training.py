@@ -25,25 +25,17 @@ class Optimizer(Protocol):
     def step(
         self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
     ) -> None:
-        """Move the parameters, and update the memory, in place.
+        """Move the parameters and update the memory, in place, all (replicas, parameters).
 
-        Args:
-            parameters: Shape (replicas, parameters).
-            gradient: Same shape.
-            memory: What is remembered, in the same shape; empty before the first step.
-            running: 1.0 for replicas that are trained, 0.0 for others, shape (replicas, 1).
+        The memory is empty before the first step; `running` (replicas, 1) is 0.0 for replicas
+        that have stopped, else 1.0.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SGD:
-    """As `torch.optim.SGD`.
-
-    Attributes:
-        lr: Learning rate; a tensor (replicas, 1) or (replicas, parameters) for different ones.
-        momentum: As there.
-    """
+    """As `torch.optim.SGD`; `lr` may be a tensor (replicas, 1) or (replicas, parameters)."""
 
     lr: float | Tensor
     momentum: float = 0.0
@@ -60,13 +52,7 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """As `torch.optim.Adam`; parameters that come later count their steps from then on.
-
-    Attributes:
-        lr: Learning rate; a tensor (replicas, 1) or (replicas, parameters) for different ones.
-        betas: As there.
-        eps: As there.
-    """
+    """As `torch.optim.Adam`, `lr` as in `SGD`; new parameters count their own steps."""
 
     lr: float | Tensor
     betas: tuple[float, float] = (0.9, 0.999)
@@ -88,11 +74,7 @@ class Adam:
 
 @dataclass(frozen=True)
 class Shuffle:
-    """A new order of the samples in every epoch: the same for the same seed and epoch.
-
-    Attributes:
-        seeds: One for each replica.
-    """
+    """A new order of the samples in every epoch, fixed by seed and epoch; one seed per replica."""
 
     seeds: Sequence[int]
 
@@ -112,8 +94,8 @@ class History:
     """What training recorded; replicas that stopped keep their last values.
 
     Attributes:
-        loss: Mean over the batches of an epoch of the loss before each step, (epochs, replicas).
-        test_error: Share of wrong test samples after each epoch, (epochs, replicas), or None.
+        loss: Mean over an epoch's batches of the loss before each step, (epochs, replicas).
+        test_error: Share of misclassified test samples after each epoch, (epochs, replicas).
         trained: How many epochs each replica was trained, (replicas,).
     """
 
@@ -138,20 +120,17 @@ def train(
     """Train all replicas together for some epochs.
 
     Args:
-        begun: The replicas; not changed.
+        begun: The replicas; not changed. The optimizer goes on from `begun.memory`.
         data: To train on.
-        epochs: At most so many more.
-        optimizer: How to step; its memory goes on from `begun.memory`.
+        epochs: At most this many more.
+        optimizer: Makes the steps.
         loss: Mean loss of each replica.
-        batch: Samples in a batch, the last one may be smaller; None for all of them.
-        order: (epoch, samples) → in which order to read, (replicas, samples), such as `Shuffle`;
-            None for that of the data. Epochs count from `begun.epochs`.
-        test: Data to watch the error rate on, after every epoch.
+        batch: Samples in a batch (the last one may be smaller); by default all of them.
+        order: (epoch, samples) → order of reading, (replicas, samples), such as `Shuffle`; by
+            default that of the data. Epochs count from `begun.epochs`.
+        test: Data on which the error rate is measured after every epoch.
         stop_at: A replica whose test error is not above this stops for good; None never stops.
         on_epoch: Called after every epoch, such as `bar.update` of a progress bar.
-
-    Returns:
-        The replicas as they are then, and what was recorded.
     """
     parameters, running = begun.parameters.clone(), begun.running.clone()
     memory = {key: value.clone() for key, value in begun.memory.items()}
@@ -190,7 +169,7 @@ def train(
 
 
 def _batches(data: Samples, size: int | None, order: Tensor | None) -> Iterator[Samples]:
-    """One after the other, so that never more than a batch is copied."""
+    """One after the other: only one batch at a time is copied."""
     count = data.x.shape[2]
     size = count if size is None else min(size, count)
     for begin in range(0, count, size):

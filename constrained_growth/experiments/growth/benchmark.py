@@ -1,35 +1,43 @@
-"""Whether growing pays: multiply-adds and seconds to the loss that the big network comes to."""
+"""`bench growth`: multiply-adds and seconds to the loss that the big network ends with."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
 from joblib import Parallel, delayed
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.decisions.statistics import Estimate, mean_difference
-from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, run
-from constrained_growth.experiments.growth.statistics import first_at_most, saving, smoothed
+from constrained_growth.experiments.caching import cached
+from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, train
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask
-from constrained_growth.experiments.timing import Machine, one_thread
+from constrained_growth.experiments.statistics import (
+    LEVEL,
+    first_at_most,
+    mean_difference,
+    saving,
+    smoothed,
+)
+from constrained_growth.experiments.tables import interval, number, titled
+from constrained_growth.experiments.timing import described, machine, one_thread
+
+Content = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is run.
-
-    Attributes:
-        tasks: Which tasks.
-        seeds: How many runs of each arm: data, initial values, order of the batches.
-        workers: Processes, one thread each.
-    """
+    """Which tasks are run, from how many seeds (data, initial values, order of the batches)."""
 
     tasks: Sequence[GrowthTask]
     seeds: int
@@ -43,181 +51,166 @@ QUICK = Plan(
 )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What an arm came to on a task, one entry for each seed.
-
-    Attributes:
-        multiply_adds: Until the target was reached, decisions included; None where it was not.
-        seconds: Likewise.
-        final_loss: When it had spent the multiply-adds of the whole run of the big network.
-        held_out: The loss on data not trained on, then.
-        traces: The runs.
-    """
-
-    multiply_adds: tuple[int | None, ...]
-    seconds: tuple[float | None, ...]
-    final_loss: tuple[float, ...]
-    held_out: tuple[float, ...]
-    traces: tuple[Trace, ...]
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """An arm against the big network from the start, and against the first arm, on the same seeds.
-
-    Attributes:
-        saved: Share of the multiply-adds to the target, the median over seeds.
-        saved_seconds: Share of the time.
-        reached: In how many of the seeds the target was reached.
-        difference: Of the final losses at equal multiply-adds to the big network's, the mean over
-            seeds.
-        behind: The same difference to the first arm's.
-    """
-
-    saved: Estimate
-    saved_seconds: Estimate
-    reached: int
-    difference: Estimate
-    behind: Estimate
-
-
-@dataclass(frozen=True)
-class GrowthBenchmark:
-    """All that `bench growth` found.
-
-    Attributes:
-        machine: Where.
-        seed: The first one.
-        plan: How much was run.
-        outcomes: Task → arm → what it came to.
-        verdicts: Task → arm → how that compares with the big network.
-    """
-
-    machine: Machine
-    seed: int
-    plan: Plan
-    outcomes: Mapping[str, Mapping[str, Outcome]]
-    verdicts: Mapping[str, Mapping[str, Verdict]]
-
-
-def run_growth(
+def run(
     plan: Plan,
     seed: int = 0,
     *,
     arms: Sequence[Arm] = ARMS,
     cache: Path | None = None,
     progress: bool | None = None,
-) -> GrowthBenchmark:
+) -> dict[str, Any]:
     """Train every arm on every task and seed, and compare.
 
     The target of a seed is the loss that the big network of this seed ends with, the mean over
     the last rows; an arm has reached it at the first row at which its loss, smoothed in the same
-    way, is not above it. The big network is asked the same question, and may have been there
-    before its end.
+    way, is not above it. The big network itself may reach it before its end.
 
     Args:
         plan: How much.
         seed: Seeds `seed`, `seed` + 1, … are run.
-        arms: The ways to a big network, the one from the start among them.
-        cache: Folder for the runs, so that an interrupted benchmark goes on where it was.
+        arms: The ways to a big network, among them the one that is big from the start.
+        cache: Folder for the runs, so that an interrupted benchmark resumes.
         progress: Show a bar; None (default) only on a terminal.
+
+    Returns:
+        The numbers that `--json` writes: for each task and arm, seed by seed, multiply-adds and
+        seconds to the target (None where it is not reached) and the losses at the end; how the
+        arms compare with the big network and with the first arm; and the curves.
 
     Raises:
         DataError: There is no seed, or no arm that begins big.
     """
-    if plan.seeds < 1 or BIG not in [arm.name for arm in arms]:
+    names = [arm.name for arm in arms]
+    if plan.seeds < 1 or BIG not in names:
         raise DataError(
-            f"seeds={plan.seeds} of plan must be positive, and an arm be named {BIG!r}; the arms "
-            f"are {[arm.name for arm in arms]}."
+            f"seeds={plan.seeds} of plan must be positive, and one arm must be named {BIG!r}; the "
+            f"arms are {names}."
         )
     seeds = range(seed, seed + plan.seeds)
-    keys = [(task, one) for task in plan.tasks for one in seeds]
-    jobs = [delayed(_traces)(task, arms, one, cache) for task, one in keys]
+    jobs = [delayed(_traces)(task, arms, one, cache) for task in plan.tasks for one in seeds]
     quiet = None if progress is None else not progress
     with one_thread():
         parallel: Any = Parallel(n_jobs=plan.workers, return_as="generator")(jobs)
         found = list(tqdm(parallel, total=len(jobs), desc="growth", unit="seed", disable=quiet))
-        machine = Machine.here()
-    traces = {(t.name, s): each for (t, s), each in zip(keys, found, strict=True)}
+        here = machine()
+    traces = {
+        task.name: {name: [each[name] for each in found[i : i + plan.seeds]] for name in names}
+        for task, i in zip(plan.tasks, range(0, len(found), plan.seeds), strict=True)
+    }
     outcomes = {
-        task.name: {
-            arm.name: _outcome(
-                [traces[task.name, one][arm.name] for one in seeds],
-                [traces[task.name, one][BIG] for one in seeds],
-            )
-            for arm in arms
-        }
-        for task in plan.tasks
+        task: {name: _outcome(mine, of[BIG]) for name, mine in of.items()}
+        for task, of in traces.items()
     }
-    verdicts = {
-        task: {name: verdict(each, those[BIG], those[arms[0].name]) for name, each in those.items()}
-        for task, those in outcomes.items()
+    return {
+        "tasks": outcomes,
+        "against_big": {
+            task: {name: _verdict(arm, of[BIG], of[names[0]]) for name, arm in of.items()}
+            for task, of in outcomes.items()
+        },
+        "curves": {
+            task: {
+                name: [{"multiply_adds": t.multiply_adds, "loss": t.loss} for t in mine]
+                for name, mine in of.items()
+            }
+            for task, of in traces.items()
+        },
+        "settings": {task.name: task.settings for task in plan.tasks},
+        "machine": here,
+        "seed": seed,
+        "seeds": plan.seeds,
     }
-    return GrowthBenchmark(machine, seed, plan, outcomes, verdicts)
-
-
-def verdict(outcome: Outcome, big: Outcome, first: Outcome) -> Verdict:
-    """How an arm compares with the big network from the start, and with the first arm.
-
-    Args:
-        outcome: Of the arm.
-        big: Of the big network on the same seeds.
-        first: Of the first arm on the same seeds.
-    """
-    return Verdict(
-        saved=saving(outcome.multiply_adds, big.multiply_adds),
-        saved_seconds=saving(outcome.seconds, big.seconds),
-        reached=sum(cost is not None for cost in outcome.multiply_adds),
-        difference=_difference(outcome, big),
-        behind=_difference(outcome, first),
-    )
-
-
-def _difference(one: Outcome, other: Outcome) -> Estimate:
-    """Of the final losses, the mean over the seeds."""
-    return mean_difference(np.array(one.final_loss), np.array(other.final_loss), 0)
-
-
-def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> Outcome:
-    rows = [
-        first_at_most(trace.loss, float(smoothed(other.loss)[-1]))
-        for trace, other in zip(traces, big, strict=True)
-    ]
-    reached = list(zip(traces, rows, strict=True))
-    return Outcome(
-        multiply_adds=tuple(None if r is None else t.multiply_adds[r] for t, r in reached),
-        seconds=tuple(None if r is None else t.seconds[r] for t, r in reached),
-        final_loss=tuple(float(smoothed(trace.loss)[-1]) for trace in traces),
-        held_out=tuple(trace.held_out for trace in traces),
-        traces=tuple(traces),
-    )
 
 
 def _traces(
     task: GrowthTask, arms: Sequence[Arm], seed: int, cache: Path | None
 ) -> dict[str, Trace]:
-    """All arms one after the other in one process, so that their times can be compared."""
-    return {arm.name: _run(task, arm, seed, cache) for arm in arms}
-
-
-def _run(task: GrowthTask, arm: Arm, seed: int, cache: Path | None) -> Trace:
-    """From the cache, or made and put there."""
-    file = None if cache is None else cache / f"{_key(task)}-{arm.name}-{seed}.json"
-    if file is not None and file.exists():
-        kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        for name, value in kept.items():
-            kept[name] = tuple(value) if isinstance(value, list) else value
-        return Trace(**kept)
+    """All arms one after the other in one process, so that their times are comparable."""
+    settings = json.dumps(task.settings, sort_keys=True)
+    key = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     with one_thread():
-        found = run(task, arm, seed)
-    if file is not None:
-        file.write_text(json.dumps(asdict(found)), encoding="utf-8")
-    return found
+        return {
+            arm.name: cached(cache, f"{key}-{arm.name}-{seed}", lambda a=arm: train(task, a, seed))
+            for arm in arms
+        }
 
 
-def _key(task: GrowthTask) -> str:
-    """Changes with the settings of a task."""
-    settings = {k: v for k, v in vars(task).items() if isinstance(v, int | float | str)}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return f"{task.name}-{digest[:12]}"
+def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> dict[str, Any]:
+    """How an arm ended on a task, one entry for each seed."""
+    rows = [
+        first_at_most(trace.loss, float(smoothed(other.loss)[-1]))
+        for trace, other in zip(traces, big, strict=True)
+    ]
+    reached = list(zip(traces, rows, strict=True))
+    return {
+        "multiply_adds": [None if r is None else t.multiply_adds[r] for t, r in reached],
+        "seconds": [None if r is None else t.seconds[r] for t, r in reached],
+        "final_loss": [float(smoothed(trace.loss)[-1]) for trace in traces],
+        "held_out_loss": [trace.held_out for trace in traces],
+    }
+
+
+def _verdict(outcome: Content, big: Content, first: Content) -> dict[str, Any]:
+    """How an arm compares with the big network and with the first arm on the same seeds."""
+    final, of_big, of_first = (np.array(one["final_loss"]) for one in (outcome, big, first))
+    return {
+        "saved": asdict(saving(outcome["multiply_adds"], big["multiply_adds"])),
+        "saved_seconds": asdict(saving(outcome["seconds"], big["seconds"])),
+        "reached": sum(cost is not None for cost in outcome["multiply_adds"]),
+        "difference": asdict(mean_difference(final, of_big)),
+        "behind": asdict(mean_difference(final, of_first)),
+    }
+
+
+def tables(found: Content) -> RenderableType:
+    """The machine, how to read it, and a table for each task."""
+    return Group(
+        Text(
+            f"{described(found['machine'])}; seeds {found['seed']} to "
+            f"{found['seed'] + found['seeds'] - 1}.\n"
+        ),
+        Text(
+            "Multiply-adds (in units of 10⁹, counted, decisions included) and seconds until the "
+            "training loss is the one that the big network trained from the start ends with: "
+            "medians over seeds, and how much less than the big network needs, with the "
+            f"{LEVEL:.0%} bootstrap interval. Final loss: after as many multiply-adds as in the "
+            "whole run of the big network; the mean over seeds, and that minus the big network's "
+            "and minus the first arm's, with intervals. The cost is infinite where the target is "
+            "not reached.\n"
+        ),
+        *(_table(task, found) for task in found["tasks"]),
+    )
+
+
+def _table(task: str, found: Content) -> Table:
+    arms, about = found["tasks"][task], found["settings"][task]
+    table = titled(
+        f"{task}: {about['about']}. {about['small']} → {about['big']} blocks, "
+        f"{about['steps']} steps",
+        "arm",
+        *("multiply-adds", "saved", "seconds", "saved", "reached", "final loss"),
+        *(f"− {BIG}", f"− {next(iter(arms))}", "held out"),
+    )
+    for arm, outcome in arms.items():
+        verdict = found["against_big"][task][arm]
+        table.add_row(
+            arm,
+            number(_median(outcome["multiply_adds"]) / 1e9),
+            _percent(**verdict["saved"]),
+            number(_median(outcome["seconds"])),
+            _percent(**verdict["saved_seconds"]),
+            f"{verdict['reached']}/{found['seeds']}",
+            f"{mean(outcome['final_loss']):.3g}",
+            interval(**verdict["difference"], form=".2g"),
+            interval(**verdict["behind"], form=".2g"),
+            f"{mean(outcome['held_out_loss']):.3g}",
+        )
+    return table
+
+
+def _median(values: Sequence[float | None]) -> float:
+    return median(math.inf if value is None else value for value in values)
+
+
+def _percent(value: float, low: float, high: float) -> str:
+    value, low, high = (100 * v for v in (value, low, high))
+    return f"{number(value, '.0f')} % [{number(low, '.0f')} {number(high, '.0f')}]"

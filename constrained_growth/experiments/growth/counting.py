@@ -1,22 +1,15 @@
-"""Multiplications with an addition, counted while the operations run."""
+"""Multiply-adds, counted while the operations run."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
-
-from constrained_growth._sites.model import call
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 Shape = Sequence[int]
 
@@ -24,12 +17,9 @@ Shape = Sequence[int]
 class MultiplyAdds:
     """Counts the multiply-adds of all matrix products, convolutions and decompositions within.
 
-    Half of what `torch.utils.flop_counter` counts, with formulas for operations that it passes
-    over: attention on the CPU, products with vectors, eigenvalues and singular values. What is
-    done elementwise is not counted, as everywhere in the literature.
-
-    Attributes:
-        total: So far.
+    Half of what `torch.utils.flop_counter` counts, with formulas for operations that it does not
+    know: attention on CPUs, products with vectors, eigenvalues and singular values. As usual,
+    elementwise operations are not counted.
 
     Example:
         >>> with MultiplyAdds() as counter:
@@ -51,23 +41,18 @@ class MultiplyAdds:
         self._mode.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         """End."""
-        self._mode.__exit__(kind, error, trace)
+        self._mode.__exit__(*error)
 
 
 def of_training_step(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, Any]
 ) -> int:
-    """Multiply-adds of one forward and backward pass of a model, run on a copy of it."""
+    """Multiply-adds of one forward and backward pass, run on a copy of the model."""
     model = copy.deepcopy(model)
     with MultiplyAdds() as counter:
-        loss_fn(call(model, batch[0]), batch[1]).backward()
+        loss_fn(model(batch[0]), batch[1]).backward()
     return counter.total
 
 

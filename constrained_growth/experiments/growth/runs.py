@@ -11,27 +11,20 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+import constrained_growth as cg
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.tasks import Batch, GrowthTask
-from constrained_growth.norms import KroneckerFisher, MomentNorm
-from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Fixed, Random, Rule, TopK
-from constrained_growth.solution import Norm, Solution
-from constrained_growth.solve import solve
-from constrained_growth.training.grower import Grower
-from constrained_growth.training.loop import evaluate
+from constrained_growth.rules import Rule
+from constrained_growth.training import evaluate
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to come to a big network.
+    """A way to a big network.
 
     Attributes:
-        name: In tables and files.
         rule: Seed → where the next layer goes; None for a network that does not grow.
-        begins_big: Whether it has all its layers from the start.
-        looks: Whether the rule looks at sensitivities. Where it does not, the pass that computes
-            them is not charged.
+        looks: Whether the rule uses sensitivities. If not, the pass that computes them is free.
     """
 
     name: str
@@ -43,28 +36,16 @@ class Arm:
 LOSS = nn.CrossEntropyLoss()
 
 CLIP = 1.0
-"""Longer gradients are shortened to this, in every arm: big networks fail at times without."""
+"""Gradients are clipped to this norm in every arm; without, big networks sometimes diverge."""
 
 BIG = "big"
-"""The arm that others are compared with."""
-
-
-def _largest(seed: int) -> Rule:
-    return TopK(1)
-
-
-def _random(seed: int) -> Rule:
-    return Random(seed=seed)
-
-
-def _last(seed: int) -> Rule:
-    return Fixed(-1)
+"""The arm with which the others are compared."""
 
 
 ARMS = (
-    Arm("sensitivity", _largest, looks=True),
-    Arm("random", _random),
-    Arm("fixed", _last),
+    Arm("sensitivity", lambda seed: cg.TopK(1), looks=True),
+    Arm("random", lambda seed: cg.Random(seed=seed)),
+    Arm("fixed", lambda seed: cg.Fixed(-1)),
     Arm(BIG, None, begins_big=True),
     Arm("small", None),
 )
@@ -75,12 +56,11 @@ class Trace:
     """What a run recorded, row by row.
 
     Attributes:
-        multiply_adds: Spent until then, decisions included.
-        seconds: Taken until then, looking at the loss not included.
-        loss: On the training data that are looked at.
+        multiply_adds, seconds: Spent until then, decisions included, measuring the loss not.
+        loss: On the training data set aside for measuring.
         held_out: The loss on data not trained on, at the end.
         sites: Where layers were inserted, in their order.
-        decisions: Multiply-adds of deciding and inserting, of the sum.
+        decisions: Multiply-adds of deciding and inserting.
     """
 
     multiply_adds: tuple[int, ...]
@@ -91,21 +71,15 @@ class Trace:
     decisions: int
 
 
-NORM = KroneckerFisher(damping=0.03)
-"""How large a multiplier is: as was recommended when the published figures were made."""
+NORM = cg.norms.KroneckerFisher(damping=0.03)
+"""The norm of the published figures, which was recommended when they were made."""
 
 
-def run(task: GrowthTask, arm: Arm, seed: int, *, norm: Norm | MomentNorm = NORM) -> Trace:
+def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
     """Train until as much is spent as in the whole run of the big network.
 
-    Initial values, data and the order of the batches are those of the seed, in every arm. All
-    looks at the loss are left out of multiply-adds and seconds.
-
-    Args:
-        task: The task.
-        arm: Whether and where the network grows.
-        seed: Of everything random.
-        norm: How large a multiplier is.
+    Initial values, data and the order of the batches are those of the seed, in every arm.
+    Measuring the loss counts neither as multiply-adds nor as seconds.
     """
     material = task.material(seed)
     example = next(material.stream(seed))
@@ -113,13 +87,13 @@ def run(task: GrowthTask, arm: Arm, seed: int, *, norm: Norm | MomentNorm = NORM
     budget = task.steps * of_training_step(_network(task, seed, task.big), LOSS, example)
     optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (task.warmup + 1)))
-    meter = _Meter(norm)
-    grower = Grower(
+    meter = _Meter()
+    grower = cg.Grower(
         model,
         optimizer,
         LOSS,
         material.deciding,
-        rule=arm.rule(seed) if arm.rule else TopK(1),
+        rule=arm.rule(seed) if arm.rule else cg.TopK(1),
         when=lambda losses: len(losses) >= task.wait,
         candidates=task.candidates,
         max_insertions=task.big - task.small if arm.rule else 0,
@@ -147,15 +121,14 @@ def run(task: GrowthTask, arm: Arm, seed: int, *, norm: Norm | MomentNorm = NORM
 
 
 class _Meter:
-    """Measures decisions, and how much of them was spent before the rule had its answer."""
+    """Measures what decisions cost, and how much of that the sensitivities cost."""
 
-    def __init__(self, norm: Norm | MomentNorm) -> None:
-        self._norm = norm
+    def __init__(self) -> None:
         self._counter = MultiplyAdds()
         self._looking: tuple[int, float] = (0, 0.0)
 
-    def of_asking(self, grower: Grower, *, pays_for_looking: bool) -> tuple[int, float]:
-        """Let it ask; multiply-adds and seconds of that."""
+    def of_asking(self, grower: cg.Grower, *, pays_for_looking: bool) -> tuple[int, float]:
+        """Let it ask; returns multiply-adds and seconds."""
         began = time.perf_counter()
         self._counter = MultiplyAdds()
         with self._counter:
@@ -165,14 +138,14 @@ class _Meter:
             return self._counter.total, time.perf_counter() - began
         return self._counter.total - looked, time.perf_counter() - solved
 
-    def solve(self, problem: GrowthProblem, rule: Rule) -> Solution:
-        """As `solve`, and note what was spent until then."""
-        found = solve(problem, rule, norm=self._norm, stationarity=False)
+    def solve(self, problem: cg.GrowthProblem, rule: Rule) -> cg.Solution:
+        """As `cg.solve`; notes what has been spent until then."""
+        found = cg.solve(problem, rule, norm=NORM, stationarity=False)
         self._looking = self._counter.total, time.perf_counter()
         return found
 
 
-def _step(grower: Grower, batch: Batch) -> None:
+def _step(grower: cg.Grower, batch: Batch) -> None:
     grower.optimizer.zero_grad()
     loss = LOSS(grower.model(batch[0]), batch[1])
     loss.backward()

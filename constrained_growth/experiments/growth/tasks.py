@@ -10,22 +10,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import constrained_growth as cg
 from constrained_growth.blocks import AffineFactors, ResidualConv2d, TransformerBlock
-from constrained_growth.candidates.candidate import Candidate
-from constrained_growth.experiments.data import Split, digits, mnist1d
-from constrained_growth.experiments.growth.text import python_help, random_windows, windows
+from constrained_growth.experiments.data import (
+    Split,
+    digits,
+    mnist1d,
+    python_help,
+    random_windows,
+    windows,
+)
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What one run of a task learns from.
+    """What one run learns from.
 
     Attributes:
-        stream: Seed → batches without end.
+        stream: Seed → an endless stream of batches.
         deciding: Batches that decide where to grow, a part of the training data.
-        looking: Training data on which the loss is watched.
+        looking: Training data on which the loss is measured.
         held_out: Data that are not trained on.
     """
 
@@ -40,18 +46,13 @@ class GrowthTask:
     """A kind of network, its data, and how it grows.
 
     Attributes:
-        name: In tables and files.
-        about: One line for the reader.
-        material: Seed → data.
         network: Number of blocks → network, random values from the global generator.
-        block: Makes a block that can be inserted.
-        sites: The modules after whose outputs a block may stand.
+        block: Makes a block that can be inserted after modules of the types `sites`.
         lr: Learning rate of Adam, chosen for the big network.
         warmup: Over how many of the first steps it rises linearly from 0.
-        small: Blocks at the start of the runs that grow.
-        big: Blocks of the big network, and of the grown ones at their end.
+        small, big: Blocks at the start of the runs that grow, and at their end.
         steps: Steps of the big network; all arms may spend as many multiply-adds.
-        row: Steps between two looks at the loss.
+        row: Steps between two measurements of the loss.
         wait: Rows before each insertion.
     """
 
@@ -61,18 +62,23 @@ class GrowthTask:
     network: Callable[[int], nn.Module]
     block: Callable[[], nn.Module]
     sites: tuple[type[nn.Module], ...]
-    lr: float
-    warmup: int
-    small: int
-    big: int
-    steps: int
-    row: int
-    wait: int
+    lr: float = 0.01
+    warmup: int = 50
+    small: int = 1
+    big: int = 8
+    steps: int = 1000
+    row: int = 20
+    wait: int = 7
 
-    def candidates(self, model: nn.Module) -> list[Candidate]:
+    @property
+    def settings(self) -> dict[str, int | float | str]:
+        """All numbers and texts."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, int | float | str)}
+
+    def candidates(self, model: nn.Module) -> list[cg.Candidate]:
         """A new block after every site of a network as it is now."""
         return [
-            Candidate(name, self.block())
+            cg.Candidate(name, self.block())
             for name, module in model.named_modules()
             if isinstance(module, self.sites)
         ]
@@ -83,12 +89,7 @@ class Stem(nn.Sequential):
 
 
 class ResidualConv1d(nn.Module):
-    """x + K₂ ∗ relu(K₁ ∗ x + b₁) + b₂ on curves (samples, channels, positions), K₂ = b₂ = 0 pinned.
-
-    Args:
-        channels: Of the tensor at the site.
-        kernel_size: Of both convolutions, odd.
-    """
+    """x + K₂ ∗ relu(K₁ ∗ x + b₁) + b₂ on (samples, channels, positions), K₂ = b₂ = 0 pinned."""
 
     pinned = ("outer.weight", "outer.bias")
 
@@ -118,15 +119,7 @@ class ResidualConv1d(nn.Module):
 
 
 class GPT(nn.Module):
-    """A small GPT on characters: pre-norm, causal, learnt positions.
-
-    Args:
-        characters: Size of the alphabet.
-        length: Positions.
-        width: Of the residual stream.
-        heads: Of the attention.
-        blocks: How many at the start.
-    """
+    """A small GPT on characters: pre-norm, causal, learned positions."""
 
     def __init__(self, characters: int, length: int, width: int, heads: int, blocks: int) -> None:
         super().__init__()
@@ -157,7 +150,7 @@ class Embed(nn.Module):
 
 
 def gpt_block(width: int, heads: int) -> TransformerBlock:
-    """With GPT-2's initial values where the output projections, which are pinned, are not zero."""
+    """GPT-2's initial values, but for the output projections, which are pinned at zero."""
     block = TransformerBlock(width, heads, causal=True)
     for linear in (block.qkv, block.fc1):
         nn.init.normal_(linear.weight, std=0.02)
@@ -166,7 +159,7 @@ def gpt_block(width: int, heads: int) -> TransformerBlock:
 
 
 def epochs(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end: one random order of all samples after the other."""
+    """An endless stream of batches: one random order of all samples after the other."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(x), generator=generator)
@@ -186,48 +179,41 @@ def _in_batches(x: Tensor, y: Tensor, size: int) -> list[Batch]:
     return list(zip(x.split(size), y.split(size), strict=True))
 
 
-_CHANNELS, _DIGITS_CHANNELS = 4, 4
-_LENGTH, _PIECES, _WIDTH, _HEADS = 64, 4, 32, 2
+_CHANNELS, _LENGTH, _PIECES, _WIDTH, _HEADS = 4, 64, 4, 32, 2
 
 
 def _digits_material(seed: int) -> Material:
     return of_split(digits(seed), (1, 8, 8), 64)
 
 
-def _digits_network(blocks: int) -> nn.Module:
-    stem = Stem(nn.Conv2d(1, _DIGITS_CHANNELS, 3, padding=1))
-    made = (_digits_block() for _ in range(blocks))
-    return nn.Sequential(
-        stem,
-        *made,
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(_DIGITS_CHANNELS, 10),
-    )
-
-
-def _digits_block() -> ResidualConv2d:
-    block = ResidualConv2d(_DIGITS_CHANNELS, nn.ReLU, norm_layer=None)
-    nn.init.kaiming_normal_(block.get_parameter("convs.0.weight"), nonlinearity="relu")
-    return block
-
-
-@lru_cache(maxsize=2)  # the arms of a seed come one after the other
+@lru_cache(maxsize=2)  # the arms of a seed run one after the other
 def _curves_material(seed: int) -> Material:
     return of_split(mnist1d(seed), (1, 40), 100)
 
 
+def _digits_block() -> ResidualConv2d:
+    block = ResidualConv2d(_CHANNELS, nn.ReLU, norm_layer=None)
+    nn.init.kaiming_normal_(block.get_parameter("convs.0.weight"), nonlinearity="relu")
+    return block
+
+
+def _digits_network(blocks: int) -> nn.Module:
+    stem = Stem(nn.Conv2d(1, _CHANNELS, 3, padding=1))
+    return _convolutional(stem, _digits_block, blocks, nn.AdaptiveAvgPool2d(1))
+
+
 def _curves_network(blocks: int) -> nn.Module:
     stem = Stem(nn.Conv1d(1, _CHANNELS, 3, padding=1))
-    made = (ResidualConv1d(_CHANNELS, 3) for _ in range(blocks))
-    return nn.Sequential(
-        stem, *made, nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(_CHANNELS, 10)
+    return _convolutional(
+        stem, partial(ResidualConv1d, _CHANNELS, 3), blocks, nn.AdaptiveAvgPool1d(1)
     )
 
 
-def _curves_block() -> ResidualConv1d:
-    return ResidualConv1d(_CHANNELS, 3)
+def _convolutional(
+    stem: nn.Module, block: Callable[[], nn.Module], blocks: int, pool: nn.Module
+) -> nn.Module:
+    body = [block() for _ in range(blocks)]
+    return nn.Sequential(stem, *body, nn.ReLU(), pool, nn.Flatten(), nn.Linear(_CHANNELS, 10))
 
 
 _text = cache(python_help)
@@ -248,19 +234,15 @@ def _text_material(seed: int) -> Material:
     )
 
 
-def _text_block() -> TransformerBlock:
-    return gpt_block(_WIDTH, _HEADS)
-
-
 def _text_network(blocks: int) -> nn.Module:
     return GPT(len(_text().alphabet), _LENGTH, _WIDTH, _HEADS, blocks)
 
 
-# Chosen on seeds from 1000 on, which the benchmark does not use. Learning rate: of 0.001, 0.003 and
-# 0.01 the one with which the big network ends lowest. Widths and steps: so that depth pays, that is
-# the big network ends lower than the small one with the same multiply-adds; for the GPT that would
-# take a longer run than can be afforded. When to insert: spread evenly over as many steps as the
-# big network trains for in all.
+# Chosen on seeds from 1000 on, which the benchmark does not use. Learning rate: the one of 0.001,
+# 0.003 and 0.01 with which the big network ends lowest. Widths and steps: such that depth pays,
+# that is the big network ends lower than the small one with the same multiply-adds; the GPT would
+# need a longer run than is affordable. Insertions are spread evenly over as many steps as the big
+# network trains for in all.
 DIGITS = GrowthTask(
     "digits",
     "digits as 8 × 8 images, residual 3 × 3 convolutions of 4 channels",
@@ -268,13 +250,6 @@ DIGITS = GrowthTask(
     _digits_network,
     _digits_block,
     (Stem, ResidualConv2d),
-    lr=0.01,
-    warmup=50,
-    small=1,
-    big=8,
-    steps=1000,
-    row=20,
-    wait=7,
 )
 
 MNIST1D = GrowthTask(
@@ -282,15 +257,8 @@ MNIST1D = GrowthTask(
     "MNIST-1D, residual convolutions of 4 channels, 3 positions wide",
     _curves_material,
     _curves_network,
-    _curves_block,
+    partial(ResidualConv1d, _CHANNELS, 3),
     (Stem, ResidualConv1d),
-    lr=0.01,
-    warmup=50,
-    small=1,
-    big=8,
-    steps=1000,
-    row=20,
-    wait=7,
 )
 
 GPT_TEXT = GrowthTask(
@@ -298,11 +266,10 @@ GPT_TEXT = GrowthTask(
     "characters of Python's help texts, a GPT of width 32",
     _text_material,
     _text_network,
-    _text_block,
+    partial(gpt_block, _WIDTH, _HEADS),
     (Embed, TransformerBlock),
     lr=0.003,
     warmup=100,
-    small=1,
     big=4,
     steps=2000,
     row=40,

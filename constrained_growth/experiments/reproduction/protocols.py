@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -25,8 +25,8 @@ class Family:
     """A kind of network.
 
     Attributes:
-        build: (inputs, widths of the hidden layers, outputs) → a network, freshly initialised.
-        block: Width → the layer to insert. Widths of convolutions are channels.
+        build: (inputs, widths of the hidden layers, outputs) → a freshly initialised network.
+        block: Width (of convolutions: channels) → the layer to insert.
         selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
     """
 
@@ -69,7 +69,7 @@ def _residual(block: Callable[[int], nn.Module], selected: str) -> Family:
 
 
 def _convolutional() -> Family:
-    """Convolutions of 3 × 3 with ReLU, the first of stride 2 on images of more than 10 pixels."""
+    """3 × 3 convolutions with ReLU, the first of stride 2 along sides of more than 10 pixels."""
 
     def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
         side = math.isqrt(inputs)
@@ -93,25 +93,17 @@ FAMILIES: Mapping[str, Family] = {
         lambda width: ResidualMLP(width, width, torch.tanh, inner_init=0.8), "outer.weight"
     ),
     "residual-inner": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8),
-        "inner.weight",
+        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8), "inner.weight"
     ),
     "convolution": _convolutional(),
 }
 """Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned),
-convolutions (on images; two spirals are images of 1 × 2)."""
+convolutions (on images; the two spirals are images of 1 × 2)."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source's code gives for the final training loss; last values carried forward.
-
-    Attributes:
-        runs: How many.
-        mean: Of the runs; None where it is not known.
-        median: Of the runs; None where it is not known.
-        quartiles: Lower and upper.
-    """
+    """Final training losses of the source's code, last values carried forward; None: unknown."""
 
     runs: int
     mean: float | None = None
@@ -121,14 +113,9 @@ class Reference:
 
 @dataclass(frozen=True)
 class Count:
-    """How often something held in the reference's runs.
+    """In how many of the reference's runs the first of two arms was better than the second.
 
-    Attributes:
-        arms: It was the first of these arms that was better than the second …
-        after: … so many steps after the insertion in the drop of the loss; None for the final
-            loss.
-        held: In so many runs …
-        runs: … of these.
+    `after` counts steps after the insertion, for the drop of the loss; None is the final loss.
     """
 
     arms: tuple[str, str]
@@ -142,21 +129,17 @@ class Experiment:
     """A protocol: one insertion into a small network, trained by plain SGD.
 
     Attributes:
-        name: As in the source.
-        shows: The figure or claim it stands for.
+        shows: The figure or claim of the source that it stands for.
         family: Key of `FAMILIES`.
         widths: Of the hidden layers before the insertion.
-        lr: Learning rate.
-        factor: What it is multiplied with after the insertion.
-        before: Epochs before the insertion.
-        after: Epochs after it.
+        factor: By which the learning rate is multiplied after the insertion.
+        before, after: Epochs before and after the insertion.
         batch: Samples in a batch; None for all of them.
         times: Other epochs to insert at, with the same total.
         seconds: How long 100 seeds take on one core, roughly.
         chunk: How many seeds train together: what an interruption can cost.
         data: Seed → the data.
-        reference: Arm → what the source's code gives.
-        counts: What it gives in comparisons.
+        reference, counts: What the source's code gives, arm by arm, and in comparisons.
     """
 
     name: str
@@ -180,14 +163,14 @@ class Experiment:
         """All of them."""
         return self.before + self.after
 
+    def of_family(self, family: str) -> Experiment:
+        """The same protocol for another kind of network, which has no reference figures."""
+        name = f"{self.name}-{family}"
+        return replace(self, name=name, family=family, reference={}, counts=())
+
 
 def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...]:
-    """The same question on images: three kinds of networks, two hidden layers, batches of 50.
-
-    Args:
-        data: What to call the images.
-        split: Seed → the images, as rows.
-    """
+    """The same question on images, given by name: three kinds of networks, batches of 50."""
     kinds = {"relu": ((8, 8), 25), "residual-outer": ((8, 8), 25), "convolution": ((4, 4), 10)}
     return tuple(
         Experiment(
@@ -291,10 +274,7 @@ _LIST = (
         0.1,
         1.0,
         seconds=60,
-        reference={
-            "LImax": Reference(20, 0.517, 0.482),
-            "LImin": Reference(20, 0.480, 0.478),
-        },
+        reference={"LImax": Reference(20, 0.517, 0.482), "LImin": Reference(20, 0.480, 0.478)},
         counts=(Count(("LImax", "LImin"), 1, 17, 20),),
     ),
     Experiment(
@@ -351,8 +331,8 @@ The figures under `reference` come from its code, rerun with fixed data handling
     random       one at a random site
     N2           the deep network of the source's code, from the start: every hidden layer twice
     N2fix        the network of the grown one's depth, from the start
-    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer: what of
-                 the difference is due to the layer, and what to the learning rate
+    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer, to tell
+                 the effect of the layer from that of the learning rate
     recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept, new
                  layers warmed up as by `training.NewLayers`
 """

@@ -11,30 +11,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from constrained_growth.candidates.candidate import Candidate
+import constrained_growth as cg
 from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
-from constrained_growth.experiments.ensembles.networks import Ensemble, Samples
+from constrained_growth.experiments.ensembles.networks import Ensemble, Samples, sites_of
 from constrained_growth.experiments.ensembles.training import Optimizer
-from constrained_growth.insertion.insert import insert
-from constrained_growth.norms import KroneckerFisher
-from constrained_growth.problem import GrowthProblem
-from constrained_growth.solution import Solution
-from constrained_growth.solve import solve
-from constrained_growth.training.steps import NewLayers
+from constrained_growth.training import NewLayers
 
-Solver = Callable[[GrowthProblem], Solution]
+Solver = Callable[[cg.GrowthProblem], cg.Solution]
 
-RECOMMENDED: Solver = partial(solve, norm=KroneckerFisher(damping=0.03), stationarity=False)
-"""The largest sensitivity in the norm that was recommended when the figures were made.
-
-Today that is `KroneckerFisher(ord="nuc")`, which is a little better (`bench decisions`).
-"""
+RECOMMENDED: Solver = partial(
+    cg.solve, norm=cg.norms.KroneckerFisher(damping=0.03), stationarity=False
+)
+"""The largest sensitivity in the norm that was recommended when the published figures were made;
+by now that is `KroneckerFisher(ord="nuc")`, which is slightly better (`bench decisions`)."""
 
 AGE = "age"
-"""Memory of how many steps a parameter has made since it was inserted; ∞ for older ones."""
+"""Memory of how many steps a parameter has made since its insertion; ∞ for older ones."""
 
 Group = tuple[NDArray[np.integer], Ensemble]
-"""Rows of some replicas, and what they have become."""
+"""Rows of some replicas, and these replicas after the insertion."""
 
 
 def recommended(
@@ -45,7 +40,7 @@ def recommended(
     layer: NewLayer,
     solver: Solver = RECOMMENDED,
 ) -> tuple[NDArray[np.integer], list[Group]]:
-    """Ask the library about each replica and insert what it says.
+    """Ask the library about each replica, and insert what it says.
 
     Args:
         trained: The replicas, before the insertion; not changed.
@@ -56,23 +51,22 @@ def recommended(
         solver: How to ask.
 
     Returns:
-        The site of each replica, −1 where nothing is inserted, and the replicas grouped by it,
-        ready for `StepsAfter`.
+        The site of each replica, −1 for nowhere, and the replicas grouped by it for `StepsAfter`.
     """
     old = {AGE: torch.full_like(trained.parameters, torch.inf)}
     trained = replace(trained, memory={**trained.memory, **old})
     sites, rows = list[int](), list[Tensor]()
     for r, model in enumerate(models):
         nn.utils.vector_to_parameters(trained.parameters[r], model.parameters())
-        at = _sites(model)
-        problem = GrowthProblem(
+        at = dict(sites_of(model))
+        problem = cg.GrowthProblem(
             model,
             nn.CrossEntropyLoss(),
             [(data.x[r].T, data.y[r].argmax(0))],
-            [Candidate(name, block(width).to(data.x.dtype)) for name, width in at.items()],
+            [cg.Candidate(name, block(width).to(data.x.dtype)) for name, width in at.items()],
         )
         solution = solver(problem)
-        insert(model, solution)
+        cg.insert(model, solution)
         chosen = solution.decision.chosen
         sites.append(list(at).index(chosen[0]) if chosen else -1)
         rows.append(nn.utils.parameters_to_vector(model.parameters()).detach())
@@ -88,12 +82,7 @@ def recommended(
 
 @dataclass(frozen=True)
 class StepsAfter:
-    """An optimizer with the library's policy for the steps after an insertion, without decay.
-
-    Attributes:
-        base: The optimizer.
-        policy: Which share of their steps new parameters make; by default as recommended.
-    """
+    """An optimizer with the library's policy for the steps after an insertion, without decay."""
 
     base: Optimizer
     policy: NewLayers = field(default_factory=NewLayers)
@@ -107,16 +96,3 @@ class StepsAfter:
         warm = (memory[AGE].add_(1) / (self.policy.warmup + 1)).clamp(max=1)
         share = torch.where(memory[AGE].isinf(), 1.0, self.policy.scale * warm)
         parameters.copy_(before.lerp(parameters, share))
-
-
-def _sites(model: nn.Sequential) -> dict[str, int]:
-    """Names and widths of the places after the hidden layers, in order of depth."""
-    width, found = 0, dict[str, int]()
-    for name, module in list(model.named_children())[:-1]:
-        if isinstance(module, nn.Linear):
-            width = module.out_features
-        elif isinstance(module, nn.Conv2d):
-            width = module.out_channels
-        elif not isinstance(module, nn.Flatten | nn.Unflatten):
-            found[name] = width
-    return found

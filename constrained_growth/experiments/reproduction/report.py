@@ -1,9 +1,9 @@
-"""What an experiment gave, as tables for a terminal and as numbers for a file."""
+"""What an experiment gave: numbers for a file, and from these the tables for a terminal."""
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -11,22 +11,23 @@ import numpy as np
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from scipy import stats
 
 from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, Count, Experiment
-from constrained_growth.experiments.reproduction.referee import (
-    STEPS,
-    Paired,
-    agreement,
+from constrained_growth.experiments.reproduction.runs import (
+    Array,
+    Reproduction,
+    Runs,
     drop,
     final_loss,
-    paired,
     reached,
-    same_share,
-    saving,
-    summary,
+    saved,
     work,
 )
-from constrained_growth.experiments.reproduction.runs import Array, Reproduction, Runs
+from constrained_growth.experiments.statistics import Paired, Spread, agreement, paired, same_share
+from constrained_growth.experiments.tables import interval, number, titled
+
+Content = Mapping[str, Any]
 
 ARMS = {
     "N1": "small network kept",
@@ -53,16 +54,22 @@ PAIRS = (
     ("recommended", "N2fix"),
 )
 
+STEPS = (1, 10, 100)
+"""Arms are compared after this many epochs (steps, on all data at once), and at the end."""
+
 LEVELS = (0.5, 0.4, 0.3, 0.2, 0.1)
 """Training losses, in nats, to reach."""
 
 EVERY = 25
-"""Of the median curves every so many epochs are written."""
+"""Median curves are written every 25 epochs."""
+
+SIGNIFICANT = 0.05
 
 
 def overview() -> RenderableType:
     """What there is to reproduce."""
-    table = Table("name", "what it stands for", "network", "epochs", "100 seeds on one core")
+    columns = "what it stands for", "network", "epochs", "100 seeds on one core"
+    table = Table("name", *columns)
     for name, experiment in EXPERIMENTS.items():
         table.add_row(
             name,
@@ -77,43 +84,34 @@ def overview() -> RenderableType:
     return table
 
 
-def tables(found: Reproduction) -> RenderableType:
-    """The final losses beside the reference's, the arms in pairs, and the effort."""
-    parts: list[RenderableType] = [_finals(found)]
-    parts += [_counts(found)] if found.experiment.counts else []
-    parts += [_pairs(found), _effort(found)]
-    if found.inserted_at:
-        parts.append(_times(found))
-    return Group(*parts)
-
-
-def to_json(found: Reproduction, command: str) -> str:
-    """Everything that the tables and pictures are made from, per seed where it is small."""
+def numbers(found: Reproduction) -> dict[str, Any]:
+    """What the tables are made of, per seed where that is small; what `--json` writes."""
     experiment, arms = found.experiment, found.arms
     described = {
         key: value
         for key, value in asdict(experiment).items()
         if key not in ("data", "reference", "counts", "seconds", "chunk")
     }
-    content: dict[str, Any] = {
+    small, grown, _ = (int(n) for n in arms["LImax"].operations)
+    return {
         "experiment": experiment.name,
         "seeds": len(found.seeds),
         "first_seed": found.seeds[0],
-        "command": command,
         "protocol": described,
         "arms": {name: _arm(runs) for name, runs in arms.items()},
         "reference": {name: asdict(r) for name, r in experiment.reference.items()},
         "agreement": {
-            name: asdict(agreement(final_loss(arms[name]), reference))
-            for name, reference in experiment.reference.items()
+            name: agreement(final_loss(arms[name]), r.runs, r.mean, r.median)
+            for name, r in experiment.reference.items()
         },
         "counts": [asdict(c) | _counted(found, c) for c in experiment.counts],
         "pairs": [
-            {"arms": pair, "after": after, **asdict(_compare(found, pair, after))}
+            {"arms": list(pair), "after": after, **asdict(_compare(found, pair, after))}
             for pair in PAIRS
             for after in _moments(found, pair)
         ],
-        "effort": _levels(found),
+        "effort": {name: _effort(found, runs) for name, runs in arms.items()},
+        "saved": saved(experiment, small, grown),
         "inserted_at": {
             str(epoch): {"final_loss": _list(final_loss(runs))}
             for epoch, runs in found.inserted_at.items()
@@ -124,7 +122,6 @@ def to_json(found: Reproduction, command: str) -> str:
             "median": np.round(np.median(found.trace, axis=1), 8).tolist(),
         },
     }
-    return json.dumps(_plain(content), ensure_ascii=False, allow_nan=False)
 
 
 def _arm(runs: Runs) -> dict[str, Any]:
@@ -139,108 +136,19 @@ def _arm(runs: Runs) -> dict[str, Any]:
     }
 
 
-def _shown(found: Reproduction) -> dict[str, Runs]:
-    """The arms without those that are others by another name."""
-    twice = ("N1lr", "N2lr") if found.experiment.factor == 1 else ()
-    return {name: runs for name, runs in found.arms.items() if name not in twice}
-
-
-def _finals(found: Reproduction) -> Table:
-    table = Table(
-        "",
-        "mean",
-        "median (quartiles)",
-        "reference: mean",
-        "median (quartiles)",
-        "p mean",
-        "p median",
-        "no test error",
-        title=f"{found.experiment.name}, {len(found.seeds)} seeds: final training loss in nats",
-    )
-    for name, runs in _shown(found).items():
-        ours, values = summary(final_loss(runs)), final_loss(runs)
-        theirs = found.experiment.reference.get(name)
-        cells = ["", "", "", ""]
-        if theirs is not None:
-            p = agreement(values, theirs)
-            limits = theirs.quartiles
-            spread = "" if limits is None else f" [{limits[0]:.3f}, {limits[1]:.3f}]"
-            median = "" if theirs.median is None else f"{theirs.median:.3f}{spread}"
-            cells = [f"{theirs.mean:.3f} (n = {theirs.runs})", median, _p(p.mean), _p(p.median)]
-        done = (runs.test_error[-1] == 0).mean()
-        table.add_row(
-            f"{name}, {ARMS[name]}",
-            f"{ours.mean:.3f}",
-            f"{ours.median:.3f} [{ours.low:.3f}, {ours.high:.3f}]",
-            *cells,
-            f"{done:.0%}",
-        )
-    table.caption = "p: that both are draws from one population, by resampling ours."
-    return table
-
-
-def _counts(found: Reproduction) -> Table:
-    table = Table("better", "than", "after", "ours", "reference", "p", title="How often")
-    for count in found.experiment.counts:
-        ours = _counted(found, count)
-        table.add_row(
-            *count.arms,
-            _after(count.after),
-            f"{ours['ours']}/{len(found.seeds)}",
-            f"{count.held}/{count.runs}",
-            _p(ours["p"]),
-        )
-    return table
-
-
 def _counted(found: Reproduction, count: Count) -> dict[str, Any]:
     held, runs = _compare(found, count.arms, count.after).smaller, len(found.seeds)
     return {"ours": held, "p": same_share(held, runs, count.held, count.runs)}
 
 
-def _pairs(found: Reproduction) -> Table:
-    table = Table(
-        "",
-        "after",
-        "mean difference (95 %)",
-        "median (95 %)",
-        "lower in",
-        "equal",
-        "p",
-        title="Loss of the first arm − that of the second, seed by seed, in nats",
-    )
-    same = list[str]()
-    for pair in PAIRS:
-        if pair[1] not in _shown(found):
-            continue
-        compared = {after: _compare(found, pair, after) for after in _moments(found, pair)}
-        if compared[None].equal == compared[None].runs:
-            same.append(f"{pair[0]} and {pair[1]} are the same.")
-            continue
-        for after, p in compared.items():
-            table.add_row(
-                " − ".join(pair),
-                _after(after),
-                f"{p.mean:+.2g} {_between(p.interval)}",
-                f"{p.median:+.2g} {_between(p.median_interval)}",
-                f"{p.smaller}/{p.runs}",
-                str(p.equal),
-                _p(p.p),
-            )
-        table.add_section()
-    test = "95 % bootstrap intervals; p of Wilcoxon's signed-rank test."
-    table.caption = " ".join([test, *same])
-    return table
-
-
 def _moments(found: Reproduction, pair: tuple[str, str]) -> tuple[int | None, ...]:
-    """After how many epochs to compare; networks that never were the same only at the end."""
+    """After how many epochs to compare; networks without a common start only at the end."""
     steps = () if pair[1].startswith("N2") else STEPS
     return (*(step for step in steps if step < found.experiment.after), None)
 
 
 def _compare(found: Reproduction, pair: tuple[str, str], after: int | None) -> Paired:
-    """Differences of the loss: after some epochs of its fall from the insertion, or at the end."""
+    """Differences of the loss's fall some epochs after the insertion, or of the final loss."""
     first, second = (found.arms[name] for name in pair)
     if after is None:
         return paired(final_loss(first), final_loss(second))
@@ -248,70 +156,17 @@ def _compare(found: Reproduction, pair: tuple[str, str], after: int | None) -> P
     return paired(-drop(first, epoch, after), -drop(second, epoch, after))
 
 
-def _levels(found: Reproduction) -> dict[str, Any]:
+def _effort(found: Reproduction, runs: Runs) -> dict[str, Any]:
     """How many runs reach a loss, the median epochs and work to it, and the work of all epochs."""
-    content: dict[str, Any] = {}
-    for name, runs in found.arms.items():
-        spent = work(runs, found.experiment, found.samples)
-        rows = {}
-        for level in LEVELS:
-            epochs, cost = reached(runs, level), reached(runs, level, spent)
-            rows[str(level)] = {
-                "reached": float(np.isfinite(epochs).mean()),
-                "epochs": _median(epochs),
-                "multiply_adds": _median(cost),
-            }
-        content[name] = {"levels": rows, "multiply_adds": float(spent[-1].mean())}
-    return content
-
-
-def _effort(found: Reproduction) -> Table:
-    small, grown, _ = (int(n) for n in found.arms["LImax"].operations)
-    table = Table("", *(f"to {level} nats" for level in LEVELS), "all epochs, mean")
-    table.title = "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it"
-    for name, content in _levels(found).items():
-        if name not in _shown(found):
-            continue
-        cells = [
-            f"{row['reached']:.0%}: {_count(row['epochs'])}, {_million(row['multiply_adds'])}"
-            for row in content["levels"].values()
-        ]
-        table.add_row(name, *cells, _million(content["multiply_adds"]))
-    table.caption = (
-        "Runs that never get there count as ∞. The choice of the site is counted. Without it and "
-        "without early stops, the multiply-adds saved against the final network from the start "
-        f"would be {saving(found.experiment, small, grown):.1%}."
-    )
-    return table
-
-
-def _times(found: Reproduction) -> Table:
-    table = Table("inserted at epoch", "mean", "median (quartiles)", "lower than N1")
-    table.title = "When to insert the layer of the largest sensitivity: final loss in nats"
-    kept = final_loss(found.arms["N1"])
-    for epoch, runs in found.inserted_at.items():
-        values = final_loss(runs)
-        s = summary(values)
-        table.add_row(
-            str(epoch),
-            f"{s.mean:.3f}",
-            f"{s.median:.3f} [{s.low:.3f}, {s.high:.3f}]",
-            f"{(values < kept).sum()}/{len(kept)}",
-        )
-    return table
-
-
-def _after(epochs: int | None) -> str:
-    return "the end" if epochs is None else f"{epochs} epoch{'s' if epochs > 1 else ''}"
-
-
-def _between(interval: tuple[float, float]) -> str:
-    low, high = interval
-    return f"[{low:+.2g}, {high:+.2g}]"
-
-
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.2g}"
+    spent, rows = work(runs, found.experiment, found.samples), {}
+    for level in LEVELS:
+        epochs, cost = reached(runs, level), reached(runs, level, spent)
+        rows[str(level)] = {
+            "reached": float(np.isfinite(epochs).mean()),
+            "epochs": _median(epochs),
+            "multiply_adds": _median(cost),
+        }
+    return {"levels": rows, "multiply_adds": float(spent[-1].mean())}
 
 
 def _median(values: Array) -> float | None:
@@ -320,25 +175,137 @@ def _median(values: Array) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def _count(value: float | None) -> str:
-    return "∞" if value is None else f"{value:.0f}"
-
-
-def _million(value: float | None) -> str:
-    return "∞" if value is None else f"{value / 1e6:.3g}"
-
-
 def _list(values: Array) -> list[float]:
     return np.round(values.astype(float), 6).tolist()
 
 
-def _plain(value: Any) -> Any:
-    """Without numbers that JSON does not have: they become null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def tables(found: Content) -> RenderableType:
+    """The final losses beside the reference's, the arms in pairs, and the effort."""
+    parts: list[RenderableType] = [_finals(found)]
+    parts += [_counts(found)] if found["counts"] else []
+    parts += [_pairs(found), _efforts(found)]
+    parts += [_times(found)] if found["inserted_at"] else []
+    return Group(*parts)
+
+
+def _shown(found: Content) -> list[str]:
+    """The arms without those that are the same as another."""
+    twice = ("N1lr", "N2lr") if found["protocol"]["factor"] == 1 else ()
+    return [name for name in found["arms"] if name not in twice]
+
+
+def _finals(found: Content) -> Table:
+    table = titled(
+        f"{found['experiment']}, {found['seeds']} seeds: final training loss in nats",
+        "",
+        *("mean", "median (quartiles)", "reference: mean", "median (quartiles)"),
+        *("p mean", "p median", "no test error"),
+    )
+    for name in _shown(found):
+        arm, theirs = found["arms"][name], found["reference"].get(name)
+        cells = ["", "", "", ""]
+        if theirs is not None:
+            p, limits = found["agreement"][name], theirs["quartiles"]
+            spread = f" [{limits[0]:.3f} {limits[1]:.3f}]" if limits else ""
+            median = "" if theirs["median"] is None else f"{theirs['median']:.3f}{spread}"
+            mean = f"{theirs['mean']:.3f} (n = {theirs['runs']})"
+            cells = [mean, median, _p(p["mean"]), _p(p["median"])]
+        done = np.mean(np.array(arm["test_error"]) == 0)
+        table.add_row(f"{name}, {ARMS[name]}", *_mean_and_spread(arm), *cells, f"{done:.0%}")
+    table.caption = "p: that both are draws from one population, by resampling ours."
+    return table
+
+
+def _counts(found: Content) -> Table:
+    table = titled("How often", "better", "than", "after", "ours", "reference", "p")
+    for count in found["counts"]:
+        ours, theirs = f"{count['ours']}/{found['seeds']}", f"{count['held']}/{count['runs']}"
+        table.add_row(*count["arms"], _after(count["after"]), ours, theirs, _p(count["p"]))
+    return table
+
+
+def _pairs(found: Content) -> Table:
+    table = titled(
+        "Loss of the first arm − that of the second, seed by seed, in nats",
+        "",
+        *("after", "mean difference (95 %)", "median (95 %)", "lower in", "equal", "p"),
+    )
+    same = list[str]()
+    for pair in PAIRS:
+        rows = [row for row in found["pairs"] if tuple(row["arms"]) == pair]
+        if pair[1] not in _shown(found):
+            continue
+        if rows[-1]["equal"] == rows[-1]["runs"]:  # at the end
+            same.append(f"{pair[0]} and {pair[1]} are the same.")
+            continue
+        for row in rows:
+            table.add_row(
+                " − ".join(pair),
+                _after(row["after"]),
+                interval(row["mean"], *row["interval"], form="+.2g"),
+                interval(row["median"], *row["median_interval"], form="+.2g"),
+                f"{row['smaller']}/{row['runs']}",
+                str(row["equal"]),
+                _p(row["p"]),
+            )
+        table.add_section()
+    test = "95 % bootstrap intervals; p of Wilcoxon's signed-rank test."
+    table.caption = " ".join([test, *same])
+    return table
+
+
+def _efforts(found: Content) -> Table:
+    table = titled(
+        "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it",
+        "",
+        *(f"to {level} nats" for level in LEVELS),
+        "all epochs, mean",
+    )
+    for name in _shown(found):
+        effort = found["effort"][name]
+        cells = [
+            f"{row['reached']:.0%}: {number(row['epochs'], '.0f', '∞')}, "
+            f"{_million(row['multiply_adds'])}"
+            for row in effort["levels"].values()
+        ]
+        table.add_row(name, *cells, _million(effort["multiply_adds"]))
+    table.caption = (
+        "Runs that never reach it count as ∞. The choice of the site is included. Without it and "
+        "without early stops, the multiply-adds saved against the final network from the start "
+        f"would be {found['saved']:.1%}."
+    )
+    return table
+
+
+def _times(found: Content) -> Table:
+    table = titled(
+        "When to insert the layer of the largest sensitivity: final loss in nats",
+        "inserted at epoch",
+        *("mean", "median (quartiles)", "lower than N1"),
+    )
+    kept = np.array(found["arms"]["N1"]["final_loss"])
+    for epoch, arm in found["inserted_at"].items():
+        lower = (np.array(arm["final_loss"]) < kept).sum()
+        table.add_row(epoch, *_mean_and_spread(arm), f"{lower}/{len(kept)}")
+    return table
+
+
+def _mean_and_spread(arm: Content) -> tuple[str, str]:
+    spread = Spread.of(arm["final_loss"])
+    mean = float(np.mean(arm["final_loss"]))
+    return f"{mean:.3f}", interval(spread.median, spread.low, spread.high, ".3f")
+
+
+def _after(epochs: int | None) -> str:
+    return "the end" if epochs is None else f"{epochs} epoch{'s' if epochs > 1 else ''}"
+
+
+def _p(value: float | None) -> str:
+    return number(value, ".2g", "")
+
+
+def _million(value: float | None) -> str:
+    return "∞" if value is None else f"{value / 1e6:.3g}"
 
 
 def describe(experiment: Experiment) -> Text:
@@ -348,4 +315,56 @@ def describe(experiment: Experiment) -> Text:
         f"{experiment.name}: {experiment.shows} {experiment.family} "
         f"{list(experiment.widths)}, SGD, learning rate {experiment.lr}, × {experiment.factor} "
         f"after the insertion at epoch {experiment.before} of {experiment.epochs}, {batch}."
+    )
+
+
+def account(contents: Sequence[Content]) -> RenderableType:
+    """All experiments in one table: the reference, the same protocol here, what is recommended.
+
+    Args:
+        contents: `numbers` of each experiment.
+
+    Returns:
+        A table of the cells with reference figures, and how many differ: with that many tests
+        some would by chance, so the p-values are also adjusted to the rate of false discoveries
+        (Benjamini and Hochberg).
+    """
+    table = titled(
+        "Final training loss in nats",
+        "",
+        *("reference: n", "mean", "median", "ours: n", "mean", "median", "p mean", "p median"),
+    )
+
+    def ours(arm: Content) -> list[str]:
+        loss = arm["final_loss"]
+        return [str(len(loss)), number(float(np.mean(loss)), ".3f"), f"{np.median(loss):.3f}"]
+
+    def cell(value: float | None) -> str:
+        return number(value, ".3f", "")
+
+    values = list[float]()
+    for content in contents:
+        arms, name = content["arms"], content["experiment"]
+        for arm, theirs in content["reference"].items():
+            p = content["agreement"][arm]
+            values += [x for x in (p["mean"], p["median"]) if x is not None]
+            reference = [str(theirs["runs"]), cell(theirs["mean"]), cell(theirs["median"])]
+            tests = cell(p["mean"]), cell(p["median"])
+            table.add_row(f"{name} {arm}", *reference, *ours(arms[arm]), *tests)
+        table.add_row(f"{name} recommended", *[""] * 3, *ours(arms["recommended"]))
+        table.add_section()
+    counts = [count["p"] for content in contents for count in content["counts"]]
+    return Group(
+        table, Text(_differences("means and medians", values)), Text(_differences("counts", counts))
+    )
+
+
+def _differences(what: str, values: Sequence[float]) -> str:
+    if not values:
+        return f"No {what} to compare."
+    below = sum(p < SIGNIFICANT for p in values)
+    least = float(np.min(stats.false_discovery_control(values)))
+    return (
+        f"Of {len(values)} comparisons of {what} {below} have p < {SIGNIFICANT} (by chance "
+        f"{SIGNIFICANT * len(values):.1f}); the smallest adjusted p is {least:.2g}."
     )

@@ -1,9 +1,11 @@
-"""Runs the source's experiments: all seeds of an arm together, the same start for every arm."""
+"""Runs of the source's experiments: all seeds of an arm together, the same start for every arm."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from constrained_growth.experiments.caching import cache_file, cached
 from constrained_growth.experiments.ensembles.growth import (
     NewLayer,
     frobenius,
@@ -36,21 +39,16 @@ from constrained_growth.experiments.ensembles.training import (
 from constrained_growth.experiments.reproduction.protocols import FAMILIES, Experiment
 from constrained_growth.experiments.reproduction.recommendation import StepsAfter, recommended
 from constrained_growth.experiments.reproduction.runs import (
+    TRACE,
     Array,
     Integers,
     Reproduction,
     Runs,
-    file_name,
     joined,
-    load,
-    save,
 )
 
 _AT_ONCE = 500
-"""Of how many samples λ is measured at a time, where training is in batches."""
-
-TRACE = 50
-"""Every so many epochs the sensitivities of the small network are recorded."""
+"""λ is measured on this many samples at a time, where training is in batches."""
 
 
 def reproduce(
@@ -65,42 +63,43 @@ def reproduce(
 
     Args:
         experiment: One of `protocols.EXPERIMENTS`, or a changed one.
-        seeds: One for each run.
-        cache: Folder in which finished chunks of seeds wait, so that an interrupted run goes on
-            where it was, until `forget` is called. None keeps nothing.
+        seeds: One for each run. A run is the same, up to rounding, whatever the others are.
+        cache: Folder for finished chunks of seeds, so that an interrupted run resumes, until
+            `forget` is called. None keeps nothing.
         progress: Show a bar; None (default) only on a terminal.
-        dtype: Of data and parameters. Not float32, as in the source: what a step gains is often
-            less than its last digit.
-
-    Returns:
-        All runs. A run is the same whatever other seeds it is run with, but for rounding.
+        dtype: Of data and parameters. Not float32, as in the source: the gain of a step is often
+            below its precision.
     """
     parts = _chunks(experiment, seeds)
-    total = len(parts) * _epochs_in_all(experiment)
     hide = None if progress is None else not progress
+    each = _epochs_in_all(experiment)
     found = list[Reproduction]()
-    with tqdm(total=total, desc=experiment.name, unit=" epochs", disable=hide) as bar:
-        for part in parts:
-            file = None if cache is None else cache / file_name(experiment, part, dtype)
-            if file is not None and file.exists():
-                found.append(load(file, experiment, part))
-                bar.update(_epochs_in_all(experiment))
-            else:
-                found.append(_run(experiment, part, dtype, bar.update))
-                if file is not None:
-                    save(file, found[-1])
+    with tqdm(total=len(parts) * each, desc=experiment.name, unit=" epochs", disable=hide) as bar:
+        for done, part in enumerate(parts, start=1):
+            make = partial(_run, experiment, part, dtype, bar.update)
+            # without the protocol: its data may be a function that cannot be pickled
+            stored = cached(
+                cache,
+                _key(experiment, part, dtype),
+                lambda make=make: {k: v for k, v in vars(make()).items() if k != "experiment"},
+            )
+            found.append(Reproduction(experiment, **stored))
+            bar.update(done * each - bar.n)
     return joined(found)
 
 
+def _key(experiment: Experiment, seeds: Sequence[int], dtype: torch.dtype) -> str:
+    """Of the cache; changes with protocol, seeds and precision."""
+    described = repr((experiment, tuple(seeds), dtype)).replace(hex(id(experiment.data)), "")
+    return f"{experiment.name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+
 def forget(
-    experiment: Experiment,
-    seeds: Sequence[int],
-    cache: Path,
-    dtype: torch.dtype = torch.float64,
+    experiment: Experiment, seeds: Sequence[int], cache: Path, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Delete the chunks that `reproduce`, called with the same, has left in a folder."""
+    """Delete the chunks that `reproduce` with the same arguments has left in a folder."""
     for part in _chunks(experiment, seeds):
-        (cache / file_name(experiment, part, dtype)).unlink(missing_ok=True)
+        cache_file(cache, _key(experiment, part, dtype)).unlink(missing_ok=True)
 
 
 def _chunks(experiment: Experiment, seeds: Sequence[int]) -> list[tuple[int, ...]]:
@@ -131,10 +130,10 @@ class _Setting:
     dtype: torch.dtype
     on_epoch: Callable[[], object]
 
-    def start(self, widths: Sequence[int]) -> Ensemble:
+    def models(self, widths: Sequence[int]) -> list[nn.Sequential]:
         inputs, outputs = self.data.x.shape[1], self.data.y.shape[1]
-        models = networks(self.experiment, widths, self.seeds, inputs, outputs)
-        return ensemble([model.to(self.dtype) for model in models])
+        made = networks(self.experiment, widths, self.seeds, inputs, outputs)
+        return [model.to(self.dtype) for model in made]
 
     def train(
         self,
@@ -154,7 +153,8 @@ class _Setting:
             batch=self.experiment.batch,
             order=order,
             test=Samples(self.test.x[list(rows)], self.test.y[list(rows)]),
-            on_epoch=self.on_epoch if 0 in rows else _nothing,  # an arm in groups counts once
+            # an arm that is trained in groups counts once
+            on_epoch=self.on_epoch if 0 in rows else lambda: None,
         )
 
     def layer(self, before: Ensemble) -> NewLayer:
@@ -166,17 +166,12 @@ class _Setting:
         selected = FAMILIES[self.experiment.family].selected
         layer, count = self.layer(trained), self.data.x.shape[2]
         at_once = _AT_ONCE if self.experiment.batch else count
-        total = list[dict[str, Tensor]]()
-        for begin in range(0, count, at_once):
-            part = slice(begin, begin + at_once)
-            some = Samples(self.data.x[:, :, part], self.data.y[:, :, part])
-            found = multipliers(trained, some, layer)
-            share = some.x.shape[2] / count
-            total = total or [{name: torch.zeros_like(v) for name, v in f.items()} for f in found]
-            for sums, f in zip(total, found, strict=True):
-                for name, value in f.items():
-                    sums[name] += share * value
-        return _array(frobenius(total, only=selected))
+        parts = list[list[Tensor]]()
+        for x, y in zip(self.data.x.split(at_once, 2), self.data.y.split(at_once, 2), strict=True):
+            found = multipliers(trained, Samples(x, y), layer)
+            parts.append([x.shape[2] / count * at[selected] for at in found])
+        total = [{selected: sum(site, torch.tensor(0.0))} for site in zip(*parts, strict=True)]
+        return _array(frobenius(total))
 
 
 def _run(
@@ -195,7 +190,7 @@ def _run(
         dtype,
         on_epoch,
     )
-    small = setting.start(experiment.widths)
+    small = ensemble(setting.models(experiment.widths))
     kept, moments, trace = _keep(setting, small)
     before = moments[experiment.before]
     sizes = setting.sizes(before)
@@ -235,7 +230,7 @@ def _run(
 
 
 def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble], dict[int, Array]]:
-    """The small network trained to the end, as it was when layers are inserted, and its λ."""
+    """The small network to the end, its states at the insertions, and its λ over time."""
     experiment = setting.experiment
     wanted = {experiment.before, *experiment.times}
     stops = sorted({*wanted, *range(0, experiment.epochs, TRACE), experiment.epochs})
@@ -252,7 +247,8 @@ def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble]
 
 
 def _fresh(setting: _Setting, widths: Sequence[int]) -> Runs:
-    trained, history = setting.train(setting.start(widths), setting.experiment.epochs)
+    begun = ensemble(setting.models(widths))
+    trained, history = setting.train(begun, setting.experiment.epochs)
     return _runs([history], trained)
 
 
@@ -260,14 +256,14 @@ def _deep(setting: _Setting) -> tuple[Runs, Runs]:
     """The network of the grown one's depth from the start, with one learning rate and with two."""
     experiment = setting.experiment
     widths = (*experiment.widths, experiment.widths[-1])
-    before, first = setting.train(setting.start(widths), experiment.before)
+    before, first = setting.train(ensemble(setting.models(widths)), experiment.before)
     trained, second = setting.train(before, experiment.after)
     runs = _runs([first, second], trained)
     return runs, _changed(setting, runs, before)
 
 
 def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
-    """Nothing inserted, but the learning rate changed as if there were."""
+    """Nothing inserted, but the learning rate changed as with a new layer."""
     if setting.experiment.factor == 1:
         return runs
     trained, history = setting.train(before, setting.experiment.after, setting.experiment.factor)
@@ -277,7 +273,7 @@ def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
 
 
 def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> Runs:
-    """A layer at a site of each replica, and the rest of the epochs.
+    """A layer at a site of each replica, then the rest of the epochs.
 
     Replicas are trained together only where that gives the same architecture.
     """
@@ -296,17 +292,8 @@ def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> 
 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
-    """Where, whether, and with which steps after, the library says; the learning rate is kept."""
-    models = [
-        model.to(setting.dtype)
-        for model in networks(
-            setting.experiment,
-            setting.experiment.widths,
-            setting.seeds,
-            setting.data.x.shape[1],
-            setting.data.y.shape[1],
-        )
-    ]
+    """Site, insertion and steps after it as the library says; the learning rate is kept."""
+    models = setting.models(setting.experiment.widths)
     block = FAMILIES[setting.experiment.family].block
     sites, groups = recommended(before, setting.data, models, block, setting.layer(before))
     after = setting.experiment.epochs - before.epochs
@@ -372,7 +359,3 @@ def _epochs_in_all(experiment: Experiment) -> int:
     others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
     changed = 0 if experiment.factor == 1 else 2 * experiment.after
     return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others + changed
-
-
-def _nothing() -> None:
-    pass

@@ -1,20 +1,23 @@
-"""What the runs of an experiment are, and the files in which finished ones wait."""
+"""The runs of an experiment, and what they cost and reach."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from constrained_growth.experiments.reproduction.protocols import Experiment
 
 Array = NDArray[np.floating]
 Integers = NDArray[np.integer]
+
+LAST = 10
+"""The final loss is the mean over this many last epochs."""
+
+TRACE = 50
+"""The sensitivities of the small network are recorded each time this many epochs have passed."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,11 @@ class Runs:
 
     Attributes:
         loss: Training loss, in nats, before the steps of each epoch; shape (epochs, seeds).
-        test_error: Share of wrong test samples after each epoch; same shape.
+        test_error: Share of misclassified test samples after each epoch; same shape.
         trained: For how many epochs each run was trained, shape (seeds,).
         site: Where each run gained a layer, 0 for the first hidden layer; −1 for nowhere.
-        operations: Multiply-adds of one forward pass of one sample before and after the
-            insertion, and what the choice of the site costs for one sample; shape (3,).
+        operations: Multiply-adds for one sample of a forward pass before and after the insertion,
+            and of choosing the site; shape (3,).
     """
 
     loss: Array
@@ -44,7 +47,7 @@ class Reproduction:
     Attributes:
         experiment: The protocol.
         seeds: Of the split, the initial parameters and the orders of the samples.
-        samples: How many there are to train on.
+        samples: Number of training samples.
         arms: Name → its runs, all from the same start for the same seed.
         inserted_at: Epoch → runs that gained the layer of the largest sensitivity then.
         sensitivities: ‖λ_W‖_F when the layers are inserted, shape (seeds, sites).
@@ -62,43 +65,7 @@ class Reproduction:
     trace_epochs: Integers
 
 
-def file_name(experiment: Experiment, seeds: Sequence[int], dtype: torch.dtype) -> str:
-    """A file name that no other protocol, seeds or precision has."""
-    described = repr((experiment, tuple(seeds), dtype)).replace(hex(id(experiment.data)), "")
-    return f"{experiment.name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}.npz"
-
-
-_RUNS = ("loss", "test_error", "trained", "site", "operations")
-_ARRAYS = ("sensitivities", "trace", "trace_epochs")
-
-
-def save(file: Path, part: Reproduction) -> None:
-    """Write a chunk. It is written under another name first: a file that is there is whole."""
-    named = {f"arms/{name}": runs for name, runs in part.arms.items()}
-    named |= {f"inserted_at/{epoch}": runs for epoch, runs in part.inserted_at.items()}
-    arrays = {f"{key}/{name}": getattr(runs, name) for key, runs in named.items() for name in _RUNS}
-    arrays |= {name: getattr(part, name) for name in _ARRAYS}
-    arrays["samples"] = np.array(part.samples)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".part")
-    with unfinished.open("wb") as stream:
-        np.savez_compressed(stream, allow_pickle=False, **arrays)
-    unfinished.replace(file)
-
-
-def load(file: Path, experiment: Experiment, seeds: tuple[int, ...]) -> Reproduction:
-    """What `save` has written."""
-    with np.load(file, allow_pickle=False) as arrays:
-        keys = dict.fromkeys(key.rpartition("/")[0] for key in arrays.files if "/" in key)
-        runs = {key: Runs(*(arrays[f"{key}/{name}"] for name in _RUNS)) for key in keys}
-        rest, count = [arrays[name] for name in _ARRAYS], int(arrays["samples"])
-    arms = {key.removeprefix("arms/"): r for key, r in runs.items() if key.startswith("arms/")}
-    times = {
-        int(key.removeprefix("inserted_at/")): r
-        for key, r in runs.items()
-        if key.startswith("inserted_at/")
-    }
-    return Reproduction(experiment, seeds, count, arms, times, *rest)
+_RUNS = ("loss", "test_error", "trained", "site")  # in whose shapes seeds come last
 
 
 def joined(parts: Sequence[Reproduction]) -> Reproduction:
@@ -117,10 +84,55 @@ def joined(parts: Sequence[Reproduction]) -> Reproduction:
 
 
 def _together(runs: Sequence[Runs]) -> Runs:
-    return Runs(
-        np.concatenate([r.loss for r in runs], axis=1),
-        np.concatenate([r.test_error for r in runs], axis=1),
-        np.concatenate([r.trained for r in runs]),
-        np.concatenate([r.site for r in runs]),
-        runs[0].operations,
-    )
+    arrays = [np.concatenate([getattr(r, name) for r in runs], axis=-1) for name in _RUNS]
+    return Runs(*arrays, operations=runs[0].operations)
+
+
+def final_loss(runs: Runs) -> Array:
+    """Mean training loss of the last epochs of each run, the last value carried forward."""
+    return np.ascontiguousarray(runs.loss[-LAST:], dtype=float).mean(axis=0)
+
+
+def drop(runs: Runs, epoch: int, after: int) -> Array:
+    """By how much the loss of each run fell from this epoch to `after` epochs later."""
+    return (runs.loss[epoch] - runs.loss[epoch + after]).astype(float)
+
+
+def work(runs: Runs, experiment: Experiment, samples: int) -> Array:
+    """Multiply-adds that each run has spent after 0, 1, … epochs, shape (epochs + 1, seeds).
+
+    A training step costs a sample three forward passes (forward, and backward a product for the
+    gradients of the weights and one for those of the inputs); the choice of a site costs one
+    forward pass and one backward to the inputs over all data, and at each site two passes of the
+    new layer (one suffices for a layer with one weight). Runs that stopped spend nothing more.
+    """
+    epoch = experiment.before
+    small, grown = (3.0 * samples * float(count) for count in runs.operations[:2])
+    choice = samples * float(runs.operations[2])
+    chosen = runs.site >= 0
+    spent = np.zeros((len(runs.loss) + 1, len(runs.site)))
+    for e in range(len(runs.loss)):
+        now = np.where(chosen & (e >= epoch), grown, small) if small != grown else small
+        spent[e + 1] = spent[e] + now * (e < runs.trained)
+        if e == epoch:
+            spent[e + 1] += choice * chosen * (epoch < runs.trained)
+    return spent
+
+
+def saved(experiment: Experiment, small: int, grown: int) -> float:
+    """Share of the multiply-adds saved against the final network from the start, choice excluded.
+
+    `small` and `grown` are those of a forward pass before and after the insertion.
+    """
+    return experiment.before * (grown - small) / (experiment.epochs * grown)
+
+
+def reached(runs: Runs, level: float, spent: Array | None = None) -> Array:
+    """After how many epochs, or what work, the loss of each run first is at or below a level.
+
+    Infinity for a run that never gets there; `spent` as from `work`.
+    """
+    below = runs.loss <= level
+    first = below.argmax(axis=0)
+    at = first.astype(float) if spent is None else spent[first, np.arange(below.shape[1])]
+    return np.where(below.any(axis=0), at, np.inf)

@@ -1,54 +1,32 @@
-"""What it costs to watch the multipliers during training, on top of an ordinary training step."""
+"""`bench monitoring`: what watching the multipliers adds to an ordinary training step."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 import constrained_growth as cg
 from constrained_growth.experiments.speed.networks import CLASSES, INPUTS, Network, feedforward
-from constrained_growth.experiments.timing import Effort, Machine, Spread, compare, one_thread
+from constrained_growth.experiments.tables import interval, titled
+from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
 
-DEPTH = 8
-SKETCH = 16
-EVERY = 10
+DEPTH, EVERY = 8, 10
 
-WIDTH = 140
-"""Characters in a line of the table."""
-
-Options = Mapping[str, int | None]
-
-MODES: Mapping[str, Options] = {
-    "exact": {"sketch": None, "every": 1},
-    "sketch": {"sketch": SKETCH, "every": 1},
-    f"exact, 1 in {EVERY}": {"sketch": None, "every": EVERY},
-    f"sketch, 1 in {EVERY}": {"sketch": SKETCH, "every": EVERY},
-}
-"""Ways to watch."""
-
-LIMITS = {name: 0.4 if name == "exact" else 0.1 for name in MODES}
-"""How much of a step each may cost on top."""
+MODES = {"every step": 1, f"1 step in {EVERY}": EVERY}
+"""Way to watch → every how many steps."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure.
-
-    Attributes:
-        widths: Of the network.
-        batches: Samples in a batch.
-        effort: How long to go on with one cell.
-        seconds: Rough time of the steps that are timed in one stroke.
-        most: Steps at most in one stroke.
-    """
+    """Widths and batch sizes; rough time of the steps timed together, and how many at most."""
 
     widths: Sequence[int]
     batches: Sequence[int]
@@ -61,86 +39,27 @@ FULL = Plan((64, 256, 1024), (64, 512), Effort(fewest=7, most=60, seconds=20.0),
 QUICK = Plan((64, 256), (64,), Effort(fewest=3, most=3, seconds=0.0), 0.02, 20)
 
 
-@dataclass(frozen=True)
-class Operations:
-    """Multiplications and additions in matrix products, for one step or its watching.
+def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, Any]:
+    """Time training steps with and without watching, in turn, on one thread.
 
-    Attributes:
-        step: Forward, backward and the gradient of θ: 6 for each weight and sample.
-        exact: λ at every site: 2 width² for each sample.
-        sketch: 2k (2 width + 1) for each sample and site.
+    Args:
+        plan: What.
+        seed: Of networks and data.
+        cache: Not used: times are always measured anew.
+
+    Returns:
+        The numbers that `--json` writes. A cell has the median time of a step in milliseconds,
+        for each way of watching the time that it adds, in steps, and the operations in matrix
+        products of a "step" (forward, backward and the gradient of θ: 6 for each weight and
+        sample) and of the multipliers, "exact".
     """
-
-    step: int
-    exact: int
-    sketch: int
-
-    @classmethod
-    def of(cls, width: int, batch: int) -> Operations:
-        """In one step of the network of `DEPTH` hidden layers."""
-        weights = INPUTS * width + (DEPTH - 1) * width**2 + width * CLASSES
-        unneeded = 2 * INPUTS * width  # no gradient of the input
-        return cls(
-            step=batch * (6 * weights - unneeded),
-            exact=batch * DEPTH * 2 * width**2,
-            sketch=batch * DEPTH * 2 * SKETCH * (2 * width + 1),
-        )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What was measured at one width and batch size.
-
-    Attributes:
-        width, batch: Of the network and the data.
-        step_ms: Median time of a step without watching, in milliseconds.
-        overheads: Way of watching → its time on top, in steps.
-        rounds: How many rounds there were.
-        operations: In matrix products.
-    """
-
-    width: int
-    batch: int
-    step_ms: float
-    overheads: Mapping[str, Spread]
-    rounds: int
-    operations: Operations
-
-
-@dataclass(frozen=True)
-class MonitoringCost:
-    """All that `bench monitoring` measured.
-
-    Attributes:
-        machine: Where.
-        seed: Of the networks and the data.
-        cells: One for each width and batch size.
-    """
-
-    machine: Machine
-    seed: int
-    cells: tuple[Cell, ...]
-
-    def met(self) -> dict[str, bool]:
-        """Way of watching → whether no cell is above its limit."""
-        return {
-            name: all(cell.overheads[name].median <= limit for cell in self.cells)
-            for name, limit in LIMITS.items()
-        }
-
-    def to_json(self) -> str:
-        """All numbers."""
-        return json.dumps({**asdict(self), "limits": LIMITS, "met": self.met()}, indent=2)
-
-
-def run_monitoring(plan: Plan, seed: int) -> MonitoringCost:
-    """Time training steps with and without watching, in turn, on one thread."""
     with one_thread():
-        cells = tuple(_cell(w, b, plan, seed) for w in plan.widths for b in plan.batches)
-        return MonitoringCost(Machine.here(), seed, cells)
+        cells = [_cell(w, b, plan, seed) for w in plan.widths for b in plan.batches]
+        here = machine()
+    return {"machine": here, "seed": seed, "cells": cells}
 
 
-def _cell(width: int, batch: int, plan: Plan, seed: int) -> Cell:
+def _cell(width: int, batch: int, plan: Plan, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     network = feedforward(DEPTH, width)
     data = network.draw(batch)
@@ -154,20 +73,30 @@ def _cell(width: int, batch: int, plan: Plan, seed: int) -> Cell:
 
     problem = cg.GrowthProblem(network.model, network.loss_fn, [data], network.candidates)
     runs = {"plain": steps}
-    for name, options in MODES.items():
-        runs[name] = _watched(problem, steps, options)
+    for name, every in MODES.items():
+        runs[name] = _watched(problem, steps, every)
         runs[name]()
     found = compare(runs, plan.effort)
-    overheads = {
-        name: Spread(ratio.median - 1, ratio.low - 1, ratio.high - 1)
-        for name, ratio in found.ratios.items()
+    weights = INPUTS * width + (DEPTH - 1) * width**2 + width * CLASSES
+    unneeded = 2 * INPUTS * width  # no gradient with respect to the input
+    return {
+        "width": width,
+        "batch": batch,
+        "step_ms": 1e3 * found.seconds / count,
+        "overheads": {
+            name: {key: value - 1 for key, value in vars(ratio).items()}
+            for name, ratio in found.ratios.items()
+        },
+        "rounds": found.rounds,
+        "operations": {
+            "step": batch * (6 * weights - unneeded),
+            "exact": batch * DEPTH * 2 * width**2,
+        },
     }
-    milliseconds = 1e3 * found.seconds / count
-    return Cell(width, batch, milliseconds, overheads, found.rounds, Operations.of(width, batch))
 
 
 def _step(network: Network, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """One training step with SGD, so short that the parameters hardly move."""
+    """One step of SGD, so short that the parameters hardly move."""
     input, target = data
     optimizer = torch.optim.SGD(network.model.parameters(), lr=1e-6)
 
@@ -180,10 +109,10 @@ def _step(network: Network, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
 
 
 def _watched(
-    problem: cg.GrowthProblem, steps: Callable[[], None], options: Options
+    problem: cg.GrowthProblem, steps: Callable[[], None], every: int
 ) -> Callable[[], None]:
-    """The steps within one and the same window, which was made before."""
-    with cg.monitor(problem, **options) as watcher:  # type: ignore[arg-type]
+    """The steps within a window of a monitor that was made before."""
+    with cg.monitor(problem, every=every) as watcher:
         pass
 
     def run() -> None:
@@ -193,40 +122,32 @@ def _watched(
     return run
 
 
-def report(found: MonitoringCost) -> RenderableType:
-    """The machine, the table, and what was reached."""
-    table = Table(title=f"Feedforward ReLU network, {DEPTH} hidden layers, a candidate after each")
-    for heading in ("width", "batch", "step/ms", *MODES, "products: exact", "sketch", "rounds"):
-        table.add_column(heading, justify="right")
-    for cell in found.cells:
-        counts = cell.operations
+def tables(found: Mapping[str, Any]) -> RenderableType:
+    """The machine, how to read it, the table, and its range."""
+    table = titled(
+        f"Feedforward ReLU network, {DEPTH} hidden layers, a candidate after each",
+        "width",
+        *("batch", "step/ms", *MODES, "products", "rounds"),
+    )
+    for cell in found["cells"]:
         table.add_row(
-            *(str(cell.width), str(cell.batch), f"{cell.step_ms:.2f}"),
-            *(_percent(cell.overheads[name]) for name in MODES),
-            *(f"{part / counts.step:.1%}" for part in (counts.exact, counts.sketch)),
-            str(cell.rounds),
+            *(str(cell["width"]), str(cell["batch"]), f"{cell['step_ms']:.2f}"),
+            *(interval(*cell["overheads"][name].values(), form="+.0%") for name in MODES),
+            f"{cell['operations']['exact'] / cell['operations']['step']:.1%}",
+            str(cell["rounds"]),
         )
+    ranges = []
+    for name in MODES:
+        medians = [cell["overheads"][name]["median"] for cell in found["cells"]]
+        middle = statistics.median(medians)
+        ranges.append(f"{name}: {min(medians):.0%} to {max(medians):.0%}, median {middle:.0%}.")
     return Group(
-        Text(f"{found.machine}; seed {found.seed}.\n"),
+        Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
         Text(
-            "Time on top of a training step (zero_grad, forward, loss, backward, SGD), in steps: "
-            f"median [quartiles] over the rounds. The sketch has k = {SKETCH}. Products: "
-            "operations in matrix products on top of those of a step.\n"
+            "Time added to a training step (zero_grad, forward, loss, backward, SGD), in steps: "
+            "median [quartiles] over the rounds. Products: operations in matrix products that "
+            "watching every step adds to those of a step.\n"
         ),
         table,
-        *(Text(_verdict(found, name)) for name in MODES),
+        Text("\n".join(ranges)),
     )
-
-
-def _verdict(found: MonitoringCost, name: str) -> str:
-    medians = [cell.overheads[name].median for cell in found.cells]
-    word = "met" if found.met()[name] else "missed"
-    middle = statistics.median(medians)
-    return (
-        f"{name}: {min(medians):.0%} to {max(medians):.0%}, median {middle:.0%}; limit "
-        f"{LIMITS[name]:.0%} {word}."
-    )
-
-
-def _percent(spread: Spread) -> str:
-    return f"{spread.median:+.0%} [{spread.low:+.0%}, {spread.high:+.0%}]"

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 
 INPUTS, CLASSES = 16, 10
 PIXELS = 16
@@ -20,7 +20,7 @@ VOCABULARY, POSITIONS, HEADS = 96, 64, 4
 
 @dataclass(frozen=True)
 class Network:
-    """A network, what it is to learn, and the layers that it could gain.
+    """A network, its data and loss, and the layers that it could gain.
 
     Attributes:
         model: The network as it is.
@@ -41,7 +41,7 @@ def feedforward(depth: int, width: int) -> Network:
     for _ in range(depth - 1):
         layers += [nn.Linear(width, width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(width, CLASSES))
-    for layer in layers[::2]:  # after He et al. (2015), so that deep ones are not silent
+    for layer in layers[::2]:  # after He et al. (2015), so that the signal survives the depth
         nn.init.kaiming_normal_(layer.get_parameter("weight"), nonlinearity="relu")
     candidates = tuple(
         cg.Candidate(str(2 * i + 1), cg.blocks.IdentityLinear(width, nn.ReLU()))
@@ -50,22 +50,9 @@ def feedforward(depth: int, width: int) -> Network:
     return Network(model, candidates, _vectors)
 
 
-class ResidualBlock(nn.Module):
-    """x + W₂ tanh(W₁x + b)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, width) to the same."""
-        return x + self.outer(torch.tanh(self.inner(x)))
-
-
 def residual(depth: int, width: int) -> Network:
     """`depth` residual blocks with two weights, one more such block after each, W₂ pinned."""
-    blocks = [ResidualBlock(width) for _ in range(depth)]
+    blocks = [cg.blocks.ResidualMLP(width, width, torch.tanh) for _ in range(depth)]
     model = nn.Sequential(nn.Linear(INPUTS, width), *blocks, nn.Linear(width, CLASSES))
     candidates = tuple(
         cg.Candidate(str(i + 1), cg.blocks.ResidualMLP(width, width, torch.tanh))
@@ -74,29 +61,11 @@ def residual(depth: int, width: int) -> Network:
     return Network(model, candidates, _vectors)
 
 
-class ConvolutionBlock(nn.Module):
-    """x + conv(relu(norm(conv(relu(norm(x)))))), 3 × 3."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, channels, height, width) to the same."""
-        return x + self.branch(x)
-
-
 class NewConvolution(nn.Module):
-    """x + W₂ relu(W₁x + b) with 3 × 3 convolutions, W₂ = 0 pinned; without a closed form.
+    """x + W₂ relu(W₁x + b) with 3 × 3 convolutions, W₂ = 0 pinned.
 
-    So its multipliers come from differentiating it alone, as for any block of a user's own.
+    It offers no closed form, so that its multipliers come from differentiating it alone, as for
+    any block that a user writes.
     """
 
     pinned = ("outer.weight",)
@@ -112,80 +81,18 @@ class NewConvolution(nn.Module):
         return x + self.outer(torch.relu(self.inner(x)))
 
 
-class NewPointwiseConvolution(nn.Module):
-    """x + W₂ relu(W₁x + b) with 1 × 1 convolutions, W₂ = 0 pinned; with a closed form."""
-
-    pinned = ("outer",)
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(channels, channels, 1)
-        self.outer = nn.Parameter(torch.zeros(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, channels, height, width) to the same."""
-        return x + F.conv2d(torch.relu(self.inner(x)), self.outer[:, :, None, None])
-
-    def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
-        """ψ = δ, φ = relu(W₁x + b), with the positions before the channels."""
-        psi, phi = (t.flatten(2).mT for t in (delta, torch.relu(self.inner(x))))
-        return (AffineFactors("outer", None, psi, phi),)
-
-
-def convolutional(
-    depth: int, width: int, block: Callable[[int], nn.Module] = NewConvolution
-) -> Network:
+def convolutional(depth: int, width: int) -> Network:
     """A residual ConvNet of `depth` blocks with `width` channels, a new block after each."""
     model = nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
-        *(ConvolutionBlock(width) for _ in range(depth)),
-        nn.BatchNorm2d(width),
+        *(cg.blocks.ResidualConv2d(width, nn.ReLU) for _ in range(depth)),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(width, CLASSES),
     )
-    candidates = tuple(cg.Candidate(str(i + 1), block(width)) for i in range(depth))
+    candidates = tuple(cg.Candidate(str(i + 1), NewConvolution(width)) for i in range(depth))
     return Network(model, candidates, _images)
-
-
-def pointwise(depth: int, width: int) -> Network:
-    """The same ConvNet with 1 × 1 convolutions as candidates."""
-    return convolutional(depth, width, NewPointwiseConvolution)
-
-
-class Attention(nn.Module):
-    """Causal self-attention."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mixed = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, positions, width) to the same."""
-        parts = self.mixed(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*parts.unbind(), is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class TransformerBlock(nn.Module):
-    """Attention and a GELU network of four times the width, each after a normalisation."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width))
-        self.network = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, 4 * width),
-            nn.GELU(),
-            nn.Linear(4 * width, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (samples, positions, width) to the same."""
-        x = x + self.attention(x)
-        return x + self.network(x)
 
 
 class Embedding(nn.Module):
@@ -205,7 +112,7 @@ def transformer(depth: int, width: int) -> Network:
     """GPT-style, `depth` blocks; after each a residual GELU network of four times the width."""
     model = nn.Sequential(
         Embedding(width),
-        *(TransformerBlock(width) for _ in range(depth)),
+        *(cg.blocks.TransformerBlock(width, HEADS, causal=True) for _ in range(depth)),
         nn.LayerNorm(width),
         nn.Linear(width, VOCABULARY, bias=False),
     )
@@ -217,7 +124,7 @@ def transformer(depth: int, width: int) -> Network:
 
 
 def with_all_built_in(model: nn.Module, candidates: tuple[cg.Candidate, ...]) -> nn.Module:
-    """A copy of the model in which all the blocks really stand, only their pins trainable."""
+    """A copy of the model that contains all the blocks; only their pins are trainable."""
     extended = copy.deepcopy(model).requires_grad_(False)
     for candidate in candidates:
         block = copy.deepcopy(candidate.block).requires_grad_(False)

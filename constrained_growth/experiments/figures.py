@@ -1,36 +1,32 @@
-"""Pictures of an experiment: the losses, largest against smallest, when to insert, and where."""
+"""Pictures of the studies: losses, largest against smallest, when and where to insert, growth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from constrained_growth.experiments.reproduction.referee import final_loss
-from constrained_growth.experiments.reproduction.reproduce import TRACE
-from constrained_growth.experiments.reproduction.runs import Reproduction
-from constrained_growth.plotting.solutions import GROWN, INK, KEPT, QUIET
+from constrained_growth.experiments.growth.runs import BIG
+from constrained_growth.experiments.reproduction.runs import TRACE, Reproduction, final_loss
+from constrained_growth.experiments.statistics import Array, smoothed
+from constrained_growth.plotting.solutions import GROWN, INK, KEPT, QUIET, tidy
 
-_STYLES = {
+GREEN, PINK, SKY = "#009E73", "#CC79A7", "#56B4E9"
+
+_ARMS = {
     "N1": ("small network kept (N1)", KEPT, "-"),
-    "N2fix": ("deeper one from the start (N2fix)", "#009E73", "--"),
-    "N1lr": ("small network, learning rate as grown (N1lr)", "#56B4E9", ":"),
-    "LImin": ("smallest sensitivity (LImin)", "#CC79A7", "-."),
+    "N2fix": ("deeper one from the start (N2fix)", GREEN, "--"),
+    "N1lr": ("small network, learning rate as grown (N1lr)", SKY, ":"),
+    "LImin": ("smallest sensitivity (LImin)", PINK, "-."),
     "LImax": ("largest sensitivity (LImax)", GROWN, "-"),
 }
 
 
-def picture(found: Reproduction) -> Figure:
-    """All pictures of an experiment on one sheet.
-
-    Args:
-        found: What it gave.
-
-    Returns:
-        The figure, ready for `savefig`.
-    """
+def reproduction(found: Reproduction) -> Figure:
+    """All pictures of one of the source's experiments on one sheet."""
     several = found.sensitivities.shape[1] > 1
     panels: list[Callable[[Axes, Reproduction], None]] = [losses]
     panels += [largest_against_smallest] if several else []
@@ -39,7 +35,9 @@ def picture(found: Reproduction) -> Figure:
     width = 4.6 * len(panels) + 1.4
     figure = Figure(figsize=(width, 4.8), dpi=110, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, rect=(0, 0, 1, 0.9))  # type: ignore[union-attr]
-    places = figure.subplots(1, len(panels), squeeze=False, width_ratios=_ratios(len(panels)))[0]
+    places = figure.subplots(
+        1, len(panels), squeeze=False, width_ratios=[1.25, *[1.0] * (len(panels) - 1)]
+    )[0]
     for ax, draw in zip(places, panels, strict=True):
         draw(ax, found)
     experiment = found.experiment
@@ -59,7 +57,7 @@ def picture(found: Reproduction) -> Figure:
 def losses(ax: Axes, found: Reproduction) -> None:
     """Training loss with and without insertion: medians, and bands from quartile to quartile."""
     several = found.sensitivities.shape[1] > 1
-    for name, (label, colour, line) in _STYLES.items():
+    for name, (label, colour, line) in _ARMS.items():
         same = {"LImin": not several, "N1lr": found.experiment.factor == 1}
         if same.get(name):
             continue
@@ -121,10 +119,6 @@ def sensitivities(ax: Axes, found: Reproduction) -> None:
     ax.grid(False)
 
 
-def _ratios(count: int) -> list[float]:
-    return [1.25, *[1.0] * (count - 1)]
-
-
 def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.set_title(title, loc="left", fontsize=10, color=INK)
     ax.set_xlabel(xlabel, color=INK)
@@ -133,3 +127,42 @@ def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.tick_params(labelsize=9, colors=INK)
     ax.grid(color=QUIET, alpha=0.25, linewidth=0.7)
     ax.set_axisbelow(True)
+
+
+_GROWTH_ARMS = {
+    "sensitivity": (GROWN, "-", 2.0),
+    "random": (PINK, "-.", 1.4),
+    "fixed": (GREEN, ":", 1.6),
+    BIG: (KEPT, "--", 2.0),
+    "small": (QUIET, "-", 1.2),
+}
+
+
+def growth(found: Mapping[str, Any]) -> Figure:
+    """Training loss of every arm against multiply-adds, a panel for each task."""
+    curves = found["curves"]
+    figure = Figure(figsize=(4.8 * len(curves), 4.2), dpi=110, layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    for ax, task in zip(panels, curves, strict=True):
+        for name, runs in curves[task].items():
+            colour, line, width = _GROWTH_ARMS[name]
+            spent, (low, median, high) = _quartiles(runs)
+            ax.plot(spent, median, color=colour, linestyle=line, linewidth=width, label=name)
+            if name in (next(iter(curves[task])), BIG):
+                ax.fill_between(spent, low, high, color=colour, alpha=0.13, linewidth=0)
+        ax.set_yscale("log")
+        ax.set_xlabel("multiply-adds spent, in 10⁹")
+        about = found["settings"][task]
+        title = f"{task}, {about['small']} → {about['big']} blocks, {found['seeds']} seeds"
+        ax.set_title(title, loc="left", fontsize=11, color=INK)
+        tidy(ax, "y")
+    panels[0].set_ylabel("training loss in nats")
+    panels[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def _quartiles(runs: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Array, Array]:
+    """What was spent, and the quartiles over seeds of the loss then, shape (3, points)."""
+    spent = np.linspace(0, min(run["multiply_adds"][-1] for run in runs), 200)[1:]
+    values = [np.interp(spent, run["multiply_adds"], smoothed(run["loss"])) for run in runs]
+    return spent / 1e9, np.quantile(values, [0.25, 0.5, 0.75], axis=0)

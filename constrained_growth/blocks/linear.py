@@ -1,25 +1,109 @@
-"""Fully connected layers around which x is passed unchanged."""
+"""Fully connected layers that start as the identity."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from constrained_growth._activations import Activation, as_activation, value_at_zero
-from constrained_growth.blocks.checks import activation_kind, checked_slope, positive
-from constrained_growth.blocks.factors import AffineFactors
+from constrained_growth._activations import (
+    Activation,
+    as_activation,
+    checked_shift,
+    checked_slope,
+    computes_same,
+    value_at_zero,
+    vector_jacobian,
+)
+from constrained_growth._arguments import positive_int
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
 from constrained_growth.errors import BlockError
+
+
+class IdentityLinear(nn.Module):
+    """Identity layer x ↦ σ(W x + b) − s with W = I, b = s, placed right after a σ.
+
+    It is the identity there if σ(x + s) = x + s for every x in the range of σ, which is checked
+    by calling σ: s = 0 for ReLU and other idempotent functions, s = ε for `TanhLU(ε)`; tanh, GELU
+    and the like have no such s and are refused.
+
+    Multipliers, with δ = ∂L/∂x and sums over the samples:
+
+        λ_W = −Σ (δ ⊙ σ′(x + s)) xᵀ,   λ_b = −Σ δ ⊙ σ′(x + s).
+
+    Args:
+        width: Size of the last dimension of the tensor at the site.
+        activation: σ, a module or an elementwise function.
+        shift: s. None (default) takes the smallest one if it is at most 0.1: a shifted layer is
+            linear until its parameters have moved by about s, and a linear layer adds nothing to
+            what the next layer can do. A larger s must be given.
+        device: Device of the parameters.
+        dtype: Their dtype. A shift is exact in the one it was made in, and in lower ones.
+
+    Parameters:
+        weight (width, width), bias (width,): both pinned.
+
+    Raises:
+        BlockError: `activation` is not the identity on its own range, shifted or not.
+
+    Source:
+        Herberg et al., arXiv 2311.15995, section on feedforward networks.
+
+    Example:
+        >>> block = IdentityLinear(2, nn.ReLU())
+        >>> block(torch.tensor([[0.5, 2.0]]))
+        tensor([[0.5000, 2.0000]], grad_fn=<ReluBackward0>)
+    """
+
+    pinned = ("weight", "bias")
+
+    def __init__(
+        self,
+        width: int,
+        activation: Activation | type[nn.Module],
+        *,
+        shift: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = as_activation(activation)
+        self.shift = checked_shift(self.activation, shift)
+        width = positive_int("width", width, BlockError)
+        self.weight = nn.Parameter(torch.eye(width, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.full((width,), self.shift, device=device, dtype=dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """σ(W x + b) − s, of the shape (..., width) of x."""
+        y = self.activation(F.linear(x, self.weight, self.bias))
+        return y - self.shift if self.shift else y
+
+    def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
+        """ψ = δ ⊙ σ′(x + s), φ = x."""
+        psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
+        return (AffineFactors("weight", "bias", psi, x),)
+
+    def exact_after(self, site: nn.Module) -> bool:
+        """Whether `site` computes σ, judged by its values."""
+        return computes_same(self.activation, site)
+
+    def config(self) -> dict[str, Any]:
+        """The arguments that build the same architecture again."""
+        width = self.weight.shape[0]
+        return {"width": width, "activation": self.activation, "shift": self.shift}
+
+    def extra_repr(self) -> str:
+        """The arguments shown by `repr`."""
+        return f"width={self.weight.shape[0]}, shift={self.shift:g}"
 
 
 class ResidualLinear(nn.Module):
     """Residual layer with one weight, x ↦ x + σ(W x + b) with W = 0, b = 0.
 
-    Needs σ(0) = 0, to be the identity, and σ′(0) ≠ 0, or its multipliers vanish identically
+    It needs σ(0) = 0, to be the identity, and σ′(0) ≠ 0, or its multipliers vanish identically
     (ReLU: autograd takes ReLU′(0) = 0).
 
     Multipliers: λ_W = −σ′(0) Σ δ xᵀ, λ_b = −σ′(0) Σ δ.
@@ -27,8 +111,8 @@ class ResidualLinear(nn.Module):
     Args:
         width: Size of the last dimension of the tensor at the site.
         activation: σ, a module or an elementwise function.
-        device: Where the parameters are made.
-        dtype: In which precision.
+        device: Device of the parameters.
+        dtype: Their dtype.
 
     Parameters:
         weight (width, width), bias (width,): both pinned.
@@ -42,6 +126,7 @@ class ResidualLinear(nn.Module):
     """
 
     pinned = ("weight", "bias")
+    exact_after = exact_everywhere
 
     def __init__(
         self,
@@ -54,38 +139,24 @@ class ResidualLinear(nn.Module):
         super().__init__()
         self.activation = as_activation(activation)
         self._slope = checked_slope(self.activation, "ResidualLinear")
-        width = positive("width", width)
+        width = positive_int("width", width, BlockError)
         self.weight = nn.Parameter(torch.zeros(width, width, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(width, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X + σ(W x + b), shape (..., width) to the same."""
+        """Return x + σ(W x + b), of the shape (..., width) of x."""
         return x + self.activation(F.linear(x, self.weight, self.bias))
 
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = σ′(0) δ, φ = x."""
-        return (AffineFactors("weight", "bias", _scaled(delta, self._slope), x),)
-
-    def exact_after(self, site: nn.Module) -> bool:
-        """Always: the branch is zero, whatever arrives."""
-        return True
-
-    def joint_kind(self) -> Hashable:
-        """Same σ′(0)."""
-        return self._slope
-
-    def joint_factors(
-        self, blocks: Sequence[ResidualLinear], x: Tensor, delta: Tensor
-    ) -> tuple[AffineFactors]:
-        """The same formula; no parameter enters it."""
-        return self.factors(x, delta)
+        return (AffineFactors("weight", "bias", self._slope * delta, x),)
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
         return {"width": self.weight.shape[0], "activation": self.activation}
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         return f"width={self.weight.shape[0]}"
 
 
@@ -110,8 +181,8 @@ class ResidualMLP(nn.Module):
         inner_init: The free factor: "random" (PyTorch's initialisation of `nn.Linear`), a number
             c for c times the identity with b = 0 (the source takes 0.8), or a tensor in the
             shape of the free weight (b = 0). A tensor's dtype is kept unless `dtype` is given.
-        device: Where the parameters are made.
-        dtype: In which precision.
+        device: Device of the parameters.
+        dtype: Their dtype.
 
     Parameters:
         inner.weight (hidden, width), inner.bias (hidden,), outer.weight (width, hidden).
@@ -129,6 +200,8 @@ class ResidualMLP(nn.Module):
         ([[-1.0, 2.0]], ('outer.weight',))
     """
 
+    exact_after = exact_everywhere
+
     def __init__(
         self,
         width: int,
@@ -145,51 +218,29 @@ class ResidualMLP(nn.Module):
             raise BlockError(f'pinned={pinned!r} is neither "outer" nor "inner".')
         if dtype is None and isinstance(inner_init, Tensor) and inner_init.is_floating_point():
             dtype = inner_init.dtype
-        width, hidden = positive("width", width), positive("hidden", hidden)
+        width = positive_int("width", width, BlockError)
+        hidden = positive_int("hidden", hidden, BlockError)
         self.activation = as_activation(activation)
         self.pins_outer = pinned == "outer"
         self.pinned = ("outer.weight",) if self.pins_outer else ("inner.weight", "inner.bias")
         self.inner = nn.Linear(width, hidden, device=device, dtype=dtype)
         self.outer = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
-        self._slope = None if self.pins_outer else checked_slope(self.activation, "ResidualMLP")
+        self._slope = 1.0 if self.pins_outer else checked_slope(self.activation, "ResidualMLP")
         with torch.no_grad():
-            _fill(self.inner if self.pins_outer else self.outer, inner_init)
-            for name in self.pinned:
-                self.get_parameter(name).zero_()
+            _initialise(self.inner if self.pins_outer else self.outer, inner_init)
+        zero_pins(self)
         self._refuse_two_zero_factors()
 
     def forward(self, x: Tensor) -> Tensor:
-        """X + W₂ σ(W₁ x + b), shape (..., width) to the same."""
+        """Return x + W₂ σ(W₁ x + b), of the shape (..., width) of x."""
         return x + self.outer(self.activation(self.inner(x)))
 
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """Outer pinned: ψ = δ, φ = σ(W₁x + b). Inner pinned: ψ = σ′(0) W₂ᵀδ, φ = x."""
-        if self._slope is None:
+        if self.pins_outer:
             hidden = self.activation(self.inner(x))
             return (AffineFactors("outer.weight", None, delta, hidden),)
-        psi = _scaled(delta @ self.outer.weight, self._slope)
-        return (AffineFactors("inner.weight", "inner.bias", psi, x),)
-
-    def exact_after(self, site: nn.Module) -> bool:
-        """Always: the branch is zero, whatever arrives."""
-        return True
-
-    def joint_kind(self) -> Hashable:
-        """Same σ, same hidden width, same factor pinned."""
-        return activation_kind(self.activation), self.inner.out_features, self.pinned
-
-    def joint_factors(
-        self, blocks: Sequence[ResidualMLP], x: Tensor, delta: Tensor
-    ) -> tuple[AffineFactors]:
-        """As `factors`, with a batched product for the free factors."""
-        if self._slope is None:
-            weight = torch.stack([block.inner.weight for block in blocks])
-            bias = torch.stack([block.inner.bias for block in blocks]).unsqueeze(1)
-            inner = torch.baddbmm(bias, x.flatten(1, -2), weight.mT)
-            hidden = self.activation(inner.view(*x.shape[:-1], -1))
-            return (AffineFactors("outer.weight", None, delta, hidden),)
-        weight = torch.stack([block.outer.weight for block in blocks])
-        psi = _scaled(delta.flatten(1, -2) @ weight, self._slope).view(*delta.shape[:-1], -1)
+        psi = self._slope * (delta @ self.outer.weight)
         return (AffineFactors("inner.weight", "inner.bias", psi, x),)
 
     def config(self) -> dict[str, Any]:
@@ -203,7 +254,7 @@ class ResidualMLP(nn.Module):
         }
 
     def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
+        """The arguments shown by `repr`."""
         return f"pinned={self.pinned}"
 
     def _refuse_two_zero_factors(self) -> None:
@@ -219,8 +270,8 @@ class ResidualMLP(nn.Module):
             )
 
 
-def _fill(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
-    """Set the free factor; `nn.Linear` has drawn the random one already."""
+def _initialise(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
+    """Set the free factor; `nn.Linear` has already drawn the random one."""
     if isinstance(init, str) and init == "random":
         return
     if isinstance(init, Tensor):
@@ -239,7 +290,3 @@ def _fill(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
         )
     if linear.bias is not None:
         linear.bias.zero_()
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1.0 else tensor * factor

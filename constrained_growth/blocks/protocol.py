@@ -1,0 +1,113 @@
+"""The pins of a block, its closed form, and whether it is the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._sites.context import NO_CONTEXT, Context, arguments, takes_context
+from constrained_growth.errors import BlockError
+
+
+@dataclass(frozen=True)
+class AffineFactors:
+    """A pinned affine map W φ + b seen from both sides: λ_W = −Σ ψ φᵀ and λ_b = −Σ ψ.
+
+    Attributes:
+        weight: Name of the pinned weight W, of shape (out, in), or (out, ...) with as many entries.
+        bias: Name of the pinned bias b, of shape (out,), or None.
+        cotangent: ψ = ∂L/∂(Wφ + b), shape (samples, ..., out).
+        features: φ, shape (samples, ..., in).
+    """
+
+    weight: str
+    bias: str | None
+    cotangent: Tensor
+    features: Tensor
+
+
+class HasFactors(Protocol):
+    """A block that knows its multipliers in closed form."""
+
+    def factors(self, x: Tensor, delta: Tensor) -> Iterable[AffineFactors]:
+        """The factors of all pinned parameters, at the pins.
+
+        An affine map may appear several times, each time with some of the samples, to save memory.
+
+        Args:
+            x: The tensor at the site, shape (samples, ..., width).
+            delta: ∂L/∂(tensor at the site), same shape.
+        """
+        ...
+
+
+def has_factors(block: nn.Module) -> bool:
+    """Whether a block has a closed form that does not depend on its context."""
+    return callable(getattr(block, "factors", None)) and not takes_context(block)
+
+
+def exact_everywhere(block: nn.Module, site: nn.Module) -> bool:
+    """Return True: at its pins the block is the identity on every input."""
+    return True
+
+
+def zero_pins(block: nn.Module) -> None:
+    """Set the pinned parameters to zero."""
+    with torch.no_grad():
+        for parameter in pinned_parameters(block).values():
+            parameter.zero_()
+
+
+def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """The pinned parameters of a block, by name.
+
+    Raises:
+        BlockError: `block` declares no pins, or names a parameter it does not have.
+    """
+    names = getattr(block, "pinned", None)
+    if not isinstance(block, nn.Module) or not isinstance(names, Sequence) or not names:
+        raise BlockError(
+            f"block={block!r} does not say which of its parameters are pinned; a block is an "
+            "nn.Module with an attribute pinned = ('name of a parameter', ...) that is the "
+            "identity at their current values."
+        )
+    try:
+        if isinstance(names, str):
+            raise TypeError(names)
+        return {name: block.get_parameter(name) for name in names}
+    except (AttributeError, TypeError) as error:
+        known = tuple(name for name, _ in block.named_parameters())
+        raise BlockError(
+            f"pinned={names!r} of {type(block).__name__} is not a tuple of names of its "
+            f"parameters; it has {known}."
+        ) from error
+
+
+def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
+    """How much a block changes x at its pins, as measured by `change`.
+
+    Raises:
+        BlockError: The block does not keep the shape of x.
+    """
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    args, kwargs = arguments(block, x.clone(), context)
+    y = torch.func.functional_call(block, buffers, args, kwargs)
+    if not isinstance(y, Tensor) or y.shape != x.shape:
+        got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+        raise BlockError(
+            f"block={type(block).__name__} turns the shape {tuple(x.shape)} at its site into "
+            f"{got}; the width must match."
+        )
+    return change(x, y)
+
+
+def change(x: Tensor, y: Tensor) -> Tensor:
+    """Largest difference of an entry over what rounding can explain: at most 1 where y is x."""
+    if x.numel() == 0:
+        return x.new_zeros(())
+    allowed = 1e3 * torch.finfo(x.dtype).eps * x.abs().max().clamp(min=1.0)
+    return (y - x).abs().max() / allowed

@@ -1,0 +1,130 @@
+"""What the commands share: options, and how a study is carried out, shown and written."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from constrained_growth.experiments.tables import WIDTH, to_json
+
+
+def _writable_folder(folder: Path | None) -> Path | None:
+    """The folder, made if need be; refused before any work is done if it cannot be written."""
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write into {folder}: {error.strerror}.") from None
+
+
+def _writable_file(file: Path | None) -> Path | None:
+    if file is not None:
+        _writable_folder(file.parent)
+        if file.is_dir():
+            raise typer.BadParameter(f"{file} is a folder; give the name of a file.")
+    return file
+
+
+def one_of(names: Iterable[str], help: str) -> Any:
+    """An option that takes one of these names."""
+    known = ", ".join(names)
+
+    def checked(value: str | None) -> str | None:
+        if value is not None and value not in known.split(", "):
+            raise typer.BadParameter(f"{value} is none of {known}.")
+        return value
+
+    return typer.Option(help=f"{help} One of {known}.", callback=checked)
+
+
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write all numbers here.", callback=_writable_file, metavar="FILE"),
+]
+Folder = Annotated[
+    Path, typer.Option("--out", help="Folder for the picture.", callback=_writable_folder)
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for the results.", callback=_writable_folder, metavar="DIR"),
+]
+Quick = Annotated[bool, typer.Option("--quick", help="A small version, to see that it runs.")]
+Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this one; may be repeated.")]
+
+
+def typed() -> str:
+    """The command as it was typed."""
+    return shlex.join(["constrained-growth", *sys.argv[1:]])
+
+
+def terminal(width: int = WIDTH) -> Console:
+    """A console of at least this width."""
+    console = Console(highlight=False)
+    console.width = max(console.width, width)
+    return console
+
+
+def write_tables(file: Path, *tables: RenderableType) -> None:
+    """The command, and below it the tables as text."""
+    console = Console(file=StringIO(), width=WIDTH, highlight=False, record=True)
+    for table in tables:
+        console.print(table)
+    lines = (line.rstrip() for line in console.export_text().splitlines())
+    file.write_text("\n".join([f"$ {typed()}", "", *lines, ""]), encoding="utf-8")
+
+
+def carry_out(
+    name: str,
+    study: Any,
+    *,
+    quick: bool,
+    seed: int,
+    out: Path | None,
+    json: Path | None,
+    tasks: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Run a benchmark, show its tables, and write what was asked for; returns its numbers.
+
+    Args:
+        name: Of the benchmark.
+        study: Has plans FULL and QUICK, `run(plan, seed, cache=)`, which returns plain numbers, and
+            `tables(numbers)`.
+        quick: Which plan.
+        seed: Of everything random.
+        out: Folder for the tables as text, and for parts of an interrupted run.
+        json: File for the numbers, with the command typed.
+        tasks: Names of the tasks to run; all by default.
+    """
+    begin, console = time.perf_counter(), terminal()
+    plan = study.QUICK if quick else study.FULL
+    found = study.run(_only(plan, tasks) if tasks else plan, seed, cache=out) | {"command": typed()}
+    console.print(study.tables(found))
+    if out is not None:
+        write_tables(out / f"constrained-growth-bench-{name}.txt", study.tables(found))
+    if json is not None:
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
+    console.print(f"{time.perf_counter() - begin:.0f} s.")
+    return found
+
+
+def _only(plan: Any, names: Sequence[str]) -> Any:
+    """The plan with the tasks of these names."""
+    known = [task.name for task in plan.tasks]
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"--task {name} is none of {', '.join(known)}.")
+    return replace(plan, tasks=[task for task in plan.tasks if task.name in names])

@@ -1,0 +1,285 @@
+"""`bench multipliers`: what multipliers cost, in ordinary gradient passes of the same network."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from tqdm import tqdm
+
+import constrained_growth as cg
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.experiments.speed.networks import (
+    Network,
+    convolutional,
+    feedforward,
+    residual,
+    transformer,
+    with_all_built_in,
+)
+from constrained_growth.experiments.tables import interval, titled
+from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
+
+Multipliers = Mapping[str, Mapping[str, Tensor]]
+Batches = list[tuple[Tensor, Tensor]]
+Rows = Sequence[Mapping[str, Any]]
+
+COLUMNS = {
+    "ratio": "λ",
+    "with_stationarity": "… and ‖∇_θ L‖",
+    "rebatched": "λ, batches of 2,048",
+    "all_built_in": "all built in",
+}
+"""What is timed: `solve` without and with ∇_θ L, `solve` on larger batches, and the network that
+contains all candidates."""
+
+REBATCHED = 2048
+"""Samples in a larger batch."""
+
+TITLES = {
+    "feedforward": "Feedforward ReLU networks, an identity layer after every ReLU",
+    "residual": "Residual networks, one more block with two weights (W₂ pinned) after every block",
+    "others": "A residual ConvNet and a GPT, a residual candidate after every block",
+}
+
+NETWORKS = {"convolutional": "ConvNet", "transformer": "GPT"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network of `make(depth, width)`, and batches to measure on."""
+
+    make: Callable[[int, int], Network]
+    depth: int
+    width: int
+    batch: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: name of a table → its cases, and how many pairs."""
+
+    tables: Mapping[str, tuple[Case, ...]]
+    effort: Effort
+
+
+def grid(make: Callable[[int, int], Network]) -> tuple[Case, ...]:
+    """Depth × width × batch, on 4,096 samples.
+
+    At width 1,024 a pass takes seconds, so there it is 16 batches of 64 or 4 of 512. What is done
+    once per pass weighs more with fewer batches, so this does not flatter the multiplier pass.
+    """
+    sizes = itertools.product((4, 16, 32), (4, 64, 256, 1024), (64, 512))
+    shorter = {64: 1024, 512: 2048}
+    return tuple(Case(make, d, w, b, shorter[b] if w == 1024 else 4096) for d, w, b in sizes)
+
+
+FULL = Plan(
+    tables={
+        "feedforward": grid(feedforward),
+        "residual": grid(residual),
+        "others": (
+            Case(convolutional, depth=4, width=32, batch=16, samples=256),
+            Case(convolutional, depth=4, width=32, batch=64, samples=256),
+            Case(transformer, depth=4, width=128, batch=4, samples=64),
+            Case(transformer, depth=4, width=128, batch=16, samples=64),
+        ),
+    },
+    effort=Effort(fewest=5, most=25, seconds=3.0),
+)
+
+_SMALL = ((4, 4, 64), (16, 64, 512), (4, 256, 64))
+
+QUICK = Plan(
+    tables={
+        "feedforward": tuple(Case(feedforward, *sizes, 4096) for sizes in _SMALL),
+        "residual": tuple(Case(residual, *sizes, 4096) for sizes in _SMALL),
+        "others": (
+            Case(convolutional, depth=2, width=16, batch=16, samples=64),
+            Case(transformer, depth=2, width=64, batch=4, samples=16),
+        ),
+    },
+    effort=Effort(fewest=3, most=3, seconds=0.0),
+)
+
+
+def run(
+    plan: Plan, seed: int = 0, *, cache: Path | None = None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """Measure everything in a plan, on one thread; the random state of the caller is left alone.
+
+    Args:
+        plan: What.
+        seed: Of networks and data.
+        cache: Not used: times are always measured anew.
+        dtype: Of the networks.
+
+    Returns:
+        The numbers that `--json` writes. A row of a table has the median time of an ordinary
+        gradient pass in milliseconds, for each of `COLUMNS` the median time in such passes with
+        its quartiles, and the number of pairs.
+    """
+    cases = [(name, case) for name, some in plan.tables.items() for case in some]
+    tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
+    with one_thread():
+        for name, case in (bar := tqdm(cases, unit="cell", leave=False, disable=None)):
+            bar.set_description(f"{name} {case.depth} × {case.width}, batch {case.batch}")
+            tables[name].append(_measured(case, plan.effort, seed, dtype))
+        here = machine()
+    summary = {"tables": {name: _summary(rows) for name, rows in tables.items()}}
+    return {"machine": here, "seed": seed, "tables": tables, "summary": summary}
+
+
+def _measured(case: Case, effort: Effort, seed: int, dtype: torch.dtype) -> dict[str, Any]:
+    """A row of a table; the error is ‖λ − λ′‖/‖λ′‖, λ′ from the network with all built in."""
+    subject = Subject(case, seed, dtype)
+    runs: dict[str, Callable[[], Any]] = {
+        "plain": subject.plain_pass,
+        "ratio": subject.solve,
+        "with_stationarity": partial(subject.solve, stationarity=True),
+        "rebatched": partial(subject.solve, size=REBATCHED),
+        "all_built_in": subject.pass_with_all_built_in,
+    }
+    subject.plain_pass()  # to warm up, like the next two
+    error = disagreement(subject.solve(), subject.pass_with_all_built_in())
+    compared = compare(runs, effort)
+    row = {key: value for key, value in vars(case).items() if key != "make"}
+    row |= {"network": case.make.__name__, "plain_ms": 1e3 * compared.seconds}
+    for name, spread in compared.ratios.items():
+        row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+    return row | {"pairs": compared.rounds, "lambda_error": error}
+
+
+def _summary(rows: Rows) -> dict[str, dict[str, float]]:
+    """Geometric mean and worst cell of every column."""
+    return {
+        column: {
+            "geometric_mean": statistics.geometric_mean(row[column] for row in rows),
+            "worst": max(row[column] for row in rows),
+        }
+        for column in COLUMNS
+    }
+
+
+def rebatched(data: Batches, size: int) -> Batches:
+    """The same samples in batches of `size`."""
+    inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+class Subject:
+    """The network, the data and the problem of a case, and the passes to time."""
+
+    def __init__(self, case: Case, seed: int, dtype: torch.dtype) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.network = case.make(case.depth, case.width)
+            inputs, targets = self.network.draw(case.samples)
+        self.model = self.network.model.to(dtype)
+        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
+        self.samples = case.samples
+        self.data = list(zip(inputs.split(case.batch), targets.split(case.batch), strict=True))
+        self._problem = self._problem_on(self.data)
+        self._extended = with_all_built_in(self.model, self.network.candidates).to(dtype)
+
+    def plain_pass(self) -> None:
+        """An ordinary gradient pass."""
+        for input, target in self.data:
+            self.model.zero_grad()
+            self.network.loss_fn(self.model(input), target).backward()
+
+    def solve(self, *, stationarity: bool = False, size: int | None = None) -> Multipliers:
+        """Multipliers and their standard errors by `cg.solve`; re-batched, if a size is given."""
+        problem = self._problem_on(rebatched(self.data, size)) if size else self._problem
+        return cg.solve(problem, stationarity=stationarity, progress=False).multipliers
+
+    def pass_with_all_built_in(self) -> Multipliers:
+        """Multipliers from the network that contains all candidates, without standard errors."""
+        model, loss_fn = self._extended, self.network.loss_fn
+        model.zero_grad()
+        for input, target in self.data:
+            (loss_fn(model(input), target) * (len(target) / self.samples)).backward()
+        return {
+            candidate.name: {
+                name: -parameter.grad
+                for name, parameter in self._built_in(candidate).items()
+                if parameter.grad is not None
+            }
+            for candidate in self.network.candidates
+        }
+
+    def _problem_on(self, data: Batches) -> cg.GrowthProblem:
+        network = self.network
+        return cg.GrowthProblem(self.model, network.loss_fn, data, network.candidates)
+
+    def _built_in(self, candidate: cg.Candidate) -> dict[str, torch.nn.Parameter]:
+        return pinned_parameters(self._extended.get_submodule(f"{candidate.after}.1"))
+
+
+def disagreement(found: Multipliers, other: Multipliers) -> float:
+    """‖λ − λ′‖/‖λ′‖ of the candidate where it is largest; 0 where both are 0."""
+    errors = []
+    for name, tensors in found.items():
+        apart = _norm({key: value - other[name][key] for key, value in tensors.items()})
+        errors.append(apart / (_norm(other[name]) or 1.0))
+    return max(errors)
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(t.square().sum(dtype=torch.float64)) for t in tensors.values()))
+
+
+def tables(found: Mapping[str, Any]) -> RenderableType:
+    """The machine, how to read it, and the tables."""
+    return Group(
+        Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
+        Text(
+            "Times in ordinary gradient passes (zero_grad, forward, loss, backward of the same "
+            "model on the same batches): median [quartiles] over the pairs. λ is "
+            "solve(problem, stationarity=False), with standard errors; re-batching and checking "
+            "the problem anew are timed where batches are larger. “All built in” is a network that "
+            "contains all candidates, with gradients of the pinned parameters alone (and no "
+            "standard errors); “λ differs” is ‖λ − λ′‖/‖λ′‖ against it, of the worst candidate.\n"
+        ),
+        *(
+            _table(name, rows, found["summary"]["tables"][name])
+            for name, rows in found["tables"].items()
+        ),
+    )
+
+
+def _table(name: str, rows: Rows, summary: Mapping[str, Mapping[str, float]]) -> Table:
+    samples = sorted({row["samples"] for row in rows})
+    sizes = "depth", "width", "batch"
+    table = titled(
+        f"{TITLES.get(name, name)}; {' to '.join(f'{n:,}' for n in samples)} samples",
+        "network" if name == "others" else "",
+        *(*sizes, "plain/ms", *COLUMNS.values(), "pairs", "λ differs"),
+    )
+    for row in rows:
+        table.add_row(
+            NETWORKS.get(row["network"], ""),
+            *(str(row[size]) for size in sizes),
+            f"{row['plain_ms']:.1f}",
+            *(interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in COLUMNS),
+            str(row["pairs"]),
+            f"{row['lambda_error']:.0e}",
+        )
+    table.add_section()
+    for of in ("geometric_mean", "worst"):
+        # padded to where a cell has its median
+        values = (f"{summary[column][of]:.2f}".ljust(len("0.00 [0.00 0.00]")) for column in COLUMNS)
+        table.add_row(of.replace("_", " "), *[""] * 4, *values)
+    return table
