@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
@@ -121,7 +122,7 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
 
 def transformed(x: Tensor) -> bool:
     """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return is_functorch_wrapped_tensor(x)
 
 
 Take = Callable[[int, list[Use], Any], None]
