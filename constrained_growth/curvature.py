@@ -191,9 +191,14 @@ class VirtualLoss:
         cut = {id(y): y.detach().requires_grad_() for y in outputs}
         again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
         points = list(cut.values())
-        slopes = torch.autograd.grad(
-            self._loss(again, target), points, create_graph=True, materialize_grads=True
-        )
+        try:
+            loss = self._loss(again, target)
+        except RuntimeError as error:
+            raise RuleError(
+                "curvature=gauss_newton: the loss is no function of the model's outputs alone "
+                f"({error}), as where it differentiates them; take curvature=cg.curvature.hessian."
+            ) from error
+        slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
         if not any(slope.requires_grad for slope in slopes):
             raise RuleError(
                 "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "

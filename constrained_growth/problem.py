@@ -40,9 +40,10 @@ class GrowthProblem:
         loss_fn: `loss_fn(output, target)`, a scalar tensor that is the mean over the samples of
             a batch (a sum is taken for a mean, and gives λ times the batch size). Over what a
             loss averages inside a batch is its own affair: samples, tokens, those that a mask
-            leaves. L is the mean of these means, each counted with its `weight`. For a model
-            that returns its own loss, take it from the output: `lambda output, target:
-            output.loss`.
+            leaves. L is the mean of these means, each counted with its `weight`. A penalty over
+            `model.parameters()` inside it is one of the parameters that the model has now, without
+            those of a layer to come. For a model that returns its own loss, take it from the
+            output: `lambda output, target: output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
             a list of batches. An input may be a tensor, a tuple (spread as arguments) or a dict
             (spread as keyword arguments; where a loader yields dicts with the target in them,

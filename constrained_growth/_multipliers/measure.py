@@ -145,6 +145,7 @@ class Pass:
         self._waiting_bytes, self._waiting_for = 0, (0, 0.0)
         self._room = max(2**20, sum(a.nbytes for a in self.accumulators.values()) // 2)
         self._now = 0.0  # the weight of the batch that is on its way
+        self._task = -1  # PyTorch's number of its backward pass
 
     def watching(self) -> ExitStack:
         """The hooks on the model and its parameters, which `add` needs, for a while."""
@@ -158,7 +159,12 @@ class Pass:
         return leaf.register_hook(functools.partial(self._take, self._totals[name]))
 
     def _take(self, total: Tensor, gradient: Tensor) -> Tensor:
-        """Add up a gradient as backward delivers it, and send it on without its memory."""
+        """Add up a gradient as backward delivers it, and send it on without its memory.
+
+        What comes in another pass is a derivative that the model or its loss takes.
+        """
+        if torch._C._current_graph_task_id() != self._task:
+            return gradient
         if is_spread(total):
             total.add_(summed_like(gradient.to(total.dtype) * self._now, total))
         else:
@@ -208,7 +214,11 @@ class Pass:
                 "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
                 "from the model's output without detach(), item() or torch.no_grad()."
             )
+        loss.register_hook(self._begin_backward)  # it is called first
         return loss
+
+    def _begin_backward(self, _: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
 
     def accumulate(self, uses: Sequence[list[Use]], size: int, weight: float) -> None:
         """Take in a batch of which is known what it brought to each site."""

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from constrained_growth._multipliers.one_pass import measure
 from helpers import (
     CROSS_ENTROPY,
     Gain,
     candidate,
     classified,
     feedforward,
+    label,
     nothing_left_behind,
     solved,
 )
@@ -197,28 +197,22 @@ class Overseen:
             yield from self.batches
 
 
-@pytest.mark.parametrize("width", [8, 600])  # (x, δ) wait for more, or are worked off at once
+@pytest.mark.parametrize("width", [8, 600])  # (x, δ) wait for more, or are used at once
+@pytest.mark.parametrize("norm", [cg.norms.Frobenius(), cg.norms.KroneckerFisher()], ids=label)
 @pytest.mark.parametrize("progress", [False, True])
-def test_the_loop_asks_for_no_numbers(width: int, progress: bool) -> None:
+def test_the_loop_asks_for_no_numbers(width: int, norm: Any, progress: bool) -> None:
     model, data = feedforward(2, width, width, 3), classified(500, batch=160)
     candidates = [
         candidate("1", width),
         candidate("3", width),
         candidate("3", block=cg.blocks.ResidualMLP(width, 5, nn.Tanh()), name="residual"),
-        candidate("2", block=Gain(width)),
     ]
+    if isinstance(norm, cg.norms.Frobenius):
+        candidates.append(candidate("2", block=Gain(width)))  # it has no second moments
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
     mode = Asking()
-    overseen = Overseen(data, mode)
-    measure(
-        model,
-        CROSS_ENTROPY,
-        overseen,
-        problem.sites,
-        gradients=True,
-        moments=True,
-        progress=progress,
-    )
+    problem.data = Overseen(data, mode)
+    cg.solve(problem, norm=norm, progress=progress)
     assert mode.count > 100
     assert mode.asked == []
 
@@ -271,8 +265,9 @@ def test_a_gpu_is_not_made_to_wait(width: int) -> None:
     data = [(x.cuda(), y.cuda()) for x, y in classified(500, batch=160)]
     candidates = [candidate("1", width), candidate("2", block=Gain(width))]
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
+    problem.data = Strict(data)
     for _ in range(2):  # the first run sets up libraries
-        measure(model, CROSS_ENTROPY, Strict(data), problem.sites, gradients=True, progress=False)
+        cg.solve(problem, progress=False)
 
 
 @pytest.mark.gpu

@@ -19,7 +19,6 @@ from standing import assert_served
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth._sites.context import context_of
 
 
 class Attention(nn.Module):
@@ -187,14 +186,3 @@ def test_a_monitor_measures_with_context_and_training_stays_the_same() -> None:
 
 
 BLOCKS: tuple[type[nn.Module], ...] = (Attending, Noisy)
-
-
-def test_the_first_argument_by_keyword_is_the_one_of_the_signature() -> None:
-    layer = Attention()
-    context = context_of(layer, (), {"mask": 1, "x": 2, "scale": 3})
-    assert (context.args, dict(context.kwargs)) == ((), {"mask": 1, "scale": 3})
-    context = context_of(layer, (2, 1), {"scale": 3})
-    assert (context.args, dict(context.kwargs)) == ((1,), {"scale": 3})
-    other = context_of(nn.Identity(), (), {"unknown": 1, "second": 2})
-    assert dict(other.kwargs) == {"second": 2}
-    assert context_of(layer, (), {}).args == ()

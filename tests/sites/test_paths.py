@@ -472,7 +472,7 @@ def check(setting: Setting, candidates: list[cg.Candidate]) -> None:
             torch.manual_seed(4)
             problem = cg.GrowthProblem(net, loss, data, candidates, weight=weight)
             loss.side.clear()
-            solution = cg.solve(problem, stationarity=False)
+            solution = cg.solve(problem)
             torch.manual_seed(4)
     except cg.GrowthError as error:
         event(f"refused: {str(error)[:60]}")
@@ -481,6 +481,12 @@ def check(setting: Setting, candidates: list[cg.Candidate]) -> None:
                 check(setting, [one])
         return
     event(solution.method.name)
+    net, loss = setting.make()
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    value = mean_loss(net, loss, setting)
+    grads = torch.autograd.grad(value, parameters, materialize_grads=True)
+    norm = torch.cat([grad.flatten() for grad in grads]).norm()
+    torch.testing.assert_close(solution.stationarity, norm.item(), rtol=1e-8, atol=1e-12)
     for one in candidates:
         try:
             expected = inserted(solution, one.name, setting)
