@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from constrained_growth._arguments import positive_int
 from constrained_growth.errors import DataError
 
 
@@ -173,9 +174,7 @@ def rebatch(data: Iterable[Any], size: int) -> Iterable[tuple[Any, Any]]:
         >>> [len(target) for _, target in rebatch(data, 5)]
         [5, 5, 2]
     """
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise DataError(f"size={size!r} is not a positive whole number.")
-    return _Rebatched(data, size)
+    return _Rebatched(data, positive_int("size", size, DataError))
 
 
 @dataclass(frozen=True)

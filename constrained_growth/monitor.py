@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
@@ -309,7 +310,7 @@ class _Window:
         return found
 
 
-def _check(problem: object, norm: object, every: object, scale: object) -> None:
+def _check(problem: object, norm: object, every: int, scale: object) -> None:
     if not isinstance(problem, GrowthProblem):
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
     if problem.weight is not None:
@@ -325,14 +326,9 @@ def _check(problem: object, norm: object, every: object, scale: object) -> None:
         )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
-    if not _is_count(every):
-        raise RuleError(f"every={every!r} is not a positive whole number.")
+    positive_int("every", every, RuleError)
     if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise RuleError(
             f"scale={scale!r} is neither a positive number nor a function that returns one, such "
             "as scaler.get_scale."
         )
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.measure import Measurement, measure
+from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.site import Site
@@ -103,8 +103,7 @@ def solve(
         (4, 4)
     """
     _check(problem, rule, norm, gtol)
-    quiet = None if progress is None else not progress
-    bar = tqdm(problem.data, desc="multipliers", unit="batch", leave=False, delay=1, disable=quiet)
+    bar = progress_bar(problem.data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.data), differentiable():
         found = measure(
             problem.model,

@@ -169,7 +169,7 @@ def plot_run(
     rounds: Mapping[int, Mapping[str, float]],
     chosen: Mapping[int, Collection[str]],
 ) -> Figure:
-    """`plot_training` above `plot_sensitivity_map`, if there was a decision; arguments as there."""
+    """`plot_training` above `plot_sensitivity_map`, which is left out without decisions."""
     names = {name for found in rounds.values() for name in found}
     heights = [4.2, 1.0 + 0.3 * len(names)] if rounds else [4.2]
     figure = Figure(figsize=(8, sum(heights)), dpi=160, layout="constrained")

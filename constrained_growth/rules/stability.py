@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from constrained_growth._data import batch_size, batch_weight, batches, copied, some_of
 from constrained_growth._distributed import everywhere, num_processes
+from constrained_growth._progress import progress_bar
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
@@ -109,8 +109,7 @@ class Stable:
         counts = [p.numel() for p in trained]
         settings, limit = _settings(self.optimizer, problem.model, trained)
         names = tuple(solution.sensitivities)
-        quiet = None if self.progress is None else not self.progress
-        bar = tqdm(names, desc="stability", unit="candidate", leave=False, delay=1, disable=quiet)
+        bar = progress_bar(names, desc="stability", unit="candidate", progress=self.progress)
         data, share = self._drawn(problem, solution)
         used, passes = {}, 0.0
         for name in bar:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from constrained_growth._data import batch_size, batch_weight, batches
 from constrained_growth._distributed import several
+from constrained_growth._progress import progress_bar
 from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -109,8 +109,7 @@ class Trial:
         rungs, losses, done = [], dict[str, float](), 0
         data = problem.data if self.data is None else self.data
         cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
-        quiet = None if self.progress is None else not self.progress
-        bar = tqdm(total=self.steps, desc="trial", unit="step", leave=False, delay=1, disable=quiet)
+        bar = progress_bar(desc="trial", unit="step", total=self.steps, progress=self.progress)
         standing = ExitStack()
         with untouched(problem.model, problem.data, data), differentiable(), bar, standing:
             copies = {n: _Copy(problem, self, solution.candidates[n], standing) for n in left}

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from constrained_growth._progress import progress_bar
 from constrained_growth.curvature import Curvature, VirtualLoss, hessian
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
@@ -145,8 +145,7 @@ class TrustRegion:
         if not names:
             return Decision((), "no candidates")
         losses = {name: VirtualLoss(problem, solution.candidates[name]) for name in names}
-        quiet = None if self.progress is None else not self.progress
-        bar = tqdm(names, desc="models", unit="candidate", leave=False, delay=1, disable=quiet)
+        bar = progress_bar(names, desc="models", unit="candidate", progress=self.progress)
         steps = {name: self._steps(losses[name], solution.multipliers[name]) for name in bar}
         radius, base = self.state.radius, None
         at = {name: step(radius) for name, step in steps.items()}

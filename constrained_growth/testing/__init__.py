@@ -1,4 +1,4 @@
-"""Whether a block or rule of your own does what the library relies on, or what is wrong with it."""
+"""Check that your own block or rule does what the library relies on."""
 
 from constrained_growth.testing.block import check_block
 from constrained_growth.testing.rule import check_rule

@@ -1,4 +1,4 @@
-"""Growing within your own training loop: two calls."""
+"""Grow within your own training loop, by two calls."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Grower:
         self.num_steps += 1
 
     def observe(self, metrics: Mapping[str, float] | None = None) -> bool:
-        """`maybe_grow` without its second half: whether it is time to `ask`."""
+        """Close a row of the history as `maybe_grow` does, and say whether it is time to `ask`."""
 
         def row() -> tuple[float, int]:
             if not self._count:

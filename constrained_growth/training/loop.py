@@ -1,4 +1,4 @@
-"""A complete training loop: train, decide, insert, train on; and take up a run that was stopped."""
+"""A complete training loop: train, decide, insert, train on; and resume a stopped run."""
 
 from __future__ import annotations
 
@@ -264,7 +264,7 @@ class _Run:
 
 def _train_step(grower: Grower, input: object, target: object) -> Tensor:
     grower.optimizer.zero_grad()
-    # `call` goes past a DistributedDataParallel, but not past a function
+    # `call` would bypass the forward of a DistributedDataParallel, but not that of a partial
     loss = grower.loss_fn(call(functools.partial(grower.model), input), target)
     loss.backward()
     grower.optimizer.step()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sharding import is_sharded
@@ -161,8 +162,7 @@ class LineSearch:
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise TrainingError(f"steps={self.steps!r} of LineSearch is no positive whole number.")
+        positive_int("steps", self.steps, TrainingError)
 
     def __call__(self, grower: Grower, round: Round | None = None) -> list[float]:
         """Make the steps, and return the share t taken of each, 0 for one that was undone."""
