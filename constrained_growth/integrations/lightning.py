@@ -33,7 +33,7 @@ class GrowthCallback(Callback):
         data: The data to decide on, as for `GrowthProblem`: a loader other than the one that is
             being iterated; on each process its shard.
         model: `model(module)`, the model that grows; by default the LightningModule itself.
-        blocks: Your own blocks, by name of the inserted layer, to resume a run.
+        blocks: Your own blocks, to resume a run, as for `replay`.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
 
