@@ -113,7 +113,7 @@ class GrowthRecord:
             difference = {str(m): float(d) for m, d in content.get("difference", {}).items()}
             evidence = tuple(dict(item) for item in content.get("evidence", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"text is no growth record: {error!r}.") from error
+            raise RecordError(f"text is no growth record as of to_json(): {error!r}.") from error
         return cls(layers, model, difference, evidence)
 
 
