@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
@@ -117,6 +118,11 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     """
     x = x if x.requires_grad else x.detach().clone().requires_grad_()
     return x.clone() if overwritten else x.view_as(x)
+
+
+def transformed(x: Tensor) -> bool:
+    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
+    return is_functorch_wrapped_tensor(x)
 
 
 Take = Callable[[int, list[Use], Any], None]
@@ -229,7 +235,9 @@ class Collector:
     def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
         forward, site, alias = self._now, self._sites[index], None
         running = forward is not None and forward.running
-        if torch.is_grad_enabled() and forward is not None:
+        if transformed(x):
+            forward = None  # x is of no use outside the transform, nor has it a δ
+        if torch.is_grad_enabled() and forward is not None and x.is_floating_point():
             alias = alias_of(x, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
             here = [x.detach() if x.requires_grad else x.detach().clone()]

@@ -1,10 +1,11 @@
 """Lower precision: what is summed up, and in what; and nothing goes to the host in the loop."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from constrained_growth._multipliers.one_pass import measure
 from helpers import (
     CROSS_ENTROPY,
     Gain,
@@ -18,8 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_growth as cg
-from constrained_growth._multipliers.measure import Pass
-from constrained_growth._sites.untouched import differentiable
 
 HALF = torch.bfloat16
 LOW = [torch.bfloat16, torch.float16]
@@ -198,24 +197,9 @@ class Overseen:
             yield from self.batches
 
 
-def measure(problem: cg.GrowthProblem, data: Iterable[Any], *, moments: bool) -> None:
-    """The loop of `solve` alone: what comes after it asks for numbers."""
-    with differentiable():
-        running = Pass(
-            problem.model,
-            problem.loss_fn,
-            problem.sites,
-            problem.method,
-            gradients=True,
-            moments=moments,
-        )
-        with running.watching():
-            for input, target in data:
-                running.add(input, target, len(target))
-
-
 @pytest.mark.parametrize("width", [8, 600])  # (x, δ) wait for more, or are worked off at once
-def test_the_loop_asks_for_no_numbers(width: int) -> None:
+@pytest.mark.parametrize("progress", [False, True])
+def test_the_loop_asks_for_no_numbers(width: int, progress: bool) -> None:
     model, data = feedforward(2, width, width, 3), classified(500, batch=160)
     candidates = [
         candidate("1", width),
@@ -226,7 +210,15 @@ def test_the_loop_asks_for_no_numbers(width: int) -> None:
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
     mode = Asking()
     overseen = Overseen(data, mode)
-    measure(problem, overseen, moments=True)
+    measure(
+        model,
+        CROSS_ENTROPY,
+        overseen,
+        problem.sites,
+        gradients=True,
+        moments=True,
+        progress=progress,
+    )
     assert mode.count > 100
     assert mode.asked == []
 
@@ -280,7 +272,7 @@ def test_a_gpu_is_not_made_to_wait(width: int) -> None:
     candidates = [candidate("1", width), candidate("2", block=Gain(width))]
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
     for _ in range(2):  # the first run sets up libraries
-        measure(problem, Strict(data), moments=False)
+        measure(model, CROSS_ENTROPY, Strict(data), problem.sites, gradients=True, progress=False)
 
 
 @pytest.mark.gpu
