@@ -95,8 +95,7 @@ def save(
         extra: Any numbers, text, None, lists, dicts and tensors.
         **stateful: Under names of your choice, such as `rule=`, `scheduler=`, `scaler=`,
             `loader=`: the `state_dict()` of an object that has one, the state of a
-            `torch.Generator`, the states of the generators of a DataLoader; nothing for any
-            other object (a plain function).
+            `torch.Generator`, those of the generators of a DataLoader; else nothing.
 
     Returns:
         The path.

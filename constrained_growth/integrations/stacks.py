@@ -1,7 +1,6 @@
 """The lists of layers in a Transformers model, and the config entries that count them.
 
-What one more layer changes is found by building the model from a longer config, on the meta device
-(without memory for its parameters), and comparing.
+What one more layer changes is found by building a model from a longer config on the meta device.
 """
 
 from __future__ import annotations
