@@ -23,9 +23,9 @@ class Candidate:
         block: A layer that is the identity at its pins; see `constrained_growth.blocks`. It is
             never changed: copies of it are measured and inserted.
         name: Unique in a problem; `after` by default.
-        output: Which tensor of the module's output is the site, if the output is a tuple, a dict
-            or a dataclass: an index, a key or the name of an attribute. None (default): the
-            output itself, or the first floating-point tensor in it.
+        output: Which tensor is the site if the module returns a tuple, a dict or a dataclass: an
+            index, a key or the name of an attribute. None (default): the output itself, or the
+            first floating-point tensor in it.
     """
 
     after: str
@@ -47,7 +47,7 @@ class Candidate:
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
             raise CandidateError(
                 f"output={self.output!r} of the candidate after {self.after!r} is neither an "
-                "index, nor a key or the name of an attribute, nor None for the first tensor."
+                "index, a key or the name of an attribute, nor None."
             )
         if not self.name:
             object.__setattr__(self, "name", self.after)

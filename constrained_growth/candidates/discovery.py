@@ -18,7 +18,7 @@ from constrained_growth.blocks import (
     ResidualMLP,
 )
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.runs import Run, copy_of, follows, runs_of
+from constrained_growth.candidates.runs import Run, copy_of, runs_of
 from constrained_growth.errors import BlockError, CandidateError
 
 
@@ -27,9 +27,9 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
 
     * After each block of a stack (elements of an `nn.ModuleList` or `nn.Sequential` of a class
       that repeats there: the layers of a transformer, the blocks of a ResNet) a `CopiedBlock` of
-      it, if zeros at the ends of its branches make it the identity. After a block that changes
-      the shape it is a copy of the next one; where neither is possible, as after a post-norm
-      layer, a residual block. Nothing is proposed inside these blocks.
+      it, if zeros at the ends of its branches make it the identity; after a block that changes
+      the shape a copy of the next one; else, as after a post-norm layer, a residual block.
+      Nothing is proposed inside these blocks.
     * After an activation module the layer that is exactly the identity there (`IdentityLinear`,
       on images `IdentityConv2d`) if there is one (ReLU, TanhLU), else a residual block.
     * After any other module that keeps the shape of its input and has parameters and children, a
@@ -37,9 +37,8 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     * If all this gives nothing, as in a model whose activations are functions, a residual block
       after each linear layer and convolution.
 
-    A site must be reached exactly once and carry a floating-point tensor of at least two
-    dimensions; each tensor counts once. The output of the model is no site, nor is anything
-    inside a layer inserted earlier. The tensor of a tuple, dict or dataclass is its first.
+    A site is reached exactly once and carries a floating-point tensor of at least two dimensions.
+    The output of the model is no site, nor is anything inside a layer inserted earlier.
 
     Args:
         model: The model, left as it was.
@@ -68,7 +67,7 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
         search = _Search(model, runs, last=next(reversed(runs.values())).y)
         _propose_after_stacks(search)
         _propose_after_modules(search)
-        if not search.found:
+        if all(block is None for block, _ in search.proposed.values()):
             _propose_after_leaves(search)
         proposals = _without_repetition(search)
     if not proposals:
@@ -81,25 +80,19 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     return proposals
 
 
+Proposed = tuple[nn.Module | None, str]
+"""A block and why it is proposed, or None and why there is none."""
+
+
 @dataclass(frozen=True)
 class _Search:
-    """The state of the search.
-
-    Attributes:
-        model: The model.
-        runs: The runs of its modules, in the order they finished.
-        last: The tensor in the output of the model.
-        found: Site → block and why.
-        skipped: Module → why nothing is proposed after it.
-        closed: Blocks of stacks that are done: nothing is proposed inside them.
-    """
+    """The state of the search."""
 
     model: nn.Module
-    runs: Mapping[str, Run]
-    last: Tensor | None
-    found: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    closed: set[str] = field(default_factory=set)
+    runs: Mapping[str, Run]  # of its modules, in the order they finished
+    last: Tensor | None  # the tensor in the output of the model
+    proposed: dict[str, Proposed] = field(default_factory=dict)  # by site
+    closed: set[str] = field(default_factory=set)  # blocks of stacks: nothing is proposed inside
 
     def is_open(self, name: str) -> bool:
         """Whether a module is neither inside a block of a stack, nor has one inside it."""
@@ -107,19 +100,12 @@ class _Search:
         around = any(_is_within(one, {name}) for one in self.closed)
         return not (inside or around or _is_inside_inserted(name, self.model))
 
-    def add(self, name: str, block: nn.Module | None, why: str) -> None:
-        """Propose a block after a module, or note why there is none."""
-        if block is None:
-            self.skipped[name] = why
-        else:
-            self.found[name] = block, why
-
 
 def _propose_after_stacks(search: _Search) -> None:
     """Copies of blocks, innermost stacks first; else a copy of the next, or a residual block."""
     stacked = dict(_stacked(search.model, search.runs))
     inside_out = sorted(stacked, key=lambda name: -name.count("."))
-    copies: dict[str, tuple[nn.Module | None, str]] = {}
+    copies: dict[str, Proposed] = {}
     for name in inside_out:
         if search.is_open(name):
             copies[name] = copy_of(search.runs[name])
@@ -132,29 +118,20 @@ def _propose_after_stacks(search: _Search) -> None:
         if name not in search.closed and not search.is_open(name):
             continue
         search.closed.add(name)
-        why = _why_not(search, run)
-        if why:
-            search.skipped[name] = why
-            continue
-        search.add(name, *block_after(run, search.runs.get(stacked[name]), copies[name]))
+        why, following = _why_not(search, run), search.runs.get(stacked[name])
+        proposed = (None, why) if why else block_after(run, following, copies[name])
+        search.proposed[name] = proposed
 
 
-def block_after(
-    run: Run, following: Run | None, copied: tuple[nn.Module | None, str] | None = None
-) -> tuple[nn.Module | None, str]:
-    """After a block of a stack: a copy of it, or of the next one, or a residual block; and why.
-
-    Args:
-        run: Of the block.
-        following: Of the next block of its stack, if there is one.
-        copied: `copy_of(run)`, if it was made already.
-    """
+def block_after(run: Run, following: Run | None, copied: Proposed | None = None) -> Proposed:
+    """After a block of a stack: a copy of it (`copied`), or of the next, or a residual block."""
     block, why = copied or copy_of(run)
-    if block is None and following is not None and follows(following, run):
-        block, reason = copy_of(following)
-        why = f"{reason} of the next" if block is not None else why
     if block is not None or run.y is None:
         return block, why
+    if following is not None and following.x is not None and following.x.shape == run.y.shape:
+        block, reason = copy_of(following)
+        if block is not None:
+            return block, f"{reason} of the next"
     block, reason = _residual(run, nn.ReLU())
     kind = type(run.module).__name__
     return block, reason if block is None else f"{reason}; no copy, as {kind} {why}"
@@ -169,13 +146,11 @@ def _propose_after_modules(search: _Search) -> None:
         if not name or not (activation or is_block) or not is_open:
             continue
         why = _why_not(search, run)
-        if why:
-            if activation or run.y is not search.last:
-                search.skipped[name] = why
-        elif activation is None:
-            search.add(name, *_residual(run, nn.ReLU()))
-        else:
-            search.add(name, *_after_activation(run, activation))
+        if why and (activation or run.y is not search.last):
+            search.proposed[name] = None, why
+        elif not why:
+            after = _after_activation(run, activation) if activation else _residual(run, nn.ReLU())
+            search.proposed[name] = after
 
 
 def _propose_after_leaves(search: _Search) -> None:
@@ -183,21 +158,24 @@ def _propose_after_leaves(search: _Search) -> None:
     for name, run in search.runs.items():
         leaf = isinstance(run.module, nn.Linear | nn.Conv2d)
         if leaf and name and search.is_open(name) and not _why_not(search, run):
-            search.add(name, *_residual(run, nn.ReLU()))
+            search.proposed[name] = _residual(run, nn.ReLU())
 
 
 def _without_repetition(search: _Search) -> Proposals:
     """The candidates in the order of the pass, each tensor once."""
     places: dict[tuple[int, int], str] = {}
-    candidates, reasons, skipped = [], {}, dict(search.skipped)
+    candidates, reasons = [], {}
+    skipped = {name: why for name, (block, why) in search.proposed.items() if block is None}
     for name, run in search.runs.items():
-        if name in search.found:
-            earlier = places.setdefault((id(run.y), run.version), name)
-            if earlier != name:
-                skipped[name] = f'the tensor is the one after "{earlier}"'
-                continue
-            block, reasons[name] = search.found[name]
+        block, why = search.proposed.get(name, (None, ""))
+        if block is None:
+            continue
+        earlier = places.setdefault((id(run.y), run.version), name)
+        if earlier != name:
+            skipped[name] = f'the tensor is the one after "{earlier}"'
+        else:
             candidates.append(Candidate(name, block))
+            reasons[name] = why
     return Proposals(candidates, reasons, skipped)
 
 
@@ -214,7 +192,12 @@ def _why_not(search: _Search, run: Run) -> str:
 
 def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, str]]:
     """Names of the blocks that repeat, each with that of the next element of its list, or ""."""
-    lists = [*_lists(model, runs)]
+    lists = []
+    for owner, container in model.named_modules():
+        if isinstance(container, nn.ModuleList | nn.Sequential):
+            names = [f"{owner}.{key}" if owner else key for key, _ in container.named_children()]
+            ran = [name for name in names if name in runs and runs[name].is_composite]
+            lists.append([n for n in ran if not isinstance(runs[n].module, _CONTAINERS)])
     counts = [Counter(type(runs[name].module) for name in names) for names in lists]
     kinds = {kind for one in counts for kind, count in one.items() if count > 1}
     for names in lists:
@@ -226,22 +209,13 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
     yield from ((name, "") for name in whole if name and name not in listed)
 
 
-def _lists(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[list[str]]:
-    """For each list of modules, the elements that ran and have children and parameters."""
-    for owner, container in model.named_modules():
-        if isinstance(container, nn.ModuleList | nn.Sequential):
-            names = [f"{owner}.{key}" if owner else key for key, _ in container.named_children()]
-            ran = [name for name in names if name in runs and runs[name].is_composite]
-            yield [name for name in ran if not isinstance(runs[name].module, _CONTAINERS)]
-
-
 _INDIVISIBLE = nn.TransformerEncoderLayer
 """In eval mode its forward bypasses its own submodules, so no site is inside."""
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
+def _after_activation(run: Run, activation: nn.Module) -> Proposed:
     """The layer that is the identity after an activation, or a residual block with it."""
     kind = type(activation).__name__
     identity = IdentityConv2d if run.on_channels else IdentityLinear
@@ -257,16 +231,13 @@ def _after_activation(run: Run, activation: nn.Module) -> tuple[nn.Module | None
         return None, f"{kind} is not an elementwise activation"
 
 
-def _residual(run: Run, activation: nn.Module) -> tuple[nn.Module | None, str]:
-    """A residual block after a module, and why; or None, and why there is none."""
-    width, block = _width(run), None
+def _residual(run: Run, activation: nn.Module) -> Proposed:
+    width, why = _width(run), "a residual block, the identity after everything"
     if not run.on_channels:
-        block = ResidualMLP(width, width, activation)
-    elif run.y is not None and run.y.dim() == 4:
-        block = ResidualConv2d(width, activation)
-    else:
-        return None, "there is no block for channels in tensors of this many dimensions"
-    return block, "a residual block, the identity after everything"
+        return ResidualMLP(width, width, activation), why
+    if run.y is not None and run.y.dim() == 4:
+        return ResidualConv2d(width, activation), why
+    return None, "there is no block for channels in tensors of this many dimensions"
 
 
 def _width(run: Run) -> int:
@@ -275,14 +246,12 @@ def _width(run: Run) -> int:
 
 
 def _activation(run: Run) -> nn.Module | None:
-    """The module, if it is an activation."""
-    homes = (nn.ReLU.__module__, TanhLU.__module__)
-    is_one = type(run.module).__module__ in homes and not run.is_composite
-    return run.module if is_one and run.keeps_shape else None
+    known = type(run.module).__module__ in (nn.ReLU.__module__, TanhLU.__module__)
+    return run.module if known and run.keeps_shape and not run.is_composite else None
 
 
 def _is_within(name: str, owners: Iterable[str]) -> bool:
-    return any(name.startswith(f"{owner}.") for owner in owners)
+    return name.startswith(tuple(f"{owner}." for owner in owners))
 
 
 def _is_inside_inserted(name: str, model: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from constrained_growth._data import moved
 from constrained_growth._sites.collector import hooked
-from constrained_growth._sites.context import Context, context_of
+from constrained_growth._sites.context import NO_CONTEXT, Context, context_of
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth.blocks import CopiedBlock
@@ -20,25 +20,15 @@ from constrained_growth.errors import BlockError, CandidateError
 
 @dataclass
 class Run:
-    """What one module did in the forward pass.
-
-    Attributes:
-        module: The module.
-        count: How many times it ran.
-        x: The first argument of the last call, if it is a tensor.
-        context: The other arguments of that call.
-        y: The tensor in its output; None if there is none.
-        version: The version counter of y when it came out.
-        on_channels: Whether the second dimension of y counts channels, as after a convolution.
-    """
+    """What one module did in the forward pass, the last time that it ran."""
 
     module: nn.Module
-    count: int = 0
-    x: Tensor | None = None
-    context: Context = field(default_factory=Context)
-    y: Tensor | None = None
-    version: int = 0
-    on_channels: bool = False
+    count: int = 0  # how many times it ran
+    x: Tensor | None = None  # the first argument, if it is a tensor
+    context: Context = NO_CONTEXT  # the other arguments
+    y: Tensor | None = None  # the tensor in its output
+    version: int = 0  # the version counter of y when it came out
+    on_channels: bool = False  # whether dimension 1 of y counts channels, as after a convolution
 
     @property
     def keeps_shape(self) -> bool:
@@ -50,11 +40,6 @@ class Run:
         """Whether it has children and parameters."""
         has_children = next(self.module.children(), None) is not None
         return has_children and next(self.module.parameters(), None) is not None
-
-
-def follows(one: Run, other: Run) -> bool:
-    """Whether a module takes tensors of the shape that another one returns."""
-    return one.x is not None and other.y is not None and one.x.shape == other.y.shape
 
 
 def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:

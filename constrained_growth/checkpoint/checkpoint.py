@@ -1,9 +1,4 @@
-"""Save a training run to one file, and resume it.
-
-The file holds all tensors and, as JSON text, the record of the growth, the settings of the
-optimizer, the states of rule and scheduler, and the random state. The weights are found under
-`model/` and their names.
-"""
+"""Save a training run to one file, and resume it."""
 
 from __future__ import annotations
 
@@ -100,8 +95,7 @@ def save(
         extra: Any numbers, text, None, lists, dicts and tensors.
         **stateful: Under names of your choice, such as `rule=`, `scheduler=`, `scaler=`,
             `loader=`: the `state_dict()` of an object that has one, the state of a
-            `torch.Generator`, the states of the generators of a DataLoader; nothing for any
-            other object (a plain function).
+            `torch.Generator`, those of the generators of a DataLoader; else nothing.
 
     Returns:
         The path.
@@ -187,9 +181,9 @@ def restore(
 
     Args:
         checkpoint: From `load`.
-        model: Of the same architecture: `replay(fresh_model, checkpoint.record)`.
+        model: `replay(fresh_model, checkpoint.record)`.
         optimizer: Trains the same parameters; their order and the groups may differ.
-        **stateful: As for `save`, under the same names. Saved states not given here are ignored.
+        **stateful: As for `save`, under the same names; other saved states are ignored.
 
     Raises:
         CheckpointError: The model has other parameters or buffers, the optimizer trains others,
@@ -262,12 +256,11 @@ def _loaded_everywhere(path: str | os.PathLike[str]) -> Checkpoint:
     """The checkpoint, if all processes can read it and as many saved it."""
     found: list[Checkpoint] = []
     everywhere(lambda: found.append(load(path)), None)
-    processes = num_processes(None)
-    if found[0].num_processes != processes:
+    saved, now = found[0].num_processes, num_processes(None)
+    if saved != now:
         raise CheckpointError(
-            f'path="{path}" was saved by {found[0].num_processes} processes, and there are '
-            f"{processes}, with other shares of the data and random numbers. Start as many, or "
-            "load it and restore the model and the optimizer alone."
+            f'path="{path}" was saved by {saved} processes, and there are {now}, which share data '
+            "and random numbers otherwise. Start as many, or restore model and optimizer alone."
         )
     return found[0]
 

@@ -1,7 +1,6 @@
-"""The file format: a safetensors file, replaced atomically, with nested data as JSON text.
+"""The file format: safetensors, named as `model/0.weight`, with nested data as JSON metadata.
 
-The tensors are a flat table under names such as `model/0.weight`. The rest is JSON text in the
-metadata, in which `{"$tensor": name}` stands for a tensor.
+In the JSON text `{"$tensor": name}` stands for a tensor.
 """
 
 from __future__ import annotations

@@ -21,12 +21,10 @@ from constrained_growth.insertion.optimizer_state import as_optimizers
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
     """Register inserted layers with the wrapper that trains a model on several processes.
 
-    All processes call it, after `insert` or `replay`. A DistributedDataParallel is initialised
-    again in place, around the same module with the same settings, and broadcasts the values of
-    the first process: references to it stay valid. In a model sharded by `fully_shard` (FSDP2)
-    each new layer gets the values of the first process and is sharded on the same mesh; its
-    parameters are replaced, in the optimizers too. A model without either wrapper is left as it
-    is.
+    All processes call it, after `insert` or `replay`; new layers get the values of the first one.
+    A DistributedDataParallel is initialised again in place with the same settings: references to
+    it stay valid. In a model sharded by `fully_shard` (FSDP2) each new layer is sharded on the
+    same mesh; its parameters are replaced, in the optimizers too. Another model stays as it is.
 
     Args:
         model: Grown; changed in place.
@@ -56,13 +54,12 @@ def _reinitialise(wrapper: DistributedDataParallel) -> None:
     given: Any = wrapper
     if given.mixed_precision is not None or given._delay_all_reduce_params:
         raise CandidateError(
-            "model: its DistributedDataParallel has mixed_precision= or "
-            "delay_all_reduce_named_params=, with which it cannot be initialised again in place; "
-            "create it without them (autocast still works)."
+            "model: its DistributedDataParallel cannot be initialised again in place; make it "
+            "without mixed_precision= and delay_all_reduce_named_params= (autocast still works)."
         )
-    known = inspect.signature(DistributedDataParallel.__init__).parameters
     names = ["device_ids", "output_device", "dim", "process_group", "find_unused_parameters"]
     names += ["gradient_as_bucket_view", "static_graph", "skip_all_reduce_unused_params"]
+    known = inspect.signature(DistributedDataParallel.__init__).parameters  # of this torch
     settings = {name: getattr(given, name) for name in names if name in known}
     if not given.bucket_bytes_cap_default:
         settings["bucket_cap_mb"] = given.bucket_bytes_cap / 2**20

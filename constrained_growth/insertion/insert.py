@@ -124,8 +124,7 @@ def insert(
         ):
             warnings.warn(
                 "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
-                "the new parameters and would not average their gradients; call on all processes "
-                "cg.rewrap(model, optimizer).",
+                "the new parameters; call cg.rewrap(model, optimizer) on all processes.",
                 stacklevel=2,
             )
     evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
@@ -169,10 +168,10 @@ def _new_layers(
 
 
 def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[InsertedLayer]:
-    """Put the layers into the model; what was done, in the order in which it was done.
+    """Put the layers into the model; what was done, in its order.
 
-    Layers at one site run in the order of the problem. Outer sites come before those inside
-    them: a copied block is a copy of its neighbour before anything was put into that.
+    Outer sites come first: a copied block is a copy of its neighbour as it was. Layers at one site
+    run in the order of the problem.
     """
     ends: dict[nn.Module, nn.Module] = {}  # site → the last module there so far
     done = []

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -91,16 +91,14 @@ def check_preserved(
             raise BlockError(
                 f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
                 f"{mode} mode, more than rounding ({_allowed(beyond[0][0], epsilon):.3g}): a block "
-                "is not the identity there, or the model is not a function of its input "
-                "and the random state. Nothing was changed. Choose a block that is the identity "
-                "on the tensors at its site, or skip this check by insert(..., data=())."
+                "is not the identity there, or the model is not a function of its input and the "
+                "random state. Nothing was changed; insert(..., data=()) skips this check."
             )
     missing = [name for name in inserted if name not in reached] if before else []
     if missing:
         raise BlockError(
             f"the layers {missing} would never be reached in the forward pass (the model may index "
-            "a list by fixed numbers). Nothing was changed. Choose another site, or a block "
-            "without standalone(), which is wrapped around its site."
+            "a list by fixed numbers). Nothing was changed. Choose another site or block."
         )
     return differences
 
@@ -167,13 +165,11 @@ def _drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterat
         states.append(random_state())
         reached.update(name for name, layer in layers.items() if layer is module)
 
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
+    def leave(*_: Any) -> None:
         set_random_state(states.pop())
 
-    handles = [layer.register_forward_pre_hook(enter) for layer in layers.values()]
-    handles += [layer.register_forward_hook(leave) for layer in layers.values()]
-    try:
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+            hooks.enter_context(layer.register_forward_hook(leave))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

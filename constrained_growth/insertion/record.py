@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from constrained_growth import _activations as activations
 from constrained_growth import blocks
+from constrained_growth._activations import TanhLU
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.errors import RecordError
 
@@ -31,11 +31,8 @@ class InsertedLayer:
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
-        placement: "wrapped" if it is wrapped around the module; "sibling" if it became the next
-            element of the module's list. `block` then says which class it copies and which of
-            its parameters are pinned.
-        pristine: A copy of the block as inserted, as long as the record stays in the process that
-            made it; not part of the JSON text.
+        placement: "wrapped" around the module, or "sibling", the next element of its list.
+        pristine: A copy of the block as inserted; not part of the JSON text.
     """
 
     name: str
@@ -50,9 +47,7 @@ class InsertedLayer:
 
 @dataclass(frozen=True)
 class GrowthRecord:
-    """The insertions into one model, in order.
-
-    Records of several rounds add up: `replay(model, first + second)`.
+    """The insertions into one model, in order; records of several rounds add up.
 
     Attributes:
         insertions: The layers.
@@ -95,8 +90,7 @@ class GrowthRecord:
             return json.dumps({"version": _VERSION, "insertions": layers, **rest}, indent=2)
         except TypeError as error:
             raise RecordError(
-                f"evidence={self.evidence!r:.200} cannot be written as JSON: {error}; a rule's "
-                "evidence is numbers, texts, lists and dicts of them."
+                f"evidence={self.evidence!r:.200} cannot be written as JSON: {error}."
             ) from error
 
     @classmethod
@@ -119,9 +113,7 @@ class GrowthRecord:
             difference = {str(m): float(d) for m, d in content.get("difference", {}).items()}
             evidence = tuple(dict(item) for item in content.get("evidence", ()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(
-                f"text is no growth record as to_json() writes it: {error!r}."
-            ) from error
+            raise RecordError(f"text is no growth record as of to_json(): {error!r}.") from error
         return cls(layers, model, difference, evidence)
 
 
@@ -165,24 +157,20 @@ def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module
     if is_alike(site):
         return {**described, "arguments": {"pinned": pinned}}
     of = next((name for name, module in model.named_modules() if is_alike(module)), None)
-    return {**described, "of": of, "arguments": None if of is None else {"pinned": pinned}}
+    return {**described, "of": of, "arguments": of and {"pinned": pinned}}
 
 
 def _described_activation(activation: object) -> dict[str, Any] | None:
     """An activation as data, or None for a user's own."""
-    if not isinstance(activation, nn.Module):
-        for home, space in FUNCTIONS.items():
-            name = getattr(activation, "__name__", "")
-            if name and getattr(space, name, None) is activation:
-                return {"function": f"{home}.{name}"}
-        return None
-    name = type(activation).__name__
-    if ACTIVATION_MODULES.get(name) is not type(activation):
-        return None
-    known = inspect.signature(type(activation)).parameters
-    values = {key: getattr(activation, key, None) for key in known}
-    plain = {key: v for key, v in values.items() if isinstance(v, bool | int | float | str)}
-    return {"module": name, "arguments": plain}
+    if isinstance(activation, nn.Module):
+        kind = type(activation)
+        values = {key: getattr(activation, key, None) for key in inspect.signature(kind).parameters}
+        plain = {key: v for key, v in values.items() if isinstance(v, bool | int | float | str)}
+        known = ACTIVATION_MODULES.get(kind.__name__) is kind
+        return {"module": kind.__name__, "arguments": plain} if known else None
+    name = getattr(activation, "__name__", "")
+    homes = [home for home, space in FUNCTIONS.items() if getattr(space, name, None) is activation]
+    return {"function": f"{homes[0]}.{name}"} if homes else None
 
 
 BLOCKS: dict[str, type[Any]] = {
@@ -195,10 +183,7 @@ NORM_LAYERS: dict[str | None, type[nn.Module]] = {
 }
 FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
 ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
-    **{
-        name: cls
-        for name, cls in vars(nn.modules.activation).items()
-        if isinstance(cls, type) and issubclass(cls, nn.Module)
-    },
-    "TanhLU": activations.TanhLU,
+    name: cls
+    for name, cls in {**vars(nn.modules.activation), "TanhLU": TanhLU}.items()
+    if isinstance(cls, type) and issubclass(cls, nn.Module)
 }

@@ -41,18 +41,16 @@ def replay(
     """Repeat recorded insertions on a fresh model, so that `load_state_dict` fits.
 
     Args:
-        model: As it was before the first insertion; changed in place. A model that was compiled
-            or in a DistributedDataParallel when the record was made may be so again, or not.
+        model: As it was before the first insertion; changed in place. It need not be compiled or
+            in a DistributedDataParallel, as it may have been when the record was made.
         record: From `insert`, or `GrowthRecord.from_json`.
         blocks: Name of the inserted layer → block, for your own blocks and activations, which a
             record read from JSON cannot rebuild.
         strict: Whether the parameters of `model` must have the names and shapes that they had
-            when the record was made (default). False requires only the sites, for example for a
-            model with another head.
+            when the record was made (default). False requires only the sites.
 
     Returns:
-        The same model, grown. The new layers have their values at the pins; load a state dict
-        for others.
+        The same model, grown, the new layers at their pins.
 
     Raises:
         RecordError: The record does not fit the model, or a block cannot be rebuilt. The model
@@ -66,8 +64,7 @@ def replay(
     """
     if not isinstance(record, GrowthRecord):
         raise RecordError(
-            f"record={record!r:.80} is not a GrowthRecord; make one from JSON text by "
-            "cg.GrowthRecord.from_json(text)."
+            f"record={record!r:.80} is not a GrowthRecord; use cg.GrowthRecord.from_json(text)."
         )
     record = _without_wrappers(record, model)
     if strict:
@@ -170,8 +167,8 @@ def _copied(
     original = site if of is None else dict(model.named_modules()).get(str(of))
     if original is None or type(original).__qualname__ != copied:
         raise RecordError(
-            f'the layer "{layer.name}" is a copy of the {copied} "{of or layer.after}", which in '
-            f"this model is a {type(original).__qualname__}."
+            f'the layer "{layer.name}" is a copy of the {copied} "{of or layer.after}", here a '
+            f"{type(original).__qualname__}."
         )
     block = CopiedBlock(original, list(pinned))
     return block.standalone() if layer.placement == "sibling" else block

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,7 +34,7 @@ class GrowthCallback(Callback):
         data: The data to decide on, as for `GrowthProblem`: a loader other than the one that is
             being iterated; on each process its shard.
         model: `model(module)`, the model that grows; by default the LightningModule itself.
-        blocks: Your own blocks, by name of the inserted layer, to resume a run.
+        blocks: Your own blocks, to resume a run, as for `replay`.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
 
@@ -83,7 +84,7 @@ class GrowthCallback(Callback):
         own = pl_module.on_load_checkpoint
 
         def grow_first(checkpoint: dict[str, Any]) -> None:
-            self._unhook(pl_module)
+            vars(pl_module).pop("on_load_checkpoint", None)
             saved = checkpoint.get("callbacks", {}).get(self.state_key)
             if not saved:
                 raise CheckpointError(
@@ -97,11 +98,11 @@ class GrowthCallback(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module."""
-        self._unhook(pl_module)
+        vars(pl_module).pop("on_load_checkpoint", None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
-        self._unhook(pl_module)
+        vars(pl_module).pop("on_load_checkpoint", None)
         if len(trainer.optimizers) != 1:
             raise TrainingError(
                 f"GrowthCallback needs one optimizer, and configure_optimizers returned "
@@ -152,17 +153,13 @@ class GrowthCallback(Callback):
         """From a checkpoint."""
         self._saved = state_dict or None
 
-    def _unhook(self, pl_module: LightningModule) -> None:
-        vars(pl_module).pop("on_load_checkpoint", None)
 
-
+@dataclass
 class _Loggers:
-    """The loggers of a trainer as one writer."""
+    """The loggers of a trainer as one writer, at the trainer's own step."""
 
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
+    trainer: Trainer
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        """To every logger, at the trainer's own step."""
-        for logger in self._trainer.loggers:
-            logger.log_metrics({tag: scalar_value}, step=self._trainer.global_step)
+        for logger in self.trainer.loggers:
+            logger.log_metrics({tag: scalar_value}, step=self.trainer.global_step)

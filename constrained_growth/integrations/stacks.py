@@ -1,7 +1,6 @@
 """The lists of layers in a Transformers model, and the config entries that count them.
 
-What one more layer changes is found by building the model from a longer config, on the meta device
-(without memory for its parameters), and comparing.
+What one more layer changes is found by building a model from a longer config on the meta device.
 """
 
 from __future__ import annotations
@@ -136,12 +135,11 @@ def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]
     }
     for part, holder in parts.items():
         for entry, value in vars(holder).items():
-            if not _COUNTING.search(entry):
-                continue
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            if _COUNTING.search(entry) and type(value) is int and value > 0:
                 yield part, entry, None
-            elif isinstance(value, list | tuple) and all(type(v) is int for v in value):
-                yield from ((part, entry, index) for index in range(len(value)))
+            elif _COUNTING.search(entry) and isinstance(value, list | tuple):
+                every = range(len(value)) if all(type(v) is int for v in value) else ()
+                yield from ((part, entry, index) for index in every)
 
 
 def _lengthen(config: PreTrainedConfig, stack: Stack, order: Sequence[int] | None) -> None:

@@ -31,9 +31,9 @@ def own_loss(output: Any, target: object) -> Tensor:
 class GrowthCallback(TrainerCallback):
     """Insert layers when the Trainer logs its loss, and keep the growth in its checkpoints.
 
-    A row of the history is one entry that the Trainer logs (`logging_strategy`, `logging_steps`);
-    the measurements are appended to `trainer.state.log_history`. A checkpoint folder gets a file
-    `growth.safetensors`. To resume, grow a fresh model before the Trainer loads into it:
+    A row of the history is one entry that the Trainer logs (`logging_steps`); the measurements are
+    appended to `trainer.state.log_history`. To resume, grow a fresh model before the Trainer loads
+    into it:
 
         model = make_model()
         callback.resume(model, "out/checkpoint-500")
@@ -87,19 +87,12 @@ class GrowthCallback(TrainerCallback):
         *,
         blocks: Mapping[str, nn.Module] | None = None,
     ) -> nn.Module:
-        """Grow a fresh model to the architecture in a checkpoint folder.
-
-        Args:
-            model: As it was before it grew; changed in place.
-            folder: Of the checkpoint.
-            blocks: Your own blocks, as for `replay`.
-
-        Returns:
-            The same model, ready for the Trainer to load its weights.
+        """Grow a fresh model, in place, to the architecture in a checkpoint folder.
 
         Raises:
             CheckpointError: The folder was not written with this callback.
-            RecordError: The record does not fit the model.
+            RecordError: The record does not fit the model, or a block of your own is not in
+                `blocks`, as for `replay`.
         """
         saved = checkpoint.load(Path(folder) / _FILE)
         replay(model, saved.record, blocks=blocks)
@@ -158,9 +151,9 @@ class GrowthCallback(TrainerCallback):
             )
 
     def _find_wrapper(self, module: nn.Module, args: Any) -> None:
-        found = isinstance(module, DistributedDataParallel) and self.grower is not None
-        if found and self.grower.model in module.modules():
-            self.grower.wrapper = module
+        grower = self.grower if isinstance(module, DistributedDataParallel) else None
+        if grower is not None and grower.model in module.modules():
+            grower.wrapper = module
             self._stop_searching()
 
     def _stop_searching(self) -> None:

@@ -1,11 +1,7 @@
 """Hugging Face Transformers: candidates for a model, and insertions that the stock class can load.
 
-from constrained_growth.integrations import transformers as cgt
-
-candidates = cgt.find_candidates(model)
-batches = [({"input_ids": ids, "labels": ids}, None)]
-problem = cg.GrowthProblem(model, lambda output, _: output.loss, batches, candidates)
-cgt.insert(model, cg.solve(problem), optimizer=optimizer)
+problem = cg.GrowthProblem(model, loss_fn, batches, find_candidates(model))
+insert(model, cg.solve(problem), optimizer=optimizer)
 model.save_pretrained(folder)
 """
 
@@ -73,9 +69,7 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
         ['transformer.h.0', 'transformer.h.1']
     """
     stacks = _checked_stacks(model)
-    candidates: list[Candidate] = []
-    reasons: dict[str, str] = {}
-    skipped: dict[str, str] = {}
+    candidates, reasons, skipped = list[Candidate](), dict[str, str](), dict[str, str]()
     with untouched(model), differentiable(), torch.no_grad():
         runs = runs_of(model, _example_of(model) if example_input is None else example_input)
         for stack in stacks:
