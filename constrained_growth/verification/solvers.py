@@ -110,7 +110,7 @@ def check_with_cvxpy(
         extended,
         f"CVXPY, {solver}",
         convex.status,
-        float(np.asarray(objective.value)),
+        float(np.asarray(convex.value)),
         np.asarray(z.value),
         [np.asarray(constraint.dual_value) for constraint in constraints],
     )
