@@ -24,7 +24,7 @@ from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sharding import is_sharded, is_spread
-from constrained_growth._sites.collector import Collector, Use
+from constrained_growth._sites.collector import Collector, Use, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of, tensors_of
 from constrained_growth._sites.outputs import Which
@@ -114,6 +114,8 @@ def look_at_sites(
     firsts: list[_FirstBatch] = []
 
     def look() -> tuple[object, list[_Facts] | None]:
+        for place in candidates:
+            _check_hooks(place)
         layout = [_layout(place, each) for place, every in candidates.items() for each in every]
         weighed = ((*b, batch_weight(weight, *b)) for b in batches(data, device_of(model)))
         counting = (batch for batch in weighed if batch[2] > 0)
@@ -185,6 +187,8 @@ def _run(
     def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
         after = places[index].after
         reached.add(index)
+        if transformed(x):
+            return
         _check_tensor(after, x.detach())
         if alias is None:
             return
@@ -359,8 +363,18 @@ def _check_differentiable(after: str, seen: bool) -> None:
     if not seen:
         raise CandidateError(
             f'after="{after}" runs with gradients switched off, so that backward does not pass '
-            "it: under torch.no_grad(), or under gradient checkpointing with use_reentrant=True. "
+            "it: under torch.no_grad(), or under gradient checkpointing with use_reentrant=True; "
+            "or it runs only inside a transform of torch.func, such as vmap. "
             "Checkpoint with use_reentrant=False, or choose another submodule."
+        )
+
+
+def _check_hooks(place: Place) -> None:
+    if place.module._backward_pre_hooks:
+        raise CandidateError(
+            f'after="{place.after}" has a full backward pre-hook. It may change the gradient that '
+            "comes out of a layer there, and not the gradient of that layer's own parameters; "
+            "remove the hook, or choose another submodule."
         )
 
 

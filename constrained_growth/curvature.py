@@ -21,7 +21,7 @@ from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.solution import Method, Planned
+from constrained_growth.solution import Planned
 
 FORWARD_PASSES = 1 / 3
 """What a forward pass costs, in gradient passes: backward is two products for each one forward."""
@@ -39,7 +39,6 @@ def stand(
     *,
     takes_context: bool = False,
     output: int | str | None = None,
-    detach: bool = False,
 ) -> AbstractContextManager[None]:
     """Let a layer act on the tensor that comes out of a module.
 
@@ -48,11 +47,9 @@ def stand(
         block: What acts there.
         takes_context: Whether it is called with the further arguments of the module too.
         output: Which tensor of the module's output is meant, as in `Candidate`.
-        detach: Cut the graph before it.
     """
 
     def layer(x: Tensor, context: Context) -> Tensor:
-        x = x.detach() if detach else x
         y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
         return y.clone()  # as the model may change it in place
 
@@ -115,7 +112,7 @@ class VirtualLoss:
         """L(θ, v), the mean over all samples; v of `size` entries."""
 
         def one(input: object, target: object) -> Tensor:
-            with torch.no_grad(), self._standing(v):
+            with self._standing(v):  # with gradients on, as a model may take derivatives
                 return self._loss(call(self._problem.model, input), target)
 
         self.passes += FORWARD_PASSES
@@ -231,14 +228,11 @@ class VirtualLoss:
             buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
             return functional_call(block, values | buffers, args, kwargs)
 
-        # where the loss differentiates the model, its graph has to stay whole
-        cut = not self._old and self._problem.method is Method.CLOSED_FORM
         with stand(
             self._module,
             moved,
             takes_context=takes_context(block),
             output=self._planned.output,
-            detach=cut,
         ):
             yield
 

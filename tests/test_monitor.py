@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.monitor import Monitor
 
 Loss = Callable[[Any, Any], Tensor]
 KEEPS_GRAPH = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
@@ -69,7 +70,7 @@ def sequences(num: int, batch: int) -> list[Any]:
     return list(zip(x.split(batch), y.split(batch), strict=True))
 
 
-def assert_agree(monitor: cg.Monitor, solution: cg.Solution) -> None:
+def assert_agree(monitor: Monitor, solution: cg.Solution) -> None:
     found = monitor.multipliers()
     assert list(monitor.sensitivities()) == list(solution.sensitivities)
     for name, expected in solution.sensitivities.items():

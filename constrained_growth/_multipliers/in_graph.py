@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth._multipliers.closed_form import at_pins
-from constrained_growth._sites.collector import See, collecting
+from constrained_growth._sites.collector import See, collecting, transformed
 from constrained_growth._sites.context import Context
 from constrained_growth._sites.site import Site
 from constrained_growth.blocks import pinned_parameters
@@ -58,7 +58,7 @@ class Standing:
             if not torch.is_grad_enabled():  # a part without gradients, and the layer at its pins
                 return None
             y = at_pins(block, leaves, x, context)
-            if name in site.conditional:
+            if name in site.conditional and not transformed(x):
                 here = change(x.detach(), y.detach().to(x.dtype)).double()
                 before = self.moved.get(name, here)
                 self.moved[name] = here.maximum(before)

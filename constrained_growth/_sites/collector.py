@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
@@ -119,6 +120,11 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     return x.clone() if overwritten else x.view_as(x)
 
 
+def transformed(x: Tensor) -> bool:
+    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
+    return is_functorch_wrapped_tensor(x)
+
+
 Take = Callable[[int, list[Use], Any], None]
 """`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""
 
@@ -131,6 +137,8 @@ class Forward:
         batch: What the caller wants to know of it when δ arrives.
         take: Whom to tell.
         keeps: Whether x is kept as long as the graph is.
+        running: Whether model and loss still run. What backward delivers meanwhile, to a model
+            that differentiates in its forward pass, is not ∂L/∂x.
         seen: For each site, how often its module has run.
         waiting: For each site, the uses at which δ has arrived, until it has at all of them.
     """
@@ -138,6 +146,7 @@ class Forward:
     batch: Any
     take: Take
     keeps: bool
+    running: bool = True
     seen: Counter[int] = field(default_factory=Counter)
     waiting: dict[int, list[Use]] = field(default_factory=dict)
 
@@ -158,7 +167,6 @@ class Collector:
     ) -> None:
         self._sites, self._inspect = sites, inspect
         self._now: Forward | None = None
-        self._running = False
         # into the graph, whose hooks lead back here; so they are let go before anything else is
         self._edges: list[GradientEdge] = []
         self._versions: list[tuple[int, Tensor, int]] = []
@@ -189,12 +197,13 @@ class Collector:
                 kept as long as the graph is. Else it is let go as soon as δ has arrived.
         """
         self._let_go()
-        self._now, self._running = Forward(batch, take, keeps), True
+        self._now = Forward(batch, take, keeps)
         return self._now
 
     def end(self) -> None:
         """The forward pass is over, and backward may run parts of it again (checkpointing)."""
-        self._running = False
+        if self._now is not None:
+            self._now.running = False
 
     def backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> Sequence[Tensor | None]:
         """One backward pass down to the sites and to some leaves, whose gradients it returns.
@@ -225,18 +234,21 @@ class Collector:
 
     def _see(self, index: int, x: Tensor, context: Context) -> Tensor | None:
         forward, site, alias = self._now, self._sites[index], None
-        if torch.is_grad_enabled() and forward is not None:
+        running = forward is not None and forward.running
+        if transformed(x):
+            forward = None  # x is of no use outside the transform, nor has it a δ
+        if torch.is_grad_enabled() and forward is not None and x.is_floating_point():
             alias = alias_of(x, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
             here = [x.detach() if x.requires_grad else x.detach().clone()]
             alias.register_hook(functools.partial(_arrive, forward, index, kept, here))
             # what backward runs again is the same use; with checkpoint(use_reentrant=True) it is
             # the only one in which gradients are on
-            forward.seen[index] += self._running or not forward.seen[index]
-            if self._running and not forward.keeps:
+            forward.seen[index] += running or not forward.seen[index]
+            if running and not forward.keeps:
                 self._edges.append(get_gradient_edge(alias))
                 self._versions.append((index, alias, alias._version))
-        if self._running and self._inspect is not None:
+        if running and self._inspect is not None:
             self._inspect(index, x, context, alias)
         return alias
 
@@ -245,6 +257,8 @@ def _arrive(
     forward: Forward, index: int, context: Context, here: list[Tensor], delta: Tensor
 ) -> None:
     """δ of one use; a function, as a method would keep the collector alive as long as the graph."""
+    if forward.running:
+        return
     waiting = forward.waiting.setdefault(index, [])
     waiting.append(Use(here[0] if forward.keeps else here.pop(), delta.detach(), context))
     if len(waiting) == forward.seen[index]:

@@ -47,8 +47,7 @@ class Checkpoint:
         optimizer: The state by names of parameters, or None.
         states: Name → state of rule, scheduler, loader and whatever else was saved.
         random: The random state.
-        step: As given to `save`.
-        extra: As given to `save`.
+        step, extra: As given to `save`.
         num_processes: How many processes saved it. `states`, `random` and `extra` are those of
             this process, or of the first one if there was no such process.
     """
@@ -65,14 +64,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A resumed training run.
-
-    Attributes:
-        model: The model given, grown and with its saved values.
-        optimizer: Made by the factory, with its saved state.
-        scheduler: Made by its factory, or None.
-        checkpoint: What was read, with `record`, `step` and `extra`.
-    """
+    """A training run resumed: the model that was given, what the factories made, what was read."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -90,11 +82,10 @@ def save(
     extra: object = None,
     **stateful: object,
 ) -> Path:
-    """Write a checkpoint, whole or not at all; the one before it stays beside it.
+    """Write a checkpoint, whole or not at all; the one before it is kept as `previous(path)`.
 
-    The file is written under another name (`path` + ".tmp"), flushed to the disk (fsync) and
-    renamed: at any moment, even if the process is killed while writing, `path` is a whole
-    checkpoint, the old one or the new one. The old one is then `previous(path)`.
+    Even if the process is killed while writing, `path` is a whole checkpoint, the old one or the
+    new one: the file is written under another name, flushed to the disk and renamed.
 
     With `torch.distributed` all processes call this, and the first one writes. Model, optimizer
     and record are the same on all of them (sharded tensors are gathered on the first); each
@@ -121,53 +112,43 @@ def save(
 
     Example:
         >>> import tempfile
-        >>> from constrained_growth.checkpoint import load
-        >>> folder = tempfile.TemporaryDirectory()
-        >>> path = save(folder.name + "/run.safetensors", nn.Linear(2, 1), step=7)
-        >>> load(path).step
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     load(save(folder + "/run.safetensors", nn.Linear(2, 1), step=7)).step
         7
-        >>> folder.cleanup()
     """
-    path = Path(path)
+    path, here = Path(path), rank(None)
     reshard(model)
     common: dict[str, Any] = {"model": _gathered(dict(model.state_dict())), "optimizer": None}
     if optimizer is not None:
         common["optimizer"] = _gathered(named_state(optimizer, parameter_names(optimizer, model)))
-    data: dict[str, Any] = {}
-    tensors, seen = dict[str, Tensor](), dict[Any, str]()
+    data = dict[str, Any]()
+    tensors, seen = dict[str, Tensor](), dict[Any, str]()  # of the model: not sent to the others
 
     def own() -> tuple[dict[str, Any], dict[str, Tensor]]:
-        prefix = f"process {rank(None)}/" if rank(None) else ""
-        if not prefix:
+        if not here:
             data.update(_flattened({**common, "step": step}, "", tensors, seen))
         states = {name: _state_of(thing) for name, thing in stateful.items()}
         content = {"states": states, "random": random_state(), "extra": extra}
-        found: dict[str, Tensor] = {}
-        return _flattened(content, prefix, found, seen), found
+        found = dict[str, Tensor]()
+        return _flattened(content, f"process {here}/" if here else "", found, seen), found
 
     parts = everywhere(own, None)
 
     def write_all() -> None:
+        data.update(parts[0][0])
         for _, found in parts:
             tensors.update(found)
-        data.update(parts[0][0])
         if len(parts) > 1:
             data["others"] = [part for part, _ in parts[1:]]
         data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
         write(path, data, tensors)
 
-    everywhere(write_all if rank(None) == 0 else lambda: None, None)
+    everywhere(lambda: None if here else write_all(), None)
     return path
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read a checkpoint; nothing in it is executed.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its content. Give it to `restore`, or use its parts.
+    """Read a checkpoint, for `restore` or to use its parts; nothing in it is executed.
 
     Raises:
         CheckpointError: There is no such file, or it is damaged, foreign, or of another version
@@ -182,15 +163,9 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         if 0 < rank(None) <= len(others):
             data |= others[rank(None) - 1]
         content = unflattened(data, tensors)
+        keys = ("optimizer", "states", "random", "step", "extra")
         return Checkpoint(
-            weights=content["model"],
-            record=record,
-            optimizer=content["optimizer"],
-            states=content["states"],
-            random=content["random"],
-            step=content["step"],
-            extra=content["extra"],
-            num_processes=1 + len(others),
+            content["model"], record, *(content[key] for key in keys), num_processes=1 + len(others)
         )
     except FileNotFoundError:
         raise CheckpointError(f'path="{path}" does not exist.{hint}') from None
@@ -230,8 +205,8 @@ def restore(
     for name in stateful:
         if name not in checkpoint.states:
             raise CheckpointError(
-                f"{name}: the checkpoint has states of {sorted(checkpoint.states)} and none of "
-                f'"{name}"; save it under that name: save(…, {name}=…).'
+                f"{name}: the checkpoint has the states of {sorted(checkpoint.states)} only; "
+                f"save(…, {name}=…)."
             )
     for name, thing in stateful.items():
         _set_state(name, thing, checkpoint.states[name])
@@ -254,10 +229,9 @@ def resume(
 ) -> Resumed:
     """Resume a training run: from there on the numbers are the same, bit for bit.
 
-    Grows the fresh model as the record says, makes its optimizer, and restores all values and
-    the random state. With `torch.distributed` all processes call this, as many as saved it, with
-    the model wrapped as it was (in DistributedDataParallel, by `fully_shard`); inserted layers
-    are wrapped too, as by `rewrap`.
+    With `torch.distributed` all processes call this, as many as saved it, with the model wrapped
+    as it was (in DistributedDataParallel, by `fully_shard`); new layers are wrapped too, as by
+    `rewrap`.
 
     Args:
         path: The file.
@@ -267,9 +241,6 @@ def resume(
             `scheduler=`. None (default) for no scheduler.
         blocks: Your own blocks, as for `replay`.
         **stateful: As for `restore`.
-
-    Returns:
-        Model, optimizer, scheduler and the checkpoint.
 
     Raises:
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
@@ -295,8 +266,8 @@ def _loaded_everywhere(path: str | os.PathLike[str]) -> Checkpoint:
     if found[0].num_processes != processes:
         raise CheckpointError(
             f'path="{path}" was saved by {found[0].num_processes} processes, and there are '
-            f"{processes}: how the data and the random numbers are shared out would not be the "
-            "same. Start as many, or load it and restore the model and the optimizer alone."
+            f"{processes}, with other shares of the data and random numbers. Start as many, or "
+            "load it and restore the model and the optimizer alone."
         )
     return found[0]
 
@@ -309,9 +280,8 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         first = differing[0]
         raise CheckpointError(
             f"model={type(model).__name__} does not fit the checkpoint: {len(differing)} entries "
-            f'of the state dict differ, first "{first}" with shape {have.get(first)}, in the '
-            f"checkpoint {want.get(first)}. Give the architecture that was saved: "
-            "cg.replay(fresh_model, checkpoint.record)."
+            f'of the state dict differ, first "{first}" with shape {have.get(first)} for '
+            f"{want.get(first)}. Give cg.replay(fresh_model, checkpoint.record)."
         )
 
 
@@ -322,13 +292,11 @@ def _flattened(
 
 
 def _gathered(tree: Any) -> Any:
-    """Nested data, the tensors sharded over processes put together on the first of them."""
+    """Nested data, with tensors that are sharded over processes whole on the first of them."""
 
     def one(leaf: Any) -> Any:
-        if not is_spread(leaf):
-            return leaf
-        tensor = whole(leaf.detach())
-        return tensor.cpu() if rank(None) == 0 else None
+        tensor = whole(leaf.detach()).cpu() if is_spread(leaf) else leaf
+        return None if is_spread(leaf) and rank(None) else tensor
 
     return tree_map(one, tree)
 
@@ -350,8 +318,7 @@ def _set_state(name: str, thing: Any, state: Any) -> None:
         generators = generators_of(thing)
         if len(generators) != len(state):
             raise CheckpointError(
-                f"{name}: the checkpoint has the state of {len(state)} generators, and it has "
-                f"{len(generators)}; make it as it was when it was saved."
+                f"{name} has {len(generators)} generators and had {len(state)} when it was saved."
             )
         for generator, kept in zip(generators, state, strict=True):
             generator.set_state(kept)

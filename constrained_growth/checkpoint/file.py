@@ -33,11 +33,7 @@ def previous(path: str | os.PathLike[str]) -> Path:
 
 
 def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
-    """Write a new file, then let it take the place of the old one, which is kept.
-
-    Raises:
-        CheckpointError: It cannot be written; `path` is then what it was.
-    """
+    """Write a new file, then let it take the place of the old one, which is kept."""
     text = json.dumps(data)
     header = json.dumps({"version": _VERSION, "checksum": _checksum(text, tensors)})
     unfinished = path.with_name(path.name + ".tmp")
@@ -57,12 +53,7 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
 
 
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """The JSON data and the tensors of a file.
-
-    Raises:
-        CheckpointError: The file has another version of the format.
-        ValueError, KeyError, OSError, SafetensorError: It is damaged or foreign.
-    """
+    """The JSON data and the tensors of a file; raises whatever error it meets in a damaged one."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if _KEY not in metadata:
@@ -109,13 +100,8 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
 def flattened(tree: object, path: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
     """Nested data as JSON can hold them; the tensors in them are added to a table.
 
-    Numbers, text, None, lists, tuples, dicts with any plain keys, counters, arrays and tensors
-    can be kept, so that nothing has to be executed to read them. `path` names them in the table
-    and in messages. A tensor that occurs twice is kept once: `seen` maps its place in memory to
-    its name.
-
-    Raises:
-        CheckpointError: There is something else in the data; the message says where.
+    `path` names them in the table and in messages. A tensor that occurs twice is kept once: `seen`
+    maps its place in memory to its name.
     """
     # PyTorch's pytree cannot serve: its JSON form turns the tuples among the keys of a dict into
     # lists and knows no Counter, of which MultiStepLR's state has one.
@@ -151,21 +137,15 @@ def flattened(tree: object, path: str, tensors: dict[str, Tensor], seen: dict[An
 
 
 def unflattened(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The nested data that `flattened` was given.
-
-    Raises:
-        KeyError, TypeError, ValueError: The data are not from `flattened`.
-    """
+    """The nested data that `flattened` was given."""
     if isinstance(data, list):
         return [unflattened(item, tensors) for item in data]
     if not isinstance(data, dict):
         return data
     if len(data) == 1:
         ((tag, content),) = data.items()
-        if tag == "$tensor":
-            return tensors[content]
-        if tag == "$array":
-            return tensors[content].numpy()
+        if tag in ("$tensor", "$array"):
+            return tensors[content] if tag == "$tensor" else tensors[content].numpy()
         if tag == "$tuple":
             return tuple(unflattened(content, tensors))
         if tag in ("$dict", "$counter"):

@@ -2,11 +2,12 @@
 
 PyTorch numbers the parameters. After an insertion, or with other parameter groups, the same number
 means another parameter, and a state of the wrong shape is loaded without an error.
-`torch.distributed.checkpoint.state_dict` goes by names too, but does not keep a run exact (seen in
-torch 2.13): of an optimizer without state it takes a step to make one, so that Adam's step count
-is one too high; new parameters that have no state yet make it raise; the groups must be those that
-were saved; and shapes are not checked.
 """
+
+# torch.distributed.checkpoint.state_dict goes by names too, but does not keep a run exact (seen in
+# torch 2.13): of an optimizer without state it takes a step to make one, so that Adam's step count
+# is one too high; new parameters without a state make it raise; the groups must be those that
+# were saved; and shapes are not checked.
 
 from __future__ import annotations
 
@@ -22,32 +23,22 @@ from constrained_growth.errors import CheckpointError
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    """The names of the parameters of each group, in its order.
-
-    Raises:
-        CheckpointError: The optimizer trains a parameter that is not in the model.
-    """
+    """The names of the parameters of each group, in its order."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     found = [[names.get(id(p), "") for p in group["params"]] for group in optimizer.param_groups]
     for number, group in enumerate(found):
         if "" in group:
             raise CheckpointError(
                 f"optimizer: group {number} trains a parameter that model={type(model).__name__} "
-                "does not have; give the model whose parameters it trains, all of them in one "
-                "nn.Module."
+                "does not have; give one nn.Module that holds all the parameters it trains."
             )
     return found
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The optimizer's `state_dict()` with names in place of numbers.
+    """The optimizer's `state_dict()` with the names of each group's parameters for their numbers.
 
-    Args:
-        optimizer: Any with PyTorch's `state_dict()`.
-        names: Of the parameters of each group, such as `parameter_names(optimizer, model)`.
-
-    Returns:
-        `{"state": {name: {...}}, "groups": [{"params": [names], …settings}]}`.
+    It is `{"state": {name: {...}}, "groups": [{"params": [names], ...settings}]}`.
     """
     content, by_number = optimizer.state_dict(), {}
     for group, named in zip(content["param_groups"], names, strict=True):
@@ -60,11 +51,7 @@ def named_state(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]
 def check_named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]
 ) -> None:
-    """Refuse the state of an optimizer that trained other parameters.
-
-    Raises:
-        CheckpointError: The optimizer trains other parameters than those of the state.
-    """
+    """Refuse the state of an optimizer that trained other parameters."""
     have = {name for group in parameter_names(optimizer, model) for name in group}
     want = {name for group in content["groups"] for name in group["params"]}
     if have != want:
@@ -79,11 +66,7 @@ def check_named_state(
 def load_named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]
 ) -> None:
-    """Load a `named_state`; the groups become those of the state, whatever they are now.
-
-    Raises:
-        CheckpointError: The optimizer trains other parameters; it is then unchanged.
-    """
+    """Load a `named_state`; the groups become those of the state, whatever they are now."""
     check_named_state(optimizer, model, content)
     parameters = dict(model.named_parameters())
     names = [name for group in content["groups"] for name in group["params"]]
@@ -93,30 +76,22 @@ def load_named_state(
         own = copy.deepcopy(kept)
         own = state_like(own, parameters[name]) if name in parameters else own
         state[numbers.get(name, name)] = own
-    groups: dict[str, list[Any]] = {"own": [], "numbered": []}
-    for group in content["groups"]:
-        groups["own"].append({**group, "params": [parameters[name] for name in group["params"]]})
-        groups["numbered"].append({**group, "params": [numbers[name] for name in group["params"]]})
-    optimizer.param_groups[:] = groups["own"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups["numbered"]})
+
+    def groups(given: Mapping[Any, Any]) -> list[Any]:
+        return [{**g, "params": [given[name] for name in g["params"]]} for g in content["groups"]]
+
+    optimizer.param_groups[:] = groups(parameters)
+    optimizer.load_state_dict({"state": state, "param_groups": groups(numbers)})
 
 
 def reassign_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
 ) -> None:
-    """Give each parameter its own state, after PyTorch loaded a state by number.
-
-    Args:
-        optimizer: Changed in place.
-        model: Has the parameters.
-        names: `parameter_names` of the optimizer whose state was loaded.
-
-    Raises:
-        CheckpointError: The optimizer trains other parameters.
-    """
-    if parameter_names(optimizer, model) == [list(group) for group in names]:
+    """Give each parameter its own state, after PyTorch loaded by number that of other `names`."""
+    own = parameter_names(optimizer, model)
+    if own == [list(group) for group in names]:
         return
-    have, want = [[len(g) for g in one] for one in (parameter_names(optimizer, model), names)]
+    have, want = [len(group) for group in own], [len(group) for group in names]
     if have != want:
         raise CheckpointError(
             f"optimizer has groups of {have} parameters, the checkpoint {want}; make it as it was "

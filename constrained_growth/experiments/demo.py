@@ -67,7 +67,7 @@ def run_demo(
     data: str = "digits",
     seed: int = 0,
     *,
-    rule: cg.DecisionRule = RULE,
+    rule: cg.rules.DecisionRule = RULE,
     max_epochs: int | None = None,
     epochs_after: int | None = None,
     dtype: torch.dtype = torch.float32,

@@ -41,10 +41,7 @@ def insert(
     that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
     leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
     the model runs on one batch before and after, in train and in eval mode. Then the layers take
-    the values of the decision, if it has any.
-
-    All arguments are checked before the first change. After any error, including one raised by
-    the model or the optimizer, everything is as it was.
+    the values of the decision, if it has any. After any error everything is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
@@ -58,14 +55,12 @@ def insert(
             without state. No group is added, so learning-rate schedulers go on. None (default)
             leaves optimizers to the caller.
         averaged: Copies of the model that grow too, such as an exponential moving average
-            (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins, where they
-            do nothing: the average of a network that has always had them there. They are checked
-            too if they run on the batch.
+            (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins: the average
+            of a network that has always had them there. Those that run on the batch are checked.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
             takes the first batch of the problem; `()` skips the check.
         bookkeeping: Called with each grown model before it is checked, to update what else
-            records its depth (a config). Called again after an error, once the old structure is
-            restored.
+            records its depth (a config); and after an error, once the old structure is restored.
 
     Returns:
         The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
@@ -75,8 +70,8 @@ def insert(
         CandidateError: A site is not in the model, or modules in it cannot be replaced.
         OptimizerError: The optimizer cannot take the new parameters.
         RuleError: The values of the decision do not fit the blocks.
-        BlockError: The output changed by more than rounding (in the mode the model is in), a
-            layer is never reached, or the grown model fails.
+        BlockError: The output changed by more than rounding in the model's own mode, a layer is
+            never reached, or the grown model fails.
         DataError: The model does not run on the batch.
 
     Example:
@@ -139,28 +134,19 @@ def insert(
 
 @dataclass(frozen=True)
 class _NewLayer:
-    """A layer about to go into one model.
+    """A layer about to go into one model."""
 
-    Attributes:
-        name: Name of its candidate.
-        planned: As in the solution, with a copy of the block.
-        site: The module whose output it follows.
-        owner: The list in which it becomes the element after its site; None if it is wrapped
-            around the site.
-        module: What becomes part of the model: the block, or its standalone form.
-    """
-
-    name: str
-    planned: Planned
+    name: str  # of its candidate
+    planned: Planned  # as in the solution, with a copy of the block
     site: nn.Module
-    owner: nn.Module | None
-    module: nn.Module
+    is_sibling: bool  # whether it becomes the next element of the list that the site is in
+    module: nn.Module  # the block, or its standalone form
 
 
 def _new_layers(
     model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
 ) -> list[_NewLayer]:
-    """The layers for a model, which is the original or a copy, perhaps in another precision."""
+    """The layers for the original model or a copy of it, which may have another precision."""
     found = []
     for name in names:
         planned = solution.candidates[name]
@@ -176,9 +162,9 @@ def _new_layers(
                 planned.block.to(here.dtype)
         first = planned.output in (None, 0)  # what the next element of a list is called with
         stands_alone = first and callable(getattr(planned.block, "standalone", None))
-        owner = layers.list_of(model, site) if stands_alone else None
-        module = planned.block if owner is None else layers.standalone_form(planned.block)
-        found.append(_NewLayer(name, planned, site, owner, module))
+        is_sibling = stands_alone and layers.list_of(model, site) is not None
+        module = layers.standalone_form(planned.block) if is_sibling else planned.block
+        found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 
 
@@ -199,7 +185,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="wrapped" if new.owner is None else "sibling",
+            placement="sibling" if new.is_sibling else "wrapped",
             pristine=copy.deepcopy(new.module),
         )
         ends[new.site] = layers.put_into(model, end, new.module, record)
@@ -210,11 +196,9 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
 def _counterparts(new_layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
     """`id` of a parameter of a new list element → the parameter of that name in its neighbour."""
     found: dict[int, Tensor] = {}
-    for new in new_layers:
-        neighbour = {} if new.owner is None else dict(new.site.named_parameters())
-        for name, parameter in new.module.named_parameters():
-            if name in neighbour:
-                found[id(parameter)] = neighbour[name]
+    for new in (new for new in new_layers if new.is_sibling):
+        old, added = dict(new.site.named_parameters()), dict(new.module.named_parameters())
+        found |= {id(added[name]): old[name] for name in added.keys() & old.keys()}
     return found
 
 
@@ -227,8 +211,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
     for name in chosen:
         if name not in solution.candidates:
             raise CandidateError(
-                f'solution: the decision chose "{name}", and the candidates are '
-                f"{tuple(solution.candidates)}."
+                f'solution: the decision chose "{name}", none of {tuple(solution.candidates)}.'
             )
         after = solution.candidates[name].after
         if after not in modules:
@@ -239,8 +222,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
     if chosen and parameter_shapes(model) != dict(solution.parameters):
         raise CandidateError(
             f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
-            "model that was solved; give that model or a copy of it. After an insertion make a "
-            "new problem and solve it."
+            "model that was solved; after an insertion, solve a new problem."
         )
     layers.check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
@@ -256,16 +238,14 @@ def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
         )
     copies = [one.module if isinstance(one, AveragedModel) else one for one in given]
     for one in copies:
-        if parameter_shapes(one) != parameter_shapes(model):
-            raise CandidateError(
-                f"averaged={type(one).__name__} does not have the parameters, by name and shape, "
-                "of the model; give a copy of it as it is now."
-            )
         shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
-        if shared:
+        if shared or parameter_shapes(one) != parameter_shapes(model):
+            fault = (
+                f"shares {len(shared)} parameters with" if shared else "has other parameters than"
+            )
             raise CandidateError(
-                f"averaged={type(one).__name__} shares {len(shared)} parameters with the model; "
-                "give a copy of it, such as torch.optim.swa_utils.AveragedModel(model)."
+                f"averaged={type(one).__name__} {fault} the model; give a copy of it as it is now, "
+                "such as torch.optim.swa_utils.AveragedModel(model)."
             )
     return copies
 
@@ -274,10 +254,7 @@ def _check_values(solution: Solution, blocks: Mapping[str, nn.Module]) -> None:
     """Refuse values of the decision that do not fit the chosen blocks."""
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
-            raise RuleError(
-                f'decision.values has an entry for "{name}", and the candidates are '
-                f"{tuple(solution.candidates)}."
-            )
+            raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
         pins = pinned_parameters(blocks[name]) if name in blocks else {}
         for key, value in values.items() if pins else ():
             pin = pins.get(key)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._sites.context import context_of, takes_context
-from constrained_growth._sites.outputs import tensor_in, with_tensor
+from constrained_growth._sites.collector import replaced
+from constrained_growth._sites.context import Context, arguments
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, CandidateError, RecordError
 from constrained_growth.insertion.record import InsertedLayer
@@ -20,11 +20,10 @@ from constrained_growth.insertion.record import InsertedLayer
 class WithInsertedLayer(nn.Module):
     """A module followed by an inserted layer: x ↦ inserted(base(x)).
 
-    It takes the place of `base` in the model, under the same name: all other names in the model
-    stay, `"3"` still means "the output of this place", and attributes not found here are looked
-    up in `base` (`model.fc.in_features` still works). Keys in the state dict change from
-    `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
-    fire once per pass, with the output that the inserted layer receives.
+    It takes the place of `base` in the model, under the same name, and attributes not found here
+    are looked up in `base` (`model.fc.in_features` still works). Keys in the state dict change
+    from `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
+    see the output that the inserted layer receives.
 
     Args:
         base: The module at the site.
@@ -52,15 +51,13 @@ class WithInsertedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the base, the inserted layer applied to its tensor."""
-        output = self.base(*args, **kwargs)
-        x = output if isinstance(output, Tensor) else tensor_in(output, self.output)
-        if takes_context(self.inserted):
-            context = context_of(self.base, args, kwargs)
-            y = self.inserted(x, *context.args, **context.kwargs)
-        else:
-            y = self.inserted(x)
-        y = y.clone() if self.overwritten else y
-        return y if x is output else with_tensor(output, self.output, y)
+        output, kind = self.base(*args, **kwargs), type(self.base).__name__
+        return replaced(kind, self.base, args, kwargs, output, self.output, self._run_inserted)
+
+    def _run_inserted(self, x: Tensor, context: Context) -> Tensor:
+        positional, named = arguments(self.inserted, x, context)
+        y = self.inserted(*positional, **named)
+        return y.clone() if self.overwritten else y
 
     def __len__(self) -> int:
         return len(self.base)  # type: ignore[arg-type]
@@ -87,11 +84,7 @@ class WithInsertedLayer(nn.Module):
 def put_into(
     model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
 ) -> nn.Module:
-    """Insert a layer after a site as its record says; returns the module now at its place.
-
-    Raises:
-        RecordError: The record makes it the next element of a list, and the site is in none.
-    """
+    """Insert a layer after a site as its record says; returns the module now at its place."""
     if record.placement == "sibling":
         owner = list_of(model, site)
         if owner is None:
@@ -112,10 +105,10 @@ def put_into(
 
 
 def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The `nn.ModuleList` or `nn.Sequential` of which a module is an element.
+    """The list in which another element can follow a module, if there is one.
 
-    None if there is none, if the module has a second owner, or if the elements are not numbered
-    consecutively or do not simply run one after the other (a `Sequential` with its own forward).
+    The module has no other owner, the elements are numbered consecutively, and a `Sequential` has
+    no forward of its own.
     """
     owners = [o for o in model.modules() for child in o._modules.values() if child is module]
     if len(owners) != 1:
@@ -123,24 +116,20 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequentia
     (owner,) = owners
     if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
         return None
-    if isinstance(owner, nn.Sequential):
-        return owner if type(owner).forward is nn.Sequential.forward else None
+    if isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
+        return owner
     return owner if isinstance(owner, nn.ModuleList) else None
 
 
 def standalone_form(block: nn.Module) -> nn.Module:
-    """The module `block.standalone()`, made without drawing random numbers.
-
-    Raises:
-        BlockError: It does not hold the pinned parameters of the block themselves.
-    """
+    """The module `block.standalone()`, made without drawing random numbers."""
     with torch.random.fork_rng(devices=[]):
         layer = block.standalone()  # type: ignore[operator]
     pins = {id(p) for p in pinned_parameters(block).values()}
     if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
         raise BlockError(
-            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__}; it "
-            "must return a module that holds the pinned parameters of the block themselves."
+            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__} that "
+            "does not hold the pinned parameters of the block themselves."
         )
     return layer
 
@@ -151,12 +140,7 @@ def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
 
 
 def check_can_change(model: nn.Module) -> None:
-    """Refuse a model in which no module can be replaced.
-
-    Raises:
-        CandidateError: It is compiled to TorchScript, or its parameters are kept in one flat
-            tensor (FullyShardedDataParallel).
-    """
+    """Refuse a model in which no module can be replaced."""
     for name, module in model.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if kinds & {"ScriptModule", "FullyShardedDataParallel"}:

@@ -13,11 +13,7 @@ from constrained_growth.errors import OptimizerError
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
-    """One optimizer, several or None, as a tuple.
-
-    Raises:
-        OptimizerError: It is something else.
-    """
+    """One optimizer, several or None, as a tuple."""
     if optimizer is None:
         return ()
     given = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
@@ -32,13 +28,7 @@ def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
 def check_optimizers(
     model: nn.Module, optimizers: Sequence[Optimizer], blocks: Iterable[nn.Module]
 ) -> None:
-    """Refuse optimizers that cannot take the parameters of the blocks.
-
-    Raises:
-        OptimizerError: One of them trains none of the model's parameters, or has one state for
-            all parameters together (LBFGS); or none of them takes some parameter of a block
-            (Muon takes only matrices, SparseAdam only parameters with sparse gradients).
-    """
+    """Refuse optimizers that cannot take the parameters of the blocks."""
     ours = {id(p) for p in model.parameters()}
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
@@ -74,10 +64,9 @@ def add_parameters(
     A parameter that copies an old one (`counterparts`: its `id` → the old one) joins the group of
     that. Otherwise a matrix joins the group of the last matrix before it in the order of
     `model.parameters()`, a vector that of the last vector (weight decay is often off for those);
-    if there is none before, of the first one after. So a layer gets the settings of the layer it
-    follows. Only optimizers that can take the parameter count. A group in the model's order stays
-    so: an optimizer made for a replayed model then has the same order and can load this one's
-    state dict.
+    if there is none before, of the first one after. Only optimizers that can take the parameter
+    count. A group in the model's order stays so: an optimizer made for a replayed model can load
+    its state dict.
     """
     if not optimizers:
         return
@@ -130,11 +119,10 @@ def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
 
 def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Tensor]) -> Tensor:
     """The last trained parameter of the same kind before it, or else the first one after it."""
-    here = order[id(parameter)]
     same_kind = [other for other in trained if (other.dim() > 1) == (parameter.dim() > 1)]
-    candidates = same_kind or trained
-    before = [other for other in candidates if order[id(other)] < here]
-    return before[-1] if before else candidates[0]
+    like = same_kind or trained
+    before = [other for other in like if order[id(other)] < order[id(parameter)]]
+    return before[-1] if before else like[0]
 
 
 def _add_in_order(params: list[Tensor], parameter: Tensor, order: Mapping[int, int]) -> None:

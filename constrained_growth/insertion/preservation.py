@@ -17,7 +17,7 @@ from constrained_growth._data import batches, moved
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
-from constrained_growth._sites.untouched import as_written, untouched
+from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import BlockError, DataError
 
 Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
@@ -25,11 +25,7 @@ Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
 
 
 def first_input(data: object, model: nn.Module) -> object | None:
-    """The input of the first `(input, target)` batch, on the model's device; None without one.
-
-    Raises:
-        DataError: The data cannot be iterated, or are no such pairs.
-    """
+    """The input of the first `(input, target)` batch, on the model's device; None without one."""
     if not isinstance(data, Iterable):
         raise DataError(f"data={data!r:.80} is not iterable; give [(input, target)].")
     with untouched(model, data):
@@ -39,12 +35,9 @@ def first_input(data: object, model: nn.Module) -> object | None:
 def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> Outputs:
     """The outputs in the model's own mode and in the other one, from the present random state.
 
-    Another mode in which it fails (BatchNorm on one sample, say) is left out. A sharded model runs
-    in its own mode only, since all processes must run it equally often. Nothing is run without an
-    example, and nothing is returned for a model that may fail (`optional`) and does.
-
-    Raises:
-        DataError: It fails in its own mode.
+    The other mode is left out if the model fails in it (BatchNorm on one sample), or is sharded:
+    all processes must run it equally often. A model that fails in its own mode is an error, or,
+    where `optional`, not checked.
     """
     own = model.training
     found: dict[str, Mapping[tuple[Any, ...], Tensor]] = {}
@@ -59,8 +52,8 @@ def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> 
                 return {}
             raise DataError(
                 f"model={type(model).__name__} fails on the input of the first batch, on which "
-                f"its function is checked before and after the insertion: {error}; give "
-                "another: insert(..., data=[(input, target)])."
+                f"the insertion is checked: {error}; give another: "
+                "insert(..., data=[(input, target)])."
             ) from error
     return found
 
@@ -74,14 +67,8 @@ def check_preserved(
     entry, where ε is the coarsest machine precision among parameters, outputs, autocast and
     float32 matrix products. In the other mode the difference is only reported, since some blocks
     are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
-    count: all other modules get the numbers they got before.
-
-    Returns:
-        Mode → largest difference, in the units of the output. A mode without a floating-point
-        tensor in the output is left out.
-
-    Raises:
-        BlockError: The output changed by more, a layer is never reached, or the grown model fails.
+    count: all other modules get the numbers they got before. A mode without a floating-point
+    tensor in the output is left out.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
@@ -124,17 +111,17 @@ def _name(training: bool) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-    with untouched(model), torch.inference_mode(False), torch.no_grad(), as_written():
+
+    def own(leaf: Any) -> Any:
+        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+
+    with untouched(model), differentiable():  # a model may differentiate in its forward pass
         try:
             if training != model.training:
                 model.train(training)
-            return _tensors(call(model, moved(tree_map(_clone, example), device_of(model))))
+            return _tensors(call(model, moved(tree_map(own, example), device_of(model))))
         finally:
-            torch.clear_autocast_cache()  # it may hold weights cast without gradients
-
-
-def _clone(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+            torch.clear_autocast_cache()  # the values of the new layers may change next
 
 
 def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Tensor]:

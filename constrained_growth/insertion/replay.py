@@ -85,13 +85,12 @@ def _without_wrappers(record: GrowthRecord, model: nn.Module) -> GrowthRecord:
         names = [*record.model, *(layer.after for layer in record.insertions)]
         wrapped = bool(names) and all(name.startswith(prefix) for name in names)
         if wrapped and not hasattr(model, prefix.removesuffix(".")):
-            shapes = {name.removeprefix(prefix): shape for name, shape in record.model.items()}
             layers = []
             for layer in record.insertions:
-                block = dict(layer.block)
-                if block.get("of"):
-                    block["of"] = str(block["of"]).removeprefix(prefix)
+                of = str(layer.block.get("of") or "").removeprefix(prefix)
+                block = {**layer.block, "of": of} if of else layer.block
                 layers.append(replace(layer, after=layer.after.removeprefix(prefix), block=block))
+            shapes = {name.removeprefix(prefix): shape for name, shape in record.model.items()}
             record = replace(record, insertions=tuple(layers), model=shapes)
     return record
 
@@ -103,8 +102,8 @@ def _check_shapes(model: nn.Module, record: GrowthRecord) -> None:
         first = differing[0]
         raise RecordError(
             f"model={type(model).__name__} does not fit the record: {len(differing)} parameters "
-            f'differ, first "{first}" with shape {have.get(first)}, in the record '
-            f"{want.get(first)}. Give the model as it was before it was grown, or strict=False."
+            f'differ, first "{first}" with shape {have.get(first)} for {want.get(first)}. Give '
+            "the model as it was before it was grown, or strict=False."
         )
 
 
@@ -112,9 +111,8 @@ def _insert_again(model: nn.Module, layer: InsertedLayer, given: nn.Module | Non
     site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
     if site is None or site is model:
         raise RecordError(
-            f'model={type(model).__name__} has no submodule "{layer.after}", after which the '
-            f'record puts the layer "{layer.name}"; give the model as it was before it was '
-            "grown."
+            f'model={type(model).__name__} has no submodule "{layer.after}", the site of the '
+            f'layer "{layer.name}"; give the model as it was before it was grown.'
         )
     block = _rebuilt(layer, given, site, model)
     shapes = parameter_shapes(block)
@@ -144,8 +142,8 @@ def _rebuilt(
     is_copy = kind == CopiedBlock.__name__
     if arguments is None or not (is_copy or kind in BLOCKS):
         raise RecordError(
-            f'the layer "{layer.name}" is {kind!r}, a block or activation that a record cannot '
-            f"rebuild; pass it: replay(model, record, blocks={{{layer.name!r}: block}})."
+            f'the layer "{layer.name}" is {kind!r}, which a record cannot rebuild; pass it: '
+            f"replay(model, record, blocks={{{layer.name!r}: block}})."
         )
     try:
         if is_copy:

@@ -22,19 +22,17 @@ class GrowthCallback(Callback):
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on. The
-    sensitivities, decisions and depth go to the loggers of the trainer. One optimizer.
+    sensitivities, decisions and depth go to the loggers of the trainer.
 
-    With `strategy="ddp"` all processes insert the same layer, and the trainer's
-    DistributedDataParallel is initialised again in place. Other strategies for several processes
-    are refused, also `"ddp_spawn"` and the like: they load the weights back into a model that did
+    With `strategy="ddp"` all processes insert the same layer. Other strategies for several
+    processes are refused; `"ddp_spawn"` and the like load the weights back into a model that did
     not grow.
 
     Args:
         loss_fn: `loss_fn(output, target)`, as for `GrowthProblem`.
-        data: The data that decide where to grow, as for `GrowthProblem`: a separate loader, not
-            the one that is being iterated. With several processes, the shard of each.
-        model: `model(module)`: what is called with the inputs of `data` and grows; by default the
-            LightningModule itself.
+        data: The data to decide on, as for `GrowthProblem`: a loader other than the one that is
+            being iterated; on each process its shard.
+        model: `model(module)`, the model that grows; by default the LightningModule itself.
         blocks: Your own blocks, by name of the inserted layer, to resume a run.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
@@ -64,11 +62,8 @@ class GrowthCallback(Callback):
         **options: Any,
     ) -> None:
         self.grower: Grower | None = None
-        self._loss_fn = loss_fn
-        self._data = data
-        self._model = model
-        self._blocks = blocks
-        self._options = options
+        self._loss_fn, self._data, self._options = loss_fn, data, options
+        self._model, self._blocks = model, blocks
         self._saved: dict[str, Any] | None = None
 
     @property
@@ -82,9 +77,8 @@ class GrowthCallback(Callback):
         plain = isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
         if trainer.world_size > 1 and not plain:
             raise TrainingError(
-                f"GrowthCallback grows on {trainer.world_size} processes that "
-                'Trainer(strategy="ddp") or torchrun starts, and the trainer has a '
-                f"{type(strategy).__name__} that starts them in another way; use ddp, or devices=1."
+                f"GrowthCallback: the trainer starts {trainer.world_size} processes by "
+                f'{type(strategy).__name__}; use Trainer(strategy="ddp") or devices=1.'
             )
         own = pl_module.on_load_checkpoint
 
@@ -93,8 +87,7 @@ class GrowthCallback(Callback):
             saved = checkpoint.get("callbacks", {}).get(self.state_key)
             if not saved:
                 raise CheckpointError(
-                    "ckpt_path is a checkpoint that was saved without a GrowthCallback; load it "
-                    "without one, or start a new run."
+                    "ckpt_path is a checkpoint that was saved without a GrowthCallback."
                 )
             record = GrowthRecord.from_json(saved["grower"]["record"])
             replay(self._model(pl_module), record, blocks=self._blocks)
@@ -146,14 +139,12 @@ class GrowthCallback(Callback):
             self.grower.maybe_grow(metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint: the grower, and the names of the parameters of the optimizer.
-
-        Lightning calls it on all processes; `losses` holds those of each in the open row.
-        """
+        """For the checkpoint: the grower, and the names of the parameters of the optimizer."""
         if self.grower is None:
             return {}
         names = parameter_names(self.grower.optimizer, self.grower.model)
         state = self.grower.state_dict()
+        # Lightning calls this on all processes and writes what the first one returns
         losses = everywhere(lambda: {key: state[key] for key in ("sum", "count")}, None)
         return {"grower": state, "names": names, "losses": losses}
 

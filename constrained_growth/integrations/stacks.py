@@ -24,19 +24,12 @@ from constrained_growth.insertion.layer import WithInsertedLayer
 
 @dataclass(frozen=True)
 class Stack:
-    """A list of layers whose length is an entry of the config.
+    """A list of layers whose length is an entry of the config."""
 
-    Attributes:
-        name: Qualified name of the `nn.ModuleList` or `nn.Sequential`.
-        part: Name of the part of the config that has the entry ("text_config"), or "".
-        entry: The attribute that holds the number of layers.
-        index: The index in it, if it is a list (`depths`), else None.
-    """
-
-    name: str
-    part: str
-    entry: str
-    index: int | None
+    name: str  # of the nn.ModuleList or nn.Sequential
+    part: str  # of the config that has the entry ("text_config"), or ""
+    entry: str  # the attribute that holds the number of layers
+    index: int | None  # in it, if it is a list (`depths`)
 
 
 Arrangement = Mapping[Stack, Sequence[int]]
@@ -45,25 +38,23 @@ Arrangement = Mapping[Stack, Sequence[int]]
 
 def find_stacks(model: PreTrainedModel) -> tuple[Stack, ...]:
     """The stacks of a model, each confirmed by building a model from a longer config."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
     found: dict[str, Stack] = {}
     for part, entry, index in _counters(model.config):
         longer = copy.deepcopy(model.config)
         _lengthen(longer, Stack("", part, entry, index), None)
         try:
-            built = dict(skeleton(model, longer).named_modules())
+            built: dict[str, Any] = dict(skeleton(model, longer).named_modules())
         except Exception:  # it counts something else too, or must agree with another entry
             continue
-        grown = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList | nn.Sequential)
-            and name in built
-            and len(built[name]) == len(module) + 1  # type: ignore[arg-type]
-        ]
+        grown = [n for n, one in lists.items() if n in built and len(built[n]) == len(one) + 1]
         if len(grown) == 1:
             found.setdefault(grown[0], Stack(grown[0], part, entry, index))
-    order = [name for name, _ in model.named_modules() if name in found]
-    return tuple(found[name] for name in order)
+    return tuple(found[name] for name in lists if name in found)
 
 
 def layers_of(model: nn.Module, stack: Stack) -> list[nn.Module]:
@@ -93,17 +84,9 @@ def skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
 def check_same(
     model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: Arrangement
 ) -> None:
-    """Refuse a grown model of which the stock class makes another one from the longer config.
+    """Refuse a grown model if the stock class makes another one from the longer config.
 
-    Args:
-        model: Grown.
-        before: The skeleton of its old config.
-        longer: The skeleton of the longer config.
-        arrangement: The layers that its stacks have now.
-
-    Raises:
-        CandidateError: A layer would get other parameters or another setting, or the list
-            another length.
+    `before` and `longer` are the skeletons of the old and of the longer config.
     """
     for stack, order in arrangement.items():
         old, built = layers_of(before, stack), layers_of(longer, stack)
@@ -114,8 +97,7 @@ def check_same(
             source, is_new = order[place], order[place] in order[:place]
             if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
                 raise CandidateError(
-                    f"{where} gives layer {place} other parameters than the new layer has; the "
-                    "stock class could not load it."
+                    f"{where} gives layer {place} other parameters; the stock class cannot load it."
                 )
             # A new layer is a copy of the one before it or, at a change of shape, after it.
             alike = old[source : source + 1 + is_new]
@@ -123,9 +105,9 @@ def check_same(
             differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
             if all(differing):
                 raise CandidateError(
-                    f"{where} makes layer {place} another one: {differing[0][:2]}. Its layers "
-                    "depend on their number, so none can be inserted between them; use a block "
-                    "that is wrapped around its site, such as ResidualMLP, or another site."
+                    f"{where} makes layer {place} another one: {differing[0][:2]}, as its layers "
+                    "depend on their number; use a block that is wrapped around its site, such as "
+                    "ResidualMLP, or another site."
                 )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 
 from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
@@ -41,13 +41,11 @@ class GrowthCallback(TrainerCallback):
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
 
     With several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
-    DistributedDataParallel around the model is initialised again in place; other wrappers are
-    refused.
+    DistributedDataParallel is initialised again in place; other wrappers are refused.
 
     Args:
-        data: The data that decide where to grow: `(inputs, None)` pairs with a dict of inputs,
-            labels among them, such as `[(batch, None) for batch in loader]`. With several
-            processes, the shard of each.
+        data: The data to decide on: `(inputs, None)` pairs with a dict of inputs, labels among
+            them, such as `[(batch, None) for batch in loader]`; on each process its shard.
         loss_fn: `loss_fn(output, target)`; by default the loss that the model returns.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
             `solver`, `writer`.
@@ -73,9 +71,7 @@ class GrowthCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         self.grower: Grower | None = None
-        self._data = data
-        self._loss_fn = loss_fn
-        self._options = options
+        self._data, self._loss_fn, self._options = data, loss_fn, options
         self._saved: checkpoint.Checkpoint | None = None
         self._search: RemovableHandle | None = None
 
@@ -110,9 +106,7 @@ class GrowthCallback(TrainerCallback):
         self._saved = saved
         return model
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
@@ -128,23 +122,15 @@ class GrowthCallback(TrainerCallback):
             # A callback is given the model without the wrapper around it.
             self._search = register_module_forward_pre_hook(self._find_wrapper)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Close a row of the history with the logged loss; grow if due."""
-        if self.grower is None or logs is None or "loss" not in logs:
+        if self.grower is None or "loss" not in (logs or {}):
             return
         self._stop_searching()
         if args.world_size > 1 and self.grower.wrapper is None:
             raise TrainingError(
-                f"GrowthCallback grows on the {args.world_size} processes of a "
-                "DistributedDataParallel, and the Trainer has wrapped the model in another way; "
-                "train without fsdp, deepspeed and the like, or on one process."
+                f"GrowthCallback: the Trainer uses {args.world_size} processes and no "
+                "DistributedDataParallel; train without fsdp and deepspeed, or on one process."
             )
         self.grower.step(logs["loss"])
         self.grower.num_steps = state.global_step
@@ -155,36 +141,26 @@ class GrowthCallback(TrainerCallback):
         if one is not None:
             state.log_history.append({**measurements(one), "step": state.global_step})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave no hook behind."""
         self._stop_searching()
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the growth to the checkpoint folder."""
-        if self.grower is None:
-            return
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        checkpoint.save(
-            folder / _FILE,
-            nn.Identity(),  # the weights are in the Trainer's own file
-            record=self.grower.record,
-            step=state.global_step,
-            extra=parameter_names(self.grower.optimizer, self.grower.model),
-            grower=self.grower,
-        )
+        if self.grower is not None:
+            checkpoint.save(
+                Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / _FILE,
+                nn.Identity(),  # the weights are in the Trainer's own file
+                record=self.grower.record,
+                step=state.global_step,
+                extra=parameter_names(self.grower.optimizer, self.grower.model),
+                grower=self.grower,
+            )
 
     def _find_wrapper(self, module: nn.Module, args: Any) -> None:
-        grower = self.grower
-        if (
-            grower
-            and isinstance(module, DistributedDataParallel)
-            and grower.model in module.modules()
-        ):
-            grower.wrapper = module
+        found = isinstance(module, DistributedDataParallel) and self.grower is not None
+        if found and self.grower.model in module.modules():
+            self.grower.wrapper = module
             self._stop_searching()
 
     def _stop_searching(self) -> None:

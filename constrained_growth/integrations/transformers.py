@@ -46,11 +46,10 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
     """Propose a copy of each layer as a candidate after it.
 
     The layers are those that the config counts: decoder and encoder layers, the blocks of the
-    stages of a convolutional network. The inserted layer is of the model's own class, so that
-    `insert` gives the model that the stock class makes of a longer config. After a layer that
-    changes the shape, such as the first block of a stage, it is a copy of the next one. Where a
-    copy cannot be the identity, as in BERT (post-norm), the candidate is a residual block around
-    the layer: just as exact, but not in the config, so load such a model by `replay`.
+    stages of a convolutional network. Grown by copies, a model is the one that its class makes of
+    a longer config. After a layer that changes the shape, such as the first block of a stage, the
+    candidate is a copy of the next one. Where a copy cannot be the identity, as in BERT
+    (post-norm), it is a residual block, which the config does not count: load by `replay`.
 
     Args:
         model: A model of Transformers, left as it was.
@@ -110,22 +109,14 @@ def insert(
 
     The config gets the new depth, lists in it with an entry per layer (`layer_types`) grow too,
     and the layers are renumbered to fit the cache of keys and values: what `save_pretrained`
-    writes, the stock class loads by `from_pretrained`. A model of which the class makes another
-    one at that depth, because its layers depend on their number or on the depth, is refused.
+    writes, the stock class loads by `from_pretrained`. A model whose layers depend on their number
+    or on the depth, so that the stock class would make another one, is refused.
 
-    Args:
-        model: The model of the problem, or a copy of it; changed in place, and so is its config.
-        solution: From `cg.solve`.
-        optimizer: As in `cg.insert`.
-        averaged: As in `cg.insert`; models of Transformers, each with its own config.
-        data: As in `cg.insert`.
-
-    Returns:
-        The record, for `replay`.
+    Arguments, result and errors are those of `cg.insert`; the config too is changed in place, and
+    restored after an error.
 
     Raises:
-        CandidateError: The stock class could not load the grown model, and as `cg.insert`.
-        GrowthError: As `cg.insert`; model, config and optimizer are then as they were.
+        CandidateError: The stock class could not load the grown model.
     """
     return insertion.insert(
         model,
@@ -147,16 +138,9 @@ def replay(
     """Repeat recorded insertions on a fresh model as `cg.replay` does, and update the config.
 
     Needed only for layers that the config does not count (around a post-norm layer); load other
-    models by `from_pretrained`.
-
-    Args:
-        model: As it was before the first insertion; changed in place, and so is its config.
-        record: From `insert`, or `GrowthRecord.from_json`.
-        blocks: As in `cg.replay`.
-        strict: As in `cg.replay`.
+    models by `from_pretrained`. Arguments and errors are those of `cg.replay`.
 
     Raises:
-        RecordError: As `cg.replay`.
         CandidateError: The stock class could not load the grown model.
     """
     update = _bookkeeping(model)
@@ -169,9 +153,8 @@ def replay(
 def _checked_stacks(model: object) -> tuple[Stack, ...]:
     if not isinstance(model, PreTrainedModel):
         raise CandidateError(
-            f"model={type(model).__name__} is not a model of Transformers; give the "
-            "PreTrainedModel itself, not a wrapper around it, or use cg.find_candidates and "
-            "cg.insert."
+            f"model={type(model).__name__} is no PreTrainedModel; give that without a wrapper "
+            "around it, or use cg.find_candidates and cg.insert."
         )
     stacks = find_stacks(model)
     if not stacks:
@@ -206,8 +189,7 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
 def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
     """A function that fits config and layer numbers to the layers a model has: grown, or as before.
 
-    It is called with the model first, then with copies of it. It raises CandidateError where the
-    stock class would make another model of the longer config.
+    It is called with the model first, then with copies of it.
     """
     stacks = {stack.name: stack for stack in _checked_stacks(model)}
     before = config = copy.deepcopy(model.config)
@@ -229,7 +211,7 @@ def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
             if set(grown) - stacks.keys():
                 raise CandidateError(
                     f"the config of {type(model).__name__} does not count the layers of "
-                    f"{sorted(set(grown) - stacks.keys())}, so the stock class could not load one "
+                    f"{sorted(set(grown) - stacks.keys())}, and the stock class could not load one "
                     f"more; choose a layer of {list(stacks)}, or insert by cg.insert."
                 )
             arrangement = {
@@ -254,17 +236,14 @@ def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
 
 def _follow_neighbours(layers: Sequence[nn.Module]) -> None:
     """Give each layer what Transformers itself has set on the others: checkpointing, hooks."""
-    kinds = [dict(layer.named_modules()) for layer in layers]
-    for modules in kinds:
+    alike = [dict(layer.named_modules()) for layer in layers]
+    for modules in alike:
         for name, module in modules.items():
-            others = [other[name] for other in kinds if type(other.get(name)) is type(module)]
-            for other in others:
+            for other in [one[name] for one in alike if type(one.get(name)) is type(module)]:
                 for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
                     if key in vars(other) and key not in vars(module):
                         setattr(module, key, vars(other)[key])
-            if not _library_hooks(module):
-                hooked = next((other for other in others if _library_hooks(other)), module)
-                for hook in _library_hooks(hooked):
+                for hook in () if _library_hooks(module) else _library_hooks(other):
                     module.register_forward_hook(hook)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
@@ -117,15 +118,7 @@ def plot_predictions(
     ax.plot(ends, ends, **DASHED)
     ax.axhline(0, color=QUIET, linewidth=0.8)
     ax.plot(predicted, actual, "o", color=KEPT, markersize=7, markeredgecolor=INK)
-    ax.annotate(
-        "as predicted",
-        (ends[1], ends[1]),
-        xytext=(-8, 0),
-        textcoords="offset points",
-        ha="right",
-        fontsize=10,
-        color=INK,
-    )
+    note(ax, "as predicted", ends[1], (-8, 0), y=ends[1], ha="right", fontsize=10)
     ax.set_xlabel("predicted decrease of the loss")
     ax.set_ylabel("actual decrease")
     tidy(ax, grid="both")
@@ -153,20 +146,13 @@ def plot_architecture(
     for x, column in enumerate(columns):
         for place, (name, shape) in enumerate(column.items()):
             new = x == 1 and name.replace(".base", "") not in columns[0]
-            hatch, colour = ("////", "white") if new else (None, "#E3E7EB")
-            box = {"width": 0.8, "height": 0.7, "edgecolor": INK}
-            ax.add_patch(Rectangle((x - 0.4, place - 0.35), facecolor=colour, hatch=hatch, **box))
-            ax.text(
-                x,
-                place,
-                f"{name}   {' × '.join(map(str, shape))}",
-                ha="center",
-                va="center",
-                fontsize=9,
-                fontweight="bold" if new else "normal",
-                color=INK,
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
-            )
+            hatch, colour, weight = ("////", "white", "bold") if new else (None, "#E3E7EB", None)
+            corner, size = (x - 0.4, place - 0.35), (0.8, 0.7)
+            ax.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor=INK, hatch=hatch))
+            text = f"{name}   {' × '.join(map(str, shape))}"
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
+            style: dict[str, Any] = {"fontsize": 9, "fontweight": weight, "color": INK}
+            ax.text(x, place, text, ha="center", va="center", bbox=box, **style)
     ax.set_xlim(-0.55, 1.55)
     ax.set_ylim(rows - 0.4, -0.6)
     ax.set_xticks([0, 1], ["before", "after   (hatched: new)"], fontsize=11, color=INK)
@@ -183,24 +169,12 @@ def plot_run(
     rounds: Mapping[int, Mapping[str, float]],
     chosen: Mapping[int, Collection[str]],
 ) -> Figure:
-    """`plot_training` above `plot_sensitivity_map`, if there was a decision.
-
-    Args:
-        losses: As for `plot_training`.
-        insertions: As for `plot_training`.
-        rounds: As for `plot_sensitivity_map`.
-        chosen: As for `plot_sensitivity_map`.
-
-    Returns:
-        The figure, ready for `savefig`.
-    """
+    """`plot_training` above `plot_sensitivity_map` (if there was a decision); arguments as there."""
     names = {name for found in rounds.values() for name in found}
-    height = 1.0 + 0.3 * len(names) if rounds else 0.0
-    figure = Figure(figsize=(8, 4.2 + height), dpi=160, layout="constrained")
-    if not rounds:
-        plot_training(losses, insertions, figure.subplots())
-        return figure
-    above, below = figure.subplots(2, 1, height_ratios=(4.2, height))
-    plot_training(losses, insertions, above)
-    plot_sensitivity_map(rounds, chosen, below)
+    heights = [4.2, 1.0 + 0.3 * len(names)] if rounds else [4.2]
+    figure = Figure(figsize=(8, sum(heights)), dpi=160, layout="constrained")
+    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    plot_training(losses, insertions, panels[0])
+    if rounds:
+        plot_sensitivity_map(rounds, chosen, panels[1])
     return figure

@@ -118,16 +118,7 @@ def plot_growth(
 ) -> Figure:
     """`plot_losses` around an insertion beside the `plot_sensitivities` that decided it.
 
-    Args:
-        before: As for `plot_losses`.
-        after: As for `plot_losses`.
-        sensitivities: As for `plot_sensitivities`.
-        chosen: As for `plot_sensitivities`.
-        title: One line.
-        subtitle: One line, such as the setting.
-
-    Returns:
-        The figure, ready for `savefig`.
+    The arguments are theirs, with a line each for the title and the subtitle.
     """
     figure = Figure(figsize=(11, 5.4), dpi=160, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
@@ -149,17 +140,18 @@ def axes(height: float) -> Axes:
     return Figure(figsize=(7, height), dpi=160, layout="constrained").subplots()
 
 
-def note(ax: Axes, text: str, x: float, offset: tuple[float, float], **options: Any) -> None:
-    """Text at the top of the Axes, at an offset in points from x."""
-    ax.annotate(
-        text,
-        (x, 1),
-        xycoords=ax.get_xaxis_transform(),
-        xytext=offset,
-        textcoords="offset points",
-        color=INK,
-        **options,
-    )
+def note(
+    ax: Axes,
+    text: str,
+    x: float,
+    offset: tuple[float, float],
+    y: float | None = None,
+    **style: Any,
+) -> None:
+    """Text at an offset in points from (x, y), or from x at the top of the Axes."""
+    where = ax.get_xaxis_transform() if y is None else "data"
+    style |= {"xytext": offset, "textcoords": "offset points", "color": INK}
+    ax.annotate(text, (x, 1 if y is None else y), xycoords=where, **style)
 
 
 def scale(ax: Axes, losses: Sequence[float]) -> None:

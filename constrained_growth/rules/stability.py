@@ -73,7 +73,7 @@ class Stable:
         >>> candidate = cg.Candidate("1", cg.blocks.IdentityLinear(4, nn.ReLU()))
         >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
         >>> rules = [Stable(torch.optim.SGD(net.parameters(), lr)) for lr in (0.1, 100.0)]
-        >>> [cg.solve(problem, cg.then(cg.TopK(1), rule)).decision.chosen for rule in rules]
+        >>> [cg.solve(problem, cg.rules.then(cg.TopK(1), rule)).decision.chosen for rule in rules]
         [('1',), ()]
     """
 

@@ -5,24 +5,28 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from constrained_growth._sites.context import Context, takes_context
+from constrained_growth._multipliers.closed_form import differentiated
+from constrained_growth._sites.collector import Use
+from constrained_growth._sites.context import Context, arguments, takes_context
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import change, pinned_parameters
+from constrained_growth.blocks import change, has_factors, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion import GrowthRecord, insert, replay
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision
 from constrained_growth.solve import solve
-from constrained_growth.testing.case import Case, by_sample, differ, listed, said, tried
+from constrained_growth.testing.findings import listed, said, tried
+
+_MODES = ("train", "eval")
 
 
 def check_block(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +66,9 @@ def check_block(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> None:
         )
     with untouched(block), differentiable():
         try:
-            case = Case(copy.deepcopy(block), x.detach().clone(), Context(args, kwargs))
+            torch.manual_seed(0)
+            x, delta = x.detach().clone(), torch.randn_like(x)
+            case = _Case(copy.deepcopy(block), x, delta, Context(args, kwargs))
         except Exception as error:
             raise BlockError(
                 f"block={type(block).__name__} cannot be copied ({said(error)}); what is "
@@ -77,89 +83,116 @@ def check_block(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> None:
         )
 
 
-def _mode(training: bool) -> str:
-    return f"in {'train' if training else 'eval'} mode"
+@dataclass(frozen=True)
+class _Case:
+    """A block to try on x and δ = ∂L/∂x, with what else the module at its site is called with."""
+
+    block: nn.Module
+    x: Tensor
+    delta: Tensor
+    context: Context
+
+    @property
+    def other_x_fits(self) -> bool:
+        """Whether the context, if there is any, leaves x free."""
+        return not (takes_context(self.block) and (self.context.args or self.context.kwargs))
+
+    def fresh(self, mode: str = "eval") -> nn.Module:
+        """A copy of the block in a mode, with differentiable pins."""
+        copied = copy.deepcopy(self.block).train(mode == "train")
+        for parameter in pinned_parameters(copied).values():
+            parameter.requires_grad_()
+        return copied
+
+    def call(self, block: nn.Module, x: Tensor | None = None) -> Tensor:
+        args, kwargs = arguments(block, self.x if x is None else x, self.context)
+        torch.manual_seed(0)
+        return block(*args, **kwargs)
+
+    def multipliers(self, block: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+        """−∂⟨δ, block(x)⟩ by autograd."""
+        torch.manual_seed(seed)
+        return differentiated(block, Use(self.x, self.delta, self.context))[1]
 
 
-def _keeps_shape(case: Case) -> Iterator[str]:
+@torch.no_grad()
+def _perturb(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def _keeps_shape(case: _Case) -> Iterator[str]:
     """The shape and dtype stay."""
-    for training in (True, False):
-        y = case.call(case.fresh(training=training))
+    for mode in _MODES:
+        y = case.call(case.fresh(mode))
         got = (tuple(y.shape), y.dtype) if isinstance(y, Tensor) else type(y).__name__
         if got != (tuple(case.x.shape), case.x.dtype):
             yield (
-                f"{_mode(training)} it turns {tuple(case.x.shape)}, {case.x.dtype} into {got}; "
-                "what it returns has to be a tensor like x."
+                f"in {mode} mode it turns {tuple(case.x.shape)}, {case.x.dtype} into {got}; what "
+                "it returns has to be a tensor like x."
             )
 
 
-def _is_the_identity(case: Case) -> Iterator[str]:
-    """The identity at the pins."""
-    for training in (True, False):
-        moved = float(change(case.x, case.call(case.fresh(training=training)).detach()))
+def _is_the_identity(case: _Case) -> Iterator[str]:
+    """The identity at the pins, for one sample alone too, and where `exact_after` says so."""
+    for mode in _MODES:
+        moved = float(change(case.x, case.call(case.fresh(mode)).detach()))
         if not moved <= 1:
             yield (
-                f"{_mode(training)} it is not the identity at its pins: it moves x by {moved:.2g} "
+                f"in {mode} mode it is not the identity at its pins: it moves x by {moved:.2g} "
                 "times what rounding may do. The pinned parameters have to be at the values where "
                 "it does nothing when the block is made."
             )
-
-
-def _says_where_it_is_exact(case: Case) -> Iterator[str]:
-    """`exact_after` says no more than is true."""
-    exact_after = getattr(case.block, "exact_after", None)
-    if not callable(exact_after) or exact_after(nn.Identity()) is not True or not case.other_x_fits:
+    if not case.other_x_fits:
         return
-    x = 3 * torch.randn_like(case.x)
-    if not float(change(x, case.call(case.fresh(), x).detach())) <= 1:
-        yield (
-            "exact_after says that it is the identity on all that an nn.Identity gives, and it "
-            "moves random numbers; let exact_after return True only for modules after which the "
-            "block does nothing, or leave it out."
-        )
-
-
-def _takes_any_number_of_samples(case: Case) -> Iterator[str]:
-    """One sample alone."""
     x = case.x[:1]
-    if case.other_x_fits and (y := case.call(case.fresh(), x)).shape != x.shape:
+    if (y := case.call(case.fresh(), x)).shape != x.shape:
         yield f"of one sample alone it makes the shape {tuple(y.shape)}, not {tuple(x.shape)}."
+    exact_after = getattr(case.block, "exact_after", None)
+    if callable(exact_after) and exact_after(nn.Identity()) is True:
+        x = 3 * torch.randn_like(case.x)
+        if not float(change(x, case.call(case.fresh(), x).detach())) <= 1:
+            yield (
+                "exact_after says that it is the identity on all that an nn.Identity gives, and "
+                "it moves random numbers; let exact_after return True only for modules after "
+                "which the block does nothing, or leave it out."
+            )
 
 
-def _leaves_things_alone(case: Case) -> Iterator[str]:
+def _leaves_things_alone(case: _Case) -> Iterator[str]:
     """A forward pass writes to nothing."""
-    for training in (True, False):
-        block, x = case.fresh(training=training), case.x.clone()
+    for mode in _MODES:
+        block, x = case.fresh(mode), case.x.clone()
         before, version = copy.deepcopy(block.state_dict()), x._version
         with torch.no_grad():
             case.call(block, x)
         if x._version != version:
-            yield f"{_mode(training)} it changes x in place; write y = x + ..., not x += ..."
-        parameters = dict(block.named_parameters())
-        written = [
-            name
-            for name, value in block.state_dict().items()
-            if (name in parameters or not training)  # BatchNorm writes to buffers in train mode
-            and not torch.allclose(value, before[name], rtol=0, atol=0, equal_nan=True)
-        ]
+            yield f"in {mode} mode it changes x in place; write y = x + ..., not x += ..."
+        # BatchNorm writes to buffers in train mode
+        watched = dict(block.named_parameters()) if mode == "train" else before
+        after = block.state_dict()
+        written = tuple(name for name in watched if not _same(after[name], before[name]))
         if written:
-            yield f"{_mode(training)} a forward pass changes {tuple(written)}."
+            yield f"in {mode} mode a forward pass changes {written}."
 
 
-def _gives_the_same_twice(case: Case) -> Iterator[str]:
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _gives_the_same_twice(case: _Case) -> Iterator[str]:
     """The same twice in eval mode."""
-    block, delta = case.fresh(), case.cotangent()
-    first, second = (case.multipliers(block, delta, seed=seed) for seed in (0, 1))
+    block = case.fresh()
+    first, second = case.multipliers(block, 0), case.multipliers(block, 1)
     for name, value in first.items():
-        again = second[name]
-        if value is not None and again is not None and not torch.equal(value, again):
+        if not torch.equal(value, second[name]):
             yield (
                 f"in eval mode two passes give different multipliers of {name!r}: it draws random "
                 "numbers, or keeps something between calls."
             )
 
 
-def _can_be_loosened(case: Case) -> Iterator[str]:
+def _can_be_loosened(case: _Case) -> Iterator[str]:
     """The gradient passes, and no pin is dead."""
     pins = pinned_parameters(case.block)
     if len({id(parameter) for parameter in pins.values()}) < len(case.block.pinned):  # type: ignore[arg-type]
@@ -167,53 +200,55 @@ def _can_be_loosened(case: Case) -> Iterator[str]:
     frozen = tuple(name for name, parameter in pins.items() if not parameter.requires_grad)
     if frozen:
         yield f"{frozen} have requires_grad=False, so they would stay at their pins for ever."
-    delta = case.cotangent()
-    found = [case.multipliers(case.fresh(training=t), delta) for t in (True, False)]
+    found = [case.multipliers(case.fresh(mode)) for mode in _MODES]
     for name in pins:
-        values = [multipliers[name] for multipliers in found]
-        if all(value is None for value in values):
-            yield f"the pinned parameter {name!r} does not enter the output at all."
-        elif not any(value is not None and bool(value.any()) for value in values):
+        if not any(multipliers[name].any() for multipliers in found):
             yield (
-                f"the multiplier of {name!r} is exactly 0: it is dead. Either what it is "
-                "multiplied with is zero too (pin only one factor of a product), or its derivative "
-                "is 0 by autograd's convention, as that of ReLU at 0."
+                f"the multiplier of {name!r} is exactly 0: it is dead. It does not enter the "
+                "output, or what it is multiplied with is zero too (pin only one factor of a "
+                "product), or its derivative is 0 by autograd's convention, as that of ReLU at 0."
             )
     x = case.x.clone().requires_grad_()
     y = case.call(case.fresh(), x.view_as(x))
-    through = y.requires_grad and torch.autograd.grad(y, x, delta, allow_unused=True)[0]
+    through = y.requires_grad and torch.autograd.grad(y, x, case.delta, allow_unused=True)[0]
     if not isinstance(through, Tensor) or not bool(through.any()):
         yield "no gradient passes through it: what comes before it in the model could not learn."
 
 
-def _has_the_factors_it_says(case: Case) -> Iterator[str]:
+def _has_the_factors_it_says(case: _Case) -> Iterator[str]:
     """`factors` are the multipliers."""
-    if not callable(getattr(case.block, "factors", None)) or takes_context(case.block):
+    if not has_factors(case.block):
         return
-    x, delta = case.x, case.cotangent()
     block: Any = case.fresh()
+    parts: dict[str, list[Tensor]] = {}  # λ_n of the samples, which may come a few at a time
     with torch.no_grad():
-        rows = by_sample(list(block.factors(x, delta)), len(x))
+        for f in block.factors(case.x, case.delta):
+            rows = -torch.einsum("n...o,n...i->noi", f.cotangent, f.features)
+            parts.setdefault(f.weight, []).append(rows)
+            if f.bias is not None:
+                parts.setdefault(f.bias, []).append(-torch.einsum("n...o->no", f.cotangent))
     pins = pinned_parameters(block)
-    if rows.keys() != pins.keys():
+    if parts.keys() != pins.keys():
         yield (
-            f"factors(x, delta) gives {tuple(rows)} and the pinned parameters are {tuple(pins)}; "
+            f"factors(x, delta) gives {tuple(parts)} and the pinned parameters are {tuple(pins)}; "
             "it has to give each of them, and no other."
         )
         return
-    whole = case.multipliers(block, delta)
-    samples = [replace(case, x=row) for row in x.split(1)]
-    singles = [c.multipliers(block, d) for c, d in zip(samples, delta.split(1), strict=True)]
+    pairs = zip(case.x.split(1), case.delta.split(1), strict=True)
+    singles = [replace(case, x=x, delta=delta).multipliers(block) for x, delta in pairs]
+    whole = case.multipliers(block)
     for name, parameter in pins.items():
-        if rows[name].numel() != len(x) * parameter.numel():
+        each = torch.cat(parts[name])
+        if len(each) != len(case.x):
+            yield f"the factors of {name!r} are of {len(each)} samples, and x has {len(case.x)}."
+            continue
+        if each[0].numel() != parameter.numel():
             yield f"the factors of {name!r} do not multiply to its shape {tuple(parameter.shape)}."
             continue
-        each = rows[name].view(len(x), *parameter.shape)
-        values = [single[name] for single in singles]
-        expected = [torch.zeros_like(parameter) if v is None else v for v in values]
-        if differ(each.sum(0), whole[name]):
+        each = each.view(len(each), *parameter.shape)
+        if _differ(each.sum(0), whole[name]):
             yield f"factors(x, delta) does not give the multiplier of {name!r} that autograd gives."
-        elif differ(each, torch.stack(expected)):
+        elif _differ(each, torch.stack([single[name] for single in singles])):
             yield (
                 f"factors(x, delta) gives the multiplier of {name!r} for all samples together and "
                 "not for each: the block mixes samples, or the samples do not come first in the "
@@ -221,9 +256,18 @@ def _has_the_factors_it_says(case: Case) -> Iterator[str]:
             )
 
 
-def _survives(case: Case) -> Iterator[str]:
-    """Copied and restored from its state dict, it is the same."""
-    original = case.perturbed()
+def _differ(found: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by more than rounding may do."""
+    if found.numel() == 0:
+        return False
+    tolerance = 1e4 * torch.finfo(expected.dtype).eps * (float(expected.abs().max()) or 1.0)
+    return not float((found.to(expected) - expected).abs().max()) <= tolerance
+
+
+def _survives(case: _Case) -> Iterator[str]:
+    """Copied, restored from its state dict, and pickled (as by torch.save), it is the same."""
+    original = case.fresh()
+    _perturb(original)
     y = case.call(original)
     copied = copy.deepcopy(original)
     memory = {p.data_ptr() for p in original.parameters() if p.numel()}
@@ -245,42 +289,35 @@ def _survives(case: Case) -> Iterator[str]:
                     "buffer, so .to(device) and state_dict() pass it by; use nn.Parameter or "
                     "register_buffer."
                 )
-
-
-def _can_be_pickled(case: Case) -> Iterator[str]:
-    """Pickled and read again (torch.save of a model does that), it is the same."""
-    original = case.perturbed()
-    again = pickle.loads(pickle.dumps(original))
-    if not torch.equal(case.call(again), case.call(original)):
+    if not torch.equal(case.call(pickle.loads(pickle.dumps(original))), y):
         yield "pickled and read again it computes something else."
 
 
-def _can_be_built_from_its_config(case: Case) -> Iterator[str]:
+def _can_be_built_from_its_config(case: _Case) -> Iterator[str]:
     """`type(block)(**block.config())` is the same architecture."""
-    config = getattr(case.block, "config", None)
-    if not callable(config):
+    block: Any = case.block
+    if not callable(getattr(block, "config", None)):
         return
-    built = type(case.block)(**config())  # type: ignore[arg-type]
-    found, expected = parameter_shapes(built), parameter_shapes(case.block)
+    built = type(block)(**block.config())
+    found, expected = parameter_shapes(built), parameter_shapes(block)
     if found != expected:
         yield f"config() builds parameters {found} and the block has {expected}."
-    elif tuple(built.pinned) != tuple(case.block.pinned):  # type: ignore[arg-type]
-        yield f"config() builds a block with pinned={built.pinned}, not {case.block.pinned}."
+    elif tuple(built.pinned) != tuple(block.pinned):
+        yield f"config() builds a block with pinned={built.pinned}, not {block.pinned}."
 
 
-def _can_be_moved(case: Case) -> Iterator[str]:
+def _can_be_moved(case: _Case) -> Iterator[str]:
     """Moved to another precision or device, it is the identity there."""
     other = torch.float32 if case.x.dtype == torch.float64 else torch.float64
     coarser = torch.float32 if other == torch.float32 else case.x.dtype
-    targets: list[Any] = [other, *(["cuda"] if torch.cuda.is_available() else [])]
-    for target in targets:
+    for target in [other, *(["cuda"] if torch.cuda.is_available() else [])]:
 
         def moved(value: Tensor, target: Any = target) -> Tensor:
             keeps = isinstance(target, torch.dtype) and not value.is_floating_point()
             return value if keeps else value.to(target)
 
-        context = (case.context.args, dict(case.context.kwargs))
-        x, (args, kwargs) = moved(case.x), tree_map_only(Tensor, moved, context)
+        everything = (case.x, case.context.args, dict(case.context.kwargs))
+        x, args, kwargs = tree_map_only(Tensor, moved, everything)
         there = replace(case, x=x, context=Context(args, kwargs))
         y = there.call(case.fresh().to(target))
         if y.dtype != x.dtype or y.device != x.device:
@@ -303,33 +340,30 @@ class _Site(nn.Module):
 class _Host(nn.Module):
     """A model with one site, which it calls with the context of the case."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: _Case) -> None:
         super().__init__()
-        self.site = _Site(case.x)
-        self._context = case.context
+        self.site, self._context = _Site(case.x), case.context
 
     def forward(self, x: Tensor) -> Tensor:
         return self.site(x, *self._context.args, **self._context.kwargs)
 
 
-def _works_in_a_model(case: Case) -> Iterator[str]:
+def _works_in_a_model(case: _Case) -> Iterator[str]:
     """`solve`, `insert` and `replay`."""
-    model, delta = _Host(case).eval(), case.cotangent()
+    model = _Host(case).eval()
     problem = GrowthProblem(
         model,
         lambda output, target: (output * target).sum(),
-        [(case.x, delta)],
+        [(case.x, case.delta)],
         [Candidate("site", case.fresh(), name="block")],
     )
     solution = solve(problem, lambda _: Decision(("block",)), stationarity=False)
-    expected = case.multipliers(case.fresh(), delta)
+    expected = case.multipliers(case.fresh())
     for name, value in solution.multipliers["block"].items():
-        if differ(value, expected[name]):
+        if _differ(value, expected[name]):
             yield f"in a model solve gives another multiplier of {name!r} than autograd."
     record = GrowthRecord.from_json(insert(model, solution).to_json())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    _perturb(model)
     again = _Host(case).eval()
     try:
         replay(again, record)
@@ -342,14 +376,11 @@ def _works_in_a_model(case: Case) -> Iterator[str]:
 
 _CHECKS = (
     _is_the_identity,
-    _says_where_it_is_exact,
-    _takes_any_number_of_samples,
     _leaves_things_alone,
     _gives_the_same_twice,
     _can_be_loosened,
     _has_the_factors_it_says,
     _survives,
-    _can_be_pickled,
     _can_be_built_from_its_config,
     _can_be_moved,
     _works_in_a_model,

@@ -23,7 +23,7 @@ from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.testing.case import listed, said, tried
+from constrained_growth.testing.findings import listed, said, tried
 
 
 def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
@@ -81,17 +81,15 @@ class _Case:
     def ask(self, rule: Rule | None = None) -> Decision | None:
         """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
-        sensitivities = types.MappingProxyType(dict(self.solution.sensitivities))
+        shown = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.data):
             torch.manual_seed(0)
             try:
-                if needs_model(rule):
-                    decision = rule.decide(self.problem, self.solution)
-                else:
-                    decision = rule(sensitivities)
+                known = (self.problem, self.solution)
+                decision = rule.decide(*known) if needs_model(rule) else rule(shown)
             except RuleError:
                 return None
-        return checked_decision(rule, decision, sensitivities)
+        return checked_decision(rule, decision, shown)
 
     def facts(self, rule: Rule | None = None) -> object:
         """The same decision as something to compare."""

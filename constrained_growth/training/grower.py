@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +23,15 @@ from constrained_growth.insertion import GrowthRecord, insert, rewrap
 from constrained_growth.insertion.layer import structure_kept_on_error
 from constrained_growth.insertion.optimizer_state import groups_kept_on_error
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Rule, TopK, When
+from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.history import History, Round, Writer, count_layers, measurements
+from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
 
 Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 """Candidates for every round, or a function that proposes them for the model as it is then."""
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """Anything that follows the losses and says when to ask, such as `Plateau`."""
-
-    def update(self, loss: float, /) -> When:
-        """Take in the loss of one row of the history, and say when."""
-        ...
 
 
 AfterInsertion = Callable[["Grower", Round], object]
@@ -78,8 +70,8 @@ class Grower:
             None (default) trains them as their neighbours.
         solver: `solver(problem, rule) -> Solution`; `solve` by default, or
             `functools.partial(cg.solve, norm=…)` for other options.
-        writer: Logs the sensitivities and the depth at each round (`add_scalar(tag, value,
-            step)`), such as TensorBoard's `SummaryWriter`. None (default) for no log.
+        writer: Logs the sensitivities and the depth at each round by `add_scalar(tag, value,
+            step)`, as TensorBoard's `SummaryWriter` does. None (default) for no log.
         wrapper: The DistributedDataParallel around the model, where `model` is the module inside
             it; rebuilt in place after an insertion. None (default) where `model` is given as it
             is trained.
@@ -119,13 +111,13 @@ class Grower:
     data: Iterable[Any]
     _: KW_ONLY
     rule: Rule = _TOP_ONE
-    when: Schedule | Callable[[Sequence[float]], bool] | None = None
+    when: Plateau | Callable[[Sequence[float]], bool] | None = None
     confirm: Callable[[Solution], When] | None = None
     candidates: Candidates | None = None
     max_insertions: int | None = None
     after_insertion: AfterInsertion | None = None
     solver: Callable[[GrowthProblem, Rule], Solution] = solve
-    writer: Writer | None = None
+    writer: Any = None
     wrapper: nn.Module | None = None
 
     def __post_init__(self) -> None:
@@ -135,10 +127,9 @@ class Grower:
                 raise TrainingError(
                     f"{name}={function!r} cannot be called; give a function, or None."
                 )
-        if not (self.when is None or isinstance(self.when, Schedule) or callable(self.when)):
+        if not (self.when is None or isinstance(self.when, Plateau) or callable(self.when)):
             raise TrainingError(
-                f"when={self.when!r} has no update(loss), and cannot be called either; give a "
-                "Plateau(), a function of the losses, or None."
+                f"when={self.when!r} is neither a Plateau() nor a function of the losses, nor None."
             )
         if self.max_insertions is not None and not self.max_insertions >= 0:
             raise TrainingError(f"max_insertions={self.max_insertions!r} must not be negative.")
@@ -151,11 +142,7 @@ class Grower:
         self._started = time.perf_counter()
 
     def step(self, loss: Tensor | float) -> None:
-        """Take in the loss of an optimizer step, without waiting for the device.
-
-        Args:
-            loss: A scalar.
-        """
+        """Note the loss (a scalar) of an optimizer step, without waiting for the device."""
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._sum = self._sum + loss
@@ -163,18 +150,17 @@ class Grower:
         self.num_steps += 1
 
     def observe(self, metrics: Mapping[str, float] | None = None) -> bool:
-        """Close a row of the history with the mean loss of the steps since the last one.
+        """`maybe_grow` without its second half: whether it is time to `ask`."""
 
-        Args:
-            metrics: Further numbers for the row.
+        def row() -> tuple[float, int]:
+            if not self._count:
+                raise TrainingError(
+                    "maybe_grow: there was no step since the last row of the history; call "
+                    "grower.step(loss) after optimizer.step()."
+                )
+            return float(self._sum), self._count
 
-        Returns:
-            Whether it is time to `ask`.
-
-        Raises:
-            TrainingError: There was no step since the last row.
-        """
-        rows = everywhere(self._row, None)
+        rows = everywhere(row, None)
         self.history.add(
             loss=sum(total for total, _ in rows) / sum(count for _, count in rows),
             step=self.num_steps,
@@ -203,11 +189,7 @@ class Grower:
         return self.ask() if self.observe(metrics) else None
 
     def ask(self) -> Round:
-        """Ask the rule now, and insert what it chose.
-
-        Returns:
-            The decision, maybe to insert nothing.
-        """
+        """Ask the rule now, insert what it chose, and return the decision."""
         started = time.perf_counter()
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
@@ -235,8 +217,7 @@ class Grower:
             seconds=time.perf_counter() - started,
         )
         self.history.rounds.append(round)
-        room = self._room()
-        self.is_over = answer is When.NEVER or (room is not None and room <= 0)
+        self.is_over = answer is When.NEVER or self._room() <= 0
         policy = self.after_insertion
         if round.chosen and policy is not None:
             self._everywhere(lambda: policy(self, round))
@@ -305,37 +286,27 @@ class Grower:
             warnings.filterwarnings("ignore", "the model is wrapped")  # `_rewrap` comes next
             return solution, answer, insert(self.model, solution, optimizer=self.optimizer)
 
-    def _row(self) -> tuple[float, int]:
-        """Sum and number of the losses since the last row."""
-        if not self._count:
-            raise TrainingError(
-                "maybe_grow: there was no step since the last row of the history; call "
-                "grower.step(loss) after optimizer.step()."
-            )
-        return float(self._sum), self._count
-
     def _is_time(self) -> bool:
         if self.when is None:
             return True
-        if isinstance(self.when, Schedule):
+        if isinstance(self.when, Plateau):
             answer = self.when.update(self.history.losses[-1])
             self.is_over = answer is When.NEVER
             return answer is When.NOW
         since = max((round.epoch for round in self.history.insertions), default=0)
         return bool(self.when(self.history.losses[since:]))
 
-    def _room(self) -> int | None:
-        """How many layers may still be inserted; None for any number."""
-        if self.max_insertions is None:
-            return None
-        return self.max_insertions - len(self.record.insertions)
+    def _room(self) -> float:
+        """How many layers may still be inserted."""
+        most = math.inf if self.max_insertions is None else self.max_insertions
+        return most - len(self.record.insertions)
 
     def _within_limit(self, decision: Decision) -> Decision:
         """The decision, cut to the first of the chosen where there is no room for all."""
         room = self._room()
-        if room is None or len(decision.chosen) <= room:
+        if len(decision.chosen) <= room:
             return decision
-        chosen = decision.chosen[:room]
+        chosen = decision.chosen[: int(room)]
         values = {name: v for name, v in decision.values.items() if name in chosen}
         reason = f"{decision.reason}; {room} more of max_insertions={self.max_insertions}"
         return replace(decision, chosen=chosen, values=values, reason=reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -86,10 +86,7 @@ class History:
         return [round for round in self.rounds if round.chosen]
 
     def predictions(self) -> tuple[list[float], list[float]]:
-        """Predicted and actual decreases of the loss, where the rule tried its step.
-
-        `plotting.plot_predictions` draws them.
-        """
+        """Predicted and actual decreases of the loss where the rule tried its step."""
         evidence = [round.evidence for round in self.rounds]
         tried = [e for e in evidence if "predicted" in e and "actual" in e]
         return [e["predicted"] for e in tried], [e["actual"] for e in tried]
@@ -115,25 +112,15 @@ class History:
         """
         import pandas
 
+        epochs = pandas.RangeIndex(1, len(self.losses) + 1, name="epoch")
+        columns = {"step": self.steps, "loss": self.losses, **self.metrics}
+        frame = pandas.DataFrame(columns, index=epochs)
         inserted = self._inserted()
-        epochs = range(1, len(self.losses) + 1)
-        return pandas.DataFrame(
-            {
-                "step": self.steps,
-                "loss": self.losses,
-                **self.metrics,
-                "layers": self.layers,
-                "seconds": self.seconds,
-                "inserted": [inserted.get(epoch, "") for epoch in epochs],
-            },
-            index=pandas.Index(epochs, name="epoch"),
-        )
+        names = [inserted.get(epoch, "") for epoch in epochs]
+        return frame.assign(layers=self.layers, seconds=self.seconds, inserted=names)
 
     def plot(self) -> Figure:
-        """The loss with the insertions marked, above the sensitivities over site and time.
-
-        Needs matplotlib. `constrained_growth.plotting` draws each of them on your own Axes.
-        """
+        """`plotting.plot_run`: loss and insertions above the sensitivities; needs matplotlib."""
         from constrained_growth.plotting import plot_run  # matplotlib is not always installed
 
         return plot_run(
@@ -157,29 +144,17 @@ class History:
         return {round.epoch: ", ".join(round.chosen) for round in self.insertions}
 
 
-class Writer(Protocol):
-    """Anything that logs scalars as TensorBoard's `SummaryWriter` does."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> object:
-        """Log one number at one step."""
-        ...
-
-
 def measurements(round: Round) -> dict[str, float]:
-    """The numbers of a round, tagged for a logger.
-
-    `growth/sensitivity/…` for each candidate, `growth/inserted` (how many layers),
-    `growth/layers` and `growth/parameters` (the model's size afterwards), `growth/loss`, and
-    `growth/stationarity` where it is known.
-    """
-    found = {f"growth/sensitivity/{name}": value for name, value in round.sensitivities.items()}
-    found["growth/inserted"] = float(len(round.chosen))
-    found["growth/layers"] = float(round.layers)
-    found["growth/parameters"] = float(round.parameters)
-    found["growth/loss"] = round.loss
-    if round.stationarity is not None:
-        found["growth/stationarity"] = round.stationarity
-    return found
+    """The numbers of a round, tagged for a logger; a stationarity that is unknown is left out."""
+    found = {
+        **{f"sensitivity/{name}": value for name, value in round.sensitivities.items()},
+        "inserted": float(len(round.chosen)),
+        "layers": float(round.layers),
+        "parameters": float(round.parameters),
+        "loss": round.loss,
+        "stationarity": round.stationarity,
+    }
+    return {f"growth/{name}": value for name, value in found.items() if value is not None}
 
 
 def count_layers(model: nn.Module) -> int:

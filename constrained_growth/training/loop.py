@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from constrained_growth import checkpoint as checkpoints
-from constrained_growth._data import batches
-from constrained_growth._distributed import everywhere
+from constrained_growth._arguments import positive_int
+from constrained_growth._data import batch_size, batches
+from constrained_growth._distributed import everywhere, in_step
 from constrained_growth._progress import progress_bar
+from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
-from constrained_growth._sites.untouched import generators_of
+from constrained_growth._sites.untouched import generators_of, untouched
 from constrained_growth.errors import DataError, TrainingError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Rule, TopK, When
+from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.evaluation import evaluate
-from constrained_growth.training.grower import AfterInsertion, Candidates, Grower, Schedule
-from constrained_growth.training.history import History, Writer
+from constrained_growth.training.grower import AfterInsertion, Candidates, Grower
+from constrained_growth.training.history import History
 
 _TOP_ONE = TopK(1)
 _LOSS = "validation loss"
@@ -40,7 +41,7 @@ def grow(
     *,
     epochs: int,
     rule: Rule = _TOP_ONE,
-    when: Schedule | Callable[[Sequence[float]], bool] | None = None,
+    when: Plateau | Callable[[Sequence[float]], bool] | None = None,
     confirm: Callable[[Solution], When] | None = None,
     candidates: Candidates | None = None,
     data: Iterable[Any] | None = None,
@@ -56,7 +57,7 @@ def grow(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
-    writer: Writer | None = None,
+    writer: Any = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model that gains layers where and when they promise to help.
@@ -122,9 +123,12 @@ def grow(
         >>> len(history.losses), history.layers
         (3, [2, 3, 3])
     """
-    _check(epochs, patience, checkpoint_every)
-    path = None if checkpoint is None else Path(checkpoint)
-    resumed = None
+    if not isinstance(epochs, int) or epochs < 0:
+        raise TrainingError(f"epochs={epochs!r} is not a whole number of at least 0.")
+    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+        if value is not None:
+            positive_int(name, value, TrainingError)
+    path, resumed = None if checkpoint is None else Path(checkpoint), None
     if path is not None and everywhere(path.exists, None)[0]:
         resumed = checkpoints.resume(
             path,
@@ -134,7 +138,11 @@ def grow(
             blocks=blocks,
             loader=loader,
         )
-    optimizer = resumed.optimizer if resumed else optimizer_factory(model.parameters())
+    if resumed:
+        optimizer, scheduler = resumed.optimizer, resumed.scheduler
+    else:
+        optimizer = optimizer_factory(model.parameters())
+        scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
     grower = Grower(
         model,
         optimizer,
@@ -149,12 +157,10 @@ def grow(
         solver=solver,
         writer=writer,
     )
-    run = _Run(grower, loader, None, path)
+    run = _Run(grower, loader, scheduler, path)
     if resumed:
         grower.load_state_dict(resumed.checkpoint.states["grower"])
-        run = _Run(grower, loader, resumed.scheduler, path, **resumed.checkpoint.extra)
-    elif scheduler_factory is not None:
-        run.scheduler = scheduler_factory(optimizer)
+        vars(run).update(resumed.checkpoint.extra)
     history = grower.history
 
     def is_over() -> bool:
@@ -164,27 +170,28 @@ def grow(
         empty = patience is not None and len(answers) >= patience and not any(answers[-patience:])
         return run.stopped or run.epoch >= epochs or reached or empty
 
-    measured = dict(metrics or {}) if validation is None else {**(metrics or {}), _LOSS: loss_fn}
+    measured = {**(metrics or {}), **({} if validation is None else {_LOSS: loss_fn})}
     with progress_bar(
         desc="grow", unit="epoch", total=epochs, initial=run.epoch, progress=progress, leave=True
     ) as bar:
         while not is_over():
             for input, answer in run.batches():
-                grower.step(_train_step(model, grower.optimizer, loss_fn, input, answer))
+                grower.step(_train_step(grower, input, answer))
                 run.done += 1
                 if checkpoint_every is not None and grower.num_steps % checkpoint_every == 0:
                     run.save()
             measured_on = loader if validation is None else validation
-            found = evaluate(model, measured, measured_on) if measured else None
-            is_time = grower.observe(found)
+            is_time = grower.observe(evaluate(model, measured, measured_on) if measured else None)
             run.end_epoch()
             if is_time and not is_over():
                 grower.ask()
-            answers = [callback(grower) for callback in callbacks]
-            stop = any(answer is True for answer in answers)
-            run.stopped = any(everywhere(lambda stop=stop: stop, None))
+            answers = [callback(grower) is True for callback in callbacks]
+            run.stopped = any(everywhere(lambda answers=answers: any(answers), None))
             run.save()
-            bar.set_postfix(_postfix(history), refresh=False)
+            shown = {"loss": f"{history.losses[-1]:.3g}", "layers": history.layers[-1]}
+            if history.rounds:
+                shown["last"] = ", ".join(history.rounds[-1].chosen) or "nothing inserted"
+            bar.set_postfix(shown, refresh=False)
             bar.update()
     return history
 
@@ -203,12 +210,11 @@ class _Run:
     start: Mapping[str, Any] | None = None  # random state at the beginning of the epoch
 
     def batches(self) -> Iterator[tuple[Any, Any]]:
-        """The rest of the epoch, the very batches that an uninterrupted run would see."""
-        device = device_of(self.grower.model)
-        sampler: Any = getattr(self.loader, "sampler", None)
-        if callable(getattr(sampler, "set_epoch", None)):  # a DistributedSampler
-            sampler.set_epoch(self.epoch)
-        iterator = batches(self.loader, device)
+        """The rest of the epoch, the same batches that an uninterrupted run would see."""
+        set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if callable(set_epoch):  # of a DistributedSampler
+            set_epoch(self.epoch)
+        iterator = batches(self.loader, device_of(self.grower.model))
         if self.start is None or not self.done:
             self.start = self._random_state()
         else:  # draw again what was drawn before the run was stopped
@@ -256,31 +262,56 @@ class _Run:
             generator.set_state(kept)
 
 
-def _train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loss_fn: Callable[[Any, Any], Tensor],
-    input: object,
-    target: object,
-) -> Tensor:
-    optimizer.zero_grad()
-    loss = loss_fn(call(functools.partial(model), input), target)  # not past a wrapper's forward
+def _train_step(grower: Grower, input: object, target: object) -> Tensor:
+    grower.optimizer.zero_grad()
+    # `call` goes past a DistributedDataParallel, but not past a function
+    loss = grower.loss_fn(call(functools.partial(grower.model), input), target)
     loss.backward()
-    optimizer.step()
+    grower.optimizer.step()
     return loss.detach()
 
 
-def _postfix(history: History) -> dict[str, object]:
-    """Loss, depth and last decision, beside the progress bar."""
-    found: dict[str, object] = {"loss": f"{history.losses[-1]:.3g}", "layers": history.layers[-1]}
-    if history.rounds:
-        found["last"] = ", ".join(history.rounds[-1].chosen) or "nothing inserted"
-    return found
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    metrics: Mapping[str, Callable[[Any, Any], Tensor | float]],
+    data: Iterable[Any],
+) -> dict[str, float]:
+    """Means over all samples of all processes, in eval mode.
 
+    Modes and random state are restored.
 
-def _check(epochs: int, patience: int | None, checkpoint_every: int | None) -> None:
-    if not isinstance(epochs, int) or epochs < 0:
-        raise TrainingError(f"epochs={epochs!r} is not a whole number of at least 0.")
-    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise TrainingError(f"{name}={value!r} is neither None nor a positive whole number.")
+    Args:
+        model: The model to measure.
+        metrics: Name → `metric(output, target)`, a mean over the samples of a batch.
+        data: `(input, target)` batches.
+
+    Returns:
+        Name → mean.
+
+    Raises:
+        DataError: There is no batch.
+    """
+
+    def read() -> tuple[dict[str, float], int]:
+        sums, samples = dict.fromkeys(metrics, 0.0), 0
+        pairs = batches(data, device_of(model))
+        # a sharded model has to run equally often on all processes
+        counted = in_step(pairs, None) if sharded else ((pair, True) for pair in pairs)
+        for (input, target), counts in counted:
+            output = call(model, input)
+            if counts:
+                size = batch_size(input, target)
+                samples += size
+                for name, metric in metrics.items():
+                    sums[name] += size * float(metric(output, target))
+        return sums, samples
+
+    sharded = is_sharded(model)
+    with untouched(model, data):
+        model.eval()
+        found = everywhere(read, None, collective=sharded)
+    samples = sum(number for _, number in found)
+    if not samples:
+        raise DataError("validation is empty; give at least one (input, target) batch.")
+    return {name: sum(sums[name] for sums, _ in found) / samples for name in metrics}

@@ -311,7 +311,7 @@ def test_arms_are_refused_that_choose_several_layers() -> None:
 
 
 def one_step() -> Any:
-    return cg.then(TopK(1), TrustRegion(0.1, max_products=3))
+    return cg.rules.then(TopK(1), TrustRegion(0.1, max_products=3))
 
 
 def test_at_equal_cost_what_a_decision_leaves_is_spent_on_training() -> None:

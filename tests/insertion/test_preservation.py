@@ -258,3 +258,38 @@ def test_a_monitor_s_solution_is_checked_too() -> None:
         CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
     record = cg.insert(model, watch.solution())
     assert set(record.difference) == {"train", "eval"}
+
+
+class Potential(nn.Module):
+    """Energy and force, its negative gradient, taken in the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = feedforward(3, 8, 1, activation=nn.SiLU)
+
+    def forward(self, position: Tensor) -> tuple[Tensor, Tensor]:
+        position = position.detach().requires_grad_()
+        energy = self.net(position).sum(1)
+        (slope,) = torch.autograd.grad(energy.sum(), position, create_graph=True)
+        return energy, -slope
+
+
+def test_a_model_that_differentiates_in_its_forward_pass() -> None:
+    model, x, y = Potential(), torch.randn(12, 3), torch.randn(12)
+
+    def loss_fn(output: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return nn.functional.mse_loss(output[0], target)
+
+    one = cg.Candidate("net.1", ResidualMLP(8, 5, torch.tanh))
+    solution = solved(model, [(x, y)], one, rule=choose("net.1"), loss_fn=loss_fn)
+    before = model(x)
+    with torch.no_grad():
+        assert cg.insert(model, solution).difference == {"train": 0.0, "eval": 0.0}
+    after = model(x)
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    loss_fn(after, y).backward()
+    gradient = model.get_parameter("net.1.inserted.outer.weight").grad
+    assert gradient is not None
+    assert bool(gradient.any())
+    (found,) = solution.multipliers["net.1"].values()
+    torch.testing.assert_close(found, -gradient)

@@ -189,7 +189,7 @@ def test_other_wrappers_are_refused_and_no_hook_is_left() -> None:
     growth.on_train_begin(args, state, control, model=model, optimizer=optimizer)
     model(torch.zeros(1, 2, dtype=torch.long))
     assert len(module._global_forward_pre_hooks) == 1
-    with refused(cg.TrainingError, "2 processes", "DistributedDataParallel", "another way"):
+    with refused(cg.TrainingError, "2 processes", "DistributedDataParallel", "fsdp"):
         growth.on_log(args, state, control, {"loss": 1.0})
     assert not module._global_forward_pre_hooks
 

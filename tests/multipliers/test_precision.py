@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from constrained_growth._multipliers.one_pass import measure
 from helpers import (
     CROSS_ENTROPY,
     Gain,
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_growth as cg
-from constrained_growth._multipliers.one_pass import measure
 
 HALF = torch.bfloat16
 LOW = [torch.bfloat16, torch.float16]

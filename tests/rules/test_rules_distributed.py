@@ -32,7 +32,7 @@ def compare(number: int) -> None:
     rules: list[Any] = [
         lambda: cg.TrustRegion(max_products=5),
         lambda: cg.Budget(parameters=20, multiply_adds=16),
-        lambda: cg.Stable(functools.partial(torch.optim.SGD, lr=0.1)),
+        lambda: cg.rules.Stable(functools.partial(torch.optim.SGD, lr=0.1)),
     ]
     for rule in rules:
         with nothing_left_behind(model):
@@ -50,7 +50,7 @@ def compare(number: int) -> None:
     slopes = [cg.directional_derivative(problem, "1", step) for problem in problems]
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-10)
     with nothing_left_behind(model), refused(cg.RuleError, "Trial", "several processes"):
-        cg.solve(problems[0], rule=cg.Trial(3, torch.optim.Adam))
+        cg.solve(problems[0], rule=cg.rules.Trial(3, torch.optim.Adam))
 
 
 def test_two_processes(tmp_path: Path) -> None:

@@ -298,7 +298,7 @@ def test_refused_is_what_would_diverge(model: nn.Module, data: list[Any]) -> Non
     assert decision.reason == "1 of 2 use at most 1 of the stability limit"
     few = cg.solve(problem, rule=Stable(SGD)).decision
     assert few.evidence["passes"] == 2 * (1 + 3 * 3)
-    chained = cg.then(cg.TopK(1), Stable(SGD(model.parameters(), lr=1e4)))
+    chained = cg.rules.then(cg.TopK(1), Stable(SGD(model.parameters(), lr=1e4)))
     assert cg.solve(problem, rule=chained).decision.chosen == ()
     loose = Stable(SGD(model.parameters(), lr=between), factor=1e6)
     assert cg.solve(problem, rule=loose).decision.chosen == ("identity", "residual")
@@ -455,7 +455,7 @@ def test_the_rule_for_an_optimizer_with_a_step(model: nn.Module, kind: str) -> N
     if kind == "SGD":
         assert found == plain
         return
-    region = cg.then(cg.Fixed(found.chosen[0]), cg.TrustRegion(max_products=10))
+    region = cg.rules.then(cg.Fixed(found.chosen[0]), cg.TrustRegion(max_products=10))
     step = cg.solve(problem, region).decision
     assert found.evidence["actual"] == step.evidence["actual"] > 0
     (values,), (expected,) = found.values.values(), step.values.values()
@@ -487,9 +487,9 @@ def test_optimizers_without_a_known_rule(optimizer: Any) -> None:
 
 
 def test_what_the_rules_of_a_chain_remember_is_saved() -> None:
-    rule: Any = cg.then(cg.TopK(1), cg.TrustRegion(radius=0.5), Stable(SGD))
+    rule: Any = cg.rules.then(cg.TopK(1), cg.TrustRegion(radius=0.5), Stable(SGD))
     assert rule.state_dict() == {"1": {"radius": 0.5}}
-    other: Any = cg.then(cg.TopK(1), cg.TrustRegion(), Stable(SGD))
+    other: Any = cg.rules.then(cg.TopK(1), cg.TrustRegion(), Stable(SGD))
     other.load_state_dict({"1": {"radius": 0.25}})
     assert other.rules[1].current_radius == 0.25
     with refused(cg.RuleError, "state_dict=", "['1']"):

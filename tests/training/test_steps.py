@@ -21,6 +21,7 @@ LOSS = nn.CrossEntropyLoss()
 SGD = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.02)
 ADAM = functools.partial(torch.optim.Adam, lr=0.01, weight_decay=0.05)
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.5)
+NO_DECAY = [functools.partial(factory, weight_decay=0.0) for factory in (SGD, ADAM, ADAMW)]
 KINDS = pytest.mark.parametrize("factory", [SGD, ADAM, ADAMW], ids=["SGD", "Adam", "AdamW"])
 
 
@@ -87,9 +88,9 @@ def same(one: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12, msg=name)
 
 
-@KINDS
+@pytest.mark.parametrize("factory", NO_DECAY, ids=["SGD", "Adam", "AdamW"])
 def test_a_share_of_the_step_is_a_smaller_learning_rate(factory: Any) -> None:
-    ours = grown(factory, NewLayers(scale=0.3, warmup=0, anchored=False))
+    ours = grown(factory, NewLayers(scale=0.3, warmup=0))
     theirs = grown(factory)
     apart(theirs, lr=0.3 * theirs.optimizer.param_groups[0]["lr"])
     train(ours, 8, 4)
@@ -97,9 +98,9 @@ def test_a_share_of_the_step_is_a_smaller_learning_rate(factory: Any) -> None:
     same(ours.model, theirs.model)
 
 
-@KINDS
+@pytest.mark.parametrize("factory", NO_DECAY, ids=["SGD", "Adam", "AdamW"])
 def test_a_warm_up_is_a_learning_rate_that_grows_linearly(factory: Any) -> None:
-    ours = grown(factory, NewLayers(warmup=3, anchored=False))
+    ours = grown(factory, NewLayers(warmup=3))
     theirs = grown(factory)
     lr = theirs.optimizer.param_groups[0]["lr"]
     apart(theirs)
@@ -128,9 +129,10 @@ def test_anchored_decay_is_a_penalty_on_the_deviation_from_the_identity(factory:
 
 
 def test_anchored_decoupled_decay_is_a_pull_towards_the_identity() -> None:
-    ours, theirs = grown(ADAMW, NewLayers(warmup=0)), grown(ADAMW)
+    ours, theirs = grown(ADAMW, NewLayers(scale=0.5, warmup=0)), grown(ADAMW)
     group = theirs.optimizer.param_groups[0]
-    apart(theirs, weight_decay=0.0)
+    lr = 0.5 * group["lr"]
+    apart(theirs, weight_decay=0.0, lr=lr)
     new = list(new_parameters(theirs).values())
     origins = [p.detach().clone() for p in new]
     for step in range(8):
@@ -139,7 +141,7 @@ def test_anchored_decoupled_decay_is_a_pull_towards_the_identity() -> None:
         train(theirs, 1, 4 + step)
         with torch.no_grad():
             for p, pull in zip(new, pulls, strict=True):
-                p.sub_(group["lr"] * group["weight_decay"] * pull)
+                p.sub_(lr * group["weight_decay"] * pull)
     train(ours, 8, 4)
     same(ours.model, theirs.model)
 
@@ -223,7 +225,7 @@ def test_a_step_that_the_scaler_skips_moves_nothing_and_does_not_count() -> None
     for name, value in grower.model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert scaler.get_scale() == 2.0
-    assert set(policy.state_dict()["ages"].values()) == {0}
+    assert {age for age, _ in policy.state_dict().values()} == {0}
 
 
 @KINDS
@@ -329,7 +331,7 @@ def test_a_line_search_shortens_steps_until_the_loss_falls() -> None:
     """With a learning rate far too large; the same step by hand at every length it tried."""
     factory = functools.partial(torch.optim.SGD, lr=30.0)
     shares: list[list[float]] = []
-    search = LineSearch(1, sufficient=0.1)
+    search = LineSearch(1)
 
     def policy(grower: cg.Grower, one: Round) -> None:
         begin, model = mean_loss(grower.model), copy.deepcopy(grower.model)
@@ -343,7 +345,7 @@ def test_a_line_search_shortens_steps_until_the_loss_falls() -> None:
                 for p, q in zip(there.parameters(), model.parameters(), strict=True):
                     p.sub_(share * 30.0 * q.grad)  # type: ignore[operator]
             tried.append(mean_loss(there))
-            if tried[-1] <= begin + 0.1 * share * slope:
+            if tried[-1] <= begin + 1e-4 * share * slope:
                 break
             share /= 2
         assert shares[-1] == [share]
@@ -391,9 +393,8 @@ def test_hooks_for_a_second_insertion_are_made_once() -> None:
     train(grower, 2)
     grower.maybe_grow()
     train(grower, 1)
-    ages = policy.state_dict()["ages"]
-    assert sorted(set(ages.values())) == [1, 3]
-    assert len(ages) == 4
+    ages = [age for age, _ in policy.state_dict().values()]
+    assert sorted(ages) == [1, 1, 3, 3]
 
 
 @pytest.mark.parametrize(
@@ -402,7 +403,6 @@ def test_hooks_for_a_second_insertion_are_made_once() -> None:
         (lambda: NewLayers(0.0), "scale"),
         (lambda: NewLayers(warmup=-1), "warmup"),
         (lambda: LineSearch(0), "steps"),
-        (lambda: LineSearch(sufficient=-0.1), "sufficient"),
     ],
 )
 def test_arguments_out_of_range_are_named(make: Callable[[], object], word: str) -> None:

@@ -135,13 +135,13 @@ def plain_optimizer(
     return made
 
 
-def trial_of(passes: float, asked: Asked) -> cg.Trial:
+def trial_of(passes: float, asked: Asked) -> cg.rules.Trial:
     """The longest `Trial` that costs at most this many gradient passes, evaluations included."""
     share = asked.task.batch / asked.samples
     steps = 1
     while trial_passes(len(asked.candidates), steps + 1, share) <= passes:
         steps += 1
-    return cg.Trial(steps, asked.optimizer)
+    return cg.rules.Trial(steps, asked.optimizer)
 
 
 def trial_passes(sites: int, steps: int, share: float) -> float:
