@@ -264,8 +264,8 @@ def _check_loss(
             theirs = float(np.asarray(value.value if isinstance(value, cp.Expression) else value))
         except Exception as error:
             raise DataError(
-                f"loss_fn={extended.problem.loss_fn!r}: its form for CVXPY fails ({error}); give a "
-                "cvxpy_loss= that fits the targets."
+                f"loss_fn={extended.problem.loss_fn!r}: its CVXPY form fails on an output of shape "
+                f"{tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the targets."
             ) from error
         if not math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12):
             raise DataError(
