@@ -1,8 +1,4 @@
-"""Properties of an activation, found by calling it: σ(0), σ′, the shift that makes it idempotent.
-
-Every function takes an activation as the user wrote it: an `nn.Module`, a module class, or any
-elementwise function of a tensor.
-"""
+"""Properties of an activation, found by calling it: σ(0), σ′, the shift of an identity layer."""
 
 from __future__ import annotations
 
@@ -57,17 +53,12 @@ class TanhLU(nn.Module):
 
 
 def as_activation(activation: Any) -> Activation:
-    """The activation as a callable on tensors; a module is copied, for a block to own.
-
-    Raises:
-        BlockError: `activation` is no module, module class or function, or not elementwise.
-    """
+    """A module (copied), module class or elementwise function as a callable on tensors."""
     is_class = isinstance(activation, type) and issubclass(activation, nn.Module)
     function: Any = activation() if is_class else activation
     if not callable(function):
         raise BlockError(
-            f"activation={activation!r} cannot be called; give a module such as nn.ReLU() or an "
-            "elementwise function such as torch.tanh."
+            f"activation={activation!r} cannot be called; give nn.ReLU() or torch.tanh, say."
         )
     probe = torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 4)
     other = probe.clone()
@@ -82,20 +73,16 @@ def as_activation(activation: Any) -> Activation:
         ) from error
     if not fits:
         raise BlockError(
-            f"activation={activation!r} is not elementwise: every entry of its output must depend "
-            "only on the entry at the same place."
+            f"activation={activation!r} is not elementwise; give nn.ReLU() or torch.tanh, say."
         )
     owned = copy.deepcopy(function) if isinstance(function, nn.Module) else function
     return cast(Activation, owned)
 
 
 def computes_same(activation: Activation, other: object) -> bool:
-    """Whether another module or function is this activation, by its values on a grid.
-
-    A module with parameters is not, since these may change.
-    """
+    """Whether another module or function is this activation, by its values on a grid."""
     if isinstance(other, nn.Module) and any(True for _ in other.parameters()):
-        return False
+        return False  # as the parameters may change
     try:
         function = as_activation(other)
     except BlockError:
@@ -116,11 +103,6 @@ def derivative(activation: Activation, x: Tensor) -> Tensor:
     return vector_jacobian(activation, x, torch.ones_like(x))
 
 
-def slope_at_zero(activation: Activation) -> float:
-    """σ′(0) by autograd's convention (0 for ReLU)."""
-    return derivative(in_double(activation), torch.zeros(1, dtype=torch.float64)).item()
-
-
 def value_at_zero(activation: Activation) -> float:
     """σ(0)."""
     with torch.no_grad():
@@ -139,12 +121,9 @@ def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Ten
 
 
 def checked_slope(activation: Activation, block: str) -> float:
-    """σ′(0), which a residual layer with its inner weight pinned needs.
-
-    Raises:
-        BlockError: σ(0) ≠ 0 or σ′(0) = 0.
-    """
-    value, slope = value_at_zero(activation), slope_at_zero(activation)
+    """σ′(0); raises a BlockError if it is 0, or σ(0) is not."""
+    value = value_at_zero(activation)
+    slope = derivative(in_double(activation), torch.zeros(1, dtype=torch.float64)).item()
     advice = 'Use ResidualMLP(width, hidden, activation, pinned="outer"), which takes every σ.'
     if value != 0:
         raise BlockError(
@@ -164,14 +143,10 @@ def checked_shift(
     shift: float | None,
     alternative: str = "ResidualMLP(width, hidden, activation)",
 ) -> float:
-    """The shift of an identity layer: the given one, or the smallest one.
-
-    Raises:
-        BlockError: There is none, or only a large one that was not asked for.
-    """
+    """The given shift of an identity layer, or the smallest; a BlockError if it will not do."""
     found = identity_shift(activation) if shift is None else float(shift)
-    if found is None or (shift is not None and identity_error(activation, found) > _TOLERANCE):
-        error = identity_error(activation, found or 0.0)
+    error = identity_error(activation, found or 0.0)
+    if found is None or error > _TOLERANCE:
         stated = "no shift s" if found is None else f"shift={found:g} does not"
         reason = (
             f"({stated} gives σ(x + s) = x + s on the range of σ; at s = {found or 0.0:g} it is "
@@ -211,18 +186,20 @@ def identity_shift(activation: Activation) -> float | None:
     if not bool(straight[-1]) or bool(straight.all()):
         return None
     last_bent = int(torch.nonzero(~straight).max())
-    begin = _rounded_up(_bisect(sigma, grid[last_bent], grid[last_bent + 1]))
+    low, high = grid[last_bent : last_bent + 2]
+    for _ in range(100):  # bisection for where σ becomes straight
+        middle = (low + high) / 2
+        low, high = (low, middle) if _is_straight(sigma, middle.view(1)) else (middle, high)
     with torch.no_grad():
-        shift = begin - sigma(grid).min().item()
+        shift = _rounded_up(high.item()) - sigma(grid).min().item()
     return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
 
 
 def _grid() -> Tensor:
-    """Points in [−64, 64], dense near 0 where activations bend; the same at every call."""
+    """Points in [−64, 64], dense near 0 where activations bend."""
     near = torch.logspace(-8, 0, 2001, dtype=torch.float64)
-    far = torch.linspace(1, 64, 4001, dtype=torch.float64)
-    positive = torch.cat([near, far])
-    return torch.cat([-positive, torch.zeros(1, dtype=torch.float64), positive]).sort().values
+    positive = torch.cat([near, torch.linspace(1, 64, 4001, dtype=torch.float64)])
+    return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
 
 
 def _is_straight(sigma: Activation, x: Tensor) -> Tensor:
@@ -234,22 +211,8 @@ def _is_straight(sigma: Activation, x: Tensor) -> Tensor:
     return ((value - x).abs() <= 2 * eps * x.abs()) & ((slope - 1).abs() <= 2 * eps)
 
 
-def _bisect(sigma: Activation, low: Tensor, high: Tensor) -> float:
-    """The point between a bent `low` and a straight `high` where σ becomes straight."""
-    for _ in range(100):
-        middle = (low + high) / 2
-        if bool(_is_straight(sigma, middle.reshape(1))):
-            high = middle
-        else:
-            low = middle
-    return high.item()
-
-
 def _rounded_up(value: float) -> float:
-    """The shortest decimal just above `value`: bisection stops within rounding of 0.01.
-
-    Where σ becomes straight smoothly, it stops √eps of the scale of σ too early.
-    """
+    """The shortest decimal just above `value`, as bisection stops up to √eps too early."""
     for rounded in (0.0, *(float(f"{value:.{digits}g}") for digits in range(1, 12))):
         if 0 <= rounded - value <= 1e-7 * max(1.0, abs(value)):
             return rounded

@@ -31,42 +31,21 @@ _ALTERNATIVE = (
 
 
 def branch_ends(
-    block: Callable[..., Tensor],
-    module: nn.Module,
-    args: Sequence[Any] | None,
-    kwargs: Mapping[str, Any] | None,
+    block: nn.Module, module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
 ) -> tuple[tuple[str, ...], bool]:
-    """The parameters at the ends of the branches of a residual block.
+    """The names of the parameters that end the branches, and whether exact for every x.
 
-    Args:
-        block: Calls `module` and returns its first tensor.
-        module: All its parameters require gradients; its values and modes are restored.
-        args: One call, `block(*args, **kwargs)`, x first. None tries tensors of the usual shapes.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        Their names in `module`, and whether the block is then the identity for every x (and not
-        only for x ≥ 0, say).
-
-    Raises:
-        BlockError: As documented in `CopiedBlock`.
+    The latter is False where the block is the identity only for x ≥ 0, say. `block` calls `module`
+    and returns its first tensor; parameters and modes of both are changed. For `args` and
+    `kwargs` see `CopiedBlock`.
     """
-    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    modes = [(submodule, submodule.training) for submodule in module.modules()]
     module.eval()
-    try:
-        with differentiable(), torch.random.fork_rng(devices=[]):
-            return _branch_ends(module, *_example(block, module, args, kwargs or {}), before)
-    finally:
-        for submodule, training in modes:
-            submodule.training = training
-        with torch.no_grad():
-            for name, value in before.items():
-                module.get_parameter(name).copy_(value)
+    with differentiable(), torch.random.fork_rng(devices=[]):
+        return _branch_ends(module, *_example(block, module, args, kwargs))
 
 
 def _branch_ends(
-    module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, before: Mapping[str, Tensor]
+    module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor
 ) -> tuple[tuple[str, ...], bool]:
     kind = f"module={type(module).__name__}"
     names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -76,28 +55,27 @@ def _branch_ends(
     exact = graph.is_exact()
     del graph  # and with it the activations of the call
     if not branches:
-        reason = (
-            f"its parameters {on_trunk} act on its whole output, as in a post-norm block, which "
-            "normalises the sum"
-            if on_trunk
-            else "it has no branch with parameters"
-        )
+        reason = "it has no branch with parameters"
+        if on_trunk:
+            reason = f"its parameters {on_trunk} act on its whole output, as in a post-norm block"
         raise BlockError(
             f"{kind} cannot be the identity by zeros at the ends of its branches: {reason}. "
             f"{_ALTERNATIVE}"
         )
-    found = tuple(dict.fromkeys(name for branch in branches for name in branch))
-    parameters = {name: module.get_parameter(name) for name in found}
+    found = {name: module.get_parameter(name) for branch in branches for name in branch}
+    before = {name: parameter.detach().clone() for name, parameter in found.items()}
     with torch.no_grad():
-        for parameter in parameters.values():
+        for parameter in found.values():
             parameter.zero_()
     starts = (x.detach(), x.detach().abs())  # the latter for blocks that end in a ReLU
     start = next((start for start in starts if _is_identity(run, start)), None)
     if start is None:
-        raise BlockError(f"{kind} is not the identity where {found} are zero. {_ALTERNATIVE}")
+        raise BlockError(
+            f"{kind} is not the identity where {tuple(found)} are zero. {_ALTERNATIVE}"
+        )
     y = run(start)
     for branch in branches:
-        pins = [parameters[name] for name in branch]
+        pins = [found[name] for name in branch]
         grads = torch.autograd.grad(
             y, pins, _normal(y.shape, y), retain_graph=True, allow_unused=True
         )
@@ -107,7 +85,7 @@ def _branch_ends(
                 "that multiplies them is zero too; give that other factor a non-zero value."
             )
     needed = []
-    for name, parameter in parameters.items():
+    for name, parameter in found.items():
         with torch.no_grad():
             parameter.copy_(_normal(parameter.shape, parameter))
             is_needed = not _is_identity(run, start)
@@ -122,10 +100,7 @@ def _is_identity(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
 
 
 def _example(
-    block: Callable[..., Tensor],
-    module: nn.Module,
-    args: Sequence[Any] | None,
-    kwargs: Mapping[str, Any],
+    block: nn.Module, module: nn.Module, args: Sequence[Any] | None, kwargs: Mapping[str, Any]
 ) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """A call that keeps the shape of its x, the given one or the first that works; and x."""
     problem = "it has no parameters"
@@ -150,10 +125,9 @@ def _example(
             return run, x
         problem = f"it turns the shape {tuple(x.shape)} into {tuple(y.shape)}"
     raise BlockError(
-        f"module={type(module).__name__} does not keep the shape of its input, or needs more than "
-        f"one tensor ({problem}). A block that changes the shape cannot be repeated; for another "
-        "one give an example call, args=(x, …) and kwargs={…}, or the names of its output "
-        "projections, pinned=(…)."
+        f"module={type(module).__name__} does not keep the shape of its input, so it cannot be "
+        f"repeated, or needs more than one tensor ({problem}); then give an example call, "
+        "args=(x, …) and kwargs={…}, or the names of its output projections, pinned=(…)."
     )
 
 
@@ -166,7 +140,7 @@ def _usual_inputs(module: nn.Module) -> Iterator[Tensor]:
 
 
 def _normal(shape: torch.Size, like: Tensor) -> Tensor:
-    """The same normal numbers each time, whatever the random state."""
+    """The same normal numbers each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
 

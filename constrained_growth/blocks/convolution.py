@@ -17,7 +17,7 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
 from constrained_growth.errors import BlockError
 
 NormLayer = Callable[[int], nn.Module]
@@ -34,13 +34,11 @@ class ResidualConv2d(nn.Module):
                           would blow K₂ up to unit size as soon as it moves (λ is larger by 1/√ε).
 
     Either way it is the identity in train and eval mode and for every σ, and no activation follows
-    the sum. With BatchNorm, note two things. In train mode it mixes the samples of a batch, so
-    single samples have no multipliers and the standard error comes from the spread over batches.
-    In eval mode the running statistics of a block that has seen no data are 0 and 1: λ_γ is then
-    that of features that are not normalised, so measure in train mode.
+    the sum. With BatchNorm measure in train mode: in eval mode the running statistics of a new
+    block are 0 and 1, so λ_γ is that of features that are not normalised. In train mode it mixes
+    the samples of a batch, so the standard error comes from the spread over batches.
 
-    Without normalisation λ has a closed form, ψ = δ and φ = the patches that K₂ sees. They take k²
-    times the memory of the features, and so are made for a few samples at a time.
+    Without normalisation λ has a closed form, ψ = δ and φ = the patches that K₂ sees.
 
     Args:
         channels: Channels of the tensor at the site, its second dimension.
@@ -51,8 +49,7 @@ class ResidualConv2d(nn.Module):
             channels: `nn.BatchNorm2d` (default), or `functools.partial(nn.GroupNorm, 8)` (not a
             lambda, which cannot be pickled). None for none; the convolutions then have a bias.
         pinned: "gamma" or "weight"; by default the first if there is a normalisation.
-        device: Device of the parameters.
-        dtype: Their dtype.
+        device, dtype: Of the parameters.
 
     Parameters:
         convs.0.weight (hidden, channels, k, k), convs.1.weight (channels, hidden, k, k), their
@@ -72,6 +69,7 @@ class ResidualConv2d(nn.Module):
     """
 
     exact_after = exact_everywhere
+    extra_repr = shown
     _reduction = 1  # of the channels in between, by default
 
     def __init__(
@@ -91,7 +89,13 @@ class ResidualConv2d(nn.Module):
         hidden = max(1, channels // self._reduction) if hidden is None else hidden
         self.hidden = positive_int("hidden", hidden, BlockError)
         self.kernel_size = _odd(kernel_size)
-        self._pins_gamma = _pins_gamma(pinned, norm_layer)
+        if pinned not in ("gamma", "weight", None):
+            raise BlockError(f'pinned={pinned!r} is neither "gamma" nor "weight".')
+        if norm_layer is not None and not callable(norm_layer):
+            raise BlockError(f"norm_layer={norm_layer!r} is no class such as nn.BatchNorm2d.")
+        if pinned == "gamma" and norm_layer is None:
+            raise BlockError('pinned="gamma" needs a norm_layer; use one, or pinned="weight".')
+        self._pins_gamma = norm_layer is not None and pinned != "weight"
         self._norm_layer = norm_layer
         self.activation = as_activation(activation)
         self.convs = nn.ModuleList()
@@ -107,12 +111,11 @@ class ResidualConv2d(nn.Module):
             self.norms.append(nn.Identity() if norm is None else norm.to(device, dtype))
         end = f"norms.{last}" if self._pins_gamma else f"convs.{last}"
         self.pinned = (f"{end}.weight", f"{end}.bias")
-        shapes = [getattr(getattr(self.norms[-1], n, None), "shape", None) for n in _AFFINE]
-        if self._pins_gamma and shapes != [(channels,)] * 2:
+        affine = [getattr(self.norms[-1], name, None) for name in ("weight", "bias")]
+        if self._pins_gamma and [getattr(p, "shape", None) for p in affine] != [(channels,)] * 2:
             raise BlockError(
-                f"norm_layer={norm_layer!r} makes {self.norms[-1]!r} without a scale `weight` and "
-                f"a shift `bias` of shape ({channels},), which would be pinned at zero; use "
-                'nn.BatchNorm2d, or pinned="weight".'
+                f"norm_layer={norm_layer!r} makes {self.norms[-1]!r}, with no `weight` and `bias` "
+                f'of shape ({channels},) to pin; use nn.BatchNorm2d, or pinned="weight".'
             )
         zero_pins(self)
 
@@ -152,10 +155,6 @@ class ResidualConv2d(nn.Module):
             "pinned": "gamma" if self._pins_gamma else "weight",
         }
 
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        return f"pinned={self.pinned}"
-
 
 class ResidualBottleneck2d(ResidualConv2d):
     """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
@@ -163,15 +162,8 @@ class ResidualBottleneck2d(ResidualConv2d):
     x ↦ x + N₃(K₃ ∗ σ(N₂(K₂ ∗ σ(N₁(K₁ ∗ x))))) with γ and β of N₃ pinned at zero, or K₃ and its
     bias. The closed form without normalisation needs no extra memory, as K₃ sees single pixels.
 
-    Args and errors are those of `ResidualConv2d`, except
-
-        hidden: Channels in between; a quarter of `channels` by default.
-        kernel_size: k, odd, of the convolution in the middle.
-
-    Parameters:
-        convs.0.weight (hidden, channels, 1, 1), convs.1.weight (hidden, hidden, k, k),
-        convs.2.weight (channels, hidden, 1, 1), their biases where no normalisation follows,
-        norms.0, norms.1 and norms.2: weight and bias.
+    Args and errors are those of `ResidualConv2d`, except that `hidden` is a quarter of `channels`
+    by default and `kernel_size` is that of the convolution in the middle.
 
     Source:
         He et al., arXiv 1512.03385, figure 5.
@@ -192,33 +184,27 @@ class ResidualBottleneck2d(ResidualConv2d):
 class IdentityConv2d(nn.Module):
     """Identity convolution x ↦ σ(K ∗ x + b) − s, K the Dirac kernel and b = s, right after a σ.
 
-    The Dirac kernel is 1 from each channel to itself at the centre and 0 elsewhere; with zero
-    padding K ∗ x = x also at the border. The conditions on σ and s are those of `IdentityLinear`:
-    ReLU and other idempotent functions with s = 0, `TanhLU(ε)` with s = ε. The output is computed
-    as σ(x + (K − Dirac) ∗ x + b) − s, so that no convolution algorithm (nor TF32) rounds x.
+    The Dirac kernel is 1 from each channel to itself at the centre and 0 elsewhere. The conditions
+    on σ and s are those of `IdentityLinear`. The output is computed as σ(x + (K − Dirac) ∗ x + b) −
+    s, so that no convolution algorithm (nor TF32) rounds x. With a normalisation there is no such
+    layer, as it would be the identity on one batch and on no other: use `ResidualConv2d`.
 
     Multipliers, with δ = ∂L/∂x, patches φ of x and sums over samples and pixels:
 
         λ_K = −Σ (δ ⊙ σ′(x + s)) φᵀ,   λ_b = −Σ δ ⊙ σ′(x + s).
-
-    With a BatchNorm between convolution and σ there is no such layer: γ = √(var + ε), β = mean
-    undo the normalisation of one batch and of no other, and train and eval mode differ.
 
     Args:
         channels: Channels of the tensor at the site, its second dimension.
         activation: σ, a module or an elementwise function.
         kernel_size: k, odd.
         shift: s. None (default) takes the smallest one, up to 0.1, as in `IdentityLinear`.
-        norm_layer: None; anything else is refused.
-        device: Device of the parameters.
-        dtype: Their dtype. A shift is exact in the one it was made in, and in lower ones.
+        device, dtype: Of the parameters. A shift is exact in its first dtype, and in lower ones.
 
     Parameters:
         weight (channels, channels, k, k), bias (channels,): both pinned.
 
     Raises:
-        BlockError: `activation` is not the identity on its own range, shifted or not; or a
-            normalisation is asked for.
+        BlockError: `activation` is not the identity on its own range, shifted or not.
 
     Source:
         Chen, Goodfellow and Shlens, arXiv 1511.05641 (Net2DeeperNet), section 2.5.
@@ -231,6 +217,7 @@ class IdentityConv2d(nn.Module):
     """
 
     pinned = ("weight", "bias")
+    extra_repr = shown
     dirac: Tensor
 
     def __init__(
@@ -240,17 +227,10 @@ class IdentityConv2d(nn.Module):
         kernel_size: int = 3,
         *,
         shift: float | None = None,
-        norm_layer: None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if norm_layer is not None:
-            raise BlockError(
-                f"norm_layer={norm_layer!r}: an identity convolution with a normalisation is the "
-                "identity on one batch and on no other. Use ResidualConv2d(channels, activation), "
-                "whose last normalisation starts at zero: the identity in train and eval mode."
-            )
         channels, size = positive_int("channels", channels, BlockError), _odd(kernel_size)
         self.activation = as_activation(activation)
         self.shift = checked_shift(
@@ -288,13 +268,7 @@ class IdentityConv2d(nn.Module):
             "shift": self.shift,
         }
 
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        channels, _, size, _ = self.weight.shape
-        return f"channels={channels}, kernel_size={size}, shift={self.shift:g}"
 
-
-_AFFINE = ("weight", "bias")
 _PATCHES = 2**22  # bytes of patches made at a time; more is slower, as they leave the cache
 
 
@@ -311,33 +285,12 @@ def _patch_factors(
 def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:
     if x.dim() != 4 or x.shape[1] != channels:
         raise BlockError(
-            f"block={type(block).__name__} made with channels={channels} takes images of shape "
-            f"(samples, {channels}, height, width), and the tensor at its site has the shape "
-            f"{tuple(x.shape)}."
+            f"block={type(block).__name__} takes images of shape (samples, {channels}, height, "
+            f"width), and the tensor at its site has the shape {tuple(x.shape)}."
         )
 
 
 def _odd(kernel_size: int) -> int:
     if positive_int("kernel_size", kernel_size, BlockError) % 2 == 0:
-        raise BlockError(
-            f"kernel_size={kernel_size} is even and would change the size of the image; use an "
-            f"odd one, such as {kernel_size + 1}."
-        )
+        raise BlockError(f"kernel_size={kernel_size} is even; use an odd one: {kernel_size + 1}.")
     return kernel_size
-
-
-def _pins_gamma(pinned: str | None, norm_layer: NormLayer | None) -> bool:
-    """Whether the last normalisation is pinned, rather than the last convolution."""
-    if pinned not in ("gamma", "weight", None):
-        raise BlockError(f'pinned={pinned!r} is neither "gamma" nor "weight".')
-    if norm_layer is not None and not callable(norm_layer):
-        raise BlockError(
-            f"norm_layer={norm_layer!r} cannot be called with a number of channels; give a class "
-            "such as nn.BatchNorm2d, or None."
-        )
-    if pinned == "gamma" and norm_layer is None:
-        raise BlockError(
-            'pinned="gamma" needs a normalisation whose scale it is; use pinned="weight", or '
-            "norm_layer=nn.BatchNorm2d."
-        )
-    return norm_layer is not None and pinned != "weight"

@@ -24,9 +24,8 @@ class CopiedBlock(nn.Module):
     last γ and β of a residual convolution block. All other parameters keep the values of the
     original. Of a product one factor is pinned, never both, so that λ does not vanish.
 
-    A block that normalises the sum (post-norm, as in BERT) cannot be the identity this way and
-    is refused. One with a ReLU after the sum is the identity where x ≥ 0, which is checked on the
-    data.
+    A block that normalises the sum (post-norm, as in BERT) is refused. One with a ReLU after the
+    sum is the identity where x ≥ 0, which is checked on the data.
 
     The copy is called with all arguments of the module at its site, such as masks and position
     embeddings, except a cache of keys and values, which it neither reads nor writes. Inserted
@@ -38,8 +37,7 @@ class CopiedBlock(nn.Module):
         pinned: Names of the parameters of `module` that make it the identity where they are zero.
             None (default) finds them in autograd's graph of one call.
         args: The positional arguments of that call, the tensor x first. None (default) tries
-            tensors of the usual shapes; a module that needs more than x needs an example. Not
-            used if `pinned` is given.
+            tensors of the usual shapes; a module that needs more than x needs an example.
         kwargs: The keyword arguments of that call.
 
     Parameters:
@@ -78,11 +76,13 @@ class CopiedBlock(nn.Module):
         self._checkpointed = tuple(
             name for name, m in self.module.named_modules() if vars(m).get(_CHECKPOINTING)
         )
-        self._switch_checkpointing(False)
+        for name in self._checkpointed:  # the block runs without
+            setattr(self.module.get_submodule(name), _CHECKPOINTING, False)
         if isinstance(pinned, str):
             raise BlockError(f"pinned={pinned!r} is a string; give a tuple of names: ({pinned!r},)")
         if pinned is None:
-            pinned, self._exact = branch_ends(self, self.module, args, kwargs)
+            scratch = copy.deepcopy(self)
+            pinned, self._exact = branch_ends(scratch, scratch.module, args, kwargs or {})
         self.pinned = tuple(f"module.{name}" for name in pinned)
         zero_pins(self)
 
@@ -100,13 +100,9 @@ class CopiedBlock(nn.Module):
 
     def standalone(self) -> nn.Module:
         """The copied module itself, of the class of the original."""
-        self._switch_checkpointing(True)
-        return self.module
-
-    def _switch_checkpointing(self, on: bool) -> None:
-        """Switch activation checkpointing of the submodules that had it; the block runs without."""
         for name in self._checkpointed:
-            setattr(self.module.get_submodule(name), _CHECKPOINTING, on)
+            setattr(self.module.get_submodule(name), _CHECKPOINTING, True)
+        return self.module
 
 
 _CHECKPOINTING = "gradient_checkpointing"
@@ -130,11 +126,7 @@ def _copied(module: nn.Module) -> nn.Module:
 
 
 def _without_cache(value: Any, x: Tensor) -> Any:
-    """None in place of a cache of keys and values; any other value unchanged.
-
-    Raises:
-        BlockError: The cache holds positions of earlier calls.
-    """
+    """None in place of a cache of keys and values; any other value unchanged."""
     if not (hasattr(value, "get_seq_length") and hasattr(value, "update")):
         return value
     length = 0
@@ -143,7 +135,7 @@ def _without_cache(value: Any, x: Tensor) -> Any:
     if x.dim() > 1 and length > x.shape[1]:
         raise BlockError(
             f"a copied block was called with a cache of {length} positions for {x.shape[1]} new "
-            "ones, but has no cache of its own: call the model with use_cache=False, or insert "
-            "with constrained_growth.integrations.transformers.insert."
+            "ones, and has no cache: call the model with use_cache=False, or insert with "
+            "constrained_growth.integrations.transformers.insert."
         )
     return None

@@ -19,16 +19,15 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
 from constrained_growth.errors import BlockError
 
 
 class IdentityLinear(nn.Module):
     """Identity layer x ↦ σ(W x + b) − s with W = I, b = s, placed right after a σ.
 
-    It is the identity there if σ(x + s) = x + s for every x in the range of σ, which is checked
-    by calling σ: s = 0 for ReLU and other idempotent functions, s = ε for `TanhLU(ε)`; tanh, GELU
-    and the like have no such s and are refused.
+    It is the identity there if σ(x + s) = x + s for every x in the range of σ: s = 0 for ReLU and
+    other idempotent functions, s = ε for `TanhLU(ε)`; tanh and the like have no s and are refused.
 
     Multipliers, with δ = ∂L/∂x and sums over the samples:
 
@@ -37,11 +36,9 @@ class IdentityLinear(nn.Module):
     Args:
         width: Size of the last dimension of the tensor at the site.
         activation: σ, a module or an elementwise function.
-        shift: s. None (default) takes the smallest one if it is at most 0.1: a shifted layer is
-            linear until its parameters have moved by about s, and a linear layer adds nothing to
-            what the next layer can do. A larger s must be given.
-        device: Device of the parameters.
-        dtype: Their dtype. A shift is exact in the one it was made in, and in lower ones.
+        shift: s. None (default) takes the smallest one if it is at most 0.1; a larger one must be
+            given, as the layer is linear, and so redundant, until it has moved by about s.
+        device, dtype: Of the parameters. A shift is exact in its first dtype, and in lower ones.
 
     Parameters:
         weight (width, width), bias (width,): both pinned.
@@ -59,6 +56,7 @@ class IdentityLinear(nn.Module):
     """
 
     pinned = ("weight", "bias")
+    extra_repr = shown
 
     def __init__(
         self,
@@ -92,27 +90,19 @@ class IdentityLinear(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
-        width = self.weight.shape[0]
-        return {"width": width, "activation": self.activation, "shift": self.shift}
-
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        return f"width={self.weight.shape[0]}, shift={self.shift:g}"
+        return {"width": len(self.bias), "activation": self.activation, "shift": self.shift}
 
 
 class ResidualLinear(nn.Module):
     """Residual layer with one weight, x ↦ x + σ(W x + b) with W = 0, b = 0.
 
-    It needs σ(0) = 0, to be the identity, and σ′(0) ≠ 0, or its multipliers vanish identically
-    (ReLU: autograd takes ReLU′(0) = 0).
-
-    Multipliers: λ_W = −σ′(0) Σ δ xᵀ, λ_b = −σ′(0) Σ δ.
+    It needs σ(0) = 0, to be the identity, and σ′(0) ≠ 0 (by autograd 0 for ReLU), as its
+    multipliers are λ_W = −σ′(0) Σ δ xᵀ and λ_b = −σ′(0) Σ δ.
 
     Args:
         width: Size of the last dimension of the tensor at the site.
         activation: σ, a module or an elementwise function.
-        device: Device of the parameters.
-        dtype: Their dtype.
+        device, dtype: Of the parameters.
 
     Parameters:
         weight (width, width), bias (width,): both pinned.
@@ -127,6 +117,7 @@ class ResidualLinear(nn.Module):
 
     pinned = ("weight", "bias")
     exact_after = exact_everywhere
+    extra_repr = shown
 
     def __init__(
         self,
@@ -155,10 +146,6 @@ class ResidualLinear(nn.Module):
         """The arguments that build the same architecture again."""
         return {"width": self.weight.shape[0], "activation": self.activation}
 
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        return f"width={self.weight.shape[0]}"
-
 
 class ResidualMLP(nn.Module):
     """Residual layer with two weights, x ↦ x + W₂ σ(W₁ x + b), one of the factors pinned at zero.
@@ -169,20 +156,19 @@ class ResidualMLP(nn.Module):
         pinned="inner" (W₁ = 0, b = 0):  λ_{W₁} = −σ′(0) Σ (W₂ᵀδ) xᵀ, λ_b = −σ′(0) Σ W₂ᵀδ,
                                          which needs σ(0) = 0 and σ′(0) ≠ 0.
 
-    The free factor must not be zero too: with both at zero every multiplier is exactly 0. Right
-    after a ReLU, `inner_init` should not be a multiple of the identity either: λ is then a
-    multiple of W_nextᵀ ∂L/∂W_next, and vanishes as soon as the next layer is stationary.
+    With both factors at zero every multiplier would be 0. Right after a ReLU, `inner_init` should
+    not be a multiple of the identity either: λ is then a multiple of W_nextᵀ ∂L/∂W_next, and
+    vanishes as soon as the next layer is stationary.
 
     Args:
         width: Size of the last dimension of the tensor at the site.
         hidden: Width of the inner layer.
         activation: σ, a module or an elementwise function.
         pinned: Which factor is pinned: "outer" (default; the identity for every σ) or "inner".
-        inner_init: The free factor: "random" (PyTorch's initialisation of `nn.Linear`), a number
-            c for c times the identity with b = 0 (the source takes 0.8), or a tensor in the
-            shape of the free weight (b = 0). A tensor's dtype is kept unless `dtype` is given.
-        device: Device of the parameters.
-        dtype: Their dtype.
+        inner_init: The free factor: "random" (as `nn.Linear` is), a number c for c times the
+            identity with b = 0 (0.8 in the source), or a tensor in the shape of the free weight
+            (b = 0), whose dtype is kept unless `dtype` is given.
+        device, dtype: Of the parameters.
 
     Parameters:
         inner.weight (hidden, width), inner.bias (hidden,), outer.weight (width, hidden).
@@ -229,7 +215,16 @@ class ResidualMLP(nn.Module):
         with torch.no_grad():
             _initialise(self.inner if self.pins_outer else self.outer, inner_init)
         zero_pins(self)
-        self._refuse_two_zero_factors()
+        if self.pins_outer:
+            is_zero = not any(bool(p.any()) for p in self.inner.parameters())
+            dead = is_zero and value_at_zero(self.activation) == 0
+        else:
+            dead = not bool(self.outer.weight.any())
+        if dead:
+            raise BlockError(
+                "inner_init makes the free factor zero while the other one is pinned at zero: "
+                'every multiplier would be exactly 0. Use inner_init="random".'
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x + W₂ σ(W₁ x + b), of the shape (..., width) of x."""
@@ -257,18 +252,6 @@ class ResidualMLP(nn.Module):
         """The arguments shown by `repr`."""
         return f"pinned={self.pinned}"
 
-    def _refuse_two_zero_factors(self) -> None:
-        if self.pins_outer:
-            inner_is_zero = not bool(self.inner.weight.any()) and not bool(self.inner.bias.any())
-            dead = inner_is_zero and value_at_zero(self.activation) == 0
-        else:
-            dead = not bool(self.outer.weight.any())
-        if dead:
-            raise BlockError(
-                "inner_init makes the free factor zero while the other one is pinned at zero: "
-                'every multiplier would be exactly 0. Use inner_init="random".'
-            )
-
 
 def _initialise(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
     """Set the free factor; `nn.Linear` has already drawn the random one."""
@@ -276,17 +259,12 @@ def _initialise(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> 
         return
     if isinstance(init, Tensor):
         if init.shape != linear.weight.shape:
-            raise BlockError(
-                f"inner_init has shape {tuple(init.shape)}, the free factor has "
-                f"{tuple(linear.weight.shape)}."
-            )
+            free = tuple(linear.weight.shape)
+            raise BlockError(f"inner_init has shape {tuple(init.shape)}, the free factor {free}.")
         linear.weight.copy_(init)
     elif isinstance(init, int | float) and math.isfinite(init):
         linear.weight.copy_(float(init) * torch.eye(*linear.weight.shape, dtype=torch.float64))
     else:
-        raise BlockError(
-            f'inner_init={init!r} is none of "random", a finite number (times the identity), a '
-            "tensor."
-        )
+        raise BlockError(f'inner_init={init!r} is neither "random", a finite number nor a tensor.')
     if linear.bias is not None:
         linear.bias.zero_()

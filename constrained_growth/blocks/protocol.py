@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,7 @@ class HasFactors(Protocol):
         """The factors of all pinned parameters, at the pins.
 
         An affine map may appear several times, each time with some of the samples, to save memory.
-
-        Args:
-            x: The tensor at the site, shape (samples, ..., width).
-            delta: ∂L/∂(tensor at the site), same shape.
+        x is the tensor at the site, of shape (samples, ..., width), and delta is ∂L/∂x.
         """
         ...
 
@@ -53,6 +50,12 @@ def has_factors(block: nn.Module) -> bool:
 def exact_everywhere(block: nn.Module, site: nn.Module) -> bool:
     """Return True: at its pins the block is the identity on every input."""
     return True
+
+
+def shown(self: Any) -> str:
+    """The arguments shown by `repr`."""
+    items = self.config().items()
+    return ", ".join(f"{name}={v}" for name, v in items if isinstance(v, int | float | str))
 
 
 def zero_pins(block: nn.Module) -> None:
@@ -72,8 +75,7 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(block, nn.Module) or not isinstance(names, Sequence) or not names:
         raise BlockError(
             f"block={block!r} does not say which of its parameters are pinned; a block is an "
-            "nn.Module with an attribute pinned = ('name of a parameter', ...) that is the "
-            "identity at their current values."
+            "nn.Module with an attribute pinned = ('name of a parameter', ...)."
         )
     try:
         if isinstance(names, str):
@@ -88,11 +90,7 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
-    """How much a block changes x at its pins, as measured by `change`.
-
-    Raises:
-        BlockError: The block does not keep the shape of x.
-    """
+    """How much a block changes x at its pins, by `change`; a BlockError if it changes the shape."""
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     args, kwargs = arguments(block, x.clone(), context)
     y = torch.func.functional_call(block, buffers, args, kwargs)

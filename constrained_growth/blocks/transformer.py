@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, zero_pins
+from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
 from constrained_growth.errors import BlockError
 
 
@@ -24,11 +24,9 @@ class TransformerBlock(nn.Module):
 
         λ_P = −Σ δ attention(LN₁(x))ᵀ,  λ_{W₂} = −Σ δ σ(W₁ LN₂(x) + b₁)ᵀ,  λ_p = λ_{b₂} = −Σ δ.
 
-    The first dimension counts samples. With more than three dimensions, all positions between the
-    first and the last dimension attend to each other. The block sees only the tensor at its site:
-    it knows no padding mask, so it attends to padded positions too, and it neither adds a
-    positional encoding nor rotates queries. For a model that relies on either use `CopiedBlock`,
-    which is called with everything that its neighbour is called with.
+    The first dimension counts samples; all positions between it and the last dimension attend to
+    each other, padded ones too. The block sees only the tensor at its site, without masks and
+    position embeddings; for a model that relies on them use `CopiedBlock`.
 
     Args:
         width: Size of the last dimension of the tensor at the site.
@@ -36,8 +34,7 @@ class TransformerBlock(nn.Module):
         hidden: Inner width of the feedforward part; 4 · `width` by default.
         activation: σ, a module or an elementwise function.
         causal: Whether a position attends only to itself and to earlier ones.
-        device: Device of the parameters.
-        dtype: Their dtype.
+        device, dtype: Of the parameters.
 
     Parameters:
         norm1.weight, norm1.bias, norm2.weight, norm2.bias (width,); qkv.weight (3 width, width),
@@ -60,6 +57,7 @@ class TransformerBlock(nn.Module):
 
     pinned = ("proj.weight", "proj.bias", "fc2.weight", "fc2.bias")
     exact_after = exact_everywhere
+    extra_repr = shown
 
     def __init__(
         self,
@@ -126,10 +124,6 @@ class TransformerBlock(nn.Module):
             "causal": self.causal,
         }
 
-    def extra_repr(self) -> str:
-        """The arguments shown by `repr`."""
-        return f"heads={self.heads}, causal={self.causal}"
-
 
 class GatedMLP(nn.Module):
     """Gated feedforward layer, x ↦ x + D(σ(G n) ⊙ U n) with n = RMSNorm(x), D pinned at zero.
@@ -143,8 +137,7 @@ class GatedMLP(nn.Module):
         hidden: Inner width.
         activation: σ, a module or an elementwise function.
         eps: Added to the mean square in the normalisation.
-        device: Device of the parameters.
-        dtype: Their dtype.
+        device, dtype: Of the parameters.
 
     Parameters:
         norm.weight (width,), gate_proj.weight and up_proj.weight (hidden, width),

@@ -140,8 +140,8 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
     arguments["activation"] = _described_activation(arguments["activation"])
     known, norm_layer = arguments["activation"] is not None, arguments.get("norm_layer")
     if norm_layer is not None:
-        arguments["norm_layer"] = norm_layer.__name__
-        known = known and NORM_LAYERS.get(norm_layer.__name__) is norm_layer
+        arguments["norm_layer"] = name = getattr(norm_layer, "__name__", "")
+        known = known and NORM_LAYERS.get(name) is norm_layer
     return {"type": type(block).__name__, "arguments": arguments if known else None}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, optim
 
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Norm
@@ -38,8 +38,7 @@ class Frobenius:
 class PerParameter:
     """‖λ‖_F / √P, P the number of pinned parameters: the root-mean-square entry of λ.
 
-    A size-fair Frobenius norm, since the raw one favours wide layers. It is the dual of the ball
-    √P ‖v‖_F ≤ 1, in which a larger layer may move less.
+    The dual of the ball √P ‖v‖_F ≤ 1: unlike the Frobenius norm it does not favour wide layers.
 
     Example:
         >>> multiplier = {"weight": torch.tensor([[1.0, 7.0], [5.0, 5.0]])}
@@ -60,12 +59,8 @@ class PerParameter:
 class Entrywise1:
     """Σ |λ_ij| over all pinned parameters: the dual of the ball max |v_ij| ≤ 1.
 
-    The norm of sign descent, one step of which gains η Σ |λ_ij| to first order, and of Adam,
-    whose first step is η sign(λ).
-
-    Source:
-        Kingma and Ba, *Adam*, 2015; Bernstein et al., *signSGD*, 2018; Bernstein and Newhouse,
-        *Old Optimizer, New Norm: An Anthology*, 2024.
+    The norm of sign descent (Bernstein et al., *signSGD*, 2018), and of Adam, whose first step is
+    η sign(λ).
 
     Example:
         >>> Entrywise1()({"weight": torch.tensor([[3.0]]), "bias": torch.tensor([-4.0])}).item()
@@ -85,12 +80,8 @@ class Entrywise1:
 class Spectral:
     """The largest singular value of diag(λ_W, λ_b, …): the dual of the nuclear-norm ball.
 
-    That is the largest spectral norm of a tensor, and the ball is Σ_p ‖v_p‖_nuclear ≤ 1 over the
-    pinned tensors p. Its best step has rank one, like a Frank-Wolfe step over that ball.
-
-    Source:
-        Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jaggi, *Revisiting
-        Frank-Wolfe*, 2013.
+    The ball is Σ_p ‖v_p‖_nuclear ≤ 1 over the pinned tensors p; its best step has rank one
+    (Jaggi, *Revisiting Frank-Wolfe*, 2013).
 
     Example:
         >>> weight = torch.tensor([[0.0, 3.0], [4.0, 0.0]])
@@ -111,14 +102,9 @@ class Spectral:
 class Nuclear:
     """The sum of the singular values of diag(λ_W, λ_b, …): the dual of the spectral ball.
 
-    That is the sum of the nuclear norms of the tensors, and the ball allows each pinned tensor a
-    spectral norm of 1: the norm of Muon, which moves each matrix by its orthogonal factor. A
-    vector is a matrix with one column, which gains η‖λ_b‖₂; Muon itself leaves vectors to another
-    optimizer, usually AdamW, for which `Entrywise1` would be right.
-
-    Source:
-        Boyd and Vandenberghe, *Convex Optimization*, 2004, A.1.6; Jordan et al., *Muon*, 2024;
-        Bernstein and Newhouse, *Old Optimizer, New Norm: An Anthology*, 2024.
+    The ball allows each pinned tensor a spectral norm of 1: the norm of Muon (Jordan et al.,
+    2024), which moves each matrix by its orthogonal factor. A vector is a matrix with one column;
+    Muon itself leaves vectors to another optimizer, usually AdamW (`Entrywise1`).
 
     Example:
         >>> weight = torch.tensor([[0.0, 3.0], [4.0, 0.0]])
@@ -135,39 +121,23 @@ class Nuclear:
         return sum(min(as_matrix(tensor).shape) for tensor in multiplier.values()) ** 0.5
 
 
-_EUCLIDEAN = (torch.optim.SGD, torch.optim.ASGD)
-_PER_COORDINATE = (
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.SparseAdam,
-    torch.optim.Adafactor,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.Rprop,
-)
-_ORTHOGONAL: tuple[type, ...] = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()
+_EUCLIDEAN = (optim.SGD, optim.ASGD)
+_ADAMS = (optim.Adam, optim.AdamW, optim.Adamax, optim.NAdam, optim.RAdam, optim.SparseAdam)
+_SCALING = (optim.Adafactor, optim.RMSprop, optim.Adagrad, optim.Adadelta, optim.Rprop)
+_ORTHOGONAL: tuple[type, ...] = (optim.Muon,) if hasattr(optim, "Muon") else ()
 
 
-def norm_for(optimizer: torch.optim.Optimizer) -> Norm:
+def norm_for(optimizer: optim.Optimizer) -> Norm:
     """The dual of the norm in which an optimizer of `torch.optim` moves new parameters.
 
     * SGD, with or without momentum, and ASGD move along the gradient: `Frobenius`.
-    * Adam, AdamW, Adamax, NAdam, RAdam, SparseAdam, RMSprop, Adagrad, Adadelta and Rprop scale
-      each coordinate by its own past gradients. A new parameter moves by the same amount in every
-      coordinate, in the direction of sign(λ) (RAdam after its first five steps): `Entrywise1`.
-      Adafactor, which replaces these scales by a rank-one estimate, counts as one of them.
-    * Muon (where torch has it) moves each matrix by its orthogonal factor: `Nuclear`. Its factor
-      for the shape of a matrix (`adjust_lr_fn`) is left out, as are all learning rates.
+    * Adam and its relatives, RMSprop, Adagrad, Adadelta and Rprop scale each coordinate by its own
+      past gradients, so a new parameter first moves along sign(λ): `Entrywise1`. (RAdam does so
+      after five steps, and Adafactor up to its rank-one estimate of the scales.)
+    * Muon (where torch has it) moves each matrix by its orthogonal factor: `Nuclear`. Learning
+      rates are left out, as is Muon's factor for the shape of a matrix.
 
-    Args:
-        optimizer: The one that will train the new layer; a subclass counts as its base.
-
-    Returns:
-        The norm, for `solve(problem, norm=...)`.
+    A subclass counts as its base.
 
     Raises:
         RuleError: `optimizer` is none of these.
@@ -181,16 +151,15 @@ def norm_for(optimizer: torch.optim.Optimizer) -> Norm:
     """
     if isinstance(optimizer, _EUCLIDEAN):
         return Frobenius()
-    if isinstance(optimizer, _PER_COORDINATE):
+    if isinstance(optimizer, _ADAMS + _SCALING):
         return Entrywise1()
     if isinstance(optimizer, _ORTHOGONAL):
         return Nuclear()
     given = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
     raise RuleError(
         f"optimizer={given} is not an instance of an optimizer of torch.optim whose norm is known; "
-        "pass norm= yourself, the dual of the norm it moves in: Frobenius() for gradient descent, "
-        "Entrywise1() for sign descent, Nuclear() for orthogonalised updates, KroneckerFisher() "
-        "for natural gradients."
+        "pass norm= yourself: Frobenius() for gradient descent, Entrywise1() for sign descent, "
+        "Nuclear() for orthogonalised updates, KroneckerFisher() for natural gradients."
     )
 
 
@@ -206,13 +175,8 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
-    """Those of the block-diagonal matrix of all tensors; NaN if an entry is not finite."""
+    """The singular values of the block-diagonal matrix of all tensors; NaN if one is not finite."""
     matrices = [as_matrix(tensor) for tensor in multiplier.values()]
-    if not all(is_finite(matrix) for matrix in matrices):
+    if not all(matrix.isfinite().all() for matrix in matrices):
         return matrices[0].new_full((1,), math.nan)
     return torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is."""
-    return bool(tensor.isfinite().all())

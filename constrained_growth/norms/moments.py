@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth.errors import RuleError
-from constrained_growth.norms.matrices import Frobenius, as_matrix, is_finite, singular_values
+from constrained_growth.norms.matrices import Frobenius, as_matrix, singular_values
 from constrained_growth.solution import Norm
 
 if TYPE_CHECKING:
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class SecondMoments:
     """Second moments of the features and cotangents of a pinned affine map Wφ + b.
 
-    Both are means over samples, so those of a data set are the means of those of its batches,
-    weighted by their numbers of samples. With T positions per sample (a sequence, an image) A
-    is the mean over them and G the sum, as if the positions were independent.
+    Both are means over samples. With several positions per sample (a sequence, an image) A is the
+    mean over them and G the sum, as if the positions were independent.
 
     Attributes:
         features: A = E[φ̃ φ̃ᵀ], with φ̃ = (φ, 1) if there is a bias and φ̃ = φ if not; shape
@@ -46,18 +45,7 @@ class SecondMoments:
 
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
-        """The second moments of given samples.
-
-        Args:
-            features: φ, shape (samples, ..., in), without the 1 for the bias.
-            cotangents: ψ of the loss of each sample, shape (samples, ..., out).
-            bias: Name of the pinned bias, or None.
-
-        Example:
-            >>> SecondMoments.of(torch.tensor([[1.0], [3.0]]), torch.ones(2, 1), "bias").features
-            tensor([[5., 2.],
-                    [2., 1.]])
-        """
+        """The second moments of given φ (without the 1) and ψ, of shape (samples, ..., width)."""
         phi, psi = features.flatten(0, -2), cotangents.flatten(0, -2)
         if bias is not None:
             phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=1)
@@ -65,13 +53,10 @@ class SecondMoments:
 
 
 class MomentNorm(Protocol):
-    """A norm that also needs the second moments of every pinned affine map.
-
-    Attributes:
-        needs_moments: True. A norm without this attribute is called with the multiplier alone.
-    """
+    """A norm that also needs the second moments of every pinned affine map."""
 
     needs_moments: ClassVar[bool]
+    """True. A norm without this attribute is called with the multiplier alone."""
 
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
@@ -81,28 +66,16 @@ class MomentNorm(Protocol):
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
-    """Whether a norm is called as `norm(multiplier, moments)`.
-
-    Example:
-        >>> from constrained_growth.norms import Frobenius
-        >>> needs_moments(KroneckerFisher()), needs_moments(Frobenius())
-        (True, False)
-    """
+    """Whether a norm is called as `norm(multiplier, moments)`."""
     return bool(getattr(norm, "needs_moments", False))
 
 
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
     """L such that an error of λ of size ε in ‖·‖_F changes its norm by at most L ε.
 
-    Args:
-        norm: A norm of this module, or your own. If it has a method `lipschitz(multiplier)`, that
-            returns L, the smallest number with ‖·‖ ≤ L ‖·‖_F. For another function L is the
-            Frobenius norm of its gradient at λ, by autograd, which holds to first order.
-        multiplier: Pinned parameter → λ.
-
-    Returns:
-        L, or NaN where it is not known: for a function that autograd cannot differentiate, and
-        for `KroneckerFisher`, which changes with the sample itself.
+    It is what the norm's method `lipschitz(multiplier)` returns. For a norm without one it is the
+    Frobenius norm of the gradient at λ, by autograd, which holds to first order; NaN where autograd
+    cannot differentiate, and for `KroneckerFisher`, which changes with the sample itself.
 
     Example:
         >>> from constrained_growth.norms import Entrywise1
@@ -129,48 +102,41 @@ class KroneckerFisher:
     """The norm of G^(-1/2) λ̃ A^(-1/2): of λ in the geometry of natural gradients.
 
     For a pinned affine map Wφ + b, λ̃ = [λ_W, λ_b], and A = E[φ̃ φ̃ᵀ] and G = E[ψ ψᵀ] are its
-    `SecondMoments`. A ⊗ G is the K-FAC approximation of the Fisher matrix: a step v̂ =
-    G^(1/2) v A^(1/2) of a given size changes the distribution of the output by a given amount,
-    whatever the units of features and outputs. G is taken at the targets of the data (the
-    empirical Fisher). With σ_i the singular values of G^(-1/2) λ̃ A^(-1/2), of all pinned affine
-    maps of a candidate together, as of one block-diagonal matrix, `ord` is one of
+    `SecondMoments`. A ⊗ G is the K-FAC approximation of the Fisher matrix, taken at the targets of
+    the data (the empirical Fisher): a step v̂ = G^(1/2) v A^(1/2) of a given size changes the
+    distribution of the output by a given amount, whatever the units of features and outputs. With
+    σ_i the singular values of G^(-1/2) λ̃ A^(-1/2), of all pinned affine maps of a candidate
+    together, `ord` is one of
 
     * "fro": √(Σ σ_i²) = √tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ), the dual of the ball ⟨v, (A ⊗ G) v⟩ ≤ 1, the norm of
       natural-gradient descent and of K-FAC.
     * "nuc": Σ σ_i, the dual of the ball in which no singular value of v̂ exceeds 1. It counts in
-      how many directions the layer could help, where one strong direction is enough for "fro".
-      On average it decides a little better (`constrained-growth bench decisions`, the README's
+      how many directions the layer could help, and decides a little better on average (README,
       "Which rule when?").
 
     With `damping=0` the norm is invariant under all invertible affine changes of the features
-    (linear ones without a bias) and of the outputs. Singular moments, as caused by dead units or
-    the cotangents of a softmax, are inverted on their range, which contains λ if all come from
-    the same samples. With one position per sample σ_i is then ρ_i, the canonical correlations of
-    φ̃ and ψ (about 0, not the mean): free of the scale of the loss, with "fro" at most √r and
-    "nuc" at most r, r = min(rank A, rank G). Beware of few samples: for unrelated features and
-    cotangents Σ ρ_i² is about (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always
-    give N.
+    (linear ones without a bias) and of the outputs. Singular moments, as caused by dead units, are
+    inverted on their range. With one position per sample σ_i is then ρ_i, the canonical
+    correlations of φ̃ and ψ (about 0, not the mean), with "nuc" at most r = min(rank A, rank G) and
+    "fro" at most √r. Beware of few samples: for unrelated features and cotangents Σ ρ_i² is about
+    (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always give N.
 
-    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G: the factored
-    Tikhonov regularisation of K-FAC (section 6.3) with the weight d² times the mean eigenvalue of
-    A ⊗ G. Invariance under changes of scale and (without a bias) rotations remains.
+    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G (K-FAC, section
+    6.3). Invariance under changes of scale and (without a bias) rotations remains.
 
     Attributes:
-        damping: d, relative to the mean eigenvalue of each factor. 0.1 by default; values from
-            0.03 to 0.3 decide alike, within the noise (`constrained-growth bench decisions`).
-            0 for exact invariance.
-        ord: "fro" (default, the norm of K-FAC) or "nuc", as for `torch.linalg.matrix_norm`;
-            keyword only.
+        damping: d. 0.1 by default; from 0.03 to 0.3 it decides alike, within the noise
+            (`constrained-growth bench decisions`). 0 for exact invariance.
+        ord: "fro" (default) or "nuc", as for `torch.linalg.matrix_norm`; keyword only.
 
     Raises:
         RuleError: `damping` is not a finite number >= 0, or `ord` is neither of the two; or, when
             called, a pinned parameter has no second moments or moments of another shape.
 
     Source:
-        Amari, *Natural gradient works efficiently in learning*, 1998; Martens and Grosse,
-        *Optimizing neural networks with Kronecker-factored approximate curvature*, 2015,
-        arXiv 1503.05671. Canonical correlations: Hotelling, *Relations between two sets of
-        variates*, 1936.
+        Amari, *Natural gradient works efficiently in learning*, 1998; Martens and Grosse, arXiv
+        1503.05671. Canonical correlations: Hotelling, *Relations between two sets of variates*,
+        1936.
 
     Example:
         >>> features = torch.tensor([[1.0], [1.0]])
@@ -187,30 +153,22 @@ class KroneckerFisher:
     def __post_init__(self) -> None:
         if not isinstance(self.damping, Real) or not 0 <= self.damping < math.inf:
             raise RuleError(
-                f"damping={self.damping!r} of KroneckerFisher is not a finite number >= 0; it is "
-                'relative to the mean eigenvalue, 0.1 by default. An order is given as ord="nuc".'
+                f"damping={self.damping!r} of KroneckerFisher is not a finite number >= 0. An "
+                'order is given as ord="nuc".'
             )
         if not isinstance(self.ord, str) or self.ord not in ("fro", "nuc"):
-            raise RuleError(
-                f'ord={self.ord!r} of KroneckerFisher is not known; give "fro" or "nuc".'
-            )
+            raise RuleError(f'ord={self.ord!r} of KroneckerFisher: give "fro" or "nuc".')
 
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor:
-        """The norm of the multiplier of one candidate, in float64.
-
-        Args:
-            multiplier: Pinned parameter → λ.
-            moments: Pinned weight → the second moments of its affine map.
-        """
+        """The norm of the multiplier of one candidate, in float64."""
         given = {*moments, *(m.bias for m in moments.values() if m.bias is not None)}
         if given != set(multiplier):
             raise RuleError(
-                f"norm={self!r} needs the second moments of each pinned weight and the name of "
-                f"its bias; they are given for {sorted(given)}, but {sorted(multiplier)} are "
-                "pinned. A block with factors(x, delta) for all its pins has them; for other "
-                "blocks use another norm."
+                f"norm={self!r} needs the second moments of each pinned affine map; they are given "
+                f"for {sorted(given)}, but {sorted(multiplier)} are pinned. A block with "
+                "factors(x, delta) for all its pins has them; for others use another norm."
             )
         whitened = {name: self._whitened(multiplier, name, m) for name, m in moments.items()}
         return Frobenius()(whitened) if self.ord == "fro" else singular_values(whitened).sum()
@@ -229,7 +187,8 @@ class KroneckerFisher:
                 f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} '
                 f"(cotangents), and must be of shape {(columns, columns)} and {(rows, rows)}."
             )
-        if not all(is_finite(tensor) for tensor in (matrix, moments.features, moments.cotangents)):
+        given = (matrix, moments.features, moments.cotangents)
+        if not all(tensor.isfinite().all() for tensor in given):
             return matrix.new_full((1, 1), math.nan, dtype=torch.float64)
         left = _whiten(matrix.double(), moments.cotangents, self.damping)
         return _whiten(left.T, moments.features, self.damping)

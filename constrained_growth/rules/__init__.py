@@ -7,13 +7,13 @@ method `decide(problem, solution) -> Decision`. Nothing else is required.
 
 from constrained_growth.rules.budget import Budget, half_square
 from constrained_growth.rules.composition import otherwise, then
-from constrained_growth.rules.plateau import Exhausted, Plateau, PlateauState, When
+from constrained_growth.rules.plateau import Exhausted, Plateau, When
 from constrained_growth.rules.recommendation import rule_for
 from constrained_growth.rules.rule import DecisionRule, ModelRule, Rule, needs_model
 from constrained_growth.rules.selection import Fixed, Random, Threshold, TopK
 from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trial import Trial
-from constrained_growth.rules.trust_region import TrustRegion, TrustRegionState
+from constrained_growth.rules.trust_region import TrustRegion
 
 __all__ = [
     "Budget",
@@ -22,7 +22,6 @@ __all__ = [
     "Fixed",
     "ModelRule",
     "Plateau",
-    "PlateauState",
     "Random",
     "Rule",
     "Stable",
@@ -30,7 +29,6 @@ __all__ = [
     "TopK",
     "Trial",
     "TrustRegion",
-    "TrustRegionState",
     "When",
     "half_square",
     "needs_model",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere
 from constrained_growth._sites.context import takes_context
@@ -25,7 +26,6 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import stand
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import check_count
 from constrained_growth.solution import Decision, Planned, Sensitivity, Solution
 
 Array = NDArray[np.float64]
@@ -34,7 +34,7 @@ Array = NDArray[np.float64]
 def half_square(sensitivity: Sensitivity) -> float:
     """½‖λ‖², the largest value of ⟨λ, s⟩ − ½‖s‖², where ‖λ‖ is in the dual of the norm of s.
 
-    It ranks candidates and gives their ratios, but not by how much the loss will fall.
+    It ranks candidates, but does not say how far the loss will fall.
     """
     return sensitivity.value**2 / 2
 
@@ -48,19 +48,17 @@ class Budget:
         subject to   Σ_c params_c x_c ≤ parameters,   Σ_c madds_c x_c ≤ multiply_adds,
                      Σ_{c at a site} x_c ≤ per_site   for every site.
 
-    Gains are summed, which is right to first order. The decision's evidence holds the `gain`, a
-    proven upper `bound` on it and the relative `gap` between them (0 at the optimum); and the
-    `prices`: the multipliers of the limits in the relaxation 0 ≤ x ≤ 1, in gain per parameter and
-    gain per multiply-add, 0 where a limit does not bind.
+    Gains are summed, which is right to first order. The evidence holds the `gain`, a proven upper
+    `bound` on it, the relative `gap` between them, and the `prices`: the multipliers of the limits
+    in the relaxation 0 ≤ x ≤ 1, in gain per parameter and per multiply-add.
 
     Args:
         parameters: Upper limit on the new parameters, pinned and free ones together.
-        multiply_adds: Upper limit on the additional multiply-adds per sample of a forward pass.
-            They are counted by PyTorch's `FlopCounterMode` on the first batch: matrix products,
-            convolutions and attention count, elementwise operations do not.
+        multiply_adds: Upper limit on the additional multiply-adds per sample of a forward pass,
+            counted by PyTorch's `FlopCounterMode` on the first batch, without elementwise ones.
         per_site: Upper limit on the insertions at one site; None for no limit.
-        gain: Function from a sensitivity to what the insertion is worth, `half_square` (½‖λ‖²) by
-            default. Candidates without a positive gain are not taken.
+        gain: From a sensitivity to what the insertion is worth, `half_square` (½‖λ‖²) by default.
+            Candidates without a positive gain are not taken.
 
     Raises:
         RuleError: A limit is negative or none is given; or a gain is not finite.
@@ -70,8 +68,6 @@ class Budget:
         `scipy.optimize.milp`.
 
     Example:
-        >>> import torch
-        >>> from torch import nn
         >>> import constrained_growth as cg
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
@@ -90,17 +86,20 @@ class Budget:
     def __post_init__(self) -> None:
         if self.parameters is None and self.multiply_adds is None:
             raise RuleError("Budget needs parameters=… or multiply_adds=…, such as parameters=1e4.")
-        for name in ("parameters", "multiply_adds"):
-            value = getattr(self, name)
+        limits = {"parameters": self.parameters, "multiply_adds": self.multiply_adds}
+        for name, value in limits.items():
             if value is not None and not 0 <= value < math.inf:
                 raise RuleError(f"{name}={value!r} of Budget must be finite and not negative.")
         if self.per_site is not None:
-            check_count("per_site", self.per_site, "Budget")
+            positive_int("per_site", self.per_site, RuleError)
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The best choice within the budget."""
         given = solution.sensitivities
-        gains = {name: self._gain(name, s) for name, s in given.items()}
+        gains = {name: float(self.gain(s)) for name, s in given.items()}
+        for name, gain in gains.items():
+            if not math.isfinite(gain):
+                raise RuleError(f'gain of Budget gives {gain} for candidate "{name}".')
         names = [name for name, gain in gains.items() if gain > 0]
         costs: dict[str, dict[str, float]] = {}
         if self.parameters is not None:
@@ -135,12 +134,6 @@ class Budget:
             "passes": 0.0,
         }
         return Decision(chosen, reason, evidence=evidence)
-
-    def _gain(self, name: str, sensitivity: Sensitivity) -> float:
-        gain = float(self.gain(sensitivity))
-        if not math.isfinite(gain):
-            raise RuleError(f'gain of Budget gives {gain} for candidate "{name}".')
-        return gain
 
 
 def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict[str, Any]]:
@@ -184,17 +177,25 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
 
 def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) -> dict[str, float]:
     """Multiply-adds per sample of each block on the first batch, over all calls of its site."""
+    totals = dict.fromkeys(candidates, 0.0)
+
+    def counted(name: str, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        buffers = {key: buffer.clone() for key, buffer in block.named_buffers()}
+        with FlopCounterMode(display=False) as counter:
+            functional_call(block, buffers, (x, *args), kwargs)
+        totals[name] += counter.get_total_flops() / 2  # one multiply-add is two operations
+        return x
 
     def count() -> dict[str, float] | None:
         with untouched(problem.model, problem.data), torch.no_grad(), ExitStack() as stack:
             for first in batches(problem.data, device_of(problem.model)):
-                totals = dict.fromkeys(candidates, 0.0)
                 for name, planned in candidates.items():
                     site = problem.model.get_submodule(planned.after)
                     takes = takes_context(planned.block)
-                    counted = partial(_counted, totals, name, planned.block)
-                    standing = stand(site, counted, takes_context=takes, output=planned.output)
-                    stack.enter_context(standing)
+                    layer = partial(counted, name, planned.block)
+                    stack.enter_context(
+                        stand(site, layer, takes_context=takes, output=planned.output)
+                    )
                 call(problem.model, first[0])
                 return {name: total / batch_size(*first) for name, total in totals.items()}
         return None
@@ -203,14 +204,3 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
     if not found:
         raise DataError("data yields no batches; give at least one (input, target) pair.")
     return found[0]
-
-
-def _counted(
-    totals: dict[str, float], name: str, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any
-) -> Tensor:
-    """Run the block on x, add what it costs to the totals, and return x unchanged."""
-    buffers = {key: buffer.clone() for key, buffer in block.named_buffers()}
-    with FlopCounterMode(display=False) as counter:
-        functional_call(block, buffers, (x, *args), kwargs)
-    totals[name] += counter.get_total_flops() / 2  # one multiply-add is two operations
-    return x

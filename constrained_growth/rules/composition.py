@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -19,14 +19,10 @@ def then(*rules: Rule) -> Rule: ...
 def then(*rules: Rule) -> Rule:
     """Rules in sequence: each decides about the candidates that the previous one chose.
 
-    The last rule decides where a layer starts. `then(Threshold(relative=1.0), TopK(1))` takes the
-    best candidate above the threshold; `then(TopK(3), TrustRegion())` spends second-order
+    The last rule decides where a layer starts: `then(TopK(3), TrustRegion())` spends second-order
     information on three candidates only. Once nothing is chosen, the remaining rules are not
     asked. With several processes, the rules must decide the same on all of them, as those of this
     library do.
-
-    Args:
-        *rules: At least one.
 
     Returns:
         A function of the sensitivities if all rules are; otherwise a rule with a method `decide`.
@@ -65,8 +61,6 @@ def otherwise(*rules: Rule) -> Rule:
 
 @dataclass(frozen=True, repr=False)
 class _Rules:
-    """Rules, and the word that joins them."""
-
     rules: tuple[Rule, ...]
     word: str
 
@@ -79,43 +73,47 @@ class _Rules:
         return {i: r.state_dict() for i, r in rules.items() if hasattr(r, "state_dict")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Raises:
-            RuleError: The rules with a state are not at the same indices.
-        """
+        """Continue from a saved state; a RuleError if it is that of other rules."""
         if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
             raise RuleError(
-                f"state_dict={state_dict!r} is not that of {self!r}, whose rules with a state are "
-                f"those numbered {sorted(self.state_dict())}."
+                f"state_dict={state_dict!r} is not that of {self!r}, whose rules with a state have "
+                f"the indices {sorted(self.state_dict())}."
             )
         for i, state in state_dict.items():
             rule: Any = self.rules[int(i)]
             rule.load_state_dict(state)
 
     def _decision(
-        self, names: Collection[str], ask: Callable[[Any, Collection[str]], Decision]
+        self,
+        sensitivities: Mapping[str, Sensitivity],
+        ask: Callable[[Any, Mapping[str, Sensitivity]], Decision],
     ) -> Decision:
-        """Ask one rule after the other, each about some of the candidates."""
+        """The last decision, with the reasons, the evidence and the summed cost of all."""
         first = self.word == "otherwise"
         decisions: list[Decision] = []
         for rule in self.rules:
-            decisions.append(ask(rule, names))
+            decisions.append(ask(rule, sensitivities))
             chosen = decisions[-1].chosen
             if bool(chosen) is first:  # `otherwise` has a choice, or `then` has nothing left
                 break
-            names = names if first else chosen
-        return _joined(decisions, self.word)
+            if not first:
+                sensitivities = {n: s for n, s in sensitivities.items() if n in chosen}
+        last, found = decisions[-1], [dict(decision.evidence) for decision in decisions]
+        evidence = dict(last.evidence)
+        if any(found[:-1]):
+            own = [{"before": evidence["before"]}] if "before" in evidence else []
+            evidence["before"] = [*found[:-1], *own]
+        if passes := [one["passes"] for one in found if "passes" in one]:
+            evidence["passes"] = sum(passes)
+        reason = f"; {self.word} ".join(decision.reason for decision in decisions)
+        return Decision(last.chosen, reason, last.values, evidence)
 
 
 class _PlainRules(_Rules):
     """Rules that all need only the sensitivities."""
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """The joint decision."""
-        return self._decision(
-            sensitivities, lambda rule, names: decide(rule, _restricted(sensitivities, names))
-        )
+        return self._decision(sensitivities, decide)
 
 
 class _ModelRules(_Rules):
@@ -123,12 +121,10 @@ class _ModelRules(_Rules):
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The joint decision."""
-
-        def ask(rule: Rule, names: Collection[str]) -> Decision:
-            some = _restricted(solution.sensitivities, names)
-            return decide_about(rule, problem, replace(solution, sensitivities=some))
-
-        return self._decision(solution.sensitivities, ask)
+        return self._decision(
+            solution.sensitivities,
+            lambda rule, some: decide_about(rule, problem, replace(solution, sensitivities=some)),
+        )
 
 
 def _composed(rules: tuple[Rule, ...], word: str) -> Any:
@@ -137,28 +133,6 @@ def _composed(rules: tuple[Rule, ...], word: str) -> Any:
             raise RuleError(f"rule={rule!r} of {word} is not a rule; pass cg.TopK(1), say.")
     if not rules:
         raise RuleError(
-            f"{word} needs at least one rule, such as {word}(cg.TopK(3), cg.TrustRegion())."
+            f"{word} needs at least one rule, such as {word}(cg.TopK(3), cg.Stable(…))."
         )
     return (_ModelRules if any(map(needs_model, rules)) else _PlainRules)(rules, word)
-
-
-def _restricted(
-    sensitivities: Mapping[str, Sensitivity], names: Collection[str]
-) -> dict[str, Sensitivity]:
-    """Those of some candidates, in the order of the problem."""
-    return {name: s for name, s in sensitivities.items() if name in names}
-
-
-def _joined(decisions: list[Decision], word: str) -> Decision:
-    """The last decision, with the reasons, the evidence and the summed cost of all."""
-    last = decisions[-1]
-    found = [dict(decision.evidence) for decision in decisions]
-    evidence = dict(last.evidence)
-    if any(found[:-1]):
-        own = [{"before": evidence["before"]}] if "before" in evidence else []
-        evidence["before"] = [*found[:-1], *own]
-    passes = [one["passes"] for one in found if "passes" in one]
-    if passes:
-        evidence["passes"] = sum(passes)
-    reason = f"; {word} ".join(decision.reason for decision in decisions)
-    return Decision(last.chosen, reason, last.values, evidence)

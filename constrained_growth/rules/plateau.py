@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from typing import Any
 
+from constrained_growth._arguments import positive_int
 from constrained_growth.errors import RuleError
-from constrained_growth.rules.rule import check_count
 from constrained_growth.solution import Solution, Status
 from constrained_growth.statistics import squared_norm
 
@@ -22,40 +22,20 @@ class When(Enum):
     NEVER = "Train on, and stop asking: another layer has nothing to gain."
 
 
-@dataclass(frozen=True)
-class PlateauState:
-    """What a plateau rule remembers.
-
-    Attributes:
-        best: The lowest loss since the last NOW; None before the first.
-        stale: How many losses have come since then without progress.
-        count: How many times the answer was NOW.
-        over: Whether the answer was NEVER.
-    """
-
-    best: float | None = None
-    stale: int = 0
-    count: int = 0
-    over: bool = False
-
-
 @dataclass(eq=False)
 class Plateau:
     """Says NOW when the training loss has stopped falling.
 
     A loss is progress if it is below the lowest one so far by more than `tolerance` times that.
     After `patience` losses in a row without progress the answer is NOW, and counting starts again.
-    The answer is NEVER from the moment the loss reaches the target or is not finite, or after
-    `most` times NOW.
-
-    Args:
-        patience: How many losses without progress to wait for.
-        tolerance: Relative progress that counts, as in PyTorch's `ReduceLROnPlateau`.
-        target: A loss low enough to need no further layer; None (default) for none.
-        most: How many times to say NOW at most; None (default) for no limit.
+    The answer is NEVER from the moment the loss reaches the `target` or is not finite, or after
+    `most` times NOW (None, the default of both: no limit).
 
     Attributes:
-        state: What is remembered.
+        best: The lowest loss since the last NOW; None before the first.
+        stale: How many losses have come since then without progress.
+        count: How many times the answer was NOW.
+        over: Whether the answer was NEVER.
 
     Raises:
         RuleError: An argument is out of range.
@@ -73,59 +53,57 @@ class Plateau:
     most: int | None = None
 
     def __post_init__(self) -> None:
-        check_count("patience", self.patience, "Plateau")
+        positive_int("patience", self.patience, RuleError)
         if self.most is not None:
-            check_count("most", self.most, "Plateau")
+            positive_int("most", self.most, RuleError)
         if not 0 <= self.tolerance < 1:
-            raise RuleError(f"tolerance={self.tolerance!r} of Plateau must lie between 0 and 1.")
-        self.state = PlateauState()
+            raise RuleError(f"tolerance={self.tolerance!r} must be at least 0 and below 1.")
+        self.best: float | None = None
+        self.stale, self.count, self.over = 0, 0, False
 
     def update(self, loss: float) -> When:
         """Record a training loss, such as that of an epoch, and say when."""
-        state, loss = self.state, float(loss)
+        loss = float(loss)
         reached = self.target is not None and loss <= self.target
-        if state.over or not math.isfinite(loss) or reached:
-            self.state, when = replace(state, over=True), When.NEVER
-        elif state.best is None or loss < state.best - self.tolerance * abs(state.best):
-            self.state, when = replace(state, best=loss, stale=0), When.LATER
-        elif state.stale + 1 < self.patience:
-            self.state, when = replace(state, stale=state.stale + 1), When.LATER
-        elif self.most is not None and state.count >= self.most:
-            self.state, when = replace(state, over=True), When.NEVER
-        else:
-            self.state, when = PlateauState(count=state.count + 1), When.NOW
-        return when
+        if self.over or not math.isfinite(loss) or reached:
+            self.over = True
+            return When.NEVER
+        if self.best is None or loss < self.best - self.tolerance * abs(self.best):
+            self.best, self.stale = loss, 0
+            return When.LATER
+        if self.stale + 1 < self.patience:
+            self.stale += 1
+            return When.LATER
+        if self.most is not None and self.count >= self.most:
+            self.over = True
+            return When.NEVER
+        self.best, self.stale, self.count = None, 0, self.count + 1
+        return When.NOW
 
     def state_dict(self) -> dict[str, Any]:
-        """What is remembered, to be saved in a checkpoint; JSON takes it."""
-        return asdict(self.state)
+        """The attributes, to be saved in a checkpoint; JSON takes them."""
+        return {"best": self.best, "stale": self.stale, "count": self.count, "over": self.over}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Raises:
-            RuleError: It is not from a plateau rule.
-        """
-        if not isinstance(state_dict, Mapping) or state_dict.keys() != asdict(self.state).keys():
+        """Continue from a saved state; a RuleError if it is not from a plateau rule."""
+        if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
             raise RuleError(f"state_dict={state_dict!r} is not that of a Plateau.")
-        self.state = PlateauState(**state_dict)
+        vars(self).update(state_dict)
 
 
 @dataclass(frozen=True)
 class Exhausted:
     """Says NOW when new parameters have more to gain than the old ones.
 
-    NOW when the largest ‖λ_c‖ of a candidate is at least `ratio` times ‖∇_θ L‖: to first order, a
-    step of given length then lowers the loss more in the new parameters than in the old ones.
-    LATER if not, or if no multiplier differs significantly from zero; NEVER if that is so at a
-    stationary θ, where neither has anything to gain.
+    Called with a solution, it answers NOW when the largest ‖λ_c‖ of a candidate is at least
+    `ratio` times ‖∇_θ L‖: to first order, a step of given length then lowers the loss more in the
+    new parameters than in the old ones. LATER if not, or if no multiplier differs significantly
+    from zero; NEVER if that is so at a stationary θ, where neither has anything to gain.
 
     Args:
         ratio: How much larger; 1 by default. Both norms are Frobenius norms.
         significance: A multiplier counts as zero if its norm is below this many standard errors;
             not if its standard error is unknown.
-
-    Called with a solution, it returns a `When`.
 
     Raises:
         RuleError: An argument is negative; or, when called, the solution has no stationarity or
@@ -136,18 +114,14 @@ class Exhausted:
     significance: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("ratio", "significance"):
-            value = getattr(self, name)
+        for name, value in (("ratio", self.ratio), ("significance", self.significance)):
             if not value >= 0:
                 raise RuleError(f"{name}={value!r} of Exhausted must not be negative.")
 
     def __call__(self, solution: Solution) -> When:
         """The answer for a solution."""
         if solution.stationarity is None:
-            raise RuleError(
-                "solution has no stationarity, which Exhausted compares with the multipliers; call "
-                "solve(problem, rule, stationarity=True)."
-            )
+            raise RuleError("Exhausted needs the stationarity: solve(..., stationarity=True).")
         missing = [name for name in solution.sensitivities if name not in solution.multipliers]
         if missing:
             raise RuleError(f"solution has no multipliers of {missing}; Exhausted needs them.")
@@ -157,7 +131,6 @@ class Exhausted:
             for name, sensitivity in solution.sensitivities.items()
         )
         if zero or not any(sizes.values()):
-            is_stationary = solution.status is Status.KKT_MULTIPLIERS
-            return When.NEVER if is_stationary else When.LATER
+            return When.NEVER if solution.status is Status.KKT_MULTIPLIERS else When.LATER
         enough = max(sizes.values()) >= self.ratio * solution.stationarity
         return When.NOW if enough else When.LATER

@@ -25,14 +25,12 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
 
     Meant for `solve(problem, rule_for(optimizer), norm=KroneckerFisher(ord="nuc"))`; for `grow`,
     pass `solver=functools.partial(cg.solve, norm=KroneckerFisher(ord="nuc"))` too.
-    `constrained-growth bench decisions` compares the rules, each at its own cost and at equal cost.
 
     Args:
         optimizer: The optimizer that trains the model now and will train the new layer; or a
             function that makes it from parameters, as `grow` takes it.
         step: Spend up to 18 passes on where the layer starts: at the step of
-            `TrustRegion(max_products=10)`, or at its pins if none is accepted. False by default.
-            No effect with SGD, as a layer that is stable at its pins need not be so at the step.
+            `TrustRegion(max_products=10)`, or at its pins if none is accepted. Not with SGD.
 
     Raises:
         RuleError: `optimizer` is not an optimizer, or not one for which a rule is known.
@@ -47,18 +45,15 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
         made = optimizer([nn.Parameter(torch.zeros(1, 1))])
     if isinstance(made, torch.optim.SGD):
         return then(TopK(1), Stable(optimizer))
-    if not _scales_its_steps(made):
+    try:
+        scales_its_steps = isinstance(made, torch.optim.Optimizer) and norm_for(made) != Frobenius()
+    except RuleError:  # a user's own optimizer, or one that wraps another
+        scales_its_steps = False
+    if not scales_its_steps:
         raise RuleError(
-            f"no rule is known for optimizer={optimizer!r}; pass the torch.optim.SGD or "
-            "torch.optim.Adam that trains the model, say, or use cg.TopK(1)."
+            f"no rule is known for optimizer={optimizer!r}, only for those of torch.optim, such as "
+            "torch.optim.SGD or torch.optim.Adam; use cg.TopK(1)."
         )
     if step:
         return then(TopK(1), otherwise(TrustRegion(max_products=10), TopK(1)))
     return TopK(1)
-
-
-def _scales_its_steps(made: object) -> bool:
-    try:
-        return isinstance(made, torch.optim.Optimizer) and norm_for(made) != Frobenius()
-    except RuleError:  # a user's own optimizer, or one that wraps another
-        return False

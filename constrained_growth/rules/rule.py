@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -23,25 +23,17 @@ class DecisionRule(Protocol):
     """A rule that needs only the sensitivities; a plain function fits."""
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """Decide which candidates to insert; `Decision(chosen=())` inserts nothing.
-
-        Args:
-            sensitivities: Candidate → sensitivity, in the order of the problem.
-        """
+        """The decision, from candidate → sensitivity in the order of the problem."""
         ...
 
 
-@runtime_checkable
 class ModelRule(Protocol):
     """A rule that also evaluates the model, such as `TrustRegion`."""
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
-        """Decide which candidates to insert, and leave model and data as they are.
+        """The decision about the candidates in `solution.sensitivities`.
 
-        Args:
-            problem: The problem that was solved.
-            solution: Its solution, with an empty decision. The candidates are those in
-                `solution.sensitivities`; the problem may have more.
+        The problem may have more candidates, and the decision of the solution is empty.
         """
         ...
 
@@ -86,19 +78,12 @@ def checked_decision(
             f"rule={rule!r} chose {decision.chosen}; the candidates are {tuple(sensitivities)}, "
             "and each may be chosen at most once."
         )
-    strangers = [name for name in decision.values if name not in decision.chosen]
-    if strangers:
+    if not decision.values.keys() <= set(decision.chosen):
         raise RuleError(
-            f"rule={rule!r} gives values for {strangers}, which it did not choose; it chose "
-            f"{decision.chosen}."
+            f"rule={rule!r} gives values for {tuple(decision.values)}, and it did not choose all "
+            f"of them; it chose {decision.chosen}."
         )
     return decision
-
-
-def check_count(name: str, value: object, owner: str) -> None:
-    """Raise a RuleError unless an argument of a rule is a positive whole number."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RuleError(f"{name}={value!r} of {owner} is not a positive whole number.")
 
 
 def check_optimizer(optimizer: object, owner: str) -> None:
@@ -106,14 +91,11 @@ def check_optimizer(optimizer: object, owner: str) -> None:
     if not (callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer)):
         raise RuleError(
             f"optimizer={optimizer!r} of {owner} is neither an optimizer nor a function that makes "
-            "one; pass functools.partial(torch.optim.SGD, lr=0.1), say."
+            "one, such as functools.partial(torch.optim.SGD, lr=0.1)."
         )
 
 
 def check_curvature(curvature: object, owner: str) -> None:
     """Raise a RuleError unless an argument of a rule can be called as a `Curvature`."""
     if not callable(curvature):
-        raise RuleError(
-            f"curvature={curvature!r} of {owner} cannot be called; pass cg.curvature.hessian or "
-            "cg.curvature.gauss_newton."
-        )
+        raise RuleError(f"curvature={curvature!r} of {owner}: pass cg.curvature.hessian, say.")

@@ -7,8 +7,8 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from constrained_growth._arguments import positive_int
 from constrained_growth.errors import RuleError
-from constrained_growth.rules.rule import check_count
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import MIN_CONFIDENCE, interval
 
@@ -22,7 +22,6 @@ class TopK:
     Args:
         k: How many.
         cost: Rank by sensitivity per unit of this cost, such as `lambda s: s.num_parameters`.
-            None (default) ranks by the sensitivity itself.
 
     Raises:
         RuleError: k is not a positive whole number, or a cost is not positive.
@@ -39,24 +38,21 @@ class TopK:
     cost: Callable[[Sensitivity], float] | None = None
 
     def __post_init__(self) -> None:
-        check_count("k", self.k, "TopK")
+        positive_int("k", self.k, RuleError)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The k best."""
-        scores = {name: self._score(name, s) for name, s in sensitivities.items()}
+        scores = {}
+        for name, sensitivity in sensitivities.items():
+            cost = 1.0 if self.cost is None else self.cost(sensitivity)
+            if not cost > 0:
+                raise RuleError(f'cost of TopK is {cost} for candidate "{name}", not positive.')
+            scores[name] = sensitivity.value / cost
         ranked = sorted((name for name in scores if scores[name] > 0), key=lambda n: -scores[n])
         chosen = tuple(ranked[: self.k])
         what = "sensitivity" if self.cost is None else "sensitivity per cost"
         reason = f"largest {what} of {len(scores)}" if chosen else f"no {what} above 0"
         return Decision(chosen, reason)
-
-    def _score(self, name: str, sensitivity: Sensitivity) -> float:
-        cost = 1.0 if self.cost is None else self.cost(sensitivity)
-        if not cost > 0:
-            raise RuleError(
-                f'cost of TopK gives {cost} for candidate "{name}"; it must be positive.'
-            )
-        return sensitivity.value / cost
 
 
 @dataclass(frozen=True)
@@ -66,16 +62,14 @@ class Threshold:
     Args:
         absolute: Insert where the sensitivity is above this number.
         relative: Insert where it is above this number times the mean gradient norm of the layers
-            the network already has, in the same norm. Needs the stationarity, which `solve`
-            computes by default. With both thresholds, a candidate has to exceed both.
+            the network already has, in the same norm. Needs the stationarity of the solution.
         max_insertions: At most this many; None (default) for all.
-        confidence: Compare the lower end of the `statistics.interval` of this confidence with the
-            threshold (0 if none is given), not the value. None (default) compares the value.
+        confidence: Compare not the value but the lower end of the `statistics.interval` of this
+            confidence with the threshold (0 if none is given).
 
     Raises:
-        RuleError: Neither threshold nor confidence is given; one is out of range; `relative` is
-            used on a solution without stationarity; or `confidence` is used where a standard
-            error is unknown.
+        RuleError: None is given or one is out of range; or, when called, the stationarity or a
+            standard error that is needed is missing.
 
     Example:
         >>> given = {"a": Sensitivity(0.2, baseline=0.1), "b": Sensitivity(0.5, baseline=0.1)}
@@ -91,17 +85,15 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.absolute is self.relative is self.confidence is None:
             raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
-        for name in ("absolute", "relative"):
-            value = getattr(self, name)
+        for name, value in (("absolute", self.absolute), ("relative", self.relative)):
             if value is not None and not value >= 0:
                 raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
         if self.confidence is not None and not MIN_CONFIDENCE <= self.confidence < 1:
             raise RuleError(
-                f"confidence={self.confidence!r} of Threshold must be at least {MIN_CONFIDENCE} "
-                "and below 1, such as 0.95."
+                f"confidence={self.confidence!r} of Threshold is not in [{MIN_CONFIDENCE}, 1)."
             )
         if self.max_insertions is not None:
-            check_count("max_insertions", self.max_insertions, "Threshold")
+            positive_int("max_insertions", self.max_insertions, RuleError)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""
@@ -119,7 +111,7 @@ class Threshold:
         if math.isnan(sensitivity.standard_error):
             raise RuleError(
                 f"confidence={self.confidence!r} of Threshold needs the standard error of "
-                f'candidate "{name}", which is unknown; use several batches, or leave it out.'
+                f'candidate "{name}", which is unknown; use several batches.'
             )
         return interval(sensitivity, self.confidence)[0]
 
@@ -128,8 +120,7 @@ class Threshold:
             return self.absolute or 0.0
         if sensitivity.baseline is None:
             raise RuleError(
-                f"relative={self.relative!r} of Threshold needs the gradients of the layers the "
-                "network has; call solve(problem, rule, stationarity=True)."
+                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True)."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
 
@@ -138,15 +129,9 @@ class Threshold:
 class Random:
     """Candidates drawn uniformly at random, as a control.
 
-    The draw depends only on the seed and the names of the candidates, so asking twice gives the
-    same decision; use another seed for another draw.
-
     Args:
         k: How many; all candidates if there are fewer.
-        seed: Seed of the draw.
-
-    Raises:
-        RuleError: k is not a positive whole number.
+        seed: The draw depends only on it and on the names of the candidates.
 
     Example:
         >>> Random(seed=1)({"a": Sensitivity(0.2), "b": Sensitivity(0.5)}).chosen
@@ -157,7 +142,7 @@ class Random:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_count("k", self.k, "Random")
+        positive_int("k", self.k, RuleError)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The draw."""
@@ -172,8 +157,7 @@ class Fixed:
     """Candidates fixed in advance, by name or by index in the problem.
 
     Args:
-        *candidates: Names, or indices as into a list: `Fixed(0)` takes the first candidate,
-            `Fixed(-1)` the last one, `Fixed()` none.
+        *candidates: Names, or indices as into a list: `Fixed(-1)` takes the last, `Fixed()` none.
 
     Raises:
         RuleError: An argument is neither; or, when called, there is no such candidate.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size, batch_weight, batches, copied, some_of
 from constrained_growth._distributed import everywhere, num_processes
 from constrained_growth._progress import progress_bar
@@ -17,12 +18,7 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import (
-    OptimizerFactory,
-    check_count,
-    check_curvature,
-    check_optimizer,
-)
+from constrained_growth.rules.rule import OptimizerFactory, check_curvature, check_optimizer
 from constrained_growth.solution import Decision, Solution
 
 
@@ -44,11 +40,9 @@ class Stable:
 
     Dampening, weight decay and groups with different learning rates are taken into account. The
     pins get the largest rate of the model's parameters; parameters that the optimizer does not
-    have count as fixed.
-
-    The decision's evidence holds `stability`, candidate → fraction of the limit that is used (None
-    if not finite), and `passes`: for each candidate one gradient pass over what is read and 3 for
-    each product (1.5 if θ is frozen), so 10 by default, times 100/N with N > 100 samples.
+    have count as fixed. The evidence holds `stability`, candidate → fraction of the limit that is
+    used (None if not finite), and `passes`: for each candidate one gradient pass over what is read
+    and 3 for each product (1.5 if θ is frozen).
 
     Args:
         optimizer: The `torch.optim.SGD` that trains the model, whose current settings are used; or
@@ -56,24 +50,20 @@ class Stable:
         factor: The fraction of the limit that may be used. 0.75 by default, because mini-batch
             noise lowers the limit and training raises the curvature.
         max_products: Products with the matrix for each candidate. 3 (default) find the largest
-            eigenvalue to a few per cent if it is well separated, as in trained networks, and never
-            overestimate it.
-        max_samples: Batches are drawn at random until they have about this many samples, at least
-            one batch, and are kept in memory; None for all data. 100 by default, which is cheap
-            beside λ. On fewer samples the eigenvalue is larger on average.
+            eigenvalue to a few per cent if it is well separated, and never overestimate it.
+        max_samples: About how many samples are drawn, in whole batches, and kept in memory; None
+            for all data. On fewer samples the eigenvalue is larger on average.
         curvature: The matrix: `gauss_newton` (default), or `hessian` for a loss that is linear in
             the outputs of the model, such as NLLLoss after LogSoftmax.
         progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 
     Raises:
-        RuleError: An argument is out of range. When asked: the optimizer is not SGD (no useful
-            limit is known for adaptive ones), or not the model's, or its groups have different
-            momentum, or a momentum of 1 or more; or the matrix is zero.
+        RuleError: An argument is out of range. When asked: the optimizer is not an SGD of the model
+            with one momentum below 1; or the matrix is zero.
 
     Source:
         Polyak, *Some methods of speeding up the convergence of iteration methods*, 1964; Cohen et
-        al., *Gradient descent on neural networks typically occurs at the edge of stability*, ICLR
-        2021, appendix B.
+        al., arXiv 2103.00065, appendix B.
 
     Example:
         >>> import constrained_growth as cg
@@ -97,9 +87,9 @@ class Stable:
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer, "Stable")
         check_curvature(self.curvature, "Stable")
-        check_count("max_products", self.max_products, "Stable")
+        positive_int("max_products", self.max_products, RuleError)
         if self.max_samples is not None:
-            check_count("max_samples", self.max_samples, "Stable")
+            positive_int("max_samples", self.max_samples, RuleError)
         if not isinstance(self.factor, int | float) or not 0 < self.factor < math.inf:
             raise RuleError(f"factor={self.factor!r} of Stable must be positive and finite.")
 
@@ -109,10 +99,9 @@ class Stable:
         counts = [p.numel() for p in trained]
         settings, limit = _settings(self.optimizer, problem.model, trained)
         names = tuple(solution.sensitivities)
-        bar = progress_bar(names, desc="stability", unit="candidate", progress=self.progress)
         data, share = self._drawn(problem, solution)
         used, passes = {}, 0.0
-        for name in bar:
+        for name in progress_bar(names, desc="stability", unit="candidate", progress=self.progress):
             loss = VirtualLoss(problem, solution.candidates[name], joint=True, data=data)
             used[name] = self._sharpness(loss, settings, counts) / limit
             passes += share * loss.passes
@@ -133,9 +122,8 @@ class Stable:
             with untouched(problem.model, problem.data):
                 read = batches(problem.data, None)
                 weighted = (pair for pair in read if batch_weight(problem.weight, *pair) > 0)
-                some, is_all = some_of(weighted, number, keep=copied)
-            drawn.extend(some)
-            return sum(batch_size(*pair) for pair in some), is_all
+                drawn[:], is_all = some_of(weighted, number, keep=copied)
+            return sum(batch_size(*pair) for pair in drawn), is_all
 
         sizes, whole = zip(*everywhere(draw, problem.group), strict=True)
         return drawn, 1.0 if all(whole) else min(1.0, sum(sizes) / solution.num_samples)
@@ -152,9 +140,8 @@ class Stable:
             image = self.curvature(loss, scaled)
             if bool(scaled.any()) and not bool(image.any()):
                 raise RuleError(
-                    "curvature of Stable: the matrix is zero, as the Gauss–Newton matrix of a loss "
-                    "that is linear in the outputs of the model (NLLLoss after LogSoftmax); use "
-                    "Stable(..., curvature=cg.curvature.hessian)."
+                    "curvature of Stable: the matrix is zero, as Gauss–Newton's is where the loss "
+                    "is linear in the outputs (NLLLoss); use curvature=cg.curvature.hessian."
                 )
             return root * (image + decays * scaled)
 
@@ -205,20 +192,17 @@ def _settings(
     if not isinstance(made, torch.optim.SGD) or any(g["maximize"] for g in made.param_groups):
         raise RuleError(
             f"optimizer={type(made).__name__} of Stable: the limit is known only for a "
-            "torch.optim.SGD that minimises, with or without momentum; leave Stable out for others."
+            "torch.optim.SGD that minimises; leave Stable out for others."
         )
     mine = {id(p) for p in model.parameters()}
     groups = [g for g in made.param_groups if any(id(p) in mine for p in g["params"])]
     if not groups:
-        raise RuleError(
-            "optimizer of Stable: it has none of the parameters of the model; pass the one that "
-            "trains it."
-        )
+        raise RuleError("optimizer of Stable has no parameters of the model; pass one that has.")
     kinds = {(float(g["momentum"]), bool(g["nesterov"])) for g in groups}
     if len(kinds) > 1 or not max(kinds)[0] < 1:
         raise RuleError(
-            f"optimizer of Stable: its groups have (momentum, nesterov) {sorted(kinds)}; the limit "
-            "is known only if all of them have one momentum below 1."
+            f"optimizer of Stable: its groups have (momentum, nesterov) {sorted(kinds)}, but the "
+            "limit is known only for one momentum below 1."
         )
     momentum, nesterov = kinds.pop()
     by_parameter, largest = {}, (0.0, 0.0)

@@ -1,8 +1,7 @@
 """The trust-region subproblem: minimise −⟨λ, s⟩ + ½⟨s, B s⟩ over ‖s‖ ≤ Δ.
 
-B is symmetric, possibly indefinite, and only its products with vectors are known. Both solvers
-spend all their products at once, for the largest radius, and return a function that gives the
-step for any smaller radius at no further cost.
+B is symmetric, possibly indefinite, and known by its products with vectors. Both solvers spend all
+products at once, for the largest radius; steps for smaller ones come at no further cost.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import torch
 from scipy.optimize import root_scalar
 from torch import Tensor
 
-Product = Callable[[Tensor], Tensor]
-"""s ↦ B s."""
+Product = Callable[[Tensor], Tensor]  # s ↦ B s
 
 
 class Step(NamedTuple):
@@ -36,8 +34,7 @@ def trust_region_steps(
 ) -> Steps:
     """The exact steps if `max_products` are enough for them, else those of Steihaug–Toint.
 
-    λ is flat and in float64, and `radius` the largest Δ for which a step will be needed. Conjugate
-    gradients stop where ‖λ − B s‖ is at most `tolerance` times ‖λ‖.
+    λ is flat and in float64, and `radius` the largest Δ for which a step will be needed.
     """
     if multiplier.numel() <= max_products:
         return _exact(multiplier, product)
@@ -49,11 +46,8 @@ def _exact(multiplier: Tensor, product: Product) -> Steps:
 
     s = (B + μI)⁻¹ λ with the μ ≥ max(0, −smallest eigenvalue) for which ‖s‖ = Δ, or μ = 0 if that
     step is shorter. In the hard case no such μ exists, and a multiple of an eigenvector for the
-    smallest eigenvalue is added.
-
-    Source:
-        Moré and Sorensen, *Computing a trust region step*, 1983; Nocedal and Wright, *Numerical
-        Optimization*, 2nd ed. 2006, section 4.3.
+    smallest eigenvalue is added. Moré and Sorensen, *Computing a trust region step*, 1983;
+    Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, section 4.3.
     """
     eye = torch.eye(multiplier.numel(), dtype=multiplier.dtype, device=multiplier.device)
     matrix = torch.stack([product(column) for column in eye])
@@ -111,13 +105,11 @@ def _steihaug(
 ) -> Steps:
     """The path of conjugate gradients until it leaves the ball, or follows a negative curvature.
 
-    Both ‖s‖ and the decrease grow along the path, so the step for a smaller radius is the same
-    path, cut earlier. If B is positive semidefinite, the decrease is at least half the best one.
-
-    Source:
-        Steihaug, *The conjugate gradient method and trust regions in large scale optimization*,
-        1983; Toint, 1981; Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithm
-        7.2; the factor of a half: Yuan, *On the truncated conjugate gradient method*, 2000.
+    It stops where ‖λ − B s‖ is at most `tolerance` times ‖λ‖. Both ‖s‖ and the decrease grow along
+    it, so the step for a smaller radius is the same path, cut earlier. If B is positive
+    semidefinite, the decrease is at least half the best one (Yuan, *On the truncated conjugate
+    gradient method*, 2000). Steihaug, *The conjugate gradient method and trust regions in large
+    scale optimization*, 1983; Nocedal and Wright, *Numerical Optimization*, algorithm 7.2.
     """
     s, residual, p, decrease = torch.zeros_like(multiplier), multiplier, multiplier, 0.0
     square = float(residual @ residual)
@@ -138,7 +130,11 @@ def _steihaug(
 
     def step(radius: float) -> Step:
         for at in path:
-            room = _to_boundary(at.start, at.direction, radius)
+            # the t ≥ 0 for which ‖start + t direction‖ is the radius
+            a, b = float(at.direction @ at.direction), float(at.start @ at.direction)
+            c = max(radius**2 - float(at.start @ at.start), 0.0)
+            root = b + math.sqrt(b**2 + a * c)
+            room = c / root if root > 0 else 0.0
             if room <= at.length or at is path[-1]:
                 length = min(room, at.length)
                 gained = length * at.slope - length**2 * at.curvature / 2
@@ -147,11 +143,3 @@ def _steihaug(
         return Step(torch.zeros_like(multiplier), 0.0, False)
 
     return step
-
-
-def _to_boundary(start: Tensor, direction: Tensor, radius: float) -> float:
-    """The t ≥ 0 for which ‖start + t direction‖ = radius."""
-    a, b = float(direction @ direction), float(start @ direction)
-    c = max(radius**2 - float(start @ start), 0.0)
-    root = math.sqrt(b**2 + a * c)
-    return c / (b + root) if b + root > 0 else 0.0

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size, batch_weight, batches
 from constrained_growth._distributed import several
 from constrained_growth._progress import progress_bar
@@ -22,7 +23,7 @@ from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.curvature import FORWARD_PASSES, stand
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import OptimizerFactory, check_count, check_optimizer
+from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
 from constrained_growth.solution import Decision, Planned, Solution
 
 NOTHING = "(nothing)"
@@ -36,11 +37,10 @@ class Trial:
     Copies of the model, each with one candidate at its pins or with none, are trained on the same
     batches with the same random numbers. The best 1/η of the candidates train η times as long,
     until one is left; it is chosen if its loss is below that of the copy without a new layer.
-    Model, optimizer, data and random state stay as they are. This is the expensive brute force to
-    compare other rules with.
+    This is the expensive brute force to compare other rules with.
 
-    The decision's evidence holds `rungs`, a list of {"steps": number, "losses": {name: loss}},
-    the `losses` of the last rung, and `passes`.
+    The evidence holds `rungs`, a list of {"steps": number, "losses": {name: loss}}, the `losses`
+    of the last rung, and `passes`.
 
     Args:
         steps: For how many steps the last candidate is trained.
@@ -49,16 +49,15 @@ class Trial:
             from parameters, such as `functools.partial(torch.optim.SGD, lr=0.1)`.
         eta: η, above 1; 3 as in the source. Infinite: every candidate is trained for all steps.
         data: Batches on which the losses are compared; those of the problem by default.
-        seed: Of the order in which a list of batches is read; other data are just read again.
+        seed: Of the order in which a list of batches is read.
         progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 
     Raises:
-        RuleError: An argument is out of range, the optimizer is not the model's, or there are
+        RuleError: An argument is out of range, the optimizer is another model's, or there are
             several processes.
 
     Source:
-        Jamieson and Talwalkar, *Non-stochastic best arm identification and hyperparameter
-        optimization*, 2016, arXiv 1502.07943.
+        Jamieson and Talwalkar, arXiv 1502.07943.
 
     Example:
         >>> import constrained_growth as cg
@@ -81,7 +80,7 @@ class Trial:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        check_count("steps", self.steps, "Trial")
+        positive_int("steps", self.steps, RuleError)
         check_optimizer(self.optimizer, "Trial")
         if not self.eta > 1:
             raise RuleError(f"eta={self.eta!r} of Trial must be above 1, such as 3.")
@@ -89,16 +88,12 @@ class Trial:
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The winner, or nothing."""
         if several(problem.group):
-            raise RuleError(
-                "Trial does not run on several processes; make the problem with group=None on one "
-                "of them, or use another rule."
-            )
+            raise RuleError("Trial does not run on several processes; use another rule.")
         if isinstance(self.optimizer, torch.optim.Optimizer):
             trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
             if trained.isdisjoint(map(id, problem.model.parameters())):
                 raise RuleError(
-                    "optimizer of Trial trains none of the parameters of the model; pass the one "
-                    "that does, or a function that makes one."
+                    "optimizer of Trial has no parameters of the model; pass one that has."
                 )
         left = list(solution.sensitivities)
         if not left:
@@ -109,7 +104,7 @@ class Trial:
         rungs, losses, done = [], dict[str, float](), 0
         data = problem.data if self.data is None else self.data
         cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
-        bar = progress_bar(desc="trial", unit="step", total=self.steps, progress=self.progress)
+        bar = progress_bar(total=self.steps, desc="trial", unit="step", progress=self.progress)
         standing = ExitStack()
         with untouched(problem.model, problem.data, data), differentiable(), bar, standing:
             copies = {n: _Copy(problem, self, solution.candidates[n], standing) for n in left}

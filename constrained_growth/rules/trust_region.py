@@ -5,26 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from constrained_growth._arguments import positive_int
 from constrained_growth._progress import progress_bar
 from constrained_growth.curvature import Curvature, VirtualLoss, hessian
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import check_count, check_curvature
+from constrained_growth.rules.rule import check_curvature
 from constrained_growth.rules.subproblem import Steps, trust_region_steps
 from constrained_growth.solution import Decision, Solution
-
-
-@dataclass(frozen=True)
-class TrustRegionState:
-    """What a trust region remembers from one decision to the next."""
-
-    radius: float
-    """Δ."""
 
 
 @dataclass(eq=False, repr=False)
@@ -35,38 +28,33 @@ class TrustRegion:
 
         s ≈ argmin −⟨λ, s⟩ + ½⟨s, B s⟩   over ‖s‖ ≤ Δ,
 
-    and the step with the largest predicted decrease is *tried*: the loss is evaluated over the
-    data with the layer at its site, moved by s. With ρ = actual/predicted decrease,
+    and the one with the largest predicted decrease is *tried*: the loss is evaluated with the
+    layer at its site, moved by s. With ρ = actual/predicted decrease,
 
     * ρ ≥ η₁: the layer is chosen and inserted at s instead of at its pins, so the loss falls by
       the actual decrease on insertion. If ρ ≥ η₂ and s is at the boundary, Δ grows.
     * otherwise Δ shrinks to a fraction of ‖s‖, and the best step for that Δ is tried, possibly of
-      another candidate. After `max_tries` nothing is chosen. The model stays as it is.
-
-    Δ is remembered from one decision to the next in `state`.
+      another candidate. After `max_tries` nothing is chosen.
 
     Args:
-        radius: Δ of the first decision, in the Euclidean norm over all pinned parameters of a
-            candidate: 1.0 moves one weight of an identity layer as far as it is from zero.
+        radius: Δ of the first decision, in the Euclidean norm over all pins of a candidate.
         eta1: η₁, the smallest ρ of an accepted step.
         eta2: η₂, the smallest ρ with which Δ grows.
-        shrink: Factor by which Δ shrinks; the default is that of the textbook.
-        grow: Factor by which Δ grows; the default is that of the textbook.
+        shrink: Factor by which Δ shrinks; like `grow`, that of the textbook by default.
+        grow: Factor by which Δ grows.
         max_radius: Upper limit of Δ.
-        curvature: B: `hessian` (default) or `gauss_newton`, or your own function of a
-            `VirtualLoss` and a vector.
-        max_products: Limit on the products with B for each candidate. The subproblem is solved
-            exactly for a candidate with no more pinned parameters than this, and by
-            Steihaug–Toint for the others.
+        curvature: B: `hessian` (default), `gauss_newton`, or your own `curvature.Curvature`.
+        max_products: Limit on the products with B for each candidate. With no more pinned
+            parameters than this the subproblem is solved exactly, else by Steihaug–Toint.
         tolerance: Steihaug–Toint stops once the gradient of the model has fallen by this factor.
         max_tries: How many steps are tried for one decision at most.
         progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 
     Attributes:
-        state: What is remembered.
+        current_radius: Δ, remembered from one decision to the next.
 
     Raises:
-        RuleError: An argument is out of range.
+        RuleError: An argument is out of range, or the solution has no multipliers.
 
     Source:
         Conn, Gould and Toint, *Trust-Region Methods*, 2000, algorithm 6.1.1; Nocedal and Wright,
@@ -99,45 +87,38 @@ class TrustRegion:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_between("radius", self.radius, 0, self.max_radius)
-        _check_between("eta1", self.eta1, 0, 1)
-        _check_between("eta2", self.eta2, self.eta1, 1)
-        _check_between("shrink", self.shrink, 0, 1)
-        _check_between("grow", self.grow, 1, math.inf)
-        _check_between("tolerance", self.tolerance, 0, 1)
-        check_count("max_products", self.max_products, "TrustRegion")
-        check_count("max_tries", self.max_tries, "TrustRegion")
+        for name, low, high in (
+            ("radius", 0, self.max_radius),
+            ("eta1", 0, 1),
+            ("eta2", self.eta1, 1),
+            ("shrink", 0, 1),
+            ("grow", 1, math.inf),
+            ("tolerance", 0, 1),
+        ):
+            _check_between(name, getattr(self, name), low, high)
+        positive_int("max_products", self.max_products, RuleError)
+        positive_int("max_tries", self.max_tries, RuleError)
         check_curvature(self.curvature, "TrustRegion")
-        self.state = TrustRegionState(self.radius)
+        self.current_radius = self.radius
 
     def __repr__(self) -> str:
-        return f"TrustRegion(radius={self.state.radius:g})"
+        return f"TrustRegion(radius={self.current_radius:g})"
 
     def state_dict(self) -> dict[str, float]:
-        """What is remembered, to be saved in a checkpoint."""
-        return {"radius": self.state.radius}
+        """The current radius, to be saved in a checkpoint."""
+        return {"radius": self.current_radius}
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
-        """Continue from a saved state.
-
-        Raises:
-            RuleError: It is not from a trust region.
-        """
+        """Continue from a saved state; a RuleError if it is not from a trust region."""
         try:
             radius = float(state_dict["radius"])
         except (KeyError, TypeError, ValueError) as error:
-            raise RuleError(
-                f"state_dict={state_dict!r} is not that of a TrustRegion, a dict with a radius."
-            ) from error
+            raise RuleError(f"state_dict={state_dict!r} is not that of a TrustRegion.") from error
         _check_between("radius", radius, 0, self.max_radius)
-        self.state = TrustRegionState(radius)
+        self.current_radius = radius
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
-        """The candidate whose step was accepted, or none.
-
-        Raises:
-            RuleError: The solution has no multipliers.
-        """
+        """The candidate whose step was accepted, or none."""
         names = tuple(solution.sensitivities)
         missing = [name for name in names if name not in solution.multipliers]
         if missing:
@@ -145,9 +126,15 @@ class TrustRegion:
         if not names:
             return Decision((), "no candidates")
         losses = {name: VirtualLoss(problem, solution.candidates[name]) for name in names}
-        bar = progress_bar(names, desc="models", unit="candidate", progress=self.progress)
-        steps = {name: self._steps(losses[name], solution.multipliers[name]) for name in bar}
-        radius, base = self.state.radius, None
+        radius, base, steps = self.current_radius, None, dict[str, Steps]()
+        for name in progress_bar(names, desc="models", unit="candidate", progress=self.progress):
+            steps[name] = trust_region_steps(
+                torch.cat([t.reshape(-1).double() for t in solution.multipliers[name].values()]),
+                partial(self.curvature, losses[name]),
+                radius,
+                max_products=self.max_products,
+                tolerance=self.tolerance,
+            )
         at = {name: step(radius) for name, step in steps.items()}
         tries: list[dict[str, Any]] = []
         chosen, values, reason = (), {}, "nothing to gain"
@@ -157,9 +144,8 @@ class TrustRegion:
             base = loss(torch.zeros_like(step.vector)) if base is None else base
             if not step.predicted > loss.rounding(base):
                 break
-            actual, rho = base - loss(step.vector), None
-            if math.isfinite(actual):
-                rho = actual / step.predicted
+            actual = base - loss(step.vector)
+            rho = actual / step.predicted if math.isfinite(actual) else None
             tries.append(
                 {
                     "candidate": best,
@@ -180,21 +166,12 @@ class TrustRegion:
             radius = self.shrink * min(radius, length)
             at = {name: step(radius) for name, step in steps.items()}
             reason = f"none of {len(tries)} steps achieved the predicted decrease"
-        self.state = TrustRegionState(radius)
+        self.current_radius = radius
         evidence = {key: tries[-1][key] for key in ("predicted", "actual", "rho") if tries}
         predictions = {name: step.predicted for name, step in at.items()}
         passes = sum(loss.passes for loss in losses.values())
         evidence |= {"radius": radius, "tries": tries, "predictions": predictions, "passes": passes}
         return Decision(chosen, reason, values, evidence)
-
-    def _steps(self, loss: VirtualLoss, multiplier: Mapping[str, Tensor]) -> Steps:
-        return trust_region_steps(
-            torch.cat([t.reshape(-1).to(torch.float64) for t in multiplier.values()]),
-            lambda vector: self.curvature(loss, vector),
-            self.state.radius,
-            max_products=self.max_products,
-            tolerance=self.tolerance,
-        )
 
 
 def _check_between(name: str, value: float, low: float, high: float) -> None:

@@ -11,13 +11,8 @@ The sign is the same everywhere: with 𝓛 = L + Σ_c ⟨λ_c, v_c⟩, CVXPY's `
 SciPy's trust-constr, and λ = −∇_v L(θ, 0) agree.
 """
 
-from constrained_growth.verification.convex import CvxpyLoss, check_with_cvxpy
-from constrained_growth.verification.reports import (
-    KKTResiduals,
-    VerificationReport,
-    kkt_residuals,
-)
-from constrained_growth.verification.smooth import check_with_scipy
+from constrained_growth.verification.reports import KKTResiduals, VerificationReport, kkt_residuals
+from constrained_growth.verification.solvers import CvxpyLoss, check_with_cvxpy, check_with_scipy
 
 __all__ = [
     "CvxpyLoss",

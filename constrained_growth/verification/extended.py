@@ -61,16 +61,6 @@ class ExtendedProblem:
 
     z = (θ − θ₀, v_1, v_2, …): the deviations of the trainable parameters of the model and of each
     pin from their current values.
-
-    Attributes:
-        batches: (input, target, weight) of each batch.
-        total_weight: Sum of the weights.
-        names: Key of each variable tensor in the extended network → its name in messages.
-        parts: Key of each variable tensor → its number of entries in z.
-        families: For each candidate, the keys of θ and of its pins.
-        sizes: Lengths of the parts of z: θ as a whole, then each pin.
-        zero: z = 0.
-        loss_fn: The loss of the problem, in float64.
     """
 
     def __init__(self, problem: GrowthProblem) -> None:
@@ -78,23 +68,21 @@ class ExtendedProblem:
         self.network = ExtendedNetwork(problem)
         self.loss_fn = doubled(problem.loss_fn)
         index = {candidate.name: i for i, candidate in enumerate(problem.candidates)}
-        trainable = {
-            f"model.{n}": n for n, p in problem.model.named_parameters() if p.requires_grad
-        }
+        trained = {f"model.{n}": n for n, p in problem.model.named_parameters() if p.requires_grad}
         pinned = {
             f"blocks.{index[pin.candidate]}.{pin.parameter}": f"{pin.candidate}: {pin.parameter}"
             for pin in problem.constraints
         }
-        self.names = trainable | pinned
+        # key in the extended network → name in messages, value, and number of entries in z
+        self.names = trained | pinned
         self._base = {key: self.network.get_parameter(key).detach() for key in self.names}
         self.parts = {key: value.numel() for key, value in self._base.items()}
-        self.sizes = [
-            sum(self.parts[key] for key in trainable),
-            *(self.parts[key] for key in pinned),
-        ]
+        # lengths of the parts of z: θ as a whole, then each pin
+        self.sizes = [sum(self.parts[key] for key in trained), *map(self.parts.__getitem__, pinned)]
         self.zero = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        # for each candidate, the keys of θ and of its pins
         self.families = [
-            [*trainable, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
+            [*trained, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
             for i in index.values()
         ]
         with untouched(problem.model, problem.data):
@@ -111,13 +99,13 @@ class ExtendedProblem:
         if self.zero.numel() > _MAX_VARIABLES:
             raise DataError(
                 f"model={model} has {self.sizes[0]} trainable and {sum(self.sizes[1:])} pinned "
-                f"parameters; verification is for small instances, up to {_MAX_VARIABLES} in all. "
-                "Freeze some with requires_grad_(False), or use a smaller model."
+                f"parameters; verification takes up to {_MAX_VARIABLES} in all. Freeze some with "
+                "requires_grad_(False), or use a smaller model."
             )
         if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
             raise DataError(
-                f"model={model}: the loss differs between two passes over the same data, so there "
-                "is no L(θ, v) to minimise; switch Dropout and the like off: model.eval()."
+                f"model={model}: the loss differs between two passes over the same data; switch "
+                "Dropout and the like off: model.eval()."
             )
 
     def outputs(self, z: Tensor) -> list[Any]:

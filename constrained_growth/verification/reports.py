@@ -60,10 +60,7 @@ class VerificationReport:
 
     @property
     def dual_errors(self) -> dict[Constraint, float]:
-        """‖dual − λ‖₂ / ‖dual‖₂ of each pin; `print(report)` also shows the norms.
-
-        Where λ is zero up to rounding, this is rounding divided by rounding.
-        """
+        """‖dual − λ‖₂ / ‖dual‖₂ of each pin; meaningless where λ is zero up to rounding."""
         return {
             pin: ratio(norm_of(dual - self.solution.dual_value(pin)), norm_of(dual))
             for pin, dual in self.duals.items()
@@ -82,25 +79,20 @@ class VerificationReport:
     def __str__(self) -> str:
         names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
         width = max(map(len, names.values()))
-        errors = self.dual_errors
-        rows = [
-            f"{names[pin]:{width}}  {norm_of(dual):13.6e}  "
-            f"{norm_of(self.solution.dual_value(pin)):13.6e}  {errors[pin]:8.1e}"
-            for pin, dual in self.duals.items()
+        errors, residuals = self.dual_errors, self.residuals
+        lines = [
+            f"{self.solver}: {self.status}",
+            f"L {self.objective:.12g}, by solve {self.solution.loss:.12g}, "
+            f"relative difference {self.objective_error:.1e}",
+            f"max |v| {self.primal:.1e}, largest change by a block {residuals.primal:.1e}",
+            f"|grad_theta L| {residuals.stationarity:.1e}, "
+            f"|grad_v L + lambda| {residuals.dual:.1e}",
+            f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err",
         ]
-        return "\n".join(
-            [
-                f"{self.solver}: {self.status}",
-                f"L {self.objective:.12g}, by solve {self.solution.loss:.12g}, "
-                f"relative difference {self.objective_error:.1e}",
-                f"max |v| {self.primal:.1e}, blocks change the tensors at their sites by at most "
-                f"{self.residuals.primal:.1e}",
-                f"|grad_theta L| {self.residuals.stationarity:.1e}, "
-                f"|grad_v L + lambda| {self.residuals.dual:.1e}",
-                f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err",
-                *rows,
-            ]
-        )
+        for pin, dual in self.duals.items():
+            sizes = f"{norm_of(dual):13.6e}  {norm_of(self.solution.dual_value(pin)):13.6e}"
+            lines.append(f"{names[pin]:{width}}  {sizes}  {errors[pin]:8.1e}")
+        return "\n".join(lines)
 
 
 def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
@@ -108,8 +100,7 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
 
     Args:
         problem: The problem, left unchanged.
-        solution: The result of `solve(problem)`. Residuals are always computed in float64, so
-            they show the rounding of a float32 solution.
+        solution: The result of `solve(problem)`. Residuals are computed in float64.
 
     Raises:
         DataError: L differs between two passes.
@@ -147,7 +138,6 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
 
 def report_of(
     extended: ExtendedProblem,
-    *,
     solver: str,
     status: str,
     objective: float,
@@ -158,9 +148,9 @@ def report_of(
     problem = extended.problem_at(z)
     solution = solve(problem, progress=False)
     return VerificationReport(
-        solver=solver,
-        status=status,
-        objective=objective,
+        solver,
+        status,
+        objective,
         primal=float(np.abs(z[extended.sizes[0] :]).max()),
         duals={
             pin: torch.tensor(dual, dtype=torch.float64).reshape(pin.shape)

@@ -75,7 +75,7 @@ def test_top_k_per_unit_of_cost() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 1.0, True, None, "1"])
 def test_k_is_a_positive_whole_number(k: Any) -> None:
-    with refused(cg.RuleError, f"k={k!r}", "TopK"):
+    with refused(cg.RuleError, f"k={k!r}", "positive whole number"):
         cg.TopK(k)
 
 

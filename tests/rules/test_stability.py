@@ -390,7 +390,7 @@ def test_the_eigenvalue_is_scipys(frozen: int, rank: int, seed: int) -> None:
             ("groups", "(0.0, False), (0.5, False)", "one momentum"),
         ),
         (functools.partial(torch.optim.SGD, lr=0.1, momentum=1.0), ("(1.0, False)", "below 1")),
-        (SGD([nn.Parameter(torch.ones(1))]), ("none of the parameters", "trains it")),
+        (SGD([nn.Parameter(torch.ones(1))]), ("no parameters of the model",)),
     ],
 )
 def test_optimizers_without_a_known_limit(
@@ -418,7 +418,7 @@ def test_optimizers_without_a_known_limit(
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any]) -> None:
-    with refused(cg.RuleError, next(iter(options)), "Stable"):
+    with refused(cg.RuleError, f"{next(iter(options))}="):
         Stable(**{"optimizer": SGD, **options})
 
 
@@ -491,7 +491,7 @@ def test_what_the_rules_of_a_chain_remember_is_saved() -> None:
     assert rule.state_dict() == {"1": {"radius": 0.5}}
     other: Any = cg.rules.then(cg.TopK(1), cg.TrustRegion(), Stable(SGD))
     other.load_state_dict({"1": {"radius": 0.25}})
-    assert other.rules[1].state.radius == 0.25
+    assert other.rules[1].current_radius == 0.25
     with refused(cg.RuleError, "state_dict=", "['1']"):
         other.load_state_dict({"0": {"radius": 0.25}})
 

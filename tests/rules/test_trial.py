@@ -257,7 +257,7 @@ def test_weights_and_batches_of_weight_zero() -> None:
     ],
 )
 def test_arguments_out_of_range(options: dict[str, Any], word: str) -> None:
-    with refused(cg.RuleError, word, "Trial"):
+    with refused(cg.RuleError, word):
         Trial(**{"steps": 3, "optimizer": SGD, **options})
 
 

@@ -189,4 +189,4 @@ def test_objects_that_are_wrong(rule: Any, word: str) -> None:
 def test_a_rule_that_remembers_is_not_used_up() -> None:
     rule = cg.TrustRegion(radius=0.01, max_products=1)
     check_rule(rule)
-    assert rule.state.radius == 0.01
+    assert rule.current_radius == 0.01

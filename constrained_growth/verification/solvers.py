@@ -1,4 +1,4 @@
-"""Convex instances, solved by CVXPY."""
+"""Small instances solved by CVXPY (convex ones) and by SciPy's trust-constr (smooth ones)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import cvxpy as cp
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.optimize import LinearConstraint, minimize
 from torch import Tensor, nn
 
 from constrained_growth.errors import DataError
@@ -25,17 +26,15 @@ CvxpyLoss = Callable[[cp.Expression, Tensor], Scalar]
 # With default settings except the tolerances Clarabel gives up early on some logistic instances (3
 # of 50 random ones, duals off by 1e-4). With refined linear systems and shorter steps it finished
 # all of them, with duals off by at most 2e-7.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    cp.CLARABEL: {
-        "tol_gap_abs": 1e-12,
-        "tol_gap_rel": 1e-12,
-        "tol_feas": 1e-12,
-        "iterative_refinement_reltol": 1e-15,
-        "iterative_refinement_abstol": 1e-15,
-        "iterative_refinement_max_iter": 50,
-        "static_regularization_constant": 1e-10,
-        "max_step_fraction": 0.8,
-    },
+_CLARABEL: dict[str, Any] = {
+    "tol_gap_abs": 1e-12,
+    "tol_gap_rel": 1e-12,
+    "tol_feas": 1e-12,
+    "iterative_refinement_reltol": 1e-15,
+    "iterative_refinement_abstol": 1e-15,
+    "iterative_refinement_max_iter": 50,
+    "static_regularization_constant": 1e-10,
+    "max_step_fraction": 0.8,
 }
 
 
@@ -50,9 +49,8 @@ def check_with_cvxpy(
 
     An instance is convex if the network output is affine in (θ, v_c) jointly for each candidate
     c, which is checked, and the loss is convex in the output. So nonlinear layers, and every layer
-    that multiplies a pinned layer, must be frozen (`requires_grad_(False)`); outer factors of
-    `ResidualMLP` enter linearly. Several candidates may lie on one path: products of their v are
-    of second order at v = 0, do not affect any multiplier, and are left out.
+    that multiplies a pinned layer, must be frozen (`requires_grad_(False)`). Products of the v of
+    several candidates on one path do not affect any multiplier and are left out.
 
     Args:
         problem: The problem, left unchanged. The trainable parameters may have any values.
@@ -60,11 +58,7 @@ def check_with_cvxpy(
             expression of the shape of the output. None (default) knows the mean forms of
             `MSELoss`, `CrossEntropyLoss` and `BCEWithLogitsLoss`, as modules and as functions.
         solver: One of `cvxpy.installed_solvers()`.
-        options: Its options; None (default) asks Clarabel for tolerances of 1e-12 and shorter
-            steps, and uses the defaults of other solvers.
-
-    Returns:
-        The report; see `report.dual_error` first, `print(report)` shows everything.
+        options: Its options; None (default) asks Clarabel for tolerances of 1e-12.
 
     Raises:
         DataError: The output is not affine in (θ, v), or not a tensor of one or two dimensions;
@@ -92,6 +86,8 @@ def check_with_cvxpy(
     _, *pins = variables = [cp.Variable(size) for size in extended.sizes]
     z = cp.hstack(variables)
     terms = []
+    if options is None:
+        options = _CLARABEL if solver == cp.CLARABEL else {}
     for (offset, matrix), (_, target, weight) in zip(pieces, extended.batches, strict=True):
         flat = offset.flatten().numpy() + matrix.numpy() @ z
         output = cp.reshape(flat, tuple(offset.shape), order="C")
@@ -100,11 +96,10 @@ def check_with_cvxpy(
     objective = cp.sum(cp.hstack(terms))
     convex = cp.Problem(cp.Minimize(objective), constraints)
     try:
-        convex.solve(solver=solver, **(_OPTIONS.get(solver, {}) if options is None else options))
+        convex.solve(solver=solver, **options)
     except cp.SolverError as error:
         raise DataError(
-            f"solver={solver!r} fails: {error} Try another one of {cp.installed_solvers()}, or "
-            "other options=."
+            f"solver={solver!r} fails: {error} Try other options=, or {cp.installed_solvers()}."
         ) from error
     if convex.status not in (cp.OPTIMAL, cp.OPTIMAL_INACCURATE):
         raise DataError(
@@ -113,20 +108,79 @@ def check_with_cvxpy(
         )
     return report_of(
         extended,
-        solver=f"CVXPY, {solver}",
-        status=str(convex.status),
-        objective=_value(objective),
-        z=np.asarray(z.value),
-        duals=[np.asarray(constraint.dual_value) for constraint in constraints],
+        f"CVXPY, {solver}",
+        convex.status,
+        float(np.asarray(convex.value)),
+        np.asarray(z.value),
+        [np.asarray(constraint.dual_value) for constraint in constraints],
     )
 
 
-def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
-    """(y₀, J) of each batch with output y(z) = y₀ + J z; J of shape (numel of y₀, variables).
+def check_with_scipy(
+    problem: GrowthProblem, *, gtol: float = 1e-8, maxiter: int = 1000
+) -> VerificationReport:
+    """Solve a small instance with SciPy's trust-constr and compare its multipliers with λ there.
+
+    The network may be nonconvex: trust-constr moves from the current θ to a stationary point
+    nearby, with gradients and Hessians in (θ, v) from autograd and one `LinearConstraint` v_c = 0
+    for each pin. It computes its multipliers from the gradients of its last iterate, so their
+    agreement with λ does not depend on `gtol`; that they are KKT multipliers does.
+
+    At a kink (inactive units of a ReLU identity layer) the comparison is meaningful only if
+    `report.primal` is 0, as autograd's derivative is the one at v = 0 itself.
+
+    Args:
+        problem: The problem, left unchanged.
+        gtol: trust-constr stops when no entry of the gradient of the Lagrangian exceeds this.
+        maxiter: Maximal number of iterations.
 
     Raises:
-        DataError: The output is not such a tensor, or not affine in z.
+        DataError: The instance is too large, L differs between two passes, or trust-constr stops
+            before `gtol`.
+
+    Source:
+        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithm 18.4; Lalee, Nocedal
+        and Plantenga, *SIAM J. Optim.* 8 (1998) 682-706.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.Tanh(), nn.Linear(2, 1)).double()
+        >>> _ = net[2].requires_grad_(False)
+        >>> x = torch.linspace(-2, 2, 12).double()[:, None]
+        >>> data = [(x, 0.3 * x.sin())]
+        >>> candidate = cg.Candidate(after="1", block=cg.blocks.ResidualMLP(2, 2, torch.tanh))
+        >>> report = check_with_scipy(cg.GrowthProblem(net, nn.MSELoss(), data, [candidate]))
+        >>> report.primal, report.dual_error < 1e-5
+        (0.0, True)
     """
+    extended = ExtendedProblem(problem)
+    bounds = np.cumsum(extended.sizes)
+    identity = np.eye(bounds[-1])
+    result = minimize(
+        extended.loss_and_gradient,
+        np.zeros(bounds[-1]),
+        jac=True,
+        hess=extended.hessian,
+        method="trust-constr",
+        constraints=[
+            LinearConstraint(identity[start:stop], 0.0, 0.0)
+            for start, stop in itertools.pairwise(bounds)
+        ],
+        options={"gtol": gtol, "xtol": np.finfo(np.float64).eps, "maxiter": maxiter},
+    )
+    if not (result.optimality <= gtol and result.constr_violation <= gtol):
+        raise DataError(
+            f"trust-constr stopped after {result.nit} iterations with a gradient of the Lagrangian "
+            f"of {result.optimality:.1e}, above gtol={gtol:g} ({result.message}); train the model "
+            "further, raise maxiter, or use an instance that has a minimum."
+        )
+    solver = "SciPy, trust-constr"
+    return report_of(extended, solver, result.message, float(result.fun), result.x, result.v)
+
+
+def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
+    """(y₀, J) of each batch with output y(z) = y₀ + J z; J of shape (numel of y₀, variables)."""
     with torch.no_grad():
         offsets = extended.outputs(extended.zero)
     for output in offsets:
@@ -134,15 +188,13 @@ def _affine_outputs(extended: ExtendedProblem) -> list[tuple[Tensor, Tensor]]:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise DataError(
                 f"the output of model={type(extended.problem.model).__name__} is {given}; CVXPY "
-                "takes tensors of one or two dimensions. Use check_with_scipy, or a model whose "
-                "output has the shape (samples,) or (samples, classes)."
+                "takes tensors of one or two dimensions. Use check_with_scipy."
             )
     jacobians = torch.autograd.functional.jacobian(
         lambda z: tuple(y.flatten() for y in extended.outputs(z)), extended.zero
     )
     pieces = list(zip(offsets, jacobians, strict=True))
-    guilty = _not_affine(extended, pieces)
-    if guilty:
+    if guilty := _not_affine(extended, pieces):
         raise DataError(
             f"the output of model={type(extended.problem.model).__name__} is not affine in "
             f"{guilty}, so the instance is not convex. Freeze nonlinear layers and those that "
@@ -158,7 +210,6 @@ def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor
     With the pins of one candidate at a time, as products across candidates do not matter.
     """
     generator = torch.Generator().manual_seed(0)
-    names = extended.names
 
     def is_bent(*moved: str) -> bool:
         mask = torch.cat([torch.full((size,), n in moved) for n, size in extended.parts.items()])
@@ -174,13 +225,9 @@ def _not_affine(extended: ExtendedProblem, pieces: Sequence[tuple[Tensor, Tensor
         if is_bent(*variables):
             alone = [(name,) for name in variables if is_bent(name)]
             pairs = (pair for pair in itertools.combinations(variables, 2) if is_bent(*pair))
-            guilty = alone or pairs
-            return ", ".join(" times ".join(names[key] for key in group) for group in guilty)
+            groups = ([extended.names[key] for key in group] for group in alone or pairs)
+            return ", ".join(map(" times ".join, groups))
     return ""
-
-
-def _squares(output: cp.Expression, target: Tensor) -> Scalar:
-    return cp.mean(cp.square(output - target.numpy()))
 
 
 def _cross_entropy(output: cp.Expression, target: Tensor) -> Scalar:
@@ -188,25 +235,19 @@ def _cross_entropy(output: cp.Expression, target: Tensor) -> Scalar:
     return cp.mean(cp.log_sum_exp(output, axis=1) - cp.sum(cp.multiply(hot, output), axis=1))
 
 
-def _logistic(output: cp.Expression, target: Tensor) -> Scalar:
-    return cp.mean(cp.logistic(output) - cp.multiply(target.numpy(), output))
-
-
-_KNOWN_LOSSES: tuple[tuple[type[nn.Module], Callable[..., Tensor], CvxpyLoss], ...] = (
-    (nn.MSELoss, F.mse_loss, _squares),
-    (nn.CrossEntropyLoss, F.cross_entropy, _cross_entropy),
-    (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits, _logistic),
-)
-
-
 def _known_loss(loss_fn: object) -> CvxpyLoss:
-    for module, function, loss in _KNOWN_LOSSES:
-        if isinstance(loss_fn, module) or loss_fn is function:
-            return loss
-    known = ", ".join(module.__name__ for module, _, _ in _KNOWN_LOSSES)
+    if isinstance(loss_fn, nn.MSELoss) or loss_fn is F.mse_loss:
+        return lambda output, target: cp.mean(cp.square(output - target.numpy()))
+    if isinstance(loss_fn, nn.CrossEntropyLoss) or loss_fn is F.cross_entropy:
+        return _cross_entropy
+    if isinstance(loss_fn, nn.BCEWithLogitsLoss) or loss_fn is F.binary_cross_entropy_with_logits:
+        return lambda output, target: cp.mean(
+            cp.logistic(output) - cp.multiply(target.numpy(), output)
+        )
     raise DataError(
-        f"loss_fn={loss_fn!r} has no known form for CVXPY (only {known} have); give cvxpy_loss=, "
-        "a function (output expression, target) -> convex scalar expression."
+        f"loss_fn={loss_fn!r} has no known form for CVXPY (only MSELoss, CrossEntropyLoss and "
+        "BCEWithLogitsLoss have); give cvxpy_loss=, a function (output expression, target) -> "
+        "convex scalar expression."
     )
 
 
@@ -219,11 +260,12 @@ def _check_loss(
         output = torch.randn(offset.shape, generator=generator, dtype=torch.float64)
         ours = extended.loss_fn(output, target).item()
         try:
-            theirs = _value(loss(cp.Constant(output.numpy()), target))
+            value = loss(cp.Constant(output.numpy()), target)
+            theirs = float(np.asarray(value.value if isinstance(value, cp.Expression) else value))
         except Exception as error:
             raise DataError(
-                f"loss_fn={extended.problem.loss_fn!r}: its form for CVXPY fails on an output of "
-                f"shape {tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the targets."
+                f"loss_fn={extended.problem.loss_fn!r}: its CVXPY form fails on an output of shape "
+                f"{tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the targets."
             ) from error
         if not math.isclose(ours, theirs, rel_tol=1e-9, abs_tol=1e-12):
             raise DataError(
@@ -231,7 +273,3 @@ def _check_loss(
                 f"form for CVXPY {theirs:.12g}; give the same function as cvxpy_loss=, including "
                 "options such as weight=, label_smoothing= or reduction=."
             )
-
-
-def _value(scalar: Scalar) -> float:
-    return float(np.asarray(scalar.value if isinstance(scalar, cp.Expression) else scalar))
