@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import constrained_growth as cg
+from constrained_growth._progress import progress_bar
 from constrained_growth.experiments.data import Split, digits, two_spirals
+from constrained_growth.experiments.networks import feedforward
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -105,7 +105,7 @@ def run_demo(
     layers = (split.num_features, *setting.hidden, split.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kept = network(layers, he_init=setting.he_init, dtype=dtype)
+        kept = feedforward(layers, he_init=setting.he_init, dtype=dtype)
         candidates = proposals(setting.hidden, dtype=dtype)
     kept_optimizer = torch.optim.SGD(
         kept.parameters(), lr=setting.learning_rate, momentum=setting.momentum
@@ -150,24 +150,10 @@ def run_demo(
     return found | {"kept_at_end": score(kept, split), "grown_at_end": score(grown, split)}
 
 
-def network(
-    layers: Sequence[int], *, he_init: bool = False, dtype: torch.dtype | None = None
-) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them."""
-    modules: list[nn.Module] = []
-    for before, after in itertools.pairwise(layers):
-        linear = nn.Linear(before, after, dtype=dtype)
-        if he_init:
-            nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
-            nn.init.zeros_(linear.bias)
-        modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
-
-
 def proposals(
     hidden: Sequence[int], *, dtype: torch.dtype | None = None
 ) -> tuple[cg.Candidate, ...]:
-    """An identity layer and a residual block after each hidden ReLU of `network`."""
+    """An identity layer and a residual block after each hidden ReLU."""
     found: list[cg.Candidate] = []
     for depth, width in enumerate(hidden, start=1):
         after = str(2 * depth - 1)
@@ -207,7 +193,7 @@ def _train(
 ) -> list[float]:
     """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
     losses: list[float] = []
-    with tqdm(total=epochs, desc=name, unit=" epochs", leave=False, disable=None) as bar:
+    with progress_bar(total=epochs, desc=name, unit=" epochs") as bar:
         while len(losses) < epochs and not stop(losses):
             optimizer.zero_grad()
             loss = LOSS(model(split.x_train), split.y_train)

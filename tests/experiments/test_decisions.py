@@ -34,10 +34,10 @@ from constrained_growth.experiments.decisions.tasks import (
     Moment,
     Task,
     at_the_moment,
-    feedforward,
 )
 from constrained_growth.experiments.ensembles.networks import mean_loss, sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.networks import feedforward
 from constrained_growth.experiments.statistics import (
     Yardstick,
     best_loss,

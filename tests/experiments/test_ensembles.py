@@ -26,7 +26,6 @@ from constrained_growth.experiments.ensembles.stages import Convolution
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 
 FOLDER = Path(__file__).parent.parent / "golden"
-TANHLU = cg.blocks.TanhLU
 SPLITS = [two_spirals(seed, points_per_class=40, dtype=torch.float64) for seed in range(3)]
 TRAIN = samples([s.x_train for s in SPLITS], [s.y_train for s in SPLITS])
 TEST = samples([s.x_test for s in SPLITS], [s.y_test for s in SPLITS])
@@ -35,11 +34,9 @@ TEST = samples([s.x_test for s in SPLITS], [s.y_test for s in SPLITS])
 def block(kind, width=4):
     """A plain block with nothing at its pins."""
     made = {
-        "one weight": lambda: cg.blocks.ResidualLinear(width, torch.tanh),
         "outer": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh),
         "inner": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh, "inner"),
         "identity": lambda: cg.blocks.IdentityLinear(width, nn.ReLU()),
-        "shifted": lambda: cg.blocks.IdentityLinear(width, TANHLU(0.01)),
     }[kind]()
     return made
 
@@ -48,8 +45,6 @@ def plain(kind, width=4, outputs=2):
     """Two hidden layers of one kind."""
     if kind == "identity":
         hidden = [nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    elif kind == "shifted":
-        hidden = [nn.Linear(2, width), TANHLU(0.01), nn.Linear(width, width), TANHLU(0.01)]
     else:
         hidden = [nn.Linear(2, width), nn.Tanh(), block(kind, width)]
         for parameter in hidden[-1].parameters():
@@ -57,7 +52,7 @@ def plain(kind, width=4, outputs=2):
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
-KINDS = ["identity", "shifted", "one weight", "outer", "inner"]
+KINDS = ["identity", "outer", "inner"]
 
 
 def vector(model):
@@ -152,7 +147,7 @@ def test_multipliers_are_those_of_solve(kind):
     new = block(kind)
     found = growth.multipliers(ensemble(models), TRAIN, growth.new_layer(new))
     for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
-        sites = ("1", "3") if kind in ("identity", "shifted") else ("1", "2")
+        sites = ("1", "3") if kind == "identity" else ("1", "2")
         candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in sites]
         data = [(split.x_train, split.y_train)]
         problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
@@ -170,9 +165,9 @@ def test_multipliers_are_those_of_solve(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_replica_grows_at_its_own_site(kind):
     models, new = [plain(kind) for _ in SPLITS], block(kind)
-    names = {0: "1", 1: "3" if kind in ("identity", "shifted") else "2"}
+    names = {0: "1", 1: "3" if kind == "identity" else "2"}
     optimizer = SGD(0.1, momentum=0.5)
-    sites = [1, 1, 1] if kind == "shifted" else [1, 0, 1]  # only the new layer has a shift
+    sites = [1, 0, 1]
     before, _ = train(ensemble(models), TRAIN, 5, optimizer)
     grown = growth.insert_layer(before, sites, growth.new_layer(new))
     after, history = train(grown, TRAIN, 20, optimizer)
@@ -292,6 +287,8 @@ def test_what_does_not_fit_is_refused():
         ensemble([plain("identity"), plain("identity", 3)])
     with refused(cg.CandidateError, "nn.Linear"):
         ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU())])
+    with refused(cg.BlockError, "IdentityLinear", "no stacked form"):
+        growth.new_layer(cg.blocks.IdentityLinear(4, cg.blocks.TanhLU()))  # it has a shift
     with refused(cg.BlockError, "Conv1d", "no stacked form"):
         ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(1, 1, 1), nn.Linear(2, 2))])
     with refused(cg.DataError, "one size"):
@@ -300,7 +297,7 @@ def test_what_does_not_fit_is_refused():
 
 GOLDEN = [
     f"{kind}_{case}"
-    for kind in ("fwd_relu", "res1_tanh", "res2v1_tanh", "res2v2_tanh")
+    for kind in ("fwd_relu", "res2v1_tanh", "res2v2_tanh")
     for case in ("1_spiral_full", "2_spiral_mb64")
 ]
 
@@ -311,7 +308,7 @@ def test_golden(name):
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays["meta"]))
-    widths, two = meta["widths"], meta["type"] == "res2"
+    widths = meta["widths"]
     pinned = "inner" if meta["v2"] else "outer"
 
     def parameters(prefix):
@@ -321,9 +318,7 @@ def test_golden(name):
     def new(width):
         if meta["type"] == "fwd":
             return cg.blocks.IdentityLinear(width, nn.ReLU())
-        if two:
-            return cg.blocks.ResidualMLP(width, width, torch.tanh, pinned, inner_init=0.8)
-        return cg.blocks.ResidualLinear(width, torch.tanh)
+        return cg.blocks.ResidualMLP(width, width, torch.tanh, pinned, inner_init=0.8)
 
     layers = [nn.Linear(2, widths[0]), nn.ReLU() if meta["type"] == "fwd" else nn.Tanh()]
     for before, after in itertools.pairwise(widths):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from constrained_growth.experiments.ensembles.networks import (
     squared_error,
 )
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.networks import feedforward
 
 Data = tuple[Tensor, Tensor]
 """Inputs (samples, features); labels (samples,) or targets (samples, outputs)."""
@@ -106,12 +106,6 @@ def at_the_moment(
     return Moment(
         task, trained, data, models, list(zip(xs, ys, strict=True)), blocks, planted, seeds
     )
-
-
-def feedforward(widths: Sequence[int]) -> nn.Sequential:
-    """Hidden ReLU layers between input and output, PyTorch's initial values."""
-    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
 
 
 def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:

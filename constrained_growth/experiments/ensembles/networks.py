@@ -89,9 +89,9 @@ def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
 
     Args:
         models: Each a sequence of `nn.Linear` followed by an elementwise activation, and of the
-            blocks `IdentityLinear`, `ResidualLinear` and `ResidualMLP`, with an `nn.Linear` last;
-            between `nn.Unflatten` and `nn.Flatten` also `nn.Conv2d` with an activation, padded by
-            half of its kernel. The activations are those of the first network.
+            blocks that `stage_of` knows, with an `nn.Linear` last; between `nn.Unflatten` and
+            `nn.Flatten` also `nn.Conv2d` with an activation, padded by half of its kernel. The
+            activations are those of the first network.
 
     Raises:
         CandidateError: A network has another form, or the architectures differ.
@@ -194,10 +194,16 @@ def gradient(
 
 
 def multiply_adds(stack: Stack) -> int:
-    """Multiply-adds of one forward pass of one sample, without biases."""
-    widths = [stack.inputs, *(stage.width for stage in stack.stages)]
-    hidden = sum(s.multiply_adds(w) for s, w in zip(stack.stages, widths, strict=False))
-    return hidden + stack.outputs * widths[-1]
+    """Multiply-adds of one forward pass of one sample, without biases and activations."""
+    *hidden, (last, _) = stack.shapes
+    each = [operations(*pair) for pair in zip(stack.stages, hidden, strict=True)]
+    return sum(each) + math.prod(last)
+
+
+def operations(stage: Stage, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Multiply-adds of one stage; each weight is used once, that of a kernel at each position."""
+    positions = math.prod(stage.out_size) if isinstance(stage, Convolution) else 1
+    return positions * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
 
 
 def parts(flat: Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Tensor]]:

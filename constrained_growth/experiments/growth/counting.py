@@ -72,20 +72,16 @@ def _singular_values(a: Shape, *_: Any, **__: Any) -> int:
     return math.prod(a[:-2]) * (4 * m * m * n + 8 * m * n * n + 9 * n**3)
 
 
-def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward(g: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(g, q, k, v)
-
-
 _aten = torch.ops.aten
 _FORMULAS = {
     _aten.mv: _product,
     _aten.dot: _product,
     _aten._linalg_eigh: _eigenvalues,
     _aten._linalg_svd: _singular_values,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
 }

@@ -20,19 +20,16 @@ from constrained_growth.experiments.data import (
     random_windows,
     windows,
 )
+from constrained_growth.experiments.networks import Embed
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What one run learns from.
+    """What one run learns from; `stream` maps a seed to an endless stream of batches.
 
-    Attributes:
-        stream: Seed → an endless stream of batches.
-        deciding: Batches that decide where to grow, a part of the training data.
-        looking: Training data on which the loss is measured.
-        held_out: Data that are not trained on.
+    `deciding` and `looking` are training data that decide where to grow, and that measure the loss.
     """
 
     stream: Callable[[int], Iterator[Batch]]
@@ -134,21 +131,6 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(characters)))).mT
 
 
-class Embed(nn.Module):
-    """Characters and their positions as vectors."""
-
-    def __init__(self, characters: int, length: int, width: int) -> None:
-        super().__init__()
-        self.character = nn.Embedding(characters, width)
-        self.position = nn.Embedding(length, width)
-        for table in (self.character, self.position):
-            nn.init.normal_(table.weight, std=0.02)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        """(samples, positions) to (samples, positions, width)."""
-        return self.character(characters) + self.position.weight[: characters.shape[1]]
-
-
 def gpt_block(width: int, heads: int) -> TransformerBlock:
     """GPT-2's initial values, but for the output projections, which are pinned at zero."""
     block = TransformerBlock(width, heads, causal=True)
@@ -171,12 +153,8 @@ def of_split(split: Split, shape: tuple[int, ...], batch: int) -> Material:
     """The material of a classification data set, its inputs in another shape."""
     train = split.x_train.unflatten(1, shape), split.y_train
     held_out = split.x_test.unflatten(1, shape), split.y_test
-    deciding = _in_batches(train[0][:128], train[1][:128], 64)
+    deciding = [(train[0][:64], train[1][:64]), (train[0][64:128], train[1][64:128])]
     return Material(partial(epochs, *train, batch), deciding, [train], [held_out])
-
-
-def _in_batches(x: Tensor, y: Tensor, size: int) -> list[Batch]:
-    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 _CHANNELS, _LENGTH, _PIECES, _WIDTH, _HEADS = 4, 64, 4, 32, 2

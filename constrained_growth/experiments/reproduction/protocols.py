@@ -5,19 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from constrained_growth.blocks import (
-    IdentityConv2d,
-    IdentityLinear,
-    ResidualLinear,
-    ResidualMLP,
-    TanhLU,
-)
+from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualMLP
 from constrained_growth.experiments.data import Split, two_spirals
+from constrained_growth.experiments.networks import feedforward
 
 
 @dataclass(frozen=True)
@@ -35,70 +30,45 @@ class Family:
     selected: str
 
 
-def _feedforward(activation: Callable[[], nn.Module]) -> Family:
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        sizes = (inputs, *widths)
-        hidden = [
-            layer
-            for before, after in zip(sizes, widths, strict=False)
-            for layer in (nn.Linear(before, after), activation())
-        ]
-        return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
-
-    return Family(build, lambda width: IdentityLinear(width, activation()), "weight")
+def _relu(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    return feedforward((inputs, *widths, outputs))
 
 
-def _residual(block: Callable[[int], nn.Module], selected: str) -> Family:
+def _block(width: int) -> ResidualMLP:
+    return ResidualMLP(width, width, torch.tanh, inner_init=0.8)
+
+
+def _residual(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     """Linear and tanh, then blocks, then Linear; its blocks begin as `nn.Linear` does."""
-
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        first, *others = widths
-        hidden = [nn.Linear(inputs, first), nn.Tanh()]
-        return nn.Sequential(*hidden, *map(_initialised, others), nn.Linear(first, outputs))
-
-    def _initialised(width: int) -> nn.Module:
-        made = block(width)
-        fresh = [nn.Linear(width, width), nn.Linear(width, width, bias=False)]
-        values = [parameter for layer in fresh for parameter in layer.parameters()]
-        with torch.no_grad():
-            for parameter, value in zip(made.parameters(), values, strict=False):
-                parameter.copy_(value)
-        return made
-
-    return Family(build, block, selected)
+    first, *others = widths
+    hidden: list[nn.Module] = [nn.Linear(inputs, first), nn.Tanh()]
+    for width in others:
+        hidden.append(block := _block(width))
+        block.inner.reset_parameters()
+        block.outer.reset_parameters()
+    return nn.Sequential(*hidden, nn.Linear(first, outputs))
 
 
-def _convolutional() -> Family:
+def _convolutional(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     """3 × 3 convolutions with ReLU, the first of stride 2 along sides of more than 10 pixels."""
-
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        side = math.isqrt(inputs)
-        size = (side, side) if side * side == inputs else (1, inputs)
-        stride = (1 + (size[0] > 10), 1 + (size[1] > 10))
-        pixels = math.prod(-(-n // s) for n, s in zip(size, stride, strict=True))
-        layers: list[nn.Module] = [nn.Unflatten(1, (1, *size))]
-        for before, after in itertools.pairwise((1, *widths)):
-            step = stride if len(layers) == 1 else 1
-            layers += [nn.Conv2d(before, after, 3, stride=step, padding=1), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(pixels * widths[-1], outputs))
-
-    return Family(build, lambda channels: IdentityConv2d(channels, nn.ReLU()), "weight")
+    side = math.isqrt(inputs)
+    size = (side, side) if side * side == inputs else (1, inputs)
+    stride = (1 + (size[0] > 10), 1 + (size[1] > 10))
+    pixels = math.prod(-(-n // s) for n, s in zip(size, stride, strict=True))
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, *size))]
+    for before, after in itertools.pairwise((1, *widths)):
+        step = stride if len(layers) == 1 else 1
+        layers += [nn.Conv2d(before, after, 3, stride=step, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(pixels * widths[-1], outputs))
 
 
 FAMILIES: Mapping[str, Family] = {
-    "relu": _feedforward(nn.ReLU),
-    "tanhlu": _feedforward(TanhLU),
-    "residual-one": _residual(lambda width: ResidualLinear(width, torch.tanh), "weight"),
-    "residual-outer": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, inner_init=0.8), "outer.weight"
-    ),
-    "residual-inner": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8), "inner.weight"
-    ),
-    "convolution": _convolutional(),
+    "relu": Family(_relu, lambda width: IdentityLinear(width, nn.ReLU()), "weight"),
+    "residual-outer": Family(_residual, _block, "outer.weight"),
+    "convolution": Family(_convolutional, lambda n: IdentityConv2d(n, nn.ReLU()), "weight"),
 }
-"""Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned),
-convolutions (on images; the two spirals are images of 1 × 2)."""
+"""Feedforward, residual with two weights in a block (the outer one pinned), and convolutions on
+images (the two spirals are images of 1 × 2)."""
 
 
 @dataclass(frozen=True)
@@ -162,11 +132,6 @@ class Experiment:
     def epochs(self) -> int:
         """All of them."""
         return self.before + self.after
-
-    def of_family(self, family: str) -> Experiment:
-        """The same protocol for another kind of network, which has no reference figures."""
-        name = f"{self.name}-{family}"
-        return replace(self, name=name, family=family, reference={}, counts=())
 
 
 def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...]:

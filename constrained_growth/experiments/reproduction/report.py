@@ -79,7 +79,7 @@ def overview() -> RenderableType:
             f"about {experiment.seconds} s",
         )
     kinds = "relu [8, 8], residual-outer [8, 8], convolution [4, 4]"
-    images = "With and without insertion on images: --data digits, mnist1d or mnist."
+    images = "With and without insertion on images: --data digits or mnist1d."
     table.add_row("images", images, kinds, "20 + 40", "about 25 min")
     return table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from tqdm import tqdm
 
 import constrained_growth as cg
+from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments.speed.networks import (
     Network,
@@ -32,7 +32,6 @@ from constrained_growth.experiments.tables import interval, titled
 from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
 
 Multipliers = Mapping[str, Mapping[str, Tensor]]
-Batches = list[tuple[Tensor, Tensor]]
 Rows = Sequence[Mapping[str, Any]]
 
 COLUMNS = {
@@ -134,7 +133,7 @@ def run(
     cases = [(name, case) for name, some in plan.tables.items() for case in some]
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
     with one_thread():
-        for name, case in (bar := tqdm(cases, unit="cell", leave=False, disable=None)):
+        for name, case in (bar := progress_bar(cases, desc="multipliers", unit="cell")):
             bar.set_description(f"{name} {case.depth} × {case.width}, batch {case.batch}")
             tables[name].append(_measured(case, plan.effort, seed, dtype))
         here = machine()
@@ -143,7 +142,7 @@ def run(
 
 
 def _measured(case: Case, effort: Effort, seed: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A row of a table; the error is ‖λ − λ′‖/‖λ′‖, λ′ from the network with all built in."""
+    """A row of a table; the error of λ is that against the network with all built in."""
     subject = Subject(case, seed, dtype)
     runs: dict[str, Callable[[], Any]] = {
         "plain": subject.plain_pass,
@@ -173,12 +172,6 @@ def _summary(rows: Rows) -> dict[str, dict[str, float]]:
     }
 
 
-def rebatched(data: Batches, size: int) -> Batches:
-    """The same samples in batches of `size`."""
-    inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
-    return list(zip(inputs.split(size), targets.split(size), strict=True))
-
-
 class Subject:
     """The network, the data and the problem of a case, and the passes to time."""
 
@@ -202,7 +195,7 @@ class Subject:
 
     def solve(self, *, stationarity: bool = False, size: int | None = None) -> Multipliers:
         """Multipliers and their standard errors by `cg.solve`; re-batched, if a size is given."""
-        problem = self._problem_on(rebatched(self.data, size)) if size else self._problem
+        problem = self._problem_on(cg.rebatch(self.data, size)) if size else self._problem
         return cg.solve(problem, stationarity=stationarity, progress=False).multipliers
 
     def pass_with_all_built_in(self) -> Multipliers:
@@ -220,7 +213,7 @@ class Subject:
             for candidate in self.network.candidates
         }
 
-    def _problem_on(self, data: Batches) -> cg.GrowthProblem:
+    def _problem_on(self, data: Iterable[tuple[Tensor, Tensor]]) -> cg.GrowthProblem:
         network = self.network
         return cg.GrowthProblem(self.model, network.loss_fn, data, network.candidates)
 
