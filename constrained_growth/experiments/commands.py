@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -20,14 +20,13 @@ from constrained_growth.experiments.command_line import (
     Seed,
     Tasks,
     carry_out,
-    one_of,
     terminal,
     typed,
     write_tables,
 )
 from constrained_growth.experiments.data import digits, mnist1d
 from constrained_growth.experiments.decisions import study as decisions
-from constrained_growth.experiments.demo import DATA, run_demo
+from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.growth import benchmark as growth
 from constrained_growth.experiments.reproduction import report
 from constrained_growth.experiments.reproduction.protocols import (
@@ -71,7 +70,7 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[str, one_of(DATA, help="What to learn.")] = "digits",
+    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
     seed: Seed = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
@@ -148,7 +147,7 @@ def reproduce(
     ] = False,
     seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
     seed: Seed = 0,
-    data: Annotated[str, one_of(IMAGES, help="What images.")] = "digits",
+    data: Annotated[Literal["digits", "mnist1d"], typer.Option(help="What images.")] = "digits",
     float32: Annotated[
         bool, typer.Option("--float32", help="In single precision, as the source's code.")
     ] = False,

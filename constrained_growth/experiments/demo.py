@@ -22,18 +22,10 @@ DATA: dict[str, Callable[..., Split]] = {"digits": digits, "spirals": two_spiral
 
 @dataclass(frozen=True)
 class Setting:
-    """How a demonstration trains: full-batch gradient descent at a constant learning rate.
+    """How a demonstration trains: full-batch gradient descent, the same before and after.
 
-    Attributes:
-        hidden: Widths of the hidden ReLU layers.
-        learning_rate: Of `torch.optim.SGD`, the same before and after the insertion.
-        momentum: Likewise; the insertion keeps it for the old layers.
-        he_init: Initial weights after He et al. (2015), biases zero; or PyTorch's defaults.
-        window: The plateau is reached when the best loss of the last `window` epochs is not
-            better than the best before them …
-        tolerance: … by more than this fraction of it.
-        max_epochs: Training stops there, plateau or not.
-        epochs_after: Epochs after the insertion, for both networks.
+    The plateau is reached when the best loss of the last `window` epochs is below the best before
+    them by no more than the fraction `tolerance`; `max_epochs` ends training in any case.
     """
 
     hidden: tuple[int, ...]
@@ -75,18 +67,10 @@ def run_demo(
 ) -> Numbers:
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
-    The candidates are an identity layer and a residual block after each ReLU. The network as it
-    was trains on beside the grown one, with the same optimizer and for the same number of epochs.
-
-    Args:
-        data: "digits" or "spirals".
-        seed: Of everything random. The random state of the caller is left alone.
-        rule: By default the largest sensitivity is inserted if it exceeds the mean gradient norm
-            of the layers in place.
-        max_epochs: Replaces the setting's.
-        epochs_after: Replaces the setting's.
-        dtype: Of data and parameters.
-        on_solved: Called with what is known by then, and the solution, before the insertion.
+    The candidates are an identity layer and a residual block after each ReLU; by default the
+    largest sensitivity is inserted if it exceeds the mean gradient norm of the layers in place. The
+    network as it was trains on beside the grown one, with the same optimizer and for the same
+    number of epochs. `on_solved` is called before the insertion, with what is known by then.
 
     Returns:
         Settings, the table of candidates, the decision, and for the network "kept" as it was and
@@ -191,7 +175,7 @@ def _train(
     name: str,
     stop: Callable[[Sequence[float]], bool] = lambda losses: False,
 ) -> list[float]:
-    """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
+    """Training losses after 0, 1, … epochs; before each, `stop` says whether to stop."""
     losses: list[float] = []
     with progress_bar(total=epochs, desc=name, unit=" epochs") as bar:
         while len(losses) < epochs and not stop(losses):

@@ -33,7 +33,7 @@ from constrained_growth.experiments.speed.networks import (
 )
 from constrained_growth.experiments.statistics import Spread
 from constrained_growth.experiments.tables import WIDTH
-from constrained_growth.experiments.timing import Effort, compare, machine, one_thread
+from constrained_growth.experiments.timing import Effort, compare, one_thread
 
 MAKERS = (feedforward, residual, convolutional, transformer)
 
@@ -124,7 +124,7 @@ def test_results_are_what_was_asked_for(result):
                 assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
     assert result["seed"] == 3
     assert result["machine"]["threads"] == 1
-    assert {"processor", "cores", "torch", "allocator"} <= result["machine"].keys()
+    assert {"processor", "cores", "torch"} <= result["machine"].keys()
 
 
 def test_the_summary_holds_means_and_worst_cells(result):
@@ -187,12 +187,6 @@ def test_one_thread_is_put_back():
     with one_thread():
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
-
-
-def test_an_allocator_of_another_kind_is_named(monkeypatch):
-    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so.2")
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert machine()["allocator"].endswith("with MALLOC_ARENA_MAX=2, libjemalloc.so.2 preloaded")
 
 
 def test_random_state_and_threads_are_left_alone(result):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +32,21 @@ Data = tuple[Tensor, Tensor]
 class Task:
     """Networks of one kind, each on its own data, and how they are trained.
 
-    Attributes:
-        begin: Seed → network and data before the first step, and the site (number of the hidden
-            stage before it) where a layer is known to be missing, or None.
-        block: Width of a site → the layer that could be inserted there.
-        optimizer: The same before and after.
-        before, after: Epochs before and after the insertion.
-        half: 0 or 1: constants chosen on one half of the suite are judged on the other.
-        loss: What is minimised, for an ensemble; `loss_fn` is the same for a plain network.
+    `begin` maps a seed to network and data before the first step, and the site (number of the
+    hidden stage before it) where a layer is known to be missing, or None.
     """
 
     name: str
     about: str
     begin: Callable[[int], tuple[nn.Sequential, Data, int | None]]
-    block: Callable[[int], nn.Module]
+    block: Callable[[int], nn.Module]  # width of a site → the layer that could be inserted
     optimizer: Optimizer
     batch: int
-    before: int
+    before: int  # epochs before the insertion
     after: int
-    half: int
+    half: int  # 0 or 1: constants chosen on one half of the suite are judged on the other
     loss: Loss = cross_entropy
-    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # the same, a plain network's
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequentia
 
 def trained_block(width: int, scale: float) -> ResidualMLP:
     """A residual block away from its pins: outer weights as `nn.Linear` draws them, times scale."""
-    block = ResidualMLP(width, width, nn.Tanh())
+    block = _tanh_block(width)
     with torch.no_grad():
         block.outer.weight.copy_(scale * nn.Linear(width, width).weight)
     return block
@@ -127,7 +122,7 @@ def _relu_layer(width: int) -> nn.Module:
     return IdentityLinear(width, nn.ReLU())
 
 
-def _tanh_block(width: int) -> nn.Module:
+def _tanh_block(width: int) -> ResidualMLP:
     return ResidualMLP(width, width, nn.Tanh())
 
 
@@ -144,8 +139,7 @@ def _classifier(
     return begin
 
 
-def _mnist1d(seed: int) -> Split:
-    return mnist1d(seed, num_samples=2000)
+_mnist1d = partial(mnist1d, num_samples=2000)
 
 
 def _mnist1d_residual(seed: int) -> tuple[nn.Sequential, Data, None]:

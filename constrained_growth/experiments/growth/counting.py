@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 Shape = Sequence[int]
 
 
-class MultiplyAdds:
+class MultiplyAdds(FlopCounterMode):
     """Counts the multiply-adds of all matrix products, convolutions and decompositions within.
 
     Half of what `torch.utils.flop_counter` counts, with formulas for operations that it does not
@@ -29,21 +29,12 @@ class MultiplyAdds:
     """
 
     def __init__(self) -> None:
-        self._mode = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        super().__init__(display=False, custom_mapping=_FORMULAS)
 
     @property
     def total(self) -> int:
         """So far."""
-        return self._mode.get_total_flops() // 2
-
-    def __enter__(self) -> Self:
-        """Begin."""
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End."""
-        self._mode.__exit__(*error)
+        return self.get_total_flops() // 2
 
 
 def of_training_step(

@@ -40,32 +40,21 @@ class Material:
 
 @dataclass(frozen=True)
 class GrowthTask:
-    """A kind of network, its data, and how it grows.
-
-    Attributes:
-        network: Number of blocks → network, random values from the global generator.
-        block: Makes a block that can be inserted after modules of the types `sites`.
-        lr: Learning rate of Adam, chosen for the big network.
-        warmup: Over how many of the first steps it rises linearly from 0.
-        small, big: Blocks at the start of the runs that grow, and at their end.
-        steps: Steps of the big network; all arms may spend as many multiply-adds.
-        row: Steps between two measurements of the loss.
-        wait: Rows before each insertion.
-    """
+    """A kind of network, its data, and how it grows."""
 
     name: str
     about: str
     material: Callable[[int], Material]
-    network: Callable[[int], nn.Module]
-    block: Callable[[], nn.Module]
+    network: Callable[[int], nn.Module]  # number of blocks → network
+    block: Callable[[], nn.Module]  # can be inserted after modules of the types `sites`
     sites: tuple[type[nn.Module], ...]
-    lr: float = 0.01
-    warmup: int = 50
-    small: int = 1
-    big: int = 8
-    steps: int = 1000
-    row: int = 20
-    wait: int = 7
+    lr: float = 0.01  # of Adam, chosen for the big network
+    warmup: int = 50  # steps over which it rises linearly from 0
+    small: int = 1  # blocks at the start of the runs that grow
+    big: int = 8  # and at their end
+    steps: int = 1000  # of the big network; all arms may spend as many multiply-adds
+    row: int = 20  # steps between two measurements of the loss
+    wait: int = 7  # rows before each insertion
 
     @property
     def settings(self) -> dict[str, int | float | str]:

@@ -17,17 +17,11 @@ from constrained_growth.experiments.networks import feedforward
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of network.
+    """A kind of network."""
 
-    Attributes:
-        build: (inputs, widths of the hidden layers, outputs) → a freshly initialised network.
-        block: Width (of convolutions: channels) → the layer to insert.
-        selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
-    """
-
-    build: Callable[[int, Sequence[int], int], nn.Sequential]
-    block: Callable[[int], nn.Module]
-    selected: str
+    build: Callable[[int, Sequence[int], int], nn.Sequential]  # inputs, hidden widths, outputs
+    block: Callable[[int], nn.Module]  # width (of convolutions: channels) → the layer to insert
+    selected: str  # the pinned parameter whose ‖λ‖_F chooses the site in the source
 
 
 def _relu(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
@@ -98,32 +92,21 @@ class Count:
 class Experiment:
     """A protocol: one insertion into a small network, trained by plain SGD.
 
-    Attributes:
-        shows: The figure or claim of the source that it stands for.
-        family: Key of `FAMILIES`.
-        widths: Of the hidden layers before the insertion.
-        factor: By which the learning rate is multiplied after the insertion.
-        before, after: Epochs before and after the insertion.
-        batch: Samples in a batch; None for all of them.
-        times: Other epochs to insert at, with the same total.
-        seconds: How long 100 seeds take on one core, roughly.
-        chunk: How many seeds train together: what an interruption can cost.
-        data: Seed → the data.
-        reference, counts: What the source's code gives, arm by arm, and in comparisons.
+    `reference` and `counts` are what the source's code gives, arm by arm, and in comparisons.
     """
 
     name: str
-    shows: str
-    family: str
-    widths: tuple[int, ...]
+    shows: str  # the figure or claim of the source that it stands for
+    family: str  # key of FAMILIES
+    widths: tuple[int, ...]  # of the hidden layers before the insertion
     lr: float
-    factor: float
-    before: int = 450
+    factor: float  # by which the learning rate is multiplied after the insertion
+    before: int = 450  # epochs
     after: int = 1400
-    batch: int | None = None
-    times: tuple[int, ...] = ()
-    seconds: int = 60
-    chunk: int = 50
+    batch: int | None = None  # None: all samples
+    times: tuple[int, ...] = ()  # other epochs to insert at, with the same total
+    seconds: int = 60  # that 100 seeds take on one core, roughly
+    chunk: int = 50  # how many seeds train together: what an interruption can cost
     data: Callable[[int], Split] = two_spirals
     reference: Mapping[str, Reference] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()

@@ -162,11 +162,11 @@ class _Setting:
         selected = FAMILIES[self.experiment.family].selected
         layer, count = self.layer(trained), self.data.x.shape[2]
         at_once = _AT_ONCE if self.experiment.batch else count
-        parts = list[list[Tensor]]()
+        total = list[Tensor]()
         for x, y in zip(self.data.x.split(at_once, 2), self.data.y.split(at_once, 2), strict=True):
             found = multipliers(trained, Samples(x, y), layer)
-            parts.append([x.shape[2] / count * at[selected] for at in found])
-        total = [{selected: sum(site, torch.tensor(0.0))} for site in zip(*parts, strict=True)]
+            part = [x.shape[2] / count * at[selected] for at in found]
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
         return _array(frobenius(total))
 
 

@@ -119,16 +119,10 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything in a plan, on one thread; the random state of the caller is left alone.
 
-    Args:
-        plan: What.
-        seed: Of networks and data.
-        cache: Not used: times are always measured anew.
-        dtype: Of the networks.
-
     Returns:
-        The numbers that `--json` writes. A row of a table has the median time of an ordinary
-        gradient pass in milliseconds, for each of `COLUMNS` the median time in such passes with
-        its quartiles, and the number of pairs.
+        The numbers that `--json` writes (`cache` is not used: times are measured anew). A row of a
+        table has the median time of an ordinary gradient pass in milliseconds, for each of
+        `COLUMNS` the median time in such passes with its quartiles, and the number of pairs.
     """
     cases = [(name, case) for name, some in plan.tables.items() for case in some]
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
@@ -204,21 +198,15 @@ class Subject:
         model.zero_grad()
         for input, target in self.data:
             (loss_fn(model(input), target) * (len(target) / self.samples)).backward()
-        return {
-            candidate.name: {
-                name: -parameter.grad
-                for name, parameter in self._built_in(candidate).items()
-                if parameter.grad is not None
-            }
-            for candidate in self.network.candidates
-        }
+        found = dict[str, dict[str, Tensor]]()
+        for candidate in self.network.candidates:
+            pins = pinned_parameters(model.get_submodule(f"{candidate.after}.1"))
+            found[candidate.name] = {k: -p.grad for k, p in pins.items() if p.grad is not None}
+        return found
 
     def _problem_on(self, data: Iterable[tuple[Tensor, Tensor]]) -> cg.GrowthProblem:
         network = self.network
         return cg.GrowthProblem(self.model, network.loss_fn, data, network.candidates)
-
-    def _built_in(self, candidate: cg.Candidate) -> dict[str, torch.nn.Parameter]:
-        return pinned_parameters(self._extended.get_submodule(f"{candidate.after}.1"))
 
 
 def disagreement(found: Multipliers, other: Multipliers) -> float:
