@@ -222,11 +222,10 @@ def agreement(
 ) -> dict[str, float | None]:
     """Two-sided p-values for the hypothesis that a reference's runs and ours are one population.
 
-    Of the reference a mean, a median and the number of runs are known, but not the runs, so that
-    no rank test is possible. Under the hypothesis both samples are like draws from ours; so pairs
-    of samples of the two sizes are drawn from ours, and p is the share of pairs whose means
-    (medians) differ at least as much as those observed. Nothing is assumed to be normal: final
-    losses are skewed, some of them near zero. A p-value is None where the figure is not known.
+    The single runs of the reference are not known, so that no rank test is possible. Pairs of
+    samples of the two sizes are drawn from our runs, and p is the share of pairs whose means
+    (medians) differ at least as much as those observed; None where the figure is not known. Final
+    losses are skewed, so that nothing is assumed to be normal.
     """
     draw = np.random.default_rng(0)
     theirs = draw.choice(ours, (DRAWS, runs))

@@ -26,19 +26,14 @@ from constrained_growth.rules import Rule, rule_for
 
 @dataclass(frozen=True)
 class Asked:
-    """A network about which a rule is asked, its candidates in the order of the sites.
-
-    `optimizer` trained it, and has its state; `samples` is the number of training samples;
-    `rehearsal` holds the final losses of one full training for each site, in an order of the data
-    that is used for nothing else.
-    """
+    """A network about which a rule is asked."""
 
     task: Task
     seed: int
-    optimizer: torch.optim.Optimizer
-    candidates: tuple[str, ...]
-    samples: int
-    rehearsal: Array
+    optimizer: torch.optim.Optimizer  # that trained it, with its state
+    candidates: tuple[str, ...]  # in the order of the sites
+    samples: int  # to train on
+    rehearsal: Array  # (sites,), final losses of one full training in an order of its own
 
 
 @dataclass(frozen=True)

@@ -51,29 +51,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Moment:
-    """All networks of a task at the moment of insertion, as an ensemble and as plain modules.
-
-    `blocks` has for each network the layer that could be inserted at each of its sites, `planted`
-    the site where a layer is missing, or None.
-    """
+    """All networks of a task at the moment of insertion, as an ensemble and as plain modules."""
 
     task: Task
     trained: Ensemble
     data: Samples
     models: Sequence[nn.Sequential]
     plain: Sequence[Data]
-    blocks: Sequence[Sequence[nn.Module]]
-    planted: Sequence[int | None]
+    blocks: Sequence[Sequence[nn.Module]]  # for each network the layer at each of its sites
+    planted: Sequence[int | None]  # the site where a layer is missing, if that is known
     seeds: Sequence[int]
 
 
 def at_the_moment(
     task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
 ) -> Moment:
-    """Make the networks of a task, one for each seed, and train them up to the insertion.
-
-    A seed determines data, initial values, order of the samples, and free parameters of the layers.
-    """
+    """Make the networks of a task, one for each seed, and train them up to the insertion."""
     models, xs, ys, planted, blocks = [], [], [], [], []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):

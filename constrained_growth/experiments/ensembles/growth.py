@@ -38,10 +38,7 @@ class NewLayer:
 
 
 def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
-    """A block of the library as a layer to insert: the same for all replicas, or one for each.
-
-    A convolution needs a stage that it may follow, `after`, for the size of images.
-    """
+    """A block of the library as a layer to insert: the same for all replicas, or one for each."""
     each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
     return NewLayer(
         stage_of(each[0], after),

@@ -104,20 +104,11 @@ def train(
     test: Samples | None = None,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> tuple[Ensemble, History]:
-    """Train all replicas together for some epochs; those that have begun are not changed.
+    """Train all replicas together for some more epochs, from `begun`, which is not changed.
 
-    Args:
-        begun: The replicas. The optimizer goes on from `begun.memory`.
-        data: To train on.
-        epochs: At most this many more.
-        optimizer: Makes the steps.
-        loss: Mean loss of each replica.
-        batch: Samples in a batch (the last one may be smaller); by default all of them.
-        order: (epoch, samples) → order of reading, (replicas, samples), such as `Shuffle`; by
-            default that of the data. Epochs count from `begun.epochs`.
-        test: Data on which the error rate is measured after every epoch; a replica without
-            errors stops for good.
-        on_epoch: Called after every epoch.
+    By default a batch has all samples, in the order of the data. `order` maps epoch (counted from
+    `begun.epochs`) and number of samples to orders (replicas, samples), such as `Shuffle`. On
+    `test` the error rate is measured after every epoch; a replica without errors stops for good.
     """
     parameters, running = begun.parameters.clone(), begun.running.clone()
     memory = {key: value.clone() for key, value in begun.memory.items()}

@@ -60,17 +60,15 @@ def run(
 ) -> dict[str, Any]:
     """Train every arm on every task and seed, and compare.
 
-    The target of a seed is the loss that the big network of this seed ends with, the mean over
-    the last rows; an arm has reached it at the first row at which its loss, smoothed in the same
-    way, is not above it. The big network itself may reach it before its end.
+    The target of a seed is the loss that its big network ends with, the mean over the last rows;
+    an arm has reached it at the first row at which its loss, smoothed alike, is not above it.
 
-    Seeds `seed`, `seed` + 1, … are run; one of the arms must be big from the start. Runs are kept
-    in the folder `cache`, so that an interrupted benchmark resumes.
+    Seeds `seed`, `seed` + 1, … are run. Runs are kept in the folder `cache`, so that an interrupted
+    benchmark resumes.
 
     Returns:
-        The numbers that `--json` writes: for each task and arm, seed by seed, multiply-adds and
-        seconds to the target (None where it is not reached) and the losses at the end; how the
-        arms compare with the big network and with the first arm; and the curves.
+        The numbers that `--json` writes: seed by seed, multiply-adds and seconds to the target
+        (None if not reached) and final losses; comparisons of the arms; and the curves.
 
     Raises:
         DataError: There is no seed, or no arm that begins big.

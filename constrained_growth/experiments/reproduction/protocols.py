@@ -274,13 +274,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experim
 The figures under `reference` come from its code, rerun with fixed data handling. Arms:
 
     N1           the small network kept
-    LImax        the layer with the largest ‖λ_W‖²_F inserted
-    LImin        the one with the smallest
-    random       one at a random site
+    LImax, LImin the layer with the largest (smallest) ‖λ_W‖²_F inserted; `random`: a random site
     N2           the deep network of the source's code, from the start: every hidden layer twice
     N2fix        the network of the grown one's depth, from the start
-    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer, to tell
-                 the effect of the layer from that of the learning rate
+    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer
     recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept, new
                  layers warmed up as by `training.NewLayers`
 """

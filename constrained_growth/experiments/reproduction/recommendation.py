@@ -42,10 +42,9 @@ def recommended(
 ) -> tuple[NDArray[np.integer], list[Group]]:
     """Ask the library about each replica, and insert what it says.
 
-    `models` are plain networks of the replicas' architecture, whose parameters are overwritten;
-    `block` maps a width to the layer that could be inserted, `layer` is the same for an ensemble.
-    Returns the site of each replica, −1 for nowhere, and the replicas grouped by it, ready for
-    `StepsAfter`.
+    `models` are plain networks of the replicas' architecture, to be overwritten; `block` maps a
+    width to the layer to insert, `layer` is the same for an ensemble. Returns the site of each
+    replica, −1 for nowhere, and the replicas grouped by it, ready for `StepsAfter`.
     """
     old = {AGE: torch.full_like(trained.parameters, torch.inf)}
     trained = replace(trained, memory={**trained.memory, **old})

@@ -60,18 +60,11 @@ def reproduce(
     progress: bool | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Reproduction:
-    """Run an experiment for many seeds.
+    """Run an experiment once for each seed; the other seeds change a run by rounding only.
 
-    A run is the same, up to rounding, whatever the other seeds are.
-
-    Args:
-        experiment: One of `protocols.EXPERIMENTS`, or a changed one.
-        seeds: One for each run.
-        cache: Folder for finished chunks of seeds, so that an interrupted run resumes, until
-            `forget` is called.
-        progress: Show a bar; None (default) only on a terminal.
-        dtype: Of data and parameters. Not float32, as in the source: the gain of a step is often
-            below its precision.
+    Finished chunks of seeds stay in the folder `cache`, so that an interrupted run resumes, until
+    `forget` is called. Not in float32 by default, as in the source: the gain of a step is often
+    below its precision.
     """
     parts = _chunks(experiment, seeds)
     each = _epochs_in_all(experiment)
