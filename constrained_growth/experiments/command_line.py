@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -36,18 +36,6 @@ def _writable_file(file: Path | None) -> Path | None:
         if file.is_dir():
             raise typer.BadParameter(f"{file} is a folder; give the name of a file.")
     return file
-
-
-def one_of(names: Iterable[str], help: str) -> Any:
-    """An option that takes one of these names."""
-    known = ", ".join(names)
-
-    def checked(value: str | None) -> str | None:
-        if value is not None and value not in known.split(", "):
-            raise typer.BadParameter(f"{value} is none of {known}.")
-        return value
-
-    return typer.Option(help=f"{help} One of {known}.", callback=checked)
 
 
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
@@ -99,15 +87,8 @@ def carry_out(
 ) -> dict[str, Any]:
     """Run a benchmark, show its tables, and write what was asked for; returns its numbers.
 
-    Args:
-        name: Of the benchmark.
-        study: Has plans FULL and QUICK, `run(plan, seed, cache=)`, which returns plain numbers, and
-            `tables(numbers)`.
-        quick: Which plan.
-        seed: Of everything random.
-        out: Folder for the tables as text, and for parts of an interrupted run.
-        json: File for the numbers, with the command typed.
-        tasks: Names of the tasks to run; all by default.
+    A study has plans FULL and QUICK, `run(plan, seed, cache=)`, which returns plain numbers, and
+    `tables(numbers)`. Only the tasks of these names are run, or all.
     """
     begin, console = time.perf_counter(), terminal()
     plan = study.QUICK if quick else study.FULL

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -21,19 +20,17 @@ from constrained_growth.experiments.command_line import (
     Seed,
     Tasks,
     carry_out,
-    one_of,
     terminal,
     typed,
     write_tables,
 )
-from constrained_growth.experiments.data import Split, digits, mnist, mnist1d
+from constrained_growth.experiments.data import digits, mnist1d
 from constrained_growth.experiments.decisions import study as decisions
-from constrained_growth.experiments.demo import DATA, run_demo
+from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.growth import benchmark as growth
 from constrained_growth.experiments.reproduction import report
 from constrained_growth.experiments.reproduction.protocols import (
     EXPERIMENTS,
-    FAMILIES,
     Experiment,
     on_images,
 )
@@ -43,7 +40,7 @@ from constrained_growth.experiments.speed import monitoring, multipliers
 from constrained_growth.experiments.tables import to_json
 from constrained_growth.experiments.timing import one_thread
 
-IMAGES = ("digits", "mnist1d", "mnist")
+IMAGES = {"digits": digits, "mnist1d": functools.cache(mnist1d)}  # a second for each seed
 """Where `reproduce images` takes its images from."""
 
 app = typer.Typer(
@@ -73,7 +70,7 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[str, one_of(DATA, help="What to learn.")] = "digits",
+    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
     seed: Seed = 0,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
@@ -150,13 +147,7 @@ def reproduce(
     ] = False,
     seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
     seed: Seed = 0,
-    network: Annotated[
-        str | None, one_of(FAMILIES, help="Another kind of network of the same widths.")
-    ] = None,
-    data: Annotated[str, one_of(IMAGES, help="What images.")] = "digits",
-    root: Annotated[
-        Path, typer.Option(help="Where torchvision keeps MNIST.", metavar="DIR")
-    ] = Path("data"),
+    data: Annotated[Literal["digits", "mnist1d"], typer.Option(help="What images.")] = "digits",
     float32: Annotated[
         bool, typer.Option("--float32", help="In single precision, as the source's code.")
     ] = False,
@@ -172,7 +163,7 @@ def reproduce(
         console.print(report.overview())
         return
     results = dict[str, dict[str, Any]]()
-    experiments = _named(name, network, data, root)
+    experiments = _named(name, data)
     each, dtype = range(seed, seed + seeds), torch.float32 if float32 else torch.float64
     for experiment in experiments:
         begin, described = time.perf_counter(), report.describe(experiment)
@@ -200,24 +191,10 @@ def reproduce(
             forget(experiment, each, out, dtype)
 
 
-def _named(name: str, network: str | None, data: str, root: Path) -> list[Experiment]:
-    """The experiments of a name, whatever its case; perhaps for another kind of network."""
+def _named(name: str, data: str) -> list[Experiment]:
+    """The experiments of a name, whatever its case."""
     known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
-    known["all"] = list(EXPERIMENTS.values())
-    if name.lower() == "images":
-        found = on_images(data, _images(data, root))
-    elif name.lower() in known:
-        found = known[name.lower()]
-    else:
+    known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, IMAGES[data]))}
+    if name.lower() not in known:
         raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
-    return [e if network in (None, e.family) else e.of_family(network) for e in found]
-
-
-def _images(data: str, root: Path) -> Callable[[int], Split]:
-    if data == "mnist":
-        try:
-            mnist(root)
-        except cg.DataError as error:
-            raise typer.BadParameter(str(error)) from None
-        return functools.partial(mnist, root)
-    return digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed
+    return known[name.lower()]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,19 +47,11 @@ def two_spirals(
     train_fraction: float = 0.75,
     dtype: torch.dtype = torch.float32,
 ) -> Split:
-    """Two interleaved spirals in the plane, without noise.
+    """Two interleaved spirals in the plane, without noise; n points per class, split at random.
 
         φ_i = 2π·circles·i/n,   r_i = r0 + circles·i/n,   i = 0, …, n − 1
 
     Class 0 is +r_i (cos φ_i, sin φ_i), class 1 is −r_i (cos φ_i, sin φ_i).
-
-    Args:
-        seed: Of the random split; the points themselves are always the same.
-        points_per_class: n.
-        r0: Radius at which the spirals begin.
-        circles: Number of turns.
-        train_fraction: Share of the points to train on.
-        dtype: Of the inputs.
 
     Source:
         Herberg et al., arXiv 2311.15995, the two-spirals experiments.
@@ -77,15 +67,10 @@ def two_spirals(
 def digits(
     seed: int = 0, *, train_fraction: float = 0.75, dtype: torch.dtype = torch.float32
 ) -> Split:
-    """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels, ten classes.
+    """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels, ten classes, split at random.
 
     Pixels are centred by their means over the training part and divided by the root-mean-square
     of the centred training part, one number for all.
-
-    Args:
-        seed: Of the random split.
-        train_fraction: Share of the images to train on.
-        dtype: Of the inputs.
 
     Source:
         Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
@@ -95,18 +80,18 @@ def digits(
 
     pixels, labels = load_digits(return_X_y=True)
     x, y = torch.as_tensor(pixels, dtype=torch.float64), torch.as_tensor(labels).long()
-    return _scaled(_split(x, y, train_fraction, seed), dtype)
+    raw = _split(x, y, train_fraction, seed)
+    mean = raw.x_train.mean(dim=0)
+    scale = (raw.x_train - mean).square().mean().sqrt()
+    x_train, x_test = (((x - mean) / scale).to(dtype) for x in (raw.x_train, raw.x_test))
+    return Split(x_train, raw.y_train, x_test, raw.y_test)
 
 
 def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torch.float32) -> Split:
     """MNIST-1D: ten templates of digits as curves of 40 numbers, shifted, stretched and noisy.
 
-    The authors' own package generates them; four fifths are to train on.
-
-    Args:
-        seed: Of everything random in it.
-        num_samples: How many in all; the authors' own data set has 5000.
-        dtype: Of the inputs.
+    The authors' own package generates them; four fifths are to train on. Their own data set has
+    5000 samples in all.
 
     Source:
         Greydanus and Kobak, *Scaling down deep learning with MNIST-1D*, arXiv 2011.14439.
@@ -124,60 +109,6 @@ def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torc
     x_train, x_test = (torch.as_tensor(made[key]).to(dtype) for key in ("x", "x_test"))
     y_train, y_test = (torch.as_tensor(made[key]).long() for key in ("y", "y_test"))
     return Split(x_train, y_train, x_test, y_test)
-
-
-def mnist(
-    root: Path,
-    seed: int = 0,
-    *,
-    train: int = 5000,
-    test: int = 2000,
-    dtype: torch.dtype = torch.float32,
-) -> Split:
-    """Some of the 70000 handwritten digits, 28 × 28 pixels, ten classes, scaled as `digits`.
-
-    Args:
-        root: The folder given to `torchvision.datasets.MNIST`; the files are in MNIST/raw below it.
-        seed: Of the draw from the 60000 and the 10000 images.
-        train: How many to train on.
-        test: How many to test on.
-        dtype: Of the inputs.
-
-    Raises:
-        DataError: The files are missing, or are not those of MNIST.
-
-    Source:
-        LeCun, Bottou, Bengio and Haffner, Proceedings of the IEEE 86 (1998), 2278–2324.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    parts = list[Tensor]()
-    for name, count in (("train", train), ("t10k", test)):
-        pixels = _read(root, f"{name}-images-idx3-ubyte", (28, 28)).flatten(1)
-        labels = _read(root, f"{name}-labels-idx1-ubyte", ())
-        drawn = torch.randperm(len(labels), generator=generator)[:count]
-        parts += [pixels[drawn].double(), labels[drawn].long()]
-    return _scaled(Split(*parts), dtype)
-
-
-def _read(root: Path, name: str, shape: tuple[int, ...]) -> Tensor:
-    """An IDX file of bytes: magic number, sizes as big-endian integers, bytes."""
-    plain = root / "MNIST" / "raw" / name
-    packed = plain.with_name(f"{name}.gz")
-    if plain.exists():
-        content = plain.read_bytes()
-    elif packed.exists():
-        content = gzip.decompress(packed.read_bytes())
-    else:
-        raise DataError(
-            f"root={str(root)!r} has no {plain.relative_to(root)}; give the folder in which "
-            "torchvision.datasets.MNIST(root, download=True) has put it."
-        )
-    begin = 8 + 4 * len(shape)
-    sizes = np.frombuffer(content[4:begin], dtype=">i4")
-    values = np.frombuffer(content[begin:], dtype=np.uint8)
-    if tuple(sizes[1:]) != shape or len(values) != sizes.prod():
-        raise DataError(f"{name} in root={str(root)!r} is not a file of MNIST.")
-    return torch.from_numpy(values.reshape(sizes).copy())
 
 
 @dataclass(frozen=True)
@@ -215,14 +146,6 @@ def random_windows(
     while True:
         starts = torch.randint(len(text) - length, (samples,), generator=generator)
         yield windows(text, starts, length)
-
-
-def _scaled(raw: Split, dtype: torch.dtype) -> Split:
-    """Inputs centred by their means, and divided by one root-mean-square, of the training part."""
-    mean = raw.x_train.mean(dim=0)
-    scale = (raw.x_train - mean).square().mean().sqrt()
-    x_train, x_test = (((x - mean) / scale).to(dtype) for x in (raw.x_train, raw.x_test))
-    return Split(x_train, raw.y_train, x_test, raw.y_test)
 
 
 def _split(x: Tensor, y: Tensor, train_fraction: float, seed: int) -> Split:

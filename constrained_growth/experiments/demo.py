@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 import constrained_growth as cg
+from constrained_growth._progress import progress_bar
 from constrained_growth.experiments.data import Split, digits, two_spirals
+from constrained_growth.experiments.networks import feedforward
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -22,18 +22,10 @@ DATA: dict[str, Callable[..., Split]] = {"digits": digits, "spirals": two_spiral
 
 @dataclass(frozen=True)
 class Setting:
-    """How a demonstration trains: full-batch gradient descent at a constant learning rate.
+    """How a demonstration trains: full-batch gradient descent, the same before and after.
 
-    Attributes:
-        hidden: Widths of the hidden ReLU layers.
-        learning_rate: Of `torch.optim.SGD`, the same before and after the insertion.
-        momentum: Likewise; the insertion keeps it for the old layers.
-        he_init: Initial weights after He et al. (2015), biases zero; or PyTorch's defaults.
-        window: The plateau is reached when the best loss of the last `window` epochs is not
-            better than the best before them …
-        tolerance: … by more than this fraction of it.
-        max_epochs: Training stops there, plateau or not.
-        epochs_after: Epochs after the insertion, for both networks.
+    The plateau is reached when the best loss of the last `window` epochs is below the best before
+    them by no more than the fraction `tolerance`; `max_epochs` ends training in any case.
     """
 
     hidden: tuple[int, ...]
@@ -75,18 +67,10 @@ def run_demo(
 ) -> Numbers:
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
-    The candidates are an identity layer and a residual block after each ReLU. The network as it
-    was trains on beside the grown one, with the same optimizer and for the same number of epochs.
-
-    Args:
-        data: "digits" or "spirals".
-        seed: Of everything random. The random state of the caller is left alone.
-        rule: By default the largest sensitivity is inserted if it exceeds the mean gradient norm
-            of the layers in place.
-        max_epochs: Replaces the setting's.
-        epochs_after: Replaces the setting's.
-        dtype: Of data and parameters.
-        on_solved: Called with what is known by then, and the solution, before the insertion.
+    The candidates are an identity layer and a residual block after each ReLU; by default the
+    largest sensitivity is inserted if it exceeds the mean gradient norm of the layers in place. The
+    network as it was trains on beside the grown one, with the same optimizer and for the same
+    number of epochs. `on_solved` is called before the insertion, with what is known by then.
 
     Returns:
         Settings, the table of candidates, the decision, and for the network "kept" as it was and
@@ -105,7 +89,7 @@ def run_demo(
     layers = (split.num_features, *setting.hidden, split.num_classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kept = network(layers, he_init=setting.he_init, dtype=dtype)
+        kept = feedforward(layers, he_init=setting.he_init, dtype=dtype)
         candidates = proposals(setting.hidden, dtype=dtype)
     kept_optimizer = torch.optim.SGD(
         kept.parameters(), lr=setting.learning_rate, momentum=setting.momentum
@@ -150,24 +134,10 @@ def run_demo(
     return found | {"kept_at_end": score(kept, split), "grown_at_end": score(grown, split)}
 
 
-def network(
-    layers: Sequence[int], *, he_init: bool = False, dtype: torch.dtype | None = None
-) -> nn.Sequential:
-    """Linear layers of these widths with ReLU between them."""
-    modules: list[nn.Module] = []
-    for before, after in itertools.pairwise(layers):
-        linear = nn.Linear(before, after, dtype=dtype)
-        if he_init:
-            nn.init.kaiming_uniform_(linear.weight, nonlinearity="relu")
-            nn.init.zeros_(linear.bias)
-        modules += [linear, nn.ReLU()]
-    return nn.Sequential(*modules[:-1])
-
-
 def proposals(
     hidden: Sequence[int], *, dtype: torch.dtype | None = None
 ) -> tuple[cg.Candidate, ...]:
-    """An identity layer and a residual block after each hidden ReLU of `network`."""
+    """An identity layer and a residual block after each hidden ReLU."""
     found: list[cg.Candidate] = []
     for depth, width in enumerate(hidden, start=1):
         after = str(2 * depth - 1)
@@ -205,9 +175,9 @@ def _train(
     name: str,
     stop: Callable[[Sequence[float]], bool] = lambda losses: False,
 ) -> list[float]:
-    """Training losses after 0, 1, … epochs; before each, `stop` says whether that is enough."""
+    """Training losses after 0, 1, … epochs; before each, `stop` says whether to stop."""
     losses: list[float] = []
-    with tqdm(total=epochs, desc=name, unit=" epochs", leave=False, disable=None) as bar:
+    with progress_bar(total=epochs, desc=name, unit=" epochs") as bar:
         while len(losses) < epochs and not stop(losses):
             optimizer.zero_grad()
             loss = LOSS(model(split.x_train), split.y_train)

@@ -121,12 +121,8 @@ def sensitivities(ax: Axes, found: Reproduction) -> None:
 
 def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
     ax.set_title(title, loc="left", fontsize=10, color=INK)
-    ax.set_xlabel(xlabel, color=INK)
-    ax.set_ylabel(ylabel, color=INK)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=9, colors=INK)
-    ax.grid(color=QUIET, alpha=0.25, linewidth=0.7)
-    ax.set_axisbelow(True)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    tidy(ax, "both")
 
 
 _GROWTH_ARMS = {

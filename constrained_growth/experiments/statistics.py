@@ -41,7 +41,7 @@ class Spread:
     high: float
 
     @classmethod
-    def of(cls, values: Sequence[float] | NDArray[np.floating]) -> Spread:
+    def of(cls, values: Sequence[float] | Array) -> Spread:
         """Of some numbers."""
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
         return cls(median, low, high)
@@ -68,18 +68,13 @@ def _rows(count: int, seed: int, draws: int) -> NDArray[np.int64]:
     return np.concatenate([np.arange(count)[None], drawn])
 
 
-# --- regret -----------------------------------------------------------------------------------
-
-
 def best_loss(inserted: Array) -> Array:
     """Expected loss of each network at its best site, cross-fitted, shape (networks,).
 
     The lowest of several noisy means is too low on average. So the best site is picked on one
     half of the runs and its loss read on the other half, in all ways to halve them. The error that
     remains is on the safe side: where the pick is not the best site, the loss is too high.
-
-    Args:
-        inserted: Loss after inserting at each site, shape (sites, networks, two runs or more).
+    `inserted` has the losses after inserting at each site, shape (sites, networks, runs).
 
     Example:
         >>> best_loss(np.array([[[1.0, 5.0]], [[3.0, 3.0]]]))  # 1 is picked and 5 read; 3 and 3
@@ -120,30 +115,17 @@ class Yardstick:
 
 
 def resampled_regret(loss: Array, against: Yardstick, seed: int, draws: int = DRAWS) -> Array:
-    """Regret relative to random, of all networks and of bootstrap samples of them.
+    """Regret relative to random, of all networks and of bootstrap samples of them, (1 + draws,).
 
         Σ (L(chosen) − L(best)) / Σ (mean over sites of L − L(best)),   sums over networks
 
     0 is the best site in expectation, 1 no better than chance; a rule that inserts nothing where
-    that is best gets below 0.
-
-    Rules with the same seed are compared on the same samples.
-
-    Args:
-        loss: Expected loss of each network under the rule, shape (networks,).
-        against: The best and the mean site.
-        seed: Of the bootstrap.
-        draws: How many samples.
-
-    Returns:
-        Shape (1 + draws,): the regret of all networks, then of the samples.
+    that is best gets below 0. Rules with the same seed are compared on the same samples. `loss` is
+    the expected loss of each network under the rule, shape (networks,).
     """
     rows = _rows(len(loss), seed, draws)
     with np.errstate(divide="ignore", invalid="ignore"):
         return (loss - against.best)[rows].sum(1) / (against.mean - against.best)[rows].sum(1)
-
-
-# --- curves -----------------------------------------------------------------------------------
 
 
 def smoothed(loss: Sequence[float], rows: int = SMOOTH) -> Array:
@@ -183,20 +165,13 @@ def saving(costs: Sequence[float | None], others: Sequence[float | None]) -> Est
     return estimate(1 - np.quantile(drawn, 0.5, axis=1, method="higher"))
 
 
-# --- pairs of runs, and the reference ---------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Paired:
     """One arm against another, seed by seed; a difference is first − second.
 
-    Attributes:
-        runs: How many pairs.
-        mean, median: Of the differences.
-        interval: Of the mean, 95 %, by the bias-corrected and accelerated bootstrap.
-        median_interval: Of the median, 95 %, by bootstrap percentiles.
-        smaller, equal: In how many pairs the first is smaller, or both are equal.
-        p: Of the two-sided Wilcoxon signed-rank test; 1 if all pairs are equal.
+    The 95 % intervals are bootstrap intervals, bias-corrected and accelerated for the mean, of
+    percentiles for the median. `smaller` and `equal` count pairs in which the first is smaller, or
+    both are equal; `p` is that of the two-sided Wilcoxon signed-rank test, 1 if all are equal.
     """
 
     runs: int
@@ -247,20 +222,10 @@ def agreement(
 ) -> dict[str, float | None]:
     """Two-sided p-values for the hypothesis that a reference's runs and ours are one population.
 
-    Of the reference a mean, a median and the number of runs are known, but not the runs, so that
-    no rank test is possible. Under the hypothesis both samples are like draws from ours; so pairs
-    of samples of the two sizes are drawn from ours, and p is the share of pairs whose means
-    (medians) differ at least as much as those observed. Nothing is assumed to be normal: final
-    losses are skewed, some of them near zero.
-
-    Args:
-        ours: Our runs.
-        runs: How many the reference made.
-        mean: Of them, if known.
-        median: Of them, if known.
-
-    Returns:
-        The p-values of "mean" and "median", None where these are not known.
+    The single runs of the reference are not known, so that no rank test is possible. Pairs of
+    samples of the two sizes are drawn from our runs, and p is the share of pairs whose means
+    (medians) differ at least as much as those observed; None where the figure is not known. Final
+    losses are skewed, so that nothing is assumed to be normal.
     """
     draw = np.random.default_rng(0)
     theirs = draw.choice(ours, (DRAWS, runs))

@@ -15,13 +15,7 @@ WIDTH = 150
 
 
 def titled(title: str, first: str, *headings: str) -> Table:
-    """An empty table under a left-aligned title, which may be longer than its lines.
-
-    Args:
-        title: Of the table.
-        first: Heading of the first column, which holds names.
-        *headings: Of the others, which hold numbers.
-    """
+    """An empty table: a first column for names, others for numbers, and a title above."""
     table = Table(
         title=title,
         title_justify="left",

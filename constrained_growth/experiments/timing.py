@@ -18,7 +18,7 @@ from constrained_growth.experiments.statistics import Spread
 
 
 def machine() -> dict[str, Any]:
-    """This machine as it is set now: processor, cores, threads, versions, allocator."""
+    """This machine as it is set now: processor, cores, threads, versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -31,7 +31,6 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "allocator": _allocator(),
     }
 
 
@@ -40,20 +39,8 @@ def described(here: Mapping[str, Any]) -> str:
     return (
         f"{here['processor']} ({here['instructions']}), {here['cores']} cores, {here['threads']} "
         f"thread{'s' if here['threads'] > 1 else ''}; torch {here['torch']}, Python "
-        f"{here['python']}, {here['system']}; {here['allocator']}"
+        f"{here['python']}, {here['system']}"
     )
-
-
-def _allocator() -> str:
-    """The C library's malloc, unless the environment says otherwise.
-
-    It matters where tensors are made and dropped quickly.
-    """
-    library = " ".join(platform.libc_ver()).strip() or "the C library"
-    settings = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_")]
-    preloaded = [Path(p).name for p in os.environ.get("LD_PRELOAD", "").replace(":", " ").split()]
-    changes = settings + [f"{name} preloaded" for name in preloaded]
-    return f"malloc of {library}" + (f" with {', '.join(changes)}" if changes else "")
 
 
 @dataclass(frozen=True)
@@ -80,8 +67,7 @@ def compare(runs: Mapping[str, Callable[[], object]], effort: Effort) -> Compari
     `torch.utils.benchmark.Timer` times one statement after the other; on a machine whose speed
     drifts, only ratios within a round can be compared. Nothing is run to warm up.
     """
-    names, rounds = list(runs), list[dict[str, float]]()
-    begin = timer()
+    names, rounds, begin = list(runs), list[dict[str, float]](), timer()
     while len(rounds) < effort.fewest or (
         len(rounds) < effort.most and timer() - begin < effort.seconds
     ):

@@ -34,10 +34,10 @@ from constrained_growth.experiments.decisions.tasks import (
     Moment,
     Task,
     at_the_moment,
-    feedforward,
 )
-from constrained_growth.experiments.ensembles.networks import mean_loss, sites_of
+from constrained_growth.experiments.ensembles.networks import cross_entropy, forward, sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.networks import feedforward
 from constrained_growth.experiments.statistics import (
     Yardstick,
     best_loss,
@@ -300,7 +300,8 @@ def test_trials_start_from_the_state_of_the_optimizer() -> None:
     choices(moment, [Arm("trial", told, in_batches=True)], np.zeros((3, 1)))
     (decision,) = found
     on, _ = train(moment.trained, moment.data, 20, task.optimizer)
-    expected = mean_loss(on, moment.data).item()
+    output, _ = forward(on.stack, on.parameters, moment.data.x)
+    expected = cross_entropy(output, moment.data.y).item()
     assert decision.evidence["losses"]["(nothing)"] == pytest.approx(expected, rel=1e-9)
 
 

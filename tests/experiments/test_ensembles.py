@@ -15,9 +15,9 @@ import constrained_growth as cg
 from constrained_growth.experiments.data import Split, two_spirals
 from constrained_growth.experiments.ensembles import growth
 from constrained_growth.experiments.ensembles.networks import (
+    cross_entropy,
     ensemble,
     forward,
-    mean_loss,
     multiply_adds,
     samples,
     squared_error,
@@ -26,7 +26,6 @@ from constrained_growth.experiments.ensembles.stages import Convolution
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 
 FOLDER = Path(__file__).parent.parent / "golden"
-TANHLU = cg.blocks.TanhLU
 SPLITS = [two_spirals(seed, points_per_class=40, dtype=torch.float64) for seed in range(3)]
 TRAIN = samples([s.x_train for s in SPLITS], [s.y_train for s in SPLITS])
 TEST = samples([s.x_test for s in SPLITS], [s.y_test for s in SPLITS])
@@ -35,11 +34,9 @@ TEST = samples([s.x_test for s in SPLITS], [s.y_test for s in SPLITS])
 def block(kind, width=4):
     """A plain block with nothing at its pins."""
     made = {
-        "one weight": lambda: cg.blocks.ResidualLinear(width, torch.tanh),
         "outer": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh),
         "inner": lambda: cg.blocks.ResidualMLP(width, 3, torch.tanh, "inner"),
         "identity": lambda: cg.blocks.IdentityLinear(width, nn.ReLU()),
-        "shifted": lambda: cg.blocks.IdentityLinear(width, TANHLU(0.01)),
     }[kind]()
     return made
 
@@ -48,8 +45,6 @@ def plain(kind, width=4, outputs=2):
     """Two hidden layers of one kind."""
     if kind == "identity":
         hidden = [nn.Linear(2, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
-    elif kind == "shifted":
-        hidden = [nn.Linear(2, width), TANHLU(0.01), nn.Linear(width, width), TANHLU(0.01)]
     else:
         hidden = [nn.Linear(2, width), nn.Tanh(), block(kind, width)]
         for parameter in hidden[-1].parameters():
@@ -57,7 +52,11 @@ def plain(kind, width=4, outputs=2):
     return nn.Sequential(*hidden, nn.Linear(width, outputs))
 
 
-KINDS = ["identity", "shifted", "one weight", "outer", "inner"]
+KINDS = ["identity", "outer", "inner"]
+
+
+def mean_loss(trained, data, loss=cross_entropy):
+    return loss(forward(trained.stack, trained.parameters, data.x)[0], data.y)
 
 
 def vector(model):
@@ -152,7 +151,7 @@ def test_multipliers_are_those_of_solve(kind):
     new = block(kind)
     found = growth.multipliers(ensemble(models), TRAIN, growth.new_layer(new))
     for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
-        sites = ("1", "3") if kind in ("identity", "shifted") else ("1", "2")
+        sites = ("1", "3") if kind == "identity" else ("1", "2")
         candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in sites]
         data = [(split.x_train, split.y_train)]
         problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
@@ -161,18 +160,17 @@ def test_multipliers_are_those_of_solve(kind):
             assert set(found[k]) == set(new.pinned)
             for name, value in solution.multipliers[site].items():
                 close(found[k][name][r], value)
-            close(growth.frobenius(found)[r, k].item(), solution.sensitivities[site].value, 1e-10)
             name = new.pinned[0]
             alone = solution.multipliers[site][name].norm()
-            close(growth.frobenius(found, only=name)[r, k], alone)
+            close(growth.frobenius([at[name] for at in found])[r, k], alone)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_replica_grows_at_its_own_site(kind):
     models, new = [plain(kind) for _ in SPLITS], block(kind)
-    names = {0: "1", 1: "3" if kind in ("identity", "shifted") else "2"}
+    names = {0: "1", 1: "3" if kind == "identity" else "2"}
     optimizer = SGD(0.1, momentum=0.5)
-    sites = [1, 1, 1] if kind == "shifted" else [1, 0, 1]  # only the new layer has a shift
+    sites = [1, 0, 1]
     before, _ = train(ensemble(models), TRAIN, 5, optimizer)
     grown = growth.insert_layer(before, sites, growth.new_layer(new))
     after, history = train(grown, TRAIN, 20, optimizer)
@@ -234,7 +232,7 @@ def test_a_replica_stops_for_good_when_it_makes_no_error():
     easy.y[:] = nn.functional.one_hot(1 - label, 2).mT
     easy.y[1] = nn.functional.one_hot(label[1], 2).mT
     after, history = train(begun, TRAIN, 6, SGD(0.01), test=easy)
-    free, without = train(begun, TRAIN, 6, SGD(0.01), test=easy, stop_at=None)
+    free, without = train(begun, TRAIN, 6, SGD(0.01))
     assert history.test_error is not None
     assert after.running.tolist() == [True, False, True]
     assert history.trained.tolist() == [6, 1, 6]
@@ -264,15 +262,6 @@ def test_training_in_parts_is_training_at_once():
     assert torch.equal(begun.parameters, ensemble([plain("outer")] * 3).parameters) is False
 
 
-def test_learning_rates_may_differ():
-    begun = ensemble([plain("identity")] * 2)
-    data = samples([SPLITS[0].x_train], [SPLITS[0].y_train])
-    both, _ = train(begun, data, 3, SGD(torch.tensor([[0.1], [0.3]])))
-    for r, rate in enumerate((0.1, 0.3)):
-        one, _ = train(begun.take([r]), data, 3, SGD(rate))
-        close(both.parameters[r], one.parameters[0], 1e-15)
-
-
 def test_operations_are_counted():
     count = lambda model: multiply_adds(ensemble([model]).stack)  # noqa: E731
     assert count(nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))) == 20
@@ -292,6 +281,8 @@ def test_what_does_not_fit_is_refused():
         ensemble([plain("identity"), plain("identity", 3)])
     with refused(cg.CandidateError, "nn.Linear"):
         ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU())])
+    with refused(cg.BlockError, "IdentityLinear", "no stacked form"):
+        growth.new_layer(cg.blocks.IdentityLinear(4, cg.blocks.TanhLU()))  # it has a shift
     with refused(cg.BlockError, "Conv1d", "no stacked form"):
         ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(1, 1, 1), nn.Linear(2, 2))])
     with refused(cg.DataError, "one size"):
@@ -300,7 +291,7 @@ def test_what_does_not_fit_is_refused():
 
 GOLDEN = [
     f"{kind}_{case}"
-    for kind in ("fwd_relu", "res1_tanh", "res2v1_tanh", "res2v2_tanh")
+    for kind in ("fwd_relu", "res2v1_tanh", "res2v2_tanh")
     for case in ("1_spiral_full", "2_spiral_mb64")
 ]
 
@@ -311,7 +302,7 @@ def test_golden(name):
     with np.load(FOLDER / f"{name}.npz") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays["meta"]))
-    widths, two = meta["widths"], meta["type"] == "res2"
+    widths = meta["widths"]
     pinned = "inner" if meta["v2"] else "outer"
 
     def parameters(prefix):
@@ -321,9 +312,7 @@ def test_golden(name):
     def new(width):
         if meta["type"] == "fwd":
             return cg.blocks.IdentityLinear(width, nn.ReLU())
-        if two:
-            return cg.blocks.ResidualMLP(width, width, torch.tanh, pinned, inner_init=0.8)
-        return cg.blocks.ResidualLinear(width, torch.tanh)
+        return cg.blocks.ResidualMLP(width, width, torch.tanh, pinned, inner_init=0.8)
 
     layers = [nn.Linear(2, widths[0]), nn.ReLU() if meta["type"] == "fwd" else nn.Tanh()]
     for before, after in itertools.pairwise(widths):
@@ -343,7 +332,7 @@ def test_golden(name):
     found = [
         growth.multipliers(before, data, layer, sites=[k])[0] for k, layer in enumerate(layers)
     ]
-    squares = growth.frobenius(found, only=layers[0].pinned[0])[0] ** 2
+    squares = growth.frobenius([at[layers[0].pinned[0]] for at in found])[0] ** 2
     if "full" in name:
         close(squares, torch.from_numpy(arrays["sens"]))
     chosen = squares.argmax() if meta["mode"] == "abs max" else squares.argmin()

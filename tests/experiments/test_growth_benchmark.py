@@ -173,7 +173,7 @@ def test_the_saving_is_a_median_and_what_is_not_reached_costs_more_than_anything
 
 def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_missed() -> None:
     plan = Plan(TINY[:1], seeds=3, workers=1)
-    found = run(plan, 5, progress=False)
+    found = run(plan, 5)
     (arms,) = found["tasks"].values()
     assert set(arms) == set(ARM)
     for name, entry in arms.items():
@@ -200,12 +200,12 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
 def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:
     plan = Plan(TINY[:1], seeds=1, workers=1)
     arms = [ARM["big"], ARM["small"]]
-    first = run(plan, arms=arms, cache=tmp_path, progress=False)
+    first = run(plan, arms=arms, cache=tmp_path)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
-    assert run(plan, arms=arms, cache=tmp_path, progress=False) == first
+    assert run(plan, arms=arms, cache=tmp_path) == first
     other = replace(plan, tasks=[replace(TINY[0], lr=2 * TINY[0].lr)])
-    run(other, arms=arms, cache=tmp_path, progress=False)
+    run(other, arms=arms, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 

@@ -26,30 +26,23 @@ from constrained_growth.rules import Rule, rule_for
 
 @dataclass(frozen=True)
 class Asked:
-    """A network about which a rule is asked, its candidates in the order of the sites.
-
-    `optimizer` trained it, and has its state; `samples` is the number of training samples;
-    `rehearsal` holds the final losses of one full training for each site, in an order of the data
-    that is used for nothing else.
-    """
+    """A network about which a rule is asked."""
 
     task: Task
     seed: int
-    optimizer: torch.optim.Optimizer
-    candidates: tuple[str, ...]
-    samples: int
-    rehearsal: Array
+    optimizer: torch.optim.Optimizer  # that trained it, with its state
+    candidates: tuple[str, ...]  # in the order of the sites
+    samples: int  # to train on
+    rehearsal: Array  # (sites,), final losses of one full training in an order of its own
 
 
 @dataclass(frozen=True)
 class Arm:
     """A rule to be judged, made anew for every network, and the norm of the multipliers.
 
-    Attributes:
-        passes: Cost of the question beside what a decision reports as `evidence["passes"]`, in
-            gradient passes over the data: 1 for the multipliers, 0 where they are not used.
-        in_batches: Whether the problem has the batches of training, in random order, or all of
-            the data in one batch, which gives the same loss and is faster.
+    A decision costs `passes` gradient passes over the data (1 for the multipliers, 0 where they are
+    not used) and what it reports as `evidence["passes"]`. With `in_batches` the problem has the
+    batches of training, in random order; otherwise all data in one batch, which is faster.
     """
 
     name: str
@@ -77,10 +70,7 @@ def choices(
     rehearsal: Array,
     on_network: Callable[[], object] = lambda: None,
 ) -> dict[str, Choices]:
-    """Ask the library about every network, once for each arm; name of an arm → its decisions.
-
-    `rehearsal` holds the final losses of a full training for each site, shape (sites, networks).
-    """
+    """Ask the library about every network, once for each arm; name of an arm → its decisions."""
     decided = {arm.name: Choices() for arm in arms}
     for i, blocks in enumerate(moment.blocks):
         model, (x, y) = moment.models[i], moment.plain[i]
@@ -119,10 +109,10 @@ def plain_optimizer(
         for name, flat in memory.items()
     }
     if isinstance(optimizer, SGD):
-        made = torch.optim.SGD(parameters, float(optimizer.lr), optimizer.momentum)
+        made = torch.optim.SGD(parameters, optimizer.lr, optimizer.momentum)
         names = {"momentum_buffer": "momentum"}
     elif isinstance(optimizer, Adam):
-        made = torch.optim.Adam(parameters, float(optimizer.lr), optimizer.betas, optimizer.eps)
+        made = torch.optim.Adam(parameters, optimizer.lr, optimizer.betas, optimizer.eps)
         names = {"step": "steps", "exp_avg": "mean", "exp_avg_sq": "square"}
     else:
         raise cg.RuleError(f"optimizer={optimizer!r} has no plain form; give SGD or Adam.")
@@ -149,11 +139,10 @@ def trial_passes(sites: int, steps: int, share: float) -> float:
 
     A batch holds a `share` of the data; the last batch counts as a whole one.
     """
-    left = [sites]
+    left, spent, done = [sites], 0.0, 0
     while left[-1] > 1:
         left.append(max(1, left[-1] // 3))
     lengths = sorted({max(1, round(steps / 3**k)) for k in range(len(left))})
-    spent, done = 0.0, 0
     for count, length in zip(left, lengths, strict=False):
         spent += (count + 1) * ((length - done) * share + 1 / 3)  # a forward pass is a third
         done = length
@@ -162,13 +151,9 @@ def trial_passes(sites: int, steps: int, share: float) -> float:
 
 def rehearsed(asked: Asked) -> Rule:
     """One full training for each site, and the best of them."""
-
-    def rule(sensitivities: Mapping[str, cg.Sensitivity], /) -> cg.Decision:
-        best = asked.candidates[int(asked.rehearsal.argmin())]
-        passes = asked.task.after * len(asked.candidates)
-        return cg.Decision((best,), "lowest final loss of one run", evidence={"passes": passes})
-
-    return rule
+    best = asked.candidates[int(asked.rehearsal.argmin())]
+    evidence = {"passes": asked.task.after * len(asked.candidates)}
+    return lambda _: cg.Decision((best,), "lowest final loss of one run", evidence=evidence)
 
 
 def most_parameters(sensitivities: Mapping[str, cg.Sensitivity], /) -> cg.Decision:

@@ -27,12 +27,9 @@ MORE = 21
 class Outcomes:
     """Final training losses of a task's networks. The same run has the same order everywhere.
 
-    Attributes:
-        inserted: A layer at each site, at its pins; shape (sites, networks, runs, 1 + MORE), the
-            last index for the number of further epochs.
-        nothing: Inserting nothing, shape (networks, runs, 1 + MORE).
-        rehearsal: One more run with its own order, for a rule that tries every site to the end;
-            shape (sites, networks).
+    `inserted` (sites, networks, runs, 1 + MORE) has a layer at each site, at its pins, the last
+    index being the number of further epochs; `nothing` (networks, runs, 1 + MORE) none;
+    `rehearsal` (sites, networks) is one more run, for a rule that tries every site to the end.
     """
 
     inserted: Array
@@ -62,15 +59,9 @@ def continued(
 ) -> Array:
     """Insert into each network at its site, and train on; networks with one site train together.
 
-    Args:
-        moment: The networks.
-        sites: The site of each network; −1 inserts nothing.
-        blocks: For each network the layer at every site, with the values it starts from.
-        runs: Numbers of the orders of the data.
-        on_epoch: Called after every epoch.
-
-    Returns:
-        Final training losses after 0, 1, … MORE further epochs, shape (networks, runs, 1 + MORE).
+    `sites` holds −1 where nothing is inserted; `blocks` has for each network the layer at every
+    site, with the values it starts from; `runs` are numbers of orders of the data. Returns the
+    final training losses after 0, 1, … MORE further epochs, shape (networks, runs, 1 + MORE).
     """
     task = moment.task
     found = np.empty((len(sites), len(runs), 1 + MORE))
@@ -88,10 +79,7 @@ def continued(
             task.optimizer,
             loss=task.loss,
             batch=task.batch,
-            # no other network or run has the same order
-            order=Shuffle(
-                [1_000_000 + 1_000 * moment.seeds[i] + run for i in mine for run in runs]
-            ),
+            order=Shuffle([_order(moment.seeds[i], run) for i in mine for run in runs]),
             on_epoch=on_epoch,
         )
         loss, last = history.loss.double().numpy(), max(1, task.after // LAST)

@@ -68,13 +68,9 @@ QUICK = Plan(
 class Decided:
     """What an arm did on a task; all of shape (networks,), losses are means over the runs.
 
-    Attributes:
-        sites: Where each network gained a layer, −1 for nowhere.
-        passes: Cost of the decision, in gradient passes.
-        loss: Final training loss, each layer trained on from where the decision starts it.
-        at_pin: The same with all layers starting at their pins.
-        trained_on: The same as `loss` if the rest of `MORE` passes is spent on further epochs; NaN
-            where the decision costs more.
+    `sites` and `passes` are as in `Choices`. `loss` is the final training loss, each layer trained
+    on from where the decision starts it; `at_pin` with all layers starting at their pins; in
+    `trained_on` the rest of `MORE` passes is spent on further epochs (NaN where there is none).
     """
 
     sites: NDArray[np.integer]
@@ -101,17 +97,12 @@ def run(
     *,
     arms: Sequence[Arm] = ARMS,
     cache: Path | None = None,
-    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Insert everywhere, ask every rule, and compare; deterministic in plan, seed and arms.
 
-    Args:
-        plan: How much.
-        seed: Other seeds have other networks, none of them the same.
-        arms: The rules.
-        cache: Folder for what became of the networks of each task, so that an interrupted run
-            resumes, and other rules can be asked without training again. None keeps nothing.
-        progress: Show bars; None (default) only on a terminal.
+    Other seeds have other networks, none of them the same. What became of the networks of a task is
+    kept in the folder `cache`, so that an interrupted run resumes, and other rules can be asked
+    without training again.
 
     Returns:
         The numbers that `--json` writes: for each task and arm its regret (with interval), cost
@@ -129,7 +120,7 @@ def run(
         raise DataError(f"arms share a name: {names}.")
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
     jobs = [
-        delayed(_judge)(task, seeds, plan.runs, arms, cache, progress, at)
+        delayed(_judge)(task, seeds, plan.runs, arms, cache, at)
         for at, task in enumerate(plan.tasks)
     ]
     with one_thread():
@@ -170,12 +161,10 @@ def _judge(
     runs: int,
     arms: Sequence[Arm],
     cache: Path | None,
-    progress: bool | None,
     line: int,
 ) -> Judged:
     """One task: its networks, what becomes of them, and what the arms decide."""
-    quiet = None if progress is None else not progress
-    with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=quiet) as bar:
+    with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=None) as bar:
         bar.reset(task.before)
         moment = at_the_moment(task, seeds, bar.update)
         bar.total += epochs(task, len(moment.blocks[0])) + len(seeds)

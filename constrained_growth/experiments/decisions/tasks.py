@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from constrained_growth.experiments.ensembles.networks import (
     squared_error,
 )
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.networks import feedforward
 
 Data = tuple[Tensor, Tensor]
 """Inputs (samples, features); labels (samples,) or targets (samples, outputs)."""
@@ -31,54 +32,41 @@ Data = tuple[Tensor, Tensor]
 class Task:
     """Networks of one kind, each on its own data, and how they are trained.
 
-    Attributes:
-        begin: Seed → network and data before the first step, and the site (number of the hidden
-            stage before it) where a layer is known to be missing, or None.
-        block: Width of a site → the layer that could be inserted there.
-        optimizer: The same before and after.
-        before, after: Epochs before and after the insertion.
-        half: 0 or 1: constants chosen on one half of the suite are judged on the other.
-        loss: What is minimised, for an ensemble; `loss_fn` is the same for a plain network.
+    `begin` maps a seed to network and data before the first step, and the site (number of the
+    hidden stage before it) where a layer is known to be missing, or None.
     """
 
     name: str
     about: str
     begin: Callable[[int], tuple[nn.Sequential, Data, int | None]]
-    block: Callable[[int], nn.Module]
+    block: Callable[[int], nn.Module]  # width of a site → the layer that could be inserted
     optimizer: Optimizer
     batch: int
-    before: int
+    before: int  # epochs before the insertion
     after: int
-    half: int
+    half: int  # 0 or 1: constants chosen on one half of the suite are judged on the other
     loss: Loss = cross_entropy
-    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)
+    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # the same, a plain network's
 
 
 @dataclass(frozen=True)
 class Moment:
-    """All networks of a task at the moment of insertion, as an ensemble and as plain modules.
-
-    `blocks` has for each network the layer that could be inserted at each of its sites, `planted`
-    the site where a layer is missing, or None.
-    """
+    """All networks of a task at the moment of insertion, as an ensemble and as plain modules."""
 
     task: Task
     trained: Ensemble
     data: Samples
     models: Sequence[nn.Sequential]
     plain: Sequence[Data]
-    blocks: Sequence[Sequence[nn.Module]]
-    planted: Sequence[int | None]
+    blocks: Sequence[Sequence[nn.Module]]  # for each network the layer at each of its sites
+    planted: Sequence[int | None]  # the site where a layer is missing, if that is known
     seeds: Sequence[int]
 
 
 def at_the_moment(
     task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
 ) -> Moment:
-    """Make the networks of a task, one for each seed, and train them up to the insertion.
-
-    A seed determines data, initial values, order of the samples, and free parameters of the layers.
-    """
+    """Make the networks of a task, one for each seed, and train them up to the insertion."""
     models, xs, ys, planted, blocks = [], [], [], [], []
     for seed in seeds:
         with torch.random.fork_rng(devices=[]):
@@ -108,12 +96,6 @@ def at_the_moment(
     )
 
 
-def feedforward(widths: Sequence[int]) -> nn.Sequential:
-    """Hidden ReLU layers between input and output, PyTorch's initial values."""
-    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers[:-1])
-
-
 def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
     """A tanh layer and residual tanh blocks with two weights, the outer one random too."""
     made = [trained_block(width, scale=1.0) for _ in range(blocks)]
@@ -123,7 +105,7 @@ def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequentia
 
 def trained_block(width: int, scale: float) -> ResidualMLP:
     """A residual block away from its pins: outer weights as `nn.Linear` draws them, times scale."""
-    block = ResidualMLP(width, width, nn.Tanh())
+    block = _tanh_block(width)
     with torch.no_grad():
         block.outer.weight.copy_(scale * nn.Linear(width, width).weight)
     return block
@@ -133,7 +115,7 @@ def _relu_layer(width: int) -> nn.Module:
     return IdentityLinear(width, nn.ReLU())
 
 
-def _tanh_block(width: int) -> nn.Module:
+def _tanh_block(width: int) -> ResidualMLP:
     return ResidualMLP(width, width, nn.Tanh())
 
 
@@ -150,8 +132,7 @@ def _classifier(
     return begin
 
 
-def _mnist1d(seed: int) -> Split:
-    return mnist1d(seed, num_samples=2000)
+_mnist1d = partial(mnist1d, num_samples=2000)
 
 
 def _mnist1d_residual(seed: int) -> tuple[nn.Sequential, Data, None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,10 +38,7 @@ class NewLayer:
 
 
 def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
-    """A block of the library as a layer to insert: the same for all replicas, or one for each.
-
-    A convolution needs a stage that it may follow, `after`, for the size of images.
-    """
+    """A block of the library as a layer to insert: the same for all replicas, or one for each."""
     each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
     return NewLayer(
         stage_of(each[0], after),
@@ -63,9 +60,7 @@ def multipliers(
 
     As in `solve`, the candidates are not built in: λ comes from the tensor x at the site and
     δ = ∂L/∂x. Site k is the output of hidden stage k = 0, 1, …; by default all sites are measured.
-
-    Returns:
-        For each of the sites: pinned parameter → λ, shape (replicas, *its shape).
+    Returns for each of them: pinned parameter → λ, shape (replicas, *its shape).
     """
     at = range(len(trained.stack.stages)) if sites is None else sites
     _check_width(trained.stack, layer, at)
@@ -77,13 +72,9 @@ def multipliers(
     return [_at_site(layer, x.detach(), d) for x, d in zip(tensors, deltas, strict=True)]
 
 
-def frobenius(found: Sequence[Mapping[str, Tensor]], only: str | None = None) -> Tensor:
-    """‖λ‖_F of every replica and site, shape (replicas, sites); `only` of one pinned parameter."""
-    squares = [
-        sum(v.flatten(1).square().sum(1) for name, v in at.items() if only in (None, name))
-        for at in found
-    ]
-    return torch.stack([torch.as_tensor(square) for square in squares], dim=1).sqrt()
+def frobenius(found: Sequence[Tensor]) -> Tensor:
+    """‖λ‖_F of one pinned parameter for every replica and site, shape (replicas, sites)."""
+    return torch.stack([at.flatten(1).square().sum(1) for at in found], dim=1).sqrt()
 
 
 def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLayer) -> Ensemble:
@@ -112,11 +103,7 @@ def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLay
             f"inserting at sites {distinct} gives different architectures; insert into "
             "take(…) of the replicas, one site at a time."
         )
-    ends = list(
-        itertools.accumulate(
-            sum(math.prod(shape) for shape in shapes) for shapes in trained.stack.shapes
-        )
-    )
+    ends = list(itertools.accumulate(sum(map(math.prod, s)) for s in trained.stack.shapes))
     count, added = trained.parameters.shape[1], layer.start.shape[1]
     columns = torch.empty(len(stages), count + added, dtype=torch.long)
     for k in distinct:

@@ -51,23 +51,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Ensemble:
-    """Replicas of one architecture, each with its own parameters.
-
-    Attributes:
-        stack: The architecture.
-        parameters: Shape (replicas, parameters), in the order of `model.parameters()`.
-        running: Which replicas are still trained, bool of shape (replicas,).
-        last_loss: Of the last epoch each was trained in, shape (replicas,); NaN before the first.
-        memory: State of the optimizer, each entry in the shape of `parameters`.
-        epochs: How many epochs it was trained.
-    """
+    """Replicas of one architecture, each with its own parameters."""
 
     stack: Stack
-    parameters: Tensor
-    running: Tensor
-    last_loss: Tensor
-    memory: Mapping[str, Tensor] = field(default_factory=dict)
-    epochs: int = 0
+    parameters: Tensor  # (replicas, parameters), in the order of `model.parameters()`
+    running: Tensor  # (replicas,), which are still trained, bool
+    last_loss: Tensor  # (replicas,), of the last epoch each was trained in; NaN before the first
+    memory: Mapping[str, Tensor] = field(default_factory=dict)  # the optimizer's, like parameters
+    epochs: int = 0  # how long it was trained
 
     def take(self, index: Tensor | Sequence[int]) -> Ensemble:
         """Some of the replicas, or the same one several times."""
@@ -87,11 +78,10 @@ class Ensemble:
 def ensemble(models: Sequence[nn.Sequential]) -> Ensemble:
     """Stack plain networks of one architecture; their parameters are copied.
 
-    Args:
-        models: Each a sequence of `nn.Linear` followed by an elementwise activation, and of the
-            blocks `IdentityLinear`, `ResidualLinear` and `ResidualMLP`, with an `nn.Linear` last;
-            between `nn.Unflatten` and `nn.Flatten` also `nn.Conv2d` with an activation, padded by
-            half of its kernel. The activations are those of the first network.
+    Each is a sequence of `nn.Linear` followed by an elementwise activation, and of the blocks that
+    `stage_of` knows, with an `nn.Linear` last; between `nn.Unflatten` and `nn.Flatten` also
+    `nn.Conv2d` with an activation, padded by half of its kernel. The activations are those of the
+    first network.
 
     Raises:
         CandidateError: A network has another form, or the architectures differ.
@@ -130,10 +120,8 @@ def sites_of(model: nn.Sequential) -> list[tuple[str, int]]:
 def samples(x: Sequence[Tensor], y: Sequence[Tensor], classes: int | None = None) -> Samples:
     """The data of each replica, or one data set for all, in the layout of an ensemble.
 
-    Args:
-        x: One tensor (samples, features) for each replica, or a single one.
-        y: Integer labels (samples,), or targets (samples, outputs), likewise.
-        classes: Number of classes; by default that of the labels in `y`.
+    `x` has tensors (samples, features), `y` integer labels (samples,) or targets (samples,
+    outputs), one for each replica or a single one; by default the labels give the classes.
     """
     if len(x) != len(y) or len({v.shape for v in x}) != 1 or len({v.shape for v in y}) != 1:
         raise DataError("x and y must hold data sets of one size, as many of x as of y.")
@@ -176,12 +164,6 @@ def error_rate(stack: Stack, parameters: Tensor, data: Samples) -> Tensor:
         return 1 - right.to(output.dtype).mean(1)
 
 
-def mean_loss(trained: Ensemble, data: Samples, loss: Loss = cross_entropy) -> Tensor:
-    """The loss of each replica on its data, shape (replicas,)."""
-    with torch.no_grad():
-        return loss(forward(trained.stack, trained.parameters, data.x)[0], data.y)
-
-
 def gradient(
     stack: Stack, parameters: Tensor, data: Samples, loss: Loss = cross_entropy
 ) -> tuple[Tensor, Tensor]:
@@ -194,10 +176,16 @@ def gradient(
 
 
 def multiply_adds(stack: Stack) -> int:
-    """Multiply-adds of one forward pass of one sample, without biases."""
-    widths = [stack.inputs, *(stage.width for stage in stack.stages)]
-    hidden = sum(s.multiply_adds(w) for s, w in zip(stack.stages, widths, strict=False))
-    return hidden + stack.outputs * widths[-1]
+    """Multiply-adds of one forward pass of one sample, without biases and activations."""
+    *hidden, (last, _) = stack.shapes
+    each = [operations(*pair) for pair in zip(stack.stages, hidden, strict=True)]
+    return sum(each) + math.prod(last)
+
+
+def operations(stage: Stage, shapes: Sequence[tuple[int, ...]]) -> int:
+    """Multiply-adds of one stage; each weight is used once, that of a kernel at each position."""
+    positions = math.prod(stage.out_size) if isinstance(stage, Convolution) else 1
+    return positions * sum(math.prod(shape) for shape in shapes if len(shape) > 1)
 
 
 def parts(flat: Tensor, shapes: Sequence[Sequence[tuple[int, ...]]]) -> list[list[Tensor]]:

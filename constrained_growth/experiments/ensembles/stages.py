@@ -6,62 +6,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Protocol
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualMLP
 from constrained_growth.errors import BlockError, CandidateError
 
 Activation = Callable[[Tensor], Tensor]
 
 
-class Stage(Protocol):
-    """A hidden layer of all replicas at once."""
-
-    @property
-    def width(self) -> int:
-        """Size of its output."""
-        ...
-
-    def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
-        """Shapes of its parameters in one replica, in the order of the plain module."""
-        ...
-
-    def multiply_adds(self, inputs: int) -> int:
-        """Of one forward pass of one sample, without biases and activations."""
-        ...
-
-    def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """Parameters (replicas, …), x (replicas, inputs, samples) to (replicas, width, samples)."""
-        ...
-
-
 @dataclass(frozen=True)
 class Dense:
-    """σ(Wx + b) − s, or with `residual` x + σ(Wx + b) − s; parameters W, b."""
+    """σ(Wx + b); parameters W, b."""
 
     width: int
     activation: Activation
-    shift: float = 0.0
-    residual: bool = False
 
     def shapes(self, inputs: int) -> tuple[tuple[int, ...], ...]:
         """W, b."""
         return (self.width, inputs), (self.width,)
 
-    def multiply_adds(self, inputs: int) -> int:
-        """Wx."""
-        return self.width * inputs
-
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """The layer."""
         weight, bias = parameters
-        y = self.activation(affine(weight, bias, x))
-        y = y - self.shift if self.shift else y
-        return x + y if self.residual else y
+        return self.activation(affine(weight, bias, x))
 
 
 @dataclass(frozen=True)
@@ -76,10 +47,6 @@ class Residual:
         """W₁, b, W₂."""
         return (self.hidden, inputs), (self.hidden,), (self.width, self.hidden)
 
-    def multiply_adds(self, inputs: int) -> int:
-        """Both products."""
-        return self.hidden * (inputs + self.width)
-
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """The layer."""
         inner, bias, outer = parameters
@@ -88,7 +55,7 @@ class Residual:
 
 @dataclass(frozen=True)
 class Convolution:
-    """σ(K ∗ x + b) − s on images of this (height, width), flattened as (channels, height, width).
+    """σ(K ∗ x + b) on images of this (height, width), flattened as (channels, height, width).
 
     The kernel K has an odd size k; the image is padded with zeros by half of it.
     """
@@ -98,7 +65,6 @@ class Convolution:
     kernel: int
     stride: tuple[int, int]
     activation: Activation
-    shift: float = 0.0
 
     @property
     def out_size(self) -> tuple[int, int]:
@@ -115,11 +81,6 @@ class Convolution:
         """K, b."""
         before = inputs // math.prod(self.size)
         return (self.channels, before, self.kernel, self.kernel), (self.channels,)
-
-    def multiply_adds(self, inputs: int) -> int:
-        """One k × k product for each entry of the output and channel of the input."""
-        before = inputs // math.prod(self.size)
-        return self.width * before * self.kernel**2
 
     def __call__(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """One product per replica, since a grouped convolution is slow on CPUs.
@@ -140,8 +101,13 @@ class Convolution:
             matrix,
             torch.cat(seen, 1).reshape(replicas, -1, right * samples),
         )
-        y = self.activation(y.reshape(replicas, self.width, samples))
-        return y - self.shift if self.shift else y
+        return self.activation(y.reshape(replicas, self.width, samples))
+
+
+Stage: TypeAlias = Dense | Residual | Convolution
+"""A hidden layer of all replicas at once. It has a `width`, the size of its output; `shapes` of its
+parameters in one replica, in the order of the plain module; and maps parameters (replicas, …) and
+x (replicas, inputs, samples) to (replicas, width, samples)."""
 
 
 @cache
@@ -173,17 +139,14 @@ def activated(module: nn.Conv2d | nn.Linear, activation: nn.Module, size: tuple[
 
 def stage_of(block: nn.Module, after: Stage | None = None) -> Stage:
     """The stage of a block of the library; for a convolution `after` gives the size of images."""
-    if isinstance(block, IdentityLinear):
-        return Dense(block.weight.shape[0], block.activation, block.shift)
-    if isinstance(block, ResidualLinear):
-        return Dense(block.weight.shape[0], block.activation, residual=True)
     if isinstance(block, ResidualMLP):
         return Residual(block.outer.out_features, block.inner.out_features, block.activation)
-    if isinstance(block, IdentityConv2d) and isinstance(after, Convolution):
+    if isinstance(block, IdentityLinear) and not block.shift:
+        return Dense(block.weight.shape[0], block.activation)
+    if isinstance(block, IdentityConv2d) and not block.shift and isinstance(after, Convolution):
         channels, _, kernel, _ = block.weight.shape
-        size, once = after.out_size, (1, 1)
-        return Convolution(channels, size, kernel, once, block.activation, block.shift)
+        return Convolution(channels, after.out_size, kernel, (1, 1), block.activation)
     raise BlockError(
-        f"block={type(block).__name__} has no stacked form; use IdentityLinear, ResidualLinear, "
-        "ResidualMLP, or after a convolution IdentityConv2d."
+        f"block={type(block).__name__} has no stacked form; use ResidualMLP, or IdentityLinear or "
+        "(after a convolution) IdentityConv2d with ReLU."
     )

@@ -27,17 +27,16 @@ class Optimizer(Protocol):
     ) -> None:
         """Move the parameters and update the memory, in place, all (replicas, parameters).
 
-        The memory is empty before the first step; `running` (replicas, 1) is 0.0 for replicas
-        that have stopped, else 1.0.
+        The memory is empty before the first step; `running` (replicas, 1) is 0 for those stopped.
         """
         ...
 
 
 @dataclass(frozen=True)
 class SGD:
-    """As `torch.optim.SGD`; `lr` may be a tensor (replicas, 1) or (replicas, parameters)."""
+    """As `torch.optim.SGD`."""
 
-    lr: float | Tensor
+    lr: float
     momentum: float = 0.0
 
     def step(
@@ -52,9 +51,9 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """As `torch.optim.Adam`, `lr` as in `SGD`; new parameters count their own steps."""
+    """As `torch.optim.Adam`; new parameters count their own steps."""
 
-    lr: float | Tensor
+    lr: float
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -80,28 +79,17 @@ class Shuffle:
 
     def __call__(self, epoch: int, count: int) -> Tensor:
         """Orders of `count` samples, shape (replicas, count)."""
-        generator = torch.Generator()
-        return torch.stack(
-            [
-                torch.randperm(count, generator=generator.manual_seed(seed * 1_000_003 + epoch))
-                for seed in self.seeds
-            ]
-        )
+        drawn = [torch.Generator().manual_seed(seed * 1_000_003 + epoch) for seed in self.seeds]
+        return torch.stack([torch.randperm(count, generator=generator) for generator in drawn])
 
 
 @dataclass(frozen=True)
 class History:
-    """What training recorded; replicas that stopped keep their last values.
+    """What training recorded; replicas that stopped keep their last values."""
 
-    Attributes:
-        loss: Mean over an epoch's batches of the loss before each step, (epochs, replicas).
-        test_error: Share of misclassified test samples after each epoch, (epochs, replicas).
-        trained: How many epochs each replica was trained, (replicas,).
-    """
-
-    loss: Tensor
-    test_error: Tensor | None
-    trained: Tensor
+    loss: Tensor  # (epochs, replicas), mean over an epoch's batches before each step
+    test_error: Tensor | None  # (epochs, replicas), share of misclassified samples after an epoch
+    trained: Tensor  # (replicas,), how many epochs
 
 
 def train(
@@ -114,23 +102,13 @@ def train(
     batch: int | None = None,
     order: Callable[[int, int], Tensor] | None = None,
     test: Samples | None = None,
-    stop_at: float | None = 0.0,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> tuple[Ensemble, History]:
-    """Train all replicas together for some epochs.
+    """Train all replicas together for some more epochs, from `begun`, which is not changed.
 
-    Args:
-        begun: The replicas; not changed. The optimizer goes on from `begun.memory`.
-        data: To train on.
-        epochs: At most this many more.
-        optimizer: Makes the steps.
-        loss: Mean loss of each replica.
-        batch: Samples in a batch (the last one may be smaller); by default all of them.
-        order: (epoch, samples) → order of reading, (replicas, samples), such as `Shuffle`; by
-            default that of the data. Epochs count from `begun.epochs`.
-        test: Data on which the error rate is measured after every epoch.
-        stop_at: A replica whose test error is not above this stops for good; None never stops.
-        on_epoch: Called after every epoch, such as `bar.update` of a progress bar.
+    By default a batch has all samples, in the order of the data. `order` maps epoch (counted from
+    `begun.epochs`) and number of samples to orders (replicas, samples), such as `Shuffle`. On
+    `test` the error rate is measured after every epoch; a replica without errors stops for good.
     """
     parameters, running = begun.parameters.clone(), begun.running.clone()
     memory = {key: value.clone() for key, value in begun.memory.items()}
@@ -150,8 +128,7 @@ def train(
             trained += running
             if test is not None:
                 last_error = error_rate(begun.stack, parameters, test)
-                if stop_at is not None:
-                    running &= last_error > stop_at
+                running &= last_error > 0
         losses.append(last_loss)
         if last_error is not None:
             errors.append(last_error)

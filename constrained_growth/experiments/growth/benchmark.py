@@ -16,8 +16,8 @@ from joblib import Parallel, delayed
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
+from constrained_growth._progress import progress_bar
 from constrained_growth.errors import DataError
 from constrained_growth.experiments.caching import cached
 from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, train
@@ -57,25 +57,18 @@ def run(
     *,
     arms: Sequence[Arm] = ARMS,
     cache: Path | None = None,
-    progress: bool | None = None,
 ) -> dict[str, Any]:
     """Train every arm on every task and seed, and compare.
 
-    The target of a seed is the loss that the big network of this seed ends with, the mean over
-    the last rows; an arm has reached it at the first row at which its loss, smoothed in the same
-    way, is not above it. The big network itself may reach it before its end.
+    The target of a seed is the loss that its big network ends with, the mean over the last rows;
+    an arm has reached it at the first row at which its loss, smoothed alike, is not above it.
 
-    Args:
-        plan: How much.
-        seed: Seeds `seed`, `seed` + 1, … are run.
-        arms: The ways to a big network, among them the one that is big from the start.
-        cache: Folder for the runs, so that an interrupted benchmark resumes.
-        progress: Show a bar; None (default) only on a terminal.
+    Seeds `seed`, `seed` + 1, … are run. Runs are kept in the folder `cache`, so that an interrupted
+    benchmark resumes.
 
     Returns:
-        The numbers that `--json` writes: for each task and arm, seed by seed, multiply-adds and
-        seconds to the target (None where it is not reached) and the losses at the end; how the
-        arms compare with the big network and with the first arm; and the curves.
+        The numbers that `--json` writes: seed by seed, multiply-adds and seconds to the target
+        (None if not reached) and final losses; comparisons of the arms; and the curves.
 
     Raises:
         DataError: There is no seed, or no arm that begins big.
@@ -88,10 +81,9 @@ def run(
         )
     seeds = range(seed, seed + plan.seeds)
     jobs = [delayed(_traces)(task, arms, one, cache) for task in plan.tasks for one in seeds]
-    quiet = None if progress is None else not progress
     with one_thread():
         parallel: Any = Parallel(n_jobs=plan.workers, return_as="generator")(jobs)
-        found = list(tqdm(parallel, total=len(jobs), desc="growth", unit="seed", disable=quiet))
+        found = list(progress_bar(parallel, desc="growth", unit="seed", total=len(jobs)))
         here = machine()
     traces = {
         task.name: {name: [each[name] for each in found[i : i + plan.seeds]] for name in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 Shape = Sequence[int]
 
 
-class MultiplyAdds:
+class MultiplyAdds(FlopCounterMode):
     """Counts the multiply-adds of all matrix products, convolutions and decompositions within.
 
     Half of what `torch.utils.flop_counter` counts, with formulas for operations that it does not
@@ -29,21 +29,12 @@ class MultiplyAdds:
     """
 
     def __init__(self) -> None:
-        self._mode = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+        super().__init__(display=False, custom_mapping=_FORMULAS)
 
     @property
     def total(self) -> int:
         """So far."""
-        return self._mode.get_total_flops() // 2
-
-    def __enter__(self) -> Self:
-        """Begin."""
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        """End."""
-        self._mode.__exit__(*error)
+        return self.get_total_flops() // 2
 
 
 def of_training_step(
@@ -72,20 +63,16 @@ def _singular_values(a: Shape, *_: Any, **__: Any) -> int:
     return math.prod(a[:-2]) * (4 * m * m * n + 8 * m * n * n + 9 * n**3)
 
 
-def _attention(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward(g: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(g, q, k, v)
-
-
 _aten = torch.ops.aten
 _FORMULAS = {
     _aten.mv: _product,
     _aten.dot: _product,
     _aten._linalg_eigh: _eigenvalues,
     _aten._linalg_svd: _singular_values,
-    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(g, q, k, v)
+    ),
 }

@@ -22,9 +22,8 @@ from constrained_growth.training import evaluate
 class Arm:
     """A way to a big network.
 
-    Attributes:
-        rule: Seed → where the next layer goes; None for a network that does not grow.
-        looks: Whether the rule uses sensitivities. If not, the pass that computes them is free.
+    `rule` maps a seed to the rule for the next layer, None for a network that does not grow. If
+    the rule does not use sensitivities (`looks`), the pass that computes them is free.
     """
 
     name: str
@@ -41,7 +40,6 @@ CLIP = 1.0
 BIG = "big"
 """The arm with which the others are compared."""
 
-
 ARMS = (
     Arm("sensitivity", lambda seed: cg.TopK(1), looks=True),
     Arm("random", lambda seed: cg.Random(seed=seed)),
@@ -53,14 +51,10 @@ ARMS = (
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run recorded, row by row.
+    """What a run recorded, row by row: what was spent until then, and the loss.
 
-    Attributes:
-        multiply_adds, seconds: Spent until then, decisions included, measuring the loss not.
-        loss: On the training data set aside for measuring.
-        held_out: The loss on data not trained on, at the end.
-        sites: Where layers were inserted, in their order.
-        decisions: Multiply-adds of deciding and inserting.
+    The loss is that on training data set aside for measuring, `held_out` that at the end on data
+    not trained on. `decisions` are the multiply-adds of deciding and inserting, at `sites`.
     """
 
     multiply_adds: tuple[int, ...]

@@ -20,19 +20,16 @@ from constrained_growth.experiments.data import (
     random_windows,
     windows,
 )
+from constrained_growth.experiments.networks import Embed
 
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Material:
-    """What one run learns from.
+    """What one run learns from; `stream` maps a seed to an endless stream of batches.
 
-    Attributes:
-        stream: Seed → an endless stream of batches.
-        deciding: Batches that decide where to grow, a part of the training data.
-        looking: Training data on which the loss is measured.
-        held_out: Data that are not trained on.
+    `deciding` and `looking` are training data that decide where to grow, and that measure the loss.
     """
 
     stream: Callable[[int], Iterator[Batch]]
@@ -43,32 +40,21 @@ class Material:
 
 @dataclass(frozen=True)
 class GrowthTask:
-    """A kind of network, its data, and how it grows.
-
-    Attributes:
-        network: Number of blocks → network, random values from the global generator.
-        block: Makes a block that can be inserted after modules of the types `sites`.
-        lr: Learning rate of Adam, chosen for the big network.
-        warmup: Over how many of the first steps it rises linearly from 0.
-        small, big: Blocks at the start of the runs that grow, and at their end.
-        steps: Steps of the big network; all arms may spend as many multiply-adds.
-        row: Steps between two measurements of the loss.
-        wait: Rows before each insertion.
-    """
+    """A kind of network, its data, and how it grows."""
 
     name: str
     about: str
     material: Callable[[int], Material]
-    network: Callable[[int], nn.Module]
-    block: Callable[[], nn.Module]
+    network: Callable[[int], nn.Module]  # number of blocks → network
+    block: Callable[[], nn.Module]  # can be inserted after modules of the types `sites`
     sites: tuple[type[nn.Module], ...]
-    lr: float = 0.01
-    warmup: int = 50
-    small: int = 1
-    big: int = 8
-    steps: int = 1000
-    row: int = 20
-    wait: int = 7
+    lr: float = 0.01  # of Adam, chosen for the big network
+    warmup: int = 50  # steps over which it rises linearly from 0
+    small: int = 1  # blocks at the start of the runs that grow
+    big: int = 8  # and at their end
+    steps: int = 1000  # of the big network; all arms may spend as many multiply-adds
+    row: int = 20  # steps between two measurements of the loss
+    wait: int = 7  # rows before each insertion
 
     @property
     def settings(self) -> dict[str, int | float | str]:
@@ -134,21 +120,6 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(self.embed(characters)))).mT
 
 
-class Embed(nn.Module):
-    """Characters and their positions as vectors."""
-
-    def __init__(self, characters: int, length: int, width: int) -> None:
-        super().__init__()
-        self.character = nn.Embedding(characters, width)
-        self.position = nn.Embedding(length, width)
-        for table in (self.character, self.position):
-            nn.init.normal_(table.weight, std=0.02)
-
-    def forward(self, characters: Tensor) -> Tensor:
-        """(samples, positions) to (samples, positions, width)."""
-        return self.character(characters) + self.position.weight[: characters.shape[1]]
-
-
 def gpt_block(width: int, heads: int) -> TransformerBlock:
     """GPT-2's initial values, but for the output projections, which are pinned at zero."""
     block = TransformerBlock(width, heads, causal=True)
@@ -171,12 +142,8 @@ def of_split(split: Split, shape: tuple[int, ...], batch: int) -> Material:
     """The material of a classification data set, its inputs in another shape."""
     train = split.x_train.unflatten(1, shape), split.y_train
     held_out = split.x_test.unflatten(1, shape), split.y_test
-    deciding = _in_batches(train[0][:128], train[1][:128], 64)
+    deciding = [(train[0][:64], train[1][:64]), (train[0][64:128], train[1][64:128])]
     return Material(partial(epochs, *train, batch), deciding, [train], [held_out])
-
-
-def _in_batches(x: Tensor, y: Tensor, size: int) -> list[Batch]:
-    return list(zip(x.split(size), y.split(size), strict=True))
 
 
 _CHANNELS, _LENGTH, _PIECES, _WIDTH, _HEADS = 4, 64, 4, 32, 2

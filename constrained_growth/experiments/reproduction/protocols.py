@@ -5,100 +5,64 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from constrained_growth.blocks import (
-    IdentityConv2d,
-    IdentityLinear,
-    ResidualLinear,
-    ResidualMLP,
-    TanhLU,
-)
+from constrained_growth.blocks import IdentityConv2d, IdentityLinear, ResidualMLP
 from constrained_growth.experiments.data import Split, two_spirals
+from constrained_growth.experiments.networks import feedforward
 
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of network.
+    """A kind of network."""
 
-    Attributes:
-        build: (inputs, widths of the hidden layers, outputs) → a freshly initialised network.
-        block: Width (of convolutions: channels) → the layer to insert.
-        selected: The pinned parameter whose ‖λ‖_F chooses the site in the source.
-    """
-
-    build: Callable[[int, Sequence[int], int], nn.Sequential]
-    block: Callable[[int], nn.Module]
-    selected: str
+    build: Callable[[int, Sequence[int], int], nn.Sequential]  # inputs, hidden widths, outputs
+    block: Callable[[int], nn.Module]  # width (of convolutions: channels) → the layer to insert
+    selected: str  # the pinned parameter whose ‖λ‖_F chooses the site in the source
 
 
-def _feedforward(activation: Callable[[], nn.Module]) -> Family:
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        sizes = (inputs, *widths)
-        hidden = [
-            layer
-            for before, after in zip(sizes, widths, strict=False)
-            for layer in (nn.Linear(before, after), activation())
-        ]
-        return nn.Sequential(*hidden, nn.Linear(sizes[-1], outputs))
-
-    return Family(build, lambda width: IdentityLinear(width, activation()), "weight")
+def _relu(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
+    return feedforward((inputs, *widths, outputs))
 
 
-def _residual(block: Callable[[int], nn.Module], selected: str) -> Family:
+def _block(width: int) -> ResidualMLP:
+    return ResidualMLP(width, width, torch.tanh, inner_init=0.8)
+
+
+def _residual(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     """Linear and tanh, then blocks, then Linear; its blocks begin as `nn.Linear` does."""
-
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        first, *others = widths
-        hidden = [nn.Linear(inputs, first), nn.Tanh()]
-        return nn.Sequential(*hidden, *map(_initialised, others), nn.Linear(first, outputs))
-
-    def _initialised(width: int) -> nn.Module:
-        made = block(width)
-        fresh = [nn.Linear(width, width), nn.Linear(width, width, bias=False)]
-        values = [parameter for layer in fresh for parameter in layer.parameters()]
-        with torch.no_grad():
-            for parameter, value in zip(made.parameters(), values, strict=False):
-                parameter.copy_(value)
-        return made
-
-    return Family(build, block, selected)
+    first, *others = widths
+    hidden: list[nn.Module] = [nn.Linear(inputs, first), nn.Tanh()]
+    for width in others:
+        hidden.append(block := _block(width))
+        block.inner.reset_parameters()
+        block.outer.reset_parameters()
+    return nn.Sequential(*hidden, nn.Linear(first, outputs))
 
 
-def _convolutional() -> Family:
+def _convolutional(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
     """3 × 3 convolutions with ReLU, the first of stride 2 along sides of more than 10 pixels."""
-
-    def build(inputs: int, widths: Sequence[int], outputs: int) -> nn.Sequential:
-        side = math.isqrt(inputs)
-        size = (side, side) if side * side == inputs else (1, inputs)
-        stride = (1 + (size[0] > 10), 1 + (size[1] > 10))
-        pixels = math.prod(-(-n // s) for n, s in zip(size, stride, strict=True))
-        layers: list[nn.Module] = [nn.Unflatten(1, (1, *size))]
-        for before, after in itertools.pairwise((1, *widths)):
-            step = stride if len(layers) == 1 else 1
-            layers += [nn.Conv2d(before, after, 3, stride=step, padding=1), nn.ReLU()]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(pixels * widths[-1], outputs))
-
-    return Family(build, lambda channels: IdentityConv2d(channels, nn.ReLU()), "weight")
+    side = math.isqrt(inputs)
+    size = (side, side) if side * side == inputs else (1, inputs)
+    stride = (1 + (size[0] > 10), 1 + (size[1] > 10))
+    pixels = math.prod(-(-n // s) for n, s in zip(size, stride, strict=True))
+    layers: list[nn.Module] = [nn.Unflatten(1, (1, *size))]
+    for before, after in itertools.pairwise((1, *widths)):
+        step = stride if len(layers) == 1 else 1
+        layers += [nn.Conv2d(before, after, 3, stride=step, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(pixels * widths[-1], outputs))
 
 
 FAMILIES: Mapping[str, Family] = {
-    "relu": _feedforward(nn.ReLU),
-    "tanhlu": _feedforward(TanhLU),
-    "residual-one": _residual(lambda width: ResidualLinear(width, torch.tanh), "weight"),
-    "residual-outer": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, inner_init=0.8), "outer.weight"
-    ),
-    "residual-inner": _residual(
-        lambda width: ResidualMLP(width, width, torch.tanh, "inner", inner_init=0.8), "inner.weight"
-    ),
-    "convolution": _convolutional(),
+    "relu": Family(_relu, lambda width: IdentityLinear(width, nn.ReLU()), "weight"),
+    "residual-outer": Family(_residual, _block, "outer.weight"),
+    "convolution": Family(_convolutional, lambda n: IdentityConv2d(n, nn.ReLU()), "weight"),
 }
-"""Feedforward with ReLU or TanhLU, residual with one weight, with two (outer or inner pinned),
-convolutions (on images; the two spirals are images of 1 × 2)."""
+"""Feedforward, residual with two weights in a block (the outer one pinned), and convolutions on
+images (the two spirals are images of 1 × 2)."""
 
 
 @dataclass(frozen=True)
@@ -128,32 +92,21 @@ class Count:
 class Experiment:
     """A protocol: one insertion into a small network, trained by plain SGD.
 
-    Attributes:
-        shows: The figure or claim of the source that it stands for.
-        family: Key of `FAMILIES`.
-        widths: Of the hidden layers before the insertion.
-        factor: By which the learning rate is multiplied after the insertion.
-        before, after: Epochs before and after the insertion.
-        batch: Samples in a batch; None for all of them.
-        times: Other epochs to insert at, with the same total.
-        seconds: How long 100 seeds take on one core, roughly.
-        chunk: How many seeds train together: what an interruption can cost.
-        data: Seed → the data.
-        reference, counts: What the source's code gives, arm by arm, and in comparisons.
+    `reference` and `counts` are what the source's code gives, arm by arm, and in comparisons.
     """
 
     name: str
-    shows: str
-    family: str
-    widths: tuple[int, ...]
+    shows: str  # the figure or claim of the source that it stands for
+    family: str  # key of FAMILIES
+    widths: tuple[int, ...]  # of the hidden layers before the insertion
     lr: float
-    factor: float
-    before: int = 450
+    factor: float  # by which the learning rate is multiplied after the insertion
+    before: int = 450  # epochs
     after: int = 1400
-    batch: int | None = None
-    times: tuple[int, ...] = ()
-    seconds: int = 60
-    chunk: int = 50
+    batch: int | None = None  # None: all samples
+    times: tuple[int, ...] = ()  # other epochs to insert at, with the same total
+    seconds: int = 60  # that 100 seeds take on one core, roughly
+    chunk: int = 50  # how many seeds train together: what an interruption can cost
     data: Callable[[int], Split] = two_spirals
     reference: Mapping[str, Reference] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()
@@ -162,11 +115,6 @@ class Experiment:
     def epochs(self) -> int:
         """All of them."""
         return self.before + self.after
-
-    def of_family(self, family: str) -> Experiment:
-        """The same protocol for another kind of network, which has no reference figures."""
-        name = f"{self.name}-{family}"
-        return replace(self, name=name, family=family, reference={}, counts=())
 
 
 def on_images(data: str, split: Callable[[int], Split]) -> tuple[Experiment, ...]:
@@ -326,13 +274,10 @@ EXPERIMENTS: Mapping[str, Experiment] = {experiment.name: experiment for experim
 The figures under `reference` come from its code, rerun with fixed data handling. Arms:
 
     N1           the small network kept
-    LImax        the layer with the largest ‖λ_W‖²_F inserted
-    LImin        the one with the smallest
-    random       one at a random site
+    LImax, LImin the layer with the largest (smallest) ‖λ_W‖²_F inserted; `random`: a random site
     N2           the deep network of the source's code, from the start: every hidden layer twice
     N2fix        the network of the grown one's depth, from the start
-    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer, to tell
-                 the effect of the layer from that of the learning rate
+    N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer
     recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept, new
                  layers warmed up as by `training.NewLayers`
 """

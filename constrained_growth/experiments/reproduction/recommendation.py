@@ -42,16 +42,9 @@ def recommended(
 ) -> tuple[NDArray[np.integer], list[Group]]:
     """Ask the library about each replica, and insert what it says.
 
-    Args:
-        trained: The replicas, before the insertion; not changed.
-        data: Training data of each.
-        models: Plain networks of the replicas' architecture; their parameters are overwritten.
-        block: Width → the layer that could be inserted at every site.
-        layer: The same for an ensemble.
-        solver: How to ask.
-
-    Returns:
-        The site of each replica, −1 for nowhere, and the replicas grouped by it for `StepsAfter`.
+    `models` are plain networks of the replicas' architecture, to be overwritten; `block` maps a
+    width to the layer to insert, `layer` is the same for an ensemble. Returns the site of each
+    replica, −1 for nowhere, and the replicas grouped by it, ready for `StepsAfter`.
     """
     old = {AGE: torch.full_like(trained.parameters, torch.inf)}
     trained = replace(trained, memory={**trained.memory, **old})

@@ -42,16 +42,8 @@ ARMS = {
 }
 
 PAIRS = (
-    ("LImax", "N1"),
-    ("LImax", "LImin"),
-    ("LImax", "random"),
-    ("LImax", "N2"),
-    ("LImax", "N2fix"),
-    ("LImax", "N1lr"),
-    ("LImax", "N2lr"),
-    ("recommended", "N1"),
-    ("recommended", "LImax"),
-    ("recommended", "N2fix"),
+    *(("LImax", other) for other in ("N1", "LImin", "random", "N2", "N2fix", "N1lr", "N2lr")),
+    *(("recommended", other) for other in ("N1", "LImax", "N2fix")),
 )
 
 STEPS = (1, 10, 100)
@@ -78,8 +70,8 @@ def overview() -> RenderableType:
             f"{experiment.before} + {experiment.after}",
             f"about {experiment.seconds} s",
         )
+    images = "With and without insertion on images: --data digits or mnist1d."
     kinds = "relu [8, 8], residual-outer [8, 8], convolution [4, 4]"
-    images = "With and without insertion on images: --data digits, mnist1d or mnist."
     table.add_row("images", images, kinds, "20 + 40", "about 25 min")
     return table
 
@@ -321,13 +313,8 @@ def describe(experiment: Experiment) -> Text:
 def account(contents: Sequence[Content]) -> RenderableType:
     """All experiments in one table: the reference, the same protocol here, what is recommended.
 
-    Args:
-        contents: `numbers` of each experiment.
-
-    Returns:
-        A table of the cells with reference figures, and how many differ: with that many tests
-        some would by chance, so the p-values are also adjusted to the rate of false discoveries
-        (Benjamini and Hochberg).
+    Below it, how many cells differ from the reference: with that many tests some would by chance,
+    so p-values are also adjusted to the rate of false discoveries (Benjamini and Hochberg).
     """
     table = titled(
         "Final training loss in nats",

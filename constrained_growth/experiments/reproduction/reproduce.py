@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from constrained_growth._progress import progress_bar
 from constrained_growth.experiments.caching import cache_file, cached
 from constrained_growth.experiments.ensembles.growth import (
     NewLayer,
@@ -27,6 +27,7 @@ from constrained_growth.experiments.ensembles.networks import (
     Stack,
     ensemble,
     multiply_adds,
+    operations,
     samples,
 )
 from constrained_growth.experiments.ensembles.training import (
@@ -59,22 +60,17 @@ def reproduce(
     progress: bool | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Reproduction:
-    """Run an experiment for many seeds.
+    """Run an experiment once for each seed; the other seeds change a run by rounding only.
 
-    Args:
-        experiment: One of `protocols.EXPERIMENTS`, or a changed one.
-        seeds: One for each run. A run is the same, up to rounding, whatever the others are.
-        cache: Folder for finished chunks of seeds, so that an interrupted run resumes, until
-            `forget` is called. None keeps nothing.
-        progress: Show a bar; None (default) only on a terminal.
-        dtype: Of data and parameters. Not float32, as in the source: the gain of a step is often
-            below its precision.
+    Finished chunks of seeds stay in the folder `cache`, so that an interrupted run resumes, until
+    `forget` is called. Not in float32 by default, as in the source: the gain of a step is often
+    below its precision.
     """
     parts = _chunks(experiment, seeds)
-    hide = None if progress is None else not progress
     each = _epochs_in_all(experiment)
     found = list[Reproduction]()
-    with tqdm(total=len(parts) * each, desc=experiment.name, unit=" epochs", disable=hide) as bar:
+    options = {"total": len(parts) * each, "desc": experiment.name, "progress": progress}
+    with progress_bar(unit=" epochs", **options) as bar:
         for done, part in enumerate(parts, start=1):
             make = partial(_run, experiment, part, dtype, bar.update)
             # without the protocol: its data may be a function that cannot be pickled
@@ -107,18 +103,6 @@ def _chunks(experiment: Experiment, seeds: Sequence[int]) -> list[tuple[int, ...
     return [tuple(seeds[i : i + step]) for i in range(0, len(seeds), step)]
 
 
-def networks(
-    experiment: Experiment, widths: Sequence[int], seeds: Sequence[int], inputs: int, outputs: int
-) -> list[nn.Sequential]:
-    """Freshly initialised networks, one for each seed; the random state is left as it was."""
-    made = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in seeds:
-            torch.manual_seed(seed)
-            made.append(FAMILIES[experiment.family].build(inputs, widths, outputs))
-    return made
-
-
 @dataclass(frozen=True)
 class _Setting:
     """Everything that the arms of a chunk share."""
@@ -131,8 +115,13 @@ class _Setting:
     on_epoch: Callable[[], object]
 
     def models(self, widths: Sequence[int]) -> list[nn.Sequential]:
+        """Freshly initialised networks; the random state is left as it was."""
         inputs, outputs = self.data.x.shape[1], self.data.y.shape[1]
-        made = networks(self.experiment, widths, self.seeds, inputs, outputs)
+        made = list[nn.Sequential]()
+        with torch.random.fork_rng(devices=[]):
+            for seed in self.seeds:
+                torch.manual_seed(seed)
+                made.append(FAMILIES[self.experiment.family].build(inputs, widths, outputs))
         return [model.to(self.dtype) for model in made]
 
     def train(
@@ -166,11 +155,11 @@ class _Setting:
         selected = FAMILIES[self.experiment.family].selected
         layer, count = self.layer(trained), self.data.x.shape[2]
         at_once = _AT_ONCE if self.experiment.batch else count
-        parts = list[list[Tensor]]()
+        total = list[Tensor]()
         for x, y in zip(self.data.x.split(at_once, 2), self.data.y.split(at_once, 2), strict=True):
             found = multipliers(trained, Samples(x, y), layer)
-            parts.append([x.shape[2] / count * at[selected] for at in found])
-        total = [{selected: sum(site, torch.tensor(0.0))} for site in zip(*parts, strict=True)]
+            part = [x.shape[2] / count * at[selected] for at in found]
+            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
         return _array(frobenius(total))
 
 
@@ -267,28 +256,17 @@ def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
     if setting.experiment.factor == 1:
         return runs
     trained, history = setting.train(before, setting.experiment.after, setting.experiment.factor)
-    rows = np.arange(len(before))
-    part = (rows, _runs([history], trained))
+    part = np.arange(len(before)), _runs([history], trained)
     return _continued(runs, before.epochs, [part], np.full(len(before), -1))
 
 
 def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> Runs:
-    """A layer at a site of each replica, then the rest of the epochs.
-
-    Replicas are trained together only where that gives the same architecture.
-    """
-    factor, after = setting.experiment.factor, setting.experiment.epochs - before.epochs
-    shifted = setting.experiment.family == "tanhlu" and len(set(sites.tolist())) > 1
-    groups = [sites == k for k in sorted(set(sites.tolist()))] if shifted else [sites >= 0]
-    parts = list[tuple[Integers, Runs]]()
-    for group in groups:
-        rows = np.flatnonzero(group)
-        grown = insert_layer(
-            before.take(rows.tolist()), torch.as_tensor(sites[rows]), setting.layer(before)
-        )
-        trained, history = setting.train(grown, after, factor, rows.tolist())
-        parts.append((rows, _runs([history], trained, before)))
-    return _continued(kept, before.epochs, parts, sites)
+    """A layer at a site of each replica, then the rest of the epochs."""
+    grown = insert_layer(before, torch.as_tensor(sites), setting.layer(before))
+    after = setting.experiment.epochs - before.epochs
+    trained, history = setting.train(grown, after, setting.experiment.factor)
+    part = np.arange(len(sites)), _runs([history], trained, before)
+    return _continued(kept, before.epochs, [part], sites)
 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
@@ -344,9 +322,8 @@ def _choosing(before: Stack, after: Stack) -> int:
     """Forward, backward to the inputs, and at every site at most two passes of the new layer."""
     if len(after.stages) == len(before.stages):
         return 0
-    new = after.stages[-1]
-    sites = len(before.stages) * 2 * new.multiply_adds(new.width)
-    return 2 * multiply_adds(before) + sites
+    new = operations(after.stages[-1], after.shapes[-2])
+    return 2 * multiply_adds(before) + len(before.stages) * 2 * new
 
 
 def _array(values: Tensor) -> Array:

@@ -22,47 +22,27 @@ TRACE = 50
 
 @dataclass(frozen=True)
 class Runs:
-    """One arm of an experiment. Runs that stopped early keep their last values.
+    """One arm of an experiment. Runs that stopped early keep their last values."""
 
-    Attributes:
-        loss: Training loss, in nats, before the steps of each epoch; shape (epochs, seeds).
-        test_error: Share of misclassified test samples after each epoch; same shape.
-        trained: For how many epochs each run was trained, shape (seeds,).
-        site: Where each run gained a layer, 0 for the first hidden layer; −1 for nowhere.
-        operations: Multiply-adds for one sample of a forward pass before and after the insertion,
-            and of choosing the site; shape (3,).
-    """
-
-    loss: Array
-    test_error: Array
-    trained: Integers
-    site: Integers
-    operations: Integers
+    loss: Array  # (epochs, seeds), training loss in nats before the steps of each epoch
+    test_error: Array  # (epochs, seeds), share of misclassified test samples after each epoch
+    trained: Integers  # (seeds,), for how many epochs
+    site: Integers  # (seeds,), where it gained a layer, 0 after the first hidden one; −1: nowhere
+    operations: Integers  # (3,), of a sample: forward before and after, and to choose the site
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What an experiment gave.
-
-    Attributes:
-        experiment: The protocol.
-        seeds: Of the split, the initial parameters and the orders of the samples.
-        samples: Number of training samples.
-        arms: Name → its runs, all from the same start for the same seed.
-        inserted_at: Epoch → runs that gained the layer of the largest sensitivity then.
-        sensitivities: ‖λ_W‖_F when the layers are inserted, shape (seeds, sites).
-        trace: The same along the training of the small network, shape (times, seeds, sites).
-        trace_epochs: At which epochs, shape (times,).
-    """
+    """What an experiment gave; runs with the same seed have the same start, split and orders."""
 
     experiment: Experiment
     seeds: tuple[int, ...]
-    samples: int
+    samples: int  # to train on
     arms: Mapping[str, Runs]
-    inserted_at: Mapping[int, Runs]
-    sensitivities: Array
-    trace: Array
-    trace_epochs: Integers
+    inserted_at: Mapping[int, Runs]  # epoch → with the layer of the largest sensitivity then
+    sensitivities: Array  # (seeds, sites), ‖λ_W‖_F at the insertion
+    trace: Array  # (times, seeds, sites), the same while the small network trains
+    trace_epochs: Integers  # (times,)
 
 
 _RUNS = ("loss", "test_error", "trained", "site")  # in whose shapes seeds come last

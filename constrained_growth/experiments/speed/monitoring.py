@@ -42,16 +42,11 @@ QUICK = Plan((64, 256), (64,), Effort(fewest=3, most=3, seconds=0.0), 0.02, 20)
 def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, Any]:
     """Time training steps with and without watching, in turn, on one thread.
 
-    Args:
-        plan: What.
-        seed: Of networks and data.
-        cache: Not used: times are always measured anew.
-
     Returns:
-        The numbers that `--json` writes. A cell has the median time of a step in milliseconds,
-        for each way of watching the time that it adds, in steps, and the operations in matrix
-        products of a "step" (forward, backward and the gradient of θ: 6 for each weight and
-        sample) and of the multipliers, "exact".
+        The numbers that `--json` writes (`cache` is not used: times are measured anew). A cell has
+        the median time of a step in milliseconds, for each way of watching the time that it adds,
+        in steps, and the operations in matrix products of a "step" (forward, backward and the
+        gradient of θ: 6 for each weight and sample) and of the multipliers, "exact".
     """
     with one_thread():
         cells = [_cell(w, b, plan, seed) for w in plan.widths for b in plan.batches]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
-from tqdm import tqdm
 
 import constrained_growth as cg
+from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments.speed.networks import (
     Network,
@@ -32,7 +32,6 @@ from constrained_growth.experiments.tables import interval, titled
 from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
 
 Multipliers = Mapping[str, Mapping[str, Tensor]]
-Batches = list[tuple[Tensor, Tensor]]
 Rows = Sequence[Mapping[str, Any]]
 
 COLUMNS = {
@@ -76,10 +75,9 @@ class Plan:
 
 
 def grid(make: Callable[[int, int], Network]) -> tuple[Case, ...]:
-    """Depth × width × batch, on 4,096 samples.
+    """Depth × width × batch, on 4,096 samples; at width 1,024, where passes are slow, on fewer.
 
-    At width 1,024 a pass takes seconds, so there it is 16 batches of 64 or 4 of 512. What is done
-    once per pass weighs more with fewer batches, so this does not flatter the multiplier pass.
+    What is done once per pass weighs more with fewer batches: the multiplier pass is not flattered.
     """
     sizes = itertools.product((4, 16, 32), (4, 64, 256, 1024), (64, 512))
     shorter = {64: 1024, 512: 2048}
@@ -120,21 +118,15 @@ def run(
 ) -> dict[str, Any]:
     """Measure everything in a plan, on one thread; the random state of the caller is left alone.
 
-    Args:
-        plan: What.
-        seed: Of networks and data.
-        cache: Not used: times are always measured anew.
-        dtype: Of the networks.
-
     Returns:
-        The numbers that `--json` writes. A row of a table has the median time of an ordinary
-        gradient pass in milliseconds, for each of `COLUMNS` the median time in such passes with
-        its quartiles, and the number of pairs.
+        The numbers that `--json` writes (`cache` is not used: times are measured anew). A row of a
+        table has the median time of an ordinary gradient pass in milliseconds, for each of
+        `COLUMNS` the median time in such passes with its quartiles, and the number of pairs.
     """
     cases = [(name, case) for name, some in plan.tables.items() for case in some]
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
     with one_thread():
-        for name, case in (bar := tqdm(cases, unit="cell", leave=False, disable=None)):
+        for name, case in (bar := progress_bar(cases, desc="multipliers", unit="cell")):
             bar.set_description(f"{name} {case.depth} × {case.width}, batch {case.batch}")
             tables[name].append(_measured(case, plan.effort, seed, dtype))
         here = machine()
@@ -143,7 +135,7 @@ def run(
 
 
 def _measured(case: Case, effort: Effort, seed: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A row of a table; the error is ‖λ − λ′‖/‖λ′‖, λ′ from the network with all built in."""
+    """A row of a table; the error of λ is that against the network with all built in."""
     subject = Subject(case, seed, dtype)
     runs: dict[str, Callable[[], Any]] = {
         "plain": subject.plain_pass,
@@ -173,12 +165,6 @@ def _summary(rows: Rows) -> dict[str, dict[str, float]]:
     }
 
 
-def rebatched(data: Batches, size: int) -> Batches:
-    """The same samples in batches of `size`."""
-    inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
-    return list(zip(inputs.split(size), targets.split(size), strict=True))
-
-
 class Subject:
     """The network, the data and the problem of a case, and the passes to time."""
 
@@ -202,7 +188,7 @@ class Subject:
 
     def solve(self, *, stationarity: bool = False, size: int | None = None) -> Multipliers:
         """Multipliers and their standard errors by `cg.solve`; re-batched, if a size is given."""
-        problem = self._problem_on(rebatched(self.data, size)) if size else self._problem
+        problem = self._problem_on(cg.rebatch(self.data, size)) if size else self._problem
         return cg.solve(problem, stationarity=stationarity, progress=False).multipliers
 
     def pass_with_all_built_in(self) -> Multipliers:
@@ -211,21 +197,15 @@ class Subject:
         model.zero_grad()
         for input, target in self.data:
             (loss_fn(model(input), target) * (len(target) / self.samples)).backward()
-        return {
-            candidate.name: {
-                name: -parameter.grad
-                for name, parameter in self._built_in(candidate).items()
-                if parameter.grad is not None
-            }
-            for candidate in self.network.candidates
-        }
+        found = dict[str, dict[str, Tensor]]()
+        for candidate in self.network.candidates:
+            pins = pinned_parameters(model.get_submodule(f"{candidate.after}.1"))
+            found[candidate.name] = {k: -p.grad for k, p in pins.items() if p.grad is not None}
+        return found
 
-    def _problem_on(self, data: Batches) -> cg.GrowthProblem:
+    def _problem_on(self, data: Iterable[tuple[Tensor, Tensor]]) -> cg.GrowthProblem:
         network = self.network
         return cg.GrowthProblem(self.model, network.loss_fn, data, network.candidates)
-
-    def _built_in(self, candidate: cg.Candidate) -> dict[str, torch.nn.Parameter]:
-        return pinned_parameters(self._extended.get_submodule(f"{candidate.after}.1"))
 
 
 def disagreement(found: Multipliers, other: Multipliers) -> float:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.experiments import networks
+from constrained_growth.experiments.networks import Embed
 
 INPUTS, CLASSES = 16, 10
 PIXELS = 16
@@ -20,14 +22,7 @@ VOCABULARY, POSITIONS, HEADS = 96, 64, 4
 
 @dataclass(frozen=True)
 class Network:
-    """A network, its data and loss, and the layers that it could gain.
-
-    Attributes:
-        model: The network as it is.
-        candidates: The layers that it could gain.
-        draw: `draw(n)` gives inputs and targets of n random samples.
-        loss_fn: `loss_fn(output, target)`, a mean over the samples.
-    """
+    """A network, the layers that it could gain, its loss, and `draw(n)` for n random samples."""
 
     model: nn.Module
     candidates: tuple[cg.Candidate, ...]
@@ -37,12 +32,8 @@ class Network:
 
 def feedforward(depth: int, width: int) -> Network:
     """`depth` hidden ReLU layers, an identity layer after each."""
-    layers: list[nn.Module] = [nn.Linear(INPUTS, width), nn.ReLU()]
-    for _ in range(depth - 1):
-        layers += [nn.Linear(width, width), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Linear(width, CLASSES))
-    for layer in layers[::2]:  # after He et al. (2015), so that the signal survives the depth
-        nn.init.kaiming_normal_(layer.get_parameter("weight"), nonlinearity="relu")
+    # after He et al. (2015), so that the signal survives the depth
+    model = networks.feedforward((INPUTS, *[width] * depth, CLASSES), he_init=True)
     candidates = tuple(
         cg.Candidate(str(2 * i + 1), cg.blocks.IdentityLinear(width, nn.ReLU()))
         for i in range(depth)
@@ -62,10 +53,9 @@ def residual(depth: int, width: int) -> Network:
 
 
 class NewConvolution(nn.Module):
-    """x + W₂ relu(W₁x + b) with 3 × 3 convolutions, W₂ = 0 pinned.
+    """x + W₂ relu(W₁x + b) with 3 × 3 convolutions, W₂ = 0 pinned; a user's block, as it were.
 
-    It offers no closed form, so that its multipliers come from differentiating it alone, as for
-    any block that a user writes.
+    Without a closed form, its multipliers come from differentiating it alone.
     """
 
     pinned = ("outer.weight",)
@@ -95,23 +85,10 @@ def convolutional(depth: int, width: int) -> Network:
     return Network(model, candidates, _images)
 
 
-class Embedding(nn.Module):
-    """Tokens and their positions as vectors."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(VOCABULARY, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(POSITIONS, width))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Shape (samples, positions) to (samples, positions, width)."""
-        return self.tokens(tokens) + self.positions
-
-
 def transformer(depth: int, width: int) -> Network:
     """GPT-style, `depth` blocks; after each a residual GELU network of four times the width."""
     model = nn.Sequential(
-        Embedding(width),
+        Embed(VOCABULARY, POSITIONS, width),
         *(cg.blocks.TransformerBlock(width, HEADS, causal=True) for _ in range(depth)),
         nn.LayerNorm(width),
         nn.Linear(width, VOCABULARY, bias=False),
