@@ -48,7 +48,7 @@ def check_optimizers(
         only = "only matrices" if "Muon" in kinds else "only parameters with sparse gradients"
         raise OptimizerError(
             f"optimizer={kinds} takes {only}, and the new layers have {sorted(left)}; "
-            "give all the optimizers that train the model, optimizer=[one, other], or None."
+            "give all that train the model, optimizer=[one, other], or insert with optimizer=None."
         )
 
 
