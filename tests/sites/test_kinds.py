@@ -106,8 +106,8 @@ def replaced_by_a_hook() -> Any:
 class Keeping(nn.Linear):
     """Keeps what it returns, and returns a second tensor computed from it."""
 
-    def forward(self, x: Tensor) -> Any:
-        self.skip = super().forward(x).tanh()
+    def forward(self, input: Tensor) -> Any:
+        self.skip = super().forward(input).tanh()
         return self.skip, {"also": [2 * self.skip]}
 
 
@@ -264,8 +264,8 @@ class Physics(nn.Sequential):
     def __init__(self) -> None:
         super().__init__(*net())
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.x = x.detach().requires_grad_()
+    def forward(self, input: Tensor) -> Tensor:
+        self.x = input.detach().requires_grad_()
         self.hidden = self[0](self.x)
         y = self.hidden
         for layer in list(self)[1:]:
@@ -305,7 +305,7 @@ IN_GRAPH: dict[str, tuple[Make, str, int]] = {
         2,
     ),
     "a Hessian-vector product": (penalising(hessian_vector), "1", 2),
-    "the slope by a weight": (penalising(lambda m, o: slope(o.sum(), m[0].weight)), "1", 2),
+    "the slope by a weight": (penalising(lambda m, o: slope(o.sum(), m.get_parameter("0.weight"))), "1", 2),
     "forces": (lambda: (Potential(), lambda o, t: plain(o[1], t) + o[0].sin().mean()), "net.1", 3),
     "a derivative alone": (lambda: (Derivative(), plain), "net.1", 3),
     "the first layer of a derivative alone": (lambda: (Derivative(), plain), "net.0", 3),

@@ -256,6 +256,7 @@ def built(piece: Any, side: list[Tensor]) -> nn.Module:
     kind, *parts = piece
     if kind == "leaf":
         return LEAVES[parts[0]]()
+    rest: list[Any]
     inner, *rest = [built(part, side) if isinstance(part, tuple) else part for part in parts]
     if kind == "chain":
         return nn.Sequential(inner, *rest)
@@ -263,7 +264,7 @@ def built(piece: Any, side: list[Tensor]) -> nn.Module:
         left, right, second, pack = rest
         return Joined(Twofold(inner, second, pack), left, right)
     if kind == "hooked":
-        return Hooked(inner, *rest, side)
+        return Hooked(inner, rest[0], side)
     if kind == "frozen":
         return inner.requires_grad_(False)
     made: dict[str, Callable[..., nn.Module]] = {
