@@ -39,11 +39,7 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
-    """The `(input, target)` pairs of the data, on the model's device.
-
-    Raises:
-        DataError: A batch is not a pair.
-    """
+    """The `(input, target)` pairs of the data, on the model's device."""
     for index, batch in enumerate(data):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise DataError(
@@ -54,11 +50,7 @@ def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[
 
 
 def batch_size(input: object, target: object) -> int:
-    """How many samples a batch has: the first dimension of its first tensor.
-
-    Raises:
-        DataError: There is no tensor with a first dimension, or it has length 0.
-    """
+    """How many samples a batch has: the first dimension of its first tensor."""
     for tensor in (*_tensors(input), *_tensors(target)):
         if tensor.dim() > 0:
             if tensor.shape[0] == 0:
@@ -75,20 +67,15 @@ Weight = Callable[[Any, Any], float | Tensor] | None
 
 
 def batch_weight(weight: Weight, input: object, target: object) -> float:
-    """How much a batch counts in the mean over all of them.
-
-    Raises:
-        DataError: The weight is negative or not finite; or the batch has no samples.
-    """
+    """How much a batch counts in the mean over all of them."""
     size = batch_size(input, target)
     if weight is None:
         return size
     value = float(weight(input, target))
     if not 0 <= value < math.inf:
         raise DataError(
-            f"weight={weight!r} gives {value} for a batch of {size} samples; it is called as "
-            "weight(input, target) and says over how many items, 0 or more, the loss of that batch "
-            "is the mean."
+            f"weight={weight!r} gives {value} for a batch of {size} samples; it is to say over how "
+            "many items, 0 or more, the loss of that batch is the mean."
         )
     return value
 
@@ -96,11 +83,8 @@ def batch_weight(weight: Weight, input: object, target: object) -> float:
 def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
 
 
@@ -119,21 +103,10 @@ def samplers_of(data: object) -> Iterator[object]:
 def some_of(
     items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
 ) -> tuple[list[T], bool]:
-    """Some items, each as likely to be among them as any other, whatever their order is.
+    """At most `count` items, all equally likely, and whether there were no others.
 
-    All are looked at and at most `count` are held at a time.
-
-    Args:
-        items: As many as there are.
-        count: How many are taken, 1 or more.
-        seed: Of a generator of its own.
-        keep: What is held of an item that is taken, such as a copy.
-
-    Returns:
-        The items, and whether they are all that there were.
-
-    Source:
-        Vitter, *Random sampling with a reservoir*, 1985, algorithm R.
+    At most `count` are held at a time, each as `keep(item)`, such as a copy. Source: Vitter,
+    *Random sampling with a reservoir*, 1985, algorithm R.
 
     Example:
         >>> some_of("abcdef", 3), some_of("ab", 3)
@@ -192,9 +165,9 @@ class _Rebatched:
                 whole = _joined(held)
                 for start in range(0, count - count % self.size, self.size):
                     yield _samples(whole, start, start + self.size)
-                held = [_samples(whole, count - count % self.size, count)]
-                count %= self.size
-                held = held if count else []
+                rest = count % self.size
+                held = [_samples(whole, count - rest, count)] if rest else []
+                count = rest
         if count:
             yield _joined(held)
 

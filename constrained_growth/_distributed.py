@@ -41,22 +41,12 @@ def num_processes(group: ProcessGroup | None) -> int:
 def everywhere(
     work: Callable[[], T], group: ProcessGroup | None, *, collective: bool = False
 ) -> list[T]:
-    """Do some work on every process and give what came out to all of them.
+    """Do some work on every process and give the results, by rank, to all of them.
 
-    Args:
-        work: Returns what can be pickled. Inside it there are no collective calls, apart from
-            those of this function and such as follow it at once.
-        group: The processes.
-        collective: There are others inside it, those of a sharded model. Then an error goes on at
-            once, where it happens, and ends the others when its process ends: they wait in the
-            middle of the model, where they cannot be told.
-
-    Returns:
-        The results, by rank in the group.
-
-    Raises:
-        GrowthError: The work failed on another process, with its class if that is a GrowthError;
-            where it failed its own error goes on. So no process waits for one that gave up.
+    An error on one process is an error on all (elsewhere a GrowthError, of its class if it is
+    one), so that no process waits for one that gave up. The work makes no collective calls but
+    through this function, unless it is `collective`, as with a sharded model. Then an error is
+    raised at once: the others wait in the middle of the model, where they cannot be told.
     """
     if not several(group):
         return [work()]
@@ -89,18 +79,9 @@ _TOLD = "_constrained_growth_told_everywhere"
 
 
 def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T, bool]]:
-    """The items of each process, on all processes equally many.
+    """The items of each process, on all processes equally many: (item, True).
 
-    Args:
-        items: On this process.
-        group: The processes, which all go through this.
-
-    Yields:
-        The next item and True; where there is none any more, the last one and False.
-
-    Raises:
-        DataError: There are none at all on this process or another one, but not on all.
-        GrowthError: The items failed on another process.
+    A process that has no more items repeats its last one: (item, False).
     """
     iterator, kept, first = iter(items), [], True
     here = rank(group)
@@ -126,10 +107,6 @@ def add_up(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
     """Sum each of the tensors over the processes, in place.
 
     Small ones travel together; large ones as they are, so that no second copy of them is made.
-
-    Args:
-        tensors: The same shapes and dtypes in the same order on every process.
-        group: The processes.
     """
     if not several(group):
         return
@@ -153,8 +130,7 @@ def take_from_first(tensors: Iterable[Tensor], group: ProcessGroup | None) -> No
 def unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
     """The module inside a DistributedDataParallel, whose own forward waits for the others.
 
-    It would wait in vain where one process has more batches than another. Anything else is
-    given back as it is.
+    It would wait in vain where one process has more batches than another.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
 

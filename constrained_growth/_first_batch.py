@@ -49,13 +49,9 @@ def look_at_sites(
     group: ProcessGroup | None,
     weight: Weight = None,
 ) -> tuple[tuple[Site, ...], object, Method]:
-    """The sites with the blocks that fit there, the same on all processes.
+    """The sites with the blocks that fit there, the first input, and the way to λ.
 
-    Returns:
-        The sites, the first input (None without data here), and the way to λ.
-
-    Raises:
-        DataError, CandidateError, BlockError: As `GrowthProblem` says.
+    They are the same on all processes, but for the input: None without data here.
     """
     sharded = is_sharded(model)
     firsts: list[FirstBatch] = []
@@ -63,7 +59,11 @@ def look_at_sites(
     def look() -> tuple[object, list[_Facts] | None]:
         for site, _ in places:
             _check_hooks(site)
-        layout = [_layout(site, each) for site, every in places for each in every]
+        layout = [
+            (each.name, site.after, site.output, [t.shape for t in tensors_of(each.block)])
+            for site, every in places
+            for each in every
+        ]
         counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         batch = next(counting, None)
@@ -149,14 +149,24 @@ def _run(
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
         for index, site in enumerate(sites):
-            _check_reached(site.after, index in reached)
+            if index not in reached:
+                raise CandidateError(
+                    f'after="{site.after}" is never reached in the forward pass; choose another '
+                    "submodule."
+                )
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
                 "data, the model's parameters, or the loss."
             )
         for site, here in zip(sites, seen, strict=True):
-            _check_differentiable(site.after, bool(here))
+            if not here:
+                raise CandidateError(
+                    f'after="{site.after}" runs with gradients switched off (under '
+                    "torch.no_grad(), or gradient checkpointing with use_reentrant=True) or only "
+                    "inside a transform of torch.func, such as vmap. Checkpoint with "
+                    "use_reentrant=False, or choose another submodule."
+                )
         changed = [any(t._version != v for t, v in here) for here in aliases]
         changes = any(changed) or any(t._version != v for t, v in originals)
         _refuse_reentrant(loss)
@@ -174,44 +184,24 @@ def _run(
 def _refuse_kept_and_overwritten(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], first: FirstBatch, names: list[str]
 ) -> None:
-    """Refuse sites whose tensor is changed in place, the changed one being read elsewhere too.
+    """Refuse sites whose tensor is changed in place and read elsewhere too.
 
-    A layer there would have an output of its own, so that the other reader no longer sees the
-    change, and the function would move.
+    That reader would not see the change to the output of a layer there: the function would move.
     """
     plain = first.loss_unwatched(model, loss_fn)
     if not first.is_same(plain, coarsest_epsilon(model.parameters())):
         raise CandidateError(
-            f"after={names}: the model changes the tensor there in place, and something that keeps "
-            "the tensor itself (a hook, an attribute, a second output) reads it changed: with a "
-            f"layer there the loss would move from {plain:.6g} to {first.loss:.6g}. Choose another "
-            "submodule, or let the model change a copy."
-        )
-
-
-def _check_reached(after: str, reached: bool) -> None:
-    if not reached:
-        raise CandidateError(
-            f'after="{after}" is never reached in the forward pass; choose another submodule.'
-        )
-
-
-def _check_differentiable(after: str, seen: bool) -> None:
-    if not seen:
-        raise CandidateError(
-            f'after="{after}" runs with gradients switched off, so that backward does not pass '
-            "it: under torch.no_grad(), or under gradient checkpointing with use_reentrant=True; "
-            "or it runs only inside a transform of torch.func, such as vmap. "
-            "Checkpoint with use_reentrant=False, or choose another submodule."
+            f"after={names}: the model changes the tensor there in place, and a hook, an attribute "
+            "or a second output reads it changed: with a layer there the loss would move from "
+            f"{plain:.6g} to {first.loss:.6g}. Choose another submodule, or change a copy."
         )
 
 
 def _check_hooks(site: Site) -> None:
     if site.module._backward_pre_hooks:
         raise CandidateError(
-            f'after="{site.after}" has a full backward pre-hook. It may change the gradient that '
-            "comes out of a layer there, and not the gradient of that layer's own parameters; "
-            "remove the hook, or choose another submodule."
+            f'after="{site.after}" has a full backward pre-hook, which would not act on the '
+            "parameters of a layer there; remove it, or choose another submodule."
         )
 
 
@@ -238,9 +228,8 @@ def _refuse_reentrant(loss: Tensor) -> None:
         known.add(node)
         if node.name() == "CheckpointFunctionBackward":
             raise CandidateError(
-                "model: a part of it is checkpointed with use_reentrant=True, through which "
-                "PyTorch gives no gradients with respect to tensors on the way; use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+                "model: a part of it is checkpointed with use_reentrant=True, which gives no "
+                "gradients at its sites; use checkpoint(..., use_reentrant=False)."
             )
         nodes += [following for following, _ in node.next_functions]
 
@@ -257,16 +246,9 @@ def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts]) -
         for candidate in every:
             if any(is_spread(parameter) for parameter in candidate.block.parameters()):
                 raise CandidateError(
-                    f'candidate "{candidate.name}": its block has sharded parameters of its own (a '
-                    "copy of a sharded block, say), which cannot be inserted; make blocks of "
-                    "whole tensors."
+                    f'candidate "{candidate.name}": its block has sharded parameters of its own, '
+                    "which cannot be inserted; make blocks of whole tensors."
                 )
-
-
-def _layout(site: Site, candidate: Candidate) -> tuple[object, ...]:
-    """What has to be the same on all processes."""
-    shapes = [t.shape for t in tensors_of(candidate.block)]
-    return candidate.name, site.after, site.output, shapes
 
 
 def _filled(
@@ -280,7 +262,7 @@ def _filled(
     device = seen[0].x.device if seen else device_of(site.module) or device_of(model)
     device = device or torch.device("cpu")
     dtype, overwritten = facts
-    blocks = {c.name: _brought(c, site.module, device, dtype, model) for c in candidates}
+    blocks = {c.name: _brought(c.block, site.module, device, dtype, model) for c in candidates}
     return replace(
         site,
         blocks=blocks,
@@ -297,14 +279,9 @@ def _parameter_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:
 
 
 def _brought(
-    candidate: Candidate,
-    site: nn.Module,
-    device: torch.device,
-    dtype: torch.dtype,
-    model: nn.Module,
+    block: nn.Module, site: nn.Module, device: torch.device, dtype: torch.dtype, model: nn.Module
 ) -> nn.Module:
-    """The candidate's block, or a copy, on a device, in a dtype and in the mode of its site."""
-    block = candidate.block
+    """A candidate's block, or a copy, on a device, in a dtype and in the mode of its site."""
     pinned_parameters(block)
     shares = not set(block.modules()).isdisjoint(model.modules())  # whose hooks are the site's
     training = site.training

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from constrained_growth.errors import CandidateError
 
@@ -43,12 +44,7 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_sharding(model: nn.Module, group: ProcessGroup | None) -> None:
-    """Refuse what is sharded in a way that is not understood.
-
-    Raises:
-        CandidateError: By FullyShardedDataParallel, by tensor parallelism, on a mesh of several
-            dimensions, or over other processes than those of the group.
-    """
+    """Refuse any sharding but by `fully_shard` over the processes of the group."""
     if not (dist.is_available() and dist.is_initialized()):
         return
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -70,8 +66,8 @@ def check_sharding(model: nn.Module, group: ProcessGroup | None) -> None:
             raise CandidateError(
                 f'model={type(model).__name__}: its parameter "{name}" is spread over '
                 f"{parameter.device_mesh} as {parameter.placements}; fully_shard with a mesh of "
-                f"one dimension over the processes of the group, {ranks}, is understood, and "
-                "nothing else (tensor parallelism, hybrid sharding)."
+                f"one dimension over the group, {ranks}, is supported, and not tensor parallelism "
+                "or hybrid sharding."
             )
 
 
@@ -108,12 +104,7 @@ def state_like(state: Mapping[str, Any], parameter: Any) -> dict[str, Any]:
 
 
 def summed_like(tensor: Tensor, other: Any) -> Tensor:
-    """The sum over the processes of a whole tensor of each, spread as `other`; all call this.
-
-    If `other` is not spread, the tensor is given back as it is.
-    """
-    if not is_spread(other):
-        return tensor
+    """The sum over the processes of a whole tensor of each, spread as `other`; all call this."""
     from torch.distributed.tensor import DTensor, Partial
 
     parts = DTensor.from_local(tensor, other.device_mesh, [Partial()], run_check=False)
@@ -123,43 +114,30 @@ def summed_like(tensor: Tensor, other: Any) -> Tensor:
 class Leaves:
     """What to differentiate by: the whole parameters, as they stand in the graph.
 
-    In a model that is not sharded they are its parameters. In one that is, they come to be in the
-    forward pass.
-
-    Args:
-        model: Has the parameters.
-        parameters: Name → parameter.
-
-    Attributes:
-        sharded: Whether the model is.
-        values: Name → tensor, of those that have come to be.
+    A sharded model makes them in its forward pass; `values` has those made so far, by name.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
         self._modules = sharded_modules(model)
-        self.sharded = bool(self._modules)
         self._places = {}
         for name in parameters:
             owner, _, key = name.rpartition(".")
             self._places[name] = (model.get_submodule(owner), key)
-        self.values: dict[str, Tensor] = {} if self.sharded else dict(parameters)
+        self.values: dict[str, Tensor] = {} if self._modules else dict(parameters)
 
     @contextmanager
-    def watching(self, see: Callable[[str, Tensor], Any] | None) -> Iterator[None]:
-        """Find them as the model runs; `see(name, leaf)` is told once of each.
-
-        What it returns has a method `remove()`, called at the end.
-        """
+    def watching(self, see: Callable[[str, Tensor], RemovableHandle]) -> Iterator[None]:
+        """Find them as the model runs; `see(name, leaf)`, told once of each, adds a hook."""
         handles, known = [], set()
 
         def note(names: Iterable[str]) -> None:
             for name in names:
                 owner, key = self._places[name]
                 leaf = owner._parameters[key]
-                if leaf is None or (self.sharded and is_spread(leaf)):
+                if leaf is None or (self._modules and is_spread(leaf)):
                     continue
                 self.values[name] = leaf
-                if see is not None and (name, id(leaf)) not in known:
+                if (name, id(leaf)) not in known:
                     known.add((name, id(leaf)))
                     handles.append(see(name, leaf))
 
@@ -169,7 +147,7 @@ class Leaves:
             # fully_shard's own hook comes before it, and has put the whole parameters there
             handles.append(module.register_forward_pre_hook(lambda *_, n=names: note(n)))
         try:
-            if not self.sharded:
+            if not self._modules:
                 note(self._places)
             yield
         finally:

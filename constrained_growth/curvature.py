@@ -40,13 +40,9 @@ def stand(
     takes_context: bool = False,
     output: int | str | None = None,
 ) -> AbstractContextManager[None]:
-    """Let a layer act on the tensor that comes out of a module.
+    """Let a layer act on the tensor that comes out of a module (`output` as in `Candidate`).
 
-    Args:
-        module: The site.
-        block: What acts there.
-        takes_context: Whether it is called with the further arguments of the module too.
-        output: Which tensor of the module's output is meant, as in `Candidate`.
+    With `takes_context` it is called with the further arguments of the module too.
     """
 
     def layer(x: Tensor, context: Context) -> Tensor:
@@ -150,9 +146,7 @@ class VirtualLoss:
         return self._mean(one, self.zero())
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
-        """Jᵀ (∇² of the loss by the outputs) J times a vector, at v = 0.
-
-        J is the derivative of the model's outputs.
+        """Jᵀ (∇² of the loss by the outputs) J times a vector, at v = 0; J = ∂outputs/∂(θ, v).
 
         Raises:
             RuleError: The loss is linear in the outputs of the model, as where the model returns
@@ -202,8 +196,8 @@ class VirtualLoss:
         if not any(slope.requires_grad for slope in slopes):
             raise RuleError(
                 "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "
-                "Gauss–Newton matrix is zero; take curvature=cg.curvature.hessian, or a model that "
-                "returns its predictions and a loss_fn that compares them with the target."
+                "Gauss–Newton matrix is zero; take curvature=cg.curvature.hessian, or let the "
+                "model return its predictions."
             )
         bent = torch.autograd.grad(
             [s for s in slopes if s.requires_grad],
@@ -233,12 +227,8 @@ class VirtualLoss:
             buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
             return functional_call(block, values | buffers, args, kwargs)
 
-        with stand(
-            self._module,
-            moved,
-            takes_context=takes_context(block),
-            output=self._planned.output,
-        ):
+        context, output = takes_context(block), self._planned.output
+        with stand(self._module, moved, takes_context=context, output=output):
             yield
 
     def _loss(self, output: object, target: object) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,9 +71,8 @@ def directional_derivative(
         raise CandidateError(f"candidate={candidate!r} is none of the problem; they are {names}.")
     if problem.method is Method.IN_GRAPH:
         raise CandidateError(
-            f"candidate={candidate!r}: the loss sees more of the layer than the value of its "
-            "output (it contains derivatives of the output, say), and one-sided slopes cannot be "
-            "had there. Where the block has no kink at its pins the slope is −⟨λ, step⟩."
+            f"candidate={candidate!r}: the loss contains derivatives of the output, say, and one-"
+            "sided slopes cannot be had. Without a kink at the pins the slope is −⟨λ, step⟩."
         )
     block = one_sided(site.blocks[candidate])
     pins = {name: pin.detach() for name, pin in pinned_parameters(block).items()}
@@ -95,12 +93,11 @@ def directional_derivative(
         with untouched(problem.model, problem.data), differentiable(), collector.watching():
             for input, target in batches(problem.data, device_of(problem.model)):
                 weight = batch_weight(problem.weight, input, target)
-                if weight == 0:  # there is no mean loss
-                    continue
-                collector.begin(take, weight)
-                loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                collector.backward(loss)
-                count.add_(weight)
+                if weight > 0:  # else there is no mean loss
+                    collector.begin(take, weight)
+                    loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
+                    collector.backward(loss)
+                    count.add_(weight)
 
     everywhere(read, problem.group)
     add_up([total, count], problem.group)
@@ -113,20 +110,14 @@ def _slope(
     """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
     args, kwargs = arguments(block, use.x, use.context)
     buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    with _forward_mode():
+    with forward_ad.dual_level(), warnings.catch_warnings():
+        # PyTorch itself scripts a few rules when forward mode is first used
+        warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
         moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
         y = functional_call(block, moving | buffers, args, kwargs)
         slope = forward_ad.unpack_dual(y).tangent
     zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
     return zero if slope is None else (use.delta * slope).sum(dtype=torch.float64)
-
-
-@contextmanager
-def _forward_mode() -> Iterator[None]:
-    with forward_ad.dual_level(), warnings.catch_warnings():
-        # PyTorch itself scripts a few rules when forward mode is first used
-        warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
-        yield
 
 
 def one_sided(block: nn.Module) -> nn.Module:

@@ -111,14 +111,7 @@ def monitor(
 
 @dataclass(eq=False)
 class _Batch:
-    """A forward pass that is watched.
-
-    Attributes:
-        size: How many samples.
-        scale: What its loss will be multiplied with.
-        window: Where it counts.
-        counted: The sites at which it counts already.
-    """
+    """A forward pass that is watched; it counts in one window, at the sites `counted` already."""
 
     size: int
     scale: float
@@ -127,10 +120,7 @@ class _Batch:
 
 
 class Monitor:
-    """What `monitor` gives: the multipliers of a window of training so far.
-
-    Made by `monitor`, where its arguments are explained.
-    """
+    """What `monitor` gives: the multipliers of a window of training so far."""
 
     def __init__(
         self,
@@ -192,9 +182,6 @@ class Monitor:
         """The window's multipliers and a rule's decision about them; `insert` takes it.
 
         The loss, which is not seen, is NaN.
-
-        Args:
-            rule: `rule(sensitivities) -> Decision`.
 
         Raises:
             RuleError: `rule` cannot be called (it asks the model), or returns no decision.
@@ -261,8 +248,7 @@ class Monitor:
 
     def _settle(self) -> None:
         """Take in what has arrived of the latest batch, no more of it being waited for."""
-        latest = self._latest() if self._latest is not None else None
-        settle(latest)
+        settle(self._latest() if self._latest is not None else None)
 
     def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
         if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
@@ -294,11 +280,8 @@ class _Window:
 
     def estimates(self) -> dict[str, Estimate]:
         """Candidate → what is known of it, over the samples that count at its site."""
-        silent = [
-            site.after
-            for site in self._sites
-            if any(self.accumulators[name].counts.samples == 0 for name in site.blocks)
-        ]
+        counts = {name: a.counts for name, a in self.accumulators.items()}
+        silent = [s.after for s in self._sites if any(not counts[n].samples for n in s.blocks)]
         if silent:
             raise DataError(
                 f"after={silent}: no backward pass has arrived there since the window began; call "
@@ -315,20 +298,19 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
         raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
     if problem.weight is not None:
         raise DataError(
-            "problem: its weight= asks for targets, which the model is not called with and a "
-            "monitor does not see; monitor a problem without it, and batches count by their size."
+            "problem: its weight= asks for targets, which a monitor does not see; monitor a "
+            "problem without it, and batches count by their size."
         )
     if problem.method is Method.IN_GRAPH:
         raise DataError(
-            "problem: its loss sees more of a layer than the value of its output (it contains "
-            "derivatives of the output, say), so that λ cannot be had from a training step alone; "
-            "call cg.solve(problem) between the steps."
+            "problem: its loss contains derivatives of the output, say, so that a training step "
+            "alone does not give λ; call cg.solve(problem) between the steps."
         )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
     positive_int("every", every, RuleError)
     if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise RuleError(
-            f"scale={scale!r} is neither a positive number nor a function that returns one, such "
-            "as scaler.get_scale."
+            f"scale={scale!r} is neither a positive number nor a function, such as "
+            "scaler.get_scale."
         )

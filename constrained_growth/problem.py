@@ -131,19 +131,15 @@ class GrowthProblem:
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
-    """Refuse a model whose forward waits for other processes in a way that is not understood."""
+    """Refuse a model whose forward waits for other processes in an unsupported way."""
     check_sharding(model, group)
-    waiting = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.SyncBatchNorm) and module.training
-    ]
-    if waiting and several(group):
-        raise CandidateError(
-            f'model: "{waiting[0]}" is a SyncBatchNorm in train mode, whose forward waits for the '
-            "other processes, which may have fewer batches. Measure in eval mode: model.eval(), or "
-            "give all the data to a problem with a group of one process."
-        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) and module.training and several(group):
+            raise CandidateError(
+                f'model: "{name}" is a SyncBatchNorm in train mode, whose forward waits for other '
+                "processes, which may have fewer batches. Measure in eval mode: model.eval(), or "
+                "give all the data to a problem with a group of one process."
+            )
 
 
 def _check_arguments(model: object, loss_fn: object, data: object, weight: object) -> None:
@@ -199,17 +195,16 @@ def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:
 def _places(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
     """The candidates by their sites; a module of several names has the first of them."""
     modules = dict(model.named_modules(remove_duplicate=False))
+    inside = [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
     found: dict[tuple[str, Which], tuple[Site, list[Candidate]]] = {}
     for candidate in candidates:
         name = _name_in(modules, candidate.after)
         if not name:
-            known = ", ".join(name for name in list(modules)[1:13])
+            known = ", ".join(list(modules)[1:13]) + ", …" * (len(modules) > 13)
             raise CandidateError(
                 f'after="{candidate.after}" of candidate "{candidate.name}" is no submodule of '
-                f"{type(model).__name__}; its submodules are {known}"
-                f"{', …' if len(modules) > 13 else ''}."
+                f"{type(model).__name__}; its submodules are {known}."
             )
-        inside = [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoderLayer)]
         if any(name.startswith(f"{layer}.") for layer in inside):
             raise CandidateError(
                 f'after="{candidate.after}" lies inside an nn.TransformerEncoderLayer, which in '
@@ -226,11 +221,10 @@ def _places(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
 def _name_in(modules: Mapping[str, nn.Module], after: str) -> str:
     """The name in a model of what is meant, with or without `torch.compile`'s "_orig_mod.".
 
-    Of a module that was compiled it is the name of the compiled one, after whose output a layer
-    is reached.
+    Of a compiled module it is that of the compiled one, after whose output a layer is reached.
     """
-    return next((name for name in modules if _plain(name) == _plain(after)), "")
 
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return next((name for name in modules if plain(name) == plain(after)), "")

@@ -50,12 +50,9 @@ class Method(Enum):
 
 @dataclass(frozen=True)
 class Constraint:
-    """One pin v = 0 of one parameter of one candidate.
+    """One pin v = 0: of a named parameter in the block of a named candidate.
 
-    Attributes:
-        candidate: Name of the candidate.
-        parameter: Name of the pinned parameter inside the candidate's block.
-        shape: Shape of that parameter, and of its multiplier.
+    Its `shape` is that of the parameter and of its multiplier.
     """
 
     candidate: str
@@ -126,13 +123,10 @@ class Decision:
 
 @dataclass(frozen=True)
 class Planned:
-    """A candidate ready to be inserted.
+    """A candidate ready to be inserted: its site, and its block on the site's device and dtype.
 
-    Attributes:
-        after: Qualified name of the module whose output is the site.
-        block: The block, on the site's device and dtype.
-        overwritten: Whether the model changes the tensor at the site in place afterwards.
-        output: Which tensor of the module's output is the site; see `Candidate`.
+    `after` and `output` are as in `Candidate`; `overwritten` says whether the model changes the
+    tensor at the site in place afterwards.
     """
 
     after: str
@@ -176,14 +170,9 @@ class Solution:
     example: Any = field(default=None, repr=False, compare=False)
 
     def dual_value(self, constraint: Constraint) -> Tensor:
-        """λ of one pin, in CVXPY's word.
+        """λ of one of `problem.constraints`, in CVXPY's word.
 
-        Args:
-            constraint: One of `problem.constraints`.
-
-        Returns:
-            The multiplier, in the shape of the pinned parameter; the same tensor as
-            `multipliers[constraint.candidate][constraint.parameter]`.
+        The same tensor as `multipliers[constraint.candidate][constraint.parameter]`.
 
         Raises:
             CandidateError: The constraint is not one of this solution.

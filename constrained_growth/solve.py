@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
-from constrained_growth._multipliers.measure import Measurement, measure
+from constrained_growth._multipliers.measure import measure
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import parameter_shapes
@@ -118,10 +118,10 @@ def solve(
         )
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
-    residual = (
-        None if found.gradients is None else math.sqrt(squared_norm(found.gradients.values()))
-    )
-    status = _status(found, sensitivities, residual, gtol)
+    gradients = found.gradients
+    residual = None if gradients is None else math.sqrt(squared_norm(gradients.values()))
+    sizes = [s.value for s in sensitivities.values()]
+    status = _status([found.loss, residual or 0.0, *sizes], residual, gtol)
     if status is Status.NOT_FINITE and throw:
         raise DataError(
             f"the loss is {found.loss} and the sensitivities are "
@@ -180,18 +180,16 @@ def _check(problem: object, rule: object, norm: Any, gtol: float) -> None:
         )
     if needs_model(rule) and is_sharded(problem.model):
         raise RuleError(
-            f"rule={rule!r} runs the model again, which is sharded: there it could not be "
-            "differentiated by the parameters. Take a rule of the sensitivities alone, such as "
-            "cg.TopK(1)."
+            f"rule={rule!r} differentiates the model again, which a sharded one does not allow; "
+            "take a rule of the sensitivities alone, such as cg.TopK(1)."
         )
     if not callable(norm):
         raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
     how: Any = norm
     if needs_moments(how) and problem.method is Method.IN_GRAPH:
         raise RuleError(
-            f"norm={norm!r} needs second moments of what the pinned parameters see. They exist "
-            "only where λ has a closed form, and with this loss it has none (problem.method says "
-            "why). Take a norm of the multiplier alone, such as cg.norms.Frobenius()."
+            f"norm={norm!r} needs second moments, which exist only where λ has a closed form "
+            "(problem.method says why it has none here); take cg.norms.Frobenius(), say."
         )
     if not gtol >= 0:
         raise RuleError(f"gtol={gtol!r} must not be negative.")
@@ -206,10 +204,8 @@ def sensitivities_of(
     """Candidate → how large its multiplier is, in the order of the problem."""
     sites = {name: site for site in problem.sites for name in site.blocks}
     return {
-        candidate.name: _sensitivity(
-            estimates[candidate.name], sites[candidate.name], candidate.name, norm, baseline
-        )
-        for candidate in problem.candidates
+        c.name: _sensitivity(estimates[c.name], sites[c.name], c.name, norm, baseline)
+        for c in problem.candidates
     }
 
 
@@ -250,29 +246,19 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     """Mean over the layers (modules with parameters of their own) of their gradient's norm."""
     if not gradients or needs_moments(norm):
         return None
-    try:
-        return float(_mean_size(gradients, norm))
-    except KeyError:  # a norm of the user's own that asks for certain parameters
-        return None
-
-
-def _mean_size(gradients: Mapping[str, Tensor], norm: Norm) -> Tensor | float:
     layers: dict[str, dict[str, Tensor]] = {}
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
         layers.setdefault(owner, {})[key] = gradient
-    sizes = (norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values())
-    return sum(sizes, 0.0) / len(layers)
+    try:
+        sizes = [norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values()]
+    except KeyError:  # a norm of the user's own that asks for certain parameters
+        return None
+    return float(sum(sizes, 0.0) / len(layers))
 
 
-def _status(
-    found: Measurement,
-    sensitivities: Mapping[str, Sensitivity],
-    residual: float | None,
-    gtol: float,
-) -> Status:
-    values = [found.loss, residual or 0.0, *(s.value for s in sensitivities.values())]
-    if not all(math.isfinite(value) for value in values):
+def _status(values: Iterable[float], residual: float | None, gtol: float) -> Status:
+    if not all(map(math.isfinite, values)):
         return Status.NOT_FINITE
     if residual is None:
         return Status.STATIONARITY_UNKNOWN

@@ -17,12 +17,7 @@ from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Sensitivity
 
-__all__ = [
-    "debiased_square",
-    "interval",
-    "squared_norm",
-    "squared_norm_interval",
-]
+__all__ = ["debiased_square", "interval", "squared_norm", "squared_norm_interval"]
 
 MIN_CONFIDENCE = 0.79
 """Below it `interval` has no proof: Székely and Bakirov's bound holds for z² ≥ 1.54."""

@@ -23,11 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._multipliers.closed_form import (
-    by_sample,
-    differentiated,
-    factors_of,
-)
+from constrained_growth._multipliers.closed_form import by_sample, differentiated, factors_of
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, has_factors, pinned_parameters
 from constrained_growth.blocks.protocol import change, moves
@@ -38,13 +34,10 @@ from constrained_growth.norms import SecondMoments
 class Estimate:
     """What is known of the multiplier of one candidate.
 
-    Attributes:
-        multiplier: Pinned parameter → λ.
-        variance: tr Cov(λ), unbiased. NaN where it cannot be known: from a single sample or
-            batch, or where some batches came by samples and some as a whole.
-        moments: Pinned weight → second moments of its features and cotangents, where asked for
-            and the block has `factors`.
-        moved: By how much the block moved x at most, in units of what rounding may do.
+    `variance` is an unbiased tr Cov(λ); NaN from a single sample or batch, or where some batches
+    came by samples and some as a whole. `moments`, by pinned weight, are there where asked for
+    and the block has `factors`. `moved` is by how much the block moved x at most, in units of
+    what rounding may do.
     """
 
     multiplier: dict[str, Tensor]
@@ -55,32 +48,21 @@ class Estimate:
 
 @dataclass
 class Counts:
-    """How much was taken in.
-
-    Attributes:
-        samples: N, how many samples.
-        weight: W, what they weigh.
-        by_sample: How many of the samples came one by one.
-        batches: How many batches came as a whole.
-        rows: Pinned weight → over how many rows (samples and positions) its moments are.
-        biases: Pinned weight → the bias of the same affine map, if it is pinned too.
-    """
+    """How much was taken in."""
 
     samples: int
     weight: float
-    by_sample: int
-    batches: int
-    rows: dict[str, int]
-    biases: dict[str, str | None]
+    by_sample: int  # samples that came one by one
+    batches: int  # batches that came as a whole
+    rows: dict[str, int]  # of each pinned weight's moments, over samples and positions
+    biases: dict[str, str | None]  # of the affine map of a pinned weight
 
 
 class Accumulator:
     """The sums of one candidate. To be used without autocast, which would multiply roughly.
 
-    Args:
-        block: Its block.
-        moments: Whether to collect second moments too, for norms that need them.
-        conditional: Whether to try on every batch that the block is the identity.
+    `moments`: collect second moments too. `conditional`: try on every batch that the block is
+    the identity.
     """
 
     def __init__(self, block: nn.Module, *, moments: bool, conditional: bool) -> None:
@@ -101,13 +83,7 @@ class Accumulator:
         self.counts = Counts(0, 0.0, 0, 0, {}, {})
 
     def add(
-        self,
-        uses: Sequence[Use],
-        size: int,
-        weight: float,
-        *,
-        batches: int = 1,
-        again: bool = False,
+        self, uses: Sequence[Use], size: int, weight: float, batches: int = 1, again: bool = False
     ) -> None:
         """Take in one batch of `size` samples: what it brought to the site, at each use.
 
@@ -116,19 +92,16 @@ class Accumulator:
         """
         before = replace(self.counts)
         if has_factors(self._block) and by_sample(uses, size):
-            self._add_samples(uses, weight)
+            if self._conditional:
+                for use in uses:
+                    self._note_moved(moves(self._block, use.x.to(self._dtype)))
+            self._add_factors(factors_of(self._block, uses, self._dtype), weight)
             self.counts.by_sample += size
             self._count(size, weight * batches)
         else:
             self.add_whole(*self._differentiate(uses), size, weight)
         if again:
             self.counts = replace(before, rows=self.counts.rows, biases=self.counts.biases)
-
-    def _add_samples(self, uses: Sequence[Use], weight: float) -> None:
-        if self._conditional:
-            for use in uses:
-                self._note_moved(moves(self._block, use.x.to(self._dtype)))
-        self._add_factors(factors_of(self._block, uses, self._dtype), weight)
 
     def _differentiate(self, uses: Sequence[Use]) -> tuple[dict[str, Tensor], Tensor | None]:
         """−∇_v of one batch, and by how much the block moves x if that is to be seen."""
@@ -149,11 +122,7 @@ class Accumulator:
         return sum(total.nbytes for total in self._sums.values())
 
     def add_whole(
-        self,
-        multiplier: Mapping[str, Tensor],
-        moved: Tensor | None,
-        size: int,
-        weight: float,
+        self, multiplier: Mapping[str, Tensor], moved: Tensor | None, size: int, weight: float
     ) -> None:
         """Take in one batch whose −∇_v L_b is known as a whole; and how far the block moved x."""
         if moved is not None:
@@ -211,11 +180,7 @@ class Accumulator:
         self.counts = replace(self.counts, samples=samples, weight=weight, batches=whole)
 
     def join(self, counts: Sequence[Counts]) -> list[Tensor]:
-        """Count what the accumulators of several processes have taken in, of which this is one.
-
-        Returns:
-            The sums, which the caller is to add up over the processes, in place.
-        """
+        """Count what all processes have taken in; the caller adds up the sums returned."""
         biases = {name: bias for c in counts for name, bias in c.biases.items()}
         for name in biases.keys() - self._features.keys():
             self._make_moments(name, biases[name])
@@ -261,10 +226,7 @@ class Accumulator:
 def squared_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
     """Σ_n ‖ψ_n φ_nᵀ‖² over the samples (with the bias ‖ψ_n‖² more), no product being formed.
 
-    Args:
-        psi: Cotangents, shape (samples, ..., out).
-        phi: Features, shape (samples, ..., in).
-        has_bias: Whether a bias is pinned too.
+    ψ has the shape (samples, ..., out), φ (samples, ..., in).
     """
     if psi.dim() == 2:  # ‖ψ_n‖² (‖φ_n‖² + 1)
         rows, columns = (torch.linalg.vector_norm(t, dim=1).double().square_() for t in (psi, phi))

@@ -28,20 +28,13 @@ from constrained_growth.solution import Method
 
 @dataclass(frozen=True)
 class FirstBatch:
-    """The first batch, and what was seen when the model ran on it.
-
-    Attributes:
-        input, target: Of the batch.
-        loss: Its loss, the model being watched.
-        uses: For each site, what it brought there on which the loss depends.
-        seen: For each site, all that was there, δ not being known.
-    """
+    """The first batch, and what was seen when the model ran on it."""
 
     input: Any
     target: Any
-    loss: float
-    uses: list[list[Use]]
-    seen: list[list[Use]]
+    loss: float  # with the model watched
+    uses: list[list[Use]]  # at each site those on which the loss depends
+    seen: list[list[Use]]  # at each site all, without δ
 
     def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
         """The loss of the model as it is, left as it is."""
@@ -60,12 +53,7 @@ def closed_form_holds(
     sites: Sequence[Site],
     first: FirstBatch,
 ) -> bool:
-    """Whether λ of the first batch in closed form is what autograd gives through the blocks.
-
-    Raises:
-        CandidateError: The loss does not depend on a site.
-        BlockError: The blocks move the loss.
-    """
+    """Whether λ of the first batch in closed form is what autograd gives through the blocks."""
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
@@ -75,7 +63,13 @@ def closed_form_holds(
     epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())
     if not first.is_same(loss, epsilon):
         if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
-            _refuse_moving_loss(sites, first.loss, loss)
+            raise BlockError(
+                f"candidates={[name for site in sites for name in site.blocks]}: with their blocks "
+                f"standing at their pins the loss of the first batch is {loss:.6g} instead of "
+                f"{first.loss:.6g}. One of them is not the identity as it is called there, or "
+                "something else than the model reads the tensor at its site; make a problem with "
+                "each alone to see which."
+            )
         return False  # the model is not a function of its input: nothing can be compared
     found, exact = closed.estimates(), in_graph.estimates()
     for site, uses in zip(sites, first.uses, strict=True):
@@ -106,13 +100,3 @@ def _agree(found: Estimate, exact: Estimate, uses: Sequence[Use], epsilon: float
 
 def _norm(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
-
-
-def _refuse_moving_loss(sites: Sequence[Site], before: float, after: float) -> None:
-    names = [name for site in sites for name in site.blocks]
-    raise BlockError(
-        f"candidates={names}: with their blocks standing at their pins the loss of the first batch "
-        f"is {after:.6g} instead of {before:.6g}. One of them is not the identity as it is called "
-        "there, or something else than the model reads the tensor at its site; make a problem with "
-        "each alone to see which."
-    )

@@ -17,21 +17,12 @@ from constrained_growth.errors import BlockError
 
 
 def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
-    """Try a block on the tensor at its site, in the block's own precision.
-
-    Args:
-        name: Name of the candidate.
-        block: The block, on the device of its site.
-        x: The tensor.
-        context: What else the module there was called with.
-
-    Raises:
-        BlockError: It fails there, is not the identity, or its multipliers are 0 whatever arrives.
-    """
+    """Try a candidate's block on the tensor at its site, in the block's own precision."""
     x = x.to(next(block.parameters()).dtype)
+    where = f'block={type(block).__name__} of candidate "{name}"'
     with full_precision(x.device), torch.no_grad():
-        where = f'block={type(block).__name__} of candidate "{name}"'
         _check_identity(block, x, context, where)
+        _refuse_dead(block, x, context, where)
 
 
 def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
@@ -50,17 +41,12 @@ def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -
             f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
             "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
         )
-    _refuse_dead(block, x, context, where)
 
 
 def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
     """Refuse a block whose multipliers are 0 whatever arrives."""
     generator = torch.Generator().manual_seed(0)
-
-    def draw() -> Tensor:
-        return torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x)
-
-    x, delta = draw(), draw()
+    x, delta = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
     with untouched(block):
         _, multipliers = differentiated(block, Use(x, delta, context))
         if has_factors(block):

@@ -10,6 +10,7 @@ batch, not sample by sample.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,9 +28,8 @@ from constrained_growth.blocks.protocol import change
 class Standing:
     """Blocks that stand at their sites, at most one at each.
 
-    Attributes:
-        leaves: Candidate → pinned parameter → v, by which the loss is to be differentiated.
-        moved: Candidate → by how much its block moved x at most, in units of rounding.
+    The loss is to be differentiated by the `leaves`, the v of each candidate; `moved` says by how
+    much its block moved x at most, in units of rounding.
     """
 
     def __init__(self, sites: Sequence[Site], names: Sequence[str]) -> None:
@@ -60,8 +60,7 @@ class Standing:
             y = at_pins(block, leaves, x, context)
             if name in site.conditional and not transformed(x):
                 here = change(x.detach(), y.detach().to(x.dtype)).double()
-                before = self.moved.get(name, here)
-                self.moved[name] = here.maximum(before)
+                self.moved[name] = here.maximum(self.moved.get(name, here))
             return y.clone() if site.overwritten else y
 
         return layer
@@ -69,8 +68,5 @@ class Standing:
 
 def rounds(sites: Sequence[Site]) -> list[list[str]]:
     """The candidates in as few lists as there are at most at one site, one of each in a list."""
-    most = max(len(site.blocks) for site in sites)
-    return [
-        [name for site in sites for name in list(site.blocks)[index : index + 1]]
-        for index in range(most)
-    ]
+    found = itertools.zip_longest(*(site.blocks for site in sites))
+    return [[name for name in names if name is not None] for names in found]

@@ -38,15 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one pass over the data gives.
-
-    Attributes:
-        loss: Mean loss over the samples.
-        estimates: Candidate → λ = −∇_v L, its variance and moments.
-        gradients: Name → ∇L of the trainable parameters, or None if not asked for.
-        num_samples: How many samples were read.
-        num_batches: How many batches were read.
-    """
+    """What one pass over the data gives: means over the samples, by candidate or parameter."""
 
     loss: float
     estimates: dict[str, Estimate]
@@ -69,22 +61,9 @@ def measure(
 ) -> Measurement:
     """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
 
-    Args:
-        model: Run in the mode (train or eval) it is in, with gradients on (`differentiable`).
-        loss_fn: `loss_fn(output, target)`, a scalar mean over the samples of the batch.
-        data: `(input, target)` pairs.
-        sites: From `GrowthProblem`.
-        method: The way to λ.
-        gradients: Also ∇_θ L, which costs one product more per layer.
-        moments: Also the second moments that some norms need.
-        group: The processes that have a shard of the data each. They all call this, and get the
-            means over all the data; sums and counts are added up, never norms.
-        weight: How much a batch counts, as in `GrowthProblem`; those of weight 0 are passed over.
-
-    Raises:
-        DataError: No batches, or a batch or loss that cannot be used.
-        BlockError: A block is not the identity on a later batch.
-        GrowthError: Another process failed.
+    To be called within `differentiable`, by all processes of the group, each with a shard of the
+    data; arguments as in `GrowthProblem`. Batches of weight 0 are passed over. `gradients` cost
+    one product more per layer.
     """
     running = Pass(model, loss_fn, sites, method, gradients=gradients, moments=moments)
     sharded = is_sharded(model)
@@ -106,12 +85,7 @@ def measure(
 
 
 class Pass:
-    """The sums of a pass over the data, batch by batch; arguments as in `measure`.
-
-    Attributes:
-        accumulators: Candidate → its sums.
-        reached: The candidates that had a gradient in the graph, be it zero.
-    """
+    """The sums of a pass over the data, batch by batch; arguments as in `measure`."""
 
     def __init__(
         self,
@@ -128,7 +102,7 @@ class Pass:
         self._rounds = rounds(sites) if method is Method.IN_GRAPH else []
         self.accumulators = accumulators(sites, moments=moments)
         named = model.named_parameters() if gradients else ()
-        self.reached: set[str] = set()
+        self.reached: set[str] = set()  # candidates that had a gradient in the graph, be it zero
         self._parameters = {name: p for name, p in named if p.requires_grad}
         self._totals = {
             name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
@@ -172,19 +146,9 @@ class Pass:
         return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     def add(self, input: Any, target: Any, weight: float, *, counts: bool = True) -> Tensor:
-        """Take in one batch: one forward and one backward pass; in the graph one for each round.
+        """Take in one batch and return its loss: one pass, in the graph one for each round.
 
-        Args:
-            input: Of the model.
-            target: Goes to the loss with the output.
-            weight: How much the batch counts.
-            counts: False for one that is run only because other processes run one.
-
-        Returns:
-            The loss.
-
-        Raises:
-            DataError: The batch or its loss cannot be used.
+        It does not count where it is run only because other processes run one.
         """
         size = batch_size(input, target)
         self._now = weight if counts else 0.0
@@ -306,13 +270,7 @@ class Pass:
         return first
 
     def reduce(self, group: ProcessGroup | None) -> None:
-        """Add up what the processes of a group have taken in, each its part; all call this.
-
-        Afterwards each has the sums of all, so that this is done once, at the end.
-
-        Raises:
-            DataError: The model is not the same on all processes.
-        """
+        """Add up what the processes of a group have taken in, once, at the end; all call this."""
         self._complete()
         if not several(group):
             return
@@ -347,17 +305,11 @@ class Pass:
         return {name: a.estimate(last=last) for name, a in self.accumulators.items()}
 
     def measurement(self) -> Measurement:
-        """The means over what was taken in; the sums become them in place.
-
-        Raises:
-            DataError: Nothing was taken in.
-            BlockError: A block is not the identity on a later batch.
-        """
+        """The means over what was taken in; the sums become them in place."""
         if self._samples == 0:
             raise DataError(
                 "data yields no batches; give an iterable that can be iterated more than once, "
-                "such as a DataLoader or a list of (input, target) pairs (a generator is "
-                "exhausted after its first use)."
+                "such as a DataLoader or a list of (input, target) pairs."
             )
         estimates = self.estimates(last=True)
         refuse_moving(estimates)
@@ -387,11 +339,7 @@ def accumulators(sites: Sequence[Site], *, moments: bool) -> dict[str, Accumulat
 
 
 def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
-    """Refuse blocks that are the identity on the first batch and not on a later one.
-
-    Raises:
-        BlockError: There are such.
-    """
+    """Refuse blocks that are the identity on the first batch and not on a later one."""
     for name, estimate in estimates.items():
         if estimate.moved > 1:  # NaN is for the status of the solution
             raise BlockError(

@@ -38,13 +38,7 @@ from constrained_growth.errors import CandidateError
 
 @dataclass(frozen=True)
 class Use:
-    """What one run of the module at a site brings.
-
-    Attributes:
-        x: The tensor at the site, detached.
-        delta: δ = ∂L/∂x of the mean loss of the batch, same shape.
-        context: What else the module was called with, detached.
-    """
+    """One run of the module at a site: x, δ = ∂L/∂x and its further arguments, all detached."""
 
     x: Tensor
     delta: Tensor
@@ -75,9 +69,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
 def collecting(sites: Iterable[tuple[str, nn.Module, Which, See]]) -> Iterator[None]:
     """Call `see(x, context)` whenever a module has run; what it returns takes the place of x.
 
-    Args:
-        sites: A name for errors, the module, which tensor of its output is meant (as in
-            `Candidate`), and `see`.
+    A site here is a name for errors, the module, which tensor of its output is x, and `see`.
     """
 
     def hook_for(after: str, which: Which, see: See) -> Hook:
@@ -107,16 +99,10 @@ def replaced(
 
 
 def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
-    """X again, as a node of its own in the graph, which always requires gradients.
-
-    Args:
-        x: The tensor at a site. Where it requires no gradients a leaf takes its place, a copy, as
-            it may be the user's own input, written over when it has been read.
-        overwritten: Whether the model will change it in place. Then the alias is a copy: autograd
-            rewrites the history of a view that is changed in place, and the gradient with respect
-            to what the view was is lost.
-    """
+    """X again, as a node of its own in the graph, which always requires gradients."""
+    # without a graph x may be the user's own input, written over when it has been read
     x = x if x.requires_grad else x.detach().clone().requires_grad_()
+    # autograd rewrites the history of a view that is changed in place, and its gradient is lost
     return x.clone() if overwritten else x.view_as(x)
 
 
@@ -131,33 +117,22 @@ Take = Callable[[int, list[Use], Any], None]
 
 @dataclass(eq=False)
 class Forward:
-    """One forward pass that is watched.
-
-    Attributes:
-        batch: What the caller wants to know of it when δ arrives.
-        take: Whom to tell.
-        keeps: Whether x is kept as long as the graph is.
-        running: Whether model and loss still run. What backward delivers meanwhile, to a model
-            that differentiates in its forward pass, is not ∂L/∂x.
-        seen: For each site, how often its module has run.
-        waiting: For each site, the uses at which δ has arrived, until it has at all of them.
-    """
+    """One forward pass that is watched; the first three fields are as in `Collector.begin`."""
 
     batch: Any
     take: Take
     keeps: bool
+    # what backward delivers meanwhile, to a model that differentiates in forward, is not ∂L/∂x
     running: bool = True
-    seen: Counter[int] = field(default_factory=Counter)
-    waiting: dict[int, list[Use]] = field(default_factory=dict)
+    seen: Counter[int] = field(default_factory=Counter)  # how often each site's module has run
+    waiting: dict[int, list[Use]] = field(default_factory=dict)  # until δ is at all uses of a site
 
 
 class Collector:
     """x at some sites in forward, δ in backward.
 
-    Args:
-        sites: The sites.
-        inspect: `inspect(index, x, context, alias)` is called at each site in forward; the alias
-            is None where gradients are switched off.
+    In forward it calls `inspect(index, x, context, alias)`, without an alias where gradients are
+    switched off.
     """
 
     def __init__(
@@ -188,13 +163,9 @@ class Collector:
         self._edges, self._versions = [], []
 
     def begin(self, take: Take, batch: Any = None, *, keeps: bool = False) -> Forward:
-        """Get ready for the forward pass of a batch, and for its loss.
+        """Get ready for the forward pass of a batch: `take(index, uses, batch)` is told of δ.
 
-        Args:
-            take: Is told of δ.
-            batch: What it is to know of this batch.
-            keeps: Whether backward is the user's, who may go through the graph again: then x is
-                kept as long as the graph is. Else it is let go as soon as δ has arrived.
+        `keeps`: x is kept as long as the graph is, as the user may run backward again.
         """
         self._let_go()
         self._now = Forward(batch, take, keeps)
@@ -206,11 +177,7 @@ class Collector:
             self._now.running = False
 
     def backward(self, loss: Tensor, leaves: Sequence[Tensor] = ()) -> Sequence[Tensor | None]:
-        """One backward pass down to the sites and to some leaves, whose gradients it returns.
-
-        Raises:
-            CandidateError: A site was changed in place of which this was not known.
-        """
+        """One backward pass down to the sites and to some leaves, whose gradients it returns."""
         self.end()
         forward = self._now
         assert forward is not None

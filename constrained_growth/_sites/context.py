@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Context:
-    """The arguments after the first one, of one call of a module.
-
-    Attributes:
-        args: The positional ones.
-        kwargs: The others, by name.
-    """
+    """The arguments after the first one, of one call of a module."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -24,11 +24,7 @@ def call(model: Callable[..., Any], input: object) -> Any:
 
 
 def checked_loss(loss: object) -> Tensor:
-    """The loss, if it is a scalar tensor.
-
-    Raises:
-        DataError: It is not.
-    """
+    """The loss, if it is a scalar tensor; a DataError if not."""
     if not isinstance(loss, Tensor):
         raise DataError(
             f"loss_fn returned a {type(loss).__name__}, not a scalar tensor; it is called as "

@@ -16,20 +16,11 @@ Which = int | str | None
 
 
 def tensor_in(output: object, which: Which = None) -> Tensor:
-    """The tensor of a module's output that is the site.
+    """The tensor of a module's output that is the site; a CandidateError if there is none.
 
-    Args:
-        output: A tensor, or a tuple, list, mapping, dataclass or other object that holds one. A
-            structure may hold others (only looked into where `which` is None).
-        which: An index (of a mapping or dataclass: in the order of its values), a key, or the
-            name of an attribute. None (default): the output itself, or the first floating-point
-            tensor in it.
-
-    Returns:
-        The tensor itself, not a copy.
-
-    Raises:
-        CandidateError: There is no such tensor.
+    The output may be a tensor, or a tuple, list, mapping, dataclass or other object that holds
+    one; nested structures are only searched where `which` is None. An index of a mapping or
+    dataclass is in the order of its values.
 
     Example:
         >>> import torch
@@ -54,18 +45,7 @@ def tensor_at(after: str, output: object, which: Which = None) -> Tensor:
 
 
 def with_tensor(output: Any, which: Which, tensor: Tensor) -> Any:
-    """The same output with another tensor as the site.
-
-    Args:
-        output: As in `tensor_in`; it is not changed.
-        which: As in `tensor_in`.
-        tensor: What takes the place of `tensor_in(output, which)`.
-
-    Returns:
-        A structure of the same type that shares everything else with `output`.
-
-    Raises:
-        CandidateError: There is no such tensor, or an object of this type cannot be made anew.
+    """A structure like `output`, which is not changed, with `tensor` as `tensor_in` of it.
 
     Example:
         >>> import torch

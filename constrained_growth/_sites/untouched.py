@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -19,11 +19,9 @@ from constrained_growth._sharding import reshard
 
 @contextmanager
 def untouched(model: nn.Module, *others: object) -> Iterator[None]:
-    """Restore what running a model may change: buffers, modes, gradients, random state.
+    """Restore what running a model may change: buffers, train/eval modes, `.grad`, random state.
 
-    Args:
-        model: Its buffers (running statistics), train/eval modes and `.grad` are put back.
-        *others: Objects whose attribute `generator` (a data loader's, a sampler's) is put back.
+    So are the generators of the `others`, such as a data loader.
     """
     reshard(model)
     buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
@@ -92,16 +90,11 @@ def as_written() -> Iterator[None]:
 
 def full_precision(*devices: torch.device) -> AbstractContextManager[Any]:
     """Autocast off on these devices, where it is on."""
-    on = [device.type for device in devices if torch.is_autocast_enabled(device.type)]
-    return _without_autocast(set(on)) if on else nullcontext()
-
-
-@contextmanager
-def _without_autocast(kinds: Iterable[str]) -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind in kinds:
+    stack = ExitStack()
+    for kind in {device.type for device in devices}:
+        if torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
+    return stack
 
 
 def generators_of(other: object) -> list[torch.Generator]:
