@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -125,10 +128,10 @@ def _run(
     uses: list[list[Use]] = [[] for _ in sites]
     aliases: list[list[tuple[Tensor, int]]] = [[] for _ in sites]  # and their version counters
     originals: list[tuple[Tensor, int]] = []
-    reached: set[int] = set()
+    runs: Counter[int] = Counter()
 
     def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
-        reached.add(index)
+        runs[index] += 1
         if transformed(x):
             return
         _check_tensor(sites[index].after, x.detach())
@@ -145,11 +148,16 @@ def _run(
 
     collector = Collector(sites, inspect)
     input, target = batch
-    with untouched(model), collector.watching():
+    with untouched(model), collector.watching(), _forward_calls(sites) as calls:
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
         for index, site in enumerate(sites):
-            if index not in reached:
+            if calls[site.module] > runs[index] > 0:
+                raise CandidateError(
+                    f'after="{site.after}": its forward() is called directly too, past all hooks; '
+                    "call the module itself, module(x), or choose another submodule."
+                )
+            if not runs[index]:
                 raise CandidateError(
                     f'after="{site.after}" is never reached in the forward pass; choose another '
                     "submodule."
@@ -179,6 +187,30 @@ def _run(
         ]
         _refuse_kept_and_overwritten(model, loss_fn, first, names)
     return first, [(dtypes[index], changed[index]) for index in range(len(sites))]
+
+
+@contextmanager
+def _forward_calls(sites: Sequence[Site]) -> Iterator[Counter[nn.Module]]:
+    """Count the runs of `forward` at the sites: hooks do not see `module.forward(x)`."""
+    calls: Counter[nn.Module] = Counter()
+    modules = {site.module for site in sites if "forward" not in vars(site.module)}
+    modules = {module for module in modules if not isinstance(module, torch.jit.ScriptModule)}
+
+    def counted(module: nn.Module) -> Callable[..., Any]:
+        @functools.wraps(module.forward)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            calls[module] += 1
+            return type(module).forward(module, *args, **kwargs)
+
+        return forward
+
+    try:
+        for module in modules:
+            vars(module)["forward"] = counted(module)
+        yield calls
+    finally:
+        for module in modules:
+            vars(module).pop("forward", None)
 
 
 def _refuse_kept_and_overwritten(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CROSS_ENTROPY, Gain, nothing_left_behind, refused
+from helpers import CROSS_ENTROPY, Gain, classified, nothing_left_behind, refused
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -305,7 +305,11 @@ IN_GRAPH: dict[str, tuple[Make, str, int]] = {
         2,
     ),
     "a Hessian-vector product": (penalising(hessian_vector), "1", 2),
-    "the slope by a weight": (penalising(lambda m, o: slope(o.sum(), m.get_parameter("0.weight"))), "1", 2),
+    "the slope by a weight": (
+        penalising(lambda m, o: slope(o.sum(), m.get_parameter("0.weight"))),
+        "1",
+        2,
+    ),
     "forces": (lambda: (Potential(), lambda o, t: plain(o[1], t) + o[0].sin().mean()), "net.1", 3),
     "a derivative alone": (lambda: (Derivative(), plain), "net.1", 3),
     "the first layer of a derivative alone": (lambda: (Derivative(), plain), "net.0", 3),
@@ -507,3 +511,15 @@ def test_plain_models_have_a_closed_form() -> None:
     batch = (torch.randn(6, 3), torch.randint(3, (6,)))
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, [batch], [cg.Candidate("1", residual())])
     assert problem.method is cg.Method.CLOSED_FORM
+
+
+def test_a_module_whose_forward_is_called_directly_too() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            x = self[0](input)
+            return self[3](self[1](x) + self[1].forward(self[2](x)))
+
+    model = Twice(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    one = cg.Candidate("1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
+    with nothing_left_behind(model), refused(cg.CandidateError, 'after="1"', "module(x)"):
+        cg.GrowthProblem(model, nn.CrossEntropyLoss(), classified(8), [one])
