@@ -519,7 +519,7 @@ def test_a_module_whose_forward_is_called_directly_too() -> None:
             x = self[0](input)
             return self[3](self[1](x) + self[1].forward(self[2](x)))
 
-    model = Twice(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    model, data = Twice(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)), classified(8)
     one = cg.Candidate("1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
     with nothing_left_behind(model), refused(cg.CandidateError, 'after="1"', "module(x)"):
-        cg.GrowthProblem(model, nn.CrossEntropyLoss(), classified(8), [one])
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
