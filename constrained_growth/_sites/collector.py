@@ -192,10 +192,11 @@ class Collector:
         count = len(self._edges)
         self._let_go()
         grads: Sequence[Tensor | None] = ()
-        if inputs:
-            with full_precision(*{site.device for site in self._sites}):  # as PyTorch advises
+        # PyTorch advises against backward under autocast
+        with torch.no_grad(), full_precision(*{site.device for site in self._sites}):
+            if inputs:
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-        settle(forward)
+            settle(forward)
         self._now = None
         return grads[count:]
 
@@ -234,6 +235,9 @@ def _arrive(
 
 def _pass_on(forward: Forward, index: int) -> None:
     uses = forward.waiting.pop(index)
+    if not forward.keeps:  # `backward` has seen to the modes
+        forward.take(index, uses, forward.batch)
+        return
     with torch.inference_mode(False), torch.no_grad(), full_precision(uses[0].x.device):
         forward.take(index, uses, forward.batch)
 
