@@ -192,16 +192,12 @@ def restore(
     _check_weights(model, checkpoint.weights)
     if optimizer is not None:
         if checkpoint.optimizer is None:
-            raise CheckpointError(
-                "optimizer: the checkpoint has no state of one; save(…, optimizer=…)."
-            )
+            raise CheckpointError("optimizer: there is no state of one; save(…, optimizer=…).")
         check_named_state(optimizer, model, checkpoint.optimizer)
     for name in stateful:
         if name not in checkpoint.states:
-            raise CheckpointError(
-                f"{name}: the checkpoint has the states of {sorted(checkpoint.states)} only; "
-                f"save(…, {name}=…)."
-            )
+            known = sorted(checkpoint.states)
+            raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
     for name, thing in stateful.items():
         _set_state(name, thing, checkpoint.states[name])
     reshard(model)

@@ -89,9 +89,8 @@ def put_into(
         owner = list_of(model, site)
         if owner is None:
             raise RecordError(
-                f'the record makes the layer "{record.name}" the element after "{record.after}", '
-                f"which is no element of an nn.ModuleList or nn.Sequential in "
-                f"{type(model).__name__}."
+                f'model: "{record.after}", the site of the layer "{record.name}" in the record, is '
+                "no element of an nn.ModuleList or nn.Sequential."
             )
         place = next(i for i, element in enumerate(owner) if element is site)
         owner.insert(place + 1, layer)
@@ -105,11 +104,7 @@ def put_into(
 
 
 def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The list in which another element can follow a module, if there is one.
-
-    The module has no other owner, the elements are numbered consecutively, and a `Sequential` has
-    no forward of its own.
-    """
+    """The only owner of a module, if it is a list that runs its elements by their numbers."""
     owners = [o for o in model.modules() for child in o._modules.values() if child is module]
     if len(owners) != 1:
         return None

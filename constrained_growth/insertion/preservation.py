@@ -35,25 +35,23 @@ def first_input(data: object, model: nn.Module) -> object | None:
 def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> Outputs:
     """The outputs in the model's own mode and in the other one, from the present random state.
 
-    The other mode is left out if the model fails in it (BatchNorm on one sample), or is sharded:
-    all processes must run it equally often. A model that fails in its own mode is an error, or,
-    where `optional`, not checked.
+    A model that fails in its own mode is an error, or, where `optional`, not checked.
     """
     own = model.training
     found: dict[str, Mapping[tuple[Any, ...], Tensor]] = {}
+    # all processes must run a sharded model equally often, and it may fail in the other mode
     modes = (own,) if is_sharded(model) else (own, not own)
     for training in modes if example is not None else ():
         try:
             found[_name(training)] = _output(model, example, training)
         except Exception as error:
             if training is not own:
-                continue
+                continue  # as BatchNorm does on one sample
             if optional:
                 return {}
             raise DataError(
-                f"model={type(model).__name__} fails on the input of the first batch, on which "
-                f"the insertion is checked: {error}; give another: "
-                "insert(..., data=[(input, target)])."
+                f"model={type(model).__name__} fails on the input of the first batch ({error}); "
+                "give another to check the insertion on: insert(..., data=[(input, target)])."
             ) from error
     return found
 
@@ -91,8 +89,8 @@ def check_preserved(
             raise BlockError(
                 f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
                 f"{mode} mode, more than rounding ({_allowed(beyond[0][0], epsilon):.3g}): a block "
-                "is not the identity there, or the model is not a function of its input and the "
-                "random state. Nothing was changed; insert(..., data=()) skips this check."
+                "is not the identity there, or the model is not a function of its input. Nothing "
+                "was changed; insert(..., data=()) skips this check."
             )
     missing = [name for name in inserted if name not in reached] if before else []
     if missing:
@@ -123,11 +121,7 @@ def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any
 
 
 def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Tensor]:
-    """Path → copy of each floating-point tensor in an output.
-
-    The length of a sequence is part of the path: sequences that grow, with an entry per layer,
-    have no paths in common.
-    """
+    """Path → copy of each floating-point tensor in an output."""
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
         return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
@@ -135,6 +129,7 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Te
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, tuple | list):
+        # a sequence that grows, with an entry per layer, shares no path with the one before
         items = (((index, len(value)), item) for index, item in enumerate(value))
     elif dataclasses.is_dataclass(value):
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))

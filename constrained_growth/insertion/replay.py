@@ -108,8 +108,8 @@ def _insert_again(model: nn.Module, layer: InsertedLayer, given: nn.Module | Non
     site = dict(model.named_modules(remove_duplicate=False)).get(layer.after)
     if site is None or site is model:
         raise RecordError(
-            f'model={type(model).__name__} has no submodule "{layer.after}", the site of the '
-            f'layer "{layer.name}"; give the model as it was before it was grown.'
+            f'model={type(model).__name__} has no submodule "{layer.after}" for the layer '
+            f'"{layer.name}"; give the model as it was before it was grown.'
         )
     block = _rebuilt(layer, given, site, model)
     shapes = parameter_shapes(block)
@@ -153,7 +153,7 @@ def _rebuilt(
             return BLOCKS[kind](**arguments)
     except (TypeError, ValueError, KeyError, AttributeError, BlockError) as error:
         raise RecordError(
-            f'the record of the layer "{layer.name}" is damaged: {error!r}.'
+            f'the layer "{layer.name}" of the record is damaged: {error!r}.'
         ) from error
 
 

@@ -87,9 +87,7 @@ class GrowthCallback(Callback):
             vars(pl_module).pop("on_load_checkpoint", None)
             saved = checkpoint.get("callbacks", {}).get(self.state_key)
             if not saved:
-                raise CheckpointError(
-                    "ckpt_path is a checkpoint that was saved without a GrowthCallback."
-                )
+                raise CheckpointError("ckpt_path was saved without a GrowthCallback.")
             record = GrowthRecord.from_json(saved["grower"]["record"])
             replay(self._model(pl_module), record, blocks=self._blocks)
             own(checkpoint)
@@ -105,8 +103,7 @@ class GrowthCallback(Callback):
         vars(pl_module).pop("on_load_checkpoint", None)
         if len(trainer.optimizers) != 1:
             raise TrainingError(
-                f"GrowthCallback needs one optimizer, and configure_optimizers returned "
-                f"{len(trainer.optimizers)}; grow in your own loop with cg.Grower."
+                f"GrowthCallback needs one optimizer, not {len(trainer.optimizers)}; use cg.Grower."
             )
         model, optimizer = self._model(pl_module), trainer.optimizers[0]
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
