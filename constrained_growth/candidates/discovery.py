@@ -79,9 +79,8 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
         raise CandidateError(
-            f"model={type(model).__name__} has no block, activation module or inner layer after "
-            "which a layer could be proposed; write the candidates by hand: "
-            f"cg.Candidate(after='name of a submodule', block=...).{looked}"
+            f"model={type(model).__name__}: there is no layer to propose; write the candidates by "
+            f"hand: cg.Candidate(after='name of a submodule', block=...).{looked}"
         )
     return proposals
 

@@ -61,8 +61,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     header, text = json.loads(metadata[_KEY]), metadata["content"]
     if header["version"] != _VERSION:
         raise CheckpointError(
-            f'path="{path}" has version {header["version"]!r} of the format, this library reads '
-            f"{_VERSION}; use the version of the library that wrote it."
+            f'path="{path}" has version {header["version"]!r}, this library reads {_VERSION}.'
         )
     if header["checksum"] != _checksum(text, tensors):
         raise ValueError("its content does not have the checksum that was written with it")

@@ -20,7 +20,12 @@ from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
-from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, described_block
+from constrained_growth.insertion.record import (
+    GrowthRecord,
+    InsertedLayer,
+    described_block,
+    put_into,
+)
 from constrained_growth.solution import Planned, Solution
 
 
@@ -184,7 +189,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             placement="sibling" if new.is_sibling else "wrapped",
             pristine=copy.deepcopy(new.module),
         )
-        ends[new.site] = layers.put_into(model, end, new.module, record)
+        ends[new.site] = put_into(model, end, new.module, record)
         done.append(record)
     return done
 

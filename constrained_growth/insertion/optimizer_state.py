@@ -35,8 +35,7 @@ def check_optimizers(
             )
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise OptimizerError(
-                f"optimizer={type(optimizer).__name__} trains none of the model's parameters; give "
-                "the one that trains this model, or optimizer=None."
+                f"optimizer={type(optimizer).__name__} trains none of the model's parameters."
             )
     named = [pair for block in blocks for pair in block.named_parameters()]
     left = {name for name, p in named if not any(_takes(one, p) for one in optimizers)}

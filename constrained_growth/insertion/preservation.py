@@ -43,7 +43,7 @@ def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> 
     modes = (own,) if is_sharded(model) else (own, not own)
     for training in modes if example is not None else ():
         try:
-            found[_name(training)] = _output(model, example, training)
+            found["train" if training else "eval"] = _output(model, example, training)
         except Exception as error:
             if training is not own:
                 continue  # as BatchNorm does on one sample
@@ -73,7 +73,7 @@ def check_preserved(
     for mode, output in before.items():
         try:
             with _drawing_apart(inserted, reached):
-                grown = _output(model, example, mode == _name(True))
+                grown = _output(model, example, mode == "train")
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
@@ -99,10 +99,6 @@ def check_preserved(
             "a list by fixed numbers). Nothing was changed. Choose another site or block."
         )
     return differences
-
-
-def _name(training: bool) -> str:
-    return "train" if training else "eval"
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:

@@ -76,8 +76,7 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
                     reasons[name] = why
     if not candidates:
         raise CandidateError(
-            f"model={type(model).__name__}: nothing can be inserted after the layers that its "
-            f"config counts: {skipped}."
+            f"model={type(model).__name__}: nothing can follow a layer: {skipped}."
         )
     return Proposals(candidates, reasons, skipped)
 
@@ -137,16 +136,11 @@ def replay(
 
 def _checked_stacks(model: object) -> tuple[_Stack, ...]:
     if not isinstance(model, PreTrainedModel):
-        raise CandidateError(
-            f"model={type(model).__name__} is no PreTrainedModel; give that without a wrapper "
-            "around it, or use cg.find_candidates and cg.insert."
-        )
+        raise CandidateError(f"model={type(model).__name__} is no PreTrainedModel; use cg.insert.")
     stacks = _find_stacks(model)
     if not stacks:
-        raise CandidateError(
-            f"model={type(model).__name__}: no list of layers in it is counted by its config; use "
-            "cg.find_candidates(model, example_input) and cg.insert."
-        )
+        kind = type(model).__name__
+        raise CandidateError(f"model={kind}: its config counts no layers; use cg.find_candidates.")
     return stacks
 
 
@@ -172,10 +166,7 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
-    """A function that fits config and layer numbers to the layers a model has: grown, or as before.
-
-    It is called with the model first, then with copies of it.
-    """
+    """A function that fits config and layer numbers to a model, called before its copies."""
     stacks = {stack.name: stack for stack in _checked_stacks(model)}
     before = config = copy.deepcopy(model.config)
     longer: nn.Module = model
@@ -297,10 +288,7 @@ def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
 def _check_same(
     model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: _Arrangement
 ) -> None:
-    """Refuse a grown model if the stock class makes another one from the longer config.
-
-    `before` and `longer` are the skeletons of the old and of the longer config.
-    """
+    """Refuse a grown model if the stock class makes another one from the longer config."""
     for stack, order in arrangement.items():
         old, built = _layers_of(before, stack), _layers_of(longer, stack)
         where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
