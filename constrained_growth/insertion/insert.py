@@ -238,9 +238,13 @@ def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
     for one in copies:
         shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
         if shared or parameter_shapes(one) != parameter_shapes(model):
-            fault = "shares parameters with" if shared else "has other parameters than"
+            fault = (
+                "shares parameters with"
+                if shared
+                else "differs in parameters, by name and shape, from"
+            )
             raise CandidateError(
-                f"averaged={type(one).__name__} {fault} the model; give a copy of it as it is now."
+                f"averaged={type(one).__name__} {fault} the model; give a copy of it."
             )
     return copies
 
