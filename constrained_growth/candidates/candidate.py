@@ -36,8 +36,7 @@ class Candidate:
     def __post_init__(self) -> None:
         if not isinstance(self.after, str):
             raise CandidateError(
-                f"after={self.after!r} is not a string; give the qualified name of a submodule, "
-                'such as "3" or "encoder.layers.0".'
+                f"after={self.after!r} is not a string; give the name of a submodule, such as '3'."
             )
         if not isinstance(self.block, nn.Module):
             raise BlockError(
@@ -46,8 +45,7 @@ class Candidate:
             )
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
             raise CandidateError(
-                f"output={self.output!r} of the candidate after {self.after!r} is neither an "
-                "index, a key or the name of an attribute, nor None."
+                f"output={self.output!r} after {self.after!r} is neither an index, a name nor None."
             )
         if not self.name:
             object.__setattr__(self, "name", self.after)

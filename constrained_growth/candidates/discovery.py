@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
+from constrained_growth._data import moved
+from constrained_growth._sites.collector import hooked
+from constrained_growth._sites.context import NO_CONTEXT, Context, context_of
+from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import (
+    CopiedBlock,
     IdentityConv2d,
     IdentityLinear,
     ResidualConv2d,
     ResidualMLP,
 )
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.runs import Run, copy_of, runs_of
 from constrained_growth.errors import BlockError, CandidateError
 
 
@@ -73,9 +79,8 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
         raise CandidateError(
-            f"model={type(model).__name__} has no block, activation module or inner layer after "
-            "which a layer could be proposed; write the candidates by hand: "
-            f"cg.Candidate(after='name of a submodule', block=...).{looked}"
+            f"model={type(model).__name__}: there is no layer to propose; write the candidates by "
+            f"hand: cg.Candidate(after='name of a submodule', block=...).{looked}"
         )
     return proposals
 
@@ -259,3 +264,82 @@ def _is_inside_inserted(name: str, model: nn.Module) -> bool:
     parts = name.split(".")
     owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
     return any(hasattr(model.get_submodule(owner), "base") for owner in owners)
+
+
+@dataclass
+class Run:
+    """What one module did in the forward pass, the last time that it ran."""
+
+    module: nn.Module
+    count: int = 0  # how many times it ran
+    x: Tensor | None = None  # the first argument, if it is a tensor
+    context: Context = NO_CONTEXT  # the other arguments
+    y: Tensor | None = None  # the tensor in its output
+    version: int = 0  # the version counter of y when it came out
+    on_channels: bool = False  # whether dimension 1 of y counts channels, as after a convolution
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the output has the shape of the input."""
+        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether it has children and parameters."""
+        has_children = next(self.module.children(), None) is not None
+        return has_children and next(self.module.parameters(), None) is not None
+
+
+def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
+    """A copy of a module that is the identity, and why; or None, and why there is none."""
+    kind = type(run.module).__name__
+    if not run.keeps_shape:
+        return None, "changes the shape"
+    try:
+        with torch.enable_grad():
+            args = (run.x, *run.context.args)
+            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
+        return block, f"one more {kind}, a copy"
+    except BlockError as error:
+        return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
+
+
+def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
+    """Run the model once; name → run of its modules, in the order they finished."""
+    names = {module: name for name, module in model.named_modules()}
+    runs: dict[str, Run] = {}
+    layouts: dict[int, bool] = {}
+    kept: list[Tensor | None] = []  # or ids would be used again
+    on_channels = False
+
+    def see(
+        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
+    ) -> None:
+        nonlocal on_channels
+        run = runs.setdefault(names[module], Run(module))
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        run.count += 1
+        run.x = first if isinstance(first, Tensor) else None
+        run.context = context_of(module, args, kwargs)
+        try:
+            run.y = tensor_in(output)
+        except CandidateError:
+            run.y = None
+        run.version = 0 if run.y is None else run.y._version
+        if isinstance(module, nn.GroupNorm) or type(module).__module__ in _ON_CHANNELS:
+            on_channels = True
+        elif isinstance(module, _ON_LAST_DIMENSION):
+            on_channels = False
+        elif run.keeps_shape:
+            on_channels = layouts.get(id(run.x), on_channels)
+        run.on_channels = on_channels and run.y is not None and run.y.dim() > 2
+        layouts[id(run.y)] = on_channels
+        kept.extend((run.x, run.y))
+
+    with hooked((module, see) for module in names):
+        call(model, moved(example_input, device_of(model)))
+    return runs
+
+
+_ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)
+_ON_LAST_DIMENSION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)

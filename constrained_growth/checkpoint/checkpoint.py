@@ -28,8 +28,7 @@ from constrained_growth.checkpoint.optimizer_state import (
 from constrained_growth.errors import CheckpointError
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.layer import structure_kept_on_error
-from constrained_growth.insertion.record import GrowthRecord
-from constrained_growth.insertion.replay import replay
+from constrained_growth.insertion.record import GrowthRecord, replay
 
 
 @dataclass(frozen=True)
@@ -192,16 +191,12 @@ def restore(
     _check_weights(model, checkpoint.weights)
     if optimizer is not None:
         if checkpoint.optimizer is None:
-            raise CheckpointError(
-                "optimizer: the checkpoint has no state of one; save(…, optimizer=…)."
-            )
+            raise CheckpointError("optimizer: there is no state of one; save(…, optimizer=…).")
         check_named_state(optimizer, model, checkpoint.optimizer)
     for name in stateful:
         if name not in checkpoint.states:
-            raise CheckpointError(
-                f"{name}: the checkpoint has the states of {sorted(checkpoint.states)} only; "
-                f"save(…, {name}=…)."
-            )
+            known = sorted(checkpoint.states)
+            raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
     for name, thing in stateful.items():
         _set_state(name, thing, checkpoint.states[name])
     reshard(model)
@@ -240,7 +235,14 @@ def resume(
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
         RecordError: The record does not fit the model; it is as it was.
     """
-    checkpoint = _loaded_everywhere(path)
+    found: list[Checkpoint] = []
+    everywhere(lambda: found.append(load(path)), None)
+    checkpoint, now = found[0], num_processes(None)
+    if checkpoint.num_processes != now:
+        raise CheckpointError(
+            f'path="{path}" was saved by {checkpoint.num_processes} processes, and there are '
+            f"{now}. Start as many, or restore model and optimizer alone."
+        )
     with structure_kept_on_error(model):
         replay(model, checkpoint.record, blocks=blocks)
         rewrap(model)
@@ -250,19 +252,6 @@ def resume(
             stateful = {**stateful, "scheduler": scheduler}
         restore(checkpoint, model, optimizer=optimizer, **stateful)
     return Resumed(model, optimizer, scheduler, checkpoint)
-
-
-def _loaded_everywhere(path: str | os.PathLike[str]) -> Checkpoint:
-    """The checkpoint, if all processes can read it and as many saved it."""
-    found: list[Checkpoint] = []
-    everywhere(lambda: found.append(load(path)), None)
-    saved, now = found[0].num_processes, num_processes(None)
-    if saved != now:
-        raise CheckpointError(
-            f'path="{path}" was saved by {saved} processes, and there are {now}, which share data '
-            "and random numbers otherwise. Start as many, or restore model and optimizer alone."
-        )
-    return found[0]
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -61,8 +61,7 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     header, text = json.loads(metadata[_KEY]), metadata["content"]
     if header["version"] != _VERSION:
         raise CheckpointError(
-            f'path="{path}" has version {header["version"]!r} of the format, this library reads '
-            f"{_VERSION}; use the version of the library that wrote it."
+            f'path="{path}" has version {header["version"]!r}, this library reads {_VERSION}.'
         )
     if header["checksum"] != _checksum(text, tensors):
         raise ValueError("its content does not have the checksum that was written with it")
@@ -97,11 +96,7 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
 
 
 def flattened(tree: object, path: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> Any:
-    """Nested data as JSON can hold them; the tensors in them are added to a table.
-
-    `path` names them in the table and in messages. A tensor that occurs twice is kept once: `seen`
-    maps its place in memory to its name.
-    """
+    """Nested data for JSON, with the tensors in a table; `seen` maps places in memory to names."""
     # PyTorch's pytree cannot serve: its JSON form turns the tuples among the keys of a dict into
     # lists and knows no Counter, of which MultiStepLR's state has one.
     for kind in (bool, int, float, str):

@@ -36,10 +36,7 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The optimizer's `state_dict()` with the names of each group's parameters for their numbers.
-
-    It is `{"state": {name: {...}}, "groups": [{"params": [names], ...settings}]}`.
-    """
+    """`{"state": {name: {...}}, "groups": [{"params": [names], ...settings}]}` of an optimizer."""
     content, by_number = optimizer.state_dict(), {}
     for group, named in zip(content["param_groups"], names, strict=True):
         by_number.update(zip(group["params"], named, strict=True))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from constrained_growth.experiments.growth.runs import BIG
 from constrained_growth.experiments.reproduction.runs import TRACE, Reproduction, final_loss
 from constrained_growth.experiments.statistics import Array, smoothed
-from constrained_growth.plotting.solutions import GROWN, INK, KEPT, QUIET, tidy
+from constrained_growth.plotting import GROWN, INK, KEPT, QUIET, tidy
 
 GREEN, PINK, SKY = "#009E73", "#CC79A7", "#56B4E9"
 

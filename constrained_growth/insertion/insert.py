@@ -20,7 +20,12 @@ from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
-from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, described_block
+from constrained_growth.insertion.record import (
+    GrowthRecord,
+    InsertedLayer,
+    described_block,
+    put_into,
+)
 from constrained_growth.solution import Planned, Solution
 
 
@@ -168,13 +173,10 @@ def _new_layers(
 
 
 def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[InsertedLayer]:
-    """Put the layers into the model; what was done, in its order.
-
-    Outer sites come first: a copied block is a copy of its neighbour as it was. Layers at one site
-    run in the order of the problem.
-    """
+    """Put the layers into the model; returns what was done, in its order."""
     ends: dict[nn.Module, nn.Module] = {}  # site → the last module there so far
     done = []
+    # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
         record = InsertedLayer(
@@ -187,7 +189,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             placement="sibling" if new.is_sibling else "wrapped",
             pristine=copy.deepcopy(new.module),
         )
-        ends[new.site] = layers.put_into(model, end, new.module, record)
+        ends[new.site] = put_into(model, end, new.module, record)
         done.append(record)
     return done
 
@@ -215,8 +217,8 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
         after = solution.candidates[name].after
         if after not in modules:
             raise CandidateError(
-                f'model={type(model).__name__} has no submodule "{after}", the site of the chosen '
-                f'candidate "{name}"; give the model of the problem, as it was when solved.'
+                f'model={type(model).__name__} has no submodule "{after}", the site of "{name}"; '
+                "give the model of the problem, as it was when solved."
             )
     if chosen and parameter_shapes(model) != dict(solution.parameters):
         raise CandidateError(
@@ -231,20 +233,18 @@ def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
     """The copies of the model, taken out of their `AveragedModel`."""
     given = [averaged] if isinstance(averaged, nn.Module) else averaged
     if not isinstance(given, Sequence) or not all(isinstance(one, nn.Module) for one in given):
-        raise CandidateError(
-            f"averaged={averaged!r:.80} is neither a copy of the model nor a sequence of copies, "
-            "such as torch.optim.swa_utils.AveragedModel(model)."
-        )
+        raise CandidateError(f"averaged={averaged!r:.80} is no copy of the model, nor several.")
     copies = [one.module if isinstance(one, AveragedModel) else one for one in given]
     for one in copies:
         shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
         if shared or parameter_shapes(one) != parameter_shapes(model):
             fault = (
-                f"shares {len(shared)} parameters with" if shared else "has other parameters than"
+                "shares parameters with"
+                if shared
+                else "differs in parameters, by name and shape, from"
             )
             raise CandidateError(
-                f"averaged={type(one).__name__} {fault} the model; give a copy of it as it is now, "
-                "such as torch.optim.swa_utils.AveragedModel(model)."
+                f"averaged={type(one).__name__} {fault} the model; give a copy of it."
             )
     return copies
 

@@ -1,4 +1,4 @@
-"""The module that holds an inserted layer, and how it is put into a model."""
+"""The module that holds an inserted layer, and what can hold one."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from constrained_growth._sites.collector import replaced
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import BlockError, CandidateError, RecordError
-from constrained_growth.insertion.record import InsertedLayer
+from constrained_growth.errors import BlockError, CandidateError
 
 
 class WithInsertedLayer(nn.Module):
@@ -23,15 +22,9 @@ class WithInsertedLayer(nn.Module):
     It takes the place of `base` in the model, under the same name, and attributes not found here
     are looked up in `base` (`model.fc.in_features` still works). Keys in the state dict change
     from `3.weight` to `3.base.weight`, and `3.inserted.…` is new. Hooks on `base` stay on it: they
-    see the output that the inserted layer receives.
-
-    Args:
-        base: The module at the site.
-        inserted: The layer after it. If it has a true attribute `takes_context`, it is called
-            with the arguments of `base`, its own input in place of the first one.
-        overwritten: Whether the model changes the output in place afterwards. It then gets a
-            copy, since the backward pass of the layer may need its output.
-        output: Which tensor of the output of `base` the layer works on, as in `Candidate`.
+    see the output that the inserted layer receives. A layer with a true attribute `takes_context`
+    is called with the arguments of `base`, its own input in place of the first one. `overwritten`
+    and `output` are those of `InsertedLayer`.
     """
 
     def __init__(
@@ -57,7 +50,7 @@ class WithInsertedLayer(nn.Module):
     def _run_inserted(self, x: Tensor, context: Context) -> Tensor:
         positional, named = arguments(self.inserted, x, context)
         y = self.inserted(*positional, **named)
-        return y.clone() if self.overwritten else y
+        return y.clone() if self.overwritten else y  # its backward pass may need y
 
     def __len__(self) -> int:
         return len(self.base)  # type: ignore[arg-type]
@@ -81,35 +74,8 @@ class WithInsertedLayer(nn.Module):
             return getattr(base, name)
 
 
-def put_into(
-    model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
-) -> nn.Module:
-    """Insert a layer after a site as its record says; returns the module now at its place."""
-    if record.placement == "sibling":
-        owner = list_of(model, site)
-        if owner is None:
-            raise RecordError(
-                f'the record makes the layer "{record.name}" the element after "{record.after}", '
-                f"which is no element of an nn.ModuleList or nn.Sequential in "
-                f"{type(model).__name__}."
-            )
-        place = next(i for i, element in enumerate(owner) if element is site)
-        owner.insert(place + 1, layer)
-        return layer
-    wrapper = WithInsertedLayer(site, layer, overwritten=record.overwritten, output=record.output)
-    for owner in list(model.modules()):
-        for key, child in owner._modules.items():
-            if child is site and owner is not wrapper:  # under every name that it has
-                owner._modules[key] = wrapper
-    return wrapper
-
-
 def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
-    """The list in which another element can follow a module, if there is one.
-
-    The module has no other owner, the elements are numbered consecutively, and a `Sequential` has
-    no forward of its own.
-    """
+    """The only owner of a module, if it is a list that runs its elements by their numbers."""
     owners = [o for o in model.modules() for child in o._modules.values() if child is module]
     if len(owners) != 1:
         return None

@@ -13,15 +13,12 @@ from constrained_growth.errors import OptimizerError
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
-    """One optimizer, several or None, as a tuple."""
+    """A tuple of one optimizer, several or None."""
     if optimizer is None:
         return ()
     given = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
     if not isinstance(given, Sequence) or not all(isinstance(one, Optimizer) for one in given):
-        raise OptimizerError(
-            f"optimizer={optimizer!r:.80} is neither a torch.optim.Optimizer nor a sequence of "
-            "them."
-        )
+        raise OptimizerError(f"optimizer={optimizer!r:.80} is no torch.optim.Optimizer.")
     return tuple(given)
 
 
@@ -38,8 +35,7 @@ def check_optimizers(
             )
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise OptimizerError(
-                f"optimizer={type(optimizer).__name__} trains none of the model's parameters; give "
-                "the one that trains this model, or optimizer=None."
+                f"optimizer={type(optimizer).__name__} trains none of the model's parameters."
             )
     named = [pair for block in blocks for pair in block.named_parameters()]
     left = {name for name, p in named if not any(_takes(one, p) for one in optimizers)}
@@ -61,11 +57,9 @@ def add_parameters(
     """Add new parameters to the groups of their neighbours, without state.
 
     A parameter that copies an old one (`counterparts`: its `id` → the old one) joins the group of
-    that. Otherwise a matrix joins the group of the last matrix before it in the order of
-    `model.parameters()`, a vector that of the last vector (weight decay is often off for those);
-    if there is none before, of the first one after. Only optimizers that can take the parameter
-    count. A group in the model's order stays so: an optimizer made for a replayed model can load
-    its state dict.
+    that. Otherwise a matrix joins the group of the nearest matrix, best one before it, and a vector
+    that of a vector: weight decay is often off for those. A group in the model's order stays so:
+    an optimizer made for a replayed model can load its state dict.
     """
     if not optimizers:
         return

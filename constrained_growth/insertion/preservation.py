@@ -35,25 +35,23 @@ def first_input(data: object, model: nn.Module) -> object | None:
 def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> Outputs:
     """The outputs in the model's own mode and in the other one, from the present random state.
 
-    The other mode is left out if the model fails in it (BatchNorm on one sample), or is sharded:
-    all processes must run it equally often. A model that fails in its own mode is an error, or,
-    where `optional`, not checked.
+    A model that fails in its own mode is an error, or, where `optional`, not checked.
     """
     own = model.training
     found: dict[str, Mapping[tuple[Any, ...], Tensor]] = {}
+    # all processes must run a sharded model equally often, and it may fail in the other mode
     modes = (own,) if is_sharded(model) else (own, not own)
     for training in modes if example is not None else ():
         try:
-            found[_name(training)] = _output(model, example, training)
+            found["train" if training else "eval"] = _output(model, example, training)
         except Exception as error:
             if training is not own:
-                continue
+                continue  # as BatchNorm does on one sample
             if optional:
                 return {}
             raise DataError(
-                f"model={type(model).__name__} fails on the input of the first batch, on which "
-                f"the insertion is checked: {error}; give another: "
-                "insert(..., data=[(input, target)])."
+                f"model={type(model).__name__} fails on the input of the first batch ({error}); "
+                "give another to check the insertion on: insert(..., data=[(input, target)])."
             ) from error
     return found
 
@@ -75,7 +73,7 @@ def check_preserved(
     for mode, output in before.items():
         try:
             with _drawing_apart(inserted, reached):
-                grown = _output(model, example, mode == _name(True))
+                grown = _output(model, example, mode == "train")
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
@@ -91,8 +89,8 @@ def check_preserved(
             raise BlockError(
                 f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
                 f"{mode} mode, more than rounding ({_allowed(beyond[0][0], epsilon):.3g}): a block "
-                "is not the identity there, or the model is not a function of its input and the "
-                "random state. Nothing was changed; insert(..., data=()) skips this check."
+                "is not the identity there, or the model is not a function of its input. Nothing "
+                "was changed; insert(..., data=()) skips this check."
             )
     missing = [name for name in inserted if name not in reached] if before else []
     if missing:
@@ -101,10 +99,6 @@ def check_preserved(
             "a list by fixed numbers). Nothing was changed. Choose another site or block."
         )
     return differences
-
-
-def _name(training: bool) -> str:
-    return "train" if training else "eval"
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
@@ -123,11 +117,7 @@ def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any
 
 
 def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Tensor]:
-    """Path → copy of each floating-point tensor in an output.
-
-    The length of a sequence is part of the path: sequences that grow, with an entry per layer,
-    have no paths in common.
-    """
+    """Path → copy of each floating-point tensor in an output."""
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
         return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
@@ -135,6 +125,7 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Te
     if isinstance(value, Mapping):
         items = value.items()
     elif isinstance(value, tuple | list):
+        # a sequence that grows, with an entry per layer, shares no path with the one before
         items = (((index, len(value)), item) for index, item in enumerate(value))
     elif dataclasses.is_dataclass(value):
         items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))

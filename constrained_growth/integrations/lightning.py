@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -87,9 +87,7 @@ class GrowthCallback(Callback):
             vars(pl_module).pop("on_load_checkpoint", None)
             saved = checkpoint.get("callbacks", {}).get(self.state_key)
             if not saved:
-                raise CheckpointError(
-                    "ckpt_path is a checkpoint that was saved without a GrowthCallback."
-                )
+                raise CheckpointError("ckpt_path was saved without a GrowthCallback.")
             record = GrowthRecord.from_json(saved["grower"]["record"])
             replay(self._model(pl_module), record, blocks=self._blocks)
             own(checkpoint)
@@ -105,12 +103,17 @@ class GrowthCallback(Callback):
         vars(pl_module).pop("on_load_checkpoint", None)
         if len(trainer.optimizers) != 1:
             raise TrainingError(
-                f"GrowthCallback needs one optimizer, and configure_optimizers returned "
-                f"{len(trainer.optimizers)}; grow in your own loop with cg.Grower."
+                f"GrowthCallback needs one optimizer, not {len(trainer.optimizers)}; use cg.Grower."
             )
         model, optimizer = self._model(pl_module), trainer.optimizers[0]
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
-        options = {"writer": _Loggers(trainer), "wrapper": wrapper, **self._options}
+
+        def log(tag: str, value: float, _: int) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics({tag: value}, step=trainer.global_step)
+
+        writer = SimpleNamespace(add_scalar=log)
+        options = {"writer": writer, "wrapper": wrapper, **self._options}
         before, saved = self.grower, self._saved
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
         if saved is not None:
@@ -152,14 +155,3 @@ class GrowthCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
         self._saved = state_dict or None
-
-
-@dataclass
-class _Loggers:
-    """The loggers of a trainer as one writer, at the trainer's own step."""
-
-    trainer: Trainer
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
-        for logger in self.trainer.loggers:
-            logger.log_metrics({tag: scalar_value}, step=self.trainer.global_step)

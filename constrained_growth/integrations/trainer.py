@@ -57,7 +57,6 @@ class GrowthCallback(TrainerCallback):
         TrainingError: There are several processes, and no DistributedDataParallel.
 
     Example:
-        >>> from constrained_growth.integrations.trainer import GrowthCallback
         >>> callback = GrowthCallback([], max_insertions=2)
         >>> callback.history.losses
         []

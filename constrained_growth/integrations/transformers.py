@@ -8,33 +8,24 @@ model.save_pretrained(folder)
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import insertion
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.discovery import block_after
-from constrained_growth.candidates.runs import runs_of
+from constrained_growth.candidates.discovery import block_after, runs_of
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.layer import structure_kept_on_error
+from constrained_growth.insertion.layer import WithInsertedLayer, structure_kept_on_error
 from constrained_growth.insertion.record import GrowthRecord
-from constrained_growth.integrations.stacks import (
-    Stack,
-    check_same,
-    find_stacks,
-    layers_of,
-    longer_config,
-    renumber,
-    skeleton,
-    update_config,
-    without_inserted,
-)
 from constrained_growth.solution import Solution
 
 
@@ -73,7 +64,7 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
     with untouched(model), differentiable(), torch.no_grad():
         runs = runs_of(model, _example_of(model) if example_input is None else example_input)
         for stack in stacks:
-            names = [f"{stack.name}.{place}" for place, _ in enumerate(layers_of(model, stack))]
+            names = [f"{stack.name}.{place}" for place, _ in enumerate(_layers_of(model, stack))]
             for name, following in zip(names, [*names[1:], ""], strict=True):
                 block, why = None, "the forward pass does not call it"
                 if name in runs:
@@ -85,8 +76,7 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
                     reasons[name] = why
     if not candidates:
         raise CandidateError(
-            f"model={type(model).__name__}: nothing can be inserted after the layers that its "
-            f"config counts: {skipped}."
+            f"model={type(model).__name__}: nothing can follow a layer: {skipped}."
         )
     return Proposals(candidates, reasons, skipped)
 
@@ -144,18 +134,13 @@ def replay(
     return model
 
 
-def _checked_stacks(model: object) -> tuple[Stack, ...]:
+def _checked_stacks(model: object) -> tuple[_Stack, ...]:
     if not isinstance(model, PreTrainedModel):
-        raise CandidateError(
-            f"model={type(model).__name__} is no PreTrainedModel; give that without a wrapper "
-            "around it, or use cg.find_candidates and cg.insert."
-        )
-    stacks = find_stacks(model)
+        raise CandidateError(f"model={type(model).__name__} is no PreTrainedModel; use cg.insert.")
+    stacks = _find_stacks(model)
     if not stacks:
-        raise CandidateError(
-            f"model={type(model).__name__}: no list of layers in it is counted by its config; use "
-            "cg.find_candidates(model, example_input) and cg.insert."
-        )
+        kind = type(model).__name__
+        raise CandidateError(f"model={kind}: its config counts no layers; use cg.find_candidates.")
     return stacks
 
 
@@ -181,16 +166,13 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
-    """A function that fits config and layer numbers to the layers a model has: grown, or as before.
-
-    It is called with the model first, then with copies of it.
-    """
+    """A function that fits config and layer numbers to a model, called before its copies."""
     stacks = {stack.name: stack for stack in _checked_stacks(model)}
     before = config = copy.deepcopy(model.config)
     longer: nn.Module = model
-    arrangement: dict[Stack, list[int]] = {}
+    arrangement: dict[_Stack, list[int]] = {}
     old = {
-        name: [without_inserted(layer) for layer in module.children()]
+        name: [_without_inserted(layer) for layer in module.children()]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     }
@@ -211,19 +193,21 @@ def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
             arrangement = {
                 stacks[name]: [
                     count - 1
-                    for count in accumulate(without_inserted(m) in old[name] for m in now[name])
+                    for count in accumulate(_without_inserted(m) in old[name] for m in now[name])
                 ]
                 for name in grown
             }
-            config = longer_config(before, arrangement)
+            config = copy.deepcopy(before)
+            for stack, order in arrangement.items():
+                _lengthen(config, stack, order)
             if arrangement:
-                longer = skeleton(model, copy.deepcopy(config))
-                check_same(model, skeleton(model, copy.deepcopy(before)), longer, arrangement)
-        is_grown = all(len(layers_of(one, s)) == len(order) for s, order in arrangement.items())
-        update_config(one.config, config if is_grown else before)
+                longer = _skeleton(model, copy.deepcopy(config))
+                _check_same(model, _skeleton(model, copy.deepcopy(before)), longer, arrangement)
+        is_grown = all(len(_layers_of(one, s)) == len(order) for s, order in arrangement.items())
+        _update_config(one.config, config if is_grown else before)
         for stack in arrangement if is_grown else ():
-            renumber(one, stack, longer)
-            _follow_neighbours(layers_of(one, stack))
+            _renumber(one, stack, longer)
+            _follow_neighbours(_layers_of(one, stack))
 
     return update
 
@@ -245,3 +229,147 @@ def _library_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """The hooks by which Transformers collects hidden states and attentions."""
     hooks = module._forward_hooks.values()
     return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
+
+
+# The lists of layers, and the config entries that count them. What one more layer changes is found
+# by building a model from a longer config on the meta device.
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A list of layers whose length is an entry of the config."""
+
+    name: str  # of the nn.ModuleList or nn.Sequential
+    part: str  # of the config that has the entry ("text_config"), or ""
+    entry: str  # the attribute that holds the number of layers
+    index: int | None  # in it, if it is a list (`depths`)
+
+
+_Arrangement = Mapping[_Stack, Sequence[int]]
+"""For each layer of a grown stack: which of the old layers it is, or is inserted after."""
+
+
+def _find_stacks(model: PreTrainedModel) -> tuple[_Stack, ...]:
+    """The stacks of a model, each confirmed by building a model from a longer config."""
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential)
+    }
+    found: dict[str, _Stack] = {}
+    for part, entry, index in _counters(model.config):
+        longer = copy.deepcopy(model.config)
+        _lengthen(longer, _Stack("", part, entry, index), None)
+        try:
+            built: dict[str, Any] = dict(_skeleton(model, longer).named_modules())
+        except Exception:  # it counts something else too, or must agree with another entry
+            continue
+        grown = [n for n, one in lists.items() if n in built and len(built[n]) == len(one) + 1]
+        if len(grown) == 1:
+            found.setdefault(grown[0], _Stack(grown[0], part, entry, index))
+    return tuple(found[name] for name in lists if name in found)
+
+
+def _layers_of(model: nn.Module, stack: _Stack) -> list[nn.Module]:
+    return list(model.get_submodule(stack.name).children())
+
+
+def _without_inserted(layer: nn.Module) -> nn.Module:
+    """The layer itself, where other layers are wrapped around it."""
+    return _without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
+
+
+def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
+    """A model of the same class from a config, on the meta device."""
+    with untouched(model), torch.device("meta"):
+        return type(model)(config)
+
+
+def _check_same(
+    model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: _Arrangement
+) -> None:
+    """Refuse a grown model if the stock class makes another one from the longer config."""
+    for stack, order in arrangement.items():
+        old, built = _layers_of(before, stack), _layers_of(longer, stack)
+        where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
+        if len(built) != len(order):
+            raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
+        for place, layer in enumerate(map(_without_inserted, _layers_of(model, stack))):
+            source, is_new = order[place], order[place] in order[:place]
+            if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
+                raise CandidateError(
+                    f"{where} gives layer {place} other parameters; the stock class cannot load it."
+                )
+            # A new layer is a copy of the one before it or, at a change of shape, after it.
+            alike = old[source : source + 1 + is_new]
+            settings = _settings(built[place])
+            differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
+            if all(differing):
+                raise CandidateError(
+                    f"{where} makes layer {place} another one: {differing[0][:2]}, as its layers "
+                    "depend on their number; use a block such as ResidualMLP, or another site."
+                )
+
+
+def _renumber(model: nn.Module, stack: _Stack, longer: nn.Module) -> None:
+    """Give the layers of a stack the numbers that they have in a model built at that depth."""
+    numbered = dict(longer.get_submodule(stack.name).named_modules())
+    for name, module in model.get_submodule(stack.name).named_modules():
+        for key in _NUMBERS & vars(module).keys():
+            setattr(module, key, getattr(numbered[name], key))
+
+
+def _update_config(config: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
+    """Make a config equal to another one in place, its parts too."""
+    for name, value in vars(wanted).items():
+        present = getattr(config, name, None)
+        if isinstance(value, PreTrainedConfig) and isinstance(present, PreTrainedConfig):
+            _update_config(present, value)
+        elif present != value:
+            setattr(config, name, copy.deepcopy(value))
+
+
+def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]:
+    """Entries of a config that may count layers: part, attribute, index."""
+    parts = {"": config} | {
+        name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)
+    }
+    for part, holder in parts.items():
+        for entry, value in vars(holder).items():
+            if _COUNTING.search(entry) and type(value) is int and value > 0:
+                yield part, entry, None
+            elif _COUNTING.search(entry) and isinstance(value, list | tuple):
+                every = range(len(value)) if all(type(v) is int for v in value) else ()
+                yield from ((part, entry, index) for index in every)
+
+
+def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | None) -> None:
+    """Let a config count the layers of an order (None: one more, at the end)."""
+    holder: Any = getattr(config, stack.part) if stack.part else config
+    value = getattr(holder, stack.entry)
+    depth = value if stack.index is None else value[stack.index]
+    order = [*range(depth), depth - 1] if order is None else order
+    if stack.index is None:
+        setattr(holder, stack.entry, len(order))
+        for name, listed in list(vars(holder).items()):
+            if "layer" in name and isinstance(listed, list | tuple) and len(listed) == depth:
+                setattr(holder, name, type(listed)(listed[source] for source in order))
+    else:
+        changed = [len(order) if i == stack.index else v for i, v in enumerate(value)]
+        setattr(holder, stack.entry, type(value)(changed))
+
+
+def _settings(layer: nn.Module) -> set[tuple[str, str, Any]]:
+    """The plain attributes of the modules of a layer, except for numbers and dropout."""
+    return {
+        (name, key, value)
+        for name, module in layer.named_modules()
+        if "drop" not in name
+        for key, value in [("class", type(module).__name__), *vars(module).items()]
+        if isinstance(value, bool | int | float | str) and key not in _NUMBERS | {"training"}
+        if "drop" not in key
+    }
+
+
+_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
+_COUNTING = re.compile(r"layers?$|depths?$|^n_layer|blocks$")

@@ -23,7 +23,7 @@ from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.testing.findings import listed, said, tried
+from constrained_growth.testing.block import listed, tried
 
 
 def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
@@ -50,15 +50,12 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
         >>> check_rule(lambda sensitivities: cg.Decision(tuple(sensitivities)[:1], "the first"))
     """
     if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-        raise RuleError(
-            f"rule={rule!r} can neither be called nor has a method decide(problem, solution); a "
-            "rule is a function from sensitivities to a cg.Decision, or has that method."
-        )
+        raise RuleError(f"rule={rule!r} can neither be called nor has decide(problem, solution).")
     problem = _small_problem() if problem is None else problem
     try:
         copy.deepcopy(rule)
     except Exception as error:
-        raise RuleError(f"rule={rule!r} cannot be copied ({said(error)}).") from error
+        raise RuleError(f"rule={rule!r} cannot be copied ({error}).") from error
     whole = solve(problem, lambda sensitivities: Decision())
     problems: list[str] = []
     for what, solution in _solutions(whole):
@@ -129,10 +126,7 @@ def _decides_about_candidates(case: _Case) -> Iterator[str]:
 def _decides_the_same_twice(case: _Case) -> Iterator[str]:
     """It decides the same about the same."""
     if case.facts() != case.facts():
-        yield (
-            f"two copies of it decide differently about the same ({case.what}); draw from a "
-            "generator of its own with a seed."
-        )
+        yield f"two copies of it decide differently about the same ({case.what}); seed it."
 
 
 def _leaves_things_alone(case: _Case) -> Iterator[str]:

@@ -33,7 +33,6 @@ T = TypeVar("T")
 Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 """Candidates for every round, or a function that proposes them for the model as it is then."""
 
-
 AfterInsertion = Callable[["Grower", Round], object]
 """Acts on `grower.optimizer` and on the parameters named in `round.new_parameters`."""
 
@@ -124,12 +123,10 @@ class Grower:
         for name in ("confirm", "after_insertion", "solver"):
             function = getattr(self, name)
             if function is not None and not callable(function):
-                raise TrainingError(
-                    f"{name}={function!r} cannot be called; give a function, or None."
-                )
+                raise TrainingError(f"{name}={function!r} cannot be called; give a function.")
         if not (self.when is None or isinstance(self.when, Plateau) or callable(self.when)):
             raise TrainingError(
-                f"when={self.when!r} is neither a Plateau() nor a function of the losses, nor None."
+                f"when={self.when!r} is no Plateau() and no function of the losses."
             )
         if self.max_insertions is not None and not self.max_insertions >= 0:
             raise TrainingError(f"max_insertions={self.max_insertions!r} must not be negative.")
@@ -154,10 +151,7 @@ class Grower:
 
         def row() -> tuple[float, int]:
             if not self._count:
-                raise TrainingError(
-                    "maybe_grow: there was no step since the last row of the history; call "
-                    "grower.step(loss) after optimizer.step()."
-                )
+                raise TrainingError("no step since the last row; call grower.step(loss) first.")
             return float(self._sum), self._count
 
         rows = everywhere(row, None)
@@ -261,9 +255,8 @@ class Grower:
         wrapped = any(isinstance(one, DistributedDataParallel) for one in trained.modules())
         if several(None) and not wrapped and not is_sharded(trained):
             warnings.warn(
-                f"there are several processes, and {type(trained).__name__} is wrapped neither in "
-                "DistributedDataParallel nor by fully_shard: if one is around it, give that as "
-                "wrapper=, or the gradients of new layers are not averaged.",
+                f"there are several processes, and {type(trained).__name__} is not wrapped: give a "
+                "DistributedDataParallel around it as wrapper=, or gradients are not averaged.",
                 stacklevel=4,
             )
         rewrap(trained, self.optimizer)
@@ -302,7 +295,7 @@ class Grower:
         return most - len(self.record.insertions)
 
     def _within_limit(self, decision: Decision) -> Decision:
-        """The decision, cut to the first of the chosen where there is no room for all."""
+        """The decision, with only as many of the chosen as there is room for."""
         room = self._room()
         if len(decision.chosen) <= room:
             return decision

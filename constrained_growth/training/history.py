@@ -115,8 +115,7 @@ class History:
         epochs = pandas.RangeIndex(1, len(self.losses) + 1, name="epoch")
         columns = {"step": self.steps, "loss": self.losses, **self.metrics}
         frame = pandas.DataFrame(columns, index=epochs)
-        inserted = self._inserted()
-        names = [inserted.get(epoch, "") for epoch in epochs]
+        names = [self._inserted().get(epoch, "") for epoch in epochs]
         return frame.assign(layers=self.layers, seconds=self.seconds, inserted=names)
 
     def plot(self) -> Figure:

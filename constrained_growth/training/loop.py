@@ -176,7 +176,12 @@ def grow(
     ) as bar:
         while not is_over():
             for input, answer in run.batches():
-                grower.step(_train_step(grower, input, answer))
+                grower.optimizer.zero_grad()
+                # `call` would bypass the forward of a DistributedDataParallel, not of a partial
+                loss = loss_fn(call(functools.partial(model), input), answer)
+                loss.backward()
+                grower.optimizer.step()
+                grower.step(loss)
                 run.done += 1
                 if checkpoint_every is not None and grower.num_steps % checkpoint_every == 0:
                     run.save()
@@ -260,15 +265,6 @@ class _Run:
         checkpoints.set_random_state(state["global"])
         for generator, kept in zip(generators_of(self.loader), state["loader"], strict=True):
             generator.set_state(kept)
-
-
-def _train_step(grower: Grower, input: object, target: object) -> Tensor:
-    grower.optimizer.zero_grad()
-    # `call` would bypass the forward of a DistributedDataParallel, but not that of a partial
-    loss = grower.loss_fn(call(functools.partial(grower.model), input), target)
-    loss.backward()
-    grower.optimizer.step()
-    return loss.detach()
 
 
 @torch.no_grad()

@@ -60,23 +60,14 @@ class NewLayers:
     def attach(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str] = ()
     ) -> None:
-        """Hook into an optimizer, instead of the one before; loaded state goes on.
+        """Hook into the optimizer of a grown model, for the parameters `names` just inserted.
 
-        Args:
-            model: The grown model.
-            optimizer: The optimizer that trains it.
-            names: Names of the parameters just inserted.
-
-        Raises:
-            TrainingError: There are no such parameters.
+        Hooks on another optimizer are removed, and a state that was loaded goes on.
         """
         parameters = dict(model.named_parameters())
         unknown = [name for name in (*names, *self._loaded) if name not in parameters]
         if unknown:
-            raise TrainingError(
-                f"names: {type(model).__name__} has no parameters {unknown}; give names of "
-                "parameters of the model as it is now."
-            )
+            raise TrainingError(f"names: {type(model).__name__} has no parameters {unknown}.")
         for name, (age, start) in self._loaded.items():
             self._new[parameters[name]] = (age, start.to(parameters[name]).clone())
         for name in names:
@@ -121,8 +112,7 @@ class NewLayers:
         self._new = {parameter: (age + 1, start) for parameter, (age, start) in self._new.items()}
 
     @torch.no_grad()
-    def _shift(self, sign: int) -> None:
-        """Turn parameters into deviations (−1), or back (1)."""
+    def _shift(self, sign: int) -> None:  # parameters into deviations (−1), or back (1)
         for parameter, start in self._shifted:
             parameter.add_(start, alpha=sign)
 
