@@ -245,7 +245,7 @@ def test_averages_that_do_not_fit() -> None:
     model, data = Stack(), classified(12)
     solution = both(model, data)
     for given, words in (
-        (feedforward(2, 4, 3), "other parameters"),
+        (feedforward(2, 4, 3), "by name and shape"),
         (model, "shares"),
         (3, "averaged=3"),
     ):
