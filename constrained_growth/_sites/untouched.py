@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._data import samplers_of
+from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import reshard
 
 
@@ -28,17 +27,14 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     generators = [(g, g.get_state()) for other in others for g in generators_of(other)]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    state = random_state()
     token = _UNTOUCHED.set(True)
     try:
-        with torch.random.fork_rng(devices=devices):
-            yield
+        yield
     finally:
         _UNTOUCHED.reset(token)
         reshard(model)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        set_random_state(state)
         for generator, state in generators:
             generator.set_state(state)
         for name, (buffer, before) in buffers.items():
