@@ -117,7 +117,7 @@ class Pass:
         self._joinable = [all(map(has_factors, site.blocks.values())) for site in sites]
         self._waiting: list[list[Use]] = [[] for _ in sites]
         self._waiting_bytes, self._waiting_for = 0, (0, 0.0)
-        self._room = max(2**20, sum(a.nbytes for a in self.accumulators.values()) // 2)
+        self._room = max(2**21, sum(a.nbytes for a in self.accumulators.values()) // 2)
         self._now = 0.0  # the weight of the batch that is on its way
         self._task = -1  # PyTorch's number of its backward pass
 

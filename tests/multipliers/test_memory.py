@@ -17,7 +17,7 @@ import constrained_growth as cg
 
 MIB = 2**20
 SMALL_ROOM = 2.5 * MIB
-"""For small tensors, beyond the bound: 1 MiB that waits, and the stroke that works it off."""
+"""For small tensors, beyond the bound: 2 MiB that wait, and the joined tensors of one site."""
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
