@@ -31,7 +31,7 @@ from torch.func import functional_call
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
 from constrained_growth.curvature import gauss_newton, hessian
-from constrained_growth.rules.trust_region import TrustRegion
+from constrained_growth.rules import TrustRegion
 
 # --- the subproblem -----------------------------------------------------------------------------
 
