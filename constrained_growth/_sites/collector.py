@@ -229,7 +229,7 @@ class Collector:
 
 _SMALL = 2**18
 """Bytes of x up to which δ is taken when backward is over. A hook takes it at once, so that x can
-go, and costs some 20 % of a pass of 64 samples at width 256."""
+go, and costs time in Python that counts only where the tensors are small."""
 
 
 def _arrive(
