@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from constrained_growth.errors import CandidateError
+from constrained_growth._arguments import instance
+from constrained_growth.errors import CandidateError, RuleError
 
 Norm = Callable[[Mapping[str, Tensor]], Tensor | float]
 """Any function of a multiplier (pinned parameter → tensor) that says how large it is."""
@@ -119,6 +120,18 @@ class Decision:
         default_factory=dict, repr=False, compare=False
     )
     evidence: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        names = self.chosen
+        if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+            raise RuleError(
+                f"chosen={names!r:.80} of Decision are no names of candidates; give a tuple of "
+                'strings, such as ("3",), or ().'
+            )
+        object.__setattr__(self, "chosen", tuple(names))
+        instance("reason", self.reason, str, RuleError, "a sentence")
+        instance("values", self.values, Mapping, RuleError, "candidate → pinned parameter → v")
+        instance("evidence", self.evidence, Mapping, RuleError, "a dict that JSON takes")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch import nn
 
 from constrained_growth import blocks
 from constrained_growth._activations import Activation, TanhLU
+from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion.layer import (
@@ -231,8 +232,12 @@ def replay(
         >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
         True
     """
-    if not isinstance(record, GrowthRecord):
-        raise RecordError(f"record={record!r:.80} is no GrowthRecord; use GrowthRecord.from_json.")
+    instance("model", model, nn.Module, RecordError, "the model as it was before it was grown")
+    instance("record", record, GrowthRecord, RecordError, "one, or GrowthRecord.from_json(text)")
+    given = instance("blocks", blocks or {}, Mapping, RecordError, "name → block")
+    for name, block in given.items():
+        instance(f"blocks[{name!r}]", block, nn.Module, RecordError, "the block of that layer")
+    flag("strict", strict, RecordError)
     record = _without_wrappers(record, model)
     have, want = parameter_shapes(model), dict(record.model)
     differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
@@ -245,7 +250,7 @@ def replay(
         )
     with structure_kept_on_error(model):
         for layer in record.insertions:
-            _insert_again(model, layer, (blocks or {}).get(layer.name))
+            _insert_again(model, layer, given.get(layer.name))
     return model
 
 
