@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import pinned_parameters
@@ -43,10 +44,15 @@ def insert(
     A layer is wrapped around its site: the site becomes a module with the children `base` and
     `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
     whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
-    leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
-    the model runs on one batch before and after, in train and in eval mode. Then the layers take
-    the values of the decision, if it has any. After any error everything is as it was.
+    that list, as a plain module, and later elements are renumbered: if on the batch of the check
+    that is the same network as the layer around its site, also with the pins moved. It is another
+    one where the model collects the outputs of a list, runs it in step with a second list, or
+    picks elements by their numbers. `Candidate(wrapped=True)` asks for the layer around its site.
+
+    Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
+    to rounding. This is checked: the model runs on one batch before and after, in train and in
+    eval mode. Then the layers take the values of the decision, if it has any. After any error
+    everything is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
@@ -94,14 +100,16 @@ def insert(
     names = _checked_choice(model, solution)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
-    new = [_new_layers(one, model, solution, names) for one in models]
-    blocks = {one.name: one.planned.block for one in new[0]}
+    planned = {name: solution.candidates[name].block for name in names}
     optimizers = optimizer_state.as_optimizers(optimizer)
-    optimizer_state.check_optimizers(model, optimizers, blocks.values())
-    _check_values(solution, blocks)
+    optimizer_state.check_optimizers(model, optimizers, planned.values())
+    _check_values(solution, planned)
     if not names:
         return GrowthRecord((), shapes)
     example = solution.example if data is None else preservation.first_input(data, model)
+    siblings = _siblings(model, solution, names, example, bookkeeping)
+    new = [_new_layers(one, model, solution, names, siblings) for one in models]
+    blocks = {one.name: one.planned.block for one in new[0]}
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
@@ -147,8 +155,75 @@ class _NewLayer:
     module: nn.Module  # the block, or its standalone form
 
 
+def _siblings(
+    model: nn.Module,
+    solution: Solution,
+    names: Iterable[str],
+    example: object,
+    bookkeeping: Callable[[nn.Module], object] | None,
+) -> frozenset[str]:
+    """Those of the layers that become the next element of the list that their site is in.
+
+    λ is measured with the layer around its site, so there must be no difference, and not only at
+    the pins: where a loop keeps the output of its third element, an identity before it moves the
+    derivative alone. So the outputs are compared with the pins moved.
+    """
+
+    def outputs(siblings: frozenset[str]) -> preservation.Outputs:
+        found: preservation.Outputs = {}
+        with suppress(_Undo), layers.structure_kept_on_error(model, then=bookkeeping):
+            new = _new_layers(model, model, solution, listed, siblings)
+            for one in new:
+                _move_pins(one.planned.block)
+            _put_into(model, new)
+            if bookkeeping is not None:
+                bookkeeping(model)
+            found = preservation.outputs_of(model, example, optional=True)
+            raise _Undo
+        return found
+
+    def look() -> frozenset[str]:
+        around = outputs(frozenset()) if listed and example is not None else {}
+
+        def is_same(siblings: frozenset[str]) -> bool:
+            # a library that counts its layers may return an entry for each
+            growing = bookkeeping is not None
+            return preservation.agree(model, around, outputs(siblings), growing=growing)
+
+        if not around or is_same(listed):
+            return listed
+        alone = frozenset(name for name in listed if is_same(frozenset({name})))
+        return alone if is_same(alone) else frozenset()
+
+    listed = frozenset(name for name in names if _is_in_list(model, solution.candidates[name]))
+    return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
+
+
+def _is_in_list(model: nn.Module, planned: Planned) -> bool:
+    """Whether a layer could become the next element of the list that its site is in."""
+    first = planned.output in (None, 0)  # what the next element of a list is called with
+    stands_alone = first and callable(getattr(planned.block, "standalone", None))
+    site = model.get_submodule(planned.after)
+    return stands_alone and not planned.wrapped and layers.list_of(model, site) is not None
+
+
+class _Undo(Exception):
+    """Ends a trial."""
+
+
+def _move_pins(block: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pin in pinned_parameters(block).values():
+            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
+
+
 def _new_layers(
-    model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
+    model: nn.Module,
+    original: nn.Module,
+    solution: Solution,
+    names: Iterable[str],
+    siblings: Container[str],
 ) -> list[_NewLayer]:
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
@@ -164,9 +239,7 @@ def _new_layers(
             planned.block.to(here.device)
             if there is not None and there.dtype != here.dtype:
                 planned.block.to(here.dtype)
-        first = planned.output in (None, 0)  # what the next element of a list is called with
-        stands_alone = first and callable(getattr(planned.block, "standalone", None))
-        is_sibling = stands_alone and layers.list_of(model, site) is not None
+        is_sibling = name in siblings
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found

@@ -101,6 +101,23 @@ def check_preserved(
     return differences
 
 
+def agree(model: nn.Module, one: Outputs, other: Outputs, *, growing: bool) -> bool:
+    """Whether two networks give the same outputs up to rounding.
+
+    `growing`: sequences of another length in the output, with an entry per layer, do not count.
+    """
+    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
+    pairs = [
+        (y, other[mode][key])
+        for mode in one.keys() & other.keys()
+        for key, y in one[mode].items()
+        if key in other[mode] and y.numel()
+    ]
+    epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs)])
+    same = all(_difference(*pair) <= _allowed(pair[0], epsilon) for pair in pairs)
+    return same and one.keys() == other.keys() and (same_keys or (growing and bool(pairs)))
+
+
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
 
