@@ -17,6 +17,7 @@ from constrained_growth._sites.context import NO_CONTEXT, Context, context_of
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._sites.wrapper import WithInsertedLayer, is_inserted
 from constrained_growth.blocks import (
     CopiedBlock,
     IdentityConv2d,
@@ -103,7 +104,7 @@ class _Search:
         """Whether a module is neither inside a block of a stack, nor has one inside it."""
         inside = _is_within(name, self.closed)
         around = any(_is_within(one, {name}) for one in self.closed)
-        return not (inside or around or _is_inside_inserted(name, self.model))
+        return not (inside or around or is_inserted(name, self.model))
 
 
 def _propose_after_stacks(search: _Search) -> None:
@@ -217,7 +218,7 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
 _INDIVISIBLE = nn.TransformerEncoderLayer
 """In eval mode its forward bypasses its own submodules, so no site is inside."""
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, WithInsertedLayer)
 
 
 def _after_activation(run: Run, activation: nn.Module) -> Proposed:
@@ -257,13 +258,6 @@ def _activation(run: Run) -> nn.Module | None:
 
 def _is_within(name: str, owners: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{owner}." for owner in owners))
-
-
-def _is_inside_inserted(name: str, model: nn.Module) -> bool:
-    """Whether a module is a layer inserted earlier, or a part of one."""
-    parts = name.split(".")
-    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
-    return any(hasattr(model.get_submodule(owner), "base") for owner in owners)
 
 
 @dataclass

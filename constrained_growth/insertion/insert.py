@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +40,12 @@ def insert(
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
-    A layer is wrapped around its site: the site becomes a module with the children `base` and
-    `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
-    whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
-    leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
+    A layer is wrapped around its site: a module with the children `base` and `inserted` takes the
+    place of the site, and `inserted2`, … joins them where one more goes in, so that no name changes
+    again. All other attributes are those of the site. A copy of one of the model's own blocks (a
+    block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
+    `nn.Sequential` becomes the next element of that list, as a plain module; later elements are
+    renumbered. Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
     the model runs on one batch before and after, in train and in eval mode. Then the layers take
     the values of the decision, if it has any. After any error everything is as it was.
 
@@ -179,6 +180,8 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
+        alone: Literal["joined", "wrapped"]
+        alone = "joined" if layers.can_join(model, end, new.module) else "wrapped"
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -186,7 +189,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="sibling" if new.is_sibling else "wrapped",
+            placement="sibling" if new.is_sibling else alone,
             pristine=copy.deepcopy(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
