@@ -1,5 +1,6 @@
 """Small programs of the kinds that people write: what a forward pass does with its modules."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ class ConvResidual(nn.Module):
 class Lists(nn.Module):
     """Some lists of residual blocks, a head; how they run is up to the subclass."""
 
+    run: Callable[..., Tensor]
+
     def __init__(self, *depths: int) -> None:
         super().__init__()
         self.stem, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
@@ -37,9 +40,6 @@ class Lists(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.head(self.run(self.stem(x), *self.lists))
-
-    def run(self, x: Tensor, *lists: Any) -> Tensor:
-        raise NotImplementedError
 
 
 class UNet(Lists):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
 from constrained_growth._arguments import positive_int
+from constrained_growth._sites.model import check_can_change, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._sites.wrapper import WithInsertedLayer, is_inserted
 from constrained_growth.blocks import (
     CopiedBlock,
     IdentityConv2d,
@@ -21,7 +23,7 @@ from constrained_growth.blocks import (
 )
 from constrained_growth.blocks.protocol import moves
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.run import Run, runs_of
+from constrained_growth.candidates.run import Run, runs_of, unwrappable
 from constrained_growth.errors import BlockError, CandidateError
 
 
@@ -45,7 +47,8 @@ def find_candidates(
 
     A site is reached exactly once and carries a floating-point tensor of at least two dimensions.
     The output of the model is no site, nor is what only a view or a copy turns into it, nor
-    anything inside a layer inserted earlier. No block is larger than the model.
+    anything inside a layer inserted earlier. A block that would have more parameters than the
+    model is narrowed.
 
     Args:
         model: The model, left as it was.
@@ -75,21 +78,25 @@ def find_candidates(
     """
     if not isinstance(model, nn.Module):
         raise CandidateError(f"model={model!r:.80} is not an nn.Module.")
+    check_can_change(model)
     if max_parameters is None:
         max_parameters = max(1, _size(model))
     positive_int("max_parameters", max_parameters, CandidateError)
     with untouched(model), differentiable():
-        # untouched also restores the random state, from which new blocks are initialised
-        runs = runs_of(model, example_input)
+        # each time from the same random state
+        with untouched(model):
+            runs = runs_of(model, example_input)
         search = _Search(model, runs, last=next(reversed(runs.values())).y)
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             _propose_after_stacks(search)
             _propose_after_modules(search)
+            _fit(search, max_parameters)
             if all(block is None for block, _ in search.proposed.values()):
                 _propose_after_leaves(search)
-            _fit(search, max_parameters)
-            _explain_leaves(search)
-            proposals = _without_repetition(search)
+                _fit(search, max_parameters)
+        _check_class(search, example_input)
+        _explain_leaves(search)
+        proposals = _without_repetition(search)
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
         raise CandidateError(
@@ -117,7 +124,7 @@ class _Search:
         """Whether a module is neither inside a block of a stack, nor has one inside it."""
         inside = _is_within(name, self.closed)
         around = any(_is_within(one, {name}) for one in self.closed)
-        return not (inside or around or _is_inside_inserted(name, self.model))
+        return not (inside or around or is_inserted(name, self.model))
 
 
 def _propose_after_stacks(search: _Search) -> None:
@@ -204,19 +211,34 @@ def _fit(search: _Search, most: int) -> None:
 
 def _narrowed(block: nn.Module, run: Run, most: int) -> Proposed:
     """A residual block in the place of one with too many parameters."""
-    limit = f"{_size(block):,} parameters, and max_parameters={most:,}"
+    limit = f"{type(block).__name__} has {_size(block):,} parameters, more than {most:,}"
     kind, width = ResidualConv2d if run.on_channels else ResidualMLP, _width(run)
     activation = getattr(block, "activation", nn.ReLU())
     narrow, wider = (_size(kind(width, hidden=h, activation=activation)) for h in (1, 2))
     hidden = 1 + (most - narrow) // (wider - narrow)
     if isinstance(block, CopiedBlock) or hidden < 1:
-        return None, f"{type(block).__name__} there has {limit}"
-    why = f"a residual block narrowed to {hidden}, as {type(block).__name__} has {limit}"
+        return None, limit
+    why = f"a residual block narrowed to {hidden}, as {limit}"
     return kind(width, hidden=hidden, activation=activation), why
 
 
 def _size(block: nn.Module) -> int:
     return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _check_class(search: _Search, example_input: object) -> None:
+    """Drop sites of which the program asks the class, which a layer around them would hide."""
+    around = [
+        name
+        for name, (block, _) in search.proposed.items()
+        if block is not None
+        and not (isinstance(block, CopiedBlock) and list_of(search.model, search.runs[name].module))
+    ]
+    for name in unwrappable(search.model, example_input, around, search.last):
+        why = (
+            "the output changes with another module in its place (forward() may ask for its class)"
+        )
+        search.proposed[name] = None, why
 
 
 def _explain_leaves(search: _Search) -> None:
@@ -228,13 +250,13 @@ def _explain_leaves(search: _Search) -> None:
             sites.add(id(run.x))  # through activations, normalisations, dropout
     for name, module in search.model.named_modules():
         known = name in search.proposed or _is_within(name, {*search.proposed, *search.closed})
-        if not (name and _is_leaf(module)) or known or _is_inside_inserted(name, search.model):
+        if not (name and _is_leaf(module)) or known or is_inserted(name, search.model):
             continue
         run = search.runs.get(name)
         if run is None:
             search.proposed[name] = None, "the forward pass does not call it"
         elif id(run.y) not in sites:
-            why = _why_not(search, run) or "other sites come first: no activation module follows"
+            why = _why_not(search, run) or "other sites come first, as no activation module follows"
             search.proposed[name] = None, why
 
 
@@ -318,7 +340,7 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
 _INDIVISIBLE = nn.TransformerEncoderLayer
 """In eval mode its forward bypasses its own submodules, so no site is inside."""
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, WithInsertedLayer)
 
 
 def _after_activation(run: Run, activation: nn.Module) -> Proposed:
@@ -358,13 +380,6 @@ def _activation(run: Run) -> nn.Module | None:
 
 def _is_within(name: str, owners: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{owner}." for owner in owners))
-
-
-def _is_inside_inserted(name: str, model: nn.Module) -> bool:
-    """Whether a module is a layer inserted earlier, or a part of one."""
-    parts = name.split(".")
-    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
-    return any(hasattr(model.get_submodule(owner), "base") for owner in owners)
 
 
 def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:

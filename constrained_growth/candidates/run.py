@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,9 @@ from constrained_growth._sites.collector import hooked, transformed
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._sites.untouched import untouched
+from constrained_growth._sites.wrapper import WithInsertedLayer
+from constrained_growth.blocks.protocol import change
 from constrained_growth.errors import CandidateError, GrowthError
 
 
@@ -92,6 +95,42 @@ def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
                 "tuple, or a dict of keyword arguments."
             ) from error
     return runs
+
+
+def unwrappable(
+    model: nn.Module, example_input: object, names: Sequence[str], last: Tensor | None
+) -> list[str]:
+    """Those of the modules in whose place no other module can stand: the output would not be last.
+
+    As where the program asks `isinstance(layer, Attention)`.
+    """
+
+    def runs_as_before(some: Sequence[str]) -> bool:
+        wrappers = {module: WithInsertedLayer(module) for module in map(model.get_submodule, some)}
+        places = [
+            (owner, key, child)
+            for owner in model.modules()
+            for key, child in owner._modules.items()
+            if child in wrappers
+        ]
+        try:
+            for owner, key, child in places:
+                owner._modules[key] = wrappers[child]
+            with untouched(model):
+                output = call(model, moved(example_input, device_of(model)))
+                y = None if last is None else tensor_in(output)
+        except Exception:
+            return False
+        finally:
+            for owner, key, child in places:
+                owner._modules[key] = child
+        if last is None or y is None or not bool(last.isfinite().all()):
+            return True
+        return y.shape == last.shape and bool(change(last.detach(), y.detach()) <= 1)
+
+    if runs_as_before(names):
+        return []
+    return [name for name in names if not runs_as_before([name])]
 
 
 _ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
@@ -41,13 +41,15 @@ def insert(
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
-    A layer is wrapped around its site: the site becomes a module with the children `base` and
-    `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
-    whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module, and later elements are renumbered: if on the batch of the check
-    that is the same network as the layer around its site, also with the pins moved. It is another
-    one where the model collects the outputs of a list, runs it in step with a second list, or
-    picks elements by their numbers. `Candidate(wrapped=True)` asks for the layer around its site.
+    A layer is wrapped around its site: a module with the children `base` and `inserted` takes the
+    place of the site, and `inserted2`, … joins them where one more goes in, so that no name changes
+    again. All other attributes are those of the site. A copy of one of the model's own blocks (a
+    block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
+    `nn.Sequential` becomes the next element of that list, as a plain module, and later elements are
+    renumbered: if on the batch of the check that is the same network as the layer around its site,
+    also with the pins moved. It is another one where the model collects the outputs of a list,
+    runs it in step with a second list, or picks elements by their numbers.
+    `Candidate(wrapped=True)` asks for the layer around its site.
 
     Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
     to rounding. This is checked: the model runs on one batch before and after, in train and in
@@ -204,7 +206,7 @@ def _is_in_list(model: nn.Module, planned: Planned) -> bool:
     first = planned.output in (None, 0)  # what the next element of a list is called with
     stands_alone = first and callable(getattr(planned.block, "standalone", None))
     site = model.get_submodule(planned.after)
-    return stands_alone and not planned.wrapped and layers.list_of(model, site) is not None
+    return stands_alone and not planned.wrapped and list_of(model, site) is not None
 
 
 class _Undo(Exception):
@@ -252,6 +254,8 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
+        alone: Literal["joined", "wrapped"]
+        alone = "joined" if layers.can_join(model, end, new.module) else "wrapped"
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -259,7 +263,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="sibling" if new.is_sibling else "wrapped",
+            placement="sibling" if new.is_sibling else alone,
             pristine=copy.deepcopy(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
@@ -298,7 +302,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
             "model that was solved; after an insertion, solve a new problem."
         )
-    layers.check_can_change(model)
+    check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
 
 

@@ -21,10 +21,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from constrained_growth import insertion
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.candidates.discovery import block_after, runs_of
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.layer import WithInsertedLayer, structure_kept_on_error
+from constrained_growth.insertion.layer import structure_kept_on_error
 from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.solution import Solution
 
@@ -172,7 +173,7 @@ def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
     longer: nn.Module = model
     arrangement: dict[_Stack, list[int]] = {}
     old = {
-        name: [_without_inserted(layer) for layer in module.children()]
+        name: [without_inserted(layer) for layer in module.children()]
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList | nn.Sequential)
     }
@@ -193,7 +194,7 @@ def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
             arrangement = {
                 stacks[name]: [
                     count - 1
-                    for count in accumulate(_without_inserted(m) in old[name] for m in now[name])
+                    for count in accumulate(without_inserted(m) in old[name] for m in now[name])
                 ]
                 for name in grown
             }
@@ -274,11 +275,6 @@ def _layers_of(model: nn.Module, stack: _Stack) -> list[nn.Module]:
     return list(model.get_submodule(stack.name).children())
 
 
-def _without_inserted(layer: nn.Module) -> nn.Module:
-    """The layer itself, where other layers are wrapped around it."""
-    return _without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
-
-
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
     """A model of the same class from a config, on the meta device."""
     with untouched(model), torch.device("meta"):
@@ -294,7 +290,7 @@ def _check_same(
         where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
         if len(built) != len(order):
             raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
-        for place, layer in enumerate(map(_without_inserted, _layers_of(model, stack))):
+        for place, layer in enumerate(map(without_inserted, _layers_of(model, stack))):
             source, is_new = order[place], order[place] in order[:place]
             if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
                 raise CandidateError(
