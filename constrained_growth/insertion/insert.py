@@ -185,7 +185,7 @@ def _siblings(
         return found
 
     def look() -> frozenset[str]:
-        around = outputs(frozenset()) if listed and example is not None else {}
+        around = outputs(frozenset()) if example is not None else {}
 
         def is_same(siblings: frozenset[str]) -> bool:
             # a library that counts its layers may return an entry for each
@@ -198,6 +198,8 @@ def _siblings(
         return alone if is_same(alone) else frozenset()
 
     listed = frozenset(name for name in names if _is_in_list(model, solution.candidates[name]))
+    if not listed:
+        return listed
     return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
 
 
