@@ -17,7 +17,7 @@ torch.fx.wrap("tensor_at")
 torch.fx.wrap("with_tensor")
 
 
-def _scriptable(self: Any, input: Any) -> Any:
+def _scriptable(self: Any, input: Tensor) -> Tensor:
     for layer in self.children():
         input = layer(input)
     return input
@@ -38,8 +38,6 @@ class WithInsertedLayer(nn.Module):
     """
 
     __constants__ = ("_grown_layers",)  # or torch.jit takes any order of the same layers as one
-    _grown_base: str
-    _grown_layers: tuple[tuple[str, Which, bool], ...]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

@@ -45,9 +45,12 @@ def insert(
     again. All other attributes are those of the site. A copy of one of the model's own blocks (a
     block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
     `nn.Sequential` becomes the next element of that list, as a plain module; later elements are
-    renumbered. Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
-    the model runs on one batch before and after, in train and in eval mode. Then the layers take
-    the values of the decision, if it has any. After any error everything is as it was.
+    renumbered.
+
+    Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up to
+    rounding. This is checked: the model runs on one batch before and after, in train and in eval
+    mode. Then the layers take the values of the decision, if it has any. After any error everything
+    is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
