@@ -68,19 +68,24 @@ class WithInsertedLayer(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # its __deepcopy__, say, would leave out the layers
-            if name.startswith("__") or "_grown_base" not in vars(self):
+            if name.startswith("__") or name in _MACHINERY or "_grown_base" not in vars(self):
                 raise
             return getattr(user_module(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
             user_module(self).training = value
-        if name == "forward" and getattr(value, "__self__", None) is user_module(self):
-            user_module(self).forward = value  # a library takes its hook away
-        elif name in _MACHINERY or name in vars(self) or name in self._modules:
+        bound_to = getattr(value, "__self__", None)
+        if name == "forward" and bound_to is user_module(self):
+            user_module(self).forward = value  # a library restores it
+        elif (
+            name in _MACHINERY
+            or name in vars(self)
+            or name in self._modules
+            or bound_to is self  # a library keeps the wrapper's method before it sets another
+            or (name.startswith("_") and not hasattr(self, name))
+        ):
             super().__setattr__(name, value)
-        elif name.startswith("_") and not hasattr(self, name):
-            super().__setattr__(name, value)  # what a library notes on each module for itself
         else:
             setattr(user_module(self), name, value)
 
@@ -130,8 +135,8 @@ class WithInsertedLayer(nn.Module):
         del user_module(self)[key]
 
 
-_MACHINERY = {*dir(nn.Module), *vars(nn.Module())}
-"""Attributes by which PyTorch runs a module; the wrapper has its own."""
+_MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
+"""Attributes by which PyTorch, and Accelerate, run each module; the wrapper has its own."""
 
 
 def user_module(wrapper: WithInsertedLayer) -> Any:
