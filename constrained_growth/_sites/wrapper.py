@@ -47,11 +47,11 @@ class WithInsertedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
-        base = self._modules[self._grown_base]
-        assert base is not None
+        base = user_module(self)
         output = base(*args, **kwargs)
         for name, which, overwritten in self._grown_layers:
-            layer, x = self._modules[name], tensor_at(type(base).__name__, output, which)
+            layer: Any = self._modules[name]
+            x = tensor_at(type(base).__name__, output, which)
             context = context_of(base, args, kwargs) if takes_context(layer) else NO_CONTEXT
             positional, named = arguments(layer, x, context)
             y = layer(*positional, **named)
@@ -61,7 +61,7 @@ class WithInsertedLayer(nn.Module):
 
     # torch.jit.script compiles what a function wraps, and knows no variable arguments
     forward.__signature__ = inspect.signature(forward)
-    forward.__wrapped__ = _scriptable
+    forward.__wrapped__ = _scriptable  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         try:

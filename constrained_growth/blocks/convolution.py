@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import (
     Activation,
@@ -130,7 +131,7 @@ class ResidualConv2d(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         """The input of the last convolution."""
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             _check_images(self, x, self.channels)
         # torch.jit has no slices of module lists, and no strict=True
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):  # noqa: B905
@@ -247,7 +248,7 @@ class IdentityConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """σ(K ∗ x + b) − s, of the shape (samples, channels, height, width) of x."""
-        if not torch.jit.is_scripting():
+        if not is_scripting():
             _check_images(self, x, self.bias.shape[0])
         padding = self.weight.shape[-1] // 2
         moved = F.conv2d(x, self.weight - self.dirac, self.bias, padding=padding)

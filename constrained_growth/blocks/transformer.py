@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import positive_int
@@ -93,7 +94,7 @@ class TransformerBlock(nn.Module):
 
     def _attended(self, x: Tensor) -> Tensor:
         """The input of `proj`: the concatenated outputs of the heads."""
-        if not torch.jit.is_scripting() and isinstance(x, Tensor) and x.dim() < 3:
+        if not is_scripting() and isinstance(x, Tensor) and x.dim() < 3:
             raise BlockError(
                 f"block=TransformerBlock takes sequences of shape (samples, positions, width), "
                 f"and the tensor at its site has the shape {tuple(x.shape)}; use ResidualMLP."
