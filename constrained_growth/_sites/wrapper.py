@@ -17,7 +17,7 @@ torch.fx.wrap("tensor_at")
 torch.fx.wrap("with_tensor")
 
 
-def _scriptable(self: Any, input: Any) -> Any:
+def _scriptable(self: Any, input: Tensor) -> Tensor:
     for layer in self.children():
         input = layer(input)
     return input
@@ -38,8 +38,6 @@ class WithInsertedLayer(nn.Module):
     """
 
     __constants__ = ("_grown_layers",)  # or torch.jit takes any order of the same layers as one
-    _grown_base: str
-    _grown_layers: tuple[tuple[str, Which, bool], ...]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -49,11 +47,11 @@ class WithInsertedLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
-        base = self._modules[self._grown_base]
-        assert base is not None
+        base = user_module(self)
         output = base(*args, **kwargs)
         for name, which, overwritten in self._grown_layers:
-            layer, x = self._modules[name], tensor_at(type(base).__name__, output, which)
+            layer: Any = self._modules[name]
+            x = tensor_at(type(base).__name__, output, which)
             context = context_of(base, args, kwargs) if takes_context(layer) else NO_CONTEXT
             positional, named = arguments(layer, x, context)
             y = layer(*positional, **named)
@@ -63,26 +61,31 @@ class WithInsertedLayer(nn.Module):
 
     # torch.jit.script compiles what a function wraps, and knows no variable arguments
     forward.__signature__ = inspect.signature(forward)
-    forward.__wrapped__ = _scriptable
+    forward.__wrapped__ = _scriptable  # type: ignore[attr-defined]
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             # its __deepcopy__, say, would leave out the layers
-            if name.startswith("__") or "_grown_base" not in vars(self):
+            if name.startswith("__") or name in _MACHINERY or "_grown_base" not in vars(self):
                 raise
             return getattr(user_module(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
             user_module(self).training = value
-        if name == "forward" and getattr(value, "__self__", None) is user_module(self):
-            user_module(self).forward = value  # a library takes its hook away
-        elif name in _MACHINERY or name in vars(self) or name in self._modules:
+        bound_to = getattr(value, "__self__", None)
+        if name == "forward" and bound_to is user_module(self):
+            user_module(self).forward = value  # a library restores it
+        elif (
+            name in _MACHINERY
+            or name in vars(self)
+            or name in self._modules
+            or bound_to is self  # a library keeps the wrapper's method before it sets another
+            or (name.startswith("_") and not hasattr(self, name))
+        ):
             super().__setattr__(name, value)
-        elif name.startswith("_") and not hasattr(self, name):
-            super().__setattr__(name, value)  # what a library notes on each module for itself
         else:
             setattr(user_module(self), name, value)
 
@@ -132,8 +135,8 @@ class WithInsertedLayer(nn.Module):
         del user_module(self)[key]
 
 
-_MACHINERY = {*dir(nn.Module), *vars(nn.Module())}
-"""Attributes by which PyTorch runs a module; the wrapper has its own."""
+_MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
+"""Attributes by which PyTorch, and Accelerate, run each module; the wrapper has its own."""
 
 
 def user_module(wrapper: WithInsertedLayer) -> Any:

@@ -27,8 +27,10 @@ def wrapper_for(model: nn.Module, site: nn.Module) -> WithInsertedLayer | None:
 def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
     """Whether a layer in the wrapper that holds its site gets what it would get around the site."""
     wrapper = wrapper_for(model, site)
-    if wrapper is None or "forward" in vars(wrapper):
+    if wrapper is None:
         return False
+    if getattr(wrapper.forward, "__func__", None) is not WithInsertedLayer.forward:
+        return False  # another one was set, which may not run the layer
     if wrapper is site:
         return not wrapper._forward_hooks  # which come between the site and the layer
     is_base = site is user_module(wrapper)

@@ -199,7 +199,7 @@ def put_into(
         if wrapper is None:
             raise RecordError(
                 f'model: at "{record.after}", the site of the layer "{record.name}" in the record, '
-                "no layer was inserted before; replay the records of all rounds, in their order."
+                "joined others that are not there; replay the records of all rounds in their order."
             )
         add_layer(wrapper, site, layer, record.output, record.overwritten)
         return site if site is wrapper else layer
