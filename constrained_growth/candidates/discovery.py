@@ -24,6 +24,7 @@ from constrained_growth.blocks import (
     ResidualConv2d,
     ResidualMLP,
 )
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.errors import BlockError, CandidateError
 
@@ -70,11 +71,13 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
     with untouched(model), differentiable(), torch.no_grad():
         # untouched also restores the random state, from which new blocks are initialised
         runs = runs_of(model, example_input)
-        search = _Search(model, runs, last=next(reversed(runs.values())).y)
+        search = _Search(model, open_books(model), runs, last=next(reversed(runs.values())).y)
         _propose_after_stacks(search)
         _propose_after_modules(search)
         if all(block is None for block, _ in search.proposed.values()):
             _propose_after_leaves(search)
+        for name in search.books.uncounted(n for n, (block, _) in search.proposed.items() if block):
+            search.proposed[name] = None, "the class of the model could not load a layer here"
         proposals = _without_repetition(search)
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
@@ -88,12 +91,15 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
 Proposed = tuple[nn.Module | None, str]
 """A block and why it is proposed, or None and why there is none."""
 
+Copied = tuple[CopiedBlock | None, str]
+
 
 @dataclass(frozen=True)
 class _Search:
     """The state of the search."""
 
     model: nn.Module
+    books: Books
     runs: Mapping[str, Run]  # of its modules, in the order they finished
     last: Tensor | None  # the tensor in the output of the model
     proposed: dict[str, Proposed] = field(default_factory=dict)  # by site
@@ -110,7 +116,7 @@ def _propose_after_stacks(search: _Search) -> None:
     """Copies of blocks, innermost stacks first; else a copy of the next, or a residual block."""
     stacked = dict(_stacked(search.model, search.runs))
     inside_out = sorted(stacked, key=lambda name: -name.count("."))
-    copies: dict[str, Proposed] = {}
+    copies: dict[str, Copied] = {}
     for name in inside_out:
         if search.is_open(name):
             copies[name] = copy_of(search.runs[name])
@@ -123,20 +129,27 @@ def _propose_after_stacks(search: _Search) -> None:
         if name not in search.closed and not search.is_open(name):
             continue
         search.closed.add(name)
-        why, following = _why_not(search, run), search.runs.get(stacked[name])
-        proposed = (None, why) if why else block_after(run, following, copies[name])
-        search.proposed[name] = proposed
+        why = _why_not(search, run)
+        search.proposed[name] = (
+            (None, why) if why else _after_block(search, name, stacked[name], copies[name])
+        )
 
 
-def block_after(run: Run, following: Run | None, copied: Proposed | None = None) -> Proposed:
+def _after_block(
+    search: _Search, name: str, following: str, copied: tuple[CopiedBlock | None, str]
+) -> Proposed:
     """After a block of a stack: a copy of it (`copied`), or of the next, or a residual block."""
-    block, why = copied or copy_of(run)
-    if block is not None or run.y is None:
+    run, after = search.runs[name], search.runs.get(following)
+    block, why = copied
+    refusal = None if block is None else search.books.refusal(name, block.module)
+    if run.y is None or (block is not None and refusal is None):
         return block, why
-    if following is not None and following.x is not None and following.x.shape == run.y.shape:
-        block, reason = copy_of(following)
-        if block is not None:
+    if after is not None and after.x is not None and after.x.shape == run.y.shape:
+        block, reason = copy_of(after)
+        if block is not None and search.books.refusal(name, block.module) is None:
             return block, f"{reason} of the next"
+    if refusal is not None:
+        return None, refusal
     block, reason = _residual(run, nn.ReLU())
     kind = type(run.module).__name__
     return block, reason if block is None else f"{reason}; no copy, as {kind} {why}"
@@ -290,7 +303,7 @@ class Run:
         return has_children and next(self.module.parameters(), None) is not None
 
 
-def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
+def copy_of(run: Run) -> Copied:
     """A copy of a module that is the identity, and why; or None, and why there is none."""
     kind = type(run.module).__name__
     if not run.keeps_shape:

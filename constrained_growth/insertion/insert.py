@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
@@ -36,14 +37,15 @@ def insert(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     data: Iterable[Any] | None = None,
-    bookkeeping: Callable[[nn.Module], object] | None = None,
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
     A layer is wrapped around its site: the site becomes a module with the children `base` and
     `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
     whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
+    that list, as a plain module; later elements are renumbered. What else depends on the depth,
+    such as the config of a model of Transformers, follows (`constrained_growth.bookkeeping`); such
+    a model gets a new config, and the old one stays as it was. Residual blocks pinned at zero
     leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
     the model runs on one batch before and after, in train and in eval mode. Then the layers take
     the values of the decision, if it has any. After any error everything is as it was.
@@ -64,15 +66,14 @@ def insert(
             of a network that has always had them there. Those that run on the batch are checked.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
             takes the first batch of the problem; `()` skips the check.
-        bookkeeping: Called with each grown model before it is checked, to update what else
-            records its depth (a config); and after an error, once the old structure is restored.
 
     Returns:
         The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
         change of the output in each mode.
 
     Raises:
-        CandidateError: A site is not in the model, or modules in it cannot be replaced.
+        CandidateError: A site is not in the model, modules in it cannot be replaced, or its class
+            could not hold the layer in that list (`from_pretrained` would make another model).
         OptimizerError: The optimizer cannot take the new parameters.
         RuleError: The values of the decision do not fit the blocks.
         BlockError: The output changed by more than rounding in the model's own mode, a layer is
@@ -94,7 +95,8 @@ def insert(
     names = _checked_choice(model, solution)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
-    new = [_new_layers(one, model, solution, names) for one in models]
+    books = [open_books(one) for one in models]
+    new = [_new_layers(*pair, model, solution, names) for pair in zip(models, books, strict=True)]
     blocks = {one.name: one.planned.block for one in new[0]}
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_optimizers(model, optimizers, blocks.values())
@@ -106,13 +108,12 @@ def insert(
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
         for one in models:
-            undo.enter_context(layers.structure_kept_on_error(one, then=bookkeeping))
+            undo.enter_context(layers.structure_kept_on_error(one))
         for one in optimizers:
             undo.enter_context(optimizer_state.groups_kept_on_error(one))
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
-        if bookkeeping is not None:
-            for one in models:
-                bookkeeping(one)
+        for one in books:
+            one.update()
         differences = [
             preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
             for one, outputs, here in zip(models, before, new, strict=True)
@@ -148,7 +149,7 @@ class _NewLayer:
 
 
 def _new_layers(
-    model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
+    model: nn.Module, books: Books, original: nn.Module, solution: Solution, names: Iterable[str]
 ) -> list[_NewLayer]:
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
@@ -166,8 +167,12 @@ def _new_layers(
                 planned.block.to(here.dtype)
         first = planned.output in (None, 0)  # what the next element of a list is called with
         stands_alone = first and callable(getattr(planned.block, "standalone", None))
-        is_sibling = stands_alone and layers.list_of(model, site) is not None
+        is_element = stands_alone and layers.list_of(model, site) is not None
+        is_sibling = is_element and books.counts(planned.after)
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
+        refusal = books.refusal(planned.after, module) if is_sibling else None
+        if refusal is not None:
+            raise CandidateError(f'solution: "{name}" cannot follow "{planned.after}": {refusal}')
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 
