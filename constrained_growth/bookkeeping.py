@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,7 +92,7 @@ class Books:
         """As for `Bookkeeping`."""
         return next((books.refusal(name, layer) for books, name in self._about(after)), None)
 
-    def uncounted(self, names: Sequence[str]) -> list[str]:
+    def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""
         found = []
         for owner, books in self.inside.items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from constrained_growth._activations import TanhLU
 from constrained_growth._data import moved
 from constrained_growth._sites.collector import hooked
-from constrained_growth._sites.context import NO_CONTEXT, Context, context_of
+from constrained_growth._sites.context import NO_CONTEXT, Context, alike, context_of
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -76,8 +76,9 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
         _propose_after_modules(search)
         if all(block is None for block, _ in search.proposed.values()):
             _propose_after_leaves(search)
-        for name in search.books.uncounted(n for n, (block, _) in search.proposed.items() if block):
-            search.proposed[name] = None, "the class of the model could not load a layer here"
+        for name in search.books.uncounted(search.proposed):
+            if search.proposed[name][0] is not None:
+                search.proposed[name] = None, "the class of the model could not load a layer here"
         proposals = _without_repetition(search)
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
@@ -145,6 +146,8 @@ def _after_block(
     if run.y is None or (block is not None and refusal is None):
         return block, why
     if after is not None and after.x is not None and after.x.shape == run.y.shape:
+        if not alike(run.context, after.context):
+            return None, "the next is called with other arguments, which a copy of it would need"
         block, reason = copy_of(after)
         if block is not None and search.books.refusal(name, block.module) is None:
             return block, f"{reason} of the next"

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -112,10 +111,6 @@ class _Stack:
     index: int | None  # in it, if it is a list (`depths`)
 
 
-_Order = Sequence[int]
-"""For each layer of a grown stack: which of the old layers it is, or is inserted after."""
-
-
 class _Books:
     """The books of one model: its config, and what its layers and modules know of the depth."""
 
@@ -135,8 +130,10 @@ class _Books:
         """The stacks of the model, each confirmed by building a model from a longer config."""
         found: dict[str, _Stack] = {}
         for part, entry, index in _counters(self._model.config):
+            config = copy.deepcopy(self._model.config)
+            _lengthen(config, _Stack("", part, entry, index), None)
             try:
-                longer = self._skeleton({_Stack("", part, entry, index): None})
+                longer = self._built(config)
             except Exception:  # it counts something else too, or must agree with another entry
                 continue
             built: dict[str, Any] = dict(longer.named_modules())
@@ -154,36 +151,27 @@ class _Books:
         if found is None:
             return None
         stack, place = found
-        layers = self._layers[stack.name]
-        order = [*range(place + 1), *range(place, len(layers))]
-        longer = self._skeleton({stack: order})
-        return self._fault(
-            {stack: order}, {stack: [*layers[: place + 1], layer, *layers[place + 1 :]]}, longer
-        )
+        layers = list(self._layers[stack.name])
+        layers.insert(place + 1, layer)
+        grown = {stack: layers}
+        return self._fault(grown, self._skeleton(grown))
 
     def update(self, around: Sequence[nn.Module]) -> None:
-        orders: dict[_Stack, _Order] = {}
-        layers: dict[_Stack, list[nn.Module]] = {}
-        for name, old in self._layers.items():
-            now = list(self._modules[name].children())
-            stack = next((s for s in self._stacks if s.name == name), None) if now != old else None
-            if stack is not None and len(now) > len(old):
-                known = {id(_without_inserted(layer)) for layer in old}
-                steps = accumulate(id(_without_inserted(layer)) in known for layer in now)
-                orders[stack], layers[stack] = [count - 1 for count in steps], now
-        if not orders:
+        now = {stack: list(self._modules[stack.name].children()) for stack in self._stacks}
+        grown = {s: layers for s, layers in now.items() if len(layers) > len(self._layers[s.name])}
+        if not grown:
             return
-        longer = self._skeleton(orders)
-        fault = self._fault(orders, layers, longer)
+        longer = self._skeleton(grown)
+        fault = self._fault(grown, longer)
         if fault is not None:
             raise CandidateError(fault)
         self._fit_configs(longer, around)
-        self._fit_attributes(orders, longer)
-        for stack, grown in layers.items():
+        self._fit_attributes(grown, longer)
+        for stack, layers in grown.items():
             built = longer.get_submodule(stack.name).children()
-            for layer, one in zip(grown, built, strict=True):
+            for layer, one in zip(layers, built, strict=True):
                 _renumber(layer, one)
-            _follow_neighbours(grown)
+            _follow_neighbours(layers)
 
     def _place(self, after: str) -> tuple[_Stack, int] | None:
         """The stack that a module is an element of, and its place there."""
@@ -194,26 +182,42 @@ class _Books:
                     return stack, place
         return None
 
-    def _skeleton(self, orders: Mapping[_Stack, _Order | None]) -> nn.Module:
+    def _sources(self, stack: _Stack, layers: Sequence[nn.Module]) -> list[tuple[int, bool]]:
+        """For each layer which of the old ones it is or is a copy of; and whether it is new.
+
+        A new layer is a copy of the one before it, or else of the one after it.
+        """
+        old = [_without_inserted(layer) for layer in self._layers[stack.name]]
+        found: list[tuple[int, bool]] = []
+        place = -1
+        for layer in map(_without_inserted, layers):
+            if place + 1 < len(old) and old[place + 1] is layer:
+                place += 1
+                found.append((place, False))
+            else:
+                near = [p for p in (place, place + 1) if 0 <= p < len(old)]
+                copied = [p for p in near if _traits(old[p]) == _traits(layer)]
+                found.append(((copied or near)[0], True))
+        return found
+
+    def _skeleton(self, grown: Mapping[_Stack, Sequence[nn.Module]]) -> nn.Module:
         """A model of the class with these layers in its stacks."""
         config = copy.deepcopy(self._model.config)
-        for stack, order in orders.items():
-            _lengthen(config, stack, order)
+        for stack, layers in grown.items():
+            _lengthen(config, stack, [source for source, _ in self._sources(stack, layers)])
+        return self._built(config)
+
+    def _built(self, config: PreTrainedConfig) -> nn.Module:
         content = config.to_dict()
         if self._longer is None or self._longer[0] != content:
             self._longer = content, _skeleton(self._model, config)
         return self._longer[1]
 
-    def _fault(
-        self,
-        orders: Mapping[_Stack, _Order],
-        layers: Mapping[_Stack, Sequence[nn.Module]],
-        longer: nn.Module,
-    ) -> str | None:
+    def _fault(self, grown: Mapping[_Stack, Sequence[nn.Module]], longer: nn.Module) -> str | None:
         """Why the stock class makes another model of the longer config; None if it does not."""
-        kind, entries = type(self._model).__name__, " and ".join(f'"{s.entry}"' for s in orders)
+        kind, entries = type(self._model).__name__, " and ".join(f'"{s.entry}"' for s in grown)
         where = f"the config of {kind} with a longer {entries}"
-        names = tuple(f"{stack.name}." for stack in orders)
+        names = tuple(f"{stack.name}." for stack in grown)
         outside = [
             {n: tuple(p.shape) for n, p in one.named_parameters() if not n.startswith(names)}
             for one in (self._before, longer)
@@ -221,27 +225,21 @@ class _Books:
         if outside[0] != outside[1]:
             differing = sorted(set(outside[0].items()) ^ set(outside[1].items()))[0][0]
             return f'{where} also changes "{differing}", so the stock class cannot load the model.'
-        for stack, order in orders.items():
+        for stack, layers in grown.items():
             built = list(longer.get_submodule(stack.name).children())
             old = list(self._before.get_submodule(stack.name).children())
-            if len(built) != len(order):
+            if len(built) != len(layers):
                 return f'{where} gives {len(built)} layers in "{stack.name}".'
-            for place, source in enumerate(order):
-                # A new layer may be a copy of the one before it, or of the one after it. Skeletons
-                # are compared with skeletons, as the model may be adapted (LoRA).
-                alike = old[source : source + 1]
-                if source in order[:place]:
-                    new = layers[stack][place]
-                    real = self._layers[stack.name][source : source + 2]
-                    pairs = zip(real, old[source : source + 2], strict=True)
-                    alike = [one for own, one in pairs if _traits(own) == _traits(new)] or [new]
-                differing = [_traits(built[place]) ^ _traits(one) for one in alike]
-                if all(differing):
-                    first = [" ".join(map(str, one)) for one in sorted(differing[0], key=str)[:2]]
+            for place, (source, is_new) in enumerate(self._sources(stack, layers)):
+                # Skeletons are compared with skeletons: the model may be adapted (LoRA).
+                own, stock = _traits(self._layers[stack.name][source]), old[source]
+                is_copy = not is_new or own == _traits(layers[place])
+                differing = _traits(built[place]) ^ _traits(stock if is_copy else layers[place])
+                if differing:
+                    first = "; ".join(" ".join(map(str, one)) for one in sorted(differing)[:2])
                     return (
-                        f"{where} makes layer {place} another one ({'; '.join(first)}), as its "
-                        "layers depend on their number; use a block such as ResidualMLP, or "
-                        "another site."
+                        f"{where} makes layer {place} another one ({first}), as its layers depend "
+                        "on their number; use a block such as ResidualMLP, or another site."
                     )
         return None
 
@@ -259,10 +257,10 @@ class _Books:
                 if isinstance(value, PreTrainedConfig) and id(value) in memo:
                     setattr(module, key, memo[id(value)])
 
-    def _fit_attributes(self, orders: Mapping[_Stack, _Order], longer: nn.Module) -> None:
+    def _fit_attributes(self, grown: Iterable[_Stack], longer: nn.Module) -> None:
         """Give modules outside the stacks the attributes that they have in the longer model."""
         before = dict(self._before.named_modules())
-        names = tuple(f"{stack.name}." for stack in orders)
+        names = tuple(f"{stack.name}." for stack in grown)
         for name, built in longer.named_modules():
             if name.startswith(names) or name not in before or name not in self._modules:
                 continue
@@ -345,7 +343,7 @@ def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]
                 yield from ((part, entry, index) for index in every)
 
 
-def _lengthen(config: PreTrainedConfig, stack: _Stack, order: _Order | None) -> None:
+def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | None) -> None:
     """Let a config count the layers of an order (None: one more, at the end)."""
     holder: Any = getattr(config, stack.part) if stack.part else config
     value = getattr(holder, stack.entry)
@@ -353,6 +351,8 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: _Order | None) -> 
     order = [*range(depth), depth - 1] if order is None else order
     if stack.index is None:
         setattr(holder, stack.entry, len(order))
+        if stack.entry == "num_decoder_layers":  # of T5; `generate` sizes its cache by another name
+            holder.decoder_layers = len(order)
         for name, listed in list(vars(holder).items()):
             if "layer" in name and isinstance(listed, list | tuple) and len(listed) == depth:
                 setattr(holder, name, type(listed)(listed[source] for source in order))
@@ -361,13 +361,13 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: _Order | None) -> 
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _traits(layer: nn.Module) -> set[tuple[str, str, Any]]:
+def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
     """Classes, shapes and plain attributes of a layer, except for numbers and dropout."""
-    layer, found = _without_inserted(layer), set[tuple[str, str, Any]]()
+    layer, found = _without_inserted(layer), set[tuple[str, str, str]]()
     for name, module in layer.named_modules():
         found.add((name, "class", type(module).__name__))
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found |= {(name, key, tuple(tensor.shape)) for key, tensor in tensors}
+        found |= {(name, key, str(tuple(tensor.shape))) for key, tensor in tensors}
         for key, value in vars(module).items() if "drop" not in name else ():
             if _is_plain(value) and key not in _NUMBERS | _PASSING and "drop" not in key:
                 found.add((name, key, repr(value)))
@@ -375,9 +375,7 @@ def _traits(layer: nn.Module) -> set[tuple[str, str, Any]]:
 
 
 def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(item) for item in (*value.keys(), *value.values()))
-    if isinstance(value, list | tuple):
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
 
