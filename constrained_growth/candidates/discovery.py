@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
 from constrained_growth._arguments import positive_int
+from constrained_growth._sites.context import alike
 from constrained_growth._sites.model import check_can_change, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth._sites.wrapper import WithInsertedLayer, is_inserted
@@ -22,6 +23,7 @@ from constrained_growth.blocks import (
     ResidualMLP,
 )
 from constrained_growth.blocks.protocol import moves
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.candidates.run import Run, runs_of, unwrappable
 from constrained_growth.errors import BlockError, CandidateError
@@ -86,7 +88,7 @@ def find_candidates(
         # each time from the same random state
         with untouched(model):
             runs = runs_of(model, example_input)
-        search = _Search(model, runs, last=next(reversed(runs.values())).y)
+        search = _Search(model, open_books(model), runs, last=next(reversed(runs.values())).y)
         with untouched(model), torch.no_grad():
             _propose_after_stacks(search)
             _propose_after_modules(search)
@@ -95,6 +97,9 @@ def find_candidates(
                 _propose_after_leaves(search)
                 _fit(search, max_parameters)
         _check_class(search, example_input)
+        for name in search.books.uncounted(search.proposed):
+            if search.proposed[name][0] is not None:
+                search.proposed[name] = None, "the class of the model could not load a layer here"
         _explain_leaves(search)
         proposals = _without_repetition(search)
     if not proposals:
@@ -109,12 +114,15 @@ def find_candidates(
 Proposed = tuple[nn.Module | None, str]
 """A block and why it is proposed, or None and why there is none."""
 
+Copied = tuple[CopiedBlock | None, str]
+
 
 @dataclass(frozen=True)
 class _Search:
     """The state of the search."""
 
     model: nn.Module
+    books: Books
     runs: Mapping[str, Run]  # of its modules, in the order they finished
     last: Tensor | None  # the tensor in the output of the model
     proposed: dict[str, Proposed] = field(default_factory=dict)  # by site
@@ -131,7 +139,7 @@ def _propose_after_stacks(search: _Search) -> None:
     """Copies of blocks, innermost stacks first; else a copy of the next, or a residual block."""
     stacked = dict(_stacked(search.model, search.runs))
     inside_out = sorted(stacked, key=lambda name: -name.count("."))
-    copies: dict[str, Proposed] = {}
+    copies: dict[str, Copied] = {}
     for name in inside_out:
         if search.is_open(name):
             copies[name] = copy_of(search.runs[name])
@@ -144,20 +152,27 @@ def _propose_after_stacks(search: _Search) -> None:
         if name not in search.closed and not search.is_open(name):
             continue
         search.closed.add(name)
-        why, following = _why_not(search, run), search.runs.get(stacked[name])
-        proposed = (None, why) if why else block_after(run, following, copies[name])
-        search.proposed[name] = proposed
+        why = _why_not(search, run)
+        search.proposed[name] = (
+            (None, why) if why else _after_block(search, name, stacked[name], copies[name])
+        )
 
 
-def block_after(run: Run, following: Run | None, copied: Proposed | None = None) -> Proposed:
+def _after_block(search: _Search, name: str, following: str, copied: Copied) -> Proposed:
     """After a block of a stack: a copy of it (`copied`), or of the next, or a residual block."""
-    block, why = copied or copy_of(run)
-    if block is not None or run.y is None:
+    run, after = search.runs[name], search.runs.get(following) if following else None
+    block, why = copied
+    refusal = None if block is None else search.books.refusal(name, block.module)
+    if run.y is None or (block is not None and refusal is None):
         return block, why
-    if following is not None and following.x is not None and following.x.shape == run.y.shape:
-        block, reason = copy_of(following)
-        if block is not None:
+    if after is not None and after.x is not None and after.x.shape == run.y.shape:
+        if not alike(run.context, after.context):
+            return None, "the next is called with other arguments, which a copy of it would need"
+        block, reason = copy_of(after)
+        if block is not None and search.books.refusal(name, block.module) is None:
             return block, f"{reason} of the next"
+    if refusal is not None:
+        return None, refusal
     block, reason = _residual(run, nn.ReLU())
     kind = type(run.module).__name__
     return block, reason if block is None else f"{reason}; no copy, as {kind} {why}"
@@ -382,7 +397,7 @@ def _is_within(name: str, owners: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{owner}." for owner in owners))
 
 
-def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
+def copy_of(run: Run) -> Copied:
     """A copy of a module that is the identity, and why; or None, and why there is none."""
     kind = type(run.module).__name__
     if run.x is None or not run.keeps_shape:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
@@ -37,7 +38,6 @@ def insert(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     data: Iterable[Any] | None = None,
-    bookkeeping: Callable[[nn.Module], object] | None = None,
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
@@ -51,8 +51,10 @@ def insert(
     runs it in step with a second list, or picks elements by their numbers.
     `Candidate(wrapped=True)` asks for the layer around its site.
 
-    Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
-    to rounding. This is checked: the model runs on one batch before and after, in train and in
+    What else depends on the depth, such as the config of a model of Transformers, follows
+    (`constrained_growth.bookkeeping`); such a model gets a new config, and the old one stays as it
+    was. Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers
+    up to rounding. This is checked: the model runs on one batch before and after, in train and in
     eval mode. Then the layers take the values of the decision, if it has any. After any error
     everything is as it was.
 
@@ -72,15 +74,14 @@ def insert(
             of a network that has always had them there. Those that run on the batch are checked.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
             takes the first batch of the problem; `()` skips the check.
-        bookkeeping: Called with each grown model before it is checked, to update what else
-            records its depth (a config); and after an error, once the old structure is restored.
 
     Returns:
         The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
         change of the output in each mode.
 
     Raises:
-        CandidateError: A site is not in the model, or modules in it cannot be replaced.
+        CandidateError: A site is not in the model, modules in it cannot be replaced, or its class
+            could not hold the layer in that list (`from_pretrained` would make another model).
         OptimizerError: The optimizer cannot take the new parameters.
         RuleError: The values of the decision do not fit the blocks.
         BlockError: The output changed by more than rounding in the model's own mode, a layer is
@@ -109,20 +110,23 @@ def insert(
     if not names:
         return GrowthRecord((), shapes)
     example = solution.example if data is None else preservation.first_input(data, model)
-    siblings = _siblings(model, solution, names, example, bookkeeping)
-    new = [_new_layers(one, model, solution, names, siblings) for one in models]
+    books = [open_books(one) for one in models]
+    siblings = _siblings(model, books[0], solution, names, example)
+    new = [
+        _new_layers(*pair, model, solution, names, siblings)
+        for pair in zip(models, books, strict=True)
+    ]
     blocks = {one.name: one.planned.block for one in new[0]}
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
         for one in models:
-            undo.enter_context(layers.structure_kept_on_error(one, then=bookkeeping))
+            undo.enter_context(layers.structure_kept_on_error(one))
         for one in optimizers:
             undo.enter_context(optimizer_state.groups_kept_on_error(one))
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
-        if bookkeeping is not None:
-            for one in models:
-                bookkeeping(one)
+        for one in books:
+            one.update()
         differences = [
             preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
             for one, outputs, here in zip(models, before, new, strict=True)
@@ -158,11 +162,7 @@ class _NewLayer:
 
 
 def _siblings(
-    model: nn.Module,
-    solution: Solution,
-    names: Iterable[str],
-    example: object,
-    bookkeeping: Callable[[nn.Module], object] | None,
+    model: nn.Module, books: Books, solution: Solution, names: Iterable[str], example: object
 ) -> frozenset[str]:
     """Those of the layers that become the next element of the list that their site is in.
 
@@ -173,13 +173,12 @@ def _siblings(
 
     def outputs(siblings: frozenset[str]) -> preservation.Outputs:
         found: preservation.Outputs = {}
-        with suppress(_Undo), layers.structure_kept_on_error(model, then=bookkeeping):
-            new = _new_layers(model, model, solution, listed, siblings)
+        with suppress(_Undo), layers.structure_kept_on_error(model):
+            new = _new_layers(model, books, model, solution, listed, siblings)
             for one in new:
                 _move_pins(one.planned.block)
             _put_into(model, new)
-            if bookkeeping is not None:
-                bookkeeping(model)
+            books.update()
             found = preservation.outputs_of(model, example, optional=True)
             raise _Undo
         return found
@@ -189,7 +188,7 @@ def _siblings(
 
         def is_same(siblings: frozenset[str]) -> bool:
             # a library that counts its layers may return an entry for each
-            growing = bookkeeping is not None
+            growing = bool(books.inside)
             return preservation.agree(model, around, outputs(siblings), growing=growing)
 
         if not around or is_same(listed):
@@ -197,18 +196,19 @@ def _siblings(
         alone = frozenset(name for name in listed if is_same(frozenset({name})))
         return alone if is_same(alone) else frozenset()
 
-    listed = frozenset(name for name in names if _is_in_list(model, solution.candidates[name]))
+    listed = frozenset(n for n in names if _is_in_list(model, books, solution.candidates[n]))
     if not listed:
         return listed
     return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
 
 
-def _is_in_list(model: nn.Module, planned: Planned) -> bool:
+def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
     """Whether a layer could become the next element of the list that its site is in."""
     first = planned.output in (None, 0)  # what the next element of a list is called with
     stands_alone = first and callable(getattr(planned.block, "standalone", None))
-    site = model.get_submodule(planned.after)
-    return stands_alone and not planned.wrapped and list_of(model, site) is not None
+    is_element = list_of(model, model.get_submodule(planned.after)) is not None
+    can_be = stands_alone and is_element and not planned.wrapped
+    return can_be and books.counts(planned.after)
 
 
 class _Undo(Exception):
@@ -224,6 +224,7 @@ def _move_pins(block: nn.Module) -> None:
 
 def _new_layers(
     model: nn.Module,
+    books: Books,
     original: nn.Module,
     solution: Solution,
     names: Iterable[str],
@@ -245,6 +246,9 @@ def _new_layers(
                 planned.block.to(here.dtype)
         is_sibling = name in siblings
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
+        refusal = books.refusal(planned.after, module) if is_sibling else None
+        if refusal is not None:
+            raise CandidateError(f'solution: "{name}" cannot follow "{planned.after}": {refusal}')
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -56,10 +56,8 @@ def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
 
 
 @contextmanager
-def structure_kept_on_error(
-    model: nn.Module, then: Callable[[nn.Module], object] | None = None
-) -> Iterator[None]:
-    """After an error, restore the submodules and attributes of every module, and call `then`."""
+def structure_kept_on_error(model: nn.Module) -> Iterator[None]:
+    """After an error, restore the submodules and attributes of every module."""
     kept = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -69,6 +67,4 @@ def structure_kept_on_error(
             vars(module).update(attributes)
             module._modules.clear()
             module._modules.update(children)
-        if then is not None:
-            then(model)
         raise

@@ -16,6 +16,7 @@ from constrained_growth import blocks
 from constrained_growth._activations import Activation, TanhLU
 from constrained_growth._sites.model import list_of, parameter_shapes
 from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, without_inserted
+from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion.layer import (
     first_parameter,
@@ -236,6 +237,7 @@ def replay(
     Raises:
         RecordError: The record does not fit the model, or a block cannot be rebuilt. The model
             is then as it was.
+        CandidateError: The class of the model could not hold the layers, as for `insert`.
 
     Example:
         >>> import constrained_growth as cg
@@ -255,9 +257,11 @@ def replay(
             f'differ, first "{first}" with shape {have.get(first)} for {want.get(first)}. Give '
             "the model as it was before it was grown, or strict=False."
         )
+    books = open_books(model)
     with structure_kept_on_error(model):
         for layer in record.insertions:
             _insert_again(model, layer, (blocks or {}).get(layer.name))
+        books.update()
     return model
 
 
