@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,17 @@ def arguments(
     if takes_context(block):
         return (x, *context.args), dict(context.kwargs)
     return (x,), {}
+
+
+def alike(one: Context, other: Context) -> bool:
+    """Whether two modules were called with the same tensors, and other things of the same types."""
+
+    def is_same(a: Any, b: Any) -> bool:
+        tensors = isinstance(a, Tensor) and isinstance(b, Tensor)
+        return a is b or (torch.equal(a, b) if tensors else type(a) is type(b))
+
+    (a, a_tree), (b, b_tree) = (tree_flatten((c.args, dict(c.kwargs))) for c in (one, other))
+    return a_tree == b_tree and all(map(is_same, a, b))
 
 
 def detached(context: Context) -> Context:

@@ -41,7 +41,13 @@ def branch_ends(
     """
     module.eval()
     with differentiable(), torch.random.fork_rng(devices=[]):
-        return _branch_ends(module, *_example(block, module, args, kwargs))
+        run, x = _example(block, module, args, kwargs)
+        try:
+            return _branch_ends(module, run, x)
+        except RuntimeError as error:
+            raise BlockError(
+                f"module={type(module).__name__} cannot be differentiated: {error}"
+            ) from error
 
 
 def _branch_ends(
@@ -230,8 +236,9 @@ def _children(node: Any) -> list[Any]:
 
 
 def _leaf(node: Any) -> Tensor | None:
-    """The leaf that a node returns, at most rearranged, or None."""
-    while _operation(node) in _REARRANGEMENTS and len(_children(node)) == 1:
+    """The leaf that a node returns, at most rearranged or a part of it, or None."""
+    parts = {"Select", "Slice"}  # of an expert, in the parameter of all
+    while _operation(node) in _REARRANGEMENTS | parts and len(_children(node)) == 1:
         (node,) = _children(node)
     return getattr(node, "variable", None)
 

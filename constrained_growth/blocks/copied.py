@@ -135,7 +135,7 @@ def _without_cache(value: Any, x: Tensor) -> Any:
     if x.dim() > 1 and length > x.shape[1]:
         raise BlockError(
             f"a copied block was called with a cache of {length} positions for {x.shape[1]} new "
-            "ones, and has no cache: call the model with use_cache=False, or insert with "
-            "constrained_growth.integrations.transformers.insert."
+            "ones, and has no cache: call the model with use_cache=False, or insert the block "
+            "after a layer that the config counts."
         )
     return None

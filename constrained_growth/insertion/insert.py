@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._arguments import data_again, instance
+from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
@@ -37,17 +39,25 @@ def insert(
     optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     averaged: nn.Module | Sequence[nn.Module] = (),
     data: Iterable[Any] | None = None,
-    bookkeeping: Callable[[nn.Module], object] | None = None,
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
-    A layer is wrapped around its site: the site becomes a module with the children `base` and
-    `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
-    whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module; later elements are renumbered. Residual blocks pinned at zero
-    leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
-    the model runs on one batch before and after, in train and in eval mode. Then the layers take
-    the values of the decision, if it has any. After any error everything is as it was.
+    A layer is wrapped around its site: a module with the children `base` and `inserted` takes the
+    place of the site, and `inserted2`, … joins them where one more goes in, so that no name changes
+    again. All other attributes are those of the site. A copy of one of the model's own blocks (a
+    block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
+    `nn.Sequential` becomes the next element of that list, as a plain module, and later elements are
+    renumbered: if on the batch of the check that is the same network as the layer around its site,
+    also with the pins moved. It is another one where the model collects the outputs of a list,
+    runs it in step with a second list, or picks elements by their numbers.
+    `Candidate(wrapped=True)` asks for the layer around its site.
+
+    What else depends on the depth, such as the config of a model of Transformers, follows
+    (`constrained_growth.bookkeeping`); such a model gets a new config, and the old one stays as it
+    was. Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers
+    up to rounding. This is checked: the model runs on one batch before and after, in train and in
+    eval mode. Then the layers take the values of the decision, if it has any. After any error
+    everything is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
@@ -65,15 +75,14 @@ def insert(
             of a network that has always had them there. Those that run on the batch are checked.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
             takes the first batch of the problem; `()` skips the check.
-        bookkeeping: Called with each grown model before it is checked, to update what else
-            records its depth (a config); and after an error, once the old structure is restored.
 
     Returns:
         The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
         change of the output in each mode.
 
     Raises:
-        CandidateError: A site is not in the model, or modules in it cannot be replaced.
+        CandidateError: A site is not in the model, modules in it cannot be replaced, or its class
+            could not hold the layer in that list (`from_pretrained` would make another model).
         OptimizerError: The optimizer cannot take the new parameters.
         RuleError: The values of the decision do not fit the blocks.
         BlockError: The output changed by more than rounding in the model's own mode, a layer is
@@ -97,25 +106,30 @@ def insert(
         data_again("data", data)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
-    new = [_new_layers(one, model, solution, names) for one in models]
-    blocks = {one.name: one.planned.block for one in new[0]}
+    planned = {name: solution.candidates[name].block for name in names}
     optimizers = optimizer_state.as_optimizers(optimizer)
-    optimizer_state.check_optimizers(model, optimizers, blocks.values())
-    _check_values(solution, blocks)
+    optimizer_state.check_optimizers(model, optimizers, planned.values())
+    _check_values(solution, planned)
     if not names:
         return GrowthRecord((), shapes)
     example = solution.example if data is None else preservation.first_input(data, model)
+    books = [open_books(one) for one in models]
+    siblings = _siblings(model, books[0], solution, names, example)
+    new = [
+        _new_layers(*pair, model, solution, names, siblings)
+        for pair in zip(models, books, strict=True)
+    ]
+    blocks = {one.name: one.planned.block for one in new[0]}
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
         for one in models:
-            undo.enter_context(layers.structure_kept_on_error(one, then=bookkeeping))
+            undo.enter_context(layers.structure_kept_on_error(one))
         for one in optimizers:
             undo.enter_context(optimizer_state.groups_kept_on_error(one))
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
-        if bookkeeping is not None:
-            for one in models:
-                bookkeeping(one)
+        for one in books:
+            one.update()
         differences = [
             preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
             for one, outputs, here in zip(models, before, new, strict=True)
@@ -150,8 +164,74 @@ class _NewLayer:
     module: nn.Module  # the block, or its standalone form
 
 
+def _siblings(
+    model: nn.Module, books: Books, solution: Solution, names: Iterable[str], example: object
+) -> frozenset[str]:
+    """Those of the layers that become the next element of the list that their site is in.
+
+    λ is measured with the layer around its site, so there must be no difference, and not only at
+    the pins: where a loop keeps the output of its third element, an identity before it moves the
+    derivative alone. So the outputs are compared with the pins moved.
+    """
+
+    def outputs(siblings: frozenset[str]) -> preservation.Outputs:
+        found: preservation.Outputs = {}
+        with suppress(_Undo), layers.structure_kept_on_error(model):
+            new = _new_layers(model, books, model, solution, listed, siblings)
+            for one in new:
+                _move_pins(one.planned.block)
+            _put_into(model, new)
+            books.update()
+            found = preservation.outputs_of(model, example, optional=True)
+            raise _Undo
+        return found
+
+    def look() -> frozenset[str]:
+        around = outputs(frozenset()) if example is not None else {}
+
+        def is_same(siblings: frozenset[str]) -> bool:
+            # a library that counts its layers may return an entry for each
+            growing = bool(books.inside)
+            return preservation.agree(model, around, outputs(siblings), growing=growing)
+
+        if not around or is_same(listed):
+            return listed
+        alone = frozenset(name for name in listed if is_same(frozenset({name})))
+        return alone if is_same(alone) else frozenset()
+
+    listed = frozenset(n for n in names if _is_in_list(model, books, solution.candidates[n]))
+    if not listed:
+        return listed
+    return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
+
+
+def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
+    """Whether a layer could become the next element of the list that its site is in."""
+    first = planned.output in (None, 0)  # what the next element of a list is called with
+    stands_alone = first and callable(getattr(planned.block, "standalone", None))
+    is_element = list_of(model, model.get_submodule(planned.after)) is not None
+    can_be = stands_alone and is_element and not planned.wrapped
+    return can_be and books.counts(planned.after)
+
+
+class _Undo(Exception):
+    """Ends a trial."""
+
+
+def _move_pins(block: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pin in pinned_parameters(block).values():
+            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
+
+
 def _new_layers(
-    model: nn.Module, original: nn.Module, solution: Solution, names: Iterable[str]
+    model: nn.Module,
+    books: Books,
+    original: nn.Module,
+    solution: Solution,
+    names: Iterable[str],
+    siblings: Container[str],
 ) -> list[_NewLayer]:
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
@@ -167,10 +247,11 @@ def _new_layers(
             planned.block.to(here.device)
             if there is not None and there.dtype != here.dtype:
                 planned.block.to(here.dtype)
-        first = planned.output in (None, 0)  # what the next element of a list is called with
-        stands_alone = first and callable(getattr(planned.block, "standalone", None))
-        is_sibling = stands_alone and layers.list_of(model, site) is not None
+        is_sibling = name in siblings
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
+        refusal = books.refusal(planned.after, module) if is_sibling else None
+        if refusal is not None:
+            raise CandidateError(f'solution: "{name}" cannot follow "{planned.after}": {refusal}')
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 
@@ -182,6 +263,8 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
+        alone: Literal["joined", "wrapped"]
+        alone = "joined" if layers.can_join(model, end, new.module) else "wrapped"
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -189,7 +272,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="sibling" if new.is_sibling else "wrapped",
+            placement="sibling" if new.is_sibling else alone,
             pristine=copy.deepcopy(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
@@ -228,7 +311,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
             "model that was solved; after an insertion, solve a new problem."
         )
-    layers.check_can_change(model)
+    check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
 
 

@@ -79,18 +79,22 @@ def check_preserved(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
-        pairs = [(y, grown[key]) for key, y in output.items() if key in grown and y.numel()]
+        pairs = {k: (y, grown[k]) for k, y in output.items() if k in grown and y.numel()}
         if pairs:
-            differences[mode] = max(_difference(*pair) for pair in pairs)
-        epsilon = coarsest_epsilon([*model.parameters(), *(one for one, _ in pairs)])
-        beyond = [p for p in pairs if not _difference(*p) <= _allowed(p[0], epsilon)]
+            differences[mode] = max(_difference(*pair) for pair in pairs.values())
+        epsilon = coarsest_epsilon([*model.parameters(), *(one for one, _ in pairs.values())])
+        beyond = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
         if beyond and mode == next(iter(before)):
-            worst = max(_difference(*pair) for pair in beyond)
+            worst = max(beyond, key=lambda key: _difference(*beyond[key]))
+            entries = ", ".join(sorted({f'"{key[0]}"' for key in beyond if key}))
             raise BlockError(
-                f"with the layers {tuple(inserted)} inserted the output moves by {worst:.3g} in "
-                f"{mode} mode, more than rounding ({_allowed(beyond[0][0], epsilon):.3g}): a block "
-                "is not the identity there, or the model is not a function of its input. Nothing "
-                "was changed; insert(..., data=()) skips this check."
+                f"with the layers {tuple(inserted)} inserted the output moves by "
+                f"{_difference(*beyond[worst]):.3g} in {mode} mode, more than rounding "
+                f"({_allowed(beyond[worst][0], epsilon):.3g})"
+                f"{f', in its entries {entries}' if entries else ''}: a block is not the identity "
+                "there, or the model is not a function of its input, or returns something of each "
+                "layer (a loss of routers). Nothing was changed; insert(..., data=()) skips this "
+                "check."
             )
     missing = [name for name in inserted if name not in reached] if before else []
     if missing:
@@ -99,6 +103,23 @@ def check_preserved(
             "a list by fixed numbers). Nothing was changed. Choose another site or block."
         )
     return differences
+
+
+def agree(model: nn.Module, one: Outputs, other: Outputs, *, growing: bool) -> bool:
+    """Whether two networks give the same outputs up to rounding.
+
+    `growing`: sequences of another length in the output, with an entry per layer, do not count.
+    """
+    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
+    pairs = [
+        (y, other[mode][key])
+        for mode in one.keys() & other.keys()
+        for key, y in one[mode].items()
+        if key in other[mode] and y.numel()
+    ]
+    epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs)])
+    same = all(_difference(*pair) <= _allowed(pair[0], epsilon) for pair in pairs)
+    return same and one.keys() == other.keys() and (same_keys or (growing and bool(pairs)))
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:

@@ -14,7 +14,7 @@ from constrained_growth._distributed import everywhere, rank
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import GrowthRecord, replay
-from constrained_growth.training.grower import Grower
+from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History
 
 
@@ -42,8 +42,8 @@ class GrowthCallback(Callback):
         grower: The `Grower`, once training has started; None before.
 
     Raises:
-        TrainingError: There are several optimizers, or several processes in another way than by
-            `strategy="ddp"`.
+        TrainingError: An option is unknown; or, when training starts, there are several
+            optimizers, or several processes in another way than by `strategy="ddp"`.
         CheckpointError: The checkpoint to resume from was saved without this callback.
 
     Example:
@@ -63,7 +63,8 @@ class GrowthCallback(Callback):
         **options: Any,
     ) -> None:
         self.grower: Grower | None = None
-        self._loss_fn, self._data, self._options = loss_fn, data, options
+        self._loss_fn, self._data = loss_fn, data
+        self._options = checked_options(type(self).__name__, options)
         self._model, self._blocks = model, blocks
         self._saved: dict[str, Any] | None = None
 

@@ -17,7 +17,7 @@ from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import TrainingError
 from constrained_growth.insertion import replay
-from constrained_growth.training.grower import Grower
+from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, measurements
 
 _FILE = "growth.safetensors"
@@ -54,7 +54,9 @@ class GrowthCallback(TrainerCallback):
         grower: The `Grower`, once training has started; None before.
 
     Raises:
-        TrainingError: There are several processes, and no DistributedDataParallel.
+        TrainingError: An option is unknown; or, when training starts, there are several processes
+            and no DistributedDataParallel, the best model is to be loaded at the end, which may be
+            one from before an insertion, or a model goes on that `resume` has not grown.
 
     Example:
         >>> callback = GrowthCallback([], max_insertions=2)
@@ -70,9 +72,11 @@ class GrowthCallback(TrainerCallback):
         **options: Any,
     ) -> None:
         self.grower: Grower | None = None
-        self._data, self._loss_fn, self._options = data, loss_fn, options
+        self._data, self._loss_fn = data, loss_fn
+        self._options = checked_options(type(self).__name__, options)
         self._saved: checkpoint.Checkpoint | None = None
-        self._search: RemovableHandle | None = None
+        self._guard: RemovableHandle | None = None  # against weights of a model that grew further
+        self._search: RemovableHandle | None = None  # for the wrapper
 
     @property
     def history(self) -> History:
@@ -98,8 +102,24 @@ class GrowthCallback(TrainerCallback):
         self._saved = saved
         return model
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refuse, until training begins, the weights of a model that grew further than this one."""
+        self._guard = kwargs["model"].register_load_state_dict_pre_hook(_refuse_grown_weights)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
+        if self._guard is not None:
+            self._guard.remove()
+        if args.load_best_model_at_end:
+            raise TrainingError(
+                "load_best_model_at_end=True: the best checkpoint may be older than an insertion, "
+                "and its weights do not fit the grown model. Set it to False, keep "
+                "metric_for_best_model, and load trainer.state.best_model_checkpoint afterwards, "
+                "by from_pretrained or with callback.resume."
+            )
+        grown = any("growth/layers" in row for row in state.log_history)
+        if grown and self._saved is None and self.grower is None:
+            raise TrainingError(_NOT_RESUMED)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
         before, saved = self.grower, self._saved
@@ -158,3 +178,16 @@ class GrowthCallback(TrainerCallback):
     def _stop_searching(self) -> None:
         if self._search is not None:
             self._search.remove()
+
+
+def _refuse_grown_weights(module: nn.Module, weights: Mapping[str, Any], *rest: Any) -> None:
+    """Refuse weights of layers that the model has not; the Trainer would leave them out."""
+    unknown = sorted(weights.keys() - module.state_dict().keys())
+    if unknown:
+        raise TrainingError(f'{_NOT_RESUMED} The first without a place is "{unknown[0]}".')
+
+
+_NOT_RESUMED = (
+    "resume_from_checkpoint: the checkpoint is of a model that grew, and this one has not; call "
+    "callback.resume(model, folder) with the fresh model, before Trainer(model, …)."
+)

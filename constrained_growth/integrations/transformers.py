@@ -1,8 +1,8 @@
-"""Hugging Face Transformers: candidates for a model, and insertions that the stock class can load.
+"""Hugging Face Transformers: what a model changes when it gains a layer.
 
-problem = cg.GrowthProblem(model, loss_fn, batches, find_candidates(model))
-insert(model, cg.solve(problem), optimizer=optimizer)
-model.save_pretrained(folder)
+`cg.find_candidates`, `cg.insert`, `cg.replay`, `Grower`, `grow` and the callbacks do this by
+themselves for models of Transformers and models that contain one: what `save_pretrained` writes
+after an insertion, the stock class loads by `from_pretrained`.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from constrained_growth import insertion
-from constrained_growth._sites.model import parameter_shapes
-from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.discovery import block_after, runs_of
+from constrained_growth import candidates, insertion
+from constrained_growth._sites.untouched import untouched
+from constrained_growth._sites.wrapper import without_inserted
+from constrained_growth.bookkeeping import register
+from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.layer import WithInsertedLayer, structure_kept_on_error
-from constrained_growth.insertion.record import GrowthRecord
-from constrained_growth.solution import Solution
+
+insert = insertion.insert
+replay = insertion.replay
 
 
 def find_candidates(model: PreTrainedModel, example_input: object = None) -> Proposals:
-    """Propose a copy of each layer as a candidate after it.
+    """Propose candidates as `cg.find_candidates` does, from an example of the sizes in the config.
 
-    The layers are those that the config counts: decoder and encoder layers, the blocks of the
-    stages of a convolutional network. Grown by copies, a model is the one that its class makes of
-    a longer config. After a layer that changes the shape, such as the first block of a stage, the
-    candidate is a copy of the next one. Where a copy cannot be the identity, as in BERT
-    (post-norm), it is a residual block, which the config does not count: load by `replay`.
+    After each layer that the config counts this is a copy, so that the grown model is the one that
+    its class makes of a longer config; after a layer that changes the shape, such as the first
+    block of a stage, or that only its place can have, such as the first block of T5, a copy of the
+    next one. Where a copy cannot be the identity, as in BERT (post-norm), it is a residual block,
+    which the config does not count: load by `replay`.
 
     Args:
         model: A model of Transformers, left as it was.
@@ -48,8 +48,8 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
         layers that were skipped.
 
     Raises:
-        CandidateError: The model is not of Transformers, the config counts no layers, or nothing
-            can be inserted after them.
+        CandidateError: The model is not of Transformers, there is no example for its kind of
+            input, or nothing can be inserted.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -59,89 +59,12 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
         >>> [candidate.after for candidate in find_candidates(GPT2LMHeadModel(config))]
         ['transformer.h.0', 'transformer.h.1']
     """
-    stacks = _checked_stacks(model)
-    candidates, reasons, skipped = list[Candidate](), dict[str, str](), dict[str, str]()
-    with untouched(model), differentiable(), torch.no_grad():
-        runs = runs_of(model, _example_of(model) if example_input is None else example_input)
-        for stack in stacks:
-            names = [f"{stack.name}.{place}" for place, _ in enumerate(_layers_of(model, stack))]
-            for name, following in zip(names, [*names[1:], ""], strict=True):
-                block, why = None, "the forward pass does not call it"
-                if name in runs:
-                    block, why = block_after(runs[name], runs.get(following))
-                if block is None:
-                    skipped[name] = why
-                else:
-                    candidates.append(Candidate(name, block))
-                    reasons[name] = why
-    if not candidates:
-        raise CandidateError(
-            f"model={type(model).__name__}: nothing can follow a layer: {skipped}."
-        )
-    return Proposals(candidates, reasons, skipped)
-
-
-def insert(
-    model: PreTrainedModel,
-    solution: Solution,
-    *,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
-    averaged: nn.Module | Sequence[nn.Module] = (),
-    data: Iterable[Any] | None = None,
-) -> GrowthRecord:
-    """Insert the chosen layers as `cg.insert` does, and update the config.
-
-    The config gets the new depth, lists in it with an entry per layer (`layer_types`) grow too,
-    and the layers are renumbered to fit the cache of keys and values: what `save_pretrained`
-    writes, the stock class loads by `from_pretrained`. A model whose layers depend on their number
-    or on the depth, so that the stock class would make another one, is refused.
-
-    Arguments, result and errors are those of `cg.insert`; the config too is changed in place, and
-    restored after an error.
-
-    Raises:
-        CandidateError: The stock class could not load the grown model.
-    """
-    return insertion.insert(
-        model,
-        solution,
-        optimizer=optimizer,
-        averaged=averaged,
-        data=data,
-        bookkeeping=_bookkeeping(model),
-    )
-
-
-def replay(
-    model: PreTrainedModel,
-    record: GrowthRecord,
-    *,
-    blocks: Mapping[str, nn.Module] | None = None,
-    strict: bool = True,
-) -> PreTrainedModel:
-    """Repeat recorded insertions on a fresh model as `cg.replay` does, and update the config.
-
-    Needed only for layers that the config does not count (around a post-norm layer); load other
-    models by `from_pretrained`. Arguments and errors are those of `cg.replay`.
-
-    Raises:
-        CandidateError: The stock class could not load the grown model.
-    """
-    update = _bookkeeping(model)
-    with structure_kept_on_error(model, then=update):
-        insertion.replay(model, record, blocks=blocks, strict=strict)
-        update(model)
-    return model
-
-
-def _checked_stacks(model: object) -> tuple[_Stack, ...]:
     if not isinstance(model, PreTrainedModel):
-        raise CandidateError(f"model={type(model).__name__} is no PreTrainedModel; use cg.insert.")
-    stacks = _find_stacks(model)
-    if not stacks:
-        kind = type(model).__name__
-        raise CandidateError(f"model={kind}: its config counts no layers; use cg.find_candidates.")
-    return stacks
+        raise CandidateError(
+            f"model={type(model).__name__} is no PreTrainedModel; use cg.find_candidates."
+        )
+    example = _example_of(model) if example_input is None else example_input
+    return candidates.find_candidates(model, example)
 
 
 def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -165,56 +88,190 @@ def _example_of(model: PreTrainedModel) -> dict[str, Tensor]:
     )
 
 
-def _bookkeeping(model: PreTrainedModel) -> Callable[[nn.Module], object]:
-    """A function that fits config and layer numbers to a model, called before its copies."""
-    stacks = {stack.name: stack for stack in _checked_stacks(model)}
-    before = config = copy.deepcopy(model.config)
-    longer: nn.Module = model
-    arrangement: dict[_Stack, list[int]] = {}
-    old = {
-        name: [_without_inserted(layer) for layer in module.children()]
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-    }
+@register(PreTrainedModel)
+def _bookkeeping(model: PreTrainedModel) -> _Books | None:
+    """None for a class of the user's that cannot be made from its config alone."""
+    try:
+        return _Books(model)
+    except Exception:
+        return None
 
-    def update(one: nn.Module) -> None:
-        nonlocal arrangement, config, longer
-        if not isinstance(one, PreTrainedModel):
-            raise CandidateError(f"averaged={type(one).__name__} is not a model of Transformers.")
-        if one is model:
-            now = {name: list(model.get_submodule(name).children()) for name in old}
-            grown = [name for name in old if len(now[name]) > len(old[name])]
-            if set(grown) - stacks.keys():
-                raise CandidateError(
-                    f"the config of {type(model).__name__} does not count the layers of "
-                    f"{sorted(set(grown) - stacks.keys())}, and the stock class could not load one "
-                    f"more; choose a layer of {list(stacks)}, or insert by cg.insert."
-                )
-            arrangement = {
-                stacks[name]: [
-                    count - 1
-                    for count in accumulate(_without_inserted(m) in old[name] for m in now[name])
-                ]
-                for name in grown
-            }
-            config = copy.deepcopy(before)
-            for stack, order in arrangement.items():
-                _lengthen(config, stack, order)
-            if arrangement:
-                longer = _skeleton(model, copy.deepcopy(config))
-                _check_same(model, _skeleton(model, copy.deepcopy(before)), longer, arrangement)
-        is_grown = all(len(_layers_of(one, s)) == len(order) for s, order in arrangement.items())
-        _update_config(one.config, config if is_grown else before)
-        for stack in arrangement if is_grown else ():
-            _renumber(one, stack, longer)
-            _follow_neighbours(_layers_of(one, stack))
 
-    return update
+# The lists of layers, and the config entries that count them. What one more layer changes is found
+# by building a model from a longer config on the meta device: a skeleton.
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A list of layers whose length is an entry of the config."""
+
+    name: str  # of the nn.ModuleList or nn.Sequential
+    part: str  # of the config that has the entry ("text_config"), or ""
+    entry: str  # the attribute that holds the number of layers
+    index: int | None  # in it, if it is a list (`depths`)
+
+
+class _Books:
+    """The books of one model: its config, and what its layers and modules know of the depth."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._modules = dict(_stock_modules(model))
+        self._layers = {
+            name: list(module.children())
+            for name, module in self._modules.items()
+            if isinstance(module, nn.ModuleList | nn.Sequential)
+        }
+        self._before = _skeleton(model, model.config)
+        self._longer: tuple[dict[str, Any], nn.Module] | None = None  # the last one, by its config
+
+    @cached_property
+    def _stacks(self) -> tuple[_Stack, ...]:
+        """The stacks of the model, each confirmed by building a model from a longer config."""
+        found: dict[str, _Stack] = {}
+        for part, entry, index in _counters(self._model.config):
+            config = copy.deepcopy(self._model.config)
+            _lengthen(config, _Stack("", part, entry, index), None)
+            try:
+                longer = self._built(config)
+            except Exception:  # it counts something else too, or must agree with another entry
+                continue
+            built: dict[str, Any] = dict(longer.named_modules())
+            lists = self._layers.items()
+            grown = [n for n, old in lists if n in built and len(built[n]) == len(old) + 1]
+            if len(grown) == 1:
+                found.setdefault(grown[0], _Stack(grown[0], part, entry, index))
+        return tuple(found[name] for name in self._layers if name in found)
+
+    def counts(self, after: str) -> bool:
+        return self._place(after) is not None
+
+    def refusal(self, after: str, layer: nn.Module) -> str | None:
+        found = self._place(after)
+        if found is None:
+            return None
+        stack, place = found
+        layers = list(self._layers[stack.name])
+        layers.insert(place + 1, layer)
+        grown = {stack: layers}
+        return self._fault(grown, self._skeleton(grown))
+
+    def update(self, around: Sequence[nn.Module]) -> None:
+        now = {stack: list(self._modules[stack.name].children()) for stack in self._stacks}
+        grown = {s: layers for s, layers in now.items() if len(layers) > len(self._layers[s.name])}
+        if not grown:
+            return
+        longer = self._skeleton(grown)
+        fault = self._fault(grown, longer)
+        if fault is not None:
+            raise CandidateError(fault)
+        self._fit_configs(longer, around)
+        self._fit_attributes(grown, longer)
+        for stack, layers in grown.items():
+            built = longer.get_submodule(stack.name).children()
+            for layer, one in zip(layers, built, strict=True):
+                _renumber(layer, one)
+            _follow_neighbours(layers)
+
+    def _place(self, after: str) -> tuple[_Stack, int] | None:
+        """The stack that a module is an element of, and its place there."""
+        site = self._model.get_submodule(after)
+        for stack in self._stacks:
+            for place, layer in enumerate(self._layers[stack.name]):
+                if layer is site:
+                    return stack, place
+        return None
+
+    def _sources(self, stack: _Stack, layers: Sequence[nn.Module]) -> list[tuple[int, bool]]:
+        """For each layer which of the old ones it is or is a copy of; and whether it is new.
+
+        A new layer is a copy of the one before it, or else of the one after it.
+        """
+        old = [without_inserted(layer) for layer in self._layers[stack.name]]
+        found: list[tuple[int, bool]] = []
+        place = -1
+        for layer in map(without_inserted, layers):
+            if place + 1 < len(old) and old[place + 1] is layer:
+                place += 1
+                found.append((place, False))
+            else:
+                near = [p for p in (place, place + 1) if 0 <= p < len(old)]
+                copied = [p for p in near if _traits(old[p]) == _traits(layer)]
+                found.append(((copied or near)[0], True))
+        return found
+
+    def _skeleton(self, grown: Mapping[_Stack, Sequence[nn.Module]]) -> nn.Module:
+        """A model of the class with these layers in its stacks."""
+        config = copy.deepcopy(self._model.config)
+        for stack, layers in grown.items():
+            _lengthen(config, stack, [source for source, _ in self._sources(stack, layers)])
+        return self._built(config)
+
+    def _built(self, config: PreTrainedConfig) -> nn.Module:
+        content = config.to_dict()
+        if self._longer is None or self._longer[0] != content:
+            self._longer = content, _skeleton(self._model, config)
+        return self._longer[1]
+
+    def _fault(self, grown: Mapping[_Stack, Sequence[nn.Module]], longer: nn.Module) -> str | None:
+        """Why the stock class makes another model of the longer config; None if it does not."""
+        kind, entries = type(self._model).__name__, " and ".join(f'"{s.entry}"' for s in grown)
+        where = f"the config of {kind} with a longer {entries}"
+        names = tuple(f"{stack.name}." for stack in grown)
+        outside = [
+            {n: tuple(p.shape) for n, p in one.named_parameters() if not n.startswith(names)}
+            for one in (self._before, longer)
+        ]
+        if outside[0] != outside[1]:
+            differing = sorted(set(outside[0].items()) ^ set(outside[1].items()))[0][0]
+            return f'{where} also changes "{differing}", so the stock class cannot load the model.'
+        for stack, layers in grown.items():
+            built = list(longer.get_submodule(stack.name).children())
+            old = list(self._before.get_submodule(stack.name).children())
+            if len(built) != len(layers):
+                return f'{where} gives {len(built)} layers in "{stack.name}".'
+            for place, (source, is_new) in enumerate(self._sources(stack, layers)):
+                # Skeletons are compared with skeletons: the model may be adapted (LoRA).
+                own, stock = _traits(self._layers[stack.name][source]), old[source]
+                is_copy = not is_new or own == _traits(layers[place])
+                differing = _traits(built[place]) ^ _traits(stock if is_copy else layers[place])
+                if differing:
+                    first = "; ".join(" ".join(map(str, one)) for one in sorted(differing)[:2])
+                    return (
+                        f"{where} makes layer {place} another one ({first}), as its layers depend "
+                        "on their number; use a block such as ResidualMLP, or another site."
+                    )
+        return None
+
+    def _fit_configs(self, longer: nn.Module, around: Sequence[nn.Module]) -> None:
+        """Give the modules new configs; other models may hold the old ones."""
+        memo: dict[int, Any] = {}
+        built = dict(longer.named_modules())
+        before = dict(self._before.named_modules())
+        for name, module in self._modules.items():
+            if isinstance(module, PreTrainedModel) and name in built:
+                config = copy.deepcopy(module.config, memo)
+                _change(config, before[name].config, built[name].config)
+        for module in (*around, *self._model.modules()):
+            for key, value in list(vars(module).items()):
+                if isinstance(value, PreTrainedConfig) and id(value) in memo:
+                    setattr(module, key, memo[id(value)])
+
+    def _fit_attributes(self, grown: Iterable[_Stack], longer: nn.Module) -> None:
+        """Give modules outside the stacks the attributes that they have in the longer model."""
+        before = dict(self._before.named_modules())
+        names = tuple(f"{stack.name}." for stack in grown)
+        for name, built in longer.named_modules():
+            if name.startswith(names) or name not in before or name not in self._modules:
+                continue
+            for key, value in vars(built).items():
+                if _is_plain(value) and vars(before[name]).get(key) != value:
+                    setattr(self._modules[name], key, copy.deepcopy(value))
 
 
 def _follow_neighbours(layers: Sequence[nn.Module]) -> None:
     """Give each layer what Transformers itself has set on the others: checkpointing, hooks."""
-    alike = [dict(layer.named_modules()) for layer in layers]
+    alike = [dict(_stock_modules(layer)) for layer in layers]
     for modules in alike:
         for name, module in modules.items():
             for other in [one[name] for one in alike if type(one.get(name)) is type(module)]:
@@ -231,101 +288,39 @@ def _library_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
 
 
-# The lists of layers, and the config entries that count them. What one more layer changes is found
-# by building a model from a longer config on the meta device.
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """A list of layers whose length is an entry of the config."""
-
-    name: str  # of the nn.ModuleList or nn.Sequential
-    part: str  # of the config that has the entry ("text_config"), or ""
-    entry: str  # the attribute that holds the number of layers
-    index: int | None  # in it, if it is a list (`depths`)
-
-
-_Arrangement = Mapping[_Stack, Sequence[int]]
-"""For each layer of a grown stack: which of the old layers it is, or is inserted after."""
-
-
-def _find_stacks(model: PreTrainedModel) -> tuple[_Stack, ...]:
-    """The stacks of a model, each confirmed by building a model from a longer config."""
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList | nn.Sequential)
-    }
-    found: dict[str, _Stack] = {}
-    for part, entry, index in _counters(model.config):
-        longer = copy.deepcopy(model.config)
-        _lengthen(longer, _Stack("", part, entry, index), None)
-        try:
-            built: dict[str, Any] = dict(_skeleton(model, longer).named_modules())
-        except Exception:  # it counts something else too, or must agree with another entry
-            continue
-        grown = [n for n, one in lists.items() if n in built and len(built[n]) == len(one) + 1]
-        if len(grown) == 1:
-            found.setdefault(grown[0], _Stack(grown[0], part, entry, index))
-    return tuple(found[name] for name in lists if name in found)
-
-
-def _layers_of(model: nn.Module, stack: _Stack) -> list[nn.Module]:
-    return list(model.get_submodule(stack.name).children())
-
-
-def _without_inserted(layer: nn.Module) -> nn.Module:
-    """The layer itself, where other layers are wrapped around it."""
-    return _without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
+def _stock_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules by the names that they have without inserted layers around them."""
+    module = without_inserted(module)
+    yield name, module
+    for key, child in module.named_children():
+        yield from _stock_modules(child, f"{name}.{key}" if name else key)
 
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
     """A model of the same class from a config, on the meta device."""
     with untouched(model), torch.device("meta"):
-        return type(model)(config)
+        return type(model)(copy.deepcopy(config))
 
 
-def _check_same(
-    model: nn.Module, before: nn.Module, longer: nn.Module, arrangement: _Arrangement
-) -> None:
-    """Refuse a grown model if the stock class makes another one from the longer config."""
-    for stack, order in arrangement.items():
-        old, built = _layers_of(before, stack), _layers_of(longer, stack)
-        where = f'model={type(model).__name__}: its config with a longer "{stack.entry}"'
-        if len(built) != len(order):
-            raise CandidateError(f'{where} gives {len(built)} layers in "{stack.name}".')
-        for place, layer in enumerate(map(_without_inserted, _layers_of(model, stack))):
-            source, is_new = order[place], order[place] in order[:place]
-            if is_new and parameter_shapes(layer) != parameter_shapes(built[place]):
-                raise CandidateError(
-                    f"{where} gives layer {place} other parameters; the stock class cannot load it."
-                )
-            # A new layer is a copy of the one before it or, at a change of shape, after it.
-            alike = old[source : source + 1 + is_new]
-            settings = _settings(built[place])
-            differing = [sorted(settings ^ _settings(one), key=str) for one in alike]
-            if all(differing):
-                raise CandidateError(
-                    f"{where} makes layer {place} another one: {differing[0][:2]}, as its layers "
-                    "depend on their number; use a block such as ResidualMLP, or another site."
-                )
-
-
-def _renumber(model: nn.Module, stack: _Stack, longer: nn.Module) -> None:
-    """Give the layers of a stack the numbers that they have in a model built at that depth."""
-    numbered = dict(longer.get_submodule(stack.name).named_modules())
-    for name, module in model.get_submodule(stack.name).named_modules():
+def _renumber(layer: nn.Module, built: nn.Module) -> None:
+    """Give a layer the numbers that it has in a model built at that depth."""
+    modules = dict(built.named_modules())
+    for name, module in _stock_modules(layer):
         for key in _NUMBERS & vars(module).keys():
-            setattr(module, key, getattr(numbered[name], key))
+            numbered = modules.get(name, built)  # another module in its place, as an adapter
+            holders = [m for m in (numbered, *built.modules()) if key in vars(m)]
+            if holders:
+                setattr(module, key, vars(holders[0])[key])
 
 
-def _update_config(config: PreTrainedConfig, wanted: PreTrainedConfig) -> None:
-    """Make a config equal to another one in place, its parts too."""
-    for name, value in vars(wanted).items():
-        present = getattr(config, name, None)
-        if isinstance(value, PreTrainedConfig) and isinstance(present, PreTrainedConfig):
-            _update_config(present, value)
-        elif present != value:
+def _change(config: Any, before: Any, after: Any) -> None:
+    """Make the changes to a config, and to its parts, that lead from one to another."""
+    for name, value in vars(after).items():
+        old, own = vars(before).get(name), vars(config).get(name)
+        if isinstance(value, PreTrainedConfig):
+            if isinstance(old, PreTrainedConfig) and isinstance(own, PreTrainedConfig):
+                _change(own, old, value)
+        elif old != value:
             setattr(config, name, copy.deepcopy(value))
 
 
@@ -351,6 +346,8 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | No
     order = [*range(depth), depth - 1] if order is None else order
     if stack.index is None:
         setattr(holder, stack.entry, len(order))
+        if stack.entry == "num_decoder_layers":  # of T5; `generate` sizes its cache by another name
+            holder.decoder_layers = len(order)
         for name, listed in list(vars(holder).items()):
             if "layer" in name and isinstance(listed, list | tuple) and len(listed) == depth:
                 setattr(holder, name, type(listed)(listed[source] for source in order))
@@ -359,17 +356,25 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | No
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _settings(layer: nn.Module) -> set[tuple[str, str, Any]]:
-    """The plain attributes of the modules of a layer, except for numbers and dropout."""
-    return {
-        (name, key, value)
-        for name, module in layer.named_modules()
-        if "drop" not in name
-        for key, value in [("class", type(module).__name__), *vars(module).items()]
-        if isinstance(value, bool | int | float | str) and key not in _NUMBERS | {"training"}
-        if "drop" not in key
-    }
+def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
+    """Classes, shapes and plain attributes of a layer, except for numbers and dropout."""
+    layer, found = without_inserted(layer), set[tuple[str, str, str]]()
+    for name, module in layer.named_modules():
+        found.add((name, "class", type(module).__name__))
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found |= {(name, key, str(tuple(tensor.shape))) for key, tensor in tensors}
+        for key, value in vars(module).items() if "drop" not in name else ():
+            if _is_plain(value) and key not in _NUMBERS | _PASSING and "drop" not in key:
+                found.add((name, key, repr(value)))
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
+_PASSING = frozenset({"training", "gradient_checkpointing", "_is_hf_initialized"})
 _COUNTING = re.compile(r"layers?$|depths?$|^n_layer|blocks$")

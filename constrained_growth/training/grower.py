@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -319,3 +320,14 @@ class Grower:
         if batch is None:
             raise DataError("data is empty; give at least one (input, target) batch.")
         return find_candidates(self.model, batch[0])
+
+
+def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a `Grower` that a callback was given for it; an unknown one is an error."""
+    known = [field.name for field in fields(Grower) if field.kw_only]
+    for name, value in options.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(known)}."
+            raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
+    return options

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,7 @@ from helpers import (
 from torch import Tensor, nn
 
 import constrained_growth as cg
+from constrained_growth.bookkeeping import register
 
 
 def everything(optimizer: torch.optim.Optimizer) -> Any:
@@ -110,20 +112,44 @@ def test_a_broken_optimizer_leaves_everything_as_it_was() -> None:
     assert_same((everything(optimizer), everything(other)), before)
 
 
-def test_a_broken_bookkeeping_leaves_everything_as_it_was_and_is_called_again() -> None:
-    model, data, seen = feedforward(2, 4, 3), classified(30), []
+class Counted(nn.Sequential):
+    """Keeps a count of its modules, which fails once."""
 
-    def bookkeeping(one: nn.Module) -> None:
-        seen.append(sum(1 for _ in one.modules()))
-        if len(seen) == 1:
+    count, failures = 4, 0
+
+
+@register(Counted)
+class CountedBooks:
+    def __init__(self, model: Counted) -> None:
+        self.model = model
+
+    def counts(self, after: str) -> bool:
+        return True
+
+    def refusal(self, after: str, layer: nn.Module) -> str | None:
+        return None
+
+    def update(self, around: Sequence[nn.Module]) -> None:
+        self.model.count = sum(1 for _ in self.model.modules())
+        if self.model.failures:
+            self.model.failures -= 1
             raise RuntimeError("broken on purpose")
 
+
+def test_bookkeeping_is_found_and_undone_by_every_road() -> None:
+    model, data = Counted(*feedforward(2, 4, 3)), classified(30)
+    fresh = copy.deepcopy(model)
+    model.failures = 1
     solution = solved(model, data, candidate())
     with nothing_left_behind(model), pytest.raises(RuntimeError, match="broken on purpose"):
-        cg.insert(model, solution, bookkeeping=bookkeeping)
-    assert seen == [7, 4]
-    cg.insert(model, solution, bookkeeping=bookkeeping)
-    assert seen == [7, 4, 7]
+        cg.insert(model, solution)
+    assert model.count == 4
+    model.failures = 0
+    record = cg.insert(model, solution)
+    assert model.count == sum(1 for _ in model.modules()) == 7
+    outer = nn.Sequential(copy.deepcopy(fresh))
+    cg.insert(outer, solved(outer, data, cg.Candidate("0.1", candidate().block)))
+    assert outer[0].count == cg.replay(fresh, record).count == 7
 
 
 def test_a_model_that_is_no_function_of_its_input_is_refused() -> None:

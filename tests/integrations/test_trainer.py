@@ -73,9 +73,10 @@ def train(
     model: nn.Module,
     processes: int = 1,
     loss: Any = None,
+    arguments: dict[str, Any] | None = None,
     **options: Any,
 ) -> Trainer:
-    arguments = TrainingArguments(
+    all_arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=24,
         per_device_train_batch_size=8 // processes,
@@ -86,11 +87,14 @@ def train(
         use_cpu=True,
         disable_tqdm=True,
         seed=1,
+        **({"eval_strategy": "steps"} if arguments else {}),
+        **(arguments or {}),
     )
     trainer = Trainer(
         model,
-        arguments,
+        all_arguments,
         train_dataset=Counting(),
+        eval_dataset=Counting(),
         callbacks=[growth],
         compute_loss_func=loss,
     )
@@ -119,6 +123,35 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
 def test_a_folder_without_growth_is_refused(tmp_path: Path) -> None:
     with refused(cg.CheckpointError, "growth.safetensors", "does not exist"):
         callback().resume(gpt(), tmp_path)
+
+
+def test_a_model_that_has_not_grown_again_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    train(tmp_path / "whole", callback(), gpt())
+    folder = tmp_path / "whole" / "checkpoint-12"
+    model = gpt()
+    with refused(cg.TrainingError, "callback.resume(model, folder)", "inserted"):
+        train(tmp_path / "part", callback(), model, resume_from_checkpoint=str(folder))
+    assert_same(dict(model.state_dict()), dict(gpt().state_dict()))
+    (folder / "model.safetensors").unlink()  # the guard does not see the weights of a wrapped model
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "optimizer.pt").unlink()
+    with refused(cg.TrainingError, "callback.resume(model, folder)"):
+        train(tmp_path / "part", callback(), model, resume_from_checkpoint=str(folder))
+    assert not model._load_state_dict_pre_hooks
+
+
+def test_the_best_model_at_the_end_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    model = gpt()
+    with refused(cg.TrainingError, "load_best_model_at_end=True", "from_pretrained"):
+        train(tmp_path, callback(), model, arguments={"load_best_model_at_end": True})
+    assert_same(dict(model.state_dict()), dict(gpt().state_dict()))
+
+
+def test_an_unknown_option_is_refused_where_it_is_written() -> None:
+    with refused(cg.TrainingError, "max_insertion=3", "did you mean max_insertions=?"):
+        GrowthCallback([], max_insertion=3)
+    with refused(cg.TrainingError, "colour='red'", "candidates", "max_insertions"):
+        GrowthCallback([], colour="red")
 
 
 def test_a_second_training_goes_on(tmp_path: Path) -> None:
@@ -183,8 +216,8 @@ def train_with_another(number: int, folder: Path) -> None:
 def test_other_wrappers_are_refused_and_no_hook_is_left() -> None:
     growth, model = callback(), gpt()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    args: Any = SimpleNamespace(world_size=2)
-    state: Any = SimpleNamespace(global_step=1, max_steps=2)
+    args: Any = SimpleNamespace(world_size=2, load_best_model_at_end=False)
+    state: Any = SimpleNamespace(global_step=1, max_steps=2, log_history=[])
     control: Any = None
     growth.on_train_begin(args, state, control, model=model, optimizer=optimizer)
     model(torch.zeros(1, 2, dtype=torch.long))

@@ -4,6 +4,7 @@ Everything is built from small random configs; nothing is downloaded.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,10 +326,16 @@ def test_replay(kind: Any) -> None:
 
 def test_layers_that_depend_on_their_number_are_refused() -> None:
     model = made("GPT2", {**GPT2[1], "scale_attn_by_inverse_layer_idx": True}, attention="eager")
-    solution = cg.solve(problem_of(model, cgt.find_candidates(model)), choose("transformer.h.0"))
-    with nothing_left_behind(model), refused(cg.GrowthError):  # by the number, or by the outputs
-        cgt.insert(model, solution)
-    assert model.config.n_layer == 3
+    with refused(cg.CandidateError, "transformer.h.0", "longer", "attn", "number"):
+        cgt.find_candidates(model)
+    layer, config = layers(model)[0], model.config
+    block = cg.blocks.CopiedBlock(layer, ["attn.c_proj.weight", "mlp.c_proj.weight"])
+    solution = cg.solve(problem_of(model, [cg.Candidate("transformer.h.0", block)]), choose())
+    solution = replace(solution, decision=cg.Decision(("transformer.h.0",)))
+    with nothing_left_behind(model), refused(cg.CandidateError, "transformer.h.0", "n_layer"):
+        cg.insert(model, solution)
+    assert model.config is config
+    assert config.n_layer == 3
 
 
 def test_a_failure_puts_the_config_back(monkeypatch: pytest.MonkeyPatch) -> None:

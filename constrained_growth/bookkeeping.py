@@ -1,0 +1,139 @@
+"""What else a model changes when it gains a layer: counts in a config, numbers of layers, hooks.
+
+A kind of model that keeps such books says so once, and every insertion keeps them:
+
+    @register(TheirModel)
+    def bookkeeping(model: TheirModel) -> Bookkeeping | None: ...
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Bookkeeping(Protocol):
+    """The books of one model, opened before it changes.
+
+    Names are those of `model.named_modules()` before the change.
+    """
+
+    def counts(self, after: str) -> bool:
+        """Whether this module is an element of a list whose length the books know.
+
+        After any other module a copied block is wrapped around its site, and not made the next
+        element of the list, of which the books would not know.
+        """
+        ...
+
+    def refusal(self, after: str, layer: nn.Module) -> str | None:
+        """Why the list of this module cannot hold `layer` next; None if it can, or is not counted.
+
+        Asked before anything is trained, run or changed.
+        """
+        ...
+
+    def update(self, around: Sequence[nn.Module]) -> None:
+        """Fit the books to the layers as they are now.
+
+        It sets attributes of modules, and changes no other object in place: setting the attributes
+        back undoes it.
+
+        Args:
+            around: The modules that the model is inside of, outermost first.
+
+        Raises:
+            CandidateError: The layers cannot be kept.
+        """
+        ...
+
+
+Opener = Callable[[Any], Bookkeeping | None]
+"""Opens the books of a model, or returns None if that one keeps none."""
+
+
+def register(kind: type[nn.Module]) -> Callable[[Opener], Opener]:
+    """A decorator for the function that opens the books of a kind of model, subclasses included.
+
+    Where it returns None, the books of models inside that one are opened.
+
+    Example:
+        >>> class Counted(nn.Sequential):
+        ...     pass
+        >>> @register(Counted)
+        ... def no_books(model: Counted) -> None:
+        ...     return None
+    """
+    return _open.register(kind)
+
+
+@functools.singledispatch
+def _open(model: nn.Module) -> Bookkeeping | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Books:
+    """The books of all models inside a module; those that keep none are free to change."""
+
+    model: nn.Module
+    inside: Mapping[str, Bookkeeping]  # by the name of the outermost model that keeps them
+
+    def counts(self, after: str) -> bool:
+        """As for `Bookkeeping`; True where there are no books."""
+        return all(books.counts(name) for books, name in self._about(after))
+
+    def refusal(self, after: str, layer: nn.Module) -> str | None:
+        """As for `Bookkeeping`."""
+        return next((books.refusal(name, layer) for books, name in self._about(after)), None)
+
+    def uncounted(self, names: Collection[str]) -> list[str]:
+        """Those after which no books count a layer, in models where they do after others."""
+        found = []
+        for owner, books in self.inside.items():
+            here = [name for name in names if _is_within(name, owner)]
+            rest = [name for name in here if not books.counts(_relative(name, owner))]
+            found += rest if len(rest) < len(here) else []
+        return found
+
+    def update(self) -> None:
+        """As for `Bookkeeping`."""
+        for name, books in self.inside.items():
+            parts = name.split(".") if name else []
+            owners = [".".join(parts[:count]) for count in range(len(parts))]
+            books.update([self.model.get_submodule(owner) for owner in owners])
+
+    def _about(self, after: str) -> Iterator[tuple[Bookkeeping, str]]:
+        for owner, books in self.inside.items():
+            if _is_within(after, owner):
+                yield books, _relative(after, owner)
+
+
+def open_books(model: nn.Module) -> Books:
+    """Open the books of a model, or of the models inside it, before it changes."""
+    kinds = {cls for module in model.modules() for cls in type(module).__mro__}
+    for library in {cls.__module__.partition(".")[0] for cls in kinds} & _INTEGRATIONS.keys():
+        importlib.import_module(_INTEGRATIONS[library])
+    found: dict[str, Bookkeeping] = {}
+    for name, module in model.named_modules():
+        books = None if any(_is_within(name, owner) for owner in found) else _open(module)
+        if books is not None:
+            found[name] = books
+    return Books(model, found)
+
+
+def _is_within(name: str, owner: str) -> bool:
+    return not owner or name.startswith(f"{owner}.")
+
+
+def _relative(name: str, owner: str) -> str:
+    return name.removeprefix(f"{owner}.") if owner else name
+
+
+_INTEGRATIONS = {"transformers": "constrained_growth.integrations.transformers"}
+"""Library → the module of ours that knows its books, imported with the first of its models."""
