@@ -42,7 +42,7 @@ class ResidualConv2d(nn.Module):
 
     Args:
         channels: Channels of the tensor at the site, its second dimension.
-        activation: σ, a module or an elementwise function.
+        activation: σ, a module or an elementwise function; ReLU by default, as in the source.
         hidden: Channels in between; `channels` by default.
         kernel_size: k, odd, of both convolutions.
         norm_layer: Makes a normalisation with parameters `weight` and `bias` from a number of
@@ -75,7 +75,7 @@ class ResidualConv2d(nn.Module):
     def __init__(
         self,
         channels: int,
-        activation: Activation | type[nn.Module],
+        activation: Activation | type[nn.Module] = nn.ReLU,
         hidden: int | None = None,
         kernel_size: int = 3,
         *,
