@@ -17,12 +17,19 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
+from constrained_growth.blocks.protocol import (
+    AffineFactors,
+    exact_everywhere,
+    register,
+    shown,
+    zero_pins,
+)
 from constrained_growth.errors import BlockError
 
 NormLayer = Callable[[int], nn.Module]
 
 
+@register
 class ResidualConv2d(nn.Module):
     """Residual convolutions, x ↦ x + N₂(K₂ ∗ σ(N₁(K₁ ∗ x))), the end of the branch pinned at zero.
 
@@ -156,6 +163,7 @@ class ResidualConv2d(nn.Module):
         }
 
 
+@register
 class ResidualBottleneck2d(ResidualConv2d):
     """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
 
@@ -181,6 +189,7 @@ class ResidualBottleneck2d(ResidualConv2d):
         return 1, kernel_size, 1
 
 
+@register
 class IdentityConv2d(nn.Module):
     """Identity convolution x ↦ σ(K ∗ x + b) − s, K the Dirac kernel and b = s, right after a σ.
 
@@ -236,8 +245,9 @@ class IdentityConv2d(nn.Module):
         self.shift = checked_shift(
             self.activation, shift, "ResidualConv2d(channels, activation, norm_layer=None)"
         )
-        dirac = torch.empty(channels, channels, size, size, device=device, dtype=dtype)
-        self.register_buffer("dirac", nn.init.dirac_(dirac), persistent=False)
+        dirac = torch.zeros(channels, channels, size, size, device=device, dtype=dtype)
+        dirac[:, :, size // 2, size // 2].fill_diagonal_(1)
+        self.register_buffer("dirac", dirac, persistent=False)
         self.weight = nn.Parameter(dirac.clone())
         self.bias = nn.Parameter(torch.full((channels,), self.shift, device=device, dtype=dtype))
 

@@ -10,10 +10,17 @@ from torch import Tensor, nn
 
 from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
+from constrained_growth.blocks.protocol import (
+    AffineFactors,
+    exact_everywhere,
+    register,
+    shown,
+    zero_pins,
+)
 from constrained_growth.errors import BlockError
 
 
+@register
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block with both output projections pinned at zero.
 
@@ -125,6 +132,7 @@ class TransformerBlock(nn.Module):
         }
 
 
+@register
 class GatedMLP(nn.Module):
     """Gated feedforward layer, x ↦ x + D(σ(G n) ⊙ U n) with n = RMSNorm(x), D pinned at zero.
 

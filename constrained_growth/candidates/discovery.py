@@ -298,7 +298,7 @@ def copy_of(run: Run) -> tuple[CopiedBlock | None, str]:
     try:
         with torch.enable_grad():
             args = (run.x, *run.context.args)
-            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
+            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs, share=True)
         return block, f"one more {kind}, a copy"
     except BlockError as error:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
