@@ -155,7 +155,7 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
     if share:
         for parameter in module.parameters():
             if type(parameter) is nn.Parameter:
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+                memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
         for part in module.modules():
             constants = part._non_persistent_buffers_set
             memo |= {

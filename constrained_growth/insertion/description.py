@@ -38,8 +38,9 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
         if any(m._forward_hooks or m._forward_pre_hooks for m in block.modules()):
             raise TypeError("it has hooks")
         arguments = {name: _encoded(value) for name, value in block.config().items()}  # type: ignore[operator]
-        rebuilt = _built(kind, arguments, parameter_shapes(block))
-        differing = first_difference(settings(block), settings(rebuilt))
+        like = next(block.parameters())
+        rebuilt = _built(kind, arguments, parameter_shapes(block)).to(like.device, like.dtype)
+        differing = first_difference(settings(block, deep=True), settings(rebuilt, deep=True))
         if differing:
             raise TypeError(f"config() builds another one: {differing}")
     except Exception as error:
@@ -109,7 +110,8 @@ def _built(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) 
             found = parameter_shapes(kind(**values))
         if found != dict(shapes):
             raise RecordError(f"the arguments give parameters {found}, and not {dict(shapes)}")
-        return kind(**{name: _decoded(value, name) for name, value in arguments.items()})
+        with torch.device("cpu"):
+            return kind(**{name: _decoded(value, name) for name, value in arguments.items()})
 
 
 def _encoded(value: Any) -> Any:

@@ -229,10 +229,12 @@ def _check_size(record: GrowthRecord, model: nn.Module, given: Mapping[str, nn.M
         for shape in one.parameters.values()
     )
     own = sum(parameter.numel() for parameter in model.parameters())
-    if size > max(_SMALL, _MOST_GROWTH * own):
+    most = max(_SMALL, _MOST_GROWTH * own)
+    if size > most:
         raise RecordError(
-            f"record: its layers have {size:,} parameters, and model={type(model).__name__} has "
-            f"{own:,}. If that is meant, pass the blocks: blocks={{{built[0].name!r}: block, …}}."
+            f"record: its layers have more than {most:,} parameters, and "
+            f"model={type(model).__name__} has {own:,}. If that is meant, pass the blocks: "
+            f"blocks={{{built[0].name!r}: block, …}}."
         )
 
 
