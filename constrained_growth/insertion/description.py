@@ -53,18 +53,17 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
     copied = block.module
     shapes, names = parameter_shapes(copied), {m: name for name, m in model.named_modules()}
 
-    def is_alike(module: nn.Module | None, deep: bool) -> bool:
+    def is_alike(module: nn.Module, deep: bool) -> bool:
         """Whether a copy of it is the same; `deep` where it need not be what was copied."""
         return (
-            module in names
-            and type(module) is type(copied)
+            type(module) is type(copied)
             and parameter_shapes(module) == shapes
             and not first_difference(settings(copied, deep), settings(module, deep))
         )
 
     described = {"type": CopiedBlock.__qualname__, "copied": type(copied).__qualname__}
     original = block.original.module
-    if not is_alike(original, deep=False):
+    if original is None or original not in names or not is_alike(original, deep=False):
         original = next((m for m in (site, *names) if is_alike(m, deep=True)), None)
     if original is None:
         raise TypeError("no module of the model is what was copied, or exactly like it")

@@ -6,7 +6,7 @@ import functools
 import hashlib
 from collections.abc import Mapping, Set
 from enum import Enum
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ def settings(
 ) -> dict[str, str]:
     """Name → value, as text, of the attributes of a module and of those inside it.
 
-    With them are their classes and the shapes of their buffers. Attributes that are None are left
-    out, as are tensors and what says how a module runs just now. `deep` is for modules of one
-    process that have to be alike in everything: it adds tensors, the state of objects such as
-    configs, and the numbers of layers. Without it these may differ: a config tells what belongs to
-    the whole model, like its depth, and changes as it grows and trains. `inside` are the objects
-    on the way to the module, so that a circle of them ends.
+    With them are their classes and the shapes of their buffers. Left out is what is None, and what
+    only says how a module runs just now. `deep` is for modules of one process that have to be alike
+    in everything: it adds tensors, which may be left from the last pass, and the numbers of layers,
+    which change as the model grows. `inside` are the objects on the way to the module, so that a
+    circle of them ends.
     """
     found: dict[str, str] = {}
     for owner, part in module.named_modules(remove_duplicate=False):
@@ -50,7 +49,8 @@ def first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 
 _INTERNAL = frozenset(vars(nn.Module())) | {
-    "gradient_checkpointing",  # of Transformers
+    "_is_hf_initialized",  # of Transformers, as are the next two
+    "gradient_checkpointing",
     "_gradient_checkpointing_func",
 }
 _NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
@@ -81,6 +81,8 @@ def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
         return f"tensor {tuple(value.shape)}{_values(value) if deep else ''}"
     if isinstance(value, functools.partial):
         return f"partial{shown((value.func, value.args, value.keywords))}"
+    if isinstance(value, MethodType):
+        return shown((value.__func__, value.__self__))
     if isinstance(value, CodeType):
         return shown((value.co_code, value.co_names, value.co_consts))
     name = getattr(value, "__qualname__", None)
@@ -90,7 +92,24 @@ def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
     if name is not None:  # another function, or a class
         return f"{value.__module__}.{name}" if deep else name
     kind = type(value).__qualname__
-    return f"{kind} {shown(vars(value))}" if deep and hasattr(value, "__dict__") else kind
+    others = [one for one in inside if not isinstance(one, _OPEN)]
+    if others or hasattr(value, "save_pretrained") or not hasattr(value, "__dict__"):
+        return kind  # the configs of Transformers change as a model trains, grows and is saved
+    return f"{kind} {shown(vars(value))}"
+
+
+_OPEN = (
+    nn.Module,
+    Mapping,
+    Set,
+    list,
+    tuple,
+    functools.partial,
+    FunctionType,
+    MethodType,
+    CodeType,
+)
+"""What is described with all that it holds; another object only down to the objects in it."""
 
 
 def _values(tensor: Tensor) -> str:

@@ -278,7 +278,7 @@ def storages(*modules: nn.Module) -> dict[int, int]:
     return {place.data_ptr(): place.nbytes() for place in places}
 
 
-def normed_model() -> tuple[nn.Module, list[Any]]:
+def normed_model() -> tuple[nn.Sequential, list[Any]]:
     model = nn.Sequential(nn.Linear(2, 4), Normed(), Normed(), nn.Linear(4, 3))
     return model, [(torch.randn(9, 2), torch.randint(3, (9,))) for _ in range(2)]
 
