@@ -93,9 +93,12 @@ class CopiedBlock(nn.Module):
             scratch = copy.deepcopy(self)
             pinned, self._exact = branch_ends(scratch, scratch.module, args, kwargs or {})
         self.pinned = tuple(f"module.{name}" for name in pinned)
-        for parameter in pinned_parameters(self).values():  # one zero, until it is copied
-            zeros = parameter.new_zeros(()).expand_as(parameter)
-            parameter.data = zeros if share else torch.zeros_like(parameter)
+        with torch.no_grad():
+            for parameter in pinned_parameters(self).values():
+                if share and type(parameter) is nn.Parameter:  # one zero, until it is copied
+                    parameter.data = parameter.new_zeros(()).expand_as(parameter)
+                else:
+                    parameter.zero_()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The first tensor in the output of the copy, of the shape of x."""
@@ -152,17 +155,18 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
         for name, value in attributes
         if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
     }
-    if share:
-        for parameter in module.parameters():
-            if type(parameter) is nn.Parameter:
-                memo[id(parameter)] = nn.Parameter(parameter.detach(), parameter.requires_grad)
-        for part in module.modules():
-            constants = part._non_persistent_buffers_set
-            memo |= {
-                id(b): b.detach()
-                for n, b in part._buffers.items()
-                if n in constants and b is not None
-            }
+    if share:  # but for what is quantised or sharded, or persistent and so changes as it runs
+        memo |= {
+            id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+            for parameter in module.parameters()
+            if type(parameter) is nn.Parameter
+        }
+        memo |= {
+            id(buffer): buffer.detach()
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if name in part._non_persistent_buffers_set and buffer is not None
+        }
     copied = copy.deepcopy(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None

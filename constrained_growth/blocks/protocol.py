@@ -65,12 +65,11 @@ REGISTERED: dict[str, type[nn.Module]] = {}
 
 
 def register(kind: Kind) -> Kind:
-    """Let records build blocks of a class of yours, in this process; a decorator.
+    """Let records build blocks of a class of yours, in this process: a decorator.
 
     The class has a method `config()`, a dict of the arguments that build the same block again:
-    plain values, activations of PyTorch, lists, tuples and dicts of them. What is trained need not
-    be among them, as the state dict brings it. It runs on the meta device first, so that a damaged
-    record cannot fill the memory. Classes are known by their names, so each name is taken once.
+    plain values, activations of PyTorch, and lists, tuples and dicts of them. Where a record is
+    read, its class is known by its name, and is first tried on the meta device.
 
     Args:
         kind: A class of blocks.
@@ -83,18 +82,9 @@ def register(kind: Kind) -> Kind:
 
     Example:
         >>> @register
-        ... class Gain(nn.Module):
-        ...     pinned = ("log",)
-        ...
-        ...     def __init__(self, width: int) -> None:
-        ...         super().__init__()
-        ...         self.log = nn.Parameter(torch.zeros(width))
-        ...
-        ...     def forward(self, x: Tensor) -> Tensor:
-        ...         return x * self.log.exp()
-        ...
+        ... class Wide(nn.Linear):
         ...     def config(self) -> dict[str, Any]:
-        ...         return {"width": len(self.log)}
+        ...         return {"in_features": self.in_features, "out_features": self.out_features}
     """
     is_block = isinstance(kind, type) and issubclass(kind, nn.Module)
     if not is_block or not callable(getattr(kind, "config", None)):

@@ -17,15 +17,15 @@ from torch import nn
 from constrained_growth._activations import TanhLU
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
-from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.errors import RecordError
+from constrained_growth.insertion.layer import WithInsertedLayer
 from constrained_growth.insertion.settings import first_difference, settings
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """How to rebuild a block that is about to be inserted after a site of the model.
+    """How to rebuild a block that is about to be inserted after a module of the model.
 
     Its `arguments` are None where it cannot be rebuilt exactly, and `reason` says why.
     """
@@ -39,7 +39,7 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
             raise TypeError("it has hooks")
         arguments = {name: _encoded(value) for name, value in block.config().items()}  # type: ignore[operator]
         like = next(block.parameters())
-        rebuilt = _built(kind, arguments, parameter_shapes(block)).to(like.device, like.dtype)
+        rebuilt = built_block(kind, arguments, parameter_shapes(block)).to(like.device, like.dtype)
         differing = first_difference(settings(block, deep=True), settings(rebuilt, deep=True))
         if differing:
             raise TypeError(f"config() builds another one: {differing}")
@@ -61,45 +61,23 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
             and not first_difference(settings(copied, deep), settings(module, deep))
         )
 
-    described = {"type": CopiedBlock.__qualname__, "copied": type(copied).__qualname__}
+    site = _without_inserted(site)
     original = block.original.module
     if original is None or original not in names or not is_alike(original, deep=False):
         original = next((m for m in (site, *names) if is_alike(m, deep=True)), None)
     if original is None:
         raise TypeError("no module of the model is what was copied, or exactly like it")
     pinned = [name.removeprefix("module.") for name in block.pinned]
-    of = {} if original is site else {"of": names[original]}
-    return {**described, **of, "arguments": {"pinned": pinned}, "settings": settings(copied)}
+    return {
+        "type": CopiedBlock.__qualname__,
+        "copied": type(copied).__qualname__,
+        **({} if original is site else {"of": names[original]}),
+        "arguments": {"pinned": pinned},
+        "settings": settings(copied),
+    }
 
 
-def rebuilt_block(described: Mapping[str, Any], shapes: Shapes) -> nn.Module:
-    """A block from its description, with the shapes that the record says; not for copies."""
-    return _built(REGISTERED[described["type"]], dict(described["arguments"]), shapes)
-
-
-def rebuilt_copy(
-    described: Mapping[str, Any], shapes: Shapes, site: nn.Module, model: nn.Module
-) -> CopiedBlock:
-    """A copy of the site, or of the other module that the description names."""
-    of = described.get("of")
-    original = site if of is None else dict(model.named_modules()).get(of)
-    what, copied = "its site" if of is None else f'"{of}"', described["copied"]
-    if original is None or original is model or type(original).__qualname__ != copied:
-        here = "nothing" if original is None else f"a {type(original).__qualname__}"
-        raise RecordError(f"it is a copy of the {copied} at {what}, and here is {here}")
-    own = parameter_shapes(original)
-    differing = "" if own == dict(shapes) else f"parameters {own} for {dict(shapes)}"
-    if "settings" in described:  # not written by the first versions
-        found = first_difference(described["settings"], settings(original))
-        differing = differing or found
-    if differing:
-        raise RecordError(
-            f"it is a copy of the {copied} at {what}, which is another one here: {differing}"
-        )
-    return CopiedBlock(original, list(described["arguments"]["pinned"]))
-
-
-def _built(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def built_block(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> nn.Module:
     """`kind(**arguments)`, if that has these shapes; without drawing random numbers."""
     if arguments.keys() & {"device", "dtype"}:
         raise RecordError("device and dtype are those of the site, and no arguments")
@@ -111,6 +89,32 @@ def _built(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) 
             raise RecordError(f"the arguments give parameters {found}, and not {dict(shapes)}")
         with torch.device("cpu"):
             return kind(**{name: _decoded(value, name) for name, value in arguments.items()})
+
+
+def built_copy(
+    described: Mapping[str, Any], shapes: Shapes, site: nn.Module, model: nn.Module
+) -> CopiedBlock:
+    """A copy of the site, or of the other module that the description names."""
+    of = described.get("of")
+    original = _without_inserted(site) if of is None else dict(model.named_modules()).get(of)
+    what, copied = "its site" if of is None else f'"{of}"', described["copied"]
+    if original is None or original is model or type(original).__qualname__ != copied:
+        here = "nothing" if original is None else f"a {type(original).__qualname__}"
+        raise RecordError(f"it is a copy of the {copied} at {what}, and here is {here}")
+    own = settings(original)
+    differing = first_difference(described.get("settings", own), own)  # not in the first versions
+    if differing or parameter_shapes(original) != dict(shapes):
+        differing = differing or f"{parameter_shapes(original)} for {dict(shapes)}"
+        raise RecordError(
+            f"it is a copy of the {copied} at {what}, which is another one here: {differing}"
+        )
+    return CopiedBlock(original, list(described["arguments"]["pinned"]))
+
+
+def _without_inserted(site: nn.Module) -> nn.Module:
+    while isinstance(site, WithInsertedLayer):
+        site = site.base
+    return site
 
 
 def _encoded(value: Any) -> Any:

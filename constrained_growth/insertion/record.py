@@ -15,7 +15,7 @@ from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion.description import rebuilt_block, rebuilt_copy
+from constrained_growth.insertion.description import built_block, built_copy
 from constrained_growth.insertion.layer import (
     WithInsertedLayer,
     first_parameter,
@@ -130,7 +130,8 @@ _NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, OverflowError, Re
 
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
     output, placement = item.get("output"), item.get("placement", "wrapped")
-    if not isinstance(output, int | str | None) or placement not in ("wrapped", "sibling"):
+    is_place = isinstance(output, int | str | None) and not isinstance(output, bool)
+    if not is_place or placement not in ("wrapped", "sibling"):
         raise ValueError(f"output={output!r}, placement={placement!r}")
     name, after, overwritten = item["name"], item["after"], item["overwritten"]
     if not (isinstance(name, str) and isinstance(after, str) and isinstance(overwritten, bool)):
@@ -220,27 +221,21 @@ def replay(
 
 
 def _check_size(record: GrowthRecord, model: nn.Module, given: Mapping[str, nn.Module]) -> None:
-    """Refuse a record that claims blocks of another order of size than the model."""
-    built = [one for one in record.insertions if one.pristine is None and one.name not in given]
-    size = sum(
-        math.prod(shape)
-        for one in built
+    """Refuse a record that builds blocks of another order of size than the model."""
+    sizes = {
+        one.name: sum(map(math.prod, one.parameters.values()))
+        for one in record.insertions
+        if one.pristine is None and one.name not in given
         if one.block.get("type") != CopiedBlock.__qualname__
-        for shape in one.parameters.values()
-    )
+    }
     own = sum(parameter.numel() for parameter in model.parameters())
-    most = max(_SMALL, _MOST_GROWTH * own)
-    if size > most:
+    most = max(2**24, 16 * own)
+    if sum(sizes.values()) > most:
         raise RecordError(
             f"record: its layers have more than {most:,} parameters, and "
             f"model={type(model).__name__} has {own:,}. If that is meant, pass the blocks: "
-            f"blocks={{{built[0].name!r}: block, …}}."
+            f"blocks={{{next(iter(sizes))!r}: block, …}}."
         )
-
-
-_SMALL = 2**24
-_MOST_GROWTH = 16
-"""What a record alone may add: 16 times the parameters of the model, or else 16 million."""
 
 
 def _without_wrappers(record: GrowthRecord, model: nn.Module) -> GrowthRecord:
@@ -302,12 +297,10 @@ def _rebuilt(
         )
     try:
         if kind != CopiedBlock.__qualname__:
-            return rebuilt_block(described, shapes)
-        while isinstance(site, WithInsertedLayer):
-            site = site.base
+            return built_block(REGISTERED[kind], dict(described["arguments"]), shapes)
         if not is_sibling:
             shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
-        block = rebuilt_copy(described, shapes, site, model)
+        block = built_copy(described, shapes, site, model)
         return block.standalone() if is_sibling else block
     except Exception as error:
         raise RecordError(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import types
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,28 @@ def test_another_module_at_the_place_of_the_copied_one_is_refused(kind: str) -> 
     fresh[2] = line(kind)[1]
     with nothing_left_behind(fresh), refused(cg.RecordError, '"2"', "Mix", "another one here"):
         cg.replay(fresh, cg.GrowthRecord.from_json(record.to_json()))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_several_copies_at_one_site(alone: bool) -> None:
+    """Elements of the list, or around the site; each is a copy of another module."""
+
+    def make() -> nn.Sequential:
+        listed = line("number")
+        return listed if alone else nn.Sequential(OrderedDict(zip("abcd", listed, strict=True)))
+
+    model, data = make(), classified(20)
+    found = {"first": model[1], "second": model[2], "third": model[1]}
+    candidates = [
+        cg.Candidate(
+            "1" if alone else "b", CopiedBlock(one, ("outer.weight", "outer.bias")), name=name
+        )
+        for name, one in found.items()
+    ]
+    record = cg.insert(model, solved(model, data, *candidates, rule=choose(*found)))
+    again = cg.replay(make(), cg.GrowthRecord.from_json(record.to_json()))
+    again.load_state_dict(moved(model).state_dict())
+    assert same_function(again, model, data[0][0])
 
 
 def test_heads_and_eps_of_a_transformer_layer() -> None:
