@@ -18,14 +18,13 @@ from constrained_growth._activations import TanhLU
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion.layer import WithInsertedLayer
 from constrained_growth.insertion.settings import first_difference, settings
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """How to rebuild a block that is about to be inserted after a module of the model.
+    """How to rebuild a block that is about to be inserted after a site of the model.
 
     Its `arguments` are None where it cannot be rebuilt exactly, and `reason` says why.
     """
@@ -49,7 +48,7 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
 
 
 def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """The copied class, its pins and settings, and `of` which module, if not of its site."""
+    """The copied class, `of` which module, its pins and settings."""
     copied = block.module
     shapes, names = parameter_shapes(copied), {m: name for name, m in model.named_modules()}
 
@@ -61,7 +60,6 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
             and not first_difference(settings(copied, deep), settings(module, deep))
         )
 
-    site = _without_inserted(site)
     original = block.original.module
     if original is None or original not in names or not is_alike(original, deep=False):
         original = next((m for m in (site, *names) if is_alike(m, deep=True)), None)
@@ -71,7 +69,7 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
     return {
         "type": CopiedBlock.__qualname__,
         "copied": type(copied).__qualname__,
-        **({} if original is site else {"of": names[original]}),
+        "of": names[original],
         "arguments": {"pinned": pinned},
         "settings": settings(copied),
     }
@@ -94,9 +92,9 @@ def built_block(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Sha
 def built_copy(
     described: Mapping[str, Any], shapes: Shapes, site: nn.Module, model: nn.Module
 ) -> CopiedBlock:
-    """A copy of the site, or of the other module that the description names."""
+    """A copy of the module that the description names; of the site where it names none."""
     of = described.get("of")
-    original = _without_inserted(site) if of is None else dict(model.named_modules()).get(of)
+    original = site if of is None else dict(model.named_modules()).get(of)
     what, copied = "its site" if of is None else f'"{of}"', described["copied"]
     if original is None or original is model or type(original).__qualname__ != copied:
         here = "nothing" if original is None else f"a {type(original).__qualname__}"
@@ -109,12 +107,6 @@ def built_copy(
             f"it is a copy of the {copied} at {what}, which is another one here: {differing}"
         )
     return CopiedBlock(original, list(described["arguments"]["pinned"]))
-
-
-def _without_inserted(site: nn.Module) -> nn.Module:
-    while isinstance(site, WithInsertedLayer):
-        site = site.base
-    return site
 
 
 def _encoded(value: Any) -> Any:

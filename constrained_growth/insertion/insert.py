@@ -178,7 +178,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
-            block=described_block(planned.block, end, model),
+            block=described_block(planned.block, new.site, model),
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,

@@ -35,8 +35,8 @@ class InsertedLayer:
         name: Name of its candidate.
         after: Qualified name of the module it follows, at the moment of its insertion.
         block: How to rebuild the block: its `type`, and `arguments` that JSON can hold; for a copy
-            also `of` which module, if not of its site, and the `settings` that it had. Where
-            `arguments` is None, for the `reason` given, pass the block to `replay`.
+            also `of` which module, and the `settings` that it had. Where `arguments` is None, for
+            the `reason` given, pass the block to `replay`.
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
@@ -298,6 +298,8 @@ def _rebuilt(
     try:
         if kind != CopiedBlock.__qualname__:
             return built_block(REGISTERED[kind], dict(described["arguments"]), shapes)
+        while isinstance(site, WithInsertedLayer):
+            site = site.base
         if not is_sibling:
             shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
         block = built_copy(described, shapes, site, model)

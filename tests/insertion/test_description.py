@@ -504,12 +504,17 @@ def test_a_damaged_copy(change: Any) -> None:
         cg.replay(fresh, record)
 
 
-def test_a_copy_without_settings_as_the_first_versions_wrote_it() -> None:
+@pytest.mark.parametrize("of", ["1", "2"])
+def test_a_copy_as_the_first_versions_described_it(of: str) -> None:
+    """Without settings, and without the name of its original where that is its site."""
     model = line("number")
-    one = cg.Candidate("1", CopiedBlock(model[2], ("outer.weight", "outer.bias")))
-    record = cg.insert(model, solved(model, classified(20), one, rule=choose("1")))
+    one = cg.Candidate("2", CopiedBlock(model[int(of)], ("outer.weight", "outer.bias")))
+    record = cg.insert(model, solved(model, classified(20), one, rule=choose("2")))
     content = json.loads(record.to_json())
-    del content["insertions"][0]["block"]["settings"]
+    described = content["insertions"][0]["block"]
+    del described["settings"]
+    if of == "2":
+        del described["of"]
     again = cg.replay(line("number"), cg.GrowthRecord.from_json(json.dumps(content)))
-    again.load_state_dict(model.state_dict())
+    again.load_state_dict(moved(model).state_dict())
     assert same_function(again, model, torch.randn(9, 2))
