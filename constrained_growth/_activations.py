@@ -62,7 +62,7 @@ def as_activation(activation: Any) -> Activation:
         raise BlockError(
             f"activation={activation!r} cannot be called; give nn.ReLU() or torch.tanh, say."
         )
-    probe = torch.linspace(-2, 2, 8, dtype=torch.float64).view(2, 4)
+    probe = torch.linspace(-2, 2, 8, dtype=torch.float64, device="cpu").view(2, 4)
     other = probe.clone()
     other[0, 0] = 3.0
     try:
@@ -94,7 +94,11 @@ def computes_same(activation: Activation, other: object) -> bool:
 
 
 def in_double(activation: Any) -> Activation:
-    """The activation on float64, its own parameters too, and never in place."""
+    """The activation on float64, its own parameters too, and never in place.
+
+    What it is tried on is on the CPU, whatever device is the default: a block may be built on
+    the meta device.
+    """
     is_module = isinstance(activation, nn.Module)
     function = copy.deepcopy(activation).double() if is_module else activation
     return lambda x: function(x.clone())
@@ -108,7 +112,7 @@ def derivative(activation: Activation, x: Tensor) -> Tensor:
 def value_at_zero(activation: Activation) -> float:
     """σ(0)."""
     with torch.no_grad():
-        return in_double(activation)(torch.zeros(1, dtype=torch.float64)).item()
+        return in_double(activation)(_zero()).item()
 
 
 def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Ten
 def checked_slope(activation: Activation, block: str) -> float:
     """σ′(0); raises a BlockError if it is 0, or σ(0) is not."""
     value = value_at_zero(activation)
-    slope = derivative(in_double(activation), torch.zeros(1, dtype=torch.float64)).item()
+    slope = derivative(in_double(activation), _zero()).item()
     advice = 'Use ResidualMLP(width, hidden, activation, pinned="outer"), which takes every σ.'
     if value != 0:
         raise BlockError(
@@ -148,7 +152,7 @@ def checked_shift(
     """The given shift of an identity layer, or the smallest; a BlockError if it will not do."""
     found = identity_shift(activation) if shift is None else float(shift)
     error = identity_error(activation, found or 0.0)
-    if found is None or error > _TOLERANCE:
+    if found is None or not error <= _TOLERANCE:
         stated = "no shift s" if found is None else f"shift={found:g} does not"
         reason = (
             f"({stated} gives σ(x + s) = x + s on the range of σ; at s = {found or 0.0:g} it is "
@@ -197,10 +201,15 @@ def identity_shift(activation: Activation) -> float | None:
     return shift if shift > 0 and identity_error(activation, shift) <= _TOLERANCE else None
 
 
+def _zero() -> Tensor:
+    return torch.zeros(1, dtype=torch.float64, device="cpu")
+
+
 def _grid() -> Tensor:
     """Points in [−64, 64], dense near 0 where activations bend."""
-    near = torch.logspace(-8, 0, 2001, dtype=torch.float64)
-    positive = torch.cat([near, torch.linspace(1, 64, 4001, dtype=torch.float64)])
+    near = torch.logspace(-8, 0, 2001, dtype=torch.float64, device="cpu")
+    far = torch.linspace(1, 64, 4001, dtype=torch.float64, device="cpu")
+    positive = torch.cat([near, far])
     return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
 
 

@@ -326,7 +326,9 @@ def _brought(
     other_mode = any(module.training != training for module in block.modules())
     moved = any(p.device != device or p.dtype != dtype for p in block.parameters())
     if shares or other_mode or moved:
-        block = copy.deepcopy(block).to(device=device, dtype=dtype).train(training)
+        kept = () if shares or moved else tensors_of(block)  # a copy for the mode takes no memory
+        block = copy.deepcopy(block, {id(t): t for t in kept})
+        block = block.to(device=device, dtype=dtype).train(training)
     return block
 
 

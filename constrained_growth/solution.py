@@ -111,7 +111,11 @@ class Decision:
             block starts, in the shape of the parameter. A candidate that is not in it starts at
             the pin, where it does nothing.
         evidence: What the decision rests on, for the record: numbers, texts, lists and dicts of
-            them, as JSON takes them.
+            them. It is kept as JSON gives it back: arrays and tensors as lists of numbers, NaN and
+            infinities as None.
+
+    Raises:
+        RuleError: The evidence holds something that JSON cannot.
     """
 
     chosen: tuple[str, ...] = ()
@@ -131,7 +135,33 @@ class Decision:
         object.__setattr__(self, "chosen", tuple(names))
         instance("reason", self.reason, str, RuleError, "a sentence")
         instance("values", self.values, Mapping, RuleError, "candidate → pinned parameter → v")
-        instance("evidence", self.evidence, Mapping, RuleError, "a dict that JSON takes")
+        try:
+            if not isinstance(self.evidence, Mapping):
+                raise TypeError(f"it is a {type(self.evidence).__name__}, not a dict")
+            object.__setattr__(self, "evidence", _as_json(self.evidence))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RuleError(
+                f"evidence={self.evidence!r:.80} of the decision cannot be kept as JSON: {error}. "
+                "Give numbers, texts, None, and lists and dicts of them."
+            ) from error
+
+
+def _as_json(value: Any, place: str = "it") -> Any:
+    """A value as JSON gives it back; the TypeError names the place of what JSON cannot hold."""
+    if hasattr(value, "tolist"):  # of NumPy, PyTorch and pandas
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {
+            k if isinstance(k, str) else str(_as_json(k)): _as_json(v, f"{place}[{k!r}]")
+            for k, v in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [_as_json(v, f"{place}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    raise TypeError(f"{place} is a {type(value).__name__}")
 
 
 @dataclass(frozen=True)

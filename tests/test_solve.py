@@ -395,3 +395,41 @@ def test_ordinary_data_loader() -> None:
     loader = DataLoader(TensorDataset(x, y), batch_size=6, shuffle=True)
     solution = solved(model, loader, candidate())
     assert_multipliers(solution, "1", autograd_multipliers(model, [(x, y)], candidate()))
+
+
+# --- evidence -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (np.arange(3), [0, 1, 2]),
+        (np.float32(0.5), 0.5),
+        (np.bool_(True), True),
+        (torch.tensor([[1.0, float("nan")]]), [[1.0, None]]),
+        (torch.tensor(3), 3),
+        (float("inf"), None),
+        ((1, {"a": np.int64(2), 3: "text"}), [1, {"a": 2, "3": "text"}]),
+    ],
+)
+def test_evidence_is_kept_as_json_gives_it_back(given: Any, kept: Any) -> None:
+    model = feedforward(2, 4, 3)
+    decision = cg.Decision(("1",), evidence={"here": given})
+    assert decision.evidence == {"here": kept}
+    solution = solved(model, classified(9), candidate(), rule=lambda _: decision)
+    record = cg.insert(model, solution)
+    assert cg.GrowthRecord.from_json(record.to_json()).evidence == ({"here": kept},)
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [{"a": [1, {"b": 1j}]}, {"a": {1, 2}}, {"a": np.array([1j])}, {"a": object()}, 3, ["a"]],
+)
+def test_evidence_that_json_cannot_hold_is_refused_at_once(evidence: Any) -> None:
+    model, data, one = feedforward(2, 4, 3), classified(9), candidate()
+
+    def rule(sensitivities: Any) -> cg.Decision:
+        return cg.Decision(("1",), evidence=evidence)
+
+    with nothing_left_behind(model), refused(cg.RuleError, "evidence", "JSON"):
+        solved(model, data, one, rule=rule)

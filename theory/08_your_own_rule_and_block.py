@@ -155,7 +155,8 @@ ax.spines[["top", "right"]].set_visible(False)
 # $$\lambda_{W_2} = -\sum\psi\varphi^{\mathsf T}, \qquad \psi = \delta, \quad \varphi = \mathrm{GELU}(W_1\,\mathrm{LN}(x)),$$
 #
 # the library gets the multipliers of single samples at no cost, and with them a standard error from a single batch. To rebuild the
-# architecture in another process, pass your block to `cg.replay(..., blocks=...)`.
+# architecture in another process, pass your block to `cg.replay(..., blocks=...)`; or give its class a method `config()`, the arguments
+# that build it, and decorate it with `@cg.blocks.register`: a record then builds the block by itself.
 
 
 # %%

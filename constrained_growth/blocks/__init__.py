@@ -19,8 +19,8 @@ Nothing else is required: λ then comes from differentiating the block alone. A 
                           arguments of the module at its site (masks, position embeddings)
     standalone()          the module to insert instead of the block where its site is an element
                           of an `nn.ModuleList` or `nn.Sequential`; it holds the pinned parameters
-    config()              the arguments that build the same architecture again; used for the
-                          records of the blocks in this package
+    config()              the arguments that build the same architecture again; a record holds
+                          them, and builds the block where its class is registered: `register`
 
 `constrained_growth.testing.check_block` checks a block of your own.
 """
@@ -40,6 +40,7 @@ from constrained_growth.blocks.protocol import (
     has_factors,
     moves,
     pinned_parameters,
+    register,
 )
 from constrained_growth.blocks.transformer import GatedMLP, TransformerBlock
 
@@ -60,4 +61,5 @@ __all__ = [
     "has_factors",
     "moves",
     "pinned_parameters",
+    "register",
 ]

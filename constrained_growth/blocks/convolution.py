@@ -18,12 +18,19 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
+from constrained_growth.blocks.protocol import (
+    AffineFactors,
+    exact_everywhere,
+    register,
+    shown,
+    zero_pins,
+)
 from constrained_growth.errors import BlockError
 
 NormLayer = Callable[[int], nn.Module]
 
 
+@register
 class ResidualConv2d(nn.Module):
     """Residual convolutions, x ↦ x + N₂(K₂ ∗ σ(N₁(K₁ ∗ x))), the end of the branch pinned at zero.
 
@@ -43,7 +50,7 @@ class ResidualConv2d(nn.Module):
 
     Args:
         channels: Channels of the tensor at the site, its second dimension.
-        activation: σ, a module or an elementwise function.
+        activation: σ, a module or an elementwise function; ReLU by default, as in the source.
         hidden: Channels in between; `channels` by default.
         kernel_size: k, odd, of both convolutions.
         norm_layer: Makes a normalisation with parameters `weight` and `bias` from a number of
@@ -77,7 +84,7 @@ class ResidualConv2d(nn.Module):
     def __init__(
         self,
         channels: int,
-        activation: Activation | type[nn.Module],
+        activation: Activation | type[nn.Module] = nn.ReLU,
         hidden: int | None = None,
         kernel_size: int = 3,
         *,
@@ -161,6 +168,7 @@ class ResidualConv2d(nn.Module):
         }
 
 
+@register
 class ResidualBottleneck2d(ResidualConv2d):
     """Residual bottleneck: 1 × 1 convolution to fewer channels, k × k, and 1 × 1 back.
 
@@ -186,6 +194,7 @@ class ResidualBottleneck2d(ResidualConv2d):
         return 1, kernel_size, 1
 
 
+@register
 class IdentityConv2d(nn.Module):
     """Identity convolution x ↦ σ(K ∗ x + b) − s, K the Dirac kernel and b = s, right after a σ.
 
@@ -240,9 +249,10 @@ class IdentityConv2d(nn.Module):
         self.shift = checked_shift(
             self.activation, shift, "ResidualConv2d(channels, activation, norm_layer=None)"
         )
-        dirac = torch.empty(channels, channels, size, size, device=device, dtype=dtype)
+        dirac = torch.zeros(channels, channels, size, size, device=device, dtype=dtype)
+        dirac[:, :, size // 2, size // 2].fill_diagonal_(1)
         self.dirac: Tensor
-        self.register_buffer("dirac", nn.init.dirac_(dirac), persistent=False)
+        self.register_buffer("dirac", dirac, persistent=False)
         self.weight = nn.Parameter(dirac.clone())
         self.bias = nn.Parameter(torch.full((channels,), self.shift, device=device, dtype=dtype))
 

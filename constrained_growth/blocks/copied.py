@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth.blocks.branches import branch_ends
-from constrained_growth.blocks.protocol import zero_pins
+from constrained_growth.blocks.protocol import REGISTERED, pinned_parameters
 from constrained_growth.errors import BlockError
 
 
@@ -39,6 +41,10 @@ class CopiedBlock(nn.Module):
         args: The positional arguments of that call, the tensor x first. None (default) tries
             tensors of the usual shapes; a module that needs more than x needs an example.
         kwargs: The keyword arguments of that call.
+        share: Whether the block keeps the parameters of `module` that are not pinned, and its
+            constants (buffers that are not saved), until it is copied by `copy.deepcopy` or
+            inserted: it then gets their values of that moment. So candidates take no memory,
+            as those of `find_candidates`. Such a block is there to be measured: do not train it.
 
     Parameters:
         Those of `module`, as `module.…`; the pinned ones are in `pinned`.
@@ -67,11 +73,14 @@ class CopiedBlock(nn.Module):
         *,
         args: Sequence[Any] | None = None,
         kwargs: Mapping[str, Any] | None = None,
+        share: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise BlockError(f"module={module!r} is not an nn.Module; give the block to copy.")
-        self.module = _copied(module)
+        module = getattr(module, "_orig_mod", module)  # of torch.compile
+        self.original = Original(module)
+        self.module = _copied(module, share)
         self._exact = False
         self._checkpointed = tuple(
             name for name, m in self.module.named_modules() if vars(m).get(_CHECKPOINTING)
@@ -84,7 +93,12 @@ class CopiedBlock(nn.Module):
             scratch = copy.deepcopy(self)
             pinned, self._exact = branch_ends(scratch, scratch.module, args, kwargs or {})
         self.pinned = tuple(f"module.{name}" for name in pinned)
-        zero_pins(self)
+        with torch.no_grad():
+            for parameter in pinned_parameters(self).values():
+                if share and type(parameter) is nn.Parameter:  # one zero, until it is copied
+                    parameter.data = parameter.new_zeros(()).expand_as(parameter)
+                else:
+                    parameter.zero_()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The first tensor in the output of the copy, of the shape of x."""
@@ -99,24 +113,60 @@ class CopiedBlock(nn.Module):
         return self._exact
 
     def standalone(self) -> nn.Module:
-        """The copied module itself, of the class of the original."""
+        """The copied module itself, of the class of the original, with tensors of its own."""
+        self.module = copy.deepcopy(self.module)
         for name in self._checkpointed:
             setattr(self.module.get_submodule(name), _CHECKPOINTING, True)
         return self.module
 
 
+REGISTERED[CopiedBlock.__qualname__] = CopiedBlock
+
 _CHECKPOINTING = "gradient_checkpointing"
 
 
-def _copied(module: nn.Module) -> nn.Module:
-    """A trainable deep copy, without hooks, which belong to the original."""
-    module = getattr(module, "_orig_mod", module)  # of torch.compile
+class Original:
+    """The module that was copied, if it is known. It is not kept alive, nor copied or pickled."""
+
+    def __init__(self, module: nn.Module | None) -> None:
+        self._reference = None if module is None else weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module, or None."""
+        return None if self._reference is None else self._reference()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Original:
+        module = self.module  # copied in the same call, where the whole model is
+        return Original(memo.get(id(module), module))
+
+    def __reduce__(self) -> Any:
+        return Original, (None,)
+
+
+def _copied(module: nn.Module, share: bool) -> nn.Module:
+    """A trainable deep copy, without hooks, which belong to the original.
+
+    With `share` its parameters and constants are other tensors with the same memory.
+    """
     attributes = (item for m in module.modules() for item in vars(m).items())
     memo: dict[int, Any] = {
         id(value): OrderedDict()
         for name, value in attributes
         if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
     }
+    if share:  # but for what is quantised or sharded, or persistent and so changes as it runs
+        memo |= {
+            id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
+            for parameter in module.parameters()
+            if type(parameter) is nn.Parameter
+        }
+        memo |= {
+            id(buffer): buffer.detach()
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if name in part._non_persistent_buffers_set and buffer is not None
+        }
     copied = copy.deepcopy(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None

@@ -19,10 +19,17 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
+from constrained_growth.blocks.protocol import (
+    AffineFactors,
+    exact_everywhere,
+    register,
+    shown,
+    zero_pins,
+)
 from constrained_growth.errors import BlockError
 
 
+@register
 class IdentityLinear(nn.Module):
     """Identity layer x ↦ σ(W x + b) − s with W = I, b = s, placed right after a σ.
 
@@ -93,6 +100,7 @@ class IdentityLinear(nn.Module):
         return {"width": len(self.bias), "activation": self.activation, "shift": self.shift}
 
 
+@register
 class ResidualLinear(nn.Module):
     """Residual layer with one weight, x ↦ x + σ(W x + b) with W = 0, b = 0.
 
@@ -147,6 +155,7 @@ class ResidualLinear(nn.Module):
         return {"width": self.weight.shape[0], "activation": self.activation}
 
 
+@register
 class ResidualMLP(nn.Module):
     """Residual layer with two weights, x ↦ x + W₂ σ(W₁ x + b), one of the factors pinned at zero.
 
@@ -216,10 +225,10 @@ class ResidualMLP(nn.Module):
             _initialise(self.inner if self.pins_outer else self.outer, inner_init)
         zero_pins(self)
         if self.pins_outer:
-            is_zero = not any(bool(p.any()) for p in self.inner.parameters())
+            is_zero = not any(p.is_meta or bool(p.any()) for p in self.inner.parameters())
             dead = is_zero and value_at_zero(self.activation) == 0
         else:
-            dead = not bool(self.outer.weight.any())
+            dead = not (self.outer.weight.is_meta or bool(self.outer.weight.any()))
         if dead:
             raise BlockError(
                 "inner_init makes the free factor zero while the other one is pinned at zero: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,50 @@ def shown(self: Any) -> str:
     """The arguments shown by `repr`."""
     items = self.config().items()
     return ", ".join(f"{name}={v}" for name, v in items if isinstance(v, int | float | str))
+
+
+Kind = TypeVar("Kind", bound=type[nn.Module])
+
+REGISTERED: dict[str, type[nn.Module]] = {}
+"""Name of a class → the class, which a record may build."""
+
+
+def register(kind: Kind) -> Kind:
+    """Let records build blocks of a class of yours, in this process: a decorator.
+
+    The class has a method `config()`, a dict of the arguments that build the same block again:
+    plain values, activations of PyTorch, and lists, tuples and dicts of them. Where a record is
+    read, its class is known by its name, and is first tried on the meta device.
+
+    Args:
+        kind: A class of blocks.
+
+    Returns:
+        The same class.
+
+    Raises:
+        BlockError: It is no class of modules with a method `config`, or its name is taken.
+
+    Example:
+        >>> @register
+        ... class Wide(nn.Linear):
+        ...     def config(self) -> dict[str, Any]:
+        ...         return {"in_features": self.in_features, "out_features": self.out_features}
+    """
+    is_block = isinstance(kind, type) and issubclass(kind, nn.Module)
+    if not is_block or not callable(getattr(kind, "config", None)):
+        raise BlockError(
+            f"kind={kind!r} is no class of nn.Modules with a method config(), a dict of the "
+            "arguments that build the block again."
+        )
+    other = REGISTERED.setdefault(kind.__qualname__, kind)
+    if other.__module__ != kind.__module__:
+        raise BlockError(
+            f"kind={kind!r}: the name {kind.__qualname__} is taken by {other!r}; give the class "
+            "another name."
+        )
+    REGISTERED[kind.__qualname__] = kind  # defined again, as in a notebook
+    return kind
 
 
 def zero_pins(block: nn.Module) -> None:

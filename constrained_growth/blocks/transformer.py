@@ -11,10 +11,17 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import positive_int
-from constrained_growth.blocks.protocol import AffineFactors, exact_everywhere, shown, zero_pins
+from constrained_growth.blocks.protocol import (
+    AffineFactors,
+    exact_everywhere,
+    register,
+    shown,
+    zero_pins,
+)
 from constrained_growth.errors import BlockError
 
 
+@register
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block with both output projections pinned at zero.
 
@@ -126,6 +133,7 @@ class TransformerBlock(nn.Module):
         }
 
 
+@register
 class GatedMLP(nn.Module):
     """Gated feedforward layer, x ↦ x + D(σ(G n) ⊙ U n) with n = RMSNorm(x), D pinned at zero.
 

@@ -405,7 +405,7 @@ def copy_of(run: Run) -> Copied:
     try:
         with torch.enable_grad():
             args = (run.x.detach(), *run.context.args)
-            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
+            block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs, share=True)
         return block, f"one more {kind}, a copy"
     except BlockError as error:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")

@@ -23,12 +23,8 @@ from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
-from constrained_growth.insertion.record import (
-    GrowthRecord,
-    InsertedLayer,
-    described_block,
-    put_into,
-)
+from constrained_growth.insertion.description import described_block
+from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, put_into
 from constrained_growth.solution import Planned, Solution
 
 

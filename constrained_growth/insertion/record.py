@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
-from constrained_growth import blocks
-from constrained_growth._activations import Activation, TanhLU
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import list_of, parameter_shapes
 from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, without_inserted
+from constrained_growth.blocks import CopiedBlock
+from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
-from constrained_growth.errors import BlockError, RecordError
+from constrained_growth.errors import RecordError
+from constrained_growth.insertion.description import built_block, built_copy
 from constrained_growth.insertion.layer import (
     first_parameter,
     standalone_form,
@@ -37,8 +37,9 @@ class InsertedLayer:
     Attributes:
         name: Name of its candidate.
         after: Qualified name of the module it follows, at the moment of its insertion.
-        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold. For a
-            user's own block or activation `arguments` is None: pass it to `replay`.
+        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold; for a copy
+            also `of` which module, and the `settings` that it had. Where `arguments` is None, for
+            the `reason` given, pass the block to `replay`.
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
@@ -121,65 +122,33 @@ class GrowthRecord:
             layers = tuple(_layer_from(item) for item in content["insertions"])
             difference = {str(m): float(d) for m, d in content.get("difference", {}).items()}
             evidence = tuple(dict(item) for item in content.get("evidence", ()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RecordError(f"text is no growth record as of to_json(): {error!r}.") from error
+        except _NO_RECORD as error:
+            raise RecordError(
+                f"text is no growth record as of to_json(): {error!r:.200}."
+            ) from error
         return cls(layers, model, difference, evidence)
+
+
+_NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
     output, placement = item.get("output"), item.get("placement", "wrapped")
-    if not isinstance(output, int | str | None) or placement not in _PLACEMENTS:
+    is_place = isinstance(output, int | str | None) and not isinstance(output, bool)
+    if not is_place or placement not in _PLACEMENTS:
         raise ValueError(f"output={output!r}, placement={placement!r}")
-    name, after, overwritten = str(item["name"]), str(item["after"]), bool(item["overwritten"])
+    name, after, overwritten = item["name"], item["after"], item["overwritten"]
+    if not (isinstance(name, str) and isinstance(after, str) and isinstance(overwritten, bool)):
+        raise ValueError(f"name={name!r}, after={after!r}, overwritten={overwritten!r}")
     block, parameters = dict(item["block"]), _shapes_from(item["parameters"])
     return InsertedLayer(name, after, block, parameters, overwritten, output, placement)
 
 
 def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {str(name): tuple(int(size) for size in shape) for name, shape in content.items()}
-
-
-def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """How to rebuild a block that is about to be inserted after a site of the model."""
-    if isinstance(block, blocks.CopiedBlock):
-        return _described_copy(block, site, model)
-    if _BLOCKS.get(type(block).__name__) is not type(block):
-        return {"type": type(block).__qualname__, "arguments": None}
-    arguments = dict(block.config())  # type: ignore[operator]
-    arguments["activation"] = _described_activation(arguments["activation"])
-    known, norm_layer = arguments["activation"] is not None, arguments.get("norm_layer")
-    if norm_layer is not None:
-        arguments["norm_layer"] = name = getattr(norm_layer, "__name__", "")
-        known = known and _NORM_LAYERS.get(name) is norm_layer
-    return {"type": type(block).__name__, "arguments": arguments if known else None}
-
-
-def _described_copy(block: blocks.CopiedBlock, site: nn.Module, model: nn.Module) -> dict[str, Any]:
-    """The copied class and its pins, and `of` which module it is a copy if not of its site."""
-    kind, shapes = type(block.module), parameter_shapes(block.module)
-
-    def is_alike(module: nn.Module) -> bool:
-        return type(module) is kind and parameter_shapes(module) == shapes
-
-    pinned = [name.removeprefix("module.") for name in block.pinned]
-    described = {"type": type(block).__qualname__, "copied": kind.__qualname__}
-    if is_alike(site):
-        return {**described, "arguments": {"pinned": pinned}}
-    of = next((name for name, module in model.named_modules() if is_alike(module)), None)
-    return {**described, "of": of, "arguments": of and {"pinned": pinned}}
-
-
-def _described_activation(activation: object) -> dict[str, Any] | None:
-    """An activation as data, or None for a user's own."""
-    if isinstance(activation, nn.Module):
-        kind = type(activation)
-        values = {key: getattr(activation, key, None) for key in inspect.signature(kind).parameters}
-        plain = {key: v for key, v in values.items() if isinstance(v, bool | int | float | str)}
-        known = _ACTIVATION_MODULES.get(kind.__name__) is kind
-        return {"module": kind.__name__, "arguments": plain} if known else None
-    name = getattr(activation, "__name__", "")
-    homes = [home for home, space in _FUNCTIONS.items() if getattr(space, name, None) is activation]
-    return {"function": f"{homes[0]}.{name}"} if homes else None
+    shapes = {name: tuple(shape) for name, shape in content.items()}
+    if any(type(size) is not int or size < 0 for shape in shapes.values() for size in shape):
+        raise ValueError(f"sizes that are no whole numbers: {shapes!r:.100}")
+    return shapes
 
 
 def put_into(
@@ -227,8 +196,9 @@ def replay(
         model: As it was before the first insertion; changed in place. It need not be compiled or
             in a DistributedDataParallel, as it may have been when the record was made.
         record: From `insert`, or `GrowthRecord.from_json`.
-        blocks: Name of the inserted layer → block, for your own blocks and activations, which a
-            record read from JSON cannot rebuild.
+        blocks: Name of the inserted layer → block, for what a record read from JSON cannot
+            rebuild: activations of your own, and blocks whose class is not registered by
+            `constrained_growth.blocks.register`.
         strict: Whether the parameters of `model` must have the names and shapes that they had
             when the record was made (default). False requires only the sites.
 
@@ -262,12 +232,31 @@ def replay(
             f'differ, first "{first}" with shape {have.get(first)} for {want.get(first)}. Give '
             "the model as it was before it was grown, or strict=False."
         )
+    _check_size(record, model, given)
     books = open_books(model)
     with structure_kept_on_error(model):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
     return model
+
+
+def _check_size(record: GrowthRecord, model: nn.Module, given: Mapping[str, nn.Module]) -> None:
+    """Refuse a record that builds blocks of another order of size than the model."""
+    sizes = {
+        one.name: sum(map(math.prod, one.parameters.values()))
+        for one in record.insertions
+        if one.pristine is None and one.name not in given
+        if one.block.get("type") != CopiedBlock.__qualname__
+    }
+    own = sum(parameter.numel() for parameter in model.parameters())
+    most = max(2**24, 16 * own)
+    if sum(sizes.values()) > most:
+        raise RecordError(
+            f"record: its layers have more than {most:,} parameters, and "
+            f"model={type(model).__name__} has {own:,}. If that is meant, pass the blocks: "
+            f"blocks={{{next(iter(sizes))!r}: block, …}}."
+        )
 
 
 def _without_wrappers(record: GrowthRecord, model: nn.Module) -> GrowthRecord:
@@ -318,64 +307,25 @@ def _rebuilt(
         return standalone_form(block) if stands_alone and layer.placement == "sibling" else block
     if layer.pristine is not None:
         return copy.deepcopy(layer.pristine)
-    kind, arguments = str(layer.block.get("type")), layer.block.get("arguments")
-    is_copy = kind == blocks.CopiedBlock.__name__
-    if arguments is None or not (is_copy or kind in _BLOCKS):
+    described, shapes = layer.block, layer.parameters
+    kind, is_sibling = str(described.get("type")), layer.placement == "sibling"
+    if described.get("arguments") is None or kind not in REGISTERED:
+        why = described.get("reason", "its class is not registered in this process")
         raise RecordError(
-            f'the layer "{layer.name}" is {kind!r}, which a record cannot rebuild; pass it: '
-            f"replay(model, record, blocks={{{layer.name!r}: block}})."
+            f'the layer "{layer.name}" is {kind!r}, which a record cannot rebuild ({why}); pass '
+            f"it: replay(model, record, blocks={{{layer.name!r}: block}}). For classes of your "
+            "own with a method config() see constrained_growth.blocks.register."
         )
     try:
-        if is_copy:
-            return _copied(layer, dict(arguments)["pinned"], site, model)
-        arguments = dict(arguments)
-        arguments["activation"] = _activation(arguments["activation"])
-        if arguments.get("norm_layer") is not None:
-            arguments["norm_layer"] = _NORM_LAYERS[arguments["norm_layer"]]
-        with torch.random.fork_rng(devices=[]):
-            return _BLOCKS[kind](**arguments)
-    except (TypeError, ValueError, KeyError, AttributeError, BlockError) as error:
-        raise RecordError(f'record: the layer "{layer.name}" is damaged: {error!r}.') from error
-
-
-def _copied(
-    layer: InsertedLayer, pinned: list[str], site: nn.Module, model: nn.Module
-) -> nn.Module:
-    """A copy of the site, or of the other module that the record names."""
-    site = without_inserted(site)
-    copied, of = layer.block.get("copied"), layer.block.get("of")
-    original = site if of is None else dict(model.named_modules()).get(str(of))
-    if original is None or type(original).__qualname__ != copied:
+        if kind != CopiedBlock.__qualname__:
+            return built_block(REGISTERED[kind], dict(described["arguments"]), shapes)
+        site = without_inserted(site)
+        if not is_sibling:
+            shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
+        block = built_copy(described, shapes, site, model)
+        return block.standalone() if is_sibling else block
+    except Exception as error:
         raise RecordError(
-            f'the layer "{layer.name}" is a copy of the {copied} "{of or layer.after}", here a '
-            f"{type(original).__qualname__}."
-        )
-    block = blocks.CopiedBlock(original, list(pinned))
-    return block.standalone() if layer.placement == "sibling" else block
-
-
-def _activation(described: Mapping[str, Any]) -> Activation:
-    if "function" in described:
-        home, _, name = described["function"].rpartition(".")
-        function: Activation | None = getattr(_FUNCTIONS.get(home), name, None)
-        if function is not None:
-            return function
-    elif described["module"] in _ACTIVATION_MODULES:
-        return _ACTIVATION_MODULES[described["module"]](**described["arguments"])
-    raise RecordError(f"the record names an unknown activation: {described}.")
-
-
-_BLOCKS: dict[str, type[Any]] = {
-    name: value for name, value in vars(blocks).items() if hasattr(value, "config")
-}
-"""The blocks of this library that know the arguments to rebuild them from."""
-
-_NORM_LAYERS: dict[str | None, type[nn.Module]] = {
-    cls.__name__: cls for cls in (nn.BatchNorm2d, nn.SyncBatchNorm)
-}
-_FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional, "torch.special": torch.special}
-_ACTIVATION_MODULES: dict[str, type[nn.Module]] = {
-    name: cls
-    for name, cls in {**vars(nn.modules.activation), "TanhLU": TanhLU}.items()
-    if isinstance(cls, type) and issubclass(cls, nn.Module)
-}
+            f'record: the layer "{layer.name}" cannot be built: {error}. Give the model as it was '
+            f"before it was grown, or the block: blocks={{{layer.name!r}: block}}."
+        ) from error

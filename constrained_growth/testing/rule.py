@@ -29,8 +29,8 @@ from constrained_growth.testing.block import listed, tried
 def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     """Check everything that the library relies on in a rule.
 
-    The rule decides about the candidates it is shown, with a sentence for the reader, evidence
-    that JSON takes, and values, if any, that fit the pins. It copes with several candidates, one
+    The rule decides about the candidates it is shown, with a sentence for the reader, and with
+    values, if any, that fit the pins. It copes with several candidates, one
     and none, with ties, with sensitivities of 0, and with unknown standard errors and baseline. It
     decides the same twice, and writes neither to what it is given nor to the model. It can be
     copied, pickled (unless it is a function) and, if it has a `state_dict`, restored from that. A
@@ -108,10 +108,6 @@ def _decides_about_candidates(case: _Case) -> Iterator[str]:
         return
     if not isinstance(decision.reason, str):
         yield f"reason={decision.reason!r} is not a sentence ({case.what})."
-    try:
-        json.dumps(decision.evidence, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        yield f"JSON does not take its evidence ({error}); give plain finite numbers and texts."
     for name, values in decision.values.items():
         pins = pinned_parameters(case.solution.candidates[name].block)
         for key, value in values.items():

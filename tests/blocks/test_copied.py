@@ -254,3 +254,108 @@ def test_multipliers_around_a_site_that_is_no_element_of_a_list() -> None:
     record = cg.insert(model, solution)
     assert record.insertions[0].placement == "wrapped"
     assert torch.equal(model(data[0][0]), before)
+
+
+# --- copies that share memory until they are inserted ---------------------------------------------
+
+
+class Normed(nn.Module):
+    """x + W₂ tanh(BN(W₁ x)) ⊙ a constant."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(width, 6), nn.Linear(6, width)
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("mask", torch.linspace(0, 1, 6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.norm(self.inner(x)).tanh() * self.mask)
+
+
+def storages(*modules: nn.Module) -> dict[int, int]:
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    places = (tensor.untyped_storage() for tensor in tensors)
+    return {place.data_ptr(): place.nbytes() for place in places}
+
+
+def normed_model() -> tuple[nn.Sequential, list[Any]]:
+    model = nn.Sequential(nn.Linear(2, 4), Normed(), Normed(), nn.Linear(4, 3))
+    return model, [(torch.randn(9, 2), torch.randint(3, (9,))) for _ in range(2)]
+
+
+def trained(model: nn.Module, data: list[Any]) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for x, y in data:
+        optimizer.zero_grad()
+        CROSS_ENTROPY(model(x), y).backward()
+        optimizer.step()
+
+
+def test_candidates_take_no_memory() -> None:
+    model = nn.Sequential(nn.Linear(2, 64), *(Mix(64, 0.1) for _ in range(12)), nn.Linear(64, 3))
+    found = cg.find_candidates(model, torch.randn(3, 2))
+    assert len(found) == 12
+    here, there = storages(*(c.block for c in found)), storages(model)
+    assert sum(size for place, size in here.items() if place not in there) < 200
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_shared_block_leaves_the_model_alone(frozen: bool) -> None:
+    model, data = normed_model()
+    model.requires_grad_(not frozen)
+    state, x = copy.deepcopy(model.state_dict()), torch.randn(5, 4)
+    with nothing_left_behind(model):
+        block = cg.find_candidates(model, data[0][0])[0].block
+        block.train()(x).sum().backward()
+        for use in (copy.deepcopy(block).train(), block.standalone().train()):  # type: ignore
+            assert not storages(use).keys() & storages(model).keys()
+            assert all(parameter.requires_grad for parameter in use.parameters())
+            torch.optim.SGD(use.parameters(), lr=1.0).step()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("when", ["solved", "inserted"])
+def test_a_shared_block_has_the_values_of_its_original(when: str, mode: bool) -> None:
+    """Also of one that is trained on: λ is the gradient of what stands in the model then."""
+    model, data = normed_model()
+    found = cg.find_candidates(model, data[0][0])
+    trained(model, data)
+    model.train(mode)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, found)
+    solution = cg.solve(problem, choose("2"))
+    if when == "inserted":
+        trained(model, data)
+    cg.insert(model, solution)
+    assert not storages(model[2]).keys() & storages(model[3]).keys()
+    free = [n for n, _ in model[3].named_parameters() if not n.startswith("outer")]
+    assert all(torch.equal(model[3].get_parameter(n), model[2].get_parameter(n)) for n in free)
+    if when == "solved":
+        loss = sum(len(y) * CROSS_ENTROPY(model(x), y) for x, y in data) / 18
+        loss.backward()  # type: ignore[union-attr]
+        expected = {
+            name: -model[3].get_parameter(name.removeprefix("module.")).grad  # type: ignore
+            for name in solution.candidates["2"].block.pinned  # type: ignore[union-attr]
+        }
+        assert_multipliers(solution, "2", expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shared_blocks_in_another_precision(dtype: torch.dtype) -> None:
+    model, data = normed_model()
+    found = cg.find_candidates(model, data[0][0])
+    model.to(dtype)
+    data = [(x.to(dtype), y) for x, y in data]
+    cg.insert(model, solved(model, data, *found, rule=choose("1", "2")))
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert len(storages(model)) == sum(1 for _ in (*model.parameters(), *model.buffers()))
+
+
+def test_every_rule_takes_shared_blocks() -> None:
+    model, data = normed_model()
+    found = cg.find_candidates(model, data[0][0])
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    for rule in (cg.TrustRegion(0.1), cg.Budget(1000), cg.rules.rule_for(sgd)):
+        with nothing_left_behind(model):
+            decision = solved(model, data, *found, rule=rule).decision
+        assert decision.chosen

@@ -256,14 +256,14 @@ def test_a_copy_of_another_module_of_the_model() -> None:
     model, data = make(Residual()), classified(12)
     both = [cg.Candidate(str(i), CopiedBlock(model[2]), name=f"after {i}") for i in (0, 2)]
     record = cg.insert(model, solved(model, data, *both, rule=cg.TopK(2)))
-    assert [layer.block.get("of") for layer in record.insertions] == ["1", None]
+    assert [layer.block.get("of") for layer in record.insertions] == ["2", "3"]
     text = cg.GrowthRecord.from_json(record.to_json())
     again = cg.replay(make(Residual()), text)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(data[0][0]), model(data[0][0]))
     other = make(Residual())
-    other[1] = nn.Tanh()
-    with nothing_left_behind(other), refused(cg.RecordError, '"1"', "Residual", "Tanh"):
+    other[2] = nn.Tanh()
+    with nothing_left_behind(other), refused(cg.RecordError, '"2"', "Residual", "Tanh"):
         cg.replay(other, text, strict=False)
 
 
