@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from constrained_growth._data import undisturbed
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.measure import measure
@@ -103,7 +104,8 @@ def solve(
         (4, 4)
     """
     _check(problem, rule, norm, gtol)
-    bar = progress_bar(problem.data, desc="multipliers", unit="batch", progress=progress)
+    data = undisturbed(problem.data)
+    bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.data), differentiable():
         found = measure(
             problem.model,
