@@ -54,7 +54,7 @@ class Round:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """A training run in rows, one per epoch or per call of `Grower.maybe_grow`.
 
@@ -69,8 +69,8 @@ class History:
     Example:
         >>> history = History()
         >>> history.add(loss=0.7, step=10, layers=2, seconds=0.1, metrics={"accuracy": 0.5})
-        >>> history.losses, history.metrics
-        ([0.7], {'accuracy': [0.5]})
+        >>> history, history.metrics
+        (History(1 row, loss 0.7; no decision), {'accuracy': [0.5]})
     """
 
     losses: list[float] = field(default_factory=list)
@@ -79,6 +79,20 @@ class History:
     seconds: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        rows, losses = (
+            len(self.losses),
+            [f"{x:.3g}" for x in (*self.losses[:1], *self.losses[1:][-1:])],
+        )
+        said = [
+            f"{', '.join(map(repr, round.chosen)) or 'nothing'} inserted after row {round.epoch}"
+            for round in self.rounds
+        ]
+        more = [f"and {len(said) - 5} decisions more"] if len(said) > 5 else []
+        loss = f", loss {' to '.join(losses)}" if losses else ""
+        decisions = ", ".join([*said[:5], *more]) or "no decision"
+        return f"History({rows} row{'s' * (rows != 1)}{loss}; {decisions})"
 
     @property
     def insertions(self) -> list[Round]:

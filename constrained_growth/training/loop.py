@@ -250,7 +250,7 @@ def _number_of(batches: Sized) -> float:
         return math.inf
 
 
-def _too_short(number: int, done: int) -> CheckpointError:
+def _too_short(number: float, done: int) -> CheckpointError:
     return CheckpointError(
         f"loader has {number} batches, and the run was stopped after {done} steps of an epoch; "
         "give the loader it had, or delete the checkpoint and the one before it to start afresh."
