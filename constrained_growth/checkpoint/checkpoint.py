@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,36 +212,32 @@ def restore(
             or something was not saved or cannot be loaded. The model is as it was then.
     """
     optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
-    states = _several(checkpoint.optimizer)
-    for name, given, saved in (
-        ("optimizer", optimizers, states),
-        ("averaged", copies, checkpoint.averaged),
-    ):
-        if given and len(given) != len(saved):
-            have = f"the state of {len(saved)}" if saved else "no state of one"
-            raise CheckpointError(
-                f"{name}: {len(given)} to restore, and in the checkpoint there is {have}; give as "
-                f"many to save(…, {name}=…) as here."
-            )
+    states: Any = checkpoint.optimizer or []
+    states = states if isinstance(states, list) else [states]
+    _check_number("optimizer", optimizers, states)
+    _check_number("averaged", copies, checkpoint.averaged)
     for name in stateful:
         if name not in checkpoint.states:
             known = sorted(checkpoint.states)
             raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
-    pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=bool(copies))]
-    with _refused("random"), _random_state_kept():
+    pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
+    now = random_state()
+    try:
         set_random_state(checkpoint.random)
-    with _refused("weights"):
         for one, weights in pairs:
             _check_weights(one, weights)
-    with _refused("optimizer"):
-        for one, state in zip(optimizers, states, strict=bool(optimizers)):
+        for one, state in zip(optimizers, states, strict=False):
             check_named_state(one, model, state)
-    for name, thing in stateful.items():
-        with _refused(name):
+        for name, thing in stateful.items():
             _set_state(name, thing, checkpoint.states[name])
-    with _refused("optimizer"):
-        for one, state in zip(optimizers, states, strict=bool(optimizers)):
+        for one, state in zip(optimizers, states, strict=False):
             load_named_state(one, model, state)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint: it does not hold what save() writes ({error!r:.200}); give another file."
+        ) from error
+    finally:
+        set_random_state(now)
     reshard(model)
     for one, weights in pairs:
         own = one.state_dict()
@@ -300,32 +296,13 @@ def resume(
     return Resumed(model, optimizer, scheduler, checkpoint)
 
 
-@contextmanager
-def _refused(name: str) -> Iterator[None]:
-    """Say which part of a checkpoint led to an error."""
-    try:
-        yield
-    except GrowthError:
-        raise
-    except Exception as error:
+def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -> None:
+    if given and len(given) != len(saved):
+        have = f"the state of {len(saved)}" if saved else "no state of one"
         raise CheckpointError(
-            f"checkpoint: its {name} cannot be loaded ({type(error).__name__}: {error!s:.200}); "
-            f"give the {name} that was saved, or a file that is not damaged."
-        ) from error
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    before = random_state()
-    try:
-        yield
-    finally:
-        set_random_state(before)
-
-
-def _several(state: Any) -> list[Any]:
-    """What `save` writes for its optimizers: None, one state, or a list of them."""
-    return state if isinstance(state, list) else [] if state is None else [state]
+            f"{name}: {len(given)} to restore, and in the checkpoint there is {have}; give as many "
+            f"to save(…, {name}=…) as here."
+        )
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

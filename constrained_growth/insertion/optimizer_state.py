@@ -114,26 +114,22 @@ def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
     return parameter.dim() == 2 or type(optimizer).__name__ != "Muon"
 
 
-_COUNTS = ("step", "steps", "k", "t", "num_steps", "n_steps", "step_count", "num_updates", "iter")
+_COUNTS = {"step", "steps", "k", "t", "num_steps", "n_steps", "step_count", "num_updates", "iter"}
 """Names under which a group counts steps: in Apex's FusedAdam, Adan, Prodigy, schedule-free."""
 
 
 def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Warn where Adam's bias correction, say, is over for parameters that join now."""
-    numbers = {
-        name: float(value)
-        for name, value in group.items()
-        if name in _COUNTS and isinstance(value, Real | Tensor) and not isinstance(value, bool)
-    }
     own = {name for p in group["params"] for name in optimizer.state.get(p, ())}
-    for name, number in numbers.items():
-        if number >= 1 and own.isdisjoint(_COUNTS) and number != optimizer.defaults.get(name):
+    for name in () if own & _COUNTS else _COUNTS & group.keys():
+        value, start = group[name], optimizer.defaults.get(name)
+        if isinstance(value, Real | Tensor) and 1 <= float(value) != start:
             warnings.warn(
                 f"optimizer={type(optimizer).__name__} counts the steps of a group, "
-                f"{name}={number:g}, and not of each parameter. If it corrects a bias by that, the "
-                "first steps of the new parameters are several times too large: warm them up by "
-                "training.NewLayers(), or insert with optimizer=None and give what "
-                "record.new_parameters(model) returns to a group or an optimizer of its own.",
+                f"{name}={float(value):g}, and not of each parameter. If it corrects a bias by "
+                "that, the first steps of the new parameters are several times too large: warm "
+                "them up by training.NewLayers(), or insert with optimizer=None and give what "
+                "record.new_parameters(model) returns to an optimizer of its own.",
                 stacklevel=4,
             )
 

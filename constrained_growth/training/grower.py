@@ -361,14 +361,11 @@ def stateful(rule: Any, when: Any, after_insertion: Any) -> dict[str, Any]:
 
 def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
     """Refuse the state of a grower whose parts with a state are others than these."""
-    saved = state.get("parts") if isinstance(state, Mapping) else None
-    if not isinstance(saved, Mapping):
-        raise CheckpointError(f"state={state!r:.80} is not that of a Grower.")
+    saved = state.get("parts", {}) if isinstance(state, Mapping) else {}
     for name in sorted(saved.keys() ^ parts.keys()):
-        has, had = ("no", "a") if name in saved else ("a", "no")
         raise CheckpointError(
-            f"{name}: the one given has {has} state_dict, and {had} state of it was saved; give "
-            "the one that the run had."
+            f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
+            f"{'a' if name in saved else 'no'} state of it was saved; give the one of that run."
         )
 
 

@@ -70,7 +70,7 @@ class History:
         >>> history = History()
         >>> history.add(loss=0.7, step=10, layers=2, seconds=0.1, metrics={"accuracy": 0.5})
         >>> history, history.metrics
-        (History(1 row, loss 0.7; no decision), {'accuracy': [0.5]})
+        (History(rows: 1, loss 0.7 to 0.7; inserted: nothing), {'accuracy': [0.5]})
     """
 
     losses: list[float] = field(default_factory=list)
@@ -81,18 +81,12 @@ class History:
     rounds: list[Round] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        rows, losses = (
-            len(self.losses),
-            [f"{x:.3g}" for x in (*self.losses[:1], *self.losses[1:][-1:])],
-        )
-        said = [
-            f"{', '.join(map(repr, round.chosen)) or 'nothing'} inserted after row {round.epoch}"
-            for round in self.rounds
-        ]
-        more = [f"and {len(said) - 5} decisions more"] if len(said) > 5 else []
+        said = [f"{one.chosen or 'nothing'} after row {one.epoch}" for one in self.rounds]
+        if len(said) > 5:
+            said[5:] = [f"and {len(said) - 5} decisions more"]
+        losses = [f"{loss:.3g}" for loss in (*self.losses[:1], *self.losses[-1:])]
         loss = f", loss {' to '.join(losses)}" if losses else ""
-        decisions = ", ".join([*said[:5], *more]) or "no decision"
-        return f"History({rows} row{'s' * (rows != 1)}{loss}; {decisions})"
+        return f"History(rows: {len(self.losses)}{loss}; inserted: {', '.join(said) or 'nothing'})"
 
     @property
     def insertions(self) -> list[Round]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -23,7 +22,7 @@ from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import generators_of, untouched
 from constrained_growth.checkpoint import Checkpoint
-from constrained_growth.errors import CheckpointError, DataError, TrainingError
+from constrained_growth.errors import CheckpointError, DataError
 from constrained_growth.insertion.averaged import Copies, checked_copies
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, TopK, When
@@ -123,7 +122,7 @@ def grow(
         Losses, metrics, times, and every decision with its evidence.
 
     Raises:
-        TrainingError: An argument makes no sense, or an optimizer steps with a closure only.
+        TrainingError: An argument makes no sense.
         DataError: The loader is empty or its batches are not pairs.
         CheckpointError: The checkpoint cannot be used.
         GrowthError: Whatever solving or inserting raises.
@@ -174,7 +173,6 @@ def grow(
         writer=writer,
         averaged=averaged,
     )
-    _refuse_closures(grower.optimizers)
     run = _Run(grower, loader, scheduler, path)
     if saved is not None:
         grower.load_state_dict(saved.states["grower"])
@@ -255,16 +253,6 @@ def _too_short(number: float, done: int) -> CheckpointError:
         f"loader has {number} batches, and the run was stopped after {done} steps of an epoch; "
         "give the loader it had, or delete the checkpoint and the one before it to start afresh."
     )
-
-
-def _refuse_closures(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    for one in optimizers:
-        closure = inspect.signature(one.step).parameters.get("closure")
-        if closure is not None and closure.default is closure.empty:
-            raise TrainingError(
-                f"optimizer_factory makes a {type(one).__name__}, whose step needs a closure; use "
-                "cg.Grower in a loop of your own."
-            )
 
 
 @dataclass
