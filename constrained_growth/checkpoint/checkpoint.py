@@ -119,6 +119,9 @@ def save(
         ...     load(save(folder + "/run.safetensors", nn.Linear(2, 1), step=7)).step
         7
     """
+    _check(model=(model, nn.Module))
+    record = GrowthRecord((), parameter_shapes(model)) if record is None else record
+    _check(path=(path, str | os.PathLike), record=(record, GrowthRecord))
     path, here = Path(path), rank(None)
     reshard(model)
     states = [named_state(one, parameter_names(one, model)) for one in as_optimizers(optimizer)]
@@ -147,7 +150,7 @@ def save(
             tensors.update(found)
         if len(parts) > 1:
             data["others"] = [part for part, _ in parts[1:]]
-        data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
+        data["record"] = record.to_json()
         write(path, data, tensors)
 
     everywhere(lambda: None if here else write_all(), None)
@@ -161,6 +164,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: There is no such file, or it is damaged, foreign, or of another version
             of the format. The message says if the checkpoint before it exists.
     """
+    _check(path=(path, str | os.PathLike))
     path = Path(path)
     hint = f' The checkpoint before it is "{previous(path)}".' if previous(path).exists() else ""
     try:
@@ -211,6 +215,7 @@ def restore(
         CheckpointError: The model has other parameters or buffers, the optimizer trains others,
             or something was not saved or cannot be loaded. The model is as it was then.
     """
+    _check(checkpoint=(checkpoint, Checkpoint), model=(model, nn.Module))
     optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
     states: Any = checkpoint.optimizer or []
     states = states if isinstance(states, list) else [states]
@@ -275,6 +280,7 @@ def resume(
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
         RecordError: The record does not fit the model; it is as it was.
     """
+    _check(model=(model, nn.Module), optimizer_factory=(optimizer_factory, Callable))
     found: list[Checkpoint] = [path] if isinstance(path, Checkpoint) else []
     everywhere(lambda: found or found.append(load(path)), None)  # type: ignore[arg-type]
     checkpoint, now = found[0], num_processes(None)
@@ -294,6 +300,13 @@ def resume(
             stateful = {**stateful, "scheduler": scheduler}
         restore(checkpoint, model, optimizer=optimizer, averaged=averaged, **stateful)
     return Resumed(model, optimizer, scheduler, checkpoint)
+
+
+def _check(**given: tuple[object, Any]) -> None:
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", kind)
+            raise CheckpointError(f"{name}={value!r:.80} is not a {wanted}.")
 
 
 def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -> None:

@@ -62,7 +62,7 @@ _WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "optimizer_factory": (callable, "a function of the parameters that makes an optimizer"),
     "loss_fn": (_function, "a function (output, target) -> loss, such as nn.CrossEntropyLoss()"),
     "loader": (_batches, _BATCHES),
-    "data": (_batches, f"{_BATCHES}, or None"),
+    "data": (_batches, _BATCHES),
     "validation": (_batches, f"{_BATCHES}, or None"),
     "epochs": (_whole(0), "a whole number of at least 0"),
     "rule": (

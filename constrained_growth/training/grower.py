@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +30,7 @@ from constrained_growth.insertion.optimizer_state import (
     check_optimizers,
     groups_kept_on_error,
 )
-from constrained_growth.problem import GrowthProblem
+from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
@@ -139,6 +140,8 @@ class Grower:
             raise TrainingError(f"optimizer={self.optimizer!r} is none; give those that train.")
         check_optimizers(self.model, self.optimizers, ())
         checked_copies(self.model, self.averaged)
+        if isinstance(self.candidates, Sequence):
+            places_of(self.model, checked_candidates(self.candidates))
         names = ("rule", "when", "confirm", "after_insertion")
         self._attributes = {name: _attributes(getattr(self, name)) for name in names}
         self.history = History()
@@ -156,6 +159,8 @@ class Grower:
 
     def step(self, loss: Tensor | float) -> None:
         """Note the loss (a scalar) of an optimizer step, without waiting for the device."""
+        if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.dim() == 0):
+            raise TrainingError(f"loss={loss!r:.80} is not a number or a scalar tensor.")
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._sum = self._sum + loss

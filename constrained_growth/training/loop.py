@@ -137,7 +137,7 @@ def grow(
         (3, [2, 3, 3])
     """
     callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
-    check_arguments(locals())
+    check_arguments({**locals(), "data": loader if data is None else data})
     checked_copies(model, averaged)
     for name, given in (("loader", loader), ("data", data), ("validation", validation)):
         if isinstance(given, Sized) and not _number_of(given):
@@ -231,7 +231,9 @@ def _saved(path: Path, loader: Iterable[Any], parts: Mapping[str, Any]) -> Check
     everywhere(lambda: found.append(checkpoints.load(path)) if exists else None, None)
     for saved in found:
         run = saved.extra if isinstance(saved.extra, Mapping) else {}
-        if not {"epoch", "done", "stopped", "start"} <= run.keys() or "grower" not in saved.states:
+        kinds = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
+        told = all(isinstance(run.get(name, ""), kind) for name, kind in kinds.items())
+        if not told or "grower" not in saved.states:
             raise CheckpointError(
                 f'checkpoint="{path}" holds no run of grow; give the file of one, or a new name.'
             )
@@ -347,6 +349,7 @@ def evaluate(
     Raises:
         DataError: There is no batch.
     """
+    check_arguments(locals())
 
     def read() -> tuple[dict[str, float], int]:
         sums, samples = dict.fromkeys(metrics, 0.0), 0
