@@ -219,15 +219,15 @@ def restore(
     optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
     states: Any = checkpoint.optimizer or []
     states = states if isinstance(states, list) else [states]
-    _check_number("optimizer", optimizers, states)
-    _check_number("averaged", copies, checkpoint.averaged)
-    for name in stateful:
-        if name not in checkpoint.states:
-            known = sorted(checkpoint.states)
-            raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
-    pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
     now = random_state()
     try:
+        _check_number("optimizer", optimizers, states)
+        _check_number("averaged", copies, checkpoint.averaged)
+        for name in stateful:
+            if name not in checkpoint.states:
+                known = sorted(checkpoint.states)
+                raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
+        pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
         set_random_state(checkpoint.random)
         for one, weights in pairs:
             _check_weights(one, weights)
@@ -237,7 +237,9 @@ def restore(
             _set_state(name, thing, checkpoint.states[name])
         for one, state in zip(optimizers, states, strict=False):
             load_named_state(one, model, state)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except GrowthError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file leads to
         raise CheckpointError(
             f"checkpoint: it does not hold what save() writes ({error!r:.200}); give another file."
         ) from error
@@ -352,9 +354,13 @@ def _state_of(thing: Any) -> Any:
         return thing.get_state()
     if hasattr(thing, "state_dict"):
         return thing.state_dict()
-    if isinstance(thing, list | tuple):
-        return [_state_of(one) for one in thing]
-    return [generator.get_state() for generator in generators_of(thing)]
+    return [_state_of(part) for part in _parts(thing)]
+
+
+def _parts(thing: Any) -> Sequence[Any]:
+    """The schedulers of a list, say, or the generators of a loader, which can be a list too."""
+    several = isinstance(thing, list | tuple) and thing and hasattr(thing[0], "state_dict")
+    return thing if several else generators_of(thing)
 
 
 def _set_state(name: str, thing: Any, state: Any) -> None:
@@ -363,7 +369,7 @@ def _set_state(name: str, thing: Any, state: Any) -> None:
     elif hasattr(thing, "load_state_dict"):
         thing.load_state_dict(state)
     else:
-        parts = thing if isinstance(thing, list | tuple) else generators_of(thing)
+        parts = _parts(thing)
         if len(parts) != len(state):
             what = "parts" if parts is thing else "generators"
             raise CheckpointError(

@@ -366,7 +366,8 @@ def stateful(rule: Any, when: Any, after_insertion: Any) -> dict[str, Any]:
 
 def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
     """Refuse the state of a grower whose parts with a state are others than these."""
-    saved = state.get("parts", {}) if isinstance(state, Mapping) else {}
+    saved = state.get("parts") if isinstance(state, Mapping) else None
+    saved = saved if isinstance(saved, Mapping) else {}
     for name in sorted(saved.keys() ^ parts.keys()):
         raise CheckpointError(
             f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
