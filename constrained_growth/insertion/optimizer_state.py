@@ -126,10 +126,10 @@ def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> Non
         if isinstance(value, Real | Tensor) and 1 <= float(value) != start:
             warnings.warn(
                 f"optimizer={type(optimizer).__name__} counts the steps of a group, "
-                f"{name}={float(value):g}, and not of each parameter. If it corrects a bias by "
-                "that, the first steps of the new parameters are several times too large: warm "
-                "them up by training.NewLayers(), or insert with optimizer=None and give what "
-                "record.new_parameters(model) returns to an optimizer of its own.",
+                f"{name}={float(value):g}, and not of each parameter: if it corrects a bias by "
+                "that, steps of the new parameters are several times too large at first. Move what "
+                "record.new_parameters(model) returns to a group with a count of its own, or "
+                "train with an optimizer that counts for each parameter.",
                 stacklevel=4,
             )
 
