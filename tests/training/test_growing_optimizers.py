@@ -343,15 +343,8 @@ def test_averages_grow_with_the_model(several: bool) -> None:
     given = [average, copy.deepcopy(model)] if several else average
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     candidates = [copied(model, "blocks.0"), mlp("stem")]
-    grower = cg.Grower(
-        model,
-        optimizer,
-        CROSS_ENTROPY,
-        data,
-        candidates=candidates,
-        averaged=given,
-        rule=cg.TopK(2),
-    )
+    options: dict[str, Any] = {"candidates": candidates, "rule": cg.TopK(2)}
+    grower = cg.Grower(model, optimizer, CROSS_ENTROPY, data, averaged=given, **options)
     trained_by(grower, data, rounds=1)
     for one in given if isinstance(given, list) else [given]:
         inner = one.module if isinstance(one, AveragedModel) else one
@@ -399,19 +392,20 @@ def test_count_of_a_group_is_said(key: str, count: Any) -> None:
         cg.insert(model, solution, optimizer=optimizer)
 
 
-def test_warm_up_keeps_the_first_steps_small_where_a_group_counts() -> None:
+def test_group_with_a_count_of_its_own_takes_the_steps_that_are_right() -> None:
+    """What the warning says to do: the first step of Adam is as large as the learning rate."""
     model, data = Stack(), classified(12)
     optimizer = GroupAdam(model.parameters())
     steps(model, data, optimizer, count=300)
-    options: dict[str, Any] = {"candidates": [mlp("stem")], "after_insertion": NewLayers()}
-    grower = cg.Grower(model, optimizer, CROSS_ENTROPY, data, **options)
-    with pytest.warns(UserWarning, match="NewLayers"):
-        (names,) = [grower.ask().new_parameters]
-    for _ in range(20):
-        before = {name: model.get_parameter(name).detach().clone() for name in names}
-        steps(model, data, optimizer, count=1)
-        moved = [(model.get_parameter(name) - p).abs().max().item() for name, p in before.items()]
-        assert max(moved) < 1.2 * 1e-3
+    with pytest.warns(UserWarning, match="record.new_parameters"):
+        record = cg.insert(model, plan(model, data, mlp("stem")), optimizer=optimizer)
+    (group,), new = optimizer.param_groups, dict(record.new_parameters(model))
+    group["params"] = [p for n, p in model.named_parameters() if n not in new]
+    optimizer.add_param_group({**group, "params": list(new.values()), "step": 0})
+    before = {name: p.detach().clone() for name, p in new.items()}
+    steps(model, data, optimizer, count=1)
+    moved = max((p - before[name]).abs().max().item() for name, p in new.items())
+    assert moved == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_no_word_where_nothing_is_counted_in_the_group() -> None:
