@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
-from constrained_growth.errors import TrainingError
+from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.averaged import as_copies, grown_in
 from constrained_growth.training.grower import Grower
@@ -95,7 +95,10 @@ class GrowthCallback(TrainerCallback):
                 `blocks`, as for `replay`.
         """
         saved = checkpoint.load(Path(folder) / _FILE)
-        for one in (model, *map(grown_in, as_copies(self._options.get("averaged", ())))):
+        copies = as_copies(self._options.get("averaged", ()))
+        if len(copies) != len(saved.averaged):
+            raise CheckpointError(f"averaged: {len(copies)} given, {len(saved.averaged)} saved.")
+        for one in (model, *map(grown_in, copies)):
             replay(one, saved.record, blocks=blocks)
         self._saved = saved
         return model
