@@ -221,8 +221,8 @@ def restore(
     states = states if isinstance(states, list) else [states]
     now = random_state()
     try:
-        _check_number("optimizer", optimizers, states)
-        _check_number("averaged", copies, checkpoint.averaged)
+        _check_number("optimizer", optimizers or states, states)
+        _check_number("averaged", copies or checkpoint.averaged, checkpoint.averaged)
         for name in stateful:
             if name not in checkpoint.states:
                 known = sorted(checkpoint.states)
@@ -291,8 +291,10 @@ def resume(
             f"path: the run was saved by {checkpoint.num_processes} processes, and there are "
             f"{now}. Start as many, or restore model and optimizer alone."
         )
+    copies = as_copies(averaged)
+    _check_number("averaged", copies, checkpoint.averaged)
     with ExitStack() as undo:
-        for one in (model, *map(grown_in, as_copies(averaged))):
+        for one in (model, *map(grown_in, copies)):
             undo.enter_context(structure_kept_on_error(one))
             replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)
@@ -312,7 +314,7 @@ def _check(**given: tuple[object, Any]) -> None:
 
 
 def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -> None:
-    if given and len(given) != len(saved):
+    if len(given) != len(saved):
         have = f"the state of {len(saved)}" if saved else "no state of one"
         raise CheckpointError(
             f"{name}: {len(given)} to restore, and in the checkpoint there is {have}; give as many "

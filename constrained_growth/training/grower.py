@@ -119,7 +119,7 @@ class Grower:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+    optimizer: Any  # an Optimizer, or a sequence of them
     loss_fn: Callable[[Any, Any], Tensor]
     data: Iterable[Any]
     _: KW_ONLY

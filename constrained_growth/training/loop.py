@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def grow(
     check_arguments({**locals(), "data": loader if data is None else data})
     checked_copies(model, averaged)
     for name, given in (("loader", loader), ("data", data), ("validation", validation)):
-        if isinstance(given, Sized) and not _number_of(given):
+        if given is not None and not length_hint(given, 1):
             raise DataError(f"{name} is empty; give at least one (input, target) batch.")
     path = None if checkpoint is None else Path(checkpoint)
     saved = None if path is None else _saved(path, loader, stateful(rule, when, after_insertion))
@@ -237,20 +237,13 @@ def _saved(path: Path, loader: Iterable[Any], parts: Mapping[str, Any]) -> Check
             raise CheckpointError(
                 f'checkpoint="{path}" holds no run of grow; give the file of one, or a new name.'
             )
-        if isinstance(loader, Sized) and (number := _number_of(loader)) < run["done"]:
+        if (number := length_hint(loader, run["done"])) < run["done"]:
             raise _too_short(number, run["done"])
         check_parts(saved.states["grower"], parts)
     return found[0] if found else None
 
 
-def _number_of(batches: Sized) -> float:
-    try:
-        return len(batches)
-    except TypeError:  # of a loader of an IterableDataset
-        return math.inf
-
-
-def _too_short(number: float, done: int) -> CheckpointError:
+def _too_short(number: int, done: int) -> CheckpointError:
     return CheckpointError(
         f"loader has {number} batches, and the run was stopped after {done} steps of an epoch; "
         "give the loader it had, or delete the checkpoint and the one before it to start afresh."

@@ -233,6 +233,7 @@ def test_other_numbers_of_optimizers_averages_and_schedulers(tmp_path: Path) -> 
     for options, word in (
         ({**alone, "averaged": ema(other)}, "optimizer"),
         ({**given, "averaged": [ema(other), ema(other)]}, "averaged"),
+        ({**given, "averaged": ()}, "averaged"),
         ({**given, **three, "averaged": ema(other)}, "scheduler"),
     ):
         with nothing_left_behind(other), refused(cg.CheckpointError, word):
