@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,9 +12,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader
 
 from constrained_growth._arguments import data_again, positive_int
 from constrained_growth.errors import DataError
+
+T = TypeVar("T")
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -40,13 +44,25 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
     """The `(input, target)` pairs of the data, on the model's device."""
-    for index, batch in enumerate(data):
+    for index, batch in enumerate(undisturbed(data)):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise DataError(
                 f"data: batch {index} is a {type(batch).__name__}, not an (input, target) pair; "
                 "give an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)."
             )
         yield moved(batch[0], device), moved(batch[1], device)
+
+
+def undisturbed(data: Iterable[T]) -> Iterable[T]:
+    """The data, to be iterated while its user may be in the middle of them.
+
+    A DataLoader with persistent workers has one iterator, which a second `iter(loader)` resets.
+    """
+    if not (isinstance(data, DataLoader) and data.persistent_workers):
+        return data
+    other = copy.copy(data)
+    vars(other).update(persistent_workers=False, _iterator=None)  # it refuses to be assigned to
+    return other
 
 
 def batch_size(input: object, target: object) -> int:
@@ -86,9 +102,6 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | tuple | list):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
-
-
-T = TypeVar("T")
 
 
 def samplers_of(data: object) -> Iterator[object]:

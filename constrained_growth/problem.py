@@ -112,10 +112,10 @@ class GrowthProblem:
         self.model = model
         self.loss_fn = loss_fn
         self.data = data
-        self.candidates = _checked_candidates(candidates)
+        self.candidates = checked_candidates(candidates)
         self.group = group
         self.weight = weight
-        places = _places(model, self.candidates)
+        places = places_of(model, self.candidates)
         with untouched(model, data), differentiable():
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
@@ -155,7 +155,8 @@ def _check_arguments(
         raise DataError(f"group={group!r:.80} is no ProcessGroup; use torch.distributed.new_group.")
 
 
-def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:
+def checked_candidates(candidates: object) -> tuple[Candidate, ...]:
+    """The candidates, if they are some, each of a name of its own."""
     if isinstance(candidates, Candidate):
         raise CandidateError("candidates is a single Candidate; give a list: [candidate].")
     if not isinstance(candidates, Iterable) or isinstance(candidates, str | Mapping):
@@ -176,7 +177,7 @@ def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:
     return found
 
 
-def _places(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
+def places_of(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
     """The candidates by their sites; a module of several names has the first of them."""
     modules = dict(model.named_modules(remove_duplicate=False))
     inside = [n for n, m in modules.items() if isinstance(m, nn.TransformerEncoderLayer)]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from constrained_growth._arguments import flag, instance, number
+from constrained_growth._data import undisturbed
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.measure import measure
@@ -108,7 +109,8 @@ def solve(
     for name, value in {"stationarity": stationarity, "throw": throw}.items():
         flag(name, value, DataError)
     flag("progress", progress, DataError, optional=True)
-    bar = progress_bar(problem.data, desc="multipliers", unit="batch", progress=progress)
+    data = undisturbed(problem.data)
+    bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.data), differentiable():
         found = measure(
             problem.model,

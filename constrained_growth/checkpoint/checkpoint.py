@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -25,10 +25,14 @@ from constrained_growth.checkpoint.optimizer_state import (
     named_state,
     parameter_names,
 )
-from constrained_growth.errors import CheckpointError
+from constrained_growth.errors import CheckpointError, GrowthError
+from constrained_growth.insertion.averaged import Copies, as_copies, grown_in
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.layer import structure_kept_on_error
+from constrained_growth.insertion.optimizer_state import as_optimizers
 from constrained_growth.insertion.record import GrowthRecord, replay
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,9 @@ class Checkpoint:
     Attributes:
         weights: The model's state dict.
         record: How the model grew.
-        optimizer: The state by names of parameters, or None.
+        optimizer: The state by names of parameters, a list of them for several optimizers, or
+            None.
+        averaged: The state dicts of the averaged copies.
         states: Name → state of rule, scheduler, loader and whatever else was saved.
         random: The random state.
         step, extra: As given to `save`.
@@ -48,12 +54,13 @@ class Checkpoint:
 
     weights: Mapping[str, Tensor] = field(repr=False)
     record: GrowthRecord
-    optimizer: Mapping[str, Any] | None = field(repr=False)
+    optimizer: Any = field(repr=False)
     states: Mapping[str, Any] = field(repr=False)
     random: Mapping[str, Any] = field(repr=False)
     step: int
     extra: Any
     num_processes: int = 1
+    averaged: Sequence[Mapping[str, Tensor]] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Resumed:
     """A training run resumed: the model that was given, what the factories made, what was read."""
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any
     scheduler: Any
     checkpoint: Checkpoint
 
@@ -70,7 +77,8 @@ def save(
     path: str | os.PathLike[str],
     model: nn.Module,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
+    averaged: Copies = (),
     record: GrowthRecord | None = None,
     step: int = 0,
     extra: object = None,
@@ -88,13 +96,15 @@ def save(
     Args:
         path: The file; its folder exists.
         model: Its `state_dict()` is saved.
-        optimizer: Its state is saved by the names of the parameters.
+        optimizer: One or several; their state is saved by the names of the parameters.
+        averaged: Copies of the model that grew too, as for `insert`: their `state_dict()`.
         record: How the model grew; None for a model that did not.
         step: Any number that tells when this was.
         extra: Any numbers, text, None, lists, dicts and tensors.
         **stateful: Under names of your choice, such as `rule=`, `scheduler=`, `scaler=`,
             `loader=`: the `state_dict()` of an object that has one, the state of a
-            `torch.Generator`, those of the generators of a DataLoader; else nothing.
+            `torch.Generator`, those of the generators of a DataLoader, a list of such states for
+            a list or a tuple; else nothing.
 
     Returns:
         The path.
@@ -109,11 +119,18 @@ def save(
         ...     load(save(folder + "/run.safetensors", nn.Linear(2, 1), step=7)).step
         7
     """
+    _check(model=(model, nn.Module))
+    record = GrowthRecord((), parameter_shapes(model)) if record is None else record
+    _check(path=(path, str | os.PathLike), record=(record, GrowthRecord))
     path, here = Path(path), rank(None)
     reshard(model)
-    common: dict[str, Any] = {"model": _gathered(dict(model.state_dict())), "optimizer": None}
-    if optimizer is not None:
-        common["optimizer"] = _gathered(named_state(optimizer, parameter_names(optimizer, model)))
+    states = [named_state(one, parameter_names(one, model)) for one in as_optimizers(optimizer)]
+    alone = optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
+    common: dict[str, Any] = {
+        "model": _gathered(dict(model.state_dict())),
+        "optimizer": _gathered(next(iter(states), None) if alone else states),
+        "averaged": [_gathered(dict(one.state_dict())) for one in as_copies(averaged)],
+    }
     data = dict[str, Any]()
     tensors, seen = dict[str, Tensor](), dict[Any, str]()  # of the model: not sent to the others
 
@@ -133,7 +150,7 @@ def save(
             tensors.update(found)
         if len(parts) > 1:
             data["others"] = [part for part, _ in parts[1:]]
-        data["record"] = (record or GrowthRecord((), parameter_shapes(model))).to_json()
+        data["record"] = record.to_json()
         write(path, data, tensors)
 
     everywhere(lambda: None if here else write_all(), None)
@@ -147,6 +164,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: There is no such file, or it is damaged, foreign, or of another version
             of the format. The message says if the checkpoint before it exists.
     """
+    _check(path=(path, str | os.PathLike))
     path = Path(path)
     hint = f' The checkpoint before it is "{previous(path)}".' if previous(path).exists() else ""
     try:
@@ -158,14 +176,20 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         content = unflattened(data, tensors)
         keys = ("optimizer", "states", "random", "step", "extra")
         return Checkpoint(
-            content["model"], record, *(content[key] for key in keys), num_processes=1 + len(others)
+            content["model"],
+            record,
+            *(content[key] for key in keys),
+            num_processes=1 + len(others),
+            averaged=content.get("averaged", []),  # files of version 0.1.0 have none
         )
     except FileNotFoundError:
         raise CheckpointError(f'path="{path}" does not exist.{hint}') from None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except GrowthError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file leads to
         raise CheckpointError(
             f'path="{path}" is no checkpoint as save() writes it, or is damaged: '
-            f"{type(error).__name__}: {error}.{hint}"
+            f"{type(error).__name__}: {error!s:.200}.{hint}"
         ) from error
 
 
@@ -173,7 +197,8 @@ def restore(
     checkpoint: Checkpoint,
     model: nn.Module,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: Optimizers | None = None,
+    averaged: Copies = (),
     **stateful: object,
 ) -> None:
     """Load a checkpoint into model, optimizer and the rest, and restore the random state.
@@ -181,38 +206,59 @@ def restore(
     Args:
         checkpoint: From `load`.
         model: `replay(fresh_model, checkpoint.record)`.
-        optimizer: Trains the same parameters; their order and the groups may differ.
+        optimizer: Trains the same parameters; their order and the groups may differ. As many as
+            were saved.
+        averaged: As many copies as were saved, grown as the model is.
         **stateful: As for `save`, under the same names; other saved states are ignored.
 
     Raises:
         CheckpointError: The model has other parameters or buffers, the optimizer trains others,
-            or something was not saved. Nothing is changed then.
+            or something was not saved or cannot be loaded. The model is as it was then.
     """
-    _check_weights(model, checkpoint.weights)
-    if optimizer is not None:
-        if checkpoint.optimizer is None:
-            raise CheckpointError("optimizer: there is no state of one; save(…, optimizer=…).")
-        check_named_state(optimizer, model, checkpoint.optimizer)
-    for name in stateful:
-        if name not in checkpoint.states:
-            known = sorted(checkpoint.states)
-            raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
-    for name, thing in stateful.items():
-        _set_state(name, thing, checkpoint.states[name])
+    _check(checkpoint=(checkpoint, Checkpoint), model=(model, nn.Module))
+    optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
+    states: Any = checkpoint.optimizer or []
+    states = states if isinstance(states, list) else [states]
+    now = random_state()
+    try:
+        _check_number("optimizer", optimizers or states, states)
+        _check_number("averaged", copies or checkpoint.averaged, checkpoint.averaged)
+        for name in stateful:
+            if name not in checkpoint.states:
+                known = sorted(checkpoint.states)
+                raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
+        pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
+        set_random_state(checkpoint.random)
+        for one, weights in pairs:
+            _check_weights(one, weights)
+        for one, state in zip(optimizers, states, strict=False):
+            check_named_state(one, model, state)
+        for name, thing in stateful.items():
+            _set_state(name, thing, checkpoint.states[name])
+        for one, state in zip(optimizers, states, strict=False):
+            load_named_state(one, model, state)
+    except GrowthError:
+        raise
+    except Exception as error:  # whatever a damaged or hostile file leads to
+        raise CheckpointError(
+            f"checkpoint: it does not hold what save() writes ({error!r:.200}); give another file."
+        ) from error
+    finally:
+        set_random_state(now)
     reshard(model)
-    own = model.state_dict()
-    model.load_state_dict({k: spread_like(v, own[k]) for k, v in checkpoint.weights.items()})
-    if optimizer is not None and checkpoint.optimizer is not None:
-        load_named_state(optimizer, model, checkpoint.optimizer)
+    for one, weights in pairs:
+        own = one.state_dict()
+        one.load_state_dict({k: spread_like(v, own[k]) for k, v in weights.items()})
     set_random_state(checkpoint.random)
 
 
 def resume(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     model: nn.Module,
-    optimizer_factory: Callable[[Any], torch.optim.Optimizer],
+    optimizer_factory: Callable[[Any], Optimizers],
     *,
-    scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler_factory: Callable[[Any], Any] | None = None,
+    averaged: Copies = (),
     blocks: Mapping[str, nn.Module] | None = None,
     **stateful: object,
 ) -> Resumed:
@@ -223,11 +269,12 @@ def resume(
     `rewrap`.
 
     Args:
-        path: The file.
+        path: The file, or what `load` read from it.
         model: As it was before the first insertion; changed in place.
-        optimizer_factory: `optimizer_factory(model.parameters()) -> Optimizer`.
-        scheduler_factory: `scheduler_factory(optimizer)`; its state is the one saved as
-            `scheduler=`. None (default) for no scheduler.
+        optimizer_factory: `optimizer_factory(model.parameters()) -> Optimizer`, or several.
+        scheduler_factory: `scheduler_factory(optimizer)`, called with what the other factory
+            returned; the state is the one saved as `scheduler=`. None (default) for no scheduler.
+        averaged: Copies of the model before the first insertion; they grow too.
         blocks: Your own blocks, as for `replay`.
         **stateful: As for `restore`.
 
@@ -235,23 +282,44 @@ def resume(
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
         RecordError: The record does not fit the model; it is as it was.
     """
-    found: list[Checkpoint] = []
-    everywhere(lambda: found.append(load(path)), None)
+    _check(model=(model, nn.Module), optimizer_factory=(optimizer_factory, Callable))
+    found: list[Checkpoint] = [path] if isinstance(path, Checkpoint) else []
+    everywhere(lambda: found or found.append(load(path)), None)  # type: ignore[arg-type]
     checkpoint, now = found[0], num_processes(None)
     if checkpoint.num_processes != now:
         raise CheckpointError(
-            f'path="{path}" was saved by {checkpoint.num_processes} processes, and there are '
+            f"path: the run was saved by {checkpoint.num_processes} processes, and there are "
             f"{now}. Start as many, or restore model and optimizer alone."
         )
-    with structure_kept_on_error(model):
-        replay(model, checkpoint.record, blocks=blocks)
+    copies = as_copies(averaged)
+    _check_number("averaged", copies, checkpoint.averaged)
+    with ExitStack() as undo:
+        for one in (model, *map(grown_in, copies)):
+            undo.enter_context(structure_kept_on_error(one))
+            replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)
         optimizer = optimizer_factory(model.parameters())
         scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
         if scheduler is not None:
             stateful = {**stateful, "scheduler": scheduler}
-        restore(checkpoint, model, optimizer=optimizer, **stateful)
+        restore(checkpoint, model, optimizer=optimizer, averaged=averaged, **stateful)
     return Resumed(model, optimizer, scheduler, checkpoint)
+
+
+def _check(**given: tuple[object, Any]) -> None:
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind):
+            wanted = getattr(kind, "__name__", kind)
+            raise CheckpointError(f"{name}={value!r:.80} is not a {wanted}.")
+
+
+def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -> None:
+    if len(given) != len(saved):
+        have = f"the state of {len(saved)}" if saved else "no state of one"
+        raise CheckpointError(
+            f"{name}: {len(given)} to restore, and in the checkpoint there is {have}; give as many "
+            f"to save(…, {name}=…) as here."
+        )
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
@@ -288,7 +356,13 @@ def _state_of(thing: Any) -> Any:
         return thing.get_state()
     if hasattr(thing, "state_dict"):
         return thing.state_dict()
-    return [generator.get_state() for generator in generators_of(thing)]
+    return [_state_of(part) for part in _parts(thing)]
+
+
+def _parts(thing: Any) -> Sequence[Any]:
+    """The schedulers of a list, say, or the generators of a loader, which can be a list too."""
+    several = isinstance(thing, list | tuple) and thing and hasattr(thing[0], "state_dict")
+    return thing if several else generators_of(thing)
 
 
 def _set_state(name: str, thing: Any, state: Any) -> None:
@@ -297,10 +371,11 @@ def _set_state(name: str, thing: Any, state: Any) -> None:
     elif hasattr(thing, "load_state_dict"):
         thing.load_state_dict(state)
     else:
-        generators = generators_of(thing)
-        if len(generators) != len(state):
+        parts = _parts(thing)
+        if len(parts) != len(state):
+            what = "parts" if parts is thing else "generators"
             raise CheckpointError(
-                f"{name} has {len(generators)} generators and had {len(state)} when it was saved."
+                f"{name} has {len(parts)} {what} and had {len(state)} when it was saved."
             )
-        for generator, kept in zip(generators, state, strict=True):
-            generator.set_state(kept)
+        for part, kept in zip(parts, state, strict=True):
+            _set_state(name, part, kept)

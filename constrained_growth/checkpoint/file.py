@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,12 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
     """Write a new file, then let it take the place of the old one, which is kept."""
     text = json.dumps(data)
     header = json.dumps({"version": _VERSION, "checksum": _checksum(text, tensors)})
-    unfinished = path.with_name(path.name + ".tmp")
+    unfinished, second = (path.with_name(path.name + end) for end in (".tmp", ".link"))
     try:
         safetensors.torch.save_file(tensors, unfinished, {_KEY: header, "content": text})
         _flush_to_disk(unfinished)
         if path.exists():
-            _keep(path)
+            _keep(path, second)
         os.replace(unfinished, path)
         if hasattr(os, "O_DIRECTORY"):
             _flush_to_disk(path.parent)  # the new name is on the disk only then
@@ -49,10 +51,30 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
             f'path="{path}" cannot be written: {type(error).__name__}: {error}; give a file in a '
             "folder that exists, on a disk with room."
         ) from error
+    finally:
+        for left in (unfinished, second):  # after an error
+            with suppress(OSError):
+                left.unlink()
 
 
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     """The JSON data and the tensors of a file; raises whatever error it meets in a damaged one."""
+    while True:
+        before = _identity(path)
+        try:
+            return _read(path)
+        except Exception:
+            # safetensors opens the path twice; another process may have saved in between
+            if _identity(path) == before:
+                raise
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if _KEY not in metadata:
@@ -68,13 +90,15 @@ def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return json.loads(text), tensors
 
 
-def _keep(path: Path) -> None:
-    """Give the checkpoint to be replaced a second name; both files stay whole throughout."""
-    second = path.with_name(path.name + ".link")
+def _keep(path: Path, second: Path) -> None:
+    """Keep the checkpoint to be replaced under another name; both files stay whole throughout."""
     second.unlink(missing_ok=True)
-    os.link(path, second)
-    os.replace(second, previous(path))
-    second.unlink(missing_ok=True)  # os.replace does nothing if both are already the same file
+    try:
+        os.link(path, second)
+    except OSError:  # a disk without hard links
+        shutil.copyfile(path, second)
+        _flush_to_disk(second)
+    os.replace(second, previous(path))  # does nothing if both are already the same file
 
 
 def _flush_to_disk(path: Path) -> None:

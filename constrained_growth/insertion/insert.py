@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
@@ -23,6 +22,7 @@ from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
 from constrained_growth.insertion import optimizer_state, preservation
+from constrained_growth.insertion.averaged import checked_copies
 from constrained_growth.insertion.description import described_block
 from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, put_into
 from constrained_growth.solution import Planned, Solution
@@ -101,7 +101,7 @@ def insert(
     if data is not None:
         data_again("data", data)
     shapes = parameter_shapes(model)
-    models = [model, *_checked_copies(model, averaged)]
+    models = [model, *checked_copies(model, averaged)]
     planned = {name: solution.candidates[name].block for name in names}
     optimizers = optimizer_state.as_optimizers(optimizer)
     optimizer_state.check_optimizers(model, optimizers, planned.values())
@@ -309,26 +309,6 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
         )
     check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
-
-
-def _checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
-    """The copies of the model, taken out of their `AveragedModel`."""
-    given = [averaged] if isinstance(averaged, nn.Module) else averaged
-    if not isinstance(given, Sequence) or not all(isinstance(one, nn.Module) for one in given):
-        raise CandidateError(f"averaged={averaged!r:.80} is no copy of the model, nor several.")
-    copies = [one.module if isinstance(one, AveragedModel) else one for one in given]
-    for one in copies:
-        shared = {id(p) for p in model.parameters()} & {id(p) for p in one.parameters()}
-        if shared or parameter_shapes(one) != parameter_shapes(model):
-            fault = (
-                "shares parameters with"
-                if shared
-                else "differs in parameters, by name and shape, from"
-            )
-            raise CandidateError(
-                f"averaged={type(one).__name__} {fault} the model; give a copy of it."
-            )
-    return copies
 
 
 def _check_values(solution: Solution, blocks: Mapping[str, nn.Module]) -> None:

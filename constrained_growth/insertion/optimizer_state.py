@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +33,8 @@ def check_optimizers(
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             raise OptimizerError(
-                "optimizer=LBFGS has one flat state for all parameters, which cannot grow; "
-                "insert with optimizer=None and make a new LBFGS."
+                "optimizer=LBFGS has one flat state for all parameters, which cannot grow; train "
+                "with another one, or insert with optimizer=None and make a new LBFGS."
             )
         if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
             raise OptimizerError(
@@ -73,6 +76,7 @@ def add_parameters(
             trained = [other for other in named.values() if id(other) in fit]
             like = _neighbour(parameter, order, trained)
         optimizer, group = fit[id(like)]
+        _warn_of_common_count(optimizer, group)
         _add_in_order(group["params"], parameter, order)
         if isinstance(optimizer, torch.optim.Adagrad):
             # It makes its state when it is built; older versions of torch cannot at a step.
@@ -108,6 +112,26 @@ def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
     if isinstance(optimizer, torch.optim.SparseAdam):
         return False
     return parameter.dim() == 2 or type(optimizer).__name__ != "Muon"
+
+
+_COUNTS = {"step", "steps", "k", "t", "num_steps", "n_steps", "step_count", "num_updates", "iter"}
+"""Names under which a group counts steps: in Apex's FusedAdam, Adan, Prodigy, schedule-free."""
+
+
+def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Warn where Adam's bias correction, say, is over for parameters that join now."""
+    own = {name for p in group["params"] for name in optimizer.state.get(p, ())}
+    for name in () if own & _COUNTS else _COUNTS & group.keys():
+        value, start = group[name], optimizer.defaults.get(name)
+        if isinstance(value, Real | Tensor) and 1 <= float(value) != start:
+            warnings.warn(
+                f"optimizer={type(optimizer).__name__} counts the steps of a group, "
+                f"{name}={float(value):g}, and not of each parameter: if it corrects a bias by "
+                "that, steps of the new parameters are several times too large at first. Move what "
+                "record.new_parameters(model) returns to a group with a count of its own, or "
+                "train with an optimizer that counts for each parameter.",
+                stacklevel=4,
+            )
 
 
 def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Tensor]) -> Tensor:

@@ -58,7 +58,7 @@ class InsertedLayer:
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GrowthRecord:
     """The insertions into one model, in order; records of several rounds add up.
 
@@ -71,13 +71,18 @@ class GrowthRecord:
 
     Example:
         >>> GrowthRecord.from_json(GrowthRecord().to_json())
-        GrowthRecord(insertions=(), model={}, difference={}, evidence=())
+        GrowthRecord(nothing inserted)
     """
 
     insertions: tuple[InsertedLayer, ...] = ()
     model: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     difference: Mapping[str, float] = field(default_factory=dict)
     evidence: tuple[Mapping[str, Any], ...] = ()
+
+    def __repr__(self) -> str:
+        layers = [f"{one.block.get('type')} after {one.after!r}" for one in self.insertions]
+        more = f", and {len(layers) - 5} more" if len(layers) > 5 else ""
+        return f"GrowthRecord({', '.join(layers[:5]) or 'nothing inserted'}{more})"
 
     def __add__(self, other: GrowthRecord) -> GrowthRecord:
         both = [*self.difference.items(), *other.difference.items()]
@@ -87,6 +92,43 @@ class GrowthRecord:
             {mode: max(d for m, d in both if m == mode) for mode, _ in both},
             self.evidence + other.evidence,
         )
+
+    def new_parameters(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The names in the grown model and the parameters of the layers inserted.
+
+        Args:
+            model: As it was after the last insertion of the record.
+
+        Raises:
+            RecordError: The model did not grow by this record alone.
+
+        Example:
+            Train the new layers alone, and freeze the rest:
+
+            >>> import constrained_growth as cg
+            >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
+            >>> data = [(torch.randn(8, 2), torch.randn(8, 4))]
+            >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
+            >>> problem = cg.GrowthProblem(net, nn.MSELoss(), data, [candidate])
+            >>> record = cg.insert(net, cg.solve(problem))
+            >>> new = dict(record.new_parameters(net))
+            >>> for name, parameter in net.named_parameters():
+            ...     _ = parameter.requires_grad_(name in new)
+            >>> list(new)
+            ['1.inserted.weight', '1.inserted.bias']
+        """
+        record = _without_wrappers(self, model)
+        old = set(record.model)
+        for layer in record.insertions:
+            old = _names_afterwards(old, layer)
+        missing = sorted(old - dict(model.named_parameters()).keys())
+        if missing:
+            raise RecordError(
+                f'model={type(model).__name__} has no parameter "{missing[0]}", as after the '
+                "insertions of the record; give the model as it was then, or the sum of the "
+                "records of all rounds."
+            )
+        return [(name, p) for name, p in model.named_parameters() if name not in old]
 
     def to_json(self) -> str:
         """The record as JSON text.
@@ -130,6 +172,26 @@ class GrowthRecord:
 
 
 _NO_RECORD = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _names_afterwards(names: set[str], layer: InsertedLayer) -> set[str]:
+    """The names of old parameters after an insertion."""
+    owner, _, place = layer.after.rpartition(".")
+    prefix = f"{owner}." if owner else ""
+    base = "base"
+    while any(f"{name}.".startswith(f"{layer.after}.{base}.") for name in names):
+        base += "_"  # as in a wrapper around a module that has this name itself
+
+    def afterwards(name: str) -> str:
+        if layer.placement == "sibling" and name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            if number.isdigit() and int(number) > int(place):
+                return f"{prefix}{int(number) + 1}.{rest}"
+        if layer.placement == "wrapped" and name.startswith(f"{layer.after}."):
+            return f"{layer.after}.{base}.{name.removeprefix(f'{layer.after}.')}"
+        return name
+
+    return {afterwards(name) for name in names}
 
 
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:

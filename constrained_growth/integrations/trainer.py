@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 
 from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
-from constrained_growth.errors import TrainingError
+from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
+from constrained_growth.insertion.averaged import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, measurements
 
@@ -48,7 +49,7 @@ class GrowthCallback(TrainerCallback):
             them, such as `[(batch, None) for batch in loader]`; on each process its shard.
         loss_fn: `loss_fn(output, target)`; by default the loss that the model returns.
         **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
-            `solver`, `writer`.
+            `solver`, `writer`, `averaged`.
 
     Attributes:
         grower: The `Grower`, once training has started; None before.
@@ -98,7 +99,11 @@ class GrowthCallback(TrainerCallback):
                 `blocks`, as for `replay`.
         """
         saved = checkpoint.load(Path(folder) / _FILE)
-        replay(model, saved.record, blocks=blocks)
+        copies = as_copies(self._options.get("averaged", ()))
+        if len(copies) != len(saved.averaged):
+            raise CheckpointError(f"averaged: {len(copies)} given, {len(saved.averaged)} saved.")
+        for one in (model, *map(grown_in, copies)):
+            replay(one, saved.record, blocks=blocks)
         self._saved = saved
         return model
 
@@ -127,6 +132,8 @@ class GrowthCallback(TrainerCallback):
         if saved is not None:
             reassign_state(optimizer, model, saved.extra)
             self.grower.load_state_dict(saved.states["grower"])
+            for one, weights in zip(as_copies(self.grower.averaged), saved.averaged, strict=True):
+                one.load_state_dict(weights)
             self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
@@ -163,6 +170,7 @@ class GrowthCallback(TrainerCallback):
             checkpoint.save(
                 Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / _FILE,
                 nn.Identity(),  # the weights are in the Trainer's own file
+                averaged=self.grower.averaged,
                 record=self.grower.record,
                 step=state.global_step,
                 extra=parameter_names(self.grower.optimizer, self.grower.model),

@@ -33,8 +33,8 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     values, if any, that fit the pins. It copes with several candidates, one
     and none, with ties, with sensitivities of 0, and with unknown standard errors and baseline. It
     decides the same twice, and writes neither to what it is given nor to the model. It can be
-    copied, pickled (unless it is a function) and, if it has a `state_dict`, restored from that. A
-    rule may refuse a case by a `RuleError`, but not all.
+    copied, pickled (unless it is a function) and restored from its `state_dict`, which it has if
+    it remembers earlier decisions. A rule may refuse a case by a `RuleError`, but not all.
 
     Args:
         rule: The rule; copies of it are tried.
@@ -144,11 +144,16 @@ def _can_be_pickled(case: _Case) -> Iterator[str]:
 
 
 def _can_be_restored(case: _Case) -> Iterator[str]:
-    """It goes on from its state dict, if it has one."""
-    if not hasattr(case.rule, "state_dict"):
-        return
+    """It goes on from its state dict, which it has if it remembers anything."""
     used: Any = copy.deepcopy(case.rule)
     case.ask(used)
+    if not hasattr(case.rule, "state_dict"):
+        if any(case.facts(used) != case.facts() for _ in range(3)):
+            yield (
+                "asked again it decides differently, and it has no state_dict: resumed from a "
+                "checkpoint a run would decide otherwise; write state_dict and load_state_dict."
+            )
+        return
     restored: Any = copy.deepcopy(case.rule)
     restored.load_state_dict(json.loads(json.dumps(used.state_dict())))
     if case.facts(restored) != case.facts(used):

@@ -7,26 +7,35 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from numbers import Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from constrained_growth._data import undisturbed
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.candidates import Candidate, find_candidates
-from constrained_growth.errors import DataError, TrainingError
+from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import GrowthRecord, insert, rewrap
+from constrained_growth.insertion.averaged import Copies, checked_copies
 from constrained_growth.insertion.layer import structure_kept_on_error
-from constrained_growth.insertion.optimizer_state import groups_kept_on_error
-from constrained_growth.problem import GrowthProblem
+from constrained_growth.insertion.optimizer_state import (
+    as_optimizers,
+    check_optimizers,
+    groups_kept_on_error,
+)
+from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
+from constrained_growth.training.arguments import check_arguments
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
@@ -54,7 +63,8 @@ class Grower:
 
     Args:
         model: Trained by the loop; grows in place.
-        optimizer: The one that trains it; keeps its state, and gets the new parameters.
+        optimizer: The one that trains it, or several in a list (Muon and AdamW, say); they keep
+            their state, and get the new parameters, as in `insert`. Not LBFGS.
         loss_fn: As for `GrowthProblem`.
         data: The data to decide on, as for `GrowthProblem`: the training data, or other data.
         rule: What to insert, as for `solve`; `TopK(1)` by default.
@@ -75,6 +85,8 @@ class Grower:
         wrapper: The DistributedDataParallel around the model, where `model` is the module inside
             it; rebuilt in place after an insertion. None (default) where `model` is given as it
             is trained.
+        averaged: Copies of the model that grow too, such as an `AveragedModel`, as in `insert`;
+            the loop updates them.
 
     Attributes:
         history: Losses and decisions so far.
@@ -85,6 +97,8 @@ class Grower:
 
     Raises:
         TrainingError: An argument makes no sense.
+        OptimizerError: An optimizer is none, trains another model, or cannot take new parameters.
+        CandidateError: `averaged` is no copy of the model.
 
     Example:
         >>> import constrained_growth as cg
@@ -106,7 +120,7 @@ class Grower:
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Any  # an Optimizer, or a sequence of them
     loss_fn: Callable[[Any, Any], Tensor]
     data: Iterable[Any]
     _: KW_ONLY
@@ -119,18 +133,18 @@ class Grower:
     solver: Callable[[GrowthProblem, Rule], Solution] = solve
     writer: Any = None
     wrapper: nn.Module | None = None
+    averaged: Copies = ()
 
     def __post_init__(self) -> None:
-        for name in ("confirm", "after_insertion", "solver"):
-            function = getattr(self, name)
-            if function is not None and not callable(function):
-                raise TrainingError(f"{name}={function!r} cannot be called; give a function.")
-        if not (self.when is None or isinstance(self.when, Plateau) or callable(self.when)):
-            raise TrainingError(
-                f"when={self.when!r} is no Plateau() and no function of the losses."
-            )
-        if self.max_insertions is not None and not self.max_insertions >= 0:
-            raise TrainingError(f"max_insertions={self.max_insertions!r} must not be negative.")
+        check_arguments(vars(self))
+        if not self.optimizers:
+            raise TrainingError(f"optimizer={self.optimizer!r} is none; give those that train.")
+        check_optimizers(self.model, self.optimizers, ())
+        checked_copies(self.model, self.averaged)
+        if isinstance(self.candidates, Sequence):
+            places_of(self.model, checked_candidates(self.candidates))
+        names = ("rule", "when", "confirm", "after_insertion")
+        self._attributes = {name: _attributes(getattr(self, name)) for name in names}
         self.history = History()
         self.record = GrowthRecord((), parameter_shapes(self.model))
         self.num_steps = 0
@@ -139,8 +153,15 @@ class Grower:
         self._count = 0
         self._started = time.perf_counter()
 
+    @property
+    def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
+        """The optimizer, or the several."""
+        return as_optimizers(self.optimizer)
+
     def step(self, loss: Tensor | float) -> None:
         """Note the loss (a scalar) of an optimizer step, without waiting for the device."""
+        if not isinstance(loss, Real) and not (isinstance(loss, Tensor) and loss.dim() == 0):
+            raise TrainingError(f"loss={loss!r:.80} is not a number or a scalar tensor.")
         if isinstance(loss, Tensor):
             loss = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         self._sum = self._sum + loss
@@ -188,7 +209,11 @@ class Grower:
         started = time.perf_counter()
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
-        with structure_kept_on_error(self.model), groups_kept_on_error(self.optimizer):
+        with ExitStack() as undo:
+            for one in (self.model, *checked_copies(self.model, self.averaged)):
+                undo.enter_context(structure_kept_on_error(one))
+            for optimizer in self.optimizers:
+                undo.enter_context(groups_kept_on_error(optimizer))
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
@@ -224,6 +249,14 @@ class Grower:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside model, optimizer and random state."""
+        parts = stateful(self.rule, self.when, self.after_insertion)
+        for name, before in self._attributes.items():
+            if name not in parts and _attributes(getattr(self, name)) != before:
+                warnings.warn(
+                    f"{name}={getattr(self, name)!r:.80} remembers something and has no state_dict "
+                    "and load_state_dict: a run that is resumed would decide otherwise.",
+                    stacklevel=2,
+                )
         return {
             "num_steps": self.num_steps,
             "is_over": self.is_over,
@@ -232,20 +265,28 @@ class Grower:
             "seconds": time.perf_counter() - self._started,
             "history": self.history.state_dict(),
             "record": self.record.to_json(),
-            "parts": {name: part.state_dict() for name, part in self._stateful().items()},
+            "parts": {name: part.state_dict() for name, part in parts.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`; the caller has grown the model and loaded its weights."""
-        self.num_steps = state["num_steps"]
-        self.is_over = state["is_over"]
-        total = state["sum"]
-        self._sum = total.clone() if isinstance(total, Tensor) else total
-        self._count = state["count"]
-        self._started = time.perf_counter() - state["seconds"]
-        self.history.load_state_dict(state["history"])
-        self.record = GrowthRecord.from_json(state["record"])
-        for name, part in self._stateful().items():
+        """Go on from `state_dict`; the caller has grown the model and loaded its weights.
+
+        Raises:
+            CheckpointError: The state is that of other parts, or no state of a grower.
+        """
+        parts = stateful(self.rule, self.when, self.after_insertion)
+        check_parts(state, parts)
+        try:
+            total = state["sum"]
+            self._sum = total.clone() if isinstance(total, Tensor) else total
+            self.num_steps, self._count = state["num_steps"], state["count"]
+            self.is_over = state["is_over"]
+            self._started = time.perf_counter() - state["seconds"]
+            self.history.load_state_dict(state["history"])
+            self.record = GrowthRecord.from_json(state["record"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"state is not that of a Grower: {error!r}.") from error
+        for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         if hasattr(self.after_insertion, "attach"):
             self.after_insertion.attach(self.model, self.optimizer)  # type: ignore[union-attr]
@@ -260,7 +301,7 @@ class Grower:
                 "DistributedDataParallel around it as wrapper=, or gradients are not averaged.",
                 stacklevel=4,
             )
-        rewrap(trained, self.optimizer)
+        rewrap(trained, self.optimizers)
 
     def _everywhere(self, work: Callable[[], T]) -> T:
         """The result here of work done on all processes; an error on one is an error on all."""
@@ -278,7 +319,8 @@ class Grower:
             solution = replace(solution, decision=Decision((), answer.value))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the model is wrapped")  # `_rewrap` comes next
-            return solution, answer, insert(self.model, solution, optimizer=self.optimizer)
+            record = insert(self.model, solution, optimizer=self.optimizers, averaged=self.averaged)
+        return solution, answer, record
 
     def _is_time(self) -> bool:
         if self.when is None:
@@ -305,18 +347,13 @@ class Grower:
         reason = f"{decision.reason}; {room} more of max_insertions={self.max_insertions}"
         return replace(decision, chosen=chosen, values=values, reason=reason)
 
-    def _stateful(self) -> dict[str, Any]:
-        """Rule, schedule and policy, where they have a state."""
-        parts = {"rule": self.rule, "when": self.when, "after_insertion": self.after_insertion}
-        return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-
     def _proposed(self) -> Sequence[Candidate]:
         if callable(self.candidates):
             return self.candidates(self.model)
         if self.candidates is not None:
             return self.candidates
         with untouched(self.model, self.data):
-            batch = next(iter(self.data), None)
+            batch = next(iter(undisturbed(self.data)), None)
         if batch is None:
             raise DataError("data is empty; give at least one (input, target) batch.")
         return find_candidates(self.model, batch[0])
@@ -331,3 +368,24 @@ def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
             hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(known)}."
             raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
     return options
+
+
+def stateful(rule: Any, when: Any, after_insertion: Any) -> dict[str, Any]:
+    """Rule, schedule and policy, where they have a state."""
+    parts = {"rule": rule, "when": when, "after_insertion": after_insertion}
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
+    """Refuse the state of a grower whose parts with a state are others than these."""
+    saved = state.get("parts") if isinstance(state, Mapping) else None
+    saved = saved if isinstance(saved, Mapping) else {}
+    for name in sorted(saved.keys() ^ parts.keys()):
+        raise CheckpointError(
+            f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
+            f"{'a' if name in saved else 'no'} state of it was saved; give the one of that run."
+        )
+
+
+def _attributes(part: object) -> str:
+    return repr(getattr(part, "__dict__", None))

@@ -54,7 +54,7 @@ class Round:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """A training run in rows, one per epoch or per call of `Grower.maybe_grow`.
 
@@ -69,8 +69,8 @@ class History:
     Example:
         >>> history = History()
         >>> history.add(loss=0.7, step=10, layers=2, seconds=0.1, metrics={"accuracy": 0.5})
-        >>> history.losses, history.metrics
-        ([0.7], {'accuracy': [0.5]})
+        >>> history, history.metrics
+        (History(rows: 1, loss 0.7 to 0.7; inserted: nothing), {'accuracy': [0.5]})
     """
 
     losses: list[float] = field(default_factory=list)
@@ -79,6 +79,14 @@ class History:
     seconds: list[float] = field(default_factory=list)
     metrics: dict[str, list[float]] = field(default_factory=dict)
     rounds: list[Round] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        said = [f"{one.chosen or 'nothing'} after row {one.epoch}" for one in self.rounds]
+        if len(said) > 5:
+            said[5:] = [f"and {len(said) - 5} decisions more"]
+        losses = [f"{loss:.3g}" for loss in (*self.losses[:1], *self.losses[-1:])]
+        loss = f", loss {' to '.join(losses)}" if losses else ""
+        return f"History(rows: {len(self.losses)}{loss}; inserted: {', '.join(said) or 'nothing'})"
 
     @property
     def insertions(self) -> list[Round]:

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,27 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from constrained_growth import checkpoint as checkpoints
-from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere, in_step
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import generators_of, untouched
-from constrained_growth.errors import DataError, TrainingError
+from constrained_growth.checkpoint import Checkpoint
+from constrained_growth.errors import CheckpointError, DataError
+from constrained_growth.insertion.averaged import Copies, checked_copies
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.grower import AfterInsertion, Candidates, Grower
+from constrained_growth.training.arguments import check_arguments
+from constrained_growth.training.grower import (
+    AfterInsertion,
+    Candidates,
+    Grower,
+    check_parts,
+    stateful,
+)
 from constrained_growth.training.history import History
 
 _TOP_ONE = TopK(1)
@@ -35,7 +44,7 @@ _LOSS = "validation loss"
 
 def grow(
     model: nn.Module,
-    optimizer_factory: Callable[[Any], torch.optim.Optimizer],
+    optimizer_factory: Callable[[Any], torch.optim.Optimizer | Sequence[torch.optim.Optimizer]],
     loss_fn: Callable[[Any, Any], Tensor],
     loader: Iterable[Any],
     *,
@@ -50,13 +59,14 @@ def grow(
     target: float | None = None,
     validation: Iterable[Any] | None = None,
     metrics: Mapping[str, Callable[[Any, Any], Tensor | float]] | None = None,
-    scheduler_factory: Callable[[torch.optim.Optimizer], Any] | None = None,
+    scheduler_factory: Callable[[Any], Any] | None = None,
     after_insertion: AfterInsertion | None = None,
     solver: Callable[[GrowthProblem, Rule], Solution] = solve,
     callbacks: Iterable[Callable[[Grower], object]] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
     blocks: Mapping[str, nn.Module] | None = None,
+    averaged: Copies = (),
     writer: Any = None,
     progress: bool | None = None,
 ) -> History:
@@ -75,7 +85,7 @@ def grow(
     Args:
         model: Trained and grown in place, in the mode (train or eval) it is in.
         optimizer_factory: `optimizer_factory(model.parameters()) -> Optimizer`, such as
-            `functools.partial(torch.optim.Adam, lr=1e-3)`.
+            `functools.partial(torch.optim.Adam, lr=1e-3)`; or a list of several optimizers.
         loss_fn: `loss_fn(output, target)`, the mean over the samples of a batch.
         loader: The training data: `(input, target)` batches, as for `GrowthProblem`.
         epochs: Largest number of passes over them.
@@ -91,17 +101,20 @@ def grow(
         validation: Batches to measure on after each epoch, in eval mode, without gradients.
         metrics: Name → `metric(output, target)`, a mean over the samples of a batch, measured on
             `validation` (or on `loader` without one) and kept in the history under its name.
-        scheduler_factory: `scheduler_factory(optimizer)`; stepped after each epoch, with the loss
-            for a `ReduceLROnPlateau`.
+        scheduler_factory: `scheduler_factory(optimizer)`, called with what the other factory
+            returned; gives one scheduler or a list of them, stepped after each epoch, with the
+            loss for a `ReduceLROnPlateau`.
         after_insertion: As for `Grower`.
         solver: As for `Grower`.
         callbacks: Called with the `Grower` after each epoch; training ends when one returns True.
         checkpoint: File to write a checkpoint to after each epoch. If it exists at the beginning,
             the run goes on from it, with the numbers of a run that was never stopped, bit for bit
             at one thread on one machine. Give the model as it was before it grew, and delete the
-            file to start afresh.
+            file and the `checkpoint.previous` of it to start afresh.
         checkpoint_every: Also write one every k steps.
         blocks: Name of the inserted layer → block, for your own blocks when a run is resumed.
+        averaged: As for `Grower`, kept in the checkpoint; update them in `callbacks`, or in a hook
+            of the optimizer, `register_step_post_hook`.
         writer: As for `Grower`.
         progress: Progress bar: True, False, or None (default) for one on a terminal.
 
@@ -123,26 +136,28 @@ def grow(
         >>> len(history.losses), history.layers
         (3, [2, 3, 3])
     """
-    if not isinstance(epochs, int) or epochs < 0:
-        raise TrainingError(f"epochs={epochs!r} is not a whole number of at least 0.")
-    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
-        if value is not None:
-            positive_int(name, value, TrainingError)
-    path, resumed = None if checkpoint is None else Path(checkpoint), None
-    if path is not None and everywhere(path.exists, None)[0]:
+    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
+    check_arguments({**locals(), "data": loader if data is None else data})
+    checked_copies(model, averaged)
+    for name, given in (("loader", loader), ("data", data), ("validation", validation)):
+        if given is not None and not length_hint(given, 1):
+            raise DataError(f"{name} is empty; give at least one (input, target) batch.")
+    path = None if checkpoint is None else Path(checkpoint)
+    saved = None if path is None else _saved(path, loader, stateful(rule, when, after_insertion))
+    if saved is None:
+        optimizer = optimizer_factory(model.parameters())
+        scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
+    else:
         resumed = checkpoints.resume(
-            path,
+            saved,
             model,
             optimizer_factory,
             scheduler_factory=scheduler_factory,
+            averaged=averaged,
             blocks=blocks,
             loader=loader,
         )
-    if resumed:
         optimizer, scheduler = resumed.optimizer, resumed.scheduler
-    else:
-        optimizer = optimizer_factory(model.parameters())
-        scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
     grower = Grower(
         model,
         optimizer,
@@ -156,11 +171,12 @@ def grow(
         after_insertion=after_insertion,
         solver=solver,
         writer=writer,
+        averaged=averaged,
     )
     run = _Run(grower, loader, scheduler, path)
-    if resumed:
-        grower.load_state_dict(resumed.checkpoint.states["grower"])
-        vars(run).update(resumed.checkpoint.extra)
+    if saved is not None:
+        grower.load_state_dict(saved.states["grower"])
+        vars(run).update(saved.extra)
     history = grower.history
 
     def is_over() -> bool:
@@ -176,11 +192,13 @@ def grow(
     ) as bar:
         while not is_over():
             for input, answer in run.batches():
-                grower.optimizer.zero_grad()
+                for one in grower.optimizers:
+                    one.zero_grad()
                 # `call` would bypass the forward of a DistributedDataParallel, not of a partial
                 loss = loss_fn(call(functools.partial(model), input), answer)
                 loss.backward()
-                grower.optimizer.step()
+                for one in grower.optimizers:
+                    one.step()
                 grower.step(loss)
                 run.done += 1
                 if checkpoint_every is not None and grower.num_steps % checkpoint_every == 0:
@@ -201,6 +219,37 @@ def grow(
     return history
 
 
+def _saved(path: Path, loader: Iterable[Any], parts: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint to go on from, if there is one that can be; None to start afresh."""
+    exists, kept = everywhere(lambda: (path.exists(), checkpoints.previous(path).exists()), None)[0]
+    if not exists and kept:
+        raise CheckpointError(
+            f'checkpoint="{path}" does not exist, but the one before it does: rename '
+            f'"{checkpoints.previous(path)}" to go on from that, or delete it to start afresh.'
+        )
+    found: list[Checkpoint] = []
+    everywhere(lambda: found.append(checkpoints.load(path)) if exists else None, None)
+    for saved in found:
+        run = saved.extra if isinstance(saved.extra, Mapping) else {}
+        kinds = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
+        told = all(isinstance(run.get(name, ""), kind) for name, kind in kinds.items())
+        if not told or "grower" not in saved.states:
+            raise CheckpointError(
+                f'checkpoint="{path}" holds no run of grow; give the file of one, or a new name.'
+            )
+        if (number := length_hint(loader, run["done"])) < run["done"]:
+            raise _too_short(number, run["done"])
+        check_parts(saved.states["grower"], parts)
+    return found[0] if found else None
+
+
+def _too_short(number: int, done: int) -> CheckpointError:
+    return CheckpointError(
+        f"loader has {number} batches, and the run was stopped after {done} steps of an epoch; "
+        "give the loader it had, or delete the checkpoint and the one before it to start afresh."
+    )
+
+
 @dataclass
 class _Run:
     """A training run and how far it has come; a checkpoint holds the last four in its `extra`."""
@@ -219,14 +268,16 @@ class _Run:
         set_epoch = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
         if callable(set_epoch):  # of a DistributedSampler
             set_epoch(self.epoch)
-        iterator = batches(self.loader, device_of(self.grower.model))
+        now = self._random_state()
         if self.start is None or not self.done:
-            self.start = self._random_state()
-        else:  # draw again what was drawn before the run was stopped
-            now = self._random_state()
-            self._set_random_state(self.start)
-            for _ in range(self.done):
-                next(iterator)
+            self.start = now
+        # an iterator of the loader itself, whose workers may persist
+        self._set_random_state(self.start)
+        iterator = batches(iter(self.loader), device_of(self.grower.model))
+        if self.done:  # draw again what was drawn before the run was stopped
+            for number in range(self.done):
+                if next(iterator, None) is None:
+                    raise _too_short(number, self.done)
             self._set_random_state(now)
         yield from iterator
         if not self.done:
@@ -234,10 +285,12 @@ class _Run:
 
     def end_epoch(self) -> None:
         """Step the scheduler, and go to the next epoch."""
-        if isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step(self.grower.history.losses[-1])
-        elif self.scheduler is not None:
-            self.scheduler.step()
+        several = isinstance(self.scheduler, list | tuple)
+        for one in self.scheduler if several else (self.scheduler,):
+            if isinstance(one, ReduceLROnPlateau):
+                one.step(self.grower.history.losses[-1])
+            elif one is not None:
+                one.step()
         self.epoch, self.done, self.start = self.epoch + 1, 0, None
 
     def save(self) -> None:
@@ -249,6 +302,7 @@ class _Run:
             self.path,
             self.grower.model,
             optimizer=self.grower.optimizer,
+            averaged=self.grower.averaged,
             record=self.grower.record,
             step=self.grower.num_steps,
             extra={name: getattr(self, name) for name in ("epoch", "done", "stopped", "start")},
@@ -288,6 +342,7 @@ def evaluate(
     Raises:
         DataError: There is no batch.
     """
+    check_arguments(locals())
 
     def read() -> tuple[dict[str, float], int]:
         sums, samples = dict.fromkeys(metrics, 0.0), 0

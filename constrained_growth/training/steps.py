@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth.errors import TrainingError
+from constrained_growth.insertion.optimizer_state import as_optimizers
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import Round
+
+T = TypeVar("T")
 
 
 class NewLayers:
@@ -41,7 +45,7 @@ class NewLayers:
     """
 
     def __init__(self, scale: float = 1.0, warmup: int = 20) -> None:
-        if not scale > 0:
+        if not (isinstance(scale, Real) and scale > 0):
             raise TrainingError(f"scale={scale!r} of NewLayers must be a positive number.")
         if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
             raise TrainingError(f"warmup={warmup!r} of NewLayers is not a whole number ≥ 0.")
@@ -58,9 +62,12 @@ class NewLayers:
         self.attach(grower.model, grower.optimizer, round.new_parameters)
 
     def attach(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, names: Iterable[str] = ()
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        names: Iterable[str] = (),
     ) -> None:
-        """Hook into the optimizer of a grown model, for the parameters `names` just inserted.
+        """Hook into the optimizers of a grown model, for the parameters `names` just inserted.
 
         Hooks on another optimizer are removed, and a state that was loaded goes on.
         """
@@ -74,10 +81,10 @@ class NewLayers:
             self._new[parameters[name]] = (0, parameters[name].detach().clone())
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._hooks = []
+        for one in as_optimizers(optimizer):
+            self._hooks.append(one.register_step_pre_hook(self._before_step))
+            self._hooks.append(one.register_step_post_hook(self._after_step))
         self._model, self._loaded = model, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -94,9 +101,10 @@ class NewLayers:
         # an optimizer without the setting may decay all the same
         groups = [group for group in optimizer.param_groups if group.get("weight_decay", 1)]
         decayed = {p for group in groups for p in group["params"]}
-        self._shifted = [(p, start) for p, (_, start) in self._new.items() if p in decayed]
+        new = _trained_by(optimizer, self._new)
+        self._shifted = [(p, start) for p, (_, start) in new.items() if p in decayed]
         self._shift(-1)
-        for parameter, (age, _) in self._new.items():
+        for parameter, (age, _) in new.items():
             share = self.scale * min(1.0, (age + 1) / (self.warmup + 1))
             if share != 1:
                 self._before.append((parameter, parameter.clone(), share))
@@ -109,7 +117,8 @@ class NewLayers:
             parameter.copy_(before.lerp(parameter, share))
         self._shift(1)
         self._before = []
-        self._new = {parameter: (age + 1, start) for parameter, (age, start) in self._new.items()}
+        for parameter, (age, start) in _trained_by(optimizer, self._new).items():
+            self._new[parameter] = (age + 1, start)
 
     @torch.no_grad()
     def _shift(self, sign: int) -> None:  # parameters into deviations (−1), or back (1)
@@ -127,6 +136,11 @@ class NewLayers:
                 self._shift(-1)
 
         return evaluated if callable(closure) else closure
+
+
+def _trained_by(optimizer: torch.optim.Optimizer, new: Mapping[Tensor, T]) -> dict[Tensor, T]:
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    return {parameter: value for parameter, value in new.items() if parameter in own}
 
 
 @dataclass(frozen=True)
@@ -161,14 +175,16 @@ class LineSearch:
         return [self._step(grower) for _ in range(self.steps)]
 
     def _step(self, grower: Grower) -> float:
-        optimizer = grower.optimizer
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        optimizer.zero_grad()
+        optimizers = grower.optimizers
+        trained = [p for one in optimizers for group in one.param_groups for p in group["params"]]
+        for one in optimizers:
+            one.zero_grad()
         start = _mean_loss(grower, trained)
         before = [p.detach().clone() for p in trained]
         gradients = [None if p.grad is None else p.grad.clone() for p in trained]
-        optimizer.step()
-        optimizer.zero_grad()
+        for one in optimizers:
+            one.step()
+            one.zero_grad()
         with torch.no_grad():
             step = [p - b for p, b in zip(trained, before, strict=True)]
             pairs = zip(gradients, step, strict=True)

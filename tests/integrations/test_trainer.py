@@ -11,8 +11,15 @@ from helpers import assert_same, refused
 from processes import together
 from torch import Tensor, nn
 from torch.nn.modules import module
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import constrained_growth as cg
 from constrained_growth.integrations.trainer import GrowthCallback
@@ -74,6 +81,7 @@ def train(
     processes: int = 1,
     loss: Any = None,
     arguments: dict[str, Any] | None = None,
+    more: Any = (),
     **options: Any,
 ) -> Trainer:
     all_arguments = TrainingArguments(
@@ -95,7 +103,7 @@ def train(
         all_arguments,
         train_dataset=Counting(),
         eval_dataset=Counting(),
-        callbacks=[growth],
+        callbacks=[growth, *more],
         compute_loss_func=loss,
     )
     trainer.train(**options)
@@ -118,6 +126,35 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
     assert again.history.losses == growth.history.losses
     assert again.history.steps == growth.history.steps
+
+
+class Averaging(TrainerCallback):
+    """Updates an average after each step."""
+
+    def __init__(self, average: AveragedModel) -> None:
+        self.average = average
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.average.update_parameters(kwargs["model"])
+
+
+def test_averages_grow_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    def run(name: str, start: str = "") -> dict[str, Any]:
+        model = gpt()
+        average = AveragedModel(model)
+        growth = callback(averaged=average)
+        options = {"resume_from_checkpoint": start} if start else {}
+        if start:
+            growth.resume(model, start)
+        train(tmp_path / name, growth, model, more=[Averaging(average)], **options)
+        assert list(average.module.state_dict()) == list(model.state_dict())
+        return dict(average.state_dict())
+
+    whole = run("whole")
+    assert any(".inserted." in name for name in whole)
+    assert_same(run("part", str(tmp_path / "whole" / "checkpoint-12")), whole)
+    with refused(cg.CheckpointError, "averaged: 0 given, 1 saved"):
+        callback().resume(gpt(), tmp_path / "whole" / "checkpoint-12")
 
 
 def test_a_folder_without_growth_is_refused(tmp_path: Path) -> None:

@@ -153,6 +153,17 @@ class Forgetful:
         pass
 
 
+class InTurn:
+    """Counts its decisions, and has no state dict."""
+
+    def __init__(self) -> None:
+        self.turn = 0
+
+    def __call__(self, sensitivities: Sensitivities, /) -> cg.Decision:
+        self.turn += 1
+        return cg.Decision(tuple(sensitivities)[: self.turn % 3 // 2])
+
+
 class Unpicklable:
     """Holds a function that cannot be pickled."""
 
@@ -169,7 +180,8 @@ class Unpicklable:
         (Trainer(), "changes the parameters of the model"),
         (Spoiler(), "changes the multipliers"),
         (Hooked(), "changes the hooks of the model"),
-        (Forgetful(), "state_dict"),
+        (Forgetful(), "restored from its state_dict"),
+        (InTurn(), "it has no state_dict"),
         (Unpicklable(), "It can be pickled"),
         (3, "can neither be called"),
         (cg.TopK, "can neither be called"),

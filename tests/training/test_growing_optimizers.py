@@ -2,23 +2,26 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    CROSS_ENTROPY,
     assert_same,
     classified,
     feedforward,
     nothing_left_behind,
     refused,
 )
-from stacks import Stack, both, homes, mlp, plan, steps
+from stacks import Stack, both, copied, homes, mlp, plan, steps
 from torch import Tensor, nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import constrained_growth as cg
+from constrained_growth.training import NewLayers
 
 # --- optimizers -------------------------------------------------------------------------------
 
@@ -251,3 +254,169 @@ def test_averages_that_do_not_fit() -> None:
     ):
         with nothing_left_behind(model), refused(cg.CandidateError, "averaged", words):
             cg.insert(model, solution, averaged=given)  # type: ignore[arg-type]
+
+
+# --- in a loop --------------------------------------------------------------------------------
+
+
+def trained_by(grower: cg.Grower, data: Any, rounds: int = 2) -> None:
+    for _ in range(rounds):
+        steps(grower.model, data, *grower.optimizers, count=1)
+        grower.step(1.0)
+        grower.maybe_grow()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="an older torch")
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_grower_with_several_optimizers_is_insert_with_them(kind: Any) -> None:
+    data, found = classified(20, batch=8), []
+    for by_hand in (True, False):
+        torch.manual_seed(0)
+        model = Stack()
+        optimizers = kind(muon_and_adamw(model))
+        if by_hand:
+            steps(model, data, *optimizers, count=1)
+            cg.insert(model, plan(model, data, mlp("blocks.0")), optimizer=optimizers)
+            steps(model, data, *optimizers, count=1)
+        else:
+            candidates = [mlp("blocks.0")]
+            options: dict[str, Any] = {"candidates": candidates, "max_insertions": 1}
+            grower = cg.Grower(model, optimizers, CROSS_ENTROPY, data, **options)
+            assert grower.optimizers == tuple(optimizers)
+            trained_by(grower, data)
+        assert len(homes(*optimizers)) == len(list(model.parameters()))
+        found.append(dict(model.state_dict()))
+    assert_same(found[0], found[1])
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="an older torch")
+def test_warm_up_with_several_optimizers_counts_the_steps_of_each_parameter() -> None:
+    model, data = Stack(), classified(20)
+    optimizers = muon_and_adamw(model)
+    policy = NewLayers(warmup=4)
+    options: dict[str, Any] = {"candidates": [mlp("blocks.0")], "after_insertion": policy}
+    grower = cg.Grower(model, optimizers, CROSS_ENTROPY, data, max_insertions=1, **options)
+    trained_by(grower, data, rounds=3)
+    ages = {name: age for name, (age, _) in policy.state_dict().items()}
+    assert set(ages) == set(grower.history.rounds[0].new_parameters)
+    assert set(ages.values()) == {2}
+    assert len({id(homes(*optimizers)[id(model.get_parameter(name))]) for name in ages}) == 2
+
+
+def test_error_after_an_insertion_leaves_optimizers_and_averages_as_they_were() -> None:
+    model, data = Stack(), classified(12)
+    half = len(list(model.parameters())) // 2
+    parameters = list(model.parameters())
+    optimizers = [torch.optim.Adam(parameters[:half]), torch.optim.SGD(parameters[half:])]
+    average = ema(model)
+
+    def lost(values: Any) -> cg.Solution:
+        solution = cg.solve(*values)
+        blocks = {n: replace(c, block=Broken(c.block)) for n, c in solution.candidates.items()}
+        return replace(solution, candidates=blocks)
+
+    class Broken(nn.Module):
+        pinned = ("block.outer.weight",)
+
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x) + 1
+
+    options: dict[str, Any] = {"candidates": [mlp("blocks.0")], "averaged": [average]}
+    options["solver"] = lambda *values: lost(values)
+    grower = cg.Grower(model, optimizers, CROSS_ENTROPY, data, **options)
+    groups = [[id(p) for p in one.param_groups[0]["params"]] for one in optimizers]
+    modules = [id(module) for module in average.modules()]
+    with nothing_left_behind(model), refused(cg.BlockError):
+        grower.ask()
+    assert groups == [[id(p) for p in one.param_groups[0]["params"]] for one in optimizers]
+    assert modules == [id(module) for module in average.modules()]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_averages_grow_with_the_model(several: bool) -> None:
+    model, data = Stack(), classified(20, batch=8)
+    average = ema(model)
+    given = [average, copy.deepcopy(model)] if several else average
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    candidates = [copied(model, "blocks.0"), mlp("stem")]
+    options: dict[str, Any] = {"candidates": candidates, "rule": cg.TopK(2)}
+    grower = cg.Grower(model, optimizer, CROSS_ENTROPY, data, averaged=given, **options)
+    trained_by(grower, data, rounds=1)
+    for one in given if isinstance(given, list) else [given]:
+        inner = one.module if isinstance(one, AveragedModel) else one
+        assert_same(dict(inner.state_dict()), dict(model.state_dict()))
+    history = cg.grow(
+        model, lambda p: torch.optim.SGD(p, lr=0.0), CROSS_ENTROPY, data, epochs=3, averaged=given
+    )
+    assert history.insertions
+    average.update_parameters(model)
+    assert_same(dict(average.module.state_dict()), dict(model.state_dict()))
+
+
+# --- optimizers that count the steps of a group -----------------------------------------------
+
+
+class GroupAdam(Optimizer):
+    """Adam as Apex has it: the step count is that of the group."""
+
+    def __init__(self, params: Any, key: str = "step", count: Any = 0) -> None:
+        super().__init__(params, {"lr": 1e-3})
+        self.key = key
+        for group in self.param_groups:
+            group[key] = count
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group[self.key] = group[self.key] + 1
+            t = float(group[self.key])
+            for p in (p for p in group["params"] if p.grad is not None):
+                m, v = (self.state[p].setdefault(key, torch.zeros_like(p)) for key in "mv")
+                m.lerp_(p.grad, 0.1)
+                v.lerp_(p.grad**2, 0.001)
+                p.sub_(group["lr"] * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+
+
+@pytest.mark.parametrize("key", ["step", "k", "t", "num_steps"])
+@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+def test_count_of_a_group_is_said(key: str, count: Any) -> None:
+    model, data = Stack(), classified(12)
+    optimizer = GroupAdam(model.parameters(), key, count)
+    steps(model, data, optimizer)
+    solution = both(model, data)
+    with pytest.warns(UserWarning, match=rf"GroupAdam counts the steps of a group, {key}=3"):
+        cg.insert(model, solution, optimizer=optimizer)
+
+
+def test_group_with_a_count_of_its_own_takes_the_steps_that_are_right() -> None:
+    """What the warning says to do: the first step of Adam is as large as the learning rate."""
+    model, data = Stack(), classified(12)
+    optimizer = GroupAdam(model.parameters())
+    steps(model, data, optimizer, count=300)
+    with pytest.warns(UserWarning, match="record.new_parameters"):
+        record = cg.insert(model, plan(model, data, mlp("stem")), optimizer=optimizer)
+    (group,), new = optimizer.param_groups, dict(record.new_parameters(model))
+    group["params"] = [p for n, p in model.named_parameters() if n not in new]
+    optimizer.add_param_group({**group, "params": list(new.values()), "step": 0})
+    before = {name: p.detach().clone() for name, p in new.items()}
+    steps(model, data, optimizer, count=1)
+    moved = max((p - before[name]).abs().max().item() for name, p in new.items())
+    assert moved == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_no_word_where_nothing_is_counted_in_the_group() -> None:
+    """No step yet, a count of each parameter, a setting that is only named so."""
+    for make in (
+        lambda p: GroupAdam(p),
+        lambda p: torch.optim.Adam([{"params": list(p), "step": 7}]),
+        lambda p: torch.optim.ASGD(p),
+    ):
+        model, data = Stack(), classified(12)
+        optimizer = make(model.parameters())
+        if not isinstance(optimizer, GroupAdam):
+            steps(model, data, optimizer)
+        cg.insert(model, both(model, data), optimizer=optimizer)

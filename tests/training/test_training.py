@@ -414,3 +414,14 @@ def test_empty_data_are_refused() -> None:
         grow(model, [])
     with refused(cg.DataError, "validation is empty"):
         grow(model, classified(8), validation=[])
+
+
+def test_history_says_shortly_what_was_decided() -> None:
+    history = grow(feedforward(2, 4, 4, 3), classified(16), epochs=3, rule=choose("1"), patience=9)
+    first, last = (f"{loss:.3g}" for loss in (history.losses[0], history.losses[-1]))
+    rounds = "inserted: ('1',) after row 1, ('1',) after row 2"
+    assert repr(history) == f"History(rows: 3, loss {first} to {last}; {rounds})"
+    model, rule = feedforward(2, 4, 4, 3), choose()
+    history = grow(model, classified(16), epochs=30, rule=rule, patience=None)
+    assert repr(history).endswith("nothing after row 5, and 24 decisions more)")
+    assert repr(cg.History()) == "History(rows: 0; inserted: nothing)"

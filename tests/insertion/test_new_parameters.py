@@ -1,0 +1,78 @@
+"""A record says which parameters of a grown model are new, in any process."""
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import classified, nothing_left_behind, refused
+from stacks import Stack, both, copied, mlp, plan, steps
+from torch import nn
+
+import constrained_growth as cg
+
+PLANS: dict[str, Any] = {
+    "around the stem, and one more in the list": both,
+    "around an element of the list": lambda model, data: plan(model, data, mlp("blocks.0")),
+    "around a module within an element": lambda m, data: plan(m, data, mlp("blocks.1.norm")),
+    "two at one place": lambda model, data: plan(model, data, mlp("stem"), mlp("stem", "again")),
+    "two more in the list": lambda model, data: plan(
+        model, data, copied(model, "blocks.0", "a"), copied(model, "blocks.1", "b")
+    ),
+}
+
+
+def insert(model: nn.Module, data: Any, how: str) -> cg.GrowthRecord:
+    return cg.insert(model, PLANS[how](model, data))
+
+
+@pytest.mark.parametrize("first", PLANS)
+@pytest.mark.parametrize("second", PLANS)
+def test_new_parameters_of_two_rounds(first: str, second: str) -> None:
+    model, data = Stack(), classified(12)
+    old = {id(p) for p in model.parameters()}
+    one = insert(model, data, first)
+    found = {name: id(p) for name, p in one.new_parameters(model)}
+    assert found == {n: id(p) for n, p in model.named_parameters() if id(p) not in old}
+    between = {id(p) for p in model.parameters()}
+    two = insert(model, data, second)
+    found = {name: id(p) for name, p in two.new_parameters(model)}
+    assert found == {n: id(p) for n, p in model.named_parameters() if id(p) not in between}
+    record = one + two
+    new = {n for n, p in model.named_parameters() if id(p) not in old}
+    assert {name for name, _ in record.new_parameters(model)} == new
+    again = cg.replay(Stack(), record)
+    record = cg.GrowthRecord.from_json(record.to_json())
+    assert {name for name, _ in record.new_parameters(again)} == new
+
+
+def test_freezing_the_rest() -> None:
+    model, data = Stack(), classified(12)
+    record = insert(model, data, "around the stem, and one more in the list")
+    new = dict(record.new_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in new)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    steps(model, data, torch.optim.SGD(model.parameters(), lr=0.1))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved <= new.keys()
+    assert len(moved) > 2
+
+
+def test_model_of_another_time() -> None:
+    model, data = Stack(), classified(12)
+    one = insert(model, data, "around the stem, and one more in the list")
+    with refused(cg.RecordError, "model=Stack", "sum of the records"):
+        one.new_parameters(Stack())
+    insert(model, data, "around an element of the list")
+    with nothing_left_behind(model), refused(cg.RecordError, "sum of the records"):
+        one.new_parameters(model)
+
+
+def test_record_says_shortly_what_was_inserted() -> None:
+    model, data = Stack(), classified(12)
+    record = insert(model, data, "around the stem, and one more in the list")
+    assert repr(record) == "GrowthRecord(ResidualMLP after 'stem', CopiedBlock after 'blocks.0')"
+    for _ in range(6):
+        record += insert(model, data, "around an element of the list")
+    assert len(repr(record)) < 400
+    assert repr(record).endswith("and 3 more)")

@@ -1,0 +1,98 @@
+"""A loader is read while its user may be in the middle of it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers import CROSS_ENTROPY, candidate, feedforward
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import constrained_growth as cg
+from constrained_growth.rules import Trial
+from constrained_growth.training import LineSearch, evaluate
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # one core
+
+
+def make_loader(persistent: bool = True) -> DataLoader[Any]:
+    data = TensorDataset(torch.randn(24, 2), torch.randint(3, (24,)))
+    return DataLoader(data, batch_size=4, num_workers=1, persistent_workers=persistent)
+
+
+def solve(model: nn.Module, loader: Any) -> None:
+    cg.solve(cg.GrowthProblem(model, CROSS_ENTROPY, loader, [candidate("1")]))
+
+
+def solve_with_a_trial(model: nn.Module, loader: Any) -> None:
+    rule = Trial(1, torch.optim.SGD(model.parameters(), lr=0.1))
+    cg.solve(cg.GrowthProblem(model, CROSS_ENTROPY, loader, [candidate("1")]), rule)
+
+
+def solve_rebatched(model: nn.Module, loader: Any) -> None:
+    solve(model, cg.rebatch(loader, 8))
+
+
+def insert(model: nn.Module, loader: Any) -> None:
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, [next(iter(make_loader()))], [candidate("1")])
+    cg.insert(model, cg.solve(problem), data=loader)
+
+
+def ask(model: nn.Module, loader: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    grower = cg.Grower(model, optimizer, CROSS_ENTROPY, loader, after_insertion=LineSearch(1))
+    grower.ask()
+
+
+def grow(model: nn.Module, loader: Any) -> None:
+    sgd = torch.optim.SGD
+    cg.grow(model, sgd, CROSS_ENTROPY, make_loader(), epochs=2, data=loader, validation=loader)
+
+
+def measure(model: nn.Module, loader: Any) -> None:
+    evaluate(model, {"loss": CROSS_ENTROPY}, loader)
+
+
+READERS: list[Callable[[nn.Module, Any], None]] = [
+    solve,
+    solve_with_a_trial,
+    solve_rebatched,
+    insert,
+    ask,
+    grow,
+    measure,
+]
+
+
+@pytest.mark.parametrize("at", [0, 3, 5])
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__)
+def test_epoch_under_way_goes_on(read: Callable[[nn.Module, Any], None], at: int) -> None:
+    model, loader = feedforward(2, 4, 4, 3), make_loader()
+    for _ in range(2):
+        seen: list[Tensor] = []
+        for number, (inputs, _) in enumerate(loader):
+            seen.append(inputs)
+            if number == at:
+                read(model, loader)
+                model = feedforward(2, 4, 4, 3)
+        assert torch.equal(torch.cat(seen), loader.dataset.tensors[0])  # type: ignore[attr-defined]
+
+
+def test_workers_that_persist_serve_the_training_itself() -> None:
+    """One worker process for all epochs, as with a loop in plain PyTorch."""
+
+    class Counted(DataLoader[Any]):
+        begun = 0
+
+        def _get_iterator(self) -> Any:
+            type(self).begun += 1
+            return super()._get_iterator()
+
+    def pairs() -> Iterator[tuple[Tensor, int]]:
+        yield from ((torch.randn(2), number % 3) for number in range(8))
+
+    loader = Counted(list(pairs()), batch_size=4, num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    other = [(torch.randn(8, 2), torch.randint(3, (8,)))]
+    cg.grow(feedforward(2, 4, 3), torch.optim.SGD, CROSS_ENTROPY, loader, epochs=4, data=other)
+    assert Counted.begun == 1
