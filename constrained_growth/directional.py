@@ -90,7 +90,11 @@ def directional_derivative(
     collector = Collector([site])
 
     def read() -> None:
-        with untouched(problem.model, problem.data), differentiable(), collector.watching():
+        with (
+            untouched(problem.model, problem.loss_fn, problem.data),
+            differentiable(),
+            collector.watching(),
+        ):
             for input, target in batches(problem.data, device_of(problem.model)):
                 weight = batch_weight(problem.weight, input, target)
                 if weight > 0:  # else there is no mean loss

@@ -115,7 +115,7 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = _places(model, self.candidates)
-        with untouched(model, data), differentiable():
+        with untouched(model, loss_fn, data), differentiable():
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
             )

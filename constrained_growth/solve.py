@@ -104,7 +104,7 @@ def solve(
     """
     _check(problem, rule, norm, gtol)
     bar = progress_bar(problem.data, desc="multipliers", unit="batch", progress=progress)
-    with untouched(problem.model, problem.data), differentiable():
+    with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
         found = measure(
             problem.model,
             problem.loss_fn,

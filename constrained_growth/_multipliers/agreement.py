@@ -38,7 +38,7 @@ class FirstBatch:
 
     def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
         """The loss of the model as it is, left as it is."""
-        with untouched(model):
+        with untouched(model, loss_fn):
             return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
 
     def is_same(self, loss: float, epsilon: float) -> bool:
@@ -57,7 +57,7 @@ def closed_form_holds(
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
-    with untouched(model), in_graph.watching():
+    with untouched(model, loss_fn), in_graph.watching():
         loss = float(in_graph.add(first.input, first.target, 1.0))
     blocks = [block for site in sites for block in site.blocks.values()]
     epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from constrained_growth._data import batches, moved
+from constrained_growth._data import batches, copied, moved
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, coarsest_epsilon, device_of
@@ -103,15 +101,11 @@ def check_preserved(
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-
-    def own(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-
     with untouched(model), differentiable():  # a model may differentiate in its forward pass
         try:
             if training != model.training:
                 model.train(training)
-            return _tensors(call(model, moved(tree_map(own, example), device_of(model))))
+            return _tensors(call(model, moved(copied(example), device_of(model))))
         finally:
             torch.clear_autocast_cache()  # the values of the new layers may change next
 

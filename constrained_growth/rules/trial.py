@@ -106,7 +106,12 @@ class Trial:
         cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
         bar = progress_bar(total=self.steps, desc="trial", unit="step", progress=self.progress)
         standing = ExitStack()
-        with untouched(problem.model, problem.data, data), differentiable(), bar, standing:
+        with (
+            untouched(problem.model, problem.loss_fn, problem.data, data),
+            differentiable(),
+            bar,
+            standing,
+        ):
             copies = {n: _Copy(problem, self, solution.candidates[n], standing) for n in left}
             copies[NOTHING] = _Copy(problem, self, None, standing)
             stream = _endless(problem, self.seed)
@@ -177,7 +182,7 @@ class _Copy:
     def loss(self, data: Iterable[Any]) -> float:
         """The mean loss; infinite if it is not a number."""
         total, weights = 0.0, 0.0
-        with untouched(self.model, data), torch.no_grad():
+        with untouched(self.model, self.problem.loss_fn, data), torch.no_grad():
             for input, target, weight in _weighted(self.problem, data):
                 loss = checked_loss(self.problem.loss_fn(call(self.model, input), target))
                 total, weights = total + weight * float(loss), weights + weight
