@@ -8,6 +8,7 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -35,7 +36,6 @@ class Snapshot:
 
     def __init__(self, *roots: object) -> None:
         self._containers: list[tuple[Any, Any]] = []
-        self._cells: list[tuple[types.CellType, Any]] = []
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._leaves: list[tuple[Tensor, Tensor | None, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -48,8 +48,6 @@ class Snapshot:
                     self._tensors.append((value, value.detach().clone()))
             elif isinstance(value, _CONTAINERS):
                 self._containers.append((value, copy.copy(value)))
-            elif isinstance(value, types.CellType):
-                self._cells.append((value, value.cell_contents))
             elif isinstance(value, nn.Module):
                 self._modes.append((value, value.training))
             elif isinstance(value, torch.Generator):
@@ -63,8 +61,6 @@ class Snapshot:
                 (container.extend if isinstance(container, list | deque) else container.update)(
                     before
                 )
-        for cell, contents in self._cells:
-            cell.cell_contents = contents
         for module, training in self._modes:  # a script module keeps it elsewhere
             if module.training != training:
                 module.training = training
@@ -79,11 +75,15 @@ class Snapshot:
 
 
 def reached(*roots: object) -> Iterator[Any]:
-    """The modules, tensors, containers, cells and generators that are reached from some objects."""
-    waiting: list[tuple[Any, int]] = [(root, _DEPTH) for root in roots]
+    """The modules, tensors, containers and generators that are reached from some objects.
+
+    A container counts as an attribute of an object. One that a function or a hook writes to is a
+    note that the user takes, and only what is in it counts.
+    """
+    waiting: list[tuple[Any, int, bool]] = [(root, _DEPTH, False) for root in roots]
     known: set[int] = set()
     while waiting:
-        value, depth = waiting.pop()
+        value, depth, owned = waiting.pop()
         if value is None or isinstance(value, str | int | float) or id(value) in known:
             continue
         known.add(id(value))
@@ -92,33 +92,26 @@ def reached(*roots: object) -> Iterator[Any]:
             yield value
         elif isinstance(value, nn.Module):
             yield value
-            inside = [vars(value), *value.buffers(recurse=False)]
             for name, hooks in vars(value).items():
                 if name.startswith(_HOOKS) and isinstance(hooks, dict):
                     known.add(id(hooks))
-                    inside += hooks.values()
+                    waiting += ((hook, depth, False) for hook in hooks.values())
+            inside, owned = [vars(value), *value.buffers(recurse=False)], True
         elif type(value) in _CONTAINERS:
-            yield value
+            if owned:
+                yield value
             inside = [*(value.values() if isinstance(value, dict) else value)]
         elif isinstance(value, tuple):
             inside = [*value]
-        elif isinstance(value, types.CellType):
-            try:
-                inside = [value.cell_contents]
-            except ValueError:  # not filled yet
-                continue
-            yield value
         elif isinstance(value, types.MethodType):
             inside = [value.__self__, value.__func__]
         elif isinstance(value, functools.partial):
             inside = [value.func, value.args, value.keywords]
-        elif isinstance(value, types.FunctionType):
-            if depth > 0 and not _is_of_others(value.__module__):
-                inside = [value.__closure__, value.__defaults__, value.__kwdefaults__]
-                waiting += ((item, depth - 1) for item in _globals_of(value))
+        elif isinstance(value, types.FunctionType) and depth > 0:
+            inside, depth, owned = [*_names_in(value)], depth - 1, False
         elif depth > 0 and _is_state(value):
-            inside, depth = [vars(value)], depth - 1
-        waiting += ((item, depth) for item in inside)
+            inside, depth, owned = [vars(value)], depth - 1, True
+        waiting += ((item, depth, owned) for item in inside)
 
 
 def deepcopied(value: T) -> T:
@@ -127,14 +120,19 @@ def deepcopied(value: T) -> T:
     return copy.deepcopy(value, {id(t): t.detach().clone() for t in kept})
 
 
-def _globals_of(function: types.FunctionType) -> Iterator[Any]:
-    """The globals that a function names, or one written inside it."""
+def _names_in(function: types.FunctionType) -> Iterator[Any]:
+    """What the names in a user's function stand for: cells, defaults and globals."""
+    if _is_of_others(function.__module__):
+        return
+    yield from (function.__defaults__, function.__kwdefaults__)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # not filled yet
+            yield cell.cell_contents
     codes = [function.__code__]
     while codes:
         code = codes.pop()
-        yield from (
-            function.__globals__[name] for name in code.co_names if name in function.__globals__
-        )
+        names = code.co_names
+        yield from (function.__globals__[n] for n in names if n in function.__globals__)
         codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
 
 
