@@ -243,6 +243,11 @@ def _check_tensor(after: str, x: Tensor) -> None:
             f'after="{after}" returns a {x.dtype} tensor, and a site carries floating-point '
             "numbers; choose another submodule."
         )
+    if x.is_nested or x.layout is not torch.strided:
+        raise CandidateError(
+            f'after="{after}" returns a {"nested" if x.is_nested else x.layout} tensor, and blocks '
+            "work on dense ones; choose another submodule, or pad the samples."
+        )
     if not bool(torch.isfinite(x).all()):
         raise DataError(
             f'the output of "{after}" holds NaN or Inf on the first batch; look at the data and '

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from constrained_growth._data import Weight
 from constrained_growth._distributed import everywhere, several
@@ -145,6 +147,13 @@ def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
 def _check_arguments(model: object, loss_fn: object, data: object, weight: object) -> None:
     if not isinstance(model, nn.Module):
         raise CandidateError(f"model={model!r} is not an nn.Module.")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            state = "not initialised" if is_lazy(tensor) else "on the meta device"
+            raise CandidateError(
+                f'model={type(model).__name__}: its "{name}" is {state} and has no values; load '
+                "the whole model first (without offloading), or run a lazy one on a batch."
+            )
     if not callable(loss_fn):
         raise DataError(
             f"loss_fn={loss_fn!r} cannot be called; give a function (output, target) -> scalar "
