@@ -27,7 +27,7 @@ def with_entries(value: Any, changed: Mapping[Any, Any]) -> Any:
         items = [changed.get(index, item) for index, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     frozen = isinstance(value, Mapping) and not isinstance(value, MutableMapping)
-    rebuilt = dict(value) if frozen else copy.copy(value)
+    rebuilt: Any = dict(value) if frozen else copy.copy(value)
     for key, item in changed.items():
         if isinstance(value, list) or (isinstance(value, Mapping) and key in value):
             rebuilt[key] = item

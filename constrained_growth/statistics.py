@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from statistics import NormalDist
 
-import torch
 from torch import Tensor
 
 from constrained_growth._sharding import whole

@@ -114,7 +114,13 @@ def insert(
             for one in models:
                 bookkeeping(one)
         differences = [
-            preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
+            preservation.check_preserved(
+                one,
+                example,
+                outputs,
+                {n.name: n.module for n in here},
+                siblings=[n.name for n in here if n.is_sibling],
+            )
             for one, outputs, here in zip(models, before, new, strict=True)
         ]
         added = [p for p in model.parameters() if id(p) not in old]

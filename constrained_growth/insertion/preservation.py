@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -55,7 +55,11 @@ def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> 
 
 
 def check_preserved(
-    model: nn.Module, example: object, before: Outputs, inserted: Mapping[str, nn.Module]
+    model: nn.Module,
+    example: object,
+    before: Outputs,
+    inserted: Mapping[str, nn.Module],
+    siblings: Collection[str] = (),
 ) -> dict[str, float]:
     """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
@@ -64,7 +68,8 @@ def check_preserved(
     float32 matrix products. In the other mode the difference is only reported, since some blocks
     are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
     count: all other modules get the numbers they got before. A mode without a floating-point
-    tensor in the output is left out.
+    tensor in the output is left out. `siblings` are the names of those that must be reached; the
+    others are where their sites are, which may be idle on this input.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
@@ -90,7 +95,7 @@ def check_preserved(
                 "is not the identity there, or the model is not a function of its input. Nothing "
                 "was changed; insert(..., data=()) skips this check."
             )
-    missing = [name for name in inserted if name not in reached] if before else []
+    missing = [name for name in siblings if name not in reached] if before else []
     if missing:
         raise BlockError(
             f"the layers {missing} would never be reached in the forward pass (the model may index "
