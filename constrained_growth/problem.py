@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,7 @@ class GrowthProblem:
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
             )
+        _warn_of_unseen(self.sites)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -130,6 +132,30 @@ class GrowthProblem:
     def __repr__(self) -> str:
         names = ", ".join(candidate.name for candidate in self.candidates)
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
+
+
+def _warn_of_unseen(sites: Iterable[Site]) -> None:
+    """Warn of blocks that normalise by statistics of nothing: mean 0 and variance 1."""
+    blocks = {name: block for site in sites for name, block in site.blocks.items()}
+    unseen = [name for name, block in blocks.items() if any(map(_is_unseen, block.modules()))]
+    if unseen:
+        warnings.warn(
+            f"candidates={unseen}: the model is in eval mode there, and the running statistics of "
+            "their BatchNorm have seen no data, so that λ is that of layers which do not "
+            "normalise. For λ of layers that do, call model.train() before making the problem.",
+            stacklevel=3,
+        )
+
+
+def _is_unseen(module: nn.Module) -> bool:
+    mean, variance = (getattr(module, f"running_{name}", None) for name in ("mean", "var"))
+    return (
+        not module.training
+        and isinstance(mean, Tensor)
+        and isinstance(variance, Tensor)
+        and not bool(mean.any())
+        and bool((variance == 1).all())
+    )
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
