@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import itertools
 from collections import Counter
@@ -29,6 +28,7 @@ from constrained_growth._sites.model import (
     tensors_of,
 )
 from constrained_growth._sites.site import Site
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
@@ -103,7 +103,7 @@ def look_at_sites(
     ]
     if several(group):
         sites = [
-            replace(site, blocks={name: copy.deepcopy(b) for name, b in site.blocks.items()})
+            replace(site, blocks={name: deepcopied(b) for name, b in site.blocks.items()})
             for site in sites
         ]
         blocks = [block for site in sites for block in site.blocks.values()]
@@ -350,7 +350,7 @@ def _brought(
     other_mode = any(module.training != training for module in block.modules())
     moved = any(p.device != device or p.dtype != dtype for p in block.parameters())
     if shares or other_mode or moved:
-        block = copy.deepcopy(block).to(device=device, dtype=dtype).train(training)
+        block = deepcopied(block).to(device=device, dtype=dtype).train(training)
     return block
 
 

@@ -7,7 +7,7 @@ import functools
 import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -114,10 +114,10 @@ def reached(*roots: object) -> Iterator[Any]:
         waiting += ((item, depth, owned) for item in inside)
 
 
-def deepcopied(value: T) -> T:
-    """A deep copy, also of a module that keeps tensors with a graph, such as activations."""
+def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:
+    """`copy.deepcopy`, also of a module that keeps tensors with a graph, such as activations."""
     kept = [t for t in reached(value) if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy(value, {id(t): t.detach().clone() for t in kept})
+    return copy.deepcopy(value, {**(memo or {}), **{id(t): t.detach().clone() for t in kept}})
 
 
 def _names_in(function: types.FunctionType) -> Iterator[Any]:

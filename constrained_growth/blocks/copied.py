@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks.branches import branch_ends
 from constrained_growth.blocks.protocol import zero_pins
 from constrained_growth.errors import BlockError
@@ -117,7 +118,7 @@ def _copied(module: nn.Module) -> nn.Module:
         for name, value in attributes
         if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
     }
-    copied = copy.deepcopy(module, memo)
+    copied = deepcopied(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None
         if parameter.is_floating_point():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import layer as layers
@@ -161,7 +161,7 @@ def _new_layers(
     for name in names:
         planned = solution.candidates[name]
         with torch.inference_mode(False):
-            planned = replace(planned, block=copy.deepcopy(planned.block))
+            planned = replace(planned, block=deepcopied(planned.block))
         site = model.get_submodule(planned.after)
         planned.block.train(site.training)
         here = layers.first_parameter(site, model)
@@ -193,7 +193,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             overwritten=planned.overwritten,
             output=planned.output,
             placement="sibling" if new.is_sibling else "wrapped",
-            pristine=copy.deepcopy(new.module),
+            pristine=deepcopied(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
         done.append(record)

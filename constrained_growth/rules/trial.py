@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from constrained_growth._distributed import several
 from constrained_growth._progress import progress_bar
 from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.curvature import FORWARD_PASSES, stand
 from constrained_growth.errors import DataError, RuleError
@@ -144,10 +144,10 @@ class _Copy:
         self, problem: GrowthProblem, rule: Trial, planned: Planned | None, standing: ExitStack
     ) -> None:
         given = rule.optimizer if isinstance(rule.optimizer, torch.optim.Optimizer) else None
-        self.model, optimizer = copy.deepcopy((problem.model, given))
+        self.model, optimizer = deepcopied((problem.model, given))
         self.parts, self.problem, self.samples = nn.ModuleList([self.model]), problem, 0.0
         if planned is not None:
-            block = copy.deepcopy(planned.block)
+            block = deepcopied(planned.block)
             self.parts.append(block)
             site, takes = self.model.get_submodule(planned.after), takes_context(block)
             standing.enter_context(stand(site, block, takes_context=takes, output=planned.output))
