@@ -28,7 +28,7 @@ from constrained_growth._sites.model import (
     tensors_of,
 )
 from constrained_growth._sites.site import Site
-from constrained_growth._sites.snapshot import deepcopied
+from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
@@ -190,6 +190,7 @@ def _run(
         _refuse_reentrant(loss)
         if loss.requires_grad:
             collector.backward(loss)
+            _refuse_carried_graph(model, loss_fn, batch)
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)
@@ -281,6 +282,27 @@ def _refuse_reentrant(loss: Tensor) -> None:
                 "gradients at its sites; use checkpoint(..., use_reentrant=False)."
             )
         nodes += [following for following, _ in node.next_functions]
+
+
+def _refuse_carried_graph(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, Any]
+) -> None:
+    """Refuse what keeps a tensor with its graph and reads it when it runs again."""
+    kept = [t for t in reached(model, loss_fn) if isinstance(t, Tensor) and not t.is_leaf]
+    if not kept:
+        return
+    try:
+        loss = checked_loss(loss_fn(call(model, batch[0]), batch[1]))
+        grads = torch.autograd.grad(loss, kept, allow_unused=True) if loss.requires_grad else ()
+        carried = any(grad is not None for grad in grads)
+    except RuntimeError:  # it went back through a graph that backward has freed
+        carried = True
+    if carried:
+        raise CandidateError(
+            f"model={type(model).__name__} or loss_fn keeps state from batch to batch with the "
+            "graph it came from, so that the loss of a batch has gradients in all batches before; "
+            "detach it where it is kept: self.state = state.detach()."
+        )
 
 
 def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts | None]) -> None:

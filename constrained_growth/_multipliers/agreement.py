@@ -57,14 +57,24 @@ def closed_form_holds(
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
-    with untouched(model, loss_fn), in_graph.watching():
-        loss = float(in_graph.add(first.input, first.target, 1.0))
+    names = [name for site in sites for name in site.blocks]
+    try:
+        with untouched(model, loss_fn), in_graph.watching():
+            loss = float(in_graph.add(first.input, first.target, 1.0))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the model alone has just been differentiated
+        raise CandidateError(
+            f"candidates={names}: with a layer at each of these sites the loss of the first batch "
+            f"cannot be differentiated: {error}. Often the model changes in place what a layer "
+            "there needs; choose another submodule, or change a copy."
+        ) from error
     blocks = [block for site in sites for block in site.blocks.values()]
     epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())
     if not first.is_same(loss, epsilon):
         if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
             raise BlockError(
-                f"candidates={[name for site in sites for name in site.blocks]}: with their blocks "
+                f"candidates={names}: with their blocks "
                 f"standing at their pins the loss of the first batch is {loss:.6g} instead of "
                 f"{first.loss:.6g}. One of them is not the identity as it is called there, or "
                 "something else than the model reads the tensor at its site; make a problem with "
