@@ -74,11 +74,10 @@ def closed_form_holds(
     if not first.is_same(loss, epsilon):
         if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
             raise BlockError(
-                f"candidates={names}: with their blocks "
-                f"standing at their pins the loss of the first batch is {loss:.6g} instead of "
-                f"{first.loss:.6g}. One of them is not the identity as it is called there, or "
-                "something else than the model reads the tensor at its site; make a problem with "
-                "each alone to see which."
+                f"candidates={names}: with their blocks standing at their pins the loss of the "
+                f"first batch is {loss:.6g} instead of {first.loss:.6g}. One of them is not the "
+                "identity as it is called there, or something else than the model reads the "
+                "tensor at its site; make a problem with each alone to see which."
             )
         return False  # the model is not a function of its input: nothing can be compared
     found, exact = closed.estimates(), in_graph.estimates()

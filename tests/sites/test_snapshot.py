@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CROSS_ENTROPY, assert_multipliers, autograd_multipliers, classified, solved
+from helpers import (
+    CROSS_ENTROPY,
+    assert_multipliers,
+    autograd_multipliers,
+    classified,
+    refused,
+    solved,
+)
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -189,6 +196,19 @@ def test_a_state_is_carried_through_the_pass_and_put_back(in_place: bool) -> Non
     model.h.fill_(0.1)
     cg.insert(model, solution)  # it is still a function of its input and of this state
     assert torch.equal(model.h, torch.full((8, 6), 0.1))
+
+
+def test_a_state_with_its_graph_is_refused() -> None:
+    class Undetached(Recurrent):
+        def forward(self, x: Tensor) -> Tensor:
+            self.h = self.cell(x, self.h)
+            return self.out(self.act(self.h))
+
+    model = Undetached(False)
+    h = model.h
+    with refused(cg.CandidateError, "keeps state from batch to batch", "detach"):
+        solved(model, classified(24, batch=8), cg.Candidate("act", residual()))
+    assert model.h is h
 
 
 class Keeping(nn.Module):
