@@ -152,7 +152,7 @@ def checked_shift(
     """The given shift of an identity layer, or the smallest; a BlockError if it will not do."""
     found = identity_shift(activation) if shift is None else float(shift)
     error = identity_error(activation, found or 0.0)
-    if found is None or not error <= _TOLERANCE:
+    if found is None or not error <= _TOLERANCE:  # nor may it be NaN
         stated = "no shift s" if found is None else f"shift={found:g} does not"
         reason = (
             f"({stated} gives σ(x + s) = x + s on the range of σ; at s = {found or 0.0:g} it is "

@@ -5,41 +5,41 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from constrained_growth._arguments import data_again, positive_int
+from constrained_growth._structure import entries, mapped
 from constrained_growth.errors import DataError
 
 T = TypeVar("T")
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
-    """The tensors in a batch on the model's device; everything else as it is."""
+    """A batch of the same type on the model's device; what cannot be moved is as it is."""
+
+    def by_itself(item: Any) -> Any:
+        return copy.copy(item).to(device) if callable(getattr(item, "to", None)) else item
+
     if device is None:
-        return _with_tensors(value, lambda tensor: tensor)
-    return _with_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+        return value
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True), by_itself)
 
 
 def copied(value: Any) -> Any:
     """A batch with tensors of its own, to be held while a loader may write to its own again."""
-    return _with_tensors(value, torch.clone)
 
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _with_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(_with_tensors(item, change) for item in value)
-    return value
+    return mapped(value, own, copy.deepcopy)
 
 
 def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
@@ -66,12 +66,14 @@ def undisturbed(data: Iterable[T]) -> Iterable[T]:
 
 
 def batch_size(input: object, target: object) -> int:
-    """How many samples a batch has: the first dimension of its first tensor."""
-    for tensor in (*_tensors(input), *_tensors(target)):
-        if tensor.dim() > 0:
-            if tensor.shape[0] == 0:
-                raise DataError("data: a batch has no samples (a tensor of first dimension 0).")
-            return tensor.shape[0]
+    """How many samples a batch has: the first dimension of its first tensor.
+
+    A `PackedSequence` has as many as sequences.
+    """
+    for size in (*_sizes(input), *_sizes(target)):
+        if size == 0:
+            raise DataError("data: a batch has no samples (a tensor of first dimension 0).")
+        return size
     raise DataError(
         "data: a batch holds no tensor with a batch dimension; inputs are a tensor, a tuple or a "
         "dict of tensors whose first dimension counts the samples."
@@ -96,12 +98,15 @@ def batch_weight(weight: Weight, input: object, target: object) -> float:
     return value
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+def _sizes(value: object) -> Iterator[int]:
+    if isinstance(value, PackedSequence):
+        yield int(value.batch_sizes[0])
+    elif isinstance(value, Tensor):
+        if value.dim() > 0:
+            yield value.size(0)
+    else:
+        for _, item in entries(value):
+            yield from _sizes(item)
 
 
 def samplers_of(data: object) -> Iterator[object]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from constrained_growth._sites.model import (
     tensors_of,
 )
 from constrained_growth._sites.site import Site
+from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates import Candidate
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 
 Places = Sequence[tuple[Site, Sequence[Candidate]]]
 """Sites of which only the place is known yet, and what could stand there."""
+
+_MOST_BATCHES = 64
+"""In so many batches a site has to be passed once: in the first ones an expert may be idle."""
 
 _Facts = tuple[torch.dtype, bool]
 """Of a site: what a block there has to be in, and whether the model changes the tensor in place."""
@@ -57,9 +61,9 @@ def look_at_sites(
     They are the same on all processes, but for the input: None without data here.
     """
     sharded = is_sharded(model)
-    firsts: list[FirstBatch] = []
+    looks: list[tuple[list[int], FirstBatch]] = []  # the sites seen first on it, by index
 
-    def look() -> tuple[object, list[_Facts] | None]:
+    def look() -> tuple[object, list[_Facts | None] | None]:
         for site, _ in places:
             _check_hooks(site)
         layout = [
@@ -75,14 +79,18 @@ def look_at_sites(
         ]
         counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
-        batch = next(counting, None)
-        if batch is None:
-            return layout, None
-        first, facts = _run(model, loss_fn, batch, [site for site, _ in places])
-        firsts.append(first)
-        if sharded:
+        facts: list[_Facts | None] = [None] * len(places)
+        for batch in itertools.islice(counting, 1 if sharded else _MOST_BATCHES):
+            missing = [index for index, fact in enumerate(facts) if fact is None]
+            first, found = _run(model, loss_fn, batch, [places[index][0] for index in missing])
+            looks.append(([missing[place] for place in found], first))
+            for place, fact in found.items():
+                facts[missing[place]] = fact
+            if None not in facts:
+                break
+        if sharded and looks:
             _refuse_reduced(model, places, facts)
-        return layout, facts
+        return layout, facts if looks else None
 
     found = everywhere(look, group, collective=sharded)
     if any(layout != found[0][0] for layout, _ in found):
@@ -91,35 +99,39 @@ def look_at_sites(
             f"candidates={names} are not the same on all processes of the group; give each the "
             "same candidates in the same order."
         )
-    facts = next((facts for _, facts in found if facts is not None), None)
-    if facts is None:
+    reports = [facts for _, facts in found if facts is not None]
+    if not reports:
         raise DataError("data yields no batches; give at least one (input, target) pair.")
-    first = firsts[0] if firsts else None
+    seen = {i: uses for some, first in looks for i, uses in zip(some, first.seen, strict=True)}
     sites = [
-        _filled(site, every, fact, model, first.seen[index] if first else [])
-        for index, ((site, every), fact) in enumerate(zip(places, facts, strict=True))
+        _filled(site, every, _known(site, some), model, seen.get(index, []))
+        for index, ((site, every), *some) in enumerate(zip(places, *reports, strict=True))
     ]
     if several(group):
         sites = [
-            replace(site, blocks={name: copy.deepcopy(b) for name, b in site.blocks.items()})
+            replace(site, blocks={name: deepcopied(b) for name, b in site.blocks.items()})
             for site in sites
         ]
         blocks = [block for site in sites for block in site.blocks.values()]
         take_from_first([t.detach() for block in blocks for t in tensors_of(block)], group)
 
     def check() -> None:
-        for site, here in zip(sites, first.seen if first else [[] for _ in sites], strict=True):
-            for name, block in site.blocks.items():
-                for use in here:
+        for index, uses in seen.items():
+            for name, block in sites[index].blocks.items():
+                for use in uses:
                     check_fit(name, block, use.x, use.context)
 
     def compare() -> bool:
-        return first is None or closed_form_holds(model, loss_fn, sites, first)
+        return all(
+            closed_form_holds(model, loss_fn, [sites[index] for index in some], first)
+            for some, first in looks
+            if some
+        )
 
     everywhere(check, group)
     holds = all(everywhere(compare, group, collective=sharded))
     method = Method.CLOSED_FORM if holds else Method.IN_GRAPH
-    return tuple(sites), None if first is None else first.input, method
+    return tuple(sites), looks[0][1].input if looks else None, method
 
 
 def _run(
@@ -127,21 +139,24 @@ def _run(
     loss_fn: Callable[[Any, Any], Tensor],
     batch: tuple[Any, Any],
     sites: Sequence[Site],
-) -> tuple[FirstBatch, list[_Facts]]:
-    """Run the model on the first batch, watched at its sites."""
+) -> tuple[FirstBatch, dict[int, _Facts]]:
+    """Run the model on a batch, watched at its sites; both are of those sites that it passes."""
     dtypes: dict[int, torch.dtype] = {}
     seen: list[list[Use]] = [[] for _ in sites]  # δ still to come
     uses: list[list[Use]] = [[] for _ in sites]
     aliases: list[list[tuple[Tensor, int]]] = [[] for _ in sites]  # and their version counters
     originals: list[tuple[Tensor, int]] = []
     runs: Counter[int] = Counter()
+    hidden: set[int] = set()  # sites without gradients
 
     def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
         runs[index] += 1
-        if transformed(x):
+        if not transformed(x):
+            _check_tensor(sites[index].after, x.detach())
+        if transformed(x) or alias is None:
+            hidden.add(index)
             return
-        _check_tensor(sites[index].after, x.detach())
-        if alias is None:
+        if x.numel() == 0:  # as of an expert that is called with no samples
             return
         autocast = torch.is_autocast_enabled(x.device.type)
         dtypes[index] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
@@ -154,7 +169,7 @@ def _run(
 
     collector = Collector(sites, inspect)
     input, target = batch
-    with untouched(model), collector.watching(), _forward_calls(sites) as calls:
+    with untouched(model, loss_fn), collector.watching(), _forward_calls(sites) as calls:
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
         for index, site in enumerate(sites):
@@ -163,18 +178,13 @@ def _run(
                     f'after="{site.after}": its forward() is called directly too, past all hooks; '
                     "call the module itself, module(x), or choose another submodule."
                 )
-            if not runs[index]:
-                raise CandidateError(
-                    f'after="{site.after}" is never reached in the forward pass; choose another '
-                    "submodule."
-                )
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
                 "data, the model's parameters, or the loss."
             )
-        for site, here in zip(sites, seen, strict=True):
-            if not here:
+        for index, site in enumerate(sites):
+            if index in hidden and not seen[index]:
                 raise CandidateError(
                     f'after="{site.after}" runs with gradients switched off (under '
                     "torch.no_grad(), or gradient checkpointing with use_reentrant=True) or only "
@@ -186,13 +196,16 @@ def _run(
         _refuse_reentrant(loss)
         if loss.requires_grad:
             collector.backward(loss)
+            _refuse_carried_graph(model, loss_fn, batch)
+    facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
+    uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)
     if changes:
         names = [
             s.after for s, flag in zip(sites, changed, strict=True) if flag or not any(changed)
         ]
         _refuse_kept_and_overwritten(model, loss_fn, first, names)
-    return first, [(dtypes[index], changed[index]) for index in range(len(sites))]
+    return first, facts
 
 
 @contextmanager
@@ -249,6 +262,11 @@ def _check_tensor(after: str, x: Tensor) -> None:
             f'after="{after}" returns a {x.dtype} tensor, and a site carries floating-point '
             "numbers; choose another submodule."
         )
+    if x.is_nested or x.layout is not torch.strided:
+        raise CandidateError(
+            f'after="{after}" returns a {"nested" if x.is_nested else x.layout} tensor, and blocks '
+            "work on dense ones; choose another submodule, or pad the samples."
+        )
     if not bool(torch.isfinite(x).all()):
         raise DataError(
             f'the output of "{after}" holds NaN or Inf on the first batch; look at the data and '
@@ -272,9 +290,32 @@ def _refuse_reentrant(loss: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts]) -> None:
-    for (site, every), (dtype, _) in zip(places, facts, strict=True):
-        own = _parameter_dtype(model, dtype)
+def _refuse_carried_graph(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, Any]
+) -> None:
+    """Refuse what keeps a tensor with its graph and reads it when it runs again."""
+    kept = [t for t in reached(model, loss_fn) if isinstance(t, Tensor) and not t.is_leaf]
+    if not kept:
+        return
+    try:
+        loss = checked_loss(loss_fn(call(model, batch[0]), batch[1]))
+        grads = torch.autograd.grad(loss, kept, allow_unused=True) if loss.requires_grad else ()
+        carried = any(grad is not None for grad in grads)
+    except RuntimeError:  # it went back through a graph that backward has freed
+        carried = True
+    if carried:
+        raise CandidateError(
+            f"model={type(model).__name__} or loss_fn keeps state from batch to batch with the "
+            "graph it came from, so that the loss of a batch has gradients in all batches before; "
+            "detach it where it is kept: self.state = state.detach()."
+        )
+
+
+def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts | None]) -> None:
+    for (site, every), fact in zip(places, facts, strict=True):
+        if fact is None:  # to be refused by all processes
+            continue
+        dtype, own = fact[0], _parameter_dtype(model, fact[0])
         if dtype != own:
             raise CandidateError(
                 f'model={type(model).__name__}: the output of "{site.after}" is {dtype}, and '
@@ -287,6 +328,17 @@ def _refuse_reduced(model: nn.Module, places: Places, facts: Sequence[_Facts]) -
                     f'candidate "{candidate.name}": its block has sharded parameters of its own, '
                     "which cannot be inserted; make blocks of whole tensors."
                 )
+
+
+def _known(site: Site, reports: Iterable[_Facts | None]) -> _Facts:
+    """What some process knows of a site."""
+    for facts in reports:
+        if facts is not None:
+            return facts
+    raise CandidateError(
+        f'after="{site.after}" is never reached in the forward pass on the first batches (at most '
+        f"{_MOST_BATCHES}); choose another submodule, or put a batch in front that passes it."
+    )
 
 
 def _filled(
@@ -327,7 +379,7 @@ def _brought(
     moved = any(p.device != device or p.dtype != dtype for p in block.parameters())
     if shares or other_mode or moved:
         kept = () if shares or moved else tensors_of(block)  # a copy for the mode takes no memory
-        block = copy.deepcopy(block, {id(t): t for t in kept})
+        block = deepcopied(block, {id(t): t for t in kept})
         block = block.to(device=device, dtype=dtype).train(training)
     return block
 

@@ -248,7 +248,7 @@ class VirtualLoss:
         def read() -> None:
             # attention is differentiated twice only in its plain form
             with (
-                untouched(problem.model, self._data),
+                untouched(problem.model, problem.loss_fn, self._data),
                 differentiable(),
                 sdpa_kernel(SDPBackend.MATH),
             ):

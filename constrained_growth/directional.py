@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.context import arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError
@@ -92,7 +92,11 @@ def directional_derivative(
     collector = Collector([site])
 
     def read() -> None:
-        with untouched(problem.model, problem.data), differentiable(), collector.watching():
+        with (
+            untouched(problem.model, problem.loss_fn, problem.data),
+            differentiable(),
+            collector.watching(),
+        ):
             for input, target in batches(problem.data, device_of(problem.model)):
                 weight = batch_weight(problem.weight, input, target)
                 if weight > 0:  # else there is no mean loss
@@ -127,7 +131,7 @@ def one_sided(block: nn.Module) -> nn.Module:
 
     These are its attribute `activation`, if there is one, and PyTorch's activation modules in it.
     """
-    copied = copy.deepcopy(block).requires_grad_(False)
+    copied = deepcopied(block).requires_grad_(False)
     activation = getattr(copied, "activation", None)
     if callable(activation):
         if "activation" in copied._modules:

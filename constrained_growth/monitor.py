@@ -62,7 +62,8 @@ def monitor(
     * The batch size is the first dimension of the first tensor that the model is called with.
     * A forward pass without backward (validation, with or without `torch.no_grad()`) counts for
       nothing and keeps nothing alive; neither does one that an exception ended. At each site the
-      mean is over the samples whose δ arrived there. What `solve` runs in between does not count.
+      mean is over the samples whose δ arrived there, and those that went elsewhere (an idle
+      expert), for which λ is zero. What `solve` runs in between does not count.
     * Several backward passes through one forward pass (`retain_graph=True`) add up, as their
       gradients do, and the batch counts once. A gradient penalty (`create_graph=True`) adds what
       comes through the tensor at the site, and not what would come through the derivative of the
@@ -112,12 +113,13 @@ def monitor(
 
 @dataclass(eq=False)
 class _Batch:
-    """A forward pass that is watched; it counts in one window, at the sites `counted` already."""
+    """A forward pass that is watched, of one window, and the sites where its δ has arrived."""
 
     size: int
     scale: float
     window: _Window
     counted: set[int] = field(default_factory=set)
+    runs: Counter[int] = field(default_factory=Counter)  # of the modules at the sites, in forward
 
 
 class Monitor:
@@ -152,7 +154,7 @@ class Monitor:
     @property
     def num_samples(self) -> int:
         """How many samples count in the window so far, at the site with the most."""
-        return max(a.counts.samples for a in self._window.accumulators.values())
+        return max(self._window.samples.values(), default=0)
 
     @property
     def num_batches(self) -> int:
@@ -236,7 +238,8 @@ class Monitor:
             scale = self._scale() if callable(self._scale) else self._scale
             self._settle()
             batch = _Batch(batch_size(args, kwargs), scale, self._window)
-            self._latest = weakref.ref(self._collector.begin(self._take, batch, keeps=True))
+            forward = self._collector.begin(self._take, batch, keeps=True)
+            batch.runs, self._latest = forward.seen, weakref.ref(forward)
         self._watch(watched)
 
     def _watch(self, watched: bool) -> None:
@@ -257,8 +260,7 @@ class Monitor:
         if batch.scale != 1.0:  # in a precision where what is small stays
             dtype = accumulation_dtype(uses[0].delta.dtype)
             uses = [replace(use, delta=use.delta.to(dtype) / batch.scale) for use in uses]
-        batch.window.take(index, uses, batch.size, again=index in batch.counted)
-        batch.counted.add(index)
+        batch.window.take(index, uses, batch)
 
     def _estimates(self) -> dict[str, Estimate]:
         self._settle()
@@ -271,23 +273,34 @@ class _Window:
     def __init__(self, sites: Sequence[Site], *, moments: bool) -> None:
         self._sites = sites
         self.accumulators = accumulators(sites, moments=moments)
+        self.samples: Counter[int] = Counter()
         self.batches: Counter[int] = Counter()
 
-    def take(self, index: int, uses: list[Use], size: int, *, again: bool) -> None:
+    def take(self, index: int, uses: list[Use], batch: _Batch) -> None:
         """Take in what a batch has brought to a site, at all uses."""
+        again, size = index in batch.counted, batch.size
         for name in self._sites[index].blocks:
             self.accumulators[name].add(uses, size, size, again=again)
-        self.batches[index] += not again
+        idle = [i for i in range(len(self._sites)) if not batch.counted and not batch.runs[i]]
+        for counting in idle if again else [index, *idle]:
+            self.samples[counting] += size
+            self.batches[counting] += 1
+        batch.counted.add(index)
 
     def estimates(self) -> dict[str, Estimate]:
         """Candidate → what is known of it, over the samples that count at its site."""
         counts = {name: a.counts for name, a in self.accumulators.items()}
-        silent = [s.after for s in self._sites if any(not counts[n].samples for n in s.blocks)]
+        arrived = {name for name, c in counts.items() if c.by_sample or c.batches}
+        silent = [s.after for s in self._sites if not arrived.issuperset(s.blocks)]
         if silent:
             raise DataError(
                 f"after={silent}: no backward pass has arrived there since the window began; call "
                 "the problem's own model within the context, and backward() on its loss."
             )
+        for index, site in enumerate(self._sites):
+            samples = self.samples[index]
+            for name in site.blocks:
+                self.accumulators[name].count_all(samples, samples, self.batches[index])
         with torch.inference_mode(False), torch.no_grad():
             found = {name: a.estimate() for name, a in self.accumulators.items()}
         refuse_moving(found)

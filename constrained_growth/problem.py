@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from constrained_growth._arguments import data_again, function, instance
 from constrained_growth._data import Weight
@@ -116,10 +119,11 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = places_of(model, self.candidates)
-        with untouched(model, data), differentiable():
+        with untouched(model, loss_fn, data), differentiable():
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
             )
+        _warn_of_unseen(self.sites)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -129,6 +133,30 @@ class GrowthProblem:
     def __repr__(self) -> str:
         names = ", ".join(candidate.name for candidate in self.candidates)
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
+
+
+def _warn_of_unseen(sites: Iterable[Site]) -> None:
+    """Warn of blocks that normalise by statistics of nothing: mean 0 and variance 1."""
+    blocks = {name: block for site in sites for name, block in site.blocks.items()}
+    unseen = [name for name, block in blocks.items() if any(map(_is_unseen, block.modules()))]
+    if unseen:
+        warnings.warn(
+            f"candidates={unseen}: the model is in eval mode there, and the running statistics of "
+            "their BatchNorm have seen no data, so that λ is that of layers which do not "
+            "normalise. For λ of layers that do, call model.train() before making the problem.",
+            stacklevel=3,
+        )
+
+
+def _is_unseen(module: nn.Module) -> bool:
+    mean, variance = (getattr(module, f"running_{name}", None) for name in ("mean", "var"))
+    return (
+        not module.training
+        and isinstance(mean, Tensor)
+        and isinstance(variance, Tensor)
+        and not bool(mean.any())
+        and bool((variance == 1).all())
+    )
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
@@ -144,9 +172,16 @@ def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
 
 
 def _check_arguments(
-    model: object, loss_fn: object, data: object, weight: object, group: object
+    model: nn.Module, loss_fn: object, data: object, weight: object, group: object
 ) -> None:
     instance("model", model, nn.Module, CandidateError, "an nn.Module")
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            state = "not initialised" if is_lazy(tensor) else "on the meta device"
+            raise CandidateError(
+                f'model={type(model).__name__}: its "{name}" is {state} and has no values; load '
+                "the whole model first (without offloading), or run a lazy one on a batch."
+            )
     function("loss_fn", loss_fn, DataError, "nn.CrossEntropyLoss()")
     if weight is not None:
         function("weight", weight, DataError, "lambda input, target: len(target)")

@@ -223,8 +223,9 @@ class Solution:
         """
         try:
             return self.multipliers[constraint.candidate][constraint.parameter]
-        except KeyError:
+        except (AttributeError, KeyError):
             raise CandidateError(
-                f"constraint={constraint} is not one of this solution; take it from "
-                "problem.constraints of the problem that was solved."
+                f"constraint={constraint!r} is not one of this solution; take it from "
+                "problem.constraints of the problem that was solved, or read "
+                "solution.multipliers[candidate][parameter]."
             ) from None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from constrained_growth._arguments import flag, instance, number
@@ -111,7 +112,7 @@ def solve(
     flag("progress", progress, DataError, optional=True)
     data = undisturbed(problem.data)
     bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
-    with untouched(problem.model, problem.data), differentiable():
+    with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
         found = measure(
             problem.model,
             problem.loss_fn,
@@ -249,6 +250,7 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     layers: dict[str, dict[str, Tensor]] = {}
     for name, gradient in gradients.items():
         owner, _, key = name.rpartition(".")
+        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
         layers.setdefault(owner, {})[key] = gradient
     try:
         sizes = [norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values()]

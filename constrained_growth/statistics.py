@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterable
 from statistics import NormalDist
 
-import torch
 from torch import Tensor
 
 from constrained_growth._arguments import instance, number
@@ -25,8 +24,9 @@ MIN_CONFIDENCE = 0.79
 
 
 def squared_norm(tensors: Iterable[Tensor]) -> float:
-    """‖·‖²_F of several tensors together, summed in float64."""
-    return sum(float(whole(tensor.square().sum(dtype=torch.float64))) for tensor in tensors)
+    """‖·‖²_F of several tensors together, squared and summed in float64."""
+    sizes = (tensor.abs() if tensor.is_complex() else tensor for tensor in tensors)
+    return sum(float(whole(size.double().square().sum())) for size in sizes)
 
 
 def debiased_square(multiplier: Iterable[Tensor], variance: float) -> float:

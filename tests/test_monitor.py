@@ -431,7 +431,7 @@ def test_a_checkpointed_layer_counts_once(reentrant: bool) -> None:
             torch.testing.assert_close(value, reference, rtol=0, atol=1e-12)
 
 
-def test_a_layer_that_is_left_out_at_times_is_averaged_where_it_was_not() -> None:
+def test_a_layer_that_is_left_out_at_times_adds_zero_there() -> None:
     model, data = Branching(False), classified(24, batch=8)
     problem = problem_of(model, data, *(candidate(f"layers.{i}") for i in (1, 3, 5)))
     with cg.monitor(problem) as monitor:
@@ -441,8 +441,21 @@ def test_a_layer_that_is_left_out_at_times_is_averaged_where_it_was_not() -> Non
     model.skip = False
     once = cg.solve(problem_of(model, data[::2], candidate("layers.3"))).multipliers["layers.3"]
     for key, value in monitor.multipliers()["layers.3"].items():
-        torch.testing.assert_close(value, once[key], rtol=0, atol=1e-12)
+        torch.testing.assert_close(value, once[key] * (2 / 3), rtol=0, atol=1e-12)
     assert monitor.num_batches == 3
+
+
+def test_an_idle_expert_counts_as_in_solve() -> None:
+    model, data = Branching(False), classified(24, batch=8)
+    model.register_forward_pre_hook(lambda m, args: setattr(m, "skip", bool(args[0][0, 0] > 0)))
+    x = torch.cat([x for x, _ in data])
+    x[:16, 0] = x[:16, 0].abs()
+    x[8:16, 0] *= -1
+    data = list(zip(x.split(8), [y for _, y in data], strict=True))
+    problem = problem_of(model, data, *(candidate(f"layers.{i}") for i in (1, 3, 5)))
+    with cg.monitor(problem) as monitor:
+        train(model, data)
+    assert_agree(monitor, cg.solve(problem))
 
 
 # --- what makes no sense --------------------------------------------------------------------------

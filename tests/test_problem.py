@@ -15,11 +15,13 @@ from helpers import (
     choose,
     classified,
     feedforward,
+    mean_loss,
     nothing_left_behind,
     refused,
     solved,
 )
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.blocks import AffineFactors, IdentityLinear, ResidualLinear, ResidualMLP
@@ -444,3 +446,99 @@ def test_candidates_of_one_site_may_have_names_of_their_own() -> None:
     )
     assert solution.decision.chosen == ("1", "twin")
     assert torch.equal(solution.multipliers["1"]["bias"], solution.multipliers["twin"]["bias"])
+
+
+# --- models as they are ---------------------------------------------------------------------------
+
+
+class Fourier(nn.Module):
+    """A layer with complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.complex128))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x) * self.weight, n=4)
+
+
+@pytest.mark.parametrize("norm", [cg.norms.Frobenius(), cg.norms.Entrywise1(), cg.norms.Nuclear()])
+def test_complex_parameters(norm: Any) -> None:
+    model, data = feedforward(2, 4, 3, activation=nn.Tanh), classified(12, batch=5)
+    model.insert(1, Fourier())
+    one = candidate("2", block=ResidualMLP(4, 3, torch.tanh))
+    solution = solved(model, data, one, norm=norm)
+    assert_multipliers(solution, "2", autograd_multipliers(model, data, one), atol=1e-12)
+    grads = torch.autograd.grad(mean_loss(model, data), list(model.parameters()))
+    size = sum(float(grad.abs().square().sum()) for grad in grads) ** 0.5
+    assert solution.stationarity == pytest.approx(size, rel=1e-12)
+    optimizer = torch.optim.Adam(model.parameters())
+    cg.insert(model, solution, optimizer=optimizer)
+    mean_loss(model, data).backward()
+    optimizer.step()
+
+
+def test_models_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        meta = feedforward(2, 4, 3)
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 3))
+    for model, words in ((meta, ["meta", '"0.weight"']), (lazy, ["not initialised", "lazy"])):
+        with refused(cg.CandidateError, *words):
+            cg.GrowthProblem(model, CROSS_ENTROPY, classified(5), [candidate()])
+
+
+def image_model() -> nn.Sequential:
+    layers = [nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)]
+    return nn.Sequential(*layers)
+
+
+def test_batch_norm_in_eval_mode_that_has_seen_nothing() -> None:
+    data = [(torch.randn(6, 1, 4, 4), torch.randint(3, (6,)))]
+    block = cg.blocks.ResidualConv2d(4, nn.ReLU())
+    cells = [cg.Candidate("1", block), cg.Candidate("1", Gain(4), name="other")]
+    with pytest.warns(UserWarning, match=r"\['1'\].*eval mode.*running statistics"):
+        cg.GrowthProblem(image_model().eval(), CROSS_ENTROPY, data, cells[:1])
+    cg.GrowthProblem(image_model(), CROSS_ENTROPY, data, cells[:1])
+    block(torch.randn(6, 4, 4, 4))
+    cg.GrowthProblem(image_model().eval(), CROSS_ENTROPY, data, cells[:1])
+
+
+class BecomesNaN(nn.Module):
+    """The identity where the input is positive, and NaN elsewhere."""
+
+    pinned = ("gain",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * x + 0 * (x.sum() + 1e-3).log()
+
+
+def test_nan_is_no_identity() -> None:
+    model, data = feedforward(2, 4, 3), classified(12, batch=4)
+    with refused(cg.BlockError, "not the identity"):
+        with torch.no_grad():
+            model[0].bias.fill_(-100)
+        model[1] = nn.Identity()
+        solved(model, data, candidate(block=BecomesNaN()))
+    with torch.no_grad():
+        model[0].bias.fill_(100)
+    data[2] = (data[2][0] - 1e6, data[2][1])
+    with refused(cg.BlockError, "not on a later one"):
+        solved(model, data, candidate(block=BecomesNaN()), throw=False)
+
+
+def test_a_layer_without_which_alone_the_model_can_be_differentiated() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.site = nn.LeakyReLU(0.2, inplace=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.site, x.detach(), use_reentrant=False)
+
+    model = nn.Sequential(nn.Linear(2, 4), Changing(), nn.Linear(4, 3))
+    with refused(cg.CandidateError, "cannot be differentiated", "in place"):
+        solved(model, classified(5), candidate("1.site", block=ResidualMLP(4, 3, torch.tanh)))

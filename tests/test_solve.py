@@ -397,6 +397,28 @@ def test_ordinary_data_loader() -> None:
     assert_multipliers(solution, "1", autograd_multipliers(model, [(x, y)], candidate()))
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_large_and_small_losses_in_single_precision(scale: float) -> None:
+    model, data = feedforward(2, 4, 3).float(), [(x.float(), y) for x, y in classified(10)]
+    plain = solved(model, data, candidate())
+    scaled = solved(
+        model, data, candidate(), loss_fn=lambda output, y: scale * CROSS_ENTROPY(output, y)
+    )
+    assert plain.stationarity is not None
+    assert scaled.stationarity == pytest.approx(scale * plain.stationarity, rel=1e-5)
+    value = scaled.sensitivities["1"].value
+    assert value == pytest.approx(scale * plain.sensitivities["1"].value, rel=1e-5)
+
+
+def test_dual_values_are_those_of_constraints() -> None:
+    problem = cg.GrowthProblem(feedforward(2, 4, 3), CROSS_ENTROPY, classified(5), [candidate()])
+    solution, constraint = cg.solve(problem), problem.constraints[0]
+    assert solution.dual_value(constraint) is solution.multipliers["1"]["weight"]
+    for other in ("1", ("1", "weight"), None, cg.solution.Constraint("2", "weight", (4, 4))):
+        with refused(cg.CandidateError, "constraint=", "problem.constraints", "multipliers["):
+            solution.dual_value(other)  # type: ignore[arg-type]
+
+
 # --- evidence -------------------------------------------------------------------------------------
 
 

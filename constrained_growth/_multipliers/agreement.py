@@ -38,7 +38,7 @@ class FirstBatch:
 
     def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
         """The loss of the model as it is, left as it is."""
-        with untouched(model):
+        with untouched(model, loss_fn):
             return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
 
     def is_same(self, loss: float, epsilon: float) -> bool:
@@ -57,18 +57,27 @@ def closed_form_holds(
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
-    with untouched(model), in_graph.watching():
-        loss = float(in_graph.add(first.input, first.target, 1.0))
+    names = [name for site in sites for name in site.blocks]
+    try:
+        with untouched(model, loss_fn), in_graph.watching():
+            loss = float(in_graph.add(first.input, first.target, 1.0))
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # the model alone has just been differentiated
+        raise CandidateError(
+            f"candidates={names}: with a layer at each of these sites the loss of the first batch "
+            f"cannot be differentiated: {error}. Often the model changes in place what a layer "
+            "there needs; choose another submodule, or change a copy."
+        ) from error
     blocks = [block for site in sites for block in site.blocks.values()]
     epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())
     if not first.is_same(loss, epsilon):
         if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
             raise BlockError(
-                f"candidates={[name for site in sites for name in site.blocks]}: with their blocks "
-                f"standing at their pins the loss of the first batch is {loss:.6g} instead of "
-                f"{first.loss:.6g}. One of them is not the identity as it is called there, or "
-                "something else than the model reads the tensor at its site; make a problem with "
-                "each alone to see which."
+                f"candidates={names}: with their blocks standing at their pins the loss of the "
+                f"first batch is {loss:.6g} instead of {first.loss:.6g}. One of them is not the "
+                "identity as it is called there, or something else than the model reads the "
+                "tensor at its site; make a problem with each alone to see which."
             )
         return False  # the model is not a function of its input: nothing can be compared
     found, exact = closed.estimates(), in_graph.estimates()

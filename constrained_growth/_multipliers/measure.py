@@ -247,7 +247,7 @@ class Pass:
             leaves = list(self._leaves.values.values()) if index == 0 else []
             with ExitStack() as stack:
                 if index < len(self._rounds) - 1:  # each round sees the same random numbers
-                    stack.enter_context(untouched(self._model))
+                    stack.enter_context(untouched(self._model, self._loss_fn))
                 stack.enter_context(standing.in_model())
                 loss = self._loss_of(input, target)
                 grads: Sequence[Tensor | None] = [None] * len(pins)

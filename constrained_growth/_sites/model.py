@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -14,13 +15,33 @@ from constrained_growth.errors import CandidateError, DataError
 
 
 def call(model: Callable[..., Any], input: object) -> Any:
-    """`model(input)`, with a tuple spread as positional and a dict as keyword arguments."""
+    """`model(input)`, with a tuple spread as positional and a dict as keyword arguments.
+
+    Any other type of batch, such as a named tuple, is one argument. So is a mapping whose keys
+    `forward` does not take; and a list, but where `forward` takes its items only: PyTorch's
+    loaders make lists of tuples.
+    """
     model = unwrapped(model)
-    if isinstance(input, Mapping):
+    if type(input) is tuple:
+        return model(*input)
+    if isinstance(input, Mapping) and (_takes(model, (), input) or not _takes(model, (input,))):
         return model(**input)
-    if isinstance(input, tuple | list):
+    if isinstance(input, list) and not _takes(model, (input,)) and _takes(model, input):
         return model(*input)
     return model(input)
+
+
+def _takes(
+    model: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any] | None = None
+) -> bool:
+    """Whether the signature of a model allows a call."""
+    try:
+        inspect.signature(getattr(model, "forward", model)).bind(*args, **(kwargs or {}))
+    except TypeError:
+        return False
+    except ValueError:  # no signature
+        return True
+    return True
 
 
 def checked_loss(loss: object) -> Tensor:

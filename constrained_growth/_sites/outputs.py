@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from constrained_growth._structure import entries, with_entries
 from constrained_growth.errors import CandidateError
 
 Which = int | str | None
@@ -72,7 +71,7 @@ def _path(output: object, which: Which) -> tuple[int | str, ...]:
     value = None if key is None else _entry(output, key)
     if key is None or not isinstance(value, Tensor):
         what = "nothing" if key is None else f"a {type(value).__name__}"
-        known = [name for name, _ in _entries(output)]
+        known = [name for name, _ in entries(output)]
         raise CandidateError(
             f"output={which!r} is {what} in the {type(output).__name__} that comes out; a site is "
             f"a tensor. It has {known}."
@@ -84,21 +83,11 @@ def _first(value: object) -> tuple[int | str, ...] | None:
     """The path to the first floating-point tensor, depth first."""
     if isinstance(value, Tensor):
         return () if value.is_floating_point() else None
-    for key, item in _entries(value):
+    for key, item in entries(value):
         found = _first(item)
         if found is not None:
             return key, *found
     return None
-
-
-def _entries(value: object) -> Iterator[tuple[int | str, Any]]:
-    """What a structure holds, in its order."""
-    if isinstance(value, Mapping):
-        yield from value.items()
-    elif isinstance(value, tuple | list):
-        yield from enumerate(value)
-    elif dataclasses.is_dataclass(value):
-        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
 
 
 def _key(output: object, which: int | str) -> int | str | None:
@@ -110,7 +99,7 @@ def _key(output: object, which: int | str) -> int | str | None:
         return names.index(which) if which in names else None
     if isinstance(which, str):
         return which if hasattr(output, which) else None
-    keys = [key for key, _ in _entries(output)]
+    keys = [key for key, _ in entries(output)]
     return keys[which] if -len(keys) <= which < len(keys) else None
 
 
@@ -125,18 +114,10 @@ def _rebuilt(value: Any, path: tuple[int | str, ...], tensor: Tensor) -> Any:
     key, *rest = path
     item = _rebuilt(_entry(value, key), tuple(rest), tensor)
     try:
-        if isinstance(value, tuple):
-            items = [item if index == key else other for index, other in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        rebuilt = copy.copy(value)
-        if isinstance(value, list) or (isinstance(value, Mapping) and key in value):
-            rebuilt[key] = item
-        else:
-            object.__setattr__(rebuilt, str(key), item)  # which a frozen dataclass allows
+        return with_entries(value, {key: item})
     except Exception as error:
         raise CandidateError(
             f"a {type(value).__name__}, which comes out here, cannot be made again with another "
             f"tensor in it ({error}); choose a submodule that returns a tensor, a tuple, a dict or "
             "a dataclass."
         ) from error
-    return rebuilt

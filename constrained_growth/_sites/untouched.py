@@ -9,23 +9,24 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from constrained_growth._data import samplers_of
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import reshard
+from constrained_growth._sites.snapshot import Snapshot
 
 
 @contextmanager
 def untouched(model: nn.Module, *others: object) -> Iterator[None]:
-    """Restore what running a model may change: buffers, train/eval modes, `.grad`, random state.
+    """Restore what running a model may change.
 
-    So are the generators of the `others`, such as a data loader.
+    That is buffers, other tensors, attributes, train and eval modes and `.grad` of the model and
+    of what a loss among the `others` leads to; the global random states; and the generators of a
+    data loader among them.
     """
     reshard(model)
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    kept = Snapshot(model, *(other for other in others if callable(other)))
     generators = [(g, g.get_state()) for other in others for g in generators_of(other)]
     state = random_state()
     token = _UNTOUCHED.set(True)
@@ -35,14 +36,9 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
         _UNTOUCHED.reset(token)
         reshard(model)
         set_random_state(state)
-        for generator, state in generators:
-            generator.set_state(state)
-        for name, (buffer, before) in buffers.items():
-            _restore_buffer(model, name, buffer, before)
-        for module, training in modes:
-            module.training = training
-        for parameter, grad in grads:
-            parameter.grad = grad
+        for generator, before in generators:
+            generator.set_state(before)
+        kept.put_back()
 
 
 _UNTOUCHED: ContextVar[bool] = ContextVar("_UNTOUCHED", default=False)
@@ -97,12 +93,3 @@ def generators_of(other: object) -> list[torch.Generator]:
     """The generators that a data loader and its samplers draw from."""
     found = [getattr(holder, "generator", None) for holder in (other, *samplers_of(other))]
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _restore_buffer(model: nn.Module, name: str, buffer: Tensor, before: Tensor) -> None:
-    """Put back a buffer, whether it was written to or replaced by another tensor."""
-    with torch.no_grad():
-        if not torch.equal(buffer, before):
-            buffer.copy_(before)
-    owner, _, key = name.rpartition(".")
-    model.get_submodule(owner)._buffers[key] = buffer

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks.branches import branch_ends
 from constrained_growth.blocks.protocol import REGISTERED, pinned_parameters
 from constrained_growth.errors import BlockError
@@ -167,7 +168,7 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
             for name, buffer in part._buffers.items()
             if name in part._non_persistent_buffers_set and buffer is not None
         }
-    copied = copy.deepcopy(module, memo)
+    copied = deepcopied(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None
         if parameter.is_floating_point():

@@ -148,8 +148,13 @@ def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
 
 
 def change(x: Tensor, y: Tensor) -> Tensor:
-    """Largest difference of an entry over what rounding can explain: at most 1 where y is x."""
+    """Largest difference of an entry over what rounding can explain: at most 1 where y is x.
+
+    Infinite where y is NaN and x is finite; NaN where x is.
+    """
     if x.numel() == 0:
         return x.new_zeros(())
-    allowed = 1e3 * torch.finfo(x.dtype).eps * x.abs().max().clamp(min=1.0)
-    return (y - x).abs().max() / allowed
+    largest = x.abs().max()
+    allowed = 1e3 * torch.finfo(x.dtype).eps * largest.clamp(min=1.0)
+    moved = (y - x).abs().max() / allowed
+    return torch.where(largest.isfinite(), moved.nan_to_num(torch.inf), moved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -17,6 +16,7 @@ from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
@@ -127,7 +127,13 @@ def insert(
         for one in books:
             one.update()
         differences = [
-            preservation.check_preserved(one, example, outputs, {n.name: n.module for n in here})
+            preservation.check_preserved(
+                one,
+                example,
+                outputs,
+                {n.name: n.module for n in here},
+                siblings=[n.name for n in here if n.is_sibling],
+            )
             for one, outputs, here in zip(models, before, new, strict=True)
         ]
         added = [p for p in model.parameters() if id(p) not in old]
@@ -234,7 +240,7 @@ def _new_layers(
     for name in names:
         planned = solution.candidates[name]
         with torch.inference_mode(False):
-            planned = replace(planned, block=copy.deepcopy(planned.block))
+            planned = replace(planned, block=deepcopied(planned.block))
         site = model.get_submodule(planned.after)
         planned.block.train(site.training)
         here = layers.first_parameter(site, model)
@@ -269,7 +275,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             overwritten=planned.overwritten,
             output=planned.output,
             placement="sibling" if new.is_sibling else alone,
-            pristine=copy.deepcopy(new.module),
+            pristine=deepcopied(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
         done.append(record)

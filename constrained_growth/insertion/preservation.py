@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from constrained_growth._data import batches, moved
+from constrained_growth._data import batches, copied, moved
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, coarsest_epsilon, device_of
@@ -57,7 +55,11 @@ def outputs_of(model: nn.Module, example: object, *, optional: bool = False) -> 
 
 
 def check_preserved(
-    model: nn.Module, example: object, before: Outputs, inserted: Mapping[str, nn.Module]
+    model: nn.Module,
+    example: object,
+    before: Outputs,
+    inserted: Mapping[str, nn.Module],
+    siblings: Collection[str] = (),
 ) -> dict[str, float]:
     """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
@@ -66,7 +68,8 @@ def check_preserved(
     float32 matrix products. In the other mode the difference is only reported, since some blocks
     are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
     count: all other modules get the numbers they got before. A mode without a floating-point
-    tensor in the output is left out.
+    tensor in the output is left out. `siblings` are the names of those that must be reached; the
+    others are where their sites are, which may be idle on this input.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
@@ -96,7 +99,7 @@ def check_preserved(
                 "layer (a loss of routers). Nothing was changed; insert(..., data=()) skips this "
                 "check."
             )
-    missing = [name for name in inserted if name not in reached] if before else []
+    missing = [name for name in siblings if name not in reached] if before else []
     if missing:
         raise BlockError(
             f"the layers {missing} would never be reached in the forward pass (the model may index "
@@ -124,15 +127,11 @@ def agree(model: nn.Module, one: Outputs, other: Outputs, *, growing: bool) -> b
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-
-    def own(leaf: Any) -> Any:
-        return leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
-
     with untouched(model), differentiable():  # a model may differentiate in its forward pass
         try:
             if training != model.training:
                 model.train(training)
-            return _tensors(call(model, moved(tree_map(own, example), device_of(model))))
+            return _tensors(call(model, moved(copied(example), device_of(model))))
         finally:
             torch.clear_autocast_cache()  # the values of the new layers may change next
 

@@ -26,8 +26,8 @@ class Frobenius:
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of the multiplier of one candidate."""
-        squares = [tensor.square().sum() for tensor in multiplier.values()]
-        return torch.stack(squares).sum().sqrt()
+        sizes = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in multiplier.values()]
+        return torch.linalg.vector_norm(torch.stack(sizes)).to(next(iter(multiplier.values())))
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
         """1."""

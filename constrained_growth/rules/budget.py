@@ -188,7 +188,11 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
         return x
 
     def count() -> dict[str, float] | None:
-        with untouched(problem.model, problem.data), torch.no_grad(), ExitStack() as stack:
+        with (
+            untouched(problem.model, problem.loss_fn, problem.data),
+            torch.no_grad(),
+            ExitStack() as stack,
+        ):
             for first in batches(problem.data, device_of(problem.model)):
                 for name, planned in candidates.items():
                     site = problem.model.get_submodule(planned.after)

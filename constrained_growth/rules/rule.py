@@ -51,7 +51,7 @@ def decide_about(rule: Rule, problem: GrowthProblem, solution: Solution) -> Deci
     """The checked decision of a rule of either kind; model and data stay as they are."""
     if not needs_model(rule):
         return decide(rule, solution.sensitivities)
-    with torch.inference_mode(False), untouched(problem.model, problem.data):
+    with torch.inference_mode(False), untouched(problem.model, problem.loss_fn, problem.data):
         return checked_decision(rule, rule.decide(problem, solution), solution.sensitivities)
 
 

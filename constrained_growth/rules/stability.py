@@ -119,7 +119,7 @@ class Stable:
         drawn: list[Any] = []
 
         def draw() -> tuple[int, bool]:
-            with untouched(problem.model, problem.data):
+            with untouched(problem.model, problem.loss_fn, problem.data):
                 read = batches(problem.data, None)
                 weighted = (pair for pair in read if batch_weight(problem.weight, *pair) > 0)
                 drawn[:], is_all = some_of(weighted, number, keep=copied)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from constrained_growth._distributed import several
 from constrained_growth._progress import progress_bar
 from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.curvature import FORWARD_PASSES, stand
 from constrained_growth.errors import DataError, RuleError
@@ -110,7 +110,12 @@ class Trial:
         cuda = {p.device.index for p in problem.model.parameters() if p.device.type == "cuda"}
         bar = progress_bar(total=self.steps, desc="trial", unit="step", progress=self.progress)
         standing = ExitStack()
-        with untouched(problem.model, problem.data, data), differentiable(), bar, standing:
+        with (
+            untouched(problem.model, problem.loss_fn, problem.data, data),
+            differentiable(),
+            bar,
+            standing,
+        ):
             copies = {n: _Copy(problem, self, solution.candidates[n], standing) for n in left}
             copies[NOTHING] = _Copy(problem, self, None, standing)
             stream = _endless(problem, self.seed)
@@ -143,10 +148,10 @@ class _Copy:
         self, problem: GrowthProblem, rule: Trial, planned: Planned | None, standing: ExitStack
     ) -> None:
         given = rule.optimizer if isinstance(rule.optimizer, torch.optim.Optimizer) else None
-        self.model, optimizer = copy.deepcopy((problem.model, given))
+        self.model, optimizer = deepcopied((problem.model, given))
         self.parts, self.problem, self.samples = nn.ModuleList([self.model]), problem, 0.0
         if planned is not None:
-            block = copy.deepcopy(planned.block)
+            block = deepcopied(planned.block)
             self.parts.append(block)
             site, takes = self.model.get_submodule(planned.after), takes_context(block)
             standing.enter_context(stand(site, block, takes_context=takes, output=planned.output))
@@ -181,7 +186,7 @@ class _Copy:
     def loss(self, data: Iterable[Any]) -> float:
         """The mean loss; infinite if it is not a number."""
         total, weights = 0.0, 0.0
-        with untouched(self.model, data), torch.no_grad():
+        with untouched(self.model, self.problem.loss_fn, data), torch.no_grad():
             for input, target, weight in _weighted(self.problem, data):
                 loss = checked_loss(self.problem.loss_fn(call(self.model, input), target))
                 total, weights = total + weight * float(loss), weights + weight

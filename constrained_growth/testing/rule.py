@@ -79,7 +79,7 @@ class _Case:
         """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
         shown = types.MappingProxyType(dict(self.solution.sensitivities))
-        with untouched(self.problem.model, self.problem.data):
+        with untouched(self.problem.model, self.problem.loss_fn, self.problem.data):
             torch.manual_seed(0)
             try:
                 known = (self.problem, self.solution)

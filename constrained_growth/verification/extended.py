@@ -85,7 +85,7 @@ class ExtendedProblem:
             [*trained, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
             for i in index.values()
         ]
-        with untouched(problem.model, problem.data):
+        with untouched(problem.model, problem.loss_fn, problem.data):
             self.batches = [
                 (doubled(input), doubled(target), weight)
                 for input, target in batches(problem.data, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """What blocks find out about an activation by calling it."""
 
+import math
 import re
 from typing import Any
 
@@ -193,3 +194,9 @@ def test_looking_at_an_activation_leaves_no_trace() -> None:
     assert weight.dtype == torch.float32
     assert weight.grad is None
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("shift", [math.nan, math.inf, -math.inf])
+def test_a_shift_is_a_finite_number(shift: float) -> None:
+    with refused(cg.BlockError, "cannot make an identity layer", f"{shift:g}"):
+        IdentityLinear(2, nn.ReLU(), shift=shift)

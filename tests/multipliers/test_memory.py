@@ -109,12 +109,11 @@ class Watched(nn.Module):
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.batch = batch
-        self.notes = SimpleNamespace(most=0, seen=[])  # which is nothing that a model keeps
-        self.batches: list[weakref.ref[Any]] = []
+        self.notes = SimpleNamespace(most=0, seen=[], batches=[])  # nothing that a model keeps
 
     def forward(self, x: Tensor) -> Tensor:
         gc.collect()
-        earlier = self.notes.seen + self.batches[1:-2]  # the problem keeps the first input
+        earlier = self.notes.seen + self.notes.batches[1:-2]  # the problem keeps the first input
         assert [ref() for ref in earlier] == [None] * len(earlier)
         self.notes.most = max(self.notes.most, len(x))
         y = x * 1.0
@@ -139,11 +138,11 @@ def test_nothing_of_an_earlier_batch_is_alive(width: int, batch: int) -> None:
         def __iter__(self) -> Iterator[Any]:
             for _ in range(7):
                 pair = [(torch.randn(batch, 2), torch.randint(3, (batch,)))]
-                watched.batches += [weakref.ref(tensor) for tensor in pair[0]]
+                watched.notes.batches += [weakref.ref(tensor) for tensor in pair[0]]
                 yield pair.pop()
 
     block = cg.blocks.ResidualLinear(width, torch.tanh)
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, Data(), [cg.Candidate("1", block)])
     cg.solve(problem)
-    assert len(watched.batches) >= 7 * 2
+    assert len(watched.notes.batches) >= 7 * 2
     assert watched.notes.most == batch
