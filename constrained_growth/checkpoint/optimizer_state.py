@@ -95,3 +95,19 @@ def reassign_state(
             "made in the run that was saved."
         )
     load_named_state(optimizer, model, named_state(optimizer, names))
+
+
+def arrange_groups(
+    optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
+) -> None:
+    """Let each group of an optimizer train the parameters of these names, in their order."""
+    parameters = dict(model.named_parameters())
+    unknown = [name for group in names for name in group if name not in parameters]
+    if unknown or len(names) != len(optimizer.param_groups):
+        raise CheckpointError(
+            f"optimizer has {len(optimizer.param_groups)} groups, the checkpoint {len(names)}, and "
+            f"parameters of it that {type(model).__name__} has not: {unknown[:3]}. Make it as in "
+            "the run that was saved."
+        )
+    for group, own in zip(optimizer.param_groups, names, strict=True):
+        group["params"] = [parameters[name] for name in own]

@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._distributed import everywhere, rank
-from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import GrowthRecord, replay
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History
+from constrained_growth.training.loop import evaluate
 
 
 class GrowthCallback(Callback):
     """Insert layers at the ends of training epochs, and keep the growth in the checkpoints.
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
-    before its weights are loaded, gives each parameter its own optimizer state, and goes on. The
-    sensitivities, decisions and depth go to the loggers of the trainer.
+    before its weights are loaded, gives each parameter its own optimizer state, and goes on; so do
+    `validate`, `test` and `predict`, which also take the module that has just been trained. Without
+    a trainer, `load_from_checkpoint` below does it. The sensitivities, decisions and depth go to
+    the loggers of the trainer.
+
+    The averages of Lightning's `EMAWeightAveraging`, `WeightAveraging` and
+    `StochasticWeightAveraging` grow with the module. With manual optimization, return the loss from
+    `training_step`; where it returns none, a row of the history has the mean of `loss_fn` over
+    `data` at the end of the epoch. Under mixed precision λ is measured in the precision of the
+    parameters.
 
     With `strategy="ddp"` all processes insert the same layer. Other strategies for several
     processes are refused; `"ddp_spawn"` and the like load the weights back into a model that did
@@ -42,9 +54,10 @@ class GrowthCallback(Callback):
         grower: The `Grower`, once training has started; None before.
 
     Raises:
-        TrainingError: An option is unknown; or, when training starts, there are several
-            optimizers, or several processes in another way than by `strategy="ddp"`.
-        CheckpointError: The checkpoint to resume from was saved without this callback.
+        TrainingError: An option is unknown; or, when training starts, there are several processes
+            in another way than by `strategy="ddp"`.
+        CheckpointError: The checkpoint to resume from was saved without this callback, or before
+            the module grew to what it is now.
 
     Example:
         >>> import torch
@@ -67,6 +80,7 @@ class GrowthCallback(Callback):
         self._options = checked_options(type(self).__name__, options)
         self._model, self._blocks = model, blocks
         self._saved: dict[str, Any] | None = None
+        self._has_losses = False  # whether training_step has returned one in this epoch
 
     @property
     def history(self) -> History:
@@ -86,27 +100,33 @@ class GrowthCallback(Callback):
 
         def grow_first(checkpoint: dict[str, Any]) -> None:
             vars(pl_module).pop("on_load_checkpoint", None)
-            saved = checkpoint.get("callbacks", {}).get(self.state_key)
-            if not saved:
-                raise CheckpointError("ckpt_path was saved without a GrowthCallback.")
-            record = GrowthRecord.from_json(saved["grower"]["record"])
-            replay(self._model(pl_module), record, blocks=self._blocks)
+            for module in (pl_module, *_averages(trainer)):
+                _grow(module, self._model, checkpoint, self._blocks)
             own(checkpoint)
 
         pl_module.on_load_checkpoint = grow_first  # the one hook before the weights are loaded
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leave nothing on the module."""
-        vars(pl_module).pop("on_load_checkpoint", None)
+        """Leave nothing on the module, nor on copies of it."""
+        for module in (pl_module, *_averages(trainer)):
+            vars(module).pop("on_load_checkpoint", None)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have the optimizers train what they trained, before PyTorch loads states by number."""
+        if self._saved is not None:
+            model, names = self._model(pl_module), self._saved["names"]
+            if len(names) != len(trainer.optimizers):
+                raise CheckpointError(
+                    f"the module has {len(trainer.optimizers)} optimizers, the checkpoint those of "
+                    f"{len(names)}; make them as in the run that was saved."
+                )
+            for optimizer, groups in zip(trainer.optimizers, names, strict=True):
+                arrange_groups(optimizer, model, groups)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
         vars(pl_module).pop("on_load_checkpoint", None)
-        if len(trainer.optimizers) != 1:
-            raise TrainingError(
-                f"GrowthCallback needs one optimizer, not {len(trainer.optimizers)}; use cg.Grower."
-            )
-        model, optimizer = self._model(pl_module), trainer.optimizers[0]
+        model, optimizers = self._model(pl_module), trainer.optimizers
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
 
         def log(tag: str, value: float, _: int) -> None:
@@ -114,11 +134,11 @@ class GrowthCallback(Callback):
                 logger.log_metrics({tag: value}, step=trainer.global_step)
 
         writer = SimpleNamespace(add_scalar=log)
-        options = {"writer": writer, "wrapper": wrapper, **self._options}
+        averages = [self._model(module) for module in _averages(trainer)]
+        options = {"writer": writer, "wrapper": wrapper, "averaged": averages, **self._options}
         before, saved = self.grower, self._saved
-        self.grower = Grower(model, optimizer, self._loss_fn, self._data, **options)
+        self.grower = Grower(model, optimizers, self._loss_fn, self._data, **options)
         if saved is not None:
-            reassign_state(optimizer, model, saved["names"])
             losses = saved["losses"][rank(None) % len(saved["losses"])]
             self.grower.load_state_dict({**saved["grower"], **losses})
             self._saved = None
@@ -129,14 +149,19 @@ class GrowthCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the loss."""
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.grower is not None and loss is not None:
             self.grower.step(loss)
+            self._has_losses = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close a row of the history, with the metrics of the trainer; grow if due."""
         if self.grower is None:
             return
+        if not self._has_losses:
+            found = evaluate(self.grower.model, {"loss": self._loss_fn}, self._data)
+            self.grower.step(found["loss"])
+        self._has_losses = False
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self.grower.observe(metrics)
@@ -147,7 +172,7 @@ class GrowthCallback(Callback):
         """For the checkpoint: the grower, and the names of the parameters of the optimizer."""
         if self.grower is None:
             return {}
-        names = parameter_names(self.grower.optimizer, self.grower.model)
+        names = [parameter_names(one, self.grower.model) for one in self.grower.optimizers]
         state = self.grower.state_dict()
         # Lightning calls this on all processes and writes what the first one returns
         losses = everywhere(lambda: {key: state[key] for key in ("sum", "count")}, None)
@@ -156,3 +181,73 @@ class GrowthCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From a checkpoint."""
         self._saved = state_dict or None
+
+
+M = TypeVar("M", bound=LightningModule)
+
+
+def load_from_checkpoint(
+    module_class: type[M],
+    checkpoint_path: str | os.PathLike[str],
+    *,
+    model: Callable[[LightningModule], nn.Module] = lambda module: module,
+    blocks: Mapping[str, nn.Module] | None = None,
+    **kwargs: Any,
+) -> M:
+    """`module_class.load_from_checkpoint(…)` for a module that grew by a `GrowthCallback`.
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint_path: As for its own `load_from_checkpoint`.
+        model: As given to the callback.
+        blocks: As given to the callback.
+        **kwargs: As for its own `load_from_checkpoint`.
+
+    Returns:
+        The grown module, with the weights of the checkpoint.
+
+    Raises:
+        CheckpointError: It was saved without a `GrowthCallback`.
+        RecordError: The record does not fit the module that the class makes.
+    """
+
+    class Growing(module_class):  # type: ignore[misc, valid-type]
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            _grow(self, model, checkpoint, blocks)
+            super().on_load_checkpoint(checkpoint)
+
+    module: Any = Growing.load_from_checkpoint(checkpoint_path, **kwargs)
+    module.__class__ = module_class
+    return module
+
+
+def _grow(
+    module: nn.Module,
+    model: Callable[[Any], nn.Module],
+    checkpoint: Mapping[str, Any],
+    blocks: Mapping[str, nn.Module] | None,
+) -> None:
+    """Grow a module to the architecture of a checkpoint, if it is not there yet."""
+    found = [
+        state["grower"]["record"]
+        for state in checkpoint.get("callbacks", {}).values()
+        if isinstance(state, Mapping) and isinstance(state.get("grower"), Mapping)
+    ]
+    if not found:
+        raise CheckpointError("the checkpoint was saved without a GrowthCallback.")
+    record, grown = GrowthRecord.from_json(found[0]), model(module)
+    if parameter_shapes(grown) == dict(record.model):
+        replay(grown, record, blocks=blocks)
+    unknown = module.state_dict().keys() ^ checkpoint["state_dict"].keys()
+    if unknown:
+        raise CheckpointError(
+            f'the checkpoint and the module differ in "{min(unknown)}", and {len(unknown)} entries '
+            "in all: one has grown otherwise. Load it into a fresh module, by "
+            "constrained_growth.integrations.lightning.load_from_checkpoint or a trainer."
+        )
+
+
+def _averages(trainer: Trainer) -> list[Any]:
+    """The modules in which Lightning's callbacks keep averages of the weights."""
+    found = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+    return [one.module if isinstance(one, AveragedModel) else one for one in found if one]

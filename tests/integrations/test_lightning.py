@@ -9,14 +9,18 @@ import pytest
 import torch
 from helpers import assert_same, candidate, classified, feedforward, refused
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.loggers import CSVLogger
 from processes import together
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import constrained_growth as cg
-from constrained_growth.integrations.lightning import GrowthCallback
+from constrained_growth.integrations.lightning import GrowthCallback, load_from_checkpoint
 from constrained_growth.training import NewLayers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -69,6 +73,7 @@ def fit(
     epochs: int,
     module: Any = None,
     processes: int = 1,
+    more: Any = (),
     **options: Any,
 ) -> tuple[Classifier, Trainer]:
     module = module or Classifier()
@@ -78,7 +83,7 @@ def fit(
         use_distributed_sampler=False,
         accelerator="cpu",
         max_epochs=epochs,
-        callbacks=[growth, ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
+        callbacks=[growth, *more, ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
         logger=CSVLogger(folder, version=str(epochs)),
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -150,18 +155,162 @@ def test_a_checkpoint_without_growth_is_refused(tmp_path: Path) -> None:
         fit(tmp_path, callback(data), data, 2, ckpt_path=tmp_path / "plain.ckpt")
 
 
-def test_several_optimizers_are_refused(tmp_path: Path) -> None:
-    class Two(Classifier):
-        def __init__(self) -> None:
-            super().__init__()
-            self.automatic_optimization = False
+class ByHand(Classifier):
+    """Two optimizers by manual optimization; `training_step` returns no loss."""
 
-        def configure_optimizers(self) -> Any:
-            return [torch.optim.SGD(self.net[i].parameters(), lr=0.1) for i in (0, 2)]
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
 
-    data = classified(16, batch=8)
-    with refused(cg.TrainingError, "one optimizer", "2", "cg.Grower"):
-        fit(tmp_path, callback(data), data, 1, Two())
+    def training_step(self, batch: Any, index: int) -> None:  # type: ignore[override]
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, *rest = [self.net[i].parameters() for i in (0, 2, 4)]
+        return [
+            torch.optim.Adam(first, lr=0.02),
+            torch.optim.SGD([p for part in rest for p in part], lr=0.1, momentum=0.9),
+        ]
+
+
+def test_manual_optimization_by_several_optimizers(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    growth = callback(data)
+    module, trainer = fit(tmp_path / "whole", growth, data, 6, ByHand())
+    trained = [id(p) for one in trainer.optimizers for g in one.param_groups for p in g["params"]]
+    assert sorted(trained) == sorted(id(p) for p in module.parameters())
+    assert [one.epoch for one in growth.history.insertions] == [2, 4]
+    with torch.no_grad():  # the loss that it found itself is that of the data
+        whole = [torch.cat(part) for part in zip(*data, strict=True)]
+        now = nn.functional.cross_entropy(module.net(whole[0]), whole[1])
+    assert growth.history.losses[-1] == pytest.approx(float(now), rel=1e-6)
+    again, fresh = callback(data), ByHand()
+    path = tmp_path / "whole" / "epoch=2.ckpt"
+    fit(tmp_path / "part", again, data, 6, fresh, ckpt_path=path, weights_only=True)
+    assert_same(dict(fresh.state_dict()), dict(module.state_dict()))
+    assert again.history.losses == growth.history.losses
+
+
+class Evaluated(Classifier):
+    """With steps of evaluation."""
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def test_step(self, batch: Any, index: int) -> None:
+        self.validation_step(batch, index)
+
+    def predict_step(self, batch: Any, index: int) -> Tensor:
+        return self.net(batch[0])
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_evaluation_of_a_checkpoint(fresh: bool, tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    module, trainer = fit(tmp_path, callback(data), data, 4, Evaluated())
+    outputs = [module.net(x) for x, _ in data]
+    path = tmp_path / "epoch=3.ckpt"
+    if fresh:
+        module = Evaluated()
+        trainer = Trainer(
+            accelerator="cpu",
+            callbacks=[callback(data)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+    options: Any = {"ckpt_path": path, "weights_only": True}
+    predicted: Any = trainer.predict(module, batched(data), **options)
+    for one, other in zip(predicted, outputs, strict=True):
+        assert torch.equal(one, other)
+    (seen,) = trainer.validate(module, batched(data), verbose=False, **options)
+    assert trainer.test(module, batched(data), verbose=False, **options) == [seen]
+    assert "on_load_checkpoint" not in vars(module)
+
+
+def test_a_checkpoint_from_before_an_insertion_needs_a_fresh_module(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    module, trainer = fit(tmp_path, callback(data), data, 4, Evaluated())
+    options: Any = {"ckpt_path": tmp_path / "epoch=0.ckpt", "weights_only": True}
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with refused(cg.CheckpointError, "differ in", "fresh module", "load_from_checkpoint"):
+        trainer.validate(module, batched(data), verbose=False, **options)
+    assert_same(dict(module.state_dict()), before)
+
+
+def test_load_from_checkpoint(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    module, _ = fit(tmp_path, callback(data), data, 4)
+    found = load_from_checkpoint(
+        Classifier,
+        tmp_path / "epoch=3.ckpt",
+        model=lambda module: module.get_submodule("net"),
+        reverse=True,
+        weights_only=True,
+    )
+    assert type(found) is Classifier
+    assert found.reverse
+    assert_same(dict(found.state_dict()), dict(module.state_dict()))
+    with refused(cg.CheckpointError, "without a GrowthCallback"):
+        saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
+        torch.save({**saved, "callbacks": {}}, tmp_path / "plain.ckpt")
+        load_from_checkpoint(Classifier, tmp_path / "plain.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "average",
+    [
+        lambda: EMAWeightAveraging(decay=0.5),
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    ],
+)
+def test_averages_of_the_weights_grow_too(average: Any, tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    growth, weights = callback(data), average()
+    module, _ = fit(tmp_path, growth, data, 6, more=[weights])
+    assert len(growth.history.insertions) == 2
+    shapes = {name: p.shape for name, p in module.named_parameters()}
+    kept = weights._average_model
+    kept = getattr(kept, "module", kept)
+    assert {name: p.shape for name, p in kept.named_parameters()} == shapes
+    assert all(bool(p.isfinite().all()) for p in kept.parameters())
+    assert "on_load_checkpoint" not in vars(kept)
+
+
+def test_an_average_is_resumed(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    module, _ = fit(tmp_path / "a", callback(data), data, 6, more=[EMAWeightAveraging(decay=0.5)])
+    fresh, weights = Classifier(), EMAWeightAveraging(decay=0.5)
+    options: Any = {"ckpt_path": tmp_path / "a" / "epoch=2.ckpt", "weights_only": True}
+    fit(tmp_path / "b", callback(data), data, 6, fresh, more=[weights], **options)
+    assert_same(dict(fresh.state_dict()), dict(module.state_dict()))
+
+
+def test_mixed_precision(tmp_path: Path) -> None:
+    """λ is that of the parameters' own precision."""
+    torch.set_default_dtype(torch.float32)
+    data = [(x.float(), y) for x, y in classified(40, batch=8)]
+    growth = callback(data, max_insertions=1)
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_epochs=3,
+        callbacks=[growth],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    module = Classifier()
+    trainer.fit(module, batched(data))
+    (one,) = growth.history.insertions
+    assert len(one.new_parameters) == 2
+    assert all(p.dtype == torch.float32 for p in module.parameters())
 
 
 # --- two processes ------------------------------------------------------------------------------
