@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from constrained_growth._arguments import number
 from constrained_growth.errors import BlockError
 
 Activation = Callable[[Tensor], Tensor]
@@ -40,7 +41,7 @@ class TanhLU(nn.Module):
 
     def __init__(self, eps: float = 0.01) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = number("eps", eps, BlockError, "(0, inf)")
 
     def forward(self, x: Tensor) -> Tensor:
         """σ(x), elementwise."""

@@ -1,16 +1,74 @@
-"""Checks of arguments that several parts of the library share."""
+"""Checks of arguments that several parts of the library share.
+
+Each raises the error class given, with the name of the argument, the value and what to give
+instead, and returns nothing but the value.
+"""
 
 from __future__ import annotations
 
-from constrained_growth.errors import GrowthError
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from constrained_growth.errors import DataError, GrowthError
+
+T = TypeVar("T")
 
 
-def positive_int(name: str, value: int, error: type[GrowthError]) -> int:
-    """Return the value, which must be a whole number above 0.
-
-    Raises:
-        GrowthError: It is not; of the class `error`.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def positive_int(name: str, value: Any, error: type[GrowthError]) -> int:
+    """A whole number above 0, of Python or NumPy."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise error(f"{name}={value!r} is not a positive whole number.")
+    return int(value)
+
+
+def number(name: str, value: Any, error: type[GrowthError], interval: str) -> float:
+    """A real number in an interval, such as "(0, 1]" or "[0, inf)"; never NaN."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value):
+        given = float(value)
+        above = given > low or (interval[0] == "[" and given == low)
+        below = given < high or (interval[-1] == "]" and given == high)
+        if above and below:
+            return given
+    raise error(f"{name}={value!r:.80} is not a number in {interval}.")
+
+
+def flag(name: str, value: Any, error: type[GrowthError], *, optional: bool = False) -> None:
+    """True or False, or None where that is a choice too."""
+    if not (value is None and optional) and not any(value is one for one in (True, False)):
+        raise error(f"{name}={value!r:.80} is not True or False{' or None' * optional}.")
+
+
+def function(name: str, value: Any, error: type[GrowthError], example: str = "") -> None:
+    """Something that can be called."""
+    if not callable(value):
+        instead = f", such as {example}" if example else ""
+        raise error(f"{name}={value!r:.80} cannot be called; give a function{instead}.")
+
+
+def instance(name: str, value: Any, kind: type[T], error: type[GrowthError], fix: str) -> T:
+    """An object of a class; `fix` says what to give instead."""
+    if not isinstance(value, kind):
+        raise error(f"{name}={value!r:.80} is no {kind.__name__}; give {fix}.")
     return value
+
+
+def data_again(name: str, data: object) -> None:
+    """Batches that can be read more than once."""
+    given = f"{name}={type(data).__name__}"
+    if not isinstance(data, Iterable):
+        raise DataError(
+            f"{given} is not iterable; give (input, target) batches, such as a DataLoader or a "
+            "list."
+        )
+    if isinstance(data, Iterator):
+        raise DataError(
+            f"{given} is a one-shot iterator; give an iterable that can be iterated more than "
+            "once, such as a DataLoader or list(data)."
+        )
+    if isinstance(data, Tensor | Mapping | str):
+        raise DataError(f"{given} is not an iterable of batches; give [(input, target)].")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import data_again, positive_int
 from constrained_growth.errors import DataError
 
 
@@ -147,6 +147,7 @@ def rebatch(data: Iterable[Any], size: int) -> Iterable[tuple[Any, Any]]:
         >>> [len(target) for _, target in rebatch(data, 5)]
         [5, 5, 2]
     """
+    data_again("data", data)
     return _Rebatched(data, positive_int("size", size, DataError))
 
 

@@ -12,6 +12,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from constrained_growth._arguments import data_again, flag, instance
 from constrained_growth._data import batch_weight, batches
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import collecting
@@ -19,7 +20,7 @@ from constrained_growth._sites.context import Context, takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import RuleError
+from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
@@ -81,6 +82,11 @@ class VirtualLoss:
         joint: bool = False,
         data: Iterable[Any] | None = None,
     ) -> None:
+        instance("problem", problem, GrowthProblem, CandidateError, "a cg.GrowthProblem")
+        instance("planned", planned, Planned, CandidateError, "one of solution.candidates")
+        flag("joint", joint, CandidateError)
+        if data is not None:
+            data_again("data", data)
         self._problem = problem
         self._data = problem.data if data is None else data
         self._planned = planned

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from constrained_growth._activations import derivative
+from constrained_growth._arguments import instance
 from constrained_growth._data import batch_weight, batches
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import Collector, Use
@@ -65,7 +66,8 @@ def directional_derivative(
         >>> directional_derivative(problem, "1", step) == linear
         False
     """
-    site = next((s for s in problem.sites if candidate in s.blocks), None)
+    instance("problem", problem, GrowthProblem, CandidateError, "a cg.GrowthProblem")
+    site = next((s for s in problem.sites if candidate in list(s.blocks)), None)
     if site is None:
         names = tuple(c.name for c in problem.candidates)
         raise CandidateError(f"candidate={candidate!r} is none of the problem; they are {names}.")
@@ -179,9 +181,10 @@ def _beside(x: Tensor, tangent: Tensor) -> Tensor:
 
 def _check(step: Mapping[str, Tensor], pins: Mapping[str, Tensor]) -> None:
     shapes = {name: tuple(pin.shape) for name, pin in pins.items()}
+    instance("step", step, Mapping, CandidateError, f"tensors of the shapes {shapes}")
     for name, value in step.items():
-        if name not in pins or tuple(value.shape) != shapes[name]:
+        if name not in pins or tuple(getattr(value, "shape", ("none",))) != shapes[name]:
             raise CandidateError(
-                f'step: "{name}" of shape {tuple(value.shape)} is no pin of this candidate; its '
-                f"pins are {shapes}."
+                f'step["{name}"]={value!r:.80} is no step of a pin of this candidate, whose shapes '
+                f"are {shapes}."
             )

@@ -23,6 +23,7 @@ from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
+from constrained_growth.norms.moments import refuse_no_norm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
@@ -306,8 +307,7 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
             "problem: its loss contains derivatives of the output, say, so that a training step "
             "alone does not give λ; call cg.solve(problem) between the steps."
         )
-    if not callable(norm):
-        raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
+    refuse_no_norm("norm", norm)
     positive_int("every", every, RuleError)
     if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
         raise RuleError(

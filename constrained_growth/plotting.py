@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from constrained_growth._arguments import instance
+from constrained_growth.errors import GrowthError
 from constrained_growth.solution import Sensitivity, Solution
 
 __all__ = [
@@ -57,7 +59,11 @@ def plot_sensitivities(
     if isinstance(sensitivities, Solution):
         chosen = sensitivities.decision.chosen if chosen is None else chosen
         sensitivities = sensitivities.sensitivities
+    instance("sensitivities", sensitivities, Mapping, GrowthError, "a solution")
     chosen, found = chosen or (), list(sensitivities.values())
+    if not found or not all(isinstance(s, Sensitivity) for s in found):
+        raise GrowthError(f"sensitivities={sensitivities!r:.80} are none; give a solution.")
+    instance("chosen", chosen, Collection, GrowthError, "names of candidates")
     ax = ax or axes(height=0.9 + 0.45 * len(found))
     steps = [1.0 if a.site == b.site else 1.5 for a, b in itertools.pairwise(found)]
     places = list(itertools.accumulate(steps, initial=0.0))  # more room between sites
@@ -103,6 +109,9 @@ def plot_losses(
         event: Label of the insertion.
         ylabel: Name and unit of the loss.
     """
+    instance("after", after, Mapping, GrowthError, "name → losses")
+    for name, losses in {"before": before, **after}.items():
+        _check_curve(name, losses)
     ax = ax or axes(height=4.2)
     start = len(before) - 1
     ax.plot(range(len(before)), before, color=INK, linewidth=2)
@@ -163,6 +172,8 @@ def plot_training(
         ax: Where to draw; None for a new figure.
         ylabel: Name and unit of the loss.
     """
+    _check_curve("losses", losses)
+    instance("insertions", insertions, Mapping, GrowthError, "epoch → label")
     ax = ax or axes(height=4.2)
     ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2)
     for epoch, name in insertions.items():
@@ -194,6 +205,8 @@ def plot_sensitivity_map(
         chosen: Epoch → names of the candidates inserted.
         ax: Where to draw; None for a new figure.
     """
+    instance("rounds", rounds, Mapping, GrowthError, "epoch → candidate → sensitivity")
+    instance("chosen", chosen, Mapping, GrowthError, "epoch → names")
     latest_first = reversed(list(rounds.values()))  # for the order of depth in the final model
     names = list(dict.fromkeys(name for found in latest_first for name in found))
     ax = ax or axes(height=1.6 + 0.35 * len(names))
@@ -232,6 +245,8 @@ def plot_predictions(
         actual: Actual decrease of each step.
         ax: Where to draw; None for a new figure.
     """
+    _check_curve("predicted", predicted)
+    _check_curve("actual", actual)
     ax = ax or axes(height=5.5)
     ends = [min(0.0, *predicted, *actual), max(0.0, *predicted, *actual)]
     ax.plot(ends, ends, **DASHED)
@@ -256,6 +271,8 @@ def plot_architecture(
         after: Name → shape of the parameters afterwards.
         ax: Where to draw; None for a new figure.
     """
+    instance("before", before, Mapping, GrowthError, "name → shape")
+    instance("after", after, Mapping, GrowthError, "name → shape")
     columns = [
         {n.removesuffix(".weight"): shape for n, shape in parameters.items() if len(shape) > 1}
         for parameters in (before, after)
@@ -297,6 +314,13 @@ def plot_run(
     if rounds:
         plot_sensitivity_map(rounds, chosen, panels[1])
     return figure
+
+
+def _check_curve(name: str, values: object) -> None:
+    """Raise a GrowthError unless values can be drawn as a curve."""
+    numbers = isinstance(values, Sequence) and all(isinstance(v, int | float) for v in values)
+    if not numbers or not values:
+        raise GrowthError(f"{name}={values!r:.80} is no curve; give a list of numbers.")
 
 
 def axes(height: float) -> Axes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import data_again, function, instance
 from constrained_growth._data import Weight
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._first_batch import Places, look_at_sites
@@ -106,7 +107,7 @@ class GrowthProblem:
         group: ProcessGroup | None = None,
         weight: Weight = None,
     ) -> None:
-        everywhere(lambda: _check_arguments(model, loss_fn, data, weight), group)
+        everywhere(lambda: _check_arguments(model, loss_fn, data, weight, group), group)
         everywhere(lambda: _refuse_bound(model, group), group)
         self.model = model
         self.loss_fn = loss_fn
@@ -142,33 +143,16 @@ def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
             )
 
 
-def _check_arguments(model: object, loss_fn: object, data: object, weight: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise CandidateError(f"model={model!r} is not an nn.Module.")
-    if not callable(loss_fn):
-        raise DataError(
-            f"loss_fn={loss_fn!r} cannot be called; give a function (output, target) -> scalar "
-            "tensor, such as nn.CrossEntropyLoss()."
-        )
-    if weight is not None and not callable(weight):
-        raise DataError(
-            f"weight={weight!r} cannot be called; give a function (input, target) -> number, or "
-            "None for the number of samples."
-        )
-    if not isinstance(data, Iterable):
-        raise DataError(
-            f"data={type(data).__name__} is not iterable; give (input, target) batches, such as a "
-            "DataLoader or a list."
-        )
-    if isinstance(data, Iterator):
-        raise DataError(
-            f"data={type(data).__name__} is a one-shot iterator; give an iterable that can be "
-            "iterated more than once, such as a DataLoader or list(data)."
-        )
-    if isinstance(data, Tensor | Mapping | str):
-        raise DataError(
-            f"data={type(data).__name__} is not an iterable of batches; give [(input, target)]."
-        )
+def _check_arguments(
+    model: object, loss_fn: object, data: object, weight: object, group: object
+) -> None:
+    instance("model", model, nn.Module, CandidateError, "an nn.Module")
+    function("loss_fn", loss_fn, DataError, "nn.CrossEntropyLoss()")
+    if weight is not None:
+        function("weight", weight, DataError, "lambda input, target: len(target)")
+    data_again("data", data)
+    if group is not None and not callable(getattr(group, "rank", None)):
+        raise DataError(f"group={group!r:.80} is no ProcessGroup; use torch.distributed.new_group.")
 
 
 def _checked_candidates(candidates: object) -> tuple[Candidate, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from constrained_growth._arguments import instance
 from constrained_growth.errors import CandidateError, RuleError
 
 Norm = Callable[[Mapping[str, Tensor]], Tensor | float]
@@ -125,9 +126,17 @@ class Decision:
     evidence: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        names = self.chosen
+        if not isinstance(names, tuple | list) or not all(isinstance(n, str) for n in names):
+            raise RuleError(
+                f"chosen={names!r:.80} of Decision are no names of candidates; give a tuple of "
+                'strings, such as ("3",), or ().'
+            )
+        object.__setattr__(self, "chosen", tuple(names))
+        instance("reason", self.reason, str, RuleError, "a sentence")
+        instance("values", self.values, Mapping, RuleError, "candidate → pinned parameter → v")
+        instance("evidence", self.evidence, Mapping, RuleError, "a dict that JSON takes")
         try:
-            if not isinstance(self.evidence, Mapping):
-                raise TypeError(f"it is a {type(self.evidence).__name__}, not a dict")
             object.__setattr__(self, "evidence", _as_json(self.evidence))
         except (TypeError, ValueError, RuntimeError) as error:
             raise RuleError(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from constrained_growth._arguments import flag, instance, number
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.measure import measure
@@ -19,9 +20,10 @@ from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
+from constrained_growth.norms.moments import refuse_no_norm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
-from constrained_growth.rules.rule import decide_about
+from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
     Method,
@@ -103,6 +105,9 @@ def solve(
         (4, 4)
     """
     _check(problem, rule, norm, gtol)
+    for name, value in {"stationarity": stationarity, "throw": throw}.items():
+        flag(name, value, DataError)
+    flag("progress", progress, DataError, optional=True)
     bar = progress_bar(problem.data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.data), differentiable():
         found = measure(
@@ -163,9 +168,8 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     return everywhere(ask, problem.group)[0]
 
 
-def _check(problem: object, rule: object, norm: Any, gtol: float) -> None:
-    if not isinstance(problem, GrowthProblem):
-        raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
+def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
     modules = dict(problem.model.named_modules(remove_duplicate=False))
     for site in problem.sites:
         if modules.get(site.after) is not site.module:
@@ -173,26 +177,19 @@ def _check(problem: object, rule: object, norm: Any, gtol: float) -> None:
                 f'problem: the module "{site.after}" of its model is not the one it was made with '
                 "(a layer was inserted there, say); make a new cg.GrowthProblem."
             )
-    if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-        raise RuleError(
-            f"rule={rule!r} cannot be called; give cg.TopK(1), or a function that takes the "
-            "sensitivities and returns a cg.Decision."
-        )
+    refuse_no_rule("rule", rule)
     if needs_model(rule) and is_sharded(problem.model):
         raise RuleError(
             f"rule={rule!r} differentiates the model again, which a sharded one does not allow; "
             "take a rule of the sensitivities alone, such as cg.TopK(1)."
         )
-    if not callable(norm):
-        raise RuleError(f"norm={norm!r} cannot be called; give one of cg.norms, or a function.")
-    how: Any = norm
-    if needs_moments(how) and problem.method is Method.IN_GRAPH:
+    refuse_no_norm("norm", norm)
+    if needs_moments(norm) and problem.method is Method.IN_GRAPH:
         raise RuleError(
             f"norm={norm!r} needs second moments, which exist only where λ has a closed form "
             "(problem.method says why it has none here); take cg.norms.Frobenius(), say."
         )
-    if not gtol >= 0:
-        raise RuleError(f"gtol={gtol!r} must not be negative.")
+    number("gtol", gtol, RuleError, "[0, inf]")
 
 
 def sensitivities_of(

@@ -13,6 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from constrained_growth._arguments import instance, number
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Sensitivity
@@ -71,6 +72,7 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
         >>> round(low, 3), round(high, 3)
         (0.804, 1.196)
     """
+    instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
     return _around(sensitivity.value, sensitivity.standard_error, confidence)
 
 
@@ -93,17 +95,14 @@ def squared_norm_interval(
         >>> squared_norm_interval(Sensitivity(2.0, variance=1.0, debiased_square=3.0))[0]
         0.0016...
     """
+    instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
     square = sensitivity.debiased_square + sensitivity.variance
     low, high = _around(math.sqrt(square), math.sqrt(sensitivity.variance), confidence)
     return low**2, high**2
 
 
 def _around(value: float, error: float, confidence: float) -> tuple[float, float]:
-    if not MIN_CONFIDENCE <= confidence < 1:
-        raise RuleError(
-            f"confidence={confidence!r} of an interval must be at least {MIN_CONFIDENCE} and below "
-            "1, such as 0.95."
-        )
+    number("confidence", confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)")
     if not math.isfinite(error):
         return 0.0, math.inf
     half = -NormalDist().inv_cdf((1 - confidence) / 2) * error

@@ -135,5 +135,8 @@ def test_parts_of_a_step_and_steps_that_do_not_fit() -> None:
     with refused(cg.CandidateError, "'5'", "('1',)"):
         directional_derivative(problem, "5", {})
     for bad in ({"bias": torch.ones(3)}, {"other": torch.ones(4)}):
-        with nothing_left_behind(model), refused(cg.CandidateError, next(iter(bad)), "pins are"):
+        with (
+            nothing_left_behind(model),
+            refused(cg.CandidateError, next(iter(bad)), "whose shapes are"),
+        ):
             directional_derivative(problem, "1", bad)

@@ -240,7 +240,7 @@ def test_interval_covers_on_a_network() -> None:
 
 @pytest.mark.parametrize("confidence", [0.5, 1.0, math.nan, -1.0])
 def test_confidence_out_of_range(confidence: float) -> None:
-    with refused(cg.RuleError, f"confidence={confidence}", "such as 0.95"):
+    with refused(cg.RuleError, f"confidence={confidence}", "[0.79, 1)"):
         interval(cg.Sensitivity(1.0, 0.1), confidence)
 
 

@@ -77,6 +77,7 @@ class Accumulator:
         self._squares = torch.zeros((), dtype=torch.float64, device=device)
         self._moved = torch.zeros_like(self._squares)
         self._conditional = conditional
+        self._has_factors = has_factors(block)
         self._with_moments = moments
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
@@ -90,8 +91,8 @@ class Accumulator:
         Several `batches` of this weight may come as one, of all their samples. A batch that
         comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
-        before = replace(self.counts)
-        if has_factors(self._block) and by_sample(uses, size):
+        before = replace(self.counts) if again else None
+        if self._has_factors and by_sample(uses, size):
             if self._conditional:
                 for use in uses:
                     self._note_moved(moves(self._block, use.x.to(self._dtype)))
@@ -100,7 +101,7 @@ class Accumulator:
             self._count(size, weight * batches)
         else:
             self.add_whole(*self._differentiate(uses), size, weight)
-        if again:
+        if before is not None:
             self.counts = replace(before, rows=self.counts.rows, biases=self.counts.biases)
 
     def _differentiate(self, uses: Sequence[Use]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -143,7 +143,7 @@ class Collector:
         self._sites, self._inspect = sites, inspect
         self._now: Forward | None = None
         # into the graph, whose hooks lead back here; so they are let go before anything else is
-        self._edges: list[tuple[GradientEdge, Callable[[Tensor], None] | None]] = []
+        self._edges: list[Asked] = []
         self._versions: list[tuple[int, Tensor, int]] = []
 
     @contextmanager
@@ -188,8 +188,9 @@ class Collector:
                     f'after="{site.after}": the tensor there is changed in place in a later batch '
                     "and not in the first one; put a batch in front in which it is changed."
                 )
-        inputs: list[Any] = [*(edge for edge, _ in self._edges), *leaves]
-        waiting = [arrive for _, arrive in self._edges]
+        edges = asked_for(loss, self._edges)
+        inputs: list[Any] = [*(edge for edge, _ in edges), *leaves]
+        waiting = [arrive for _, arrive in edges]
         self._let_go()
         grads: Sequence[Tensor | None] = ()
         # PyTorch advises against backward under autocast
@@ -225,6 +226,28 @@ class Collector:
         if running and self._inspect is not None:
             self._inspect(index, x, context, alias)
         return alias
+
+
+Asked = tuple[GradientEdge, Callable[[Tensor], None] | None]
+"""Where δ arrives, and who takes it when backward is over; None where a hook takes it at once."""
+
+
+def asked_for(loss: Tensor, edges: Sequence[Asked]) -> list[Asked]:
+    """The edges for which backward is asked: those without a hook, and of the others the first.
+
+    Backward passes the others on its way. It would keep the δ of all that it is asked for.
+    """
+    hooked_nodes = {edge.node for edge, arrive in edges if arrive is None}
+    above: dict[Any, bool] = {}  # node → whether a hooked one comes before it in the forward pass
+    stack: list[Any] = [loss.grad_fn] if hooked_nodes and loss.grad_fn is not None else []
+    while stack:
+        before = [node for node, _ in stack[-1].next_functions if node is not None]
+        unknown = [node for node in before if node not in above]
+        if unknown:
+            stack.extend(unknown)
+        else:
+            above[stack.pop()] = any(node in hooked_nodes or above[node] for node in before)
+    return [one for one in edges if one[1] is not None or not above.get(one[0].node, True)]
 
 
 _SMALL = 2**18

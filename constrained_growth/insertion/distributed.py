@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from constrained_growth._arguments import instance
 from constrained_growth._distributed import take_from_first
 from constrained_growth._sharding import is_spread, sharded_modules, state_like
 from constrained_growth._sites.model import tensors_of
@@ -36,6 +37,7 @@ def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None =
     Example:
         >>> rewrap(nn.Linear(2, 1))  # with one process there is nothing to do
     """
+    instance("model", model, nn.Module, CandidateError, "an nn.Module")
     optimizers = as_optimizers(optimizer)
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from constrained_growth._arguments import data_again, instance
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import pinned_parameters
@@ -88,6 +89,8 @@ def insert(
         ['1.inserted.bias', '1.inserted.weight']
     """
     names = _checked_choice(model, solution)
+    if data is not None:
+        data_again("data", data)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
     new = [_new_layers(one, model, solution, names) for one in models]
@@ -201,8 +204,8 @@ def _counterparts(new_layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
 
 def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
     """Names of the chosen candidates, in the order of the problem."""
-    if not isinstance(solution, Solution):
-        raise CandidateError(f"solution={solution!r} is not what cg.solve returns.")
+    instance("model", model, nn.Module, CandidateError, "the model of the problem")
+    instance("solution", solution, Solution, CandidateError, "what cg.solve returns")
     modules = dict(model.named_modules(remove_duplicate=False))
     chosen = solution.decision.chosen
     for name in chosen:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.blocks.protocol import REGISTERED
@@ -201,8 +202,12 @@ def replay(
         >>> cg.replay(net, cg.GrowthRecord(), strict=False) is net
         True
     """
-    if not isinstance(record, GrowthRecord):
-        raise RecordError(f"record={record!r:.80} is no GrowthRecord; use GrowthRecord.from_json.")
+    instance("model", model, nn.Module, RecordError, "the model as it was before it was grown")
+    instance("record", record, GrowthRecord, RecordError, "one, or GrowthRecord.from_json(text)")
+    given = instance("blocks", blocks or {}, Mapping, RecordError, "name → block")
+    for name, block in given.items():
+        instance(f"blocks[{name!r}]", block, nn.Module, RecordError, "the block of that layer")
+    flag("strict", strict, RecordError)
     record = _without_wrappers(record, model)
     have, want = parameter_shapes(model), dict(record.model)
     differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
@@ -213,10 +218,10 @@ def replay(
             f'differ, first "{first}" with shape {have.get(first)} for {want.get(first)}. Give '
             "the model as it was before it was grown, or strict=False."
         )
-    _check_size(record, model, blocks or {})
+    _check_size(record, model, given)
     with structure_kept_on_error(model):
         for layer in record.insertions:
-            _insert_again(model, layer, (blocks or {}).get(layer.name))
+            _insert_again(model, layer, given.get(layer.name))
     return model
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import function, number, positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere
 from constrained_growth._sites.context import takes_context
@@ -88,8 +88,9 @@ class Budget:
             raise RuleError("Budget needs parameters=… or multiply_adds=…, such as parameters=1e4.")
         limits = {"parameters": self.parameters, "multiply_adds": self.multiply_adds}
         for name, value in limits.items():
-            if value is not None and not 0 <= value < math.inf:
-                raise RuleError(f"{name}={value!r} of Budget must be finite and not negative.")
+            if value is not None:
+                number(name, value, RuleError, "[0, inf)")
+        function("gain", self.gain, RuleError, "cg.rules.half_square")
         if self.per_site is not None:
             positive_int("per_site", self.per_site, RuleError)
 

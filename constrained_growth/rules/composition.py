@@ -8,7 +8,14 @@ from typing import Any, overload
 
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import DecisionRule, Rule, decide, decide_about, needs_model
+from constrained_growth.rules.rule import (
+    DecisionRule,
+    Rule,
+    decide,
+    decide_about,
+    needs_model,
+    refuse_no_rule,
+)
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
 
@@ -129,8 +136,7 @@ class _ModelRules(_Rules):
 
 def _composed(rules: tuple[Rule, ...], word: str) -> Any:
     for rule in rules:
-        if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-            raise RuleError(f"rule={rule!r} of {word} is not a rule; pass cg.TopK(1), say.")
+        refuse_no_rule(f"{word}: rule", rule)
     if not rules:
         raise RuleError(
             f"{word} needs at least one rule, such as {word}(cg.TopK(3), cg.Stable(…))."

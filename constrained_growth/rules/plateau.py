@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from typing import Any
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import number, positive_int
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Solution, Status
 from constrained_growth.statistics import squared_norm
@@ -56,8 +56,9 @@ class Plateau:
         positive_int("patience", self.patience, RuleError)
         if self.most is not None:
             positive_int("most", self.most, RuleError)
-        if not 0 <= self.tolerance < 1:
-            raise RuleError(f"tolerance={self.tolerance!r} must be at least 0 and below 1.")
+        number("tolerance", self.tolerance, RuleError, "[0, 1)")
+        if self.target is not None:
+            number("target", self.target, RuleError, "[-inf, inf]")
         self.best: float | None = None
         self.stale, self.count, self.over = 0, 0, False
 
@@ -114,9 +115,8 @@ class Exhausted:
     significance: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, value in (("ratio", self.ratio), ("significance", self.significance)):
-            if not value >= 0:
-                raise RuleError(f"{name}={value!r} of Exhausted must not be negative.")
+        number("ratio", self.ratio, RuleError, "[0, inf]")
+        number("significance", self.significance, RuleError, "[0, inf]")
 
     def __call__(self, solution: Solution) -> When:
         """The answer for a solution."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from constrained_growth._arguments import flag
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import Frobenius, norm_for
 from constrained_growth.rules.composition import otherwise, then
@@ -40,6 +41,7 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
         >>> rule_for(torch.optim.Adam(model.parameters()))
         TopK(k=1, cost=None)
     """
+    flag("step", step, RuleError)
     made = optimizer
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         made = optimizer([nn.Parameter(torch.zeros(1, 1))])

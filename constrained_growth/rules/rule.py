@@ -69,9 +69,6 @@ def checked_decision(
             f"rule={rule!r} returned {decision!r}, not a cg.Decision; return "
             "cg.Decision(chosen=('name of a candidate', ...)), with () to insert nothing."
         )
-    named = isinstance(decision.chosen, Iterable) and not isinstance(decision.chosen, str)
-    if not named or not all(isinstance(name, str) for name in decision.chosen):
-        raise RuleError(f"rule={rule!r} chose {decision.chosen!r}, not a tuple of names.")
     unknown = [name for name in decision.chosen if name not in sensitivities]
     if unknown or len(set(decision.chosen)) != len(decision.chosen):
         raise RuleError(
@@ -95,7 +92,10 @@ def check_optimizer(optimizer: object, owner: str) -> None:
         )
 
 
-def check_curvature(curvature: object, owner: str) -> None:
-    """Raise a RuleError unless an argument of a rule can be called as a `Curvature`."""
-    if not callable(curvature):
-        raise RuleError(f"curvature={curvature!r} of {owner}: pass cg.curvature.hessian, say.")
+def refuse_no_rule(name: str, rule: object) -> None:
+    """Raise a RuleError unless an argument is a rule."""
+    if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
+        raise RuleError(
+            f"{name}={rule!r:.80} cannot be called; give cg.TopK(1), or a function that takes the "
+            "sensitivities and returns a cg.Decision."
+        )

@@ -6,8 +6,9 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity
 from constrained_growth.statistics import MIN_CONFIDENCE, interval
@@ -39,6 +40,8 @@ class TopK:
 
     def __post_init__(self) -> None:
         positive_int("k", self.k, RuleError)
+        if self.cost is not None:
+            function("cost", self.cost, RuleError, "lambda s: s.num_new_parameters")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The k best."""
@@ -86,12 +89,10 @@ class Threshold:
         if self.absolute is self.relative is self.confidence is None:
             raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
         for name, value in (("absolute", self.absolute), ("relative", self.relative)):
-            if value is not None and not value >= 0:
-                raise RuleError(f"{name}={value!r} of Threshold must not be negative.")
-        if self.confidence is not None and not MIN_CONFIDENCE <= self.confidence < 1:
-            raise RuleError(
-                f"confidence={self.confidence!r} of Threshold is not in [{MIN_CONFIDENCE}, 1)."
-            )
+            if value is not None:
+                number(name, value, RuleError, "[0, inf]")
+        if self.confidence is not None:
+            number("confidence", self.confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)")
         if self.max_insertions is not None:
             positive_int("max_insertions", self.max_insertions, RuleError)
 
@@ -143,6 +144,7 @@ class Random:
 
     def __post_init__(self) -> None:
         positive_int("k", self.k, RuleError)
+        instance("seed", self.seed, Integral, RuleError, "a whole number")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The draw."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import flag, function, number, positive_int
 from constrained_growth._data import batch_size, batch_weight, batches, copied, some_of
 from constrained_growth._distributed import everywhere, num_processes
 from constrained_growth._progress import progress_bar
@@ -18,7 +18,7 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import OptimizerFactory, check_curvature, check_optimizer
+from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
 from constrained_growth.solution import Decision, Solution
 
 
@@ -86,12 +86,12 @@ class Stable:
 
     def __post_init__(self) -> None:
         check_optimizer(self.optimizer, "Stable")
-        check_curvature(self.curvature, "Stable")
+        function("curvature", self.curvature, RuleError, "cg.curvature.gauss_newton")
         positive_int("max_products", self.max_products, RuleError)
         if self.max_samples is not None:
             positive_int("max_samples", self.max_samples, RuleError)
-        if not isinstance(self.factor, int | float) or not 0 < self.factor < math.inf:
-            raise RuleError(f"factor={self.factor!r} of Stable must be positive and finite.")
+        number("factor", self.factor, RuleError, "(0, inf)")
+        flag("progress", self.progress, RuleError, optional=True)
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """All stable candidates."""

@@ -8,12 +8,13 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import data_again, flag, instance, number, positive_int
 from constrained_growth._data import batch_size, batch_weight, batches
 from constrained_growth._distributed import several
 from constrained_growth._progress import progress_bar
@@ -82,8 +83,11 @@ class Trial:
     def __post_init__(self) -> None:
         positive_int("steps", self.steps, RuleError)
         check_optimizer(self.optimizer, "Trial")
-        if not self.eta > 1:
-            raise RuleError(f"eta={self.eta!r} of Trial must be above 1, such as 3.")
+        number("eta", self.eta, RuleError, "(1, inf]")
+        instance("seed", self.seed, Integral, RuleError, "a whole number")
+        flag("progress", self.progress, RuleError, optional=True)
+        if self.data is not None:
+            data_again("data", self.data)
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The winner, or nothing."""

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import flag, function, number, positive_int
 from constrained_growth._progress import progress_bar
 from constrained_growth.curvature import Curvature, VirtualLoss, hessian
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import check_curvature
 from constrained_growth.rules.subproblem import Steps, trust_region_steps
 from constrained_growth.solution import Decision, Solution
 
@@ -87,18 +86,17 @@ class TrustRegion:
     progress: bool | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("radius", 0, self.max_radius),
-            ("eta1", 0, 1),
-            ("eta2", self.eta1, 1),
-            ("shrink", 0, 1),
-            ("grow", 1, math.inf),
-            ("tolerance", 0, 1),
-        ):
-            _check_between(name, getattr(self, name), low, high)
+        number("max_radius", self.max_radius, RuleError, "(0, inf)")
+        number("radius", self.radius, RuleError, f"(0, {self.max_radius}]")
+        number("eta1", self.eta1, RuleError, "(0, 1]")
+        number("eta2", self.eta2, RuleError, f"({self.eta1}, 1]")
+        number("shrink", self.shrink, RuleError, "(0, 1)")
+        number("grow", self.grow, RuleError, "(1, inf)")
+        number("tolerance", self.tolerance, RuleError, "(0, 1]")
+        flag("progress", self.progress, RuleError, optional=True)
         positive_int("max_products", self.max_products, RuleError)
         positive_int("max_tries", self.max_tries, RuleError)
-        check_curvature(self.curvature, "TrustRegion")
+        function("curvature", self.curvature, RuleError, "cg.curvature.hessian")
         self.current_radius = self.radius
 
     def __repr__(self) -> str:
@@ -114,7 +112,7 @@ class TrustRegion:
             radius = float(state_dict["radius"])
         except (KeyError, TypeError, ValueError) as error:
             raise RuleError(f"state_dict={state_dict!r} is not that of a TrustRegion.") from error
-        _check_between("radius", radius, 0, self.max_radius)
+        number("state_dict of TrustRegion: radius", radius, RuleError, f"(0, {self.max_radius}]")
         self.current_radius = radius
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
@@ -172,10 +170,3 @@ class TrustRegion:
         passes = sum(loss.passes for loss in losses.values())
         evidence |= {"radius": radius, "tries": tries, "predictions": predictions, "passes": passes}
         return Decision(chosen, reason, values, evidence)
-
-
-def _check_between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high or not 0 < value < math.inf:
-        raise RuleError(
-            f"{name}={value!r} of TrustRegion must be positive and between {low} and {high}."
-        )

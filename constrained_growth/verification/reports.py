@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from constrained_growth._arguments import instance
+from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
@@ -120,6 +122,8 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
         >>> residuals.primal, residuals.dual < 1e-14
         (0.0, True)
     """
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
+    instance("solution", solution, Solution, DataError, "what cg.solve(problem) returns")
     multipliers = [solution.dual_value(pin).flatten() for pin in problem.constraints]
     extended = ExtendedProblem(problem)
     changes = [0.0]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from scipy.optimize import LinearConstraint, minimize
 from torch import Tensor, nn
 
+from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.verification.extended import ExtendedProblem
@@ -79,6 +80,15 @@ def check_with_cvxpy(
         >>> report.status, report.dual_error < 1e-6
         ('optimal', True)
     """
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
+    if cvxpy_loss is not None:
+        function("cvxpy_loss", cvxpy_loss, DataError, "a function of CVXPY expressions")
+    if options is not None:
+        instance("options", options, Mapping, DataError, "a dict")
+    if solver not in cp.installed_solvers():
+        raise DataError(
+            f"solver={solver!r} is not installed; give one of {cp.installed_solvers()}."
+        )
     extended = ExtendedProblem(problem)
     pieces = _affine_outputs(extended)
     loss = cvxpy_loss or _known_loss(problem.loss_fn)
@@ -154,6 +164,9 @@ def check_with_scipy(
         >>> report.primal, report.dual_error < 1e-5
         (0.0, True)
     """
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
+    number("gtol", gtol, DataError, "(0, inf)")
+    positive_int("maxiter", maxiter, DataError)
     extended = ExtendedProblem(problem)
     bounds = np.cumsum(extended.sizes)
     identity = np.eye(bounds[-1])

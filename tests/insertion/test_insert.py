@@ -442,7 +442,7 @@ def test_candidates_of_a_grown_model_are_each_tensor_once() -> None:
 
 
 def test_other_objects_than_solution_and_record_are_refused() -> None:
-    with pytest.raises(cg.CandidateError, match=r"not what cg\.solve returns"):
+    with pytest.raises(cg.CandidateError, match=r"give what cg\.solve returns"):
         cg.insert(feedforward(2, 4, 3), None)  # type: ignore[arg-type]
     with pytest.raises(cg.RecordError, match="from_json"):
         cg.replay(feedforward(2, 4, 3), "{}")  # type: ignore[arg-type]

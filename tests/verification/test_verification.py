@@ -515,7 +515,7 @@ def test_loss_without_a_form_or_with_another():
 
 
 def test_a_solver_that_is_not_there():
-    with pytest.raises(cg.DataError, match=r"solver='NAG' fails.*CLARABEL"):
+    with pytest.raises(cg.DataError, match=r"solver='NAG' is not installed.*CLARABEL"):
         check_with_cvxpy(convex_problem(nn.MSELoss(), "values", 2), solver="NAG")
 
 
