@@ -57,8 +57,7 @@ class TanhLU(nn.Module):
 def as_activation(activation: Any) -> Activation:
     """A module (copied), module class or elementwise function as a callable on tensors."""
     is_class = isinstance(activation, type) and issubclass(activation, nn.Module)
-    function: Any = activation() if is_class else activation
-    if not callable(function):
+    if not callable(activation):
         raise BlockError(
             f"activation={activation!r} cannot be called; give nn.ReLU() or torch.tanh, say."
         )
@@ -66,6 +65,7 @@ def as_activation(activation: Any) -> Activation:
     other = probe.clone()
     other[0, 0] = 3.0
     try:
+        function: Any = activation() if is_class else activation
         value, changed = in_double(function)(probe), in_double(function)(other)
         fits = isinstance(value, Tensor) and value.shape == probe.shape
         fits = fits and torch.equal(value.flatten()[1:], changed.flatten()[1:])
@@ -150,7 +150,8 @@ def checked_shift(
     alternative: str = "ResidualMLP(width, hidden, activation)",
 ) -> float:
     """The given shift of an identity layer, or the smallest; a BlockError if it will not do."""
-    found = identity_shift(activation) if shift is None else float(shift)
+    given = None if shift is None else number("shift", shift, BlockError, "(-inf, inf)")
+    found = identity_shift(activation) if given is None else given
     error = identity_error(activation, found or 0.0)
     if found is None or not error <= _TOLERANCE:  # nor may it be NaN
         stated = "no shift s" if found is None else f"shift={found:g} does not"

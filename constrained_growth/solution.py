@@ -135,9 +135,8 @@ class Decision:
         object.__setattr__(self, "chosen", tuple(names))
         instance("reason", self.reason, str, RuleError, "a sentence")
         instance("values", self.values, Mapping, RuleError, "candidate → pinned parameter → v")
+        instance("evidence", self.evidence, Mapping, RuleError, "a dict that JSON takes")
         try:
-            if not isinstance(self.evidence, Mapping):
-                raise TypeError(f"it is a {type(self.evidence).__name__}, not a dict")
             object.__setattr__(self, "evidence", _as_json(self.evidence))
         except (TypeError, ValueError, RuntimeError) as error:
             raise RuleError(

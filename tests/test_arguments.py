@@ -489,7 +489,13 @@ ROWS: dict[str, Row] = {
         },
         {"module": "model", "pinned": "name", "kwargs": "mapping"},
         optional=("pinned", "kwargs"),
-        more={"pinned": (["nothing.weight"], [5]), "args": (5,)},
+        more={"pinned": (["nothing.weight"], [5]), "args": (5,), "share": ("yes", None)},
+    ),
+    "register": Row(
+        blocks.register,
+        lambda s: {"kind": blocks.ResidualMLP},
+        {},
+        more={"kind": (None, 5, "ResidualMLP", nn.ReLU, nn.ReLU())},
     ),
     # the rest
     "interval": Row(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks.branches import branch_ends
@@ -79,6 +80,13 @@ class CopiedBlock(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise BlockError(f"module={module!r} is not an nn.Module; give the block to copy.")
+        names = instance("pinned", pinned or (), Sequence, BlockError, "a tuple of names")
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            kind = "a string" if isinstance(names, str) else "no tuple of names"
+            raise BlockError(f"pinned={pinned!r:.80} is {kind}; give a tuple of names.")
+        instance("args", args or (), Sequence, BlockError, "the arguments of a call, (x, …)")
+        instance("kwargs", kwargs or {}, Mapping, BlockError, "keyword arguments, {…}")
+        flag("share", share, BlockError)
         module = getattr(module, "_orig_mod", module)  # of torch.compile
         self.original = Original(module)
         self.module = _copied(module, share)
@@ -88,8 +96,6 @@ class CopiedBlock(nn.Module):
         )
         for name in self._checkpointed:  # the block runs without
             setattr(self.module.get_submodule(name), _CHECKPOINTING, False)
-        if isinstance(pinned, str):
-            raise BlockError(f"pinned={pinned!r} is a string; give a tuple of names: ({pinned!r},)")
         if pinned is None:
             scratch = copy.deepcopy(self)
             pinned, self._exact = branch_ends(scratch, scratch.module, args, kwargs or {})

@@ -292,11 +292,15 @@ def trained(model: nn.Module, data: list[Any]) -> None:
 
 
 def test_candidates_take_no_memory() -> None:
+    """Nor do the blocks of a solution, also where the model was in the other mode meanwhile."""
     model = nn.Sequential(nn.Linear(2, 64), *(Mix(64, 0.1) for _ in range(12)), nn.Linear(64, 3))
-    found = cg.find_candidates(model, torch.randn(3, 2))
+    data = [(torch.randn(3, 2), torch.randint(3, (3,)))]
+    found = cg.find_candidates(model, data[0][0])
+    solution = solved(model.eval(), data, *found)
     assert len(found) == 12
-    here, there = storages(*(c.block for c in found)), storages(model)
-    assert sum(size for place, size in here.items() if place not in there) < 200
+    for blocks in ([c.block for c in found], [c.block for c in solution.candidates.values()]):
+        here, there = storages(*blocks), storages(model)
+        assert sum(size for place, size in here.items() if place not in there) < 200
 
 
 @pytest.mark.parametrize("frozen", [False, True])
