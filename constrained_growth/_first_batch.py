@@ -63,7 +63,13 @@ def look_at_sites(
         for site, _ in places:
             _check_hooks(site)
         layout = [
-            (each.name, site.after, site.output, [t.shape for t in tensors_of(each.block)])
+            (
+                each.name,
+                site.after,
+                site.output,
+                each.wrapped,
+                [t.shape for t in tensors_of(each.block)],
+            )
             for site, every in places
             for each in every
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -264,7 +265,7 @@ def plot_architecture(
     ax = ax or axes(height=1.2 + 0.5 * rows)
     for x, column in enumerate(columns):
         for place, (name, shape) in enumerate(column.items()):
-            new = x == 1 and name.replace(".base", "") not in columns[0]
+            new = x == 1 and _without_base(name) not in map(_without_base, columns[0])
             hatch, colour, weight = ("////", "white", "bold") if new else (None, "#E3E7EB", None)
             corner, size = (x - 0.4, place - 0.35), (0.8, 0.7)
             ax.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor=INK, hatch=hatch))
@@ -280,6 +281,11 @@ def plot_architecture(
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     return ax
+
+
+def _without_base(name: str) -> str:
+    """The name of a module, also after layers were inserted at it or around it."""
+    return re.sub(r"\.base_*(?=\.|$)", "", name)
 
 
 def plot_run(

@@ -125,14 +125,15 @@ class Decision:
 class Planned:
     """A candidate ready to be inserted: its site, and its block on the site's device and dtype.
 
-    `after` and `output` are as in `Candidate`; `overwritten` says whether the model changes the
-    tensor at the site in place afterwards.
+    `after`, `output` and `wrapped` are as in `Candidate`; `overwritten` says whether the model
+    changes the tensor at the site in place afterwards.
     """
 
     after: str
     block: nn.Module
     overwritten: bool = False
     output: int | str | None = None
+    wrapped: bool = False
 
 
 @dataclass(frozen=True)

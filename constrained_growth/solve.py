@@ -228,8 +228,9 @@ def _sensitivity(
 
 def planned_in(problem: GrowthProblem) -> dict[str, Planned]:
     """Candidate → what `insert` needs to know of it."""
+    wrapped = {candidate.name: candidate.wrapped for candidate in problem.candidates}
     return {
-        name: Planned(site.after, block, site.overwritten, site.output)
+        name: Planned(site.after, block, site.overwritten, site.output, wrapped[name])
         for site in problem.sites
         for name, block in site.blocks.items()
     }

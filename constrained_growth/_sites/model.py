@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._distributed import unwrapped
-from constrained_growth.errors import DataError
+from constrained_growth.errors import CandidateError, DataError
 
 
 def call(model: Callable[..., Any], input: object) -> Any:
@@ -52,6 +52,30 @@ def device_of(model: nn.Module) -> torch.device | None:
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Its parameters, then its buffers."""
     return itertools.chain(model.parameters(), model.buffers())
+
+
+def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
+    """The only owner of a module, if it is a list that runs its elements by their numbers."""
+    owners = [o for o in model.modules() for child in o._modules.values() if child is module]
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
+        return None
+    if isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
+        return owner
+    return owner if isinstance(owner, nn.ModuleList) else None
+
+
+def check_can_change(model: nn.Module) -> None:
+    """Refuse a model in which no module can be replaced."""
+    for name, module in model.named_modules():
+        kinds = {cls.__name__ for cls in type(module).__mro__}
+        if kinds & {"ScriptModule", "FullyShardedDataParallel"}:
+            raise CandidateError(
+                f'model={type(model).__name__}: its module "{name}" is a {type(module).__name__}, '
+                "in which no module can be exchanged; insert into the model before it is wrapped."
+            )
 
 
 def coarsest_epsilon(tensors: Iterable[Tensor]) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import (
     Activation,
@@ -70,6 +71,7 @@ class ResidualConv2d(nn.Module):
 
     exact_after = exact_everywhere
     extra_repr = shown
+    __jit_unused_properties__ = ("factors",)
     _reduction = 1  # of the channels in between, by default
 
     def __init__(
@@ -129,9 +131,12 @@ class ResidualConv2d(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         """The input of the last convolution."""
-        _check_images(self, x, self.channels)
-        for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
-            x = self.activation(norm(conv(x)))
+        if not is_scripting():
+            _check_images(self, x, self.channels)
+        # torch.jit has no slices of module lists, and no strict=True
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):  # noqa: B905
+            if i < len(self.convs) - 1:
+                x = self.activation(norm(conv(x)))
         return x
 
     @property
@@ -218,7 +223,6 @@ class IdentityConv2d(nn.Module):
 
     pinned = ("weight", "bias")
     extra_repr = shown
-    dirac: Tensor
 
     def __init__(
         self,
@@ -237,13 +241,15 @@ class IdentityConv2d(nn.Module):
             self.activation, shift, "ResidualConv2d(channels, activation, norm_layer=None)"
         )
         dirac = torch.empty(channels, channels, size, size, device=device, dtype=dtype)
+        self.dirac: Tensor
         self.register_buffer("dirac", nn.init.dirac_(dirac), persistent=False)
         self.weight = nn.Parameter(dirac.clone())
         self.bias = nn.Parameter(torch.full((channels,), self.shift, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """σ(K ∗ x + b) − s, of the shape (samples, channels, height, width) of x."""
-        _check_images(self, x, len(self.bias))
+        if not is_scripting():
+            _check_images(self, x, self.bias.shape[0])
         padding = self.weight.shape[-1] // 2
         moved = F.conv2d(x, self.weight - self.dirac, self.bias, padding=padding)
         y = self.activation(x + moved)
@@ -283,7 +289,7 @@ def _patch_factors(
 
 
 def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:
-    if x.dim() != 4 or x.shape[1] != channels:
+    if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != channels):  # else torch.fx traces
         raise BlockError(
             f"block={type(block).__name__} takes images of shape (samples, {channels}, height, "
             f"width), and the tensor at its site has the shape {tuple(x.shape)}."

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import positive_int
@@ -93,14 +94,14 @@ class TransformerBlock(nn.Module):
 
     def _attended(self, x: Tensor) -> Tensor:
         """The input of `proj`: the concatenated outputs of the heads."""
-        if x.dim() < 3:
+        if not is_scripting() and isinstance(x, Tensor) and x.dim() < 3:
             raise BlockError(
                 f"block=TransformerBlock takes sequences of shape (samples, positions, width), "
                 f"and the tensor at its site has the shape {tuple(x.shape)}; use ResidualMLP."
             )
         mixed = self.qkv(self.norm1(x)).flatten(1, -2)
-        parts = mixed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*parts.unbind(), is_causal=self.causal)
+        q, k, v = mixed.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return y.transpose(1, 2).reshape(x.shape)
 
     def _activated(self, x: Tensor) -> Tensor:

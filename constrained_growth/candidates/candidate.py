@@ -26,12 +26,20 @@ class Candidate:
         output: Which tensor is the site if the module returns a tuple, a dict or a dataclass: an
             index, a key or the name of an attribute. None (default): the output itself, or the
             first floating-point tensor in it.
+        wrapped: True has the layer inserted around its site in any case. False (default) lets a
+            copied block become the next element of the `nn.ModuleList` or `nn.Sequential` that
+            its site is in, where that is the same network.
+
+    Raises:
+        CandidateError: `after`, `name`, `output` or `wrapped` is of the wrong type.
+        BlockError: `block` is no `nn.Module`.
     """
 
     after: str
     block: nn.Module
     name: str = ""
     output: int | str | None = None
+    wrapped: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.after, str):
@@ -46,6 +54,15 @@ class Candidate:
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
             raise CandidateError(
                 f"output={self.output!r} after {self.after!r} is neither an index, a name nor None."
+            )
+        if not isinstance(self.name, str):
+            raise CandidateError(
+                f"name={self.name!r} after {self.after!r} is not a string; leave it out for the "
+                "name of the site."
+            )
+        if not isinstance(self.wrapped, bool):
+            raise CandidateError(
+                f"wrapped={self.wrapped!r} after {self.after!r} is neither True nor False."
             )
         if not self.name:
             object.__setattr__(self, "name", self.after)
@@ -79,14 +96,18 @@ class Proposals(tuple[Candidate, ...]):
         return tuple(self), self.reasons, self.skipped
 
     def __str__(self) -> str:
-        rows = [("after", "block", "pinned", "why")]
+        rows = [("after", "block", "parameters", "pinned", "why")]
         for candidate in self:
+            new = sum(p.numel() for p in candidate.block.parameters())
             pinned = sum(p.numel() for p in pinned_parameters(candidate.block).values())
             kind, why = type(candidate.block).__name__, self.reasons.get(candidate.name, "")
-            rows.append((candidate.after, kind, f"{pinned:,}", why))
-        wide = [max(len(row[column]) for row in rows) for column in range(3)]
-        starts = [f"{row[0]:{wide[0]}}  {row[1]:{wide[1]}}  {row[2]:>{wide[2]}}" for row in rows]
-        lines = [*_with_reasons(starts, [row[3] for row in rows])]
+            rows.append((candidate.after, kind, f"{new:,}", f"{pinned:,}", why))
+        wide = [max(len(row[column]) for row in rows) for column in range(4)]
+        starts = [
+            f"{after:{wide[0]}}  {kind:{wide[1]}}  {new:>{wide[2]}}  {pinned:>{wide[3]}}"
+            for after, kind, new, pinned, _ in rows
+        ]
+        lines = [*_with_reasons(starts, [row[4] for row in rows])]
         if self.skipped:
             longest = max(map(len, self.skipped))
             starts = [f"{name:{longest}}" for name in self.skipped]

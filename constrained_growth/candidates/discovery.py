@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
-from constrained_growth._data import moved
-from constrained_growth._sites.collector import hooked
-from constrained_growth._sites.context import NO_CONTEXT, Context, alike, context_of
-from constrained_growth._sites.model import call, device_of
-from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._arguments import positive_int
+from constrained_growth._sites.context import alike
+from constrained_growth._sites.model import check_can_change, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._sites.wrapper import WithInsertedLayer, is_inserted
 from constrained_growth.blocks import (
     CopiedBlock,
     IdentityConv2d,
@@ -24,12 +22,16 @@ from constrained_growth.blocks import (
     ResidualConv2d,
     ResidualMLP,
 )
+from constrained_growth.blocks.protocol import moves
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
+from constrained_growth.candidates.run import Run, runs_of, unwrappable
 from constrained_growth.errors import BlockError, CandidateError
 
 
-def find_candidates(model: nn.Module, example_input: object) -> Proposals:
+def find_candidates(
+    model: nn.Module, example_input: object, *, max_parameters: int | None = None
+) -> Proposals:
     """Propose candidates for a model of any kind, from one forward pass of it.
 
     * After each block of a stack (elements of an `nn.ModuleList` or `nn.Sequential` of a class
@@ -38,25 +40,30 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
       the shape a copy of the next one; else, as after a post-norm layer, a residual block.
       Nothing is proposed inside these blocks.
     * After an activation module the layer that is exactly the identity there (`IdentityLinear`,
-      on images `IdentityConv2d`) if there is one (ReLU, TanhLU), else a residual block.
+      on images `IdentityConv2d`) if there is one (ReLU, TanhLU), else a residual block. So after
+      a recurrent module (`nn.LSTM`), on the sequence that it returns.
     * After any other module that keeps the shape of its input and has parameters and children, a
       residual block: `ResidualMLP` over the last dimension, on images `ResidualConv2d`.
     * If all this gives nothing, as in a model whose activations are functions, a residual block
-      after each linear layer and convolution.
+      after each linear layer, convolution and embedding.
 
     A site is reached exactly once and carries a floating-point tensor of at least two dimensions.
-    The output of the model is no site, nor is anything inside a layer inserted earlier.
+    The output of the model is no site, nor is what only a view or a copy turns into it, nor
+    anything inside a layer inserted earlier. A block that would have more parameters than the
+    model is narrowed.
 
     Args:
         model: The model, left as it was.
         example_input: One input as in the data: a tensor, a tuple, or a dict of keyword arguments.
+        max_parameters: The most that a block may have. None (default) for as many as the model.
 
     Returns:
         The candidates, in the order of the forward pass, named after their sites: a tuple that
-        prints as a table, with the reasons and with the modules that were skipped.
+        prints as a table, with the reasons. Its `skipped` names the modules that were considered,
+        and all with parameters and without children, after which nothing is proposed.
 
     Raises:
-        CandidateError: Nothing was found.
+        CandidateError: Nothing was found, or an argument is wrong.
 
     Example:
         >>> import torch
@@ -65,20 +72,35 @@ def find_candidates(model: nn.Module, example_input: object) -> Proposals:
         >>> [candidate.after for candidate in found]
         ['1']
         >>> print(found)
-        after  block           pinned  why
-        1      IdentityLinear      20  ReLU is the identity on what comes out of it
+        after  block           parameters  pinned  why
+        1      IdentityLinear          20      20  ReLU is the identity on what comes out of it
+        <BLANKLINE>
+        nothing proposed after
+        2  its output is that of the model
     """
-    with untouched(model), differentiable(), torch.no_grad():
-        # untouched also restores the random state, from which new blocks are initialised
-        runs = runs_of(model, example_input)
+    if not isinstance(model, nn.Module):
+        raise CandidateError(f"model={model!r:.80} is not an nn.Module.")
+    check_can_change(model)
+    if max_parameters is None:
+        max_parameters = max(1, _size(model))
+    positive_int("max_parameters", max_parameters, CandidateError)
+    with untouched(model), differentiable():
+        # each time from the same random state
+        with untouched(model):
+            runs = runs_of(model, example_input)
         search = _Search(model, open_books(model), runs, last=next(reversed(runs.values())).y)
-        _propose_after_stacks(search)
-        _propose_after_modules(search)
-        if all(block is None for block, _ in search.proposed.values()):
-            _propose_after_leaves(search)
+        with untouched(model), torch.no_grad():
+            _propose_after_stacks(search)
+            _propose_after_modules(search)
+            _fit(search, max_parameters)
+            if all(block is None for block, _ in search.proposed.values()):
+                _propose_after_leaves(search)
+                _fit(search, max_parameters)
         for name in search.books.uncounted(search.proposed):
             if search.proposed[name][0] is not None:
                 search.proposed[name] = None, "the class of the model could not load a layer here"
+        _check_class(search, example_input)
+        _explain_leaves(search)
         proposals = _without_repetition(search)
     if not proposals:
         looked = "".join(f"\n  {name}: {why}" for name, why in proposals.skipped.items())
@@ -110,7 +132,7 @@ class _Search:
         """Whether a module is neither inside a block of a stack, nor has one inside it."""
         inside = _is_within(name, self.closed)
         around = any(_is_within(one, {name}) for one in self.closed)
-        return not (inside or around or _is_inside_inserted(name, self.model))
+        return not (inside or around or is_inserted(name, self.model))
 
 
 def _propose_after_stacks(search: _Search) -> None:
@@ -136,9 +158,7 @@ def _propose_after_stacks(search: _Search) -> None:
         )
 
 
-def _after_block(
-    search: _Search, name: str, following: str, copied: tuple[CopiedBlock | None, str]
-) -> Proposed:
+def _after_block(search: _Search, name: str, following: str, copied: Copied) -> Proposed:
     """After a block of a stack: a copy of it (`copied`), or of the next, or a residual block."""
     run, after = search.runs[name], search.runs.get(following)
     block, why = copied
@@ -162,12 +182,12 @@ def _propose_after_modules(search: _Search) -> None:
     """Layers after activations, and after other modules that keep the shape."""
     for name, run in search.runs.items():
         activation = _activation(run)
-        is_block = run.keeps_shape and run.is_composite
+        is_block = isinstance(run.module, nn.RNNBase) or (run.keeps_shape and run.is_composite)
         is_open = name not in search.closed and search.is_open(name)
         if not name or not (activation or is_block) or not is_open:
             continue
         why = _why_not(search, run)
-        if why and (activation or run.y is not search.last):
+        if why:
             search.proposed[name] = None, why
         elif not why:
             after = _after_activation(run, activation) if activation else _residual(run, nn.ReLU())
@@ -175,11 +195,84 @@ def _propose_after_modules(search: _Search) -> None:
 
 
 def _propose_after_leaves(search: _Search) -> None:
-    """Residual blocks after linear layers and convolutions."""
+    """Residual blocks after linear layers, convolutions, embeddings: all that have a matrix."""
     for name, run in search.runs.items():
-        leaf = isinstance(run.module, nn.Linear | nn.Conv2d)
+        leaf = _is_leaf(run.module) and any(p.dim() > 1 for p in run.module.parameters())
         if leaf and name and search.is_open(name) and not _why_not(search, run):
             search.proposed[name] = _residual(run, nn.ReLU())
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    """Whether it has parameters and no children."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is not None
+
+
+def _fit(search: _Search, most: int) -> None:
+    """Narrow blocks of too many parameters; drop copies that move what comes out of their site."""
+    for name, (block, _) in search.proposed.items():
+        run = search.runs[name]
+        if block is None or run.y is None:
+            continue
+        if _size(block) > most:
+            search.proposed[name] = _narrowed(block, run, most)
+        elif isinstance(block, CopiedBlock) and run.y._version == run.version:
+            try:
+                fits = bool(moves(block, run.y.detach(), run.context) <= 1)
+            except Exception:
+                fits = False
+            if not fits:
+                search.proposed[name] = None, "a copy is not the identity on what comes out of it"
+
+
+def _narrowed(block: nn.Module, run: Run, most: int) -> Proposed:
+    """A residual block in the place of one with too many parameters."""
+    limit = f"{type(block).__name__} has {_size(block):,} parameters, more than {most:,}"
+    kind, width = ResidualConv2d if run.on_channels else ResidualMLP, _width(run)
+    activation = getattr(block, "activation", nn.ReLU())
+    narrow, wider = (_size(kind(width, hidden=h, activation=activation)) for h in (1, 2))
+    hidden = 1 + (most - narrow) // (wider - narrow)
+    if isinstance(block, CopiedBlock) or hidden < 1:
+        return None, limit
+    why = f"a residual block narrowed to {hidden}, as {limit}"
+    return kind(width, hidden=hidden, activation=activation), why
+
+
+def _size(block: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in block.parameters())
+
+
+def _check_class(search: _Search, example_input: object) -> None:
+    """Drop sites of which the program asks the class, which a layer around them would hide."""
+    around = [
+        name
+        for name, (block, _) in search.proposed.items()
+        if block is not None
+        and not (isinstance(block, CopiedBlock) and list_of(search.model, search.runs[name].module))
+    ]
+    for name in unwrappable(search.model, example_input, around, search.last):
+        why = (
+            "the output changes with another module in its place (forward() may ask for its class)"
+        )
+        search.proposed[name] = None, why
+
+
+def _explain_leaves(search: _Search) -> None:
+    """Say of all modules that have parameters of their own why nothing is proposed after them."""
+    sites = {id(search.runs[n].y) for n, (block, _) in search.proposed.items() if block is not None}
+    for run in reversed(list(search.runs.values())):
+        vectors = all(p.dim() < 2 for p in run.module.parameters())
+        if id(run.y) in sites and vectors and not run.is_composite:
+            sites.add(id(run.x))  # through activations, normalisations, dropout
+    for name, module in search.model.named_modules():
+        known = name in search.proposed or _is_within(name, {*search.proposed, *search.closed})
+        if not (name and _is_leaf(module)) or known or is_inserted(name, search.model):
+            continue
+        run = search.runs.get(name)
+        if run is None:
+            search.proposed[name] = None, "the forward pass does not call it"
+        elif id(run.y) not in sites:
+            why = _why_not(search, run) or "other sites come first, as no activation module follows"
+            search.proposed[name] = None, why
 
 
 def _without_repetition(search: _Search) -> Proposals:
@@ -197,18 +290,43 @@ def _without_repetition(search: _Search) -> Proposals:
         else:
             candidates.append(Candidate(name, block))
             reasons[name] = why
+    order = {name: place for place, name in enumerate(search.runs)}
+    skipped = dict(sorted(skipped.items(), key=lambda item: order.get(item[0], len(order))))
     return Proposals(candidates, reasons, skipped)
 
 
 def _why_not(search: _Search, run: Run) -> str:
     """Why a module cannot be a site; "" if it can."""
-    if run.y is not None and run.y is search.last:
+    if run.y is not None and search.last is not None and _is_same(run.y, search.last):
         return "its output is that of the model"
     if run.count > 1:
         return f"it runs {run.count} times in one pass"
     if run.y is None or run.y.dim() < 2:
         return "its output is no floating-point tensor of two or more dimensions"
+    if not run.y.numel():
+        return "its output is empty"
+    if not run.differentiable:
+        return "it runs with gradients switched off, or in a transform of torch.func"
+    if run.module._backward_pre_hooks:
+        return "it has a full backward pre-hook, which would not act on a layer there"
     return ""
+
+
+def _is_same(y: Tensor, last: Tensor) -> bool:
+    """Whether one tensor is the other but for its shape: a view of it, or a copy."""
+    if y is last or (_storage(y) is not None and _storage(y) == _storage(last)):
+        return True
+    if y.numel() != last.numel() or y.layout is not last.layout or y.device != last.device:
+        return False
+    ordered = [one.detach().flatten().sort().values for one in (y, last)]
+    return torch.equal(ordered[0].to(last.dtype), ordered[1])
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform
+        return None
 
 
 def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, str]]:
@@ -221,11 +339,15 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
             lists.append([n for n in ran if not isinstance(runs[n].module, _CONTAINERS)])
     counts = [Counter(type(runs[name].module) for name in names) for names in lists]
     kinds = {kind for one in counts for kind, count in one.items() if count > 1}
+    listed = [name for names in lists for name in names]
+    stacked = {name for name in listed if type(runs[name].module) in kinds}
+    others = [name for name in listed if name not in stacked and not _is_within(name, stacked)]
+    across = Counter(type(runs[name].module) for name in others)  # stages of one block each
+    kinds |= {kind for kind, count in across.items() if count > 1}
     for names in lists:
         for name, following in zip(names, [*names, ""][1:], strict=True):
             if type(runs[name].module) in kinds:
                 yield name, following
-    listed = {name for names in lists for name in names}
     whole = (name for name, run in runs.items() if isinstance(run.module, _INDIVISIBLE))
     yield from ((name, "") for name in whole if name and name not in listed)
 
@@ -233,7 +355,7 @@ def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, s
 _INDIVISIBLE = nn.TransformerEncoderLayer
 """In eval mode its forward bypasses its own submodules, so no site is inside."""
 
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict, WithInsertedLayer)
 
 
 def _after_activation(run: Run, activation: nn.Module) -> Proposed:
@@ -275,87 +397,15 @@ def _is_within(name: str, owners: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{owner}." for owner in owners))
 
 
-def _is_inside_inserted(name: str, model: nn.Module) -> bool:
-    """Whether a module is a layer inserted earlier, or a part of one."""
-    parts = name.split(".")
-    owners = (".".join(parts[:i]) for i, part in enumerate(parts) if part == "inserted")
-    return any(hasattr(model.get_submodule(owner), "base") for owner in owners)
-
-
-@dataclass
-class Run:
-    """What one module did in the forward pass, the last time that it ran."""
-
-    module: nn.Module
-    count: int = 0  # how many times it ran
-    x: Tensor | None = None  # the first argument, if it is a tensor
-    context: Context = NO_CONTEXT  # the other arguments
-    y: Tensor | None = None  # the tensor in its output
-    version: int = 0  # the version counter of y when it came out
-    on_channels: bool = False  # whether dimension 1 of y counts channels, as after a convolution
-
-    @property
-    def keeps_shape(self) -> bool:
-        """Whether the output has the shape of the input."""
-        return self.x is not None and self.y is not None and self.x.shape == self.y.shape
-
-    @property
-    def is_composite(self) -> bool:
-        """Whether it has children and parameters."""
-        has_children = next(self.module.children(), None) is not None
-        return has_children and next(self.module.parameters(), None) is not None
-
-
 def copy_of(run: Run) -> Copied:
     """A copy of a module that is the identity, and why; or None, and why there is none."""
     kind = type(run.module).__name__
-    if not run.keeps_shape:
+    if run.x is None or not run.keeps_shape:
         return None, "changes the shape"
     try:
         with torch.enable_grad():
-            args = (run.x, *run.context.args)
+            args = (run.x.detach(), *run.context.args)
             block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs)
         return block, f"one more {kind}, a copy"
     except BlockError as error:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
-
-
-def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
-    """Run the model once; name → run of its modules, in the order they finished."""
-    names = {module: name for name, module in model.named_modules()}
-    runs: dict[str, Run] = {}
-    layouts: dict[int, bool] = {}
-    kept: list[Tensor | None] = []  # or ids would be used again
-    on_channels = False
-
-    def see(
-        module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object
-    ) -> None:
-        nonlocal on_channels
-        run = runs.setdefault(names[module], Run(module))
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        run.count += 1
-        run.x = first if isinstance(first, Tensor) else None
-        run.context = context_of(module, args, kwargs)
-        try:
-            run.y = tensor_in(output)
-        except CandidateError:
-            run.y = None
-        run.version = 0 if run.y is None else run.y._version
-        if isinstance(module, nn.GroupNorm) or type(module).__module__ in _ON_CHANNELS:
-            on_channels = True
-        elif isinstance(module, _ON_LAST_DIMENSION):
-            on_channels = False
-        elif run.keeps_shape:
-            on_channels = layouts.get(id(run.x), on_channels)
-        run.on_channels = on_channels and run.y is not None and run.y.dim() > 2
-        layouts[id(run.y)] = on_channels
-        kept.extend((run.x, run.y))
-
-    with hooked((module, see) for module in names):
-        call(model, moved(example_input, device_of(model)))
-    return runs
-
-
-_ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)
-_ON_LAST_DIMENSION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from constrained_growth._distributed import take_from_first
 from constrained_growth._sharding import is_spread, sharded_modules, state_like
 from constrained_growth._sites.model import tensors_of
+from constrained_growth._sites.wrapper import WithInsertedLayer, inserted_layers
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.layer import WithInsertedLayer
 from constrained_growth.insertion.optimizer_state import as_optimizers
 
 
@@ -43,8 +43,8 @@ def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None =
     sharded = sharded_modules(model)
     if sharded:
         mesh = next(p for one in sharded for p in one.parameters() if is_spread(p)).device_mesh
-        layers = [one.inserted for one in model.modules() if isinstance(one, WithInsertedLayer)]
-        for layer in layers:
+        wrappers = [one for one in model.modules() if isinstance(one, WithInsertedLayer)]
+        for layer in (layer for one in wrappers for layer in inserted_layers(one).values()):
             if not any(is_spread(p) for p in layer.parameters()):
                 _shard(layer, mesh, optimizers)
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
+from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
@@ -40,15 +41,23 @@ def insert(
 ) -> GrowthRecord:
     """Insert the layers that a solution chose, in place and without changing the function.
 
-    A layer is wrapped around its site: the site becomes a module with the children `base` and
-    `inserted`. A copy of one of the model's own blocks (a block with a method `standalone()`)
-    whose site is an element of an `nn.ModuleList` or `nn.Sequential` becomes the next element of
-    that list, as a plain module; later elements are renumbered. What else depends on the depth,
-    such as the config of a model of Transformers, follows (`constrained_growth.bookkeeping`); such
-    a model gets a new config, and the old one stays as it was. Residual blocks pinned at zero
-    leave the output unchanged to the last bit, identity layers up to rounding. This is checked:
-    the model runs on one batch before and after, in train and in eval mode. Then the layers take
-    the values of the decision, if it has any. After any error everything is as it was.
+    A layer is wrapped around its site: a module with the children `base` and `inserted` takes the
+    place of the site, and `inserted2`, … joins them where one more goes in, so that no name changes
+    again. All other attributes are those of the site. A copy of one of the model's own blocks (a
+    block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
+    `nn.Sequential` becomes the next element of that list, as a plain module, and later elements are
+    renumbered: if on the batch of the check that is the same network as the layer around its site,
+    also with the pins moved. It is another one where the model collects the outputs of a list,
+    runs it in step with a second list, or picks elements by their numbers.
+    `Candidate(wrapped=True)` asks for the layer around its site.
+
+    What else depends on the depth follows (`constrained_growth.bookkeeping`): a model of
+    Transformers gets a new config, and the old one stays as it was.
+
+    Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
+    to rounding. This is checked: the model runs on one batch before and after, in train and in
+    eval mode. Then the layers take the values of the decision, if it has any. After any error
+    everything is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
@@ -95,15 +104,18 @@ def insert(
     names = _checked_choice(model, solution)
     shapes = parameter_shapes(model)
     models = [model, *_checked_copies(model, averaged)]
-    books = [open_books(one) for one in models]
-    new = [_new_layers(*pair, model, solution, names) for pair in zip(models, books, strict=True)]
-    blocks = {one.name: one.planned.block for one in new[0]}
+    planned = {name: solution.candidates[name].block for name in names}
     optimizers = optimizer_state.as_optimizers(optimizer)
-    optimizer_state.check_optimizers(model, optimizers, blocks.values())
-    _check_values(solution, blocks)
+    optimizer_state.check_optimizers(model, optimizers, planned.values())
+    _check_values(solution, planned)
     if not names:
         return GrowthRecord((), shapes)
+    books = [open_books(one) for one in models]
+    _check_books(model, books[0], solution, names)
     example = solution.example if data is None else preservation.first_input(data, model)
+    siblings = _siblings(model, books[0], solution, names, example)
+    new = [_new_layers(one, model, solution, names, siblings) for one in models]
+    blocks = {one.name: one.planned.block for one in new[0]}
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     with ExitStack() as undo:
@@ -148,8 +160,95 @@ class _NewLayer:
     module: nn.Module  # the block, or its standalone form
 
 
+def _check_books(model: nn.Module, books: Books, solution: Solution, names: Iterable[str]) -> None:
+    """Refuse layers that the class of the model could not hold in their lists."""
+    for name in names:
+        planned = solution.candidates[name]
+        if _is_in_list(model, books, planned) and books.counts(planned.after):
+            layer = layers.standalone_form(copy.deepcopy(planned.block))
+            refusal = books.refusal(planned.after, layer)
+            if refusal is not None:
+                raise CandidateError(f'"{name}" cannot follow "{planned.after}": {refusal}')
+
+
+def _siblings(
+    model: nn.Module, books: Books, solution: Solution, names: Iterable[str], example: object
+) -> frozenset[str]:
+    """Those of the layers that become the next element of the list that their site is in.
+
+    λ is measured with the layer around its site, so there must be no difference, and not only at
+    the pins: where a loop keeps the output of its third element, an identity before it moves the
+    derivative alone. So the outputs are compared with the pins moved.
+    """
+
+    def outputs(siblings: frozenset[str]) -> preservation.Outputs:
+        found: preservation.Outputs = {}
+        with suppress(_Undo), layers.structure_kept_on_error(model):
+            new = _new_layers(model, model, solution, listed, siblings)
+            for one in new:
+                _move_pins(one.planned.block)
+            _put_into(model, new)
+            books.update()
+            found = preservation.outputs_of(model, example, optional=True)
+            raise _Undo
+        return found
+
+    def look() -> frozenset[str]:
+        around = outputs(frozenset()) if example is not None else {}
+
+        def fault(siblings: frozenset[str]) -> str:
+            # a library that counts its layers may return an entry for each
+            counted = any(books.counts(solution.candidates[name].after) for name in siblings)
+            here = outputs(siblings)
+            return preservation.disagreement(model, around, here, growing=counted)
+
+        if not around or not fault(listed):
+            return listed
+        alone = frozenset(name for name in listed if not fault(frozenset({name})))
+        for name in listed - alone:
+            if books.counts(solution.candidates[name].after):
+                raise CandidateError(
+                    f'"{name}" as the next element of its list makes another network than the one '
+                    f"λ is for: {fault(frozenset({name}))}. The model may return something of each "
+                    "layer (a loss of routers), or call it with other arguments there. Choose "
+                    "another site, or ask for Candidate(wrapped=True), which its class could not "
+                    "load."
+                )
+        return alone if not fault(alone) else frozenset()
+
+    listed = frozenset(n for n in names if _is_in_list(model, books, solution.candidates[n]))
+    if not listed:
+        return listed
+    return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
+
+
+def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
+    """Whether a layer could become the next element of the list that its site is in."""
+    first = planned.output in (None, 0)  # what the next element of a list is called with
+    stands_alone = first and callable(getattr(planned.block, "standalone", None))
+    is_element = list_of(model, model.get_submodule(planned.after)) is not None
+    if not stands_alone or planned.wrapped or not is_element:
+        return False
+    return books.is_free(planned.after) or books.counts(planned.after)
+
+
+class _Undo(Exception):
+    """Ends a trial."""
+
+
+def _move_pins(block: nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pin in pinned_parameters(block).values():
+            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
+
+
 def _new_layers(
-    model: nn.Module, books: Books, original: nn.Module, solution: Solution, names: Iterable[str]
+    model: nn.Module,
+    original: nn.Module,
+    solution: Solution,
+    names: Iterable[str],
+    siblings: Container[str],
 ) -> list[_NewLayer]:
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
@@ -165,14 +264,8 @@ def _new_layers(
             planned.block.to(here.device)
             if there is not None and there.dtype != here.dtype:
                 planned.block.to(here.dtype)
-        first = planned.output in (None, 0)  # what the next element of a list is called with
-        stands_alone = first and callable(getattr(planned.block, "standalone", None))
-        is_element = stands_alone and layers.list_of(model, site) is not None
-        is_sibling = is_element and books.counts(planned.after)
+        is_sibling = name in siblings
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
-        refusal = books.refusal(planned.after, module) if is_sibling else None
-        if refusal is not None:
-            raise CandidateError(f'solution: "{name}" cannot follow "{planned.after}": {refusal}')
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 
@@ -184,6 +277,8 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
+        alone: Literal["joined", "wrapped"]
+        alone = "joined" if layers.can_join(model, end, new.module) else "wrapped"
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -191,7 +286,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="sibling" if new.is_sibling else "wrapped",
+            placement="sibling" if new.is_sibling else alone,
             pristine=copy.deepcopy(new.module),
         )
         ends[new.site] = put_into(model, end, new.module, record)
@@ -230,7 +325,7 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             f"model={type(model).__name__} does not have the parameters, by name and shape, of the "
             "model that was solved; after an insertion, solve a new problem."
         )
-    layers.check_can_change(model)
+    check_can_change(model)
     return tuple(name for name in solution.candidates if name in chosen)
 
 

@@ -14,18 +14,19 @@ from torch import nn
 
 from constrained_growth import blocks
 from constrained_growth._activations import Activation, TanhLU
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.model import list_of, parameter_shapes
+from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, without_inserted
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion.layer import (
-    WithInsertedLayer,
     first_parameter,
-    list_of,
     standalone_form,
     structure_kept_on_error,
+    wrapper_for,
 )
 
 _VERSION = 2
+_PLACEMENTS = ("wrapped", "joined", "sibling")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class InsertedLayer:
         parameters: Name → shape of the block's parameters.
         overwritten: Whether the model changes the output in place afterwards.
         output: Which tensor of the module's output the layer works on, as in `Candidate`.
-        placement: "wrapped" around the module, or "sibling", the next element of its list.
+        placement: "wrapped" around the module, "joined" to the wrapper that stood there already,
+            or "sibling", the next element of its list.
         pristine: A copy of the block as inserted; not part of the JSON text.
     """
 
@@ -50,7 +52,7 @@ class InsertedLayer:
     parameters: Mapping[str, tuple[int, ...]]
     overwritten: bool = False
     output: int | str | None = None
-    placement: Literal["wrapped", "sibling"] = "wrapped"
+    placement: Literal["wrapped", "joined", "sibling"] = "wrapped"
     pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
@@ -125,7 +127,7 @@ class GrowthRecord:
 
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
     output, placement = item.get("output"), item.get("placement", "wrapped")
-    if not isinstance(output, int | str | None) or placement not in ("wrapped", "sibling"):
+    if not isinstance(output, int | str | None) or placement not in _PLACEMENTS:
         raise ValueError(f"output={output!r}, placement={placement!r}")
     name, after, overwritten = str(item["name"]), str(item["after"]), bool(item["overwritten"])
     block, parameters = dict(item["block"]), _shapes_from(item["parameters"])
@@ -193,7 +195,17 @@ def put_into(
         place = next(i for i, element in enumerate(owner) if element is site)
         owner.insert(place + 1, layer)
         return layer
-    wrapper = WithInsertedLayer(site, layer, overwritten=record.overwritten, output=record.output)
+    if record.placement == "joined":
+        wrapper = wrapper_for(model, site)
+        if wrapper is None:
+            raise RecordError(
+                f'model: at "{record.after}", the site of the layer "{record.name}" in the record, '
+                "joined others that are not there; replay the records of all rounds in their order."
+            )
+        add_layer(wrapper, site, layer, record.output, record.overwritten)
+        return site if site is wrapper else layer
+    wrapper = WithInsertedLayer(site)
+    add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
     for owner in list(model.modules()):
         for key, child in owner._modules.items():
             if child is site and owner is not wrapper:  # under every name that it has
@@ -325,8 +337,7 @@ def _copied(
     layer: InsertedLayer, pinned: list[str], site: nn.Module, model: nn.Module
 ) -> nn.Module:
     """A copy of the site, or of the other module that the record names."""
-    while isinstance(site, WithInsertedLayer):
-        site = site.base
+    site = without_inserted(site)
     copied, of = layer.block.get("copied"), layer.block.get("of")
     original = site if of is None else dict(model.named_modules()).get(str(of))
     if original is None or type(original).__qualname__ != copied:

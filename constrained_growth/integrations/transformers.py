@@ -20,10 +20,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
 from constrained_growth._sites.untouched import untouched
+from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.layer import WithInsertedLayer
 
 insert = insertion.insert
 replay = insertion.replay
@@ -187,10 +187,10 @@ class _Books:
 
         A new layer is a copy of the one before it, or else of the one after it.
         """
-        old = [_without_inserted(layer) for layer in self._layers[stack.name]]
+        old = [without_inserted(layer) for layer in self._layers[stack.name]]
         found: list[tuple[int, bool]] = []
         place = -1
-        for layer in map(_without_inserted, layers):
+        for layer in map(without_inserted, layers):
             if place + 1 < len(old) and old[place + 1] is layer:
                 place += 1
                 found.append((place, False))
@@ -288,14 +288,9 @@ def _library_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     return [hook for hook in hooks if getattr(hook, "__module__", "").startswith("transformers.")]
 
 
-def _without_inserted(layer: nn.Module) -> nn.Module:
-    """The layer itself, where other layers are wrapped around it."""
-    return _without_inserted(layer.base) if isinstance(layer, WithInsertedLayer) else layer
-
-
 def _stock_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The modules by the names that they have without inserted layers around them."""
-    module = _without_inserted(module)
+    module = without_inserted(module)
     yield name, module
     for key, child in module.named_children():
         yield from _stock_modules(child, f"{name}.{key}" if name else key)
@@ -363,7 +358,7 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | No
 
 def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
     """Classes, shapes and plain attributes of a layer, except for numbers and dropout."""
-    layer, found = _without_inserted(layer), set[tuple[str, str, str]]()
+    layer, found = without_inserted(layer), set[tuple[str, str, str]]()
     for name, module in layer.named_modules():
         found.add((name, "class", type(module).__name__))
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -118,7 +118,7 @@ def test_nothing_to_propose(model: nn.Module) -> None:
 def test_model_that_fails_leaves_no_trace() -> None:
     model = nn.Sequential(nn.BatchNorm1d(2), nn.ReLU(), nn.Linear(3, 3))
     x = torch.randn(7, 2)
-    with nothing_left_behind(model), pytest.raises(RuntimeError):
+    with nothing_left_behind(model), refused(cg.CandidateError, "example_input", "mat1 and mat2"):
         cg.find_candidates(model, x)
     assert np.isfinite(model.state_dict()["0.running_mean"].numpy()).all()
 
@@ -214,10 +214,10 @@ def test_the_table_shows_proposals_reasons_and_skipped_modules() -> None:
     model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Softmax(1), nn.Linear(3, 3))
     found = cg.find_candidates(model, torch.randn(7, 2))
     table = str(found).splitlines()
-    assert table[0].split() == ["after", "block", "pinned", "why"]
-    assert [line.split()[:3] for line in table[1:3]] == [
-        ["1", "IdentityLinear", "20"],
-        ["3", "IdentityLinear", "20"],
+    assert table[0].split() == ["after", "block", "parameters", "pinned", "why"]
+    assert [line.split()[:4] for line in table[1:3]] == [
+        ["1", "IdentityLinear", "20", "20"],
+        ["3", "IdentityLinear", "20", "20"],
     ]
     assert "5  Softmax is not an elementwise activation" in table
 
@@ -249,7 +249,10 @@ def test_functions_as_activations_leave_the_layers_as_sites() -> None:
         ("conv", "ResidualConv2d"),
         ("inner", "ResidualMLP"),
     ]
-    assert found.skipped == {"sigmoid": "it runs 2 times in one pass"}
+    assert found.skipped == {
+        "sigmoid": "it runs 2 times in one pass",
+        "outer": "its output is that of the model",
+    }
 
 
 class ChannelsAtTheEnd(nn.Module):

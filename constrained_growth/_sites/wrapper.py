@@ -1,0 +1,195 @@
+"""The module that stands in a model where layers were inserted."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth._sites.context import NO_CONTEXT, arguments, context_of, takes_context
+from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
+
+# a trace by torch.fx calls them, whatever it is that comes out
+torch.fx.wrap("tensor_at")
+torch.fx.wrap("with_tensor")
+
+
+def _scriptable(self: Any, input: Tensor) -> Tensor:
+    for layer in self.children():
+        input = layer(input)
+    return input
+
+
+class WithInsertedLayer(nn.Module):
+    """A module followed by inserted layers: x ↦ inserted(base(x)).
+
+    It takes the place of the user's module in the model, under the same name. Its children are in
+    the order in which they run: first `base`, the user's module, then the layers. They are called
+    `inserted`, `inserted2`, … in the order of their insertion, so one more layer anywhere changes
+    no name. A name that the user's module has itself gets an underscore at its end.
+
+    Attributes, elements and registrations are those of the user's module, for reading, writing
+    and deleting (`model.fc.weight = embedding.weight`). Hooks on it stay on it: they see the
+    output that the layers receive. A layer with a true attribute `takes_context` is called with
+    the arguments of the user's module, its own input in place of the first one.
+    """
+
+    __constants__ = ("_grown_layers",)  # or torch.jit takes any order of the same layers as one
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        name = _free_name(base, "base")
+        vars(self).update(training=base.training, _grown_base=name, _grown_layers=())
+        self._modules[name] = base
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the user's module, the layers applied to its tensors."""
+        base = user_module(self)
+        output = base(*args, **kwargs)
+        for name, which, overwritten in self._grown_layers:
+            layer: Any = self._modules[name]
+            x = tensor_at(type(base).__name__, output, which)
+            context = context_of(base, args, kwargs) if takes_context(layer) else NO_CONTEXT
+            positional, named = arguments(layer, x, context)
+            y = layer(*positional, **named)
+            y = y.clone() if overwritten else y  # its backward pass may need y
+            output = with_tensor(output, which, y)
+        return output
+
+    # torch.jit.script compiles what a function wraps, and knows no variable arguments
+    forward.__signature__ = inspect.signature(forward)
+    forward.__wrapped__ = _scriptable  # type: ignore[attr-defined]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # its __deepcopy__, say, would leave out the layers
+            if name.startswith("__") or name in _MACHINERY or "_grown_base" not in vars(self):
+                raise
+            return getattr(user_module(self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "training":
+            user_module(self).training = value
+        bound_to = getattr(value, "__self__", None)
+        if name == "forward" and bound_to is user_module(self):
+            user_module(self).forward = value  # a library restores it
+        elif (
+            name in _MACHINERY
+            or name in vars(self)
+            or name in self._modules
+            or bound_to is self  # a library keeps the wrapper's method before it sets another
+            or (name.startswith("_") and not hasattr(self, name))
+        ):
+            super().__setattr__(name, value)
+        else:
+            setattr(user_module(self), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self) or name in self._modules:
+            super().__delattr__(name)
+        else:
+            delattr(user_module(self), name)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(user_module(self))})
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter with the user's module."""
+        user_module(self).register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """Register a buffer with the user's module."""
+        user_module(self).register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child to the user's module."""
+        user_module(self).add_module(name, module)
+
+    def __len__(self) -> int:
+        return len(user_module(self))
+
+    def __bool__(self) -> bool:
+        return bool(user_module(self))  # which may have no __len__
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(user_module(self))
+
+    def __reversed__(self) -> Iterator[Any]:
+        return reversed(user_module(self))
+
+    def __contains__(self, item: object) -> bool:
+        return item in user_module(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        return user_module(self)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        user_module(self)[key] = value
+
+    def __delitem__(self, key: Any) -> None:
+        del user_module(self)[key]
+
+
+_MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
+"""Attributes by which PyTorch, and Accelerate, run each module; the wrapper has its own."""
+
+
+def user_module(wrapper: WithInsertedLayer) -> Any:
+    """The module that a wrapper has taken the place of."""
+    return wrapper._modules[wrapper._grown_base]
+
+
+def without_inserted(module: nn.Module) -> nn.Module:
+    """The user's module, where a wrapper has taken its place; any other module itself."""
+    while isinstance(module, WithInsertedLayer):
+        module = user_module(module)
+    return module
+
+
+def inserted_layers(wrapper: WithInsertedLayer) -> dict[str, nn.Module]:
+    """Name → layer of the layers in a wrapper, in the order in which they run."""
+    return {name: wrapper.get_submodule(name) for name, _, _ in wrapper._grown_layers}
+
+
+def is_inserted(name: str, model: nn.Module) -> bool:
+    """Whether a module of the model, given by its name, is an inserted layer or a part of one."""
+    owner = model
+    for part in name.split("."):
+        if isinstance(owner, WithInsertedLayer) and part in inserted_layers(owner):
+            return True
+        owner = owner.get_submodule(part)
+    return False
+
+
+def add_layer(
+    wrapper: WithInsertedLayer,
+    previous: nn.Module,
+    layer: nn.Module,
+    output: Which = None,
+    overwritten: bool = False,
+) -> None:
+    """Add a layer to a wrapper, right after one of its children or, given itself, at the end."""
+    names, layers = list(wrapper._modules), list(wrapper._grown_layers)
+    place = len(layers)
+    if previous is not wrapper:
+        place = next(i for i, name in enumerate(names) if wrapper._modules[name] is previous)
+        output = layers[place - 1][1] if place else output  # where that layer found its tensor
+    number = str(len(names)) if layers else ""
+    name = _free_name(user_module(wrapper), f"inserted{number}")
+    layers.insert(place, (name, output, overwritten))
+    wrapper._grown_layers = tuple(layers)
+    after = {key: wrapper._modules.pop(key) for key in names[place + 1 :]}
+    wrapper._modules.update({name: layer, **after})
+
+
+def _free_name(base: nn.Module, name: str) -> str:
+    """The name, with underscores where the user's module has an attribute of that name."""
+    taken = () if isinstance(base, WithInsertedLayer) else dir(base)
+    while name in taken:
+        name += "_"
+    return name
