@@ -44,9 +44,10 @@ def inserted_multipliers(
     """−∇_v of a copy of the model into which `insert` has put the block, by autograd."""
     grown = copy.deepcopy(model)
     problem = cg.GrowthProblem(grown, loss_fn, data, [one], weight=weight)
-    record = cg.insert(grown, cg.solve(problem, choose(one.name)))
-    standing = grown.get_submodule(record.insertions[0].after)
-    return gradient(grown, standing.get_submodule("inserted"), data, loss_fn, weight)
+    old = set(grown.modules())
+    cg.insert(grown, cg.solve(problem, choose(one.name)))
+    (new,) = (m for m in grown.modules() if m not in old and type(m) is type(one.block))
+    return gradient(grown, new, data, loss_fn, weight)
 
 
 def gradient(

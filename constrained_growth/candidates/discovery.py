@@ -160,7 +160,7 @@ def _propose_after_stacks(search: _Search) -> None:
 
 def _after_block(search: _Search, name: str, following: str, copied: Copied) -> Proposed:
     """After a block of a stack: a copy of it (`copied`), or of the next, or a residual block."""
-    run, after = search.runs[name], search.runs.get(following)
+    run, after = search.runs[name], search.runs.get(following) if following else None
     block, why = copied
     refusal = None if block is None else search.books.refusal(name, block.module)
     if run.y is None or (block is not None and refusal is None):
