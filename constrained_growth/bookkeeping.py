@@ -85,8 +85,12 @@ class Books:
     inside: Mapping[str, Bookkeeping]  # by the name of the outermost model that keeps them
 
     def counts(self, after: str) -> bool:
-        """As for `Bookkeeping`; True where there are no books."""
-        return all(books.counts(name) for books, name in self._about(after))
+        """Whether some books count the element."""
+        return any(books.counts(name) for books, name in self._about(after))
+
+    def is_free(self, after: str) -> bool:
+        """Whether there are no books about the module."""
+        return not any(self._about(after))
 
     def refusal(self, after: str, layer: nn.Module) -> str | None:
         """As for `Bookkeeping`."""
@@ -95,9 +99,9 @@ class Books:
     def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""
         found = []
-        for owner, books in self.inside.items():
+        for owner in self.inside:
             here = [name for name in names if _is_within(name, owner)]
-            rest = [name for name in here if not books.counts(_relative(name, owner))]
+            rest = [name for name in here if not self.counts(name)]
             found += rest if len(rest) < len(here) else []
         return found
 

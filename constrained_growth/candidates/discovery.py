@@ -96,10 +96,10 @@ def find_candidates(
             if all(block is None for block, _ in search.proposed.values()):
                 _propose_after_leaves(search)
                 _fit(search, max_parameters)
-        _check_class(search, example_input)
         for name in search.books.uncounted(search.proposed):
             if search.proposed[name][0] is not None:
                 search.proposed[name] = None, "the class of the model could not load a layer here"
+        _check_class(search, example_input)
         _explain_leaves(search)
         proposals = _without_repetition(search)
     if not proposals:

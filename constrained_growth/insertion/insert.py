@@ -48,10 +48,11 @@ def insert(
     runs it in step with a second list, or picks elements by their numbers.
     `Candidate(wrapped=True)` asks for the layer around its site.
 
-    What else depends on the depth, such as the config of a model of Transformers, follows
-    (`constrained_growth.bookkeeping`); such a model gets a new config, and the old one stays as it
-    was. Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers
-    up to rounding. This is checked: the model runs on one batch before and after, in train and in
+    What else depends on the depth follows (`constrained_growth.bookkeeping`): a model of
+    Transformers gets a new config, and the old one stays as it was.
+
+    Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
+    to rounding. This is checked: the model runs on one batch before and after, in train and in
     eval mode. Then the layers take the values of the decision, if it has any. After any error
     everything is as it was.
 
@@ -108,13 +109,11 @@ def insert(
     _check_values(solution, planned)
     if not names:
         return GrowthRecord((), shapes)
-    example = solution.example if data is None else preservation.first_input(data, model)
     books = [open_books(one) for one in models]
+    _check_books(model, books[0], solution, names)
+    example = solution.example if data is None else preservation.first_input(data, model)
     siblings = _siblings(model, books[0], solution, names, example)
-    new = [
-        _new_layers(*pair, model, solution, names, siblings)
-        for pair in zip(models, books, strict=True)
-    ]
+    new = [_new_layers(one, model, solution, names, siblings) for one in models]
     blocks = {one.name: one.planned.block for one in new[0]}
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
@@ -166,6 +165,17 @@ class _NewLayer:
     module: nn.Module  # the block, or its standalone form
 
 
+def _check_books(model: nn.Module, books: Books, solution: Solution, names: Iterable[str]) -> None:
+    """Refuse layers that the class of the model could not hold in their lists."""
+    for name in names:
+        planned = solution.candidates[name]
+        if _is_in_list(model, books, planned) and books.counts(planned.after):
+            layer = layers.standalone_form(copy.deepcopy(planned.block))
+            refusal = books.refusal(planned.after, layer)
+            if refusal is not None:
+                raise CandidateError(f'"{name}" cannot follow "{planned.after}": {refusal}')
+
+
 def _siblings(
     model: nn.Module, books: Books, solution: Solution, names: Iterable[str], example: object
 ) -> frozenset[str]:
@@ -179,7 +189,7 @@ def _siblings(
     def outputs(siblings: frozenset[str]) -> preservation.Outputs:
         found: preservation.Outputs = {}
         with suppress(_Undo), layers.structure_kept_on_error(model):
-            new = _new_layers(model, books, model, solution, listed, siblings)
+            new = _new_layers(model, model, solution, listed, siblings)
             for one in new:
                 _move_pins(one.planned.block)
             _put_into(model, new)
@@ -191,15 +201,25 @@ def _siblings(
     def look() -> frozenset[str]:
         around = outputs(frozenset()) if example is not None else {}
 
-        def is_same(siblings: frozenset[str]) -> bool:
+        def fault(siblings: frozenset[str]) -> str:
             # a library that counts its layers may return an entry for each
-            growing = bool(books.inside)
-            return preservation.agree(model, around, outputs(siblings), growing=growing)
+            counted = any(books.counts(solution.candidates[name].after) for name in siblings)
+            here = outputs(siblings)
+            return preservation.disagreement(model, around, here, growing=counted)
 
-        if not around or is_same(listed):
+        if not around or not fault(listed):
             return listed
-        alone = frozenset(name for name in listed if is_same(frozenset({name})))
-        return alone if is_same(alone) else frozenset()
+        alone = frozenset(name for name in listed if not fault(frozenset({name})))
+        for name in listed - alone:
+            if books.counts(solution.candidates[name].after):
+                raise CandidateError(
+                    f'"{name}" as the next element of its list makes another network than the one '
+                    f"λ is for: {fault(frozenset({name}))}. The model may return something of each "
+                    "layer (a loss of routers), or call it with other arguments there. Choose "
+                    "another site, or ask for Candidate(wrapped=True), which its class could not "
+                    "load."
+                )
+        return alone if not fault(alone) else frozenset()
 
     listed = frozenset(n for n in names if _is_in_list(model, books, solution.candidates[n]))
     if not listed:
@@ -212,8 +232,9 @@ def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
     first = planned.output in (None, 0)  # what the next element of a list is called with
     stands_alone = first and callable(getattr(planned.block, "standalone", None))
     is_element = list_of(model, model.get_submodule(planned.after)) is not None
-    can_be = stands_alone and is_element and not planned.wrapped
-    return can_be and books.counts(planned.after)
+    if not stands_alone or planned.wrapped or not is_element:
+        return False
+    return books.is_free(planned.after) or books.counts(planned.after)
 
 
 class _Undo(Exception):
@@ -229,7 +250,6 @@ def _move_pins(block: nn.Module) -> None:
 
 def _new_layers(
     model: nn.Module,
-    books: Books,
     original: nn.Module,
     solution: Solution,
     names: Iterable[str],
@@ -251,9 +271,6 @@ def _new_layers(
                 planned.block.to(here.dtype)
         is_sibling = name in siblings
         module = layers.standalone_form(planned.block) if is_sibling else planned.block
-        refusal = books.refusal(planned.after, module) if is_sibling else None
-        if refusal is not None:
-            raise CandidateError(f'solution: "{name}" cannot follow "{planned.after}": {refusal}')
         found.append(_NewLayer(name, planned, site, is_sibling, module))
     return found
 

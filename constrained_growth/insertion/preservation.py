@@ -108,21 +108,26 @@ def check_preserved(
     return differences
 
 
-def agree(model: nn.Module, one: Outputs, other: Outputs, *, growing: bool) -> bool:
-    """Whether two networks give the same outputs up to rounding.
+def disagreement(model: nn.Module, one: Outputs, other: Outputs, *, growing: bool) -> str:
+    """Where two networks give other outputs, but for rounding; "" if nowhere.
 
     `growing`: sequences of another length in the output, with an entry per layer, do not count.
     """
-    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
-    pairs = [
-        (y, other[mode][key])
+    pairs = {
+        (mode, *key): (y, other[mode][key])
         for mode in one.keys() & other.keys()
         for key, y in one[mode].items()
         if key in other[mode] and y.numel()
-    ]
-    epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs)])
-    same = all(_difference(*pair) <= _allowed(pair[0], epsilon) for pair in pairs)
-    return same and one.keys() == other.keys() and (same_keys or (growing and bool(pairs)))
+    }
+    epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs.values())])
+    moved = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
+    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
+    if moved:
+        entries = ", ".join(sorted({f'"{key[1]}"' for key in moved if len(key) > 1}))
+        return "the output differs" + (f" in {entries}" if entries else "")
+    if one.keys() != other.keys() or not (same_keys or (growing and pairs)):
+        return "the output has other entries"
+    return ""
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
