@@ -104,7 +104,14 @@ class GrowthCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse, until training begins, the weights of a model that grew further than this one."""
-        self._guard = kwargs["model"].register_load_state_dict_pre_hook(_refuse_grown_weights)
+
+        def look(module: nn.Module, weights: Mapping[str, Any], *rest: Any) -> None:
+            unknown = sorted(weights.keys() - module.state_dict().keys())
+            if unknown:  # the Trainer would leave them out
+                guard.remove()
+                raise TrainingError(f'{_NOT_RESUMED} The first without a place is "{unknown[0]}".')
+
+        self._guard = guard = kwargs["model"].register_load_state_dict_pre_hook(look)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
@@ -178,13 +185,6 @@ class GrowthCallback(TrainerCallback):
     def _stop_searching(self) -> None:
         if self._search is not None:
             self._search.remove()
-
-
-def _refuse_grown_weights(module: nn.Module, weights: Mapping[str, Any], *rest: Any) -> None:
-    """Refuse weights of layers that the model has not; the Trainer would leave them out."""
-    unknown = sorted(weights.keys() - module.state_dict().keys())
-    if unknown:
-        raise TrainingError(f'{_NOT_RESUMED} The first without a place is "{unknown[0]}".')
 
 
 _NOT_RESUMED = (

@@ -329,7 +329,8 @@ def test_layers_that_depend_on_their_number_are_refused() -> None:
     with refused(cg.CandidateError, "transformer.h.0", "longer", "attn", "number"):
         cgt.find_candidates(model)
     layer, config = layers(model)[0], model.config
-    block = cg.blocks.CopiedBlock(layer, ["attn.c_proj.weight", "mlp.c_proj.weight"])
+    ends = [f"{part}.c_proj.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias")]
+    block = cg.blocks.CopiedBlock(layer, ends)
     solution = cg.solve(problem_of(model, [cg.Candidate("transformer.h.0", block)]), choose())
     solution = replace(solution, decision=cg.Decision(("transformer.h.0",)))
     with nothing_left_behind(model), refused(cg.CandidateError, "transformer.h.0", "n_layer"):
