@@ -75,6 +75,14 @@ def test_new_layers_are_hatched() -> None:
     assert rendered(ax.figure) > 5000
 
 
+def test_layers_of_a_module_with_a_base_of_its_own_are_not_new() -> None:
+    before = {"enc.base.weight": (4, 2), "head.weight": (3, 4)}
+    after = {"enc.base_.base.weight": (4, 2), "enc.inserted.weight": (4, 4), "head.weight": (3, 4)}
+    ax = plots.plot_architecture(before, after)
+    hatched = [bool(p.get_hatch()) for p in ax.patches if isinstance(p, Rectangle)]
+    assert hatched == [False, False, False, True, False]
+
+
 def test_history_draws_itself() -> None:
     model = feedforward(2, 4, 4, 3)
     history = cg.grow(model, SGD, nn.CrossEntropyLoss(), classified(8), epochs=4, max_insertions=1)

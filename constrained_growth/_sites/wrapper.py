@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -98,42 +99,29 @@ class WithInsertedLayer(nn.Module):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(user_module(self))})
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter with the user's module."""
-        user_module(self).register_parameter(name, param)
 
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Register a buffer with the user's module."""
-        user_module(self).register_buffer(name, tensor, persistent)
+_PASSED_ON: dict[str, Callable[..., Any]] = {
+    "__len__": len,
+    "__bool__": bool,
+    "__iter__": iter,
+    "__reversed__": reversed,
+    "__contains__": operator.contains,
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "__delitem__": operator.delitem,
+    "register_parameter": lambda base, *args, **kwargs: base.register_parameter(*args, **kwargs),
+    "register_buffer": lambda base, *args, **kwargs: base.register_buffer(*args, **kwargs),
+    "add_module": lambda base, *args, **kwargs: base.add_module(*args, **kwargs),
+}
+"""What `__getattr__` does not catch, as it is looked up in the class, or is there."""
 
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a child to the user's module."""
-        user_module(self).add_module(name, module)
 
-    def __len__(self) -> int:
-        return len(user_module(self))
+def _passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: function(user_module(self), *args, **kwargs)
 
-    def __bool__(self) -> bool:
-        return bool(user_module(self))  # which may have no __len__
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter(user_module(self))
-
-    def __reversed__(self) -> Iterator[Any]:
-        return reversed(user_module(self))
-
-    def __contains__(self, item: object) -> bool:
-        return item in user_module(self)
-
-    def __getitem__(self, key: Any) -> Any:
-        return user_module(self)[key]
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        user_module(self)[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        del user_module(self)[key]
-
+for _name, _function in _PASSED_ON.items():
+    setattr(WithInsertedLayer, _name, _passed_on(_function))
 
 _MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
 """Attributes by which PyTorch, and Accelerate, run each module; the wrapper has its own."""

@@ -441,6 +441,16 @@ def test_candidates_of_a_grown_model_are_each_tensor_once() -> None:
     assert names == ["1.base", "1", "3"]
 
 
+def test_grown_sites_are_no_repeating_blocks() -> None:
+    """Two wrappers in one list do not make it a stack, and further layers offer no more places."""
+    model, data = feedforward(2, 4, 4, 3), classified(20)
+    for _ in range(2):
+        two = [candidate("1"), candidate("3")]
+        cg.insert(model, solved(model, data, *two, rule=choose("1", "3")))
+        names = [found.after for found in cg.find_candidates(model, data[0][0])]
+        assert names == ["1.base", "1", "3.base", "3"]
+
+
 def test_other_objects_than_solution_and_record_are_refused() -> None:
     with pytest.raises(cg.CandidateError, match=r"not what cg\.solve returns"):
         cg.insert(feedforward(2, 4, 3), None)  # type: ignore[arg-type]
