@@ -40,6 +40,8 @@ from constrained_growth.training.history import History
 
 _TOP_ONE = TopK(1)
 _LOSS = "validation loss"
+_PROGRESS = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
+"""What a checkpoint holds of a `_Run`, and of which type."""
 
 
 def grow(
@@ -176,7 +178,7 @@ def grow(
     run = _Run(grower, loader, scheduler, path)
     if saved is not None:
         grower.load_state_dict(saved.states["grower"])
-        vars(run).update(saved.extra)
+        vars(run).update({name: saved.extra[name] for name in _PROGRESS})
     history = grower.history
 
     def is_over() -> bool:
@@ -231,8 +233,7 @@ def _saved(path: Path, loader: Iterable[Any], parts: Mapping[str, Any]) -> Check
     everywhere(lambda: found.append(checkpoints.load(path)) if exists else None, None)
     for saved in found:
         run = saved.extra if isinstance(saved.extra, Mapping) else {}
-        kinds = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
-        told = all(isinstance(run.get(name, ""), kind) for name, kind in kinds.items())
+        told = all(isinstance(run.get(name, ""), kind) for name, kind in _PROGRESS.items())
         if not told or "grower" not in saved.states:
             raise CheckpointError(
                 f'checkpoint="{path}" holds no run of grow; give the file of one, or a new name.'
@@ -305,7 +306,7 @@ class _Run:
             averaged=self.grower.averaged,
             record=self.grower.record,
             step=self.grower.num_steps,
-            extra={name: getattr(self, name) for name in ("epoch", "done", "stopped", "start")},
+            extra={name: getattr(self, name) for name in _PROGRESS},
             grower=self.grower,
             loader=self.loader,
             **scheduler,
