@@ -36,7 +36,8 @@ class GrowthProblem:
     L is the mean of the loss over all samples of the data, θ the model's parameters, v_c the
     deviation of the pinned parameters of candidate c from the values at which its block is the
     identity. Making a problem runs the model once, on the first batch, and checks everything
-    there is to check; it changes nothing.
+    there is to check; it changes nothing. What the model and the loss keep from batch to batch
+    (buffers, attributes, metrics) goes on through a pass and is put back after it.
 
     Args:
         model: Any `nn.Module`. It is measured in the mode (train or eval) it is in: Dropout and
@@ -51,12 +52,14 @@ class GrowthProblem:
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
             a list of batches. An input may be a tensor, a tuple (spread as arguments) or a dict
             (spread as keyword arguments; where a loader yields dicts with the target in them,
-            make pairs `(batch, None)` of it). The first dimension of its first tensor counts the
-            samples, and the tensors at the sites are taken to have the samples in front too: that
+            make pairs `(batch, None)` of it). Anything else, such as a named tuple, a list or a
+            dataclass, is one argument, of the type that the loader made. The first dimension of
+            its first tensor counts the samples (in a `PackedSequence` the sequences do), and the tensors at the sites are taken to have the samples in front too: that
             matters for the standard errors. Batches are moved to the model's device.
         candidates: `Candidate`s with unique names; several may share a site. A site whose module
             runs several times in one forward pass, as shared ones do, counts at each of its uses,
-            as the layer would be used each time once it stands there: λ is the sum over them.
+            as the layer would be used each time once it stands there: λ is the sum over them. A
+            batch that does not pass it (an idle expert) counts with λ = 0.
             What is compiled is measured as it is written; names are understood with and without
             `torch.compile`'s "_orig_mod.".
         group: The processes that have a shard of the data each, all that `torch.distributed` was

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from helpers import (
     CROSS_ENTROPY,
@@ -221,7 +220,6 @@ def planned(model: nn.Module, data: list[Any], candidates: list[cg.Candidate]) -
 # --- what holds for all of them ---------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics")
 @settings(max_examples=20)
 @given(cases())
 def test_solving_leaves_no_trace(case: Any) -> None:
@@ -237,7 +235,6 @@ def test_solving_leaves_no_trace(case: Any) -> None:
             cg.solve(problem)
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics")
 @settings(max_examples=30)
 @given(cases())
 def test_insertions_keep_the_function_and_can_be_repeated(case: Any) -> None:
@@ -304,7 +301,6 @@ def broken(block: nn.Module, how: str) -> nn.Module:
     return block
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics")
 @settings(max_examples=20)
 @given(cases(), st.sampled_from(["fails", "moves"]), st.data())
 def test_a_failed_insertion_leaves_everything_as_it_was(case: Any, how: str, data_: Any) -> None:

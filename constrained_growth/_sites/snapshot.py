@@ -41,13 +41,13 @@ class Snapshot:
         self._modes: list[tuple[nn.Module, bool]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         for value in reached(*roots):
-            if isinstance(value, Tensor):
+            if type(value) in _CONTAINERS:
+                self._containers.append((value, value.copy()))
+            elif isinstance(value, Tensor):
                 if value.is_leaf:
                     self._leaves.append((value, value.grad, value.requires_grad))
                 if not isinstance(value, nn.Parameter):
                     self._tensors.append((value, value.detach().clone()))
-            elif isinstance(value, _CONTAINERS):
-                self._containers.append((value, copy.copy(value)))
             elif isinstance(value, nn.Module):
                 self._modes.append((value, value.training))
             elif isinstance(value, torch.Generator):
@@ -57,10 +57,9 @@ class Snapshot:
         """All is again what it was, the same objects with the same values."""
         for container, before in self._containers:
             if not _same_items(container, before):
+                fill = container.extend if hasattr(container, "extend") else container.update
                 container.clear()
-                (container.extend if isinstance(container, list | deque) else container.update)(
-                    before
-                )
+                fill(before)
         for module, training in self._modes:  # a script module keeps it elsewhere
             if module.training != training:
                 module.training = training
@@ -88,7 +87,11 @@ def reached(*roots: object) -> Iterator[Any]:
             continue
         known.add(id(value))
         inside: list[Any] = []
-        if isinstance(value, Tensor | torch.Generator):
+        if type(value) in _CONTAINERS:
+            if owned:
+                yield value
+            inside = [*(value.values() if isinstance(value, dict) else value)]
+        elif isinstance(value, Tensor):
             yield value
         elif isinstance(value, nn.Module):
             yield value
@@ -97,10 +100,6 @@ def reached(*roots: object) -> Iterator[Any]:
                     known.add(id(hooks))
                     waiting += ((hook, depth, False) for hook in hooks.values())
             inside, owned = [vars(value), *value.buffers(recurse=False)], True
-        elif type(value) in _CONTAINERS:
-            if owned:
-                yield value
-            inside = [*(value.values() if isinstance(value, dict) else value)]
         elif isinstance(value, tuple):
             inside = [*value]
         elif isinstance(value, types.MethodType):
@@ -109,6 +108,8 @@ def reached(*roots: object) -> Iterator[Any]:
             inside = [value.func, value.args, value.keywords]
         elif isinstance(value, types.FunctionType) and depth > 0:
             inside, depth, owned = [*_names_in(value)], depth - 1, False
+        elif isinstance(value, torch.Generator):
+            yield value
         elif depth > 0 and _is_state(value):
             inside, depth, owned = [vars(value)], depth - 1, True
         waiting += ((item, depth, owned) for item in inside)

@@ -130,7 +130,6 @@ def test_a_moved_residual_convolution_is_the_stack_it_says() -> None:
 # --- multipliers --------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:.*running statistics")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ALL)
 def test_multipliers_are_the_gradient_with_the_block_in_the_model(

@@ -7,6 +7,7 @@ is minus the gradient of the layer that was really inserted, or the problem is r
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -477,25 +478,38 @@ BLOCKS: dict[str, Callable[[int], nn.Module]] = {
 # --- the layer really inserted --------------------------------------------------------------------
 
 
-def mean_loss(net: Net, loss: Loss, setting: Setting) -> Tensor:
-    """The weighted mean over the data; the random numbers are those that `solve` draws."""
+def measured(
+    net: Net, loss: Loss, setting: Setting, of: list[Tensor]
+) -> tuple[float, list[Tensor]]:
+    """The weighted mean loss and its gradients, batch by batch as in training.
+
+    The random numbers are those that `solve` draws.
+    """
     data, weight = setting.data(), setting.weight()
     loss.side.clear()
     torch.manual_seed(4)
     weights = [len(x) if weight is None else weight(x, y) for x, y in data]
-    losses = [w * loss(net(x), y) for w, (x, y) in zip(weights, data, strict=True)]
-    return torch.stack(losses).sum() / sum(weights)
+    total, gradients = 0.0, [torch.zeros_like(one) for one in of]
+    for share, (x, y) in zip(weights, data, strict=True):
+        value = share / sum(weights) * loss(net(x), y)
+        total += value.item()
+        found = torch.autograd.grad(value, of, materialize_grads=True)
+        gradients = [one + more for one, more in zip(gradients, found, strict=True)]
+    return total, gradients
+
+
+def trained(net: Net) -> list[Tensor]:
+    return [parameter for parameter in net.parameters() if parameter.requires_grad]
 
 
 def runs(setting: Setting) -> bool:
     """Whether the model can be trained at all: PyTorch refuses some changes in place."""
     net, loss = setting.make()
     try:
-        value = mean_loss(net, loss, setting)
-        value.backward()
+        value, _ = measured(net, loss, setting, trained(net))
     except RuntimeError:
         return False
-    return bool(value.isfinite())
+    return math.isfinite(value)
 
 
 def inserted(solution: cg.Solution, name: str, setting: Setting) -> dict[str, Tensor]:
@@ -505,10 +519,9 @@ def inserted(solution: cg.Solution, name: str, setting: Setting) -> dict[str, Te
     record = cg.insert(net, chosen)
     layer = net.get_submodule(record.insertions[0].after).get_submodule("inserted")
     names = list(solution.multipliers[name])
-    pins = [layer.get_parameter(key) for key in names]
-    value = mean_loss(net, loss, setting)
-    torch.testing.assert_close(value.item(), solution.loss, rtol=1e-9, atol=1e-12)
-    grads = torch.autograd.grad(value, pins, materialize_grads=True)
+    pins: list[Tensor] = [layer.get_parameter(key) for key in names]
+    value, grads = measured(net, loss, setting, pins)
+    torch.testing.assert_close(value, solution.loss, rtol=1e-9, atol=1e-12)
     return {key: -grad for key, grad in zip(names, grads, strict=True)}
 
 
@@ -533,9 +546,7 @@ def check(setting: Setting, candidates: list[cg.Candidate], tally: Counter[str])
         return
     event(solution.method.name)
     net, loss = setting.make()
-    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    value = mean_loss(net, loss, setting)
-    grads = torch.autograd.grad(value, parameters, materialize_grads=True)
+    _, grads = measured(net, loss, setting, trained(net))
     norm = torch.cat([grad.flatten() for grad in grads]).norm()
     torch.testing.assert_close(solution.stationarity, norm.item(), rtol=1e-8, atol=1e-12)
     for one in candidates:
