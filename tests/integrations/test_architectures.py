@@ -232,17 +232,6 @@ GROWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "GPT2": ("GPT2LMHeadModel", {**TEXT, "scale_attn_by_inverse_layer_idx": True}, "scaling"),
-    "RecurrentGemma": (
-        "RecurrentGemmaForCausalLM",
-        {
-            **WIDE,
-            "num_hidden_layers": 3,
-            "lru_width": 8,
-            "attention_window_size": 4,
-            "conv1d_width": 2,
-        },
-        "temporal_block",
-    ),
     "Esm": (
         "EsmForMaskedLM",
         {**WIDE, "position_embedding_type": "rotary", "mask_token_id": 3, "token_dropout": False},
