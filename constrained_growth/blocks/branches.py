@@ -237,7 +237,7 @@ def _children(node: Any) -> list[Any]:
 
 def _leaf(node: Any) -> Tensor | None:
     """The leaf that a node returns, at most rearranged or a part of it, or None."""
-    parts = {"Select", "Slice"}  # of an expert, in the parameter of all
+    parts = {"Select", "Slice", "Index"}  # of an expert, in the parameter of all
     while _operation(node) in _REARRANGEMENTS | parts and len(_children(node)) == 1:
         (node,) = _children(node)
     return getattr(node, "variable", None)

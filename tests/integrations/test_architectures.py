@@ -232,17 +232,6 @@ GROWN: dict[str, tuple[str, dict[str, Any]]] = {
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "GPT2": ("GPT2LMHeadModel", {**TEXT, "scale_attn_by_inverse_layer_idx": True}, "scaling"),
-    "RecurrentGemma": (
-        "RecurrentGemmaForCausalLM",
-        {
-            **WIDE,
-            "num_hidden_layers": 3,
-            "lru_width": 8,
-            "attention_window_size": 4,
-            "conv1d_width": 2,
-        },
-        "temporal_block",
-    ),
     "Esm": (
         "EsmForMaskedLM",
         {**WIDE, "position_embedding_type": "rotary", "mask_token_id": 3, "token_dropout": False},
@@ -471,7 +460,8 @@ def test_what_the_stock_class_could_not_load_is_refused(kind: str) -> None:
     name, options, word = REFUSED[kind]
     model = made(kind, name, options)
     batch = batch_for(model)
-    model(**batch)
+    with torch.no_grad():
+        model(**batch)  # some keep what they find at their first call
     with nothing_left_behind(model), refused(cg.CandidateError, "longer", word):
         cg.find_candidates(model, batch)
 
@@ -523,7 +513,7 @@ def test_the_losses_of_routers_are_named() -> None:
     batch = batch_for(model)
     problem = cg.GrowthProblem(model, own_loss, [(batch, None)], cg.find_candidates(model, batch))
     solution = cg.solve(problem, cg.Fixed("model.layers.0"), stationarity=False)
-    with nothing_left_behind(model), refused(cg.BlockError, '"aux_loss"', "routers"):
+    with nothing_left_behind(model), refused(cg.CandidateError, '"aux_loss"', "routers"):
         cg.insert(model, solution)
 
 
