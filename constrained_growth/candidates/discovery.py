@@ -25,7 +25,7 @@ from constrained_growth.blocks import (
 from constrained_growth.blocks.protocol import moves
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
-from constrained_growth.candidates.run import Run, runs_of, unwrappable
+from constrained_growth.candidates.run import Run, is_same, runs_of, unwrappable
 from constrained_growth.errors import BlockError, CandidateError
 
 
@@ -297,7 +297,7 @@ def _without_repetition(search: _Search) -> Proposals:
 
 def _why_not(search: _Search, run: Run) -> str:
     """Why a module cannot be a site; "" if it can."""
-    if run.y is not None and search.last is not None and _is_same(run.y, search.last):
+    if run.y is not None and search.last is not None and is_same(run.y, search.last):
         return "its output is that of the model"
     if run.count > 1:
         return f"it runs {run.count} times in one pass"
@@ -310,23 +310,6 @@ def _why_not(search: _Search, run: Run) -> str:
     if run.module._backward_pre_hooks:
         return "it has a full backward pre-hook, which would not act on a layer there"
     return ""
-
-
-def _is_same(y: Tensor, last: Tensor) -> bool:
-    """Whether one tensor is the other but for its shape: a view of it, or a copy."""
-    if y is last or (_storage(y) is not None and _storage(y) == _storage(last)):
-        return True
-    if y.numel() != last.numel() or y.layout is not last.layout or y.device != last.device:
-        return False
-    ordered = [one.detach().flatten().sort().values for one in (y, last)]
-    return torch.equal(ordered[0].to(last.dtype), ordered[1])
-
-
-def _storage(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr() or None
-    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform
-        return None
 
 
 def _stacked(model: nn.Module, runs: Mapping[str, Run]) -> Iterator[tuple[str, str]]:

@@ -133,6 +133,23 @@ def unwrappable(
     return [name for name in names if not runs_as_before([name])]
 
 
+def is_same(y: Tensor, last: Tensor) -> bool:
+    """Whether one tensor is the other but for its shape: a view of it, or a copy."""
+    if y is last or (_storage(y) is not None and _storage(y) == _storage(last)):
+        return True
+    if y.numel() != last.numel() or y.layout is not last.layout or y.device != last.device:
+        return False
+    ordered = [one.detach().flatten().sort().values for one in (y, last)]
+    return torch.equal(ordered[0].to(last.dtype), ordered[1])
+
+
+def _storage(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (NotImplementedError, RuntimeError):  # sparse, or inside a transform
+        return None
+
+
 _ON_CHANNELS = (nn.Conv2d.__module__, nn.BatchNorm2d.__module__, nn.InstanceNorm2d.__module__)
 _ON_LAST_DIMENSION = (
     nn.Linear,
