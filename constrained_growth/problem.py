@@ -54,8 +54,9 @@ class GrowthProblem:
             (spread as keyword arguments; where a loader yields dicts with the target in them,
             make pairs `(batch, None)` of it). Anything else, such as a named tuple, a list or a
             dataclass, is one argument, of the type that the loader made. The first dimension of
-            its first tensor counts the samples (in a `PackedSequence` the sequences do), and the tensors at the sites are taken to have the samples in front too: that
-            matters for the standard errors. Batches are moved to the model's device.
+            its first tensor counts the samples (in a `PackedSequence` the sequences do), and the
+            tensors at the sites are taken to have the samples in front too: that matters for the
+            standard errors. Batches are moved to the model's device.
         candidates: `Candidate`s with unique names; several may share a site. A site whose module
             runs several times in one forward pass, as shared ones do, counts at each of its uses,
             as the layer would be used each time once it stands there: λ is the sum over them. A

@@ -79,7 +79,7 @@ KINDS: dict[str, tuple[Callable[[int], Any], type, Callable[[Any], Tensor]]] = {
     "dataclass": (
         lambda n: Graph(pair(n)[0], [pair(n)[1]]),
         Graph,
-        lambda graph: graph.nodes * graph.edges[0] if graph.name else None,
+        lambda graph: graph.nodes * graph.edges[0] * len(graph.name),
     ),
     "mapping": (encoding, Encoding, lambda batch: batch.a * batch.b),
     "dict": (lambda n: dict(encoding(n)), dict, lambda batch: batch["a"] * batch["b"]),

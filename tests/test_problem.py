@@ -520,11 +520,11 @@ def test_nan_is_no_identity() -> None:
     model, data = feedforward(2, 4, 3), classified(12, batch=4)
     with refused(cg.BlockError, "not the identity"):
         with torch.no_grad():
-            model[0].bias.fill_(-100)
+            model.get_parameter("0.bias").fill_(-100)
         model[1] = nn.Identity()
         solved(model, data, candidate(block=BecomesNaN()))
     with torch.no_grad():
-        model[0].bias.fill_(100)
+        model.get_parameter("0.bias").fill_(100)
     data[2] = (data[2][0] - 1e6, data[2][1])
     with refused(cg.BlockError, "not on a later one"):
         solved(model, data, candidate(block=BecomesNaN()), throw=False)

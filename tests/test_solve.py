@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -414,7 +415,7 @@ def test_dual_values_are_those_of_constraints() -> None:
     problem = cg.GrowthProblem(feedforward(2, 4, 3), CROSS_ENTROPY, classified(5), [candidate()])
     solution, constraint = cg.solve(problem), problem.constraints[0]
     assert solution.dual_value(constraint) is solution.multipliers["1"]["weight"]
-    for other in ("1", ("1", "weight"), None, cg.solution.Constraint("2", "weight", (4, 4))):
+    for other in ("1", ("1", "weight"), None, replace(constraint, candidate="2")):
         with refused(cg.CandidateError, "constraint=", "problem.constraints", "multipliers["):
             solution.dual_value(other)  # type: ignore[arg-type]
 

@@ -344,6 +344,8 @@ EXTRAS = (
 class Centre(nn.Module):
     """A running mean in a buffer."""
 
+    mean: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(OUT))

@@ -37,6 +37,8 @@ def net() -> nn.Sequential:
 class Centre(nn.Module):
     """A running centre in a buffer, one in a plain attribute, and what else a module may keep."""
 
+    centre: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("centre", torch.full((3,), 0.5, dtype=torch.float64))
@@ -245,15 +247,16 @@ def test_kept_activations_go_again() -> None:
 def test_kept_activations_of_a_training_step_are_no_obstacle() -> None:
     model, data = keeping(), classified(16, batch=8)
     CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
-    hidden, value = model[1].hidden, model[1].hidden.detach().clone()
+    block: Any = model[1]
+    hidden, value = block.hidden, block.hidden.detach().clone()
     blocks = [cg.blocks.CopiedBlock(model[1], pinned=("linear.weight", "linear.bias")), residual()]
     cells = [cg.Candidate("1", blocks[0]), cg.Candidate("2", blocks[1])]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trial = cg.rules.Trial(2, optimizer)
     solved(model, data, *cells, rule=trial)
     solution = solved(model, data, *cells, rule=cg.TopK(2))
-    assert model[1].hidden is hidden
+    assert block.hidden is hidden
     assert torch.equal(hidden, value)
-    assert len(model[1].every) == 1
+    assert len(block.every) == 1
     cg.insert(model, solution, optimizer=optimizer)
     CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
