@@ -170,7 +170,7 @@ def _check_books(model: nn.Module, books: Books, solution: Solution, names: Iter
     for name in names:
         planned = solution.candidates[name]
         if _is_in_list(model, books, planned) and books.counts(planned.after):
-            layer = layers.standalone_form(copy.deepcopy(planned.block))
+            layer = layers.standalone_form(deepcopied(planned.block))
             refusal = books.refusal(planned.after, layer)
             if refusal is not None:
                 raise CandidateError(f'"{name}" cannot follow "{planned.after}": {refusal}')
