@@ -195,7 +195,18 @@ def _run(
         changes = any(changed) or any(t._version != v for t, v in originals)
         _refuse_reentrant(loss)
         if loss.requires_grad:
-            collector.backward(loss)
+            try:
+                collector.backward(loss)
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                mode = "train" if model.training else "eval"
+                raise DataError(
+                    f"model={type(model).__name__} in {mode} mode: its loss has no gradient, as a "
+                    f"tensor that backward needs is changed in place ({error!s:.120}…). If "
+                    "loss.backward() fails too, try the other mode or clone the tensor; otherwise "
+                    "choose other submodules."
+                ) from error
             _refuse_carried_graph(model, loss_fn, batch)
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]

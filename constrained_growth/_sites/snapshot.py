@@ -24,7 +24,8 @@ _CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
 _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "constrained_growth"}
 
 _HOOKS = ("_forward_", "_backward_")
-"""How a module's dicts of hooks are called. A monitor that looks on takes its own off and on."""
+"""How a module's dicts of hooks are called. A monitor that looks on takes its own off and on; those
+that the model adds to itself as it runs, such as Transformers in its first pass, are taken off."""
 
 
 class Snapshot:
@@ -39,6 +40,7 @@ class Snapshot:
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._leaves: list[tuple[Tensor, Tensor | None, bool]] = []
         self._modes: list[tuple[nn.Module, bool]] = []
+        self._hooks: list[tuple[dict[int, Any], set[int]]] = []
         self._generators: list[tuple[torch.Generator, Tensor]] = []
         for value in reached(*roots):
             if type(value) in _CONTAINERS:
@@ -50,6 +52,7 @@ class Snapshot:
                     self._tensors.append((value, value.detach().clone()))
             elif isinstance(value, nn.Module):
                 self._modes.append((value, value.training))
+                self._hooks += [(hooks, {*hooks}) for hooks in _hooks_of(value)]
             elif isinstance(value, torch.Generator):
                 self._generators.append((value, value.get_state()))
 
@@ -60,6 +63,10 @@ class Snapshot:
                 fill = container.extend if hasattr(container, "extend") else container.update
                 container.clear()
                 fill(before)
+        for hooks, known in self._hooks:
+            for key in hooks.keys() - known:
+                if callable(hooks[key]) and not _is_of_others(hooks[key].__module__):
+                    del hooks[key]
         for module, training in self._modes:  # a script module keeps it elsewhere
             if module.training != training:
                 module.training = training
@@ -95,10 +102,9 @@ def reached(*roots: object) -> Iterator[Any]:
             yield value
         elif isinstance(value, nn.Module):
             yield value
-            for name, hooks in vars(value).items():
-                if name.startswith(_HOOKS) and isinstance(hooks, dict):
-                    known.add(id(hooks))
-                    waiting += ((hook, depth, False) for hook in hooks.values())
+            for hooks in _hooks_of(value):
+                known.add(id(hooks))
+                waiting += ((hook, depth, False) for hook in hooks.values())
             inside, owned = [vars(value), *value.buffers(recurse=False)], True
         elif isinstance(value, tuple):
             inside = [*value]
@@ -113,6 +119,11 @@ def reached(*roots: object) -> Iterator[Any]:
         elif depth > 0 and _is_state(value):
             inside, depth, owned = [vars(value)], depth - 1, True
         waiting += ((item, depth, owned) for item in inside)
+
+
+def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
+    found = (hooks for name, hooks in vars(module).items() if name.startswith(_HOOKS))
+    return [hooks for hooks in found if isinstance(hooks, dict)]
 
 
 def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:

@@ -123,8 +123,6 @@ def _example(
         try:
             y = run(x)
         except Exception as error:
-            if args is not None:
-                raise
             problem = f"{type(error).__name__}: {error}"
             continue
         if y.shape == x.shape and y.requires_grad:
@@ -132,8 +130,9 @@ def _example(
         problem = f"it turns the shape {tuple(x.shape)} into {tuple(y.shape)}"
     raise BlockError(
         f"module={type(module).__name__} does not keep the shape of its input, so it cannot be "
-        f"repeated, or needs more than one tensor ({problem}); then give an example call, "
-        "args=(x, …) and kwargs={…}, or the names of its output projections, pinned=(…)."
+        f"repeated, or cannot be called with x alone in first place ({problem}); then give an "
+        "example call, args=(x, …) and kwargs={…}, or the names of its output projections, "
+        "pinned=(…)."
     )
 
 

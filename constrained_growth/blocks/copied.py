@@ -102,8 +102,8 @@ class CopiedBlock(nn.Module):
         self.pinned = tuple(f"module.{name}" for name in pinned)
         with torch.no_grad():
             for parameter in pinned_parameters(self).values():
-                if share and type(parameter) is nn.Parameter:  # one zero, until it is copied
-                    parameter.data = parameter.new_zeros(()).expand_as(parameter)
+                if share and type(parameter) is nn.Parameter:  # its memory is that of the original
+                    parameter.data = torch.zeros_like(parameter)
                 else:
                     parameter.zero_()
 

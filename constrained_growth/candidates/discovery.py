@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from constrained_growth.blocks import (
     IdentityLinear,
     ResidualConv2d,
     ResidualMLP,
+    pinned_parameters,
 )
 from constrained_growth.blocks.protocol import moves
 from constrained_growth.bookkeeping import Books, open_books
@@ -127,6 +129,7 @@ class _Search:
     last: Tensor | None  # the tensor in the output of the model
     proposed: dict[str, Proposed] = field(default_factory=dict)  # by site
     closed: set[str] = field(default_factory=set)  # blocks of stacks: nothing is proposed inside
+    zeros: dict[Any, Tensor] = field(default_factory=dict)  # of copies, by shape, dtype and device
 
     def is_open(self, name: str) -> bool:
         """Whether a module is neither inside a block of a stack, nor has one inside it."""
@@ -142,7 +145,7 @@ def _propose_after_stacks(search: _Search) -> None:
     copies: dict[str, Copied] = {}
     for name in inside_out:
         if search.is_open(name):
-            copies[name] = copy_of(search.runs[name])
+            copies[name] = _copy_of(search.runs[name], search.zeros)
             if copies[name][0] is not None:
                 search.closed.add(name)
     kinds = {type(search.runs[name].module) for name in search.closed}
@@ -168,7 +171,7 @@ def _after_block(search: _Search, name: str, following: str, copied: Copied) -> 
     if after is not None and after.x is not None and after.x.shape == run.y.shape:
         if not alike(run.context, after.context):
             return None, "the next is called with other arguments, which a copy of it would need"
-        block, reason = copy_of(after)
+        block, reason = _copy_of(after, search.zeros)
         if block is not None and search.books.refusal(name, block.module) is None:
             return block, f"{reason} of the next"
     if refusal is not None:
@@ -380,8 +383,12 @@ def _is_within(name: str, owners: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{owner}." for owner in owners))
 
 
-def copy_of(run: Run) -> Copied:
-    """A copy of a module that is the identity, and why; or None, and why there is none."""
+def _copy_of(run: Run, zeros: dict[Any, Tensor]) -> Copied:
+    """A copy of a module that is the identity, and why; or None, and why there is none.
+
+    The pins of copies of one shape share their memory. They stay dense: a kernel that is given
+    their address may read all of it.
+    """
     kind = type(run.module).__name__
     if run.x is None or not run.keeps_shape:
         return None, "changes the shape"
@@ -389,6 +396,10 @@ def copy_of(run: Run) -> Copied:
         with torch.enable_grad():
             args = (run.x.detach(), *run.context.args)
             block = CopiedBlock(run.module, args=args, kwargs=run.context.kwargs, share=True)
-        return block, f"one more {kind}, a copy"
     except BlockError as error:
         return None, str(error).partition(". ")[0].removeprefix(f"module={kind} ")
+    for pin in pinned_parameters(block).values():
+        key = pin.shape, pin.dtype, pin.device
+        if type(pin) is nn.Parameter:
+            pin.data = zeros.setdefault(key, pin.data)
+    return block, f"one more {kind}, a copy"

@@ -388,6 +388,6 @@ def _rebuilt(
         return block.standalone() if is_sibling else block
     except Exception as error:
         raise RecordError(
-            f'record: the layer "{layer.name}" cannot be built: {error}. Give the model as it was '
-            f"before it was grown, or the block: blocks={{{layer.name!r}: block}}."
+            f'record: the layer "{layer.name}" cannot be built: {error!s:.300}. Give the model as '
+            f"it was before it was grown, or the block: blocks={{{layer.name!r}: block}}."
         ) from error

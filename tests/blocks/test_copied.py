@@ -292,15 +292,16 @@ def trained(model: nn.Module, data: list[Any]) -> None:
 
 
 def test_candidates_take_no_memory() -> None:
-    """Nor do the blocks of a solution, also where the model was in the other mode meanwhile."""
+    """But for the pins of one; nor do the blocks of a solution, the model in the other mode."""
     model = nn.Sequential(nn.Linear(2, 64), *(Mix(64, 0.1) for _ in range(12)), nn.Linear(64, 3))
     data = [(torch.randn(3, 2), torch.randint(3, (3,)))]
     found = cg.find_candidates(model, data[0][0])
     solution = solved(model.eval(), data, *found)
     assert len(found) == 12
+    pins = sum(p.nbytes for p in cg.blocks.pinned_parameters(found[0].block).values())
     for blocks in ([c.block for c in found], [c.block for c in solution.candidates.values()]):
         here, there = storages(*blocks), storages(model)
-        assert sum(size for place, size in here.items() if place not in there) < 200
+        assert sum(size for place, size in here.items() if place not in there) <= pins
 
 
 @pytest.mark.parametrize("frozen", [False, True])

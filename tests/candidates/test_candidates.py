@@ -337,6 +337,31 @@ def test_the_innermost_stack_counts(inner: Any, block: str) -> None:
     assert torch.equal(model(x), before)
 
 
+class Named(Residual):
+    def forward(self, *, h: Tensor) -> Tensor:
+        return super().forward(h)
+
+
+class NamedStack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList([Named(4), Named(4)]), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(h=x)
+        return self.head(x)
+
+
+def test_blocks_that_take_x_by_its_name_alone() -> None:
+    """A copy is called with x in first place, so a residual block is proposed."""
+    x = torch.randn(6, 4)
+    found = cg.find_candidates(NamedStack(), x)
+    assert [type(one.block) for one in found] == [ResidualMLP, ResidualMLP]
+    with refused(cg.BlockError, "module=Named", "in first place", "TypeError"):
+        cg.blocks.CopiedBlock(Named(4), args=(x,))
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_padding_in_an_encoder_in_eval_mode() -> None:
     """On its fast path PyTorch nests the tensors and fills the padding with zeros."""

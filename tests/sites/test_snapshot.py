@@ -14,6 +14,7 @@ from helpers import (
     assert_multipliers,
     autograd_multipliers,
     classified,
+    nothing_left_behind,
     refused,
     solved,
 )
@@ -260,3 +261,45 @@ def test_kept_activations_of_a_training_step_are_no_obstacle() -> None:
     assert len(block.every) == 1
     cg.insert(model, solution, optimizer=optimizer)
     CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
+
+
+class Hooking(nn.Sequential):
+    """Puts hooks on its layers when it runs first, as Transformers does to collect outputs."""
+
+    hooked = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.hooked:
+            self[0].register_forward_hook(lambda module, args, output: 1.5 * output)
+            self.hooked = True
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("ran", [True, False])
+def test_hooks_that_a_model_adds_as_it_runs_go_again(ran: bool) -> None:
+    model, data = Hooking(*net()), classified(5)
+    if ran:
+        model(data[0][0])
+    with nothing_left_behind(model):
+        found = cg.find_candidates(model, data[0][0])
+        solution = solved(model, data, *found)
+    assert_multipliers(solution, "1", autograd_multipliers(model, data, found[0]))
+    cg.insert(model, solution)
+    assert len(model[0]._forward_hooks) == ran
+
+
+class Counting(nn.Sequential):
+    """Changes in eval mode what its backward pass needs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = super().forward(input)
+        result = output.exp()
+        return result if self.training else result.mul_(2)
+
+
+def test_a_loss_without_a_gradient_in_one_mode() -> None:
+    model, data = Counting(*net()), classified(5)
+    blocks = [cg.Candidate("1", residual())]
+    cg.GrowthProblem(model, CROSS_ENTROPY, data, blocks)
+    with nothing_left_behind(model.eval()), refused(cg.DataError, "in eval mode", "the other mode"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, blocks)
