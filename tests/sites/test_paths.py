@@ -505,13 +505,26 @@ def trained(net: Net) -> list[Tensor]:
 
 
 def runs(setting: Setting) -> bool:
-    """Whether the model can be trained at all: PyTorch refuses some changes in place."""
-    net, loss = setting.make()
+    """Whether the model can be trained at all: PyTorch refuses some changes in place.
+
+    It does not see them in what a checkpointed part computes again, and trains on wrong gradients;
+    so the model has to run without checkpoints too.
+    """
     try:
-        value, _ = measured(net, loss, setting, trained(net))
+        for piece in (setting.piece, unchecked(setting.piece)):
+            one = replace(setting, piece=piece)
+            net, loss = one.make()
+            value, _ = measured(net, loss, one, trained(net))
     except RuntimeError:
         return False
     return math.isfinite(value)
+
+
+def unchecked(piece: Any) -> Any:
+    """The same without checkpoints."""
+    if not isinstance(piece, tuple):
+        return piece
+    return unchecked(piece[1]) if piece[0] == "checkpointed" else tuple(map(unchecked, piece))
 
 
 def inserted(solution: cg.Solution, name: str, setting: Setting) -> dict[str, Tensor]:
