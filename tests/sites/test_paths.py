@@ -175,6 +175,20 @@ class Slope(nn.Module):
         return slope + x if self.alone else y + slope
 
 
+class Damped(nn.Module):
+    """Passes half of the gradient on to its inner module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 0.5 * gradient)
+        return y
+
+
 class Stopped(nn.Module):
     """A part without gradients, added to what goes on."""
 
@@ -278,6 +292,7 @@ def pieces() -> st.SearchStrategy[Any]:
             st.tuples(st.just("frozen"), inner),
             st.tuples(st.just("idle"), inner, st.booleans()),
             st.tuples(st.just("carries"), inner),
+            st.tuples(st.just("damped"), inner),
         )
 
     return st.recursive(leaf, around, max_leaves=5)
@@ -305,6 +320,7 @@ def built(piece: Any, side: list[Tensor]) -> nn.Module:
         "checkpointed": Checkpointed,
         "idle": Idle,
         "carries": Carries,
+        "damped": Damped,
         "slope": Slope,
         "stopped": Stopped,
     }
