@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -322,7 +323,7 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
         )
     refuse_no_norm("norm", norm)
     positive_int("every", every, RuleError)
-    if not callable(scale) and not (isinstance(scale, int | float) and 0 < scale < math.inf):
+    if not callable(scale) and not (isinstance(scale, Real) and 0 < scale < math.inf):
         raise RuleError(
             f"scale={scale!r} is neither a positive number nor a function, such as "
             "scaler.get_scale."

@@ -10,6 +10,7 @@ import itertools
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -324,7 +325,7 @@ def plot_run(
 
 def _check_curve(name: str, values: object) -> None:
     """Raise a GrowthError unless values can be drawn as a curve."""
-    numbers = isinstance(values, Sequence) and all(isinstance(v, int | float) for v in values)
+    numbers = isinstance(values, Sequence) and all(isinstance(v, Real) for v in values)
     if not numbers or not values:
         raise GrowthError(f"{name}={values!r:.80} is no curve; give a list of numbers.")
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -615,3 +616,18 @@ def test_wrong_arguments_are_refused(
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_numbers_of_numpy_are_taken_where_those_of_python_are(kind: Any, setting: Setting) -> None:
+    value = 0.5 if kind is np.float32 else 2
+    numbers = {"count", "whole", "number", "positive", "fraction"}
+    for row in ROWS.values():
+        for argument in (name for name, of in row.kinds.items() if of in numbers):
+            if row.call not in (cg.grow, checkpoint.save, verification.check_with_scipy):
+                right = dict(row.right(setting))
+                try:
+                    row.call(**{**right, argument: value})
+                except cg.GrowthError:
+                    continue
+                row.call(**{**right, argument: kind(value)})

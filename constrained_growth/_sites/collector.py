@@ -210,18 +210,20 @@ class Collector:
         if transformed(x):
             forward = None  # x is of no use outside the transform, nor has it a δ
         if torch.is_grad_enabled() and forward is not None and x.is_floating_point():
-            alias = alias_of(x, overwritten=site.overwritten)
+            # δ is taken before the alias: hooks of the user's on that change what goes on from it
+            before = alias_of(x, overwritten=False)
+            alias = alias_of(before, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
             here = [x.detach() if x.requires_grad else x.detach().clone()]
             arrive = functools.partial(_arrive, forward, index, kept, here)
             streams = forward.keeps or not running or x.nbytes > _SMALL
             if streams:
-                alias.register_hook(arrive)
+                before.register_hook(arrive)
             # what backward runs again is the same use; with checkpoint(use_reentrant=True) it is
             # the only one in which gradients are on
             forward.seen[index] += running or not forward.seen[index]
             if running and not forward.keeps:
-                self._edges.append((get_gradient_edge(alias), None if streams else arrive))
+                self._edges.append((get_gradient_edge(before), None if streams else arrive))
                 self._versions.append((index, alias, alias._version))
         if running and self._inspect is not None:
             self._inspect(index, x, context, alias)

@@ -307,6 +307,7 @@ def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:
 
 
 def _odd(kernel_size: int) -> int:
-    if positive_int("kernel_size", kernel_size, BlockError) % 2 == 0:
-        raise BlockError(f"kernel_size={kernel_size} is even; use an odd one: {kernel_size + 1}.")
-    return kernel_size
+    size = positive_int("kernel_size", kernel_size, BlockError)
+    if size % 2 == 0:
+        raise BlockError(f"kernel_size={size} is even; use an odd one: {size + 1}.")
+    return size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -271,7 +272,7 @@ def _initialise(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> 
             free = tuple(linear.weight.shape)
             raise BlockError(f"inner_init has shape {tuple(init.shape)}, the free factor {free}.")
         linear.weight.copy_(init)
-    elif isinstance(init, int | float) and math.isfinite(init):
+    elif isinstance(init, Real) and math.isfinite(init):
         linear.weight.copy_(float(init) * torch.eye(*linear.weight.shape, dtype=torch.float64))
     else:
         raise BlockError(f'inner_init={init!r} is neither "random", a finite number nor a tensor.')

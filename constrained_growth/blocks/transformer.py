@@ -80,9 +80,9 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.heads = positive_int("heads", heads, BlockError)
-        hidden = 4 * positive_int("width", width, BlockError) if hidden is None else hidden
-        hidden = positive_int("hidden", hidden, BlockError)
-        if width % heads:
+        width = positive_int("width", width, BlockError)
+        hidden = positive_int("hidden", 4 * width if hidden is None else hidden, BlockError)
+        if width % self.heads:
             raise BlockError(f"heads={heads} does not divide width={width}; use a divisor.")
         self.causal = bool(causal)
         self.norm1 = nn.LayerNorm(width, device=device, dtype=dtype)

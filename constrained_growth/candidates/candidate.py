@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -51,7 +52,7 @@ class Candidate:
                 f"block={self.block!r} of the candidate after {self.after!r} is not an nn.Module; "
                 "give an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())."
             )
-        if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
+        if isinstance(self.output, bool) or not isinstance(self.output, Integral | str | None):
             raise CandidateError(
                 f"output={self.output!r} after {self.after!r} is neither an index, a name nor None."
             )
@@ -64,6 +65,8 @@ class Candidate:
             raise CandidateError(
                 f"wrapped={self.wrapped!r} after {self.after!r} is neither True nor False."
             )
+        if isinstance(self.output, Integral):
+            object.__setattr__(self, "output", int(self.output))  # of NumPy, say
         if not self.name:
             object.__setattr__(self, "name", self.after)
 

@@ -338,7 +338,13 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _flattened(
     content: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor], seen: dict[Any, str]
 ) -> dict[str, Any]:
-    return {name: flattened(x, prefix + name, tensors, seen) for name, x in content.items()}
+    try:
+        return {name: flattened(x, prefix + name, tensors, seen) for name, x in content.items()}
+    except (RuntimeError, TypeError) as error:  # sparse tensors, lists in themselves
+        raise CheckpointError(
+            f"{', '.join(content)}: something in it cannot be kept ({error!s:.200}); give numbers, "
+            "text, lists, dicts and dense tensors."
+        ) from error
 
 
 def _gathered(tree: Any) -> Any:

@@ -79,6 +79,12 @@ def load_named_state(
 
     optimizer.param_groups[:] = groups(parameters)
     optimizer.load_state_dict({"state": state, "param_groups": groups(numbers)})
+    missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
+    if missing:
+        raise CheckpointError(
+            f"optimizer={type(optimizer).__name__} has settings that the one saved did not have, "
+            f"{sorted(missing)[:3]}; make it of the class that it had in the run that was saved."
+        )
 
 
 def reassign_state(

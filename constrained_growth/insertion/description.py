@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -118,9 +119,9 @@ def _encoded(value: Any) -> Any:
         arguments = {name: getattr(value, name) for name in _options(kind) if hasattr(value, name)}
         return {"module": kind.__name__, "arguments": _checked_plain(arguments)}
     if isinstance(value, functools.partial):
-        options = {"arguments": list(value.args), "options": _checked_plain(value.keywords)}
-        _checked_plain(dict(enumerate(value.args)))
-        return {**_encoded(value.func), **options}
+        arguments = list(_checked_plain(dict(enumerate(value.args))).values())
+        options = _checked_plain(value.keywords)
+        return {**_encoded(value.func), "arguments": arguments, "options": options}
     if isinstance(value, type) and _CLASSES.get(value.__name__) is value:
         return {"class": value.__name__}
     if isinstance(value, tuple):
@@ -134,6 +135,8 @@ def _encoded(value: Any) -> Any:
         return {"function": name}
     if isinstance(value, bool | int | float | str | None):
         return value
+    if isinstance(value, np.generic):
+        return _encoded(value.item())
     raise TypeError(f"{value!r:.80} is no plain value, and no activation of PyTorch")
 
 
@@ -145,8 +148,6 @@ def _decoded(value: Any, name: str = "") -> Any:
         return [_decoded(one) for one in value]
     if not isinstance(value, dict):
         return value
-    if value.keys() == {"function"}:
-        return _FUNCTIONS[value["function"]]
     if value.keys() == {"module", "arguments"}:
         kind = _MODULES[value["module"]]
         arguments = _checked_plain(value["arguments"])
@@ -157,14 +158,15 @@ def _decoded(value: Any, name: str = "") -> Any:
         if size > _MOST_IN_ACTIVATION:
             raise RecordError(f"{kind.__name__} is given {arguments}, which makes it too large")
         return kind(**arguments)
-    if value.keys() == {"class"}:
-        return _CLASSES[value["class"]]
-    if value.keys() == {"class", "arguments", "options"}:
-        options = _checked_plain(value["options"])
-        if options.keys() & {"device", "dtype"}:
-            raise RecordError(f"{value['class']} is given {sorted(options)}")
-        _checked_plain(dict(enumerate(value["arguments"])))
-        return functools.partial(_CLASSES[value["class"]], *value["arguments"], **options)
+    for key, allowed in (("class", _CLASSES), ("function", _FUNCTIONS)):
+        if value.keys() == {key}:
+            return allowed[value[key]]
+        if value.keys() == {key, "arguments", "options"}:
+            options = _checked_plain(value["options"])
+            if options.keys() & {"device", "dtype"}:
+                raise RecordError(f"{value[key]} is given {sorted(options)}")
+            _checked_plain(dict(enumerate(value["arguments"])))
+            return functools.partial(allowed[value[key]], *value["arguments"], **options)
     if value.keys() == {"tuple"}:
         return tuple(_decoded(one) for one in value["tuple"])
     return {key: _decoded(one) for key, one in value.items()}
@@ -176,10 +178,11 @@ def _options(kind: type[nn.Module]) -> list[str]:
 
 
 def _checked_plain(values: Mapping[Any, Any]) -> dict[Any, Any]:
-    for name, value in values.items():
+    plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
+    for name, value in plain.items():
         if not isinstance(value, bool | int | float | str | None):
             raise TypeError(f"{name}={value!r:.80} is no plain value")
-    return dict(values)
+    return plain
 
 
 _MOST_IN_ACTIVATION = 2**16

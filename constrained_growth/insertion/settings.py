@@ -9,6 +9,7 @@ from enum import Enum
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +68,8 @@ def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
 
     if isinstance(value, Enum):
         return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return shown(value.tolist())
     if isinstance(value, bool | int | float | complex | str | bytes | None | torch.dtype):
         return repr(value)
     if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,9 @@ def _has(name: str) -> Callable[[Any], bool]:
 
 
 def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, int) and value >= least and not isinstance(value, bool)
+    return lambda value: (
+        isinstance(value, Integral) and value >= least and not isinstance(value, bool)
+    )
 
 
 def _function(value: Any) -> bool:

@@ -111,8 +111,9 @@ def grow(
         callbacks: Called with the `Grower` after each epoch; training ends when one returns True.
         checkpoint: File to write a checkpoint to after each epoch. If it exists at the beginning,
             the run goes on from it, with the numbers of a run that was never stopped, bit for bit
-            at one thread on one machine. Give the model as it was before it grew, and delete the
-            file and the `checkpoint.previous` of it to start afresh.
+            at one thread on one machine (but for what persistent workers draw). Give
+            the model as it was before it grew, and delete the file and the `checkpoint.previous`
+            of it to start afresh.
         checkpoint_every: Also write one every k steps.
         blocks: Name of the inserted layer → block, for your own blocks when a run is resumed.
         averaged: As for `Grower`, kept in the checkpoint; update them in `callbacks`, or in a hook
@@ -272,7 +273,10 @@ class _Run:
         now = self._random_state()
         if self.start is None or not self.done:
             self.start = now
-        # an iterator of the loader itself, whose workers may persist
+        # an iterator of the loader itself, whose workers may persist: starting them draws a number
+        persistent = getattr(self.loader, "persistent_workers", False)
+        if self.epoch and persistent and getattr(self.loader, "_iterator", None) is None:
+            iter(self.loader)
         self._set_random_state(self.start)
         iterator = batches(iter(self.loader), device_of(self.grower.model))
         if self.done:  # draw again what was drawn before the run was stopped

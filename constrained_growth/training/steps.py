@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +47,7 @@ class NewLayers:
     def __init__(self, scale: float = 1.0, warmup: int = 20) -> None:
         if not (isinstance(scale, Real) and scale > 0):
             raise TrainingError(f"scale={scale!r} of NewLayers must be a positive number.")
-        if not isinstance(warmup, int) or isinstance(warmup, bool) or warmup < 0:
+        if not isinstance(warmup, Integral) or isinstance(warmup, bool) or warmup < 0:
             raise TrainingError(f"warmup={warmup!r} of NewLayers is not a whole number ≥ 0.")
         self.scale, self.warmup = scale, warmup
         # new parameter → steps it has made, initial value

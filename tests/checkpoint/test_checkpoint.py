@@ -210,6 +210,27 @@ def test_an_optimizer_that_was_not_saved_is_refused(tmp_path: Path) -> None:
         resume(tmp_path / "run", model, OPTIMIZERS["SGD"])
 
 
+def test_an_optimizer_of_another_class_is_refused(tmp_path: Path) -> None:
+    net = feedforward(2, 4, 3)
+    path = save(tmp_path / "run", net, optimizer=torch.optim.Adam(net.parameters()))
+    sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+    with nothing_left_behind(net), refused(cg.CheckpointError, "optimizer=SGD", "momentum"):
+        restore(load(path), net, optimizer=sgd)
+
+
+def nested() -> list[Any]:
+    inside: list[Any] = []
+    inside.append(inside)
+    return inside
+
+
+@pytest.mark.parametrize("extra", [torch.eye(2).to_sparse(), nested()])
+def test_what_no_file_holds_is_refused(extra: Any, tmp_path: Path) -> None:
+    with refused(cg.CheckpointError, "extra", "dense tensors"):
+        save(tmp_path / "run", feedforward(2, 4, 3), extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
 def test_parameters_outside_the_model_are_refused(tmp_path: Path) -> None:
     model, loss = feedforward(2, 4, 3), nn.Linear(3, 3)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -207,6 +208,8 @@ WIDTHS: dict[str, Callable[[], nn.Module]] = {
     "shift": lambda: IdentityLinear(4, TanhLU(0.02), shift=0.05),
     "eps": lambda: GatedMLP(4, 3, nn.GELU("tanh"), eps=0.3),
     "no activation said": lambda: GatedMLP(4, 3),
+    "partial": lambda: ResidualMLP(4, 3, functools.partial(F.leaky_relu, negative_slope=0.3)),
+    "number of NumPy": lambda: GatedMLP(4, 3, nn.LeakyReLU(np.float32(0.7)), eps=np.float32(0.3)),
 }
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "nothing said": lambda: ResidualConv2d(4),

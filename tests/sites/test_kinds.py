@@ -233,6 +233,26 @@ def test_other_backward_hooks_do_not_matter() -> None:
     assert_inserted(make, "1", cg.Method.CLOSED_FORM)
 
 
+class Halved(nn.Module):
+    """Halves the gradient between its two parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.one, self.other = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one(x)
+        if hidden.requires_grad:
+            hidden.register_hook(lambda gradient: 0.5 * gradient)
+        return self.other(hidden)
+
+
+def test_a_hook_on_the_tensor_after_the_site() -> None:
+    """PyTorch passes it over where the gradient of that tensor is asked for with others."""
+    assert_inserted(lambda: (Halved(), plain), "one", cg.Method.CLOSED_FORM)
+
+
 # --- derivatives ----------------------------------------------------------------------------------
 
 

@@ -175,6 +175,20 @@ class Slope(nn.Module):
         return slope + x if self.alone else y + slope
 
 
+class Damped(nn.Module):
+    """Passes half of the gradient on to its inner module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: 0.5 * gradient)
+        return y
+
+
 class Stopped(nn.Module):
     """A part without gradients, added to what goes on."""
 
@@ -278,6 +292,7 @@ def pieces() -> st.SearchStrategy[Any]:
             st.tuples(st.just("frozen"), inner),
             st.tuples(st.just("idle"), inner, st.booleans()),
             st.tuples(st.just("carries"), inner),
+            st.tuples(st.just("damped"), inner),
         )
 
     return st.recursive(leaf, around, max_leaves=5)
@@ -305,6 +320,7 @@ def built(piece: Any, side: list[Tensor]) -> nn.Module:
         "checkpointed": Checkpointed,
         "idle": Idle,
         "carries": Carries,
+        "damped": Damped,
         "slope": Slope,
         "stopped": Stopped,
     }
@@ -505,13 +521,26 @@ def trained(net: Net) -> list[Tensor]:
 
 
 def runs(setting: Setting) -> bool:
-    """Whether the model can be trained at all: PyTorch refuses some changes in place."""
-    net, loss = setting.make()
+    """Whether the model can be trained at all: PyTorch refuses some changes in place.
+
+    It does not see them in what a checkpointed part computes again, and trains on wrong gradients;
+    so the model has to run without checkpoints too.
+    """
     try:
-        value, _ = measured(net, loss, setting, trained(net))
+        for piece in (setting.piece, unchecked(setting.piece)):
+            one = replace(setting, piece=piece)
+            net, loss = one.make()
+            value, _ = measured(net, loss, one, trained(net))
     except RuntimeError:
         return False
     return math.isfinite(value)
+
+
+def unchecked(piece: Any) -> Any:
+    """The same without checkpoints."""
+    if not isinstance(piece, tuple):
+        return piece
+    return unchecked(piece[1]) if piece[0] == "checkpointed" else tuple(map(unchecked, piece))
 
 
 def inserted(solution: cg.Solution, name: str, setting: Setting) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from helpers import (
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.checkpoint import load, previous, save
@@ -105,6 +106,33 @@ def test_several_optimizers_and_averages_go_on_bit_for_bit(
     assert_same(run(path), whole)
     assert len(whole[2]) == len(whole[1]) + 1  # the number of models that were averaged
     assert list(whole[3]) == list(whole[1])
+
+
+@pytest.mark.parametrize("at", [3, 4])
+def test_workers_that_persist(at: int, tmp_path: Path) -> None:
+    """They draw a number when they start, in a resumed run as in its first epoch."""
+    pairs = TensorDataset(torch.randn(16, 2), torch.randint(3, (16,)))
+    data = classified(8)
+
+    def run(path: Path | None, at: int = 99) -> cg.History:
+        options: dict[str, Any] = {"num_workers": 1, "persistent_workers": True, "shuffle": True}
+        steps: list[float] = []
+
+        def loss_fn(output: Any, target: Any) -> Any:
+            steps.append(0.0)
+            if len(steps) > at:
+                raise KeyboardInterrupt
+            return CROSS_ENTROPY(output, target)
+
+        torch.manual_seed(3)
+        given: dict[str, Any] = {"epochs": 3, "data": data, "max_insertions": 0, "checkpoint": path}
+        loader = DataLoader(pairs, batch_size=8, **options)
+        return cg.grow(feedforward(2, 4, 3), SGD, loss_fn, loader, checkpoint_every=1, **given)
+
+    whole = run(None)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", at)
+    assert run(tmp_path / "run").losses == whole.losses
 
 
 def stopped(path: Path, data: Any, at: int, **options: Any) -> None:

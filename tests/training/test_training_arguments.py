@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import candidate, classified, feedforward, nothing_left_behind, refused
@@ -139,3 +140,18 @@ def test_callbacks_may_come_from_a_generator() -> None:
     callbacks = (lambda grower: seen.append(grower.num_steps) for _ in range(1))
     cg.grow(feedforward(2, 4, 3), SGD, LOSS, classified(8), epochs=3, callbacks=callbacks)
     assert seen == [1, 2, 3]
+
+
+def test_numbers_of_numpy() -> None:
+    numbers: Any = {"epochs": 2, "max_insertions": 1, "patience": 1, "target": 0.01}
+    numpys = {
+        name: np.float32(x) if name == "target" else np.int64(x) for name, x in numbers.items()
+    }
+    found = []
+    for given in (numbers, numpys):
+        torch.manual_seed(0)
+        net = feedforward(2, 4, 3)
+        warmup = NewLayers(warmup=type(given["epochs"])(3))
+        history = cg.grow(net, SGD, LOSS, classified(8), after_insertion=warmup, **given)
+        found.append(history.losses)
+    assert found[0] == found[1]
