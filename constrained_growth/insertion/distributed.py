@@ -16,7 +16,7 @@ from constrained_growth._sharding import is_spread, sharded_modules, state_like
 from constrained_growth._sites.model import tensors_of
 from constrained_growth._sites.wrapper import WithInsertedLayer, inserted_layers
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.optimizer_state import as_optimizers
+from constrained_growth.insertion.training_state import as_optimizers
 
 
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:

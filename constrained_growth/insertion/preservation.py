@@ -76,28 +76,24 @@ def check_preserved(
     for mode, output in before.items():
         try:
             with _drawing_apart(inserted, reached):
-                grown = _output(model, example, mode == "train")
+                grown = {mode: _output(model, example, mode == "train")}
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
-        pairs = {k: (y, grown[k]) for k, y in output.items() if k in grown and y.numel()}
-        if pairs:
-            differences[mode] = max(_difference(*pair) for pair in pairs.values())
-        epsilon = coarsest_epsilon([*model.parameters(), *(one for one, _ in pairs.values())])
-        beyond = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
+        found = _differences(model, {mode: output}, grown)
+        if found:
+            differences[mode] = max(difference for difference, _ in found.values())
+        beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
         if beyond and mode == next(iter(before)):
-            worst = max(beyond, key=lambda key: _difference(*beyond[key]))
-            entries = ", ".join(sorted({f'"{key[0]}"' for key in beyond if key}))
+            difference, allowed = max(beyond.values())
             raise BlockError(
-                f"with the layers {tuple(inserted)} inserted the output moves by "
-                f"{_difference(*beyond[worst]):.3g} in {mode} mode, more than rounding "
-                f"({_allowed(beyond[worst][0], epsilon):.3g})"
-                f"{f', in its entries {entries}' if entries else ''}: a block is not the identity "
-                "there, or the model is not a function of its input, or returns something of each "
-                "layer (a loss of routers). Nothing was changed; insert(..., data=()) skips this "
-                "check."
+                f"with the layers {tuple(inserted)} inserted the output moves by {difference:.3g} "
+                f"in {mode} mode, more than rounding ({allowed:.3g}){_entries(beyond)}: a block is "
+                "not the identity there, or the model is not a function of its input, or returns "
+                "something of each layer (a loss of routers). Nothing was changed; "
+                "insert(..., data=()) skips this check."
             )
     missing = [name for name in siblings if name not in reached] if before else []
     if missing:
@@ -113,6 +109,20 @@ def disagreement(model: nn.Module, one: Outputs, other: Outputs, *, growing: boo
 
     `growing`: sequences of another length in the output, with an entry per layer, do not count.
     """
+    found = _differences(model, one, other)
+    beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
+    if beyond:
+        return f"the output differs{_entries(beyond)}"
+    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
+    if one.keys() != other.keys() or not (same_keys or (growing and found)):
+        return "the output has other entries"
+    return ""
+
+
+def _differences(
+    model: nn.Module, one: Outputs, other: Outputs
+) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Mode and path of each tensor that both have → the difference, and what rounding allows."""
     pairs = {
         (mode, *key): (y, other[mode][key])
         for mode in one.keys() & other.keys()
@@ -120,14 +130,13 @@ def disagreement(model: nn.Module, one: Outputs, other: Outputs, *, growing: boo
         if key in other[mode] and y.numel()
     }
     epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs.values())])
-    moved = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
-    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
-    if moved:
-        entries = ", ".join(sorted({f'"{key[1]}"' for key in moved if len(key) > 1}))
-        return "the output differs" + (f" in {entries}" if entries else "")
-    if one.keys() != other.keys() or not (same_keys or (growing and pairs)):
-        return "the output has other entries"
-    return ""
+    return {key: (_difference(*pair), _allowed(pair[0], epsilon)) for key, pair in pairs.items()}
+
+
+def _entries(paths: Iterable[tuple[Any, ...]]) -> str:
+    """The outermost keys of the paths, in words."""
+    names = ", ".join(sorted({f'"{path[1]}"' for path in paths if len(path) > 1}))
+    return f", in {names}" if names else ""
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:

@@ -17,7 +17,7 @@ from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
-from constrained_growth.insertion.averaged import as_copies, grown_in
+from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, measurements
 
