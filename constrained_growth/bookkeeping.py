@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,7 +82,9 @@ class Books:
     """The books of all models inside a module; those that keep none are free to change."""
 
     model: nn.Module
-    inside: Mapping[str, Bookkeeping]  # by the name of the outermost model that keeps them
+    inside: Mapping[
+        str, Bookkeeping
+    ]  # by the prefix of names in the outermost model that keeps them
 
     def counts(self, after: str) -> bool:
         """Whether some books count the element."""
@@ -90,7 +92,7 @@ class Books:
 
     def is_free(self, after: str) -> bool:
         """Whether there are no books about the module."""
-        return not any(self._about(after))
+        return not self._about(after)
 
     def refusal(self, after: str, layer: nn.Module) -> str | None:
         """As for `Bookkeeping`."""
@@ -100,22 +102,21 @@ class Books:
         """Those after which no books count a layer, in models where they do after others."""
         found = []
         for owner in self.inside:
-            here = [name for name in names if _is_within(name, owner)]
+            here = [name for name in names if name.startswith(owner)]
             rest = [name for name in here if not self.counts(name)]
             found += rest if len(rest) < len(here) else []
         return found
 
     def update(self) -> None:
         """As for `Bookkeeping`."""
-        for name, books in self.inside.items():
-            parts = name.split(".") if name else []
-            owners = [".".join(parts[:count]) for count in range(len(parts))]
-            books.update([self.model.get_submodule(owner) for owner in owners])
-
-    def _about(self, after: str) -> Iterator[tuple[Bookkeeping, str]]:
         for owner, books in self.inside.items():
-            if _is_within(after, owner):
-                yield books, _relative(after, owner)
+            parts = owner.split(".")[:-1]
+            around = [".".join(parts[:count]) for count in range(len(parts))]
+            books.update([self.model.get_submodule(name) for name in around])
+
+    def _about(self, after: str) -> list[tuple[Bookkeeping, str]]:
+        inside = self.inside.items()
+        return [(books, after[len(o) :]) for o, books in inside if after.startswith(o)]
 
 
 def open_books(model: nn.Module) -> Books:
@@ -125,18 +126,10 @@ def open_books(model: nn.Module) -> Books:
         importlib.import_module(_INTEGRATIONS[library])
     found: dict[str, Bookkeeping] = {}
     for name, module in model.named_modules():
-        books = None if any(_is_within(name, owner) for owner in found) else _open(module)
+        books = None if name.startswith((*found,)) else _open(module)
         if books is not None:
-            found[name] = books
+            found[f"{name}." if name else ""] = books
     return Books(model, found)
-
-
-def _is_within(name: str, owner: str) -> bool:
-    return not owner or name.startswith(f"{owner}.")
-
-
-def _relative(name: str, owner: str) -> str:
-    return name.removeprefix(f"{owner}.") if owner else name
 
 
 _INTEGRATIONS = {"transformers": "constrained_growth.integrations.transformers"}

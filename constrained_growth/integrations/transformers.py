@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
+from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
+from constrained_growth.insertion.description import LAYER_NUMBERS, settings
 
 insert = insertion.insert
 replay = insertion.replay
@@ -236,7 +238,7 @@ class _Books:
                 is_copy = not is_new or own == _traits(layers[place])
                 differing = _traits(built[place]) ^ _traits(stock if is_copy else layers[place])
                 if differing:
-                    first = "; ".join(" ".join(map(str, one)) for one in sorted(differing)[:2])
+                    first = "; ".join(map(" ".join, sorted(differing)[:2]))
                     return (
                         f"{where} makes layer {place} another one ({first}), as its layers depend "
                         "on their number; use a block such as ResidualMLP, or another site."
@@ -306,7 +308,7 @@ def _renumber(layer: nn.Module, built: nn.Module) -> None:
     """Give a layer the numbers that it has in a model built at that depth."""
     modules = dict(built.named_modules())
     for name, module in _stock_modules(layer):
-        for key in _NUMBERS & vars(module).keys():
+        for key in LAYER_NUMBERS & vars(module).keys():
             numbered = modules.get(name, built)  # another module in its place, as an adapter
             holders = [m for m in (numbered, *built.modules()) if key in vars(m)]
             if holders:
@@ -356,17 +358,12 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | No
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
-    """Classes, shapes and plain attributes of a layer, except for numbers and dropout."""
-    layer, found = without_inserted(layer), set[tuple[str, str, str]]()
-    for name, module in layer.named_modules():
-        found.add((name, "class", type(module).__name__))
-        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-        found |= {(name, key, str(tuple(tensor.shape))) for key, tensor in tensors}
-        for key, value in vars(module).items() if "drop" not in name else ():
-            if _is_plain(value) and key not in _NUMBERS | _PASSING and "drop" not in key:
-                found.add((name, key, repr(value)))
-    return found
+def _traits(layer: nn.Module) -> set[tuple[str, str]]:
+    """Classes, shapes and settings of a layer, except for its number and the rates of dropout."""
+    layer = without_inserted(layer)
+    modules = dict(layer.named_modules())
+    found = settings(layer) | {name: str(shape) for name, shape in parameter_shapes(layer).items()}
+    return {(name, text) for name, text in found.items() if "drop" not in name or name in modules}
 
 
 def _is_plain(value: object) -> bool:
@@ -375,6 +372,4 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
-_PASSING = frozenset({"training", "gradient_checkpointing", "_is_hf_initialized"})
 _COUNTING = re.compile(r"layers?$|depths?$|^n_layer|blocks$")
