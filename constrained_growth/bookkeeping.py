@@ -82,21 +82,17 @@ class Books:
     """The books of all models inside a module; those that keep none are free to change."""
 
     model: nn.Module
-    inside: Mapping[
-        str, Bookkeeping
-    ]  # by the prefix of names in the outermost model that keeps them
+    inside: Mapping[str, Bookkeeping]  # by the prefix of the names in the model that keeps them
 
-    def counts(self, after: str) -> bool:
-        """Whether some books count the element."""
-        return any(books.counts(name) for books, name in self._about(after))
-
-    def is_free(self, after: str) -> bool:
-        """Whether there are no books about the module."""
-        return not self._about(after)
+    def counts(self, after: str) -> bool | None:
+        """Whether the books about the module count it; None if there are none."""
+        about = self._about(after)
+        return None if about is None else about[0].counts(about[1])
 
     def refusal(self, after: str, layer: nn.Module) -> str | None:
         """As for `Bookkeeping`."""
-        return next((books.refusal(name, layer) for books, name in self._about(after)), None)
+        about = self._about(after)
+        return None if about is None else about[0].refusal(about[1], layer)
 
     def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""
@@ -114,9 +110,9 @@ class Books:
             around = [".".join(parts[:count]) for count in range(len(parts))]
             books.update([self.model.get_submodule(name) for name in around])
 
-    def _about(self, after: str) -> list[tuple[Bookkeeping, str]]:
+    def _about(self, after: str) -> tuple[Bookkeeping, str] | None:
         inside = self.inside.items()
-        return [(books, after[len(o) :]) for o, books in inside if after.startswith(o)]
+        return next(((one, after[len(o) :]) for o, one in inside if after.startswith(o)), None)
 
 
 def open_books(model: nn.Module) -> Books:

@@ -32,7 +32,7 @@ from constrained_growth.insertion.training_state import (
     as_copies,
     as_optimizers,
     grown_in,
-    kept_on_error,
+    restoring,
 )
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -297,7 +297,7 @@ def resume(
     copies = as_copies(averaged)
     _check_number("averaged", copies, checkpoint.averaged)
     models = [model, *map(grown_in, copies)]
-    with kept_on_error(models):
+    with restoring(models):
         for one in models:
             replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)

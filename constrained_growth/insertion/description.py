@@ -22,8 +22,6 @@ from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.errors import RecordError
 
-Shapes = Mapping[str, tuple[int, ...]]
-
 
 def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
     """How to rebuild a block that is about to be inserted after a site of the model.
@@ -77,14 +75,18 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
     }
 
 
-def built_block(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def built_block(
+    kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> nn.Module:
     """`kind(**arguments)`, if that has these shapes; without drawing random numbers."""
     if arguments.keys() & _NO_ARGUMENTS:
         raise RecordError("device and dtype are those of the site, and no arguments")
 
     def build(device: str) -> nn.Module:
+        with torch.device("cpu"):  # on which blocks try their activations
+            decoded = {name: _decoded(value, name) for name, value in arguments.items()}
         with torch.device(device):
-            return kind(**{name: _decoded(value, name) for name, value in arguments.items()})
+            return kind(**decoded)
 
     with torch.random.fork_rng(devices=[]):
         found = parameter_shapes(build("meta"))
@@ -93,9 +95,7 @@ def built_block(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Sha
         return build("cpu")
 
 
-def built_copy(
-    described: Mapping[str, Any], shapes: Shapes, site: nn.Module, model: nn.Module
-) -> CopiedBlock:
+def built_copy(described: Mapping[str, Any], site: nn.Module, model: nn.Module) -> CopiedBlock:
     """A copy of the module that the description names; of the site where it names none."""
     of, copied = described.get("of"), described["copied"]
     original = site if of is None else dict(model.named_modules()).get(of)
@@ -105,8 +105,6 @@ def built_copy(
         raise RecordError(f"{what}, and here is {here}")
     own = settings(original)
     differing = first_difference(described.get("settings", own), own)  # not in the first versions
-    if not differing and parameter_shapes(original) != dict(shapes):
-        differing = f"{parameter_shapes(original)} for {dict(shapes)}"
     if differing:
         raise RecordError(f"{what}, which is another one here: {differing}")
     return CopiedBlock(original, list(described["arguments"]["pinned"]))
@@ -149,7 +147,12 @@ def _decoded(value: Any, name: str = "") -> Any:
     if value.keys() == {"function"}:
         return _FUNCTIONS[value["function"]]
     if value.keys() == {"module", "arguments"}:
-        return _MODULES[value["module"]](**_plain(value["arguments"]))
+        kind, arguments = _MODULES[value["module"]], _plain(value["arguments"])
+        with torch.device("meta"):
+            size = sum(p.numel() for p in kind(**arguments).parameters())
+        if size > _MOST_IN_ACTIVATION:
+            raise RecordError(f"{kind.__name__} is given {arguments}, which makes it too large")
+        return kind(**arguments)
     if value.keys() == {"class"}:
         return _CLASSES[value["class"]]
     if value.keys() == {"class", "arguments", "options"}:
@@ -169,6 +172,9 @@ def _plain(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 
 _NO_ARGUMENTS = {"device", "dtype"}
+_MOST_IN_ACTIVATION = 2**16
+"""Parameters of an activation; PReLU has one, or one for each channel."""
+
 _MODULES: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
@@ -210,13 +216,11 @@ _FUNCTIONS = {
 def settings(
     module: nn.Module, deep: bool = False, inside: tuple[object, ...] = ()
 ) -> dict[str, str]:
-    """Name → value, as text, of the attributes of a module and of those inside it.
+    """Name → value, as text, of what makes a module, but for parameters and how it runs just now.
 
-    With them are their classes and the shapes of their buffers. Left out is what is None, and what
-    only says how a module runs just now. `deep` is for modules of one process that have to be alike
-    in everything: it adds tensors, which may be left from the last pass, and the numbers of layers,
-    which change as the model grows. `inside` are the objects on the way to the module, so that a
-    circle of them ends.
+    `deep` is for modules of one process that have to be alike in everything: it adds tensors, which
+    may be left from the last pass, and the numbers of layers, which change as the model grows.
+    `inside` are the objects on the way to the module, so that a circle of them ends.
     """
     found: dict[str, str] = {}
     for owner, part in module.named_modules(remove_duplicate=False):
@@ -243,9 +247,8 @@ def first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
 
 
 _INTERNAL = frozenset(vars(nn.Module())) | {
-    "_is_hf_initialized",  # of Transformers, as are the next two
-    "gradient_checkpointing",
-    "_gradient_checkpointing_func",
+    "_is_hf_initialized",  # of Transformers, as are the others
+    *("gradient_checkpointing", "_gradient_checkpointing_func"),
 }
 LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
 """By which the layers of Transformers know their place in the cache; insertion renumbers them."""
@@ -292,17 +295,8 @@ def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
     return f"{kind} {shown(vars(value))}"
 
 
-_OPEN = (
-    nn.Module,
-    Mapping,
-    Set,
-    list,
-    tuple,
-    functools.partial,
-    FunctionType,
-    MethodType,
-    CodeType,
-)
+_CALLABLES = (functools.partial, FunctionType, MethodType, CodeType)
+_OPEN = (nn.Module, Mapping, Set, list, tuple, *_CALLABLES)
 """What is described with all that it holds; another object only down to the objects in it."""
 
 

@@ -35,8 +35,7 @@ from constrained_growth.insertion.training_state import (
     as_optimizers,
     check_optimizers,
     checked_copies,
-    held,
-    kept_on_error,
+    restoring,
 )
 from constrained_growth.solution import Planned, Solution
 
@@ -123,13 +122,12 @@ def insert(
     if not names:
         return GrowthRecord((), shapes)
     books = [open_books(one) for one in models]
-    _check_books(model, books[0], planned)
     example = solution.example if data is None else preservation.first_input(data, model)
     siblings = _siblings(model, books[0], planned, example)
     new = [_new_layers(one, model, planned, siblings) for one in models]
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
-    with kept_on_error(models, optimizers):
+    with restoring(models, optimizers):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
             one.update()
@@ -169,15 +167,6 @@ class _NewLayer:
     is_sibling: bool  # whether it becomes the next element of the list that the site is in
 
 
-def _check_books(model: nn.Module, books: Books, planned: Mapping[str, Planned]) -> None:
-    """Refuse layers that the class of the model could not hold in their lists."""
-    for name, one in planned.items():
-        if _is_in_list(model, books, one) and books.counts(one.after):
-            refusal = books.refusal(one.after, standalone_form(deepcopied(one.block)))
-            if refusal is not None:
-                raise CandidateError(f'"{name}" cannot follow "{one.after}": {refusal}')
-
-
 def _siblings(
     model: nn.Module, books: Books, planned: Mapping[str, Planned], example: object
 ) -> frozenset[str]:
@@ -188,32 +177,34 @@ def _siblings(
     derivative alone. So the outputs are compared with the pins moved.
     """
     listed = {name: one for name, one in planned.items() if _is_in_list(model, books, one)}
-    counted = {name for name, one in listed.items() if books.counts(one.after)}
+    counted = [name for name, one in listed.items() if books.counts(one.after)]
+    for name in counted:
+        layer = standalone_form(deepcopied(listed[name].block))
+        refusal = books.refusal(listed[name].after, layer)
+        if refusal is not None:
+            raise CandidateError(f'"{name}" cannot follow "{listed[name].after}": {refusal}')
 
     def outputs(siblings: Collection[str]) -> preservation.Outputs:
         new = _new_layers(model, model, listed, siblings)
         for one in new:
             _move_pins(one.planned.block)
-        put_back = held([model])
-        try:
+        with restoring([model], always=True):
             _put_into(model, new)
             books.update()
             return preservation.outputs_of(model, example, optional=True)
-        finally:
-            put_back()
 
     def look() -> frozenset[str]:
         around = outputs(()) if example is not None else {}
 
         def fault(*siblings: str) -> str:
             # a library that counts its layers may return an entry for each
-            growing = not counted.isdisjoint(siblings)
+            growing = any(name in counted for name in siblings)
             return preservation.disagreement(model, around, outputs(siblings), growing=growing)
 
         if not around or not fault(*listed):
             return frozenset(listed)
         faults = {name: fault(name) for name in listed}
-        for name in [name for name in listed if faults[name] and name in counted]:
+        for name in [name for name in counted if faults[name]]:
             raise CandidateError(
                 f'"{name}" as the next element of its list makes another network than the one λ is '
                 f"for: {faults[name]}. The model may return something of each layer (a loss of "
@@ -235,7 +226,7 @@ def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
     is_element = list_of(model, model.get_submodule(planned.after)) is not None
     if not stands_alone or planned.wrapped or not is_element:
         return False
-    return books.is_free(planned.after) or books.counts(planned.after)
+    return books.counts(planned.after) is not False
 
 
 def _move_pins(block: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,16 +15,15 @@ from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, coarsest_epsilon, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._structure import entries
 from constrained_growth.errors import BlockError, DataError
 
 Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
 """"train" or "eval" → path → tensor of the output in that mode; the model's own mode first."""
 
 
-def first_input(data: object, model: nn.Module) -> object | None:
+def first_input(data: Iterable[Any], model: nn.Module) -> object | None:
     """The input of the first `(input, target)` batch, on the model's device; None without one."""
-    if not isinstance(data, Iterable):
-        raise DataError(f"data={data!r:.80} is not iterable; give [(input, target)].")
     with untouched(model, data):
         return next((input for input, _ in batches(data, device_of(model))), None)
 
@@ -63,13 +61,10 @@ def check_preserved(
 ) -> dict[str, float]:
     """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
-    In the mode the model is in, outputs may differ by 1000 ε (at most 1/16) of their largest
-    entry, where ε is the coarsest machine precision among parameters, outputs, autocast and
-    float32 matrix products. In the other mode the difference is only reported, since some blocks
-    are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
-    count: all other modules get the numbers they got before. A mode without a floating-point
-    tensor in the output is left out. `siblings` are the names of those that must be reached; the
-    others are where their sites are, which may be idle on this input.
+    That is 1000 ε (at most 1/16) of the largest entry, where ε is the coarsest machine precision
+    among parameters, outputs, autocast and float32 products. Only the mode the model is in decides,
+    since some blocks are exact in one mode. Random numbers that the inserted layers (name → layer)
+    draw do not count. `siblings` must be reached; the others may stand at sites that are idle here.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
@@ -155,15 +150,12 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Te
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
         return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple | list):
-        # a sequence that grows, with an entry per layer, shares no path with the one before
-        items = (((index, len(value)), item) for index, item in enumerate(value))
-    elif dataclasses.is_dataclass(value):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    return {k: t for key, item in items for k, t in _tensors(item, (*path, key)).items()}
+    # a sequence that grows, with an entry per layer, shares no path with the one before
+    size = (len(value),) if isinstance(value, tuple | list) else ()
+    found: dict[tuple[Any, ...], Tensor] = {}
+    for key, item in entries(value):
+        found |= _tensors(item, (*path, (key, *size) if size else key))
+    return found
 
 
 def _difference(before: Tensor, after: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from torch import nn
 
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.blocks.protocol import REGISTERED
@@ -26,7 +26,7 @@ from constrained_growth.insertion.layer import (
     put_into,
     standalone_form,
 )
-from constrained_growth.insertion.training_state import kept_on_error
+from constrained_growth.insertion.training_state import restoring
 
 _VERSION = 3
 """1 had no `placement` and `output`; 2 neither "joined" nor the `settings` of a copy."""
@@ -79,6 +79,7 @@ class GrowthRecord:
         Example:
             Train the new layers alone, and freeze the rest:
 
+            >>> import torch
             >>> import constrained_growth as cg
             >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
             >>> data = [(torch.randn(8, 2), torch.randn(8, 4))]
@@ -238,7 +239,7 @@ def replay(
         )
     _check_size(record, model, given)
     books = open_books(model)
-    with kept_on_error([model]):
+    with restoring([model]):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
@@ -305,14 +306,14 @@ def _rebuilt(
     layer: InsertedLayer, given: nn.Module | None, site: nn.Module, model: nn.Module
 ) -> nn.Module:
     """The block given, the one that the record still holds, or one made from its description."""
+    described, is_sibling = layer.block, layer.placement == "sibling"
     if given is not None:
-        block = copy.deepcopy(given)
-        stands_alone = callable(getattr(block, "standalone", None))
-        return standalone_form(block) if stands_alone and layer.placement == "sibling" else block
+        block = deepcopied(given)
+        stands_alone = is_sibling and callable(getattr(block, "standalone", None))
+        return standalone_form(block) if stands_alone else block
     if layer.pristine is not None:
-        return copy.deepcopy(layer.pristine)
-    described, shapes = layer.block, layer.parameters
-    kind, is_sibling = str(described.get("type")), layer.placement == "sibling"
+        return deepcopied(layer.pristine)
+    kind = str(described.get("type"))
     if described.get("arguments") is None or kind not in REGISTERED:
         why = described.get("reason", "its class is not registered in this process")
         raise RecordError(
@@ -322,11 +323,8 @@ def _rebuilt(
         )
     try:
         if kind != CopiedBlock.__qualname__:
-            return built_block(REGISTERED[kind], dict(described["arguments"]), shapes)
-        site = without_inserted(site)
-        if not is_sibling:
-            shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
-        block = built_copy(described, shapes, site, model)
+            return built_block(REGISTERED[kind], dict(described["arguments"]), layer.parameters)
+        block = built_copy(described, without_inserted(site), model)
         return block.standalone() if is_sibling else block
     except Exception as error:
         raise RecordError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any
@@ -114,20 +114,10 @@ def add_parameters(
 
 
 @contextmanager
-def kept_on_error(
-    models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = ()
+def restoring(
+    models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = (), *, always: bool = False
 ) -> Iterator[None]:
-    """After an error, restore the structure of models and optimizers, as `held` does."""
-    put_back = held(models, optimizers)
-    try:
-        yield
-    except BaseException:
-        put_back()
-        raise
-
-
-def held(models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = ()) -> Callable[[], None]:
-    """Restores, when called, the submodules and attributes of modules, and groups and states."""
+    """After an error, or always, restore submodules and attributes, and groups and states."""
     containers: list[Any] = []
     for module in (module for model in models for module in model.modules()):
         containers += [vars(module), module._modules]
@@ -136,13 +126,14 @@ def held(models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = ()) -> C
         containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
     # the modules of a ScriptModule are in neither, and stay
     kept = [(one, one.copy()) for one in containers if isinstance(one, dict | list)]
-
-    def put_back() -> None:
-        for container, before in kept:
+    stays = False
+    try:
+        yield
+        stays = not always
+    finally:
+        for container, before in kept if not stays else ():
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
-
-    return put_back
 
 
 def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:

@@ -28,7 +28,7 @@ from constrained_growth.insertion.training_state import (
     as_optimizers,
     check_optimizers,
     checked_copies,
-    kept_on_error,
+    restoring,
 )
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, TopK, When
@@ -209,7 +209,7 @@ class Grower:
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
         models = [self.model, *checked_copies(self.model, self.averaged)]
-        with kept_on_error(models, self.optimizers):
+        with restoring(models, self.optimizers):
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
