@@ -137,12 +137,12 @@ def inserted_layers(wrapper: WithInsertedLayer) -> dict[str, nn.Module]:
 
 def is_inserted(name: str, model: nn.Module) -> bool:
     """Whether a module of the model, given by its name, is an inserted layer or a part of one."""
-    owner = model
-    for part in name.split("."):
-        if isinstance(owner, WithInsertedLayer) and part in inserted_layers(owner):
-            return True
-        owner = owner.get_submodule(part)
-    return False
+    parts = name.split(".")
+    owners = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    return any(
+        isinstance(owner, WithInsertedLayer) and part in inserted_layers(owner)
+        for owner, part in zip(owners, parts, strict=True)
+    )
 
 
 def add_layer(

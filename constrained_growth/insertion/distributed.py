@@ -66,8 +66,7 @@ def _reinitialise(wrapper: DistributedDataParallel) -> None:
     if not given.bucket_bytes_cap_default:
         settings["bucket_cap_mb"] = given.bucket_bytes_cap / 2**20
     module, training, syncs_buffers = wrapper.module, wrapper.training, given.broadcast_buffers
-    kept = {key for key in vars(nn.Module()) if "hooks" in key}
-    hooks = {key: value for key, value in vars(wrapper).items() if key in kept}
+    hooks = {key: vars(wrapper)[key] for key in vars(nn.Module()) if "hooks" in key}
     reductions = list(given._comm_hooks)
     wrapper.__init__(module, **settings)
     given.broadcast_buffers = syncs_buffers
