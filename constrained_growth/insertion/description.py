@@ -232,7 +232,7 @@ def settings(
                 value = _values(buffer) if deep and not lasts else ""
                 found[prefix + name] = f"buffer {tuple(buffer.shape)}{value}"
         for name, value in vars(part).items():
-            is_setting = name not in _INTERNAL and (deep or name not in LAYER_NUMBERS)
+            is_setting = name not in INTERNAL and (deep or name not in LAYER_NUMBERS)
             if is_setting and value is not None and (deep or not isinstance(value, Tensor)):
                 found[prefix + name] = _text(value, deep, (*inside, module, part))
     return {name: _short(text) for name, text in found.items()}
@@ -246,7 +246,7 @@ def first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
     return ""
 
 
-_INTERNAL = frozenset(vars(nn.Module())) | {
+INTERNAL = frozenset(vars(nn.Module())) | {
     "_is_hf_initialized",  # of Transformers, as are the others
     *("gradient_checkpointing", "_gradient_checkpointing_func"),
 }

@@ -20,13 +20,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
 from constrained_growth._arguments import instance
-from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.description import LAYER_NUMBERS, settings
+from constrained_growth.insertion.description import INTERNAL, LAYER_NUMBERS
 
 insert = insertion.insert
 replay = insertion.replay
@@ -348,12 +347,18 @@ def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | No
         setattr(holder, stack.entry, type(value)(changed))
 
 
-def _traits(layer: nn.Module) -> set[tuple[str, str]]:
-    """Classes, shapes and settings of a layer, except for its number and the rates of dropout."""
-    layer = without_inserted(layer)
-    modules = dict(layer.named_modules())
-    found = settings(layer) | {name: str(shape) for name, shape in parameter_shapes(layer).items()}
-    return {(name, text) for name, text in found.items() if "drop" not in name or name in modules}
+def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
+    """Classes, shapes and plain attributes of a layer, except for numbers and dropout."""
+    layer, found = without_inserted(layer), set[tuple[str, str, str]]()
+    for name, module in layer.named_modules():
+        found.add((name, "class", type(module).__name__))
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        found |= {(name, key, str(tuple(tensor.shape))) for key, tensor in tensors}
+        for key, value in vars(module).items() if "drop" not in name else ():
+            # a list may have an entry for each layer of the model
+            if _is_plain(value) and key not in LAYER_NUMBERS | INTERNAL and "drop" not in key:
+                found.add((name, key, repr(value)))
+    return found
 
 
 def _is_plain(value: object) -> bool:
