@@ -7,7 +7,7 @@ instead, and returns nothing but the value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -55,6 +55,16 @@ def instance(name: str, value: Any, kind: type[T], error: type[GrowthError], fix
     if not isinstance(value, kind):
         raise error(f"{name}={value!r:.80} is no {kind.__name__}; give {fix}.")
     return value
+
+
+def several(
+    name: str, value: Any, kind: type[T], error: type[GrowthError], fix: str
+) -> tuple[T, ...]:
+    """A tuple of one object of a class, of several, or of none for None."""
+    given = () if value is None else (value,) if isinstance(value, kind) else value
+    if not isinstance(given, Sequence) or not all(isinstance(one, kind) for one in given):
+        raise error(f"{name}={value!r:.80} is no {kind.__name__}, nor several; give {fix}.")
+    return tuple(given)
 
 
 def data_again(name: str, data: object) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,40 +82,37 @@ class Books:
     """The books of all models inside a module; those that keep none are free to change."""
 
     model: nn.Module
-    inside: Mapping[str, Bookkeeping]  # by the name of the outermost model that keeps them
+    inside: Mapping[str, Bookkeeping]  # by the prefix of the names in the model that keeps them
 
-    def counts(self, after: str) -> bool:
-        """Whether some books count the element."""
-        return any(books.counts(name) for books, name in self._about(after))
-
-    def is_free(self, after: str) -> bool:
-        """Whether there are no books about the module."""
-        return not any(self._about(after))
+    def counts(self, after: str) -> bool | None:
+        """Whether the books about the module count it; None if there are none."""
+        about = self._about(after)
+        return None if about is None else about[0].counts(about[1])
 
     def refusal(self, after: str, layer: nn.Module) -> str | None:
         """As for `Bookkeeping`."""
-        return next((books.refusal(name, layer) for books, name in self._about(after)), None)
+        about = self._about(after)
+        return None if about is None else about[0].refusal(about[1], layer)
 
     def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""
         found = []
         for owner in self.inside:
-            here = [name for name in names if _is_within(name, owner)]
+            here = [name for name in names if name.startswith(owner)]
             rest = [name for name in here if not self.counts(name)]
             found += rest if len(rest) < len(here) else []
         return found
 
     def update(self) -> None:
         """As for `Bookkeeping`."""
-        for name, books in self.inside.items():
-            parts = name.split(".") if name else []
-            owners = [".".join(parts[:count]) for count in range(len(parts))]
-            books.update([self.model.get_submodule(owner) for owner in owners])
-
-    def _about(self, after: str) -> Iterator[tuple[Bookkeeping, str]]:
         for owner, books in self.inside.items():
-            if _is_within(after, owner):
-                yield books, _relative(after, owner)
+            parts = owner.split(".")[:-1]
+            around = [".".join(parts[:count]) for count in range(len(parts))]
+            books.update([self.model.get_submodule(name) for name in around])
+
+    def _about(self, after: str) -> tuple[Bookkeeping, str] | None:
+        inside = self.inside.items()
+        return next(((one, after[len(o) :]) for o, one in inside if after.startswith(o)), None)
 
 
 def open_books(model: nn.Module) -> Books:
@@ -125,18 +122,10 @@ def open_books(model: nn.Module) -> Books:
         importlib.import_module(_INTEGRATIONS[library])
     found: dict[str, Bookkeeping] = {}
     for name, module in model.named_modules():
-        books = None if any(_is_within(name, owner) for owner in found) else _open(module)
+        books = None if name.startswith((*found,)) else _open(module)
         if books is not None:
-            found[name] = books
+            found[f"{name}." if name else ""] = books
     return Books(model, found)
-
-
-def _is_within(name: str, owner: str) -> bool:
-    return not owner or name.startswith(f"{owner}.")
-
-
-def _relative(name: str, owner: str) -> str:
-    return name.removeprefix(f"{owner}.") if owner else name
 
 
 _INTEGRATIONS = {"transformers": "constrained_growth.integrations.transformers"}

@@ -100,28 +100,19 @@ class WithInsertedLayer(nn.Module):
         return sorted({*super().__dir__(), *dir(user_module(self))})
 
 
-_PASSED_ON: dict[str, Callable[..., Any]] = {
-    "__len__": len,
-    "__bool__": bool,
-    "__iter__": iter,
-    "__reversed__": reversed,
-    "__contains__": operator.contains,
-    "__getitem__": operator.getitem,
-    "__setitem__": operator.setitem,
-    "__delitem__": operator.delitem,
-    "register_parameter": lambda base, *args, **kwargs: base.register_parameter(*args, **kwargs),
-    "register_buffer": lambda base, *args, **kwargs: base.register_buffer(*args, **kwargs),
-    "add_module": lambda base, *args, **kwargs: base.add_module(*args, **kwargs),
-}
-"""What `__getattr__` does not catch, as it is looked up in the class, or is there."""
+def _pass_on(name: str, function: Callable[..., Any]) -> None:
+    """Define a method that `__getattr__` does not catch, as it is there, or is the class's."""
+    setattr(
+        WithInsertedLayer, name, lambda self, *args, **kw: function(user_module(self), *args, **kw)
+    )
 
 
-def _passed_on(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: function(user_module(self), *args, **kwargs)
-
-
-for _name, _function in _PASSED_ON.items():
-    setattr(WithInsertedLayer, _name, _passed_on(_function))
+for _function in (len, bool, iter, reversed):
+    _pass_on(f"__{_function.__name__}__", _function)
+for _name in ("__contains__", "__getitem__", "__setitem__", "__delitem__"):
+    _pass_on(_name, getattr(operator, _name))
+for _name in ("register_parameter", "register_buffer", "add_module"):
+    _pass_on(_name, lambda base, *args, _name=_name, **kw: getattr(base, _name)(*args, **kw))
 
 _MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
 """Attributes by which PyTorch, and Accelerate, run each module; the wrapper has its own."""
@@ -146,12 +137,12 @@ def inserted_layers(wrapper: WithInsertedLayer) -> dict[str, nn.Module]:
 
 def is_inserted(name: str, model: nn.Module) -> bool:
     """Whether a module of the model, given by its name, is an inserted layer or a part of one."""
-    owner = model
-    for part in name.split("."):
-        if isinstance(owner, WithInsertedLayer) and part in inserted_layers(owner):
-            return True
-        owner = owner.get_submodule(part)
-    return False
+    parts = name.split(".")
+    owners = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    return any(
+        isinstance(owner, WithInsertedLayer) and part in inserted_layers(owner)
+        for owner, part in zip(owners, parts, strict=True)
+    )
 
 
 def add_layer(

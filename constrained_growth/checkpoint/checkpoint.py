@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,15 @@ from constrained_growth.checkpoint.optimizer_state import (
     parameter_names,
 )
 from constrained_growth.errors import CheckpointError, GrowthError
-from constrained_growth.insertion.averaged import Copies, as_copies, grown_in
 from constrained_growth.insertion.distributed import rewrap
-from constrained_growth.insertion.layer import structure_kept_on_error
-from constrained_growth.insertion.optimizer_state import as_optimizers
 from constrained_growth.insertion.record import GrowthRecord, replay
+from constrained_growth.insertion.training_state import (
+    Copies,
+    as_copies,
+    as_optimizers,
+    grown_in,
+    restoring,
+)
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -293,9 +296,9 @@ def resume(
         )
     copies = as_copies(averaged)
     _check_number("averaged", copies, checkpoint.averaged)
-    with ExitStack() as undo:
-        for one in (model, *map(grown_in, copies)):
-            undo.enter_context(structure_kept_on_error(one))
+    models = [model, *map(grown_in, copies)]
+    with restoring(models):
+        for one in models:
             replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)
         optimizer = optimizer_factory(model.parameters())

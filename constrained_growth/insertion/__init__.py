@@ -2,7 +2,8 @@
 
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.insert import insert
-from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, replay
+from constrained_growth.insertion.layer import InsertedLayer
+from constrained_growth.insertion.record import GrowthRecord, replay
 
 __all__ = [
     "GrowthRecord",

@@ -7,21 +7,21 @@ nothing is allocated before its size is known, as blocks are built on the meta d
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from enum import Enum
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion.settings import first_difference, settings
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict[str, Any]:
@@ -76,37 +76,38 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
     }
 
 
-def built_block(kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Shapes) -> nn.Module:
+def built_block(
+    kind: type[nn.Module], arguments: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
+) -> nn.Module:
     """`kind(**arguments)`, if that has these shapes; without drawing random numbers."""
-    if arguments.keys() & {"device", "dtype"}:
+    if arguments.keys() & _NO_ARGUMENTS:
         raise RecordError("device and dtype are those of the site, and no arguments")
+
+    def build(device: str) -> nn.Module:
+        with torch.device("cpu"):  # on which blocks try their activations
+            decoded = {name: _decoded(value, name) for name, value in arguments.items()}
+        with torch.device(device):
+            return kind(**decoded)
+
     with torch.random.fork_rng(devices=[]):
-        values = {name: _decoded(value, name) for name, value in arguments.items()}
-        with torch.device("meta"):
-            found = parameter_shapes(kind(**values))
+        found = parameter_shapes(build("meta"))
         if found != dict(shapes):
             raise RecordError(f"the arguments give parameters {found}, and not {dict(shapes)}")
-        with torch.device("cpu"):
-            return kind(**{name: _decoded(value, name) for name, value in arguments.items()})
+        return build("cpu")
 
 
-def built_copy(
-    described: Mapping[str, Any], shapes: Shapes, site: nn.Module, model: nn.Module
-) -> CopiedBlock:
+def built_copy(described: Mapping[str, Any], site: nn.Module, model: nn.Module) -> CopiedBlock:
     """A copy of the module that the description names; of the site where it names none."""
-    of = described.get("of")
+    of, copied = described.get("of"), described["copied"]
     original = site if of is None else dict(model.named_modules()).get(of)
-    what, copied = "its site" if of is None else f'"{of}"', described["copied"]
+    what = f"it is a copy of the {copied} at " + ("its site" if of is None else f'"{of}"')
     if original is None or original is model or type(original).__qualname__ != copied:
         here = "nothing" if original is None else f"a {type(original).__qualname__}"
-        raise RecordError(f"it is a copy of the {copied} at {what}, and here is {here}")
+        raise RecordError(f"{what}, and here is {here}")
     own = settings(original)
     differing = first_difference(described.get("settings", own), own)  # not in the first versions
-    if differing or parameter_shapes(original) != dict(shapes):
-        differing = differing or f"{parameter_shapes(original)} for {dict(shapes)}"
-        raise RecordError(
-            f"it is a copy of the {copied} at {what}, which is another one here: {differing}"
-        )
+    if differing:
+        raise RecordError(f"{what}, which is another one here: {differing}")
     return CopiedBlock(original, list(described["arguments"]["pinned"]))
 
 
@@ -116,12 +117,12 @@ def _encoded(value: Any) -> Any:
         kind = type(value)
         if _MODULES.get(kind.__name__) is not kind:
             raise TypeError(f"{kind.__qualname__} is no activation of PyTorch")
-        arguments = {name: getattr(value, name) for name in _options(kind) if hasattr(value, name)}
-        return {"module": kind.__name__, "arguments": _checked_plain(arguments)}
+        names = [n for n in inspect.signature(kind).parameters if n not in _NO_ARGUMENTS]
+        arguments = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        return {"module": kind.__name__, "arguments": _plain(arguments)}
     if isinstance(value, functools.partial):
-        arguments = list(_checked_plain(dict(enumerate(value.args))).values())
-        options = _checked_plain(value.keywords)
-        return {**_encoded(value.func), "arguments": arguments, "options": options}
+        arguments = list(_plain(dict(enumerate(value.args))).values())
+        return {**_encoded(value.func), "arguments": arguments, "options": _plain(value.keywords)}
     if isinstance(value, type) and _CLASSES.get(value.__name__) is value:
         return {"class": value.__name__}
     if isinstance(value, tuple):
@@ -133,26 +134,19 @@ def _encoded(value: Any) -> Any:
     name = next((name for name, one in _FUNCTIONS.items() if one is value), None)
     if name is not None:
         return {"function": name}
-    if isinstance(value, bool | int | float | str | None):
-        return value
-    if isinstance(value, np.generic):
-        return _encoded(value.item())
-    raise TypeError(f"{value!r:.80} is no plain value, and no activation of PyTorch")
+    return _plain({"an argument": value})["an argument"]
 
 
 def _decoded(value: Any, name: str = "") -> Any:
     """The argument of that name, from data."""
     if name == "norm_layer" and isinstance(value, str):  # as the first versions wrote it
-        value = {"class": value}
+        return _CLASSES[value]
     if isinstance(value, list):
         return [_decoded(one) for one in value]
     if not isinstance(value, dict):
         return value
     if value.keys() == {"module", "arguments"}:
-        kind = _MODULES[value["module"]]
-        arguments = _checked_plain(value["arguments"])
-        if not arguments.keys() <= set(_options(kind)):
-            raise RecordError(f"{kind.__name__} is given {sorted(arguments)}")
+        kind, arguments = _MODULES[value["module"]], _plain(value["arguments"])
         with torch.device("meta"):
             size = sum(p.numel() for p in kind(**arguments).parameters())
         if size > _MOST_IN_ACTIVATION:
@@ -162,29 +156,23 @@ def _decoded(value: Any, name: str = "") -> Any:
         if value.keys() == {key}:
             return allowed[value[key]]
         if value.keys() == {key, "arguments", "options"}:
-            options = _checked_plain(value["options"])
-            if options.keys() & {"device", "dtype"}:
-                raise RecordError(f"{value[key]} is given {sorted(options)}")
-            _checked_plain(dict(enumerate(value["arguments"])))
-            return functools.partial(allowed[value[key]], *value["arguments"], **options)
+            arguments = _plain(dict(enumerate(value["arguments"]))).values()
+            return functools.partial(allowed[value[key]], *arguments, **_plain(value["options"]))
     if value.keys() == {"tuple"}:
         return tuple(_decoded(one) for one in value["tuple"])
     return {key: _decoded(one) for key, one in value.items()}
 
 
-def _options(kind: type[nn.Module]) -> list[str]:
-    """The arguments of an activation that are recorded."""
-    return [name for name in inspect.signature(kind).parameters if name not in ("device", "dtype")]
-
-
-def _checked_plain(values: Mapping[Any, Any]) -> dict[Any, Any]:
+def _plain(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """The arguments of an activation or a class, if they are numbers, text, True, False or None."""
     plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in values.items()}
     for name, value in plain.items():
-        if not isinstance(value, bool | int | float | str | None):
-            raise TypeError(f"{name}={value!r:.80} is no plain value")
+        if name in _NO_ARGUMENTS or not isinstance(value, bool | int | float | str | None):
+            raise TypeError(f"{name}={value!r:.80} is no plain value, and no activation of PyTorch")
     return plain
 
 
+_NO_ARGUMENTS = {"device", "dtype"}
 _MOST_IN_ACTIVATION = 2**16
 """Parameters of an activation; PReLU has one, or one for each channel."""
 
@@ -224,3 +212,104 @@ _FUNCTIONS = {
     for name in names.split()
 }
 """Functions of one tensor, which do nothing else than to return another one."""
+
+
+def settings(
+    module: nn.Module, deep: bool = False, inside: tuple[object, ...] = ()
+) -> dict[str, str]:
+    """Name → value, as text, of what makes a module, but for parameters and how it runs just now.
+
+    `deep` is for modules of one process that have to be alike in everything: it adds tensors, which
+    may be left from the last pass, and the numbers of layers, which change as the model grows.
+    `inside` are the objects on the way to the module, so that a circle of them ends.
+    """
+    found: dict[str, str] = {}
+    for owner, part in module.named_modules(remove_duplicate=False):
+        prefix = f"{owner}." if owner else ""
+        found[owner or "class"] = type(part).__qualname__
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                lasts = name not in part._non_persistent_buffers_set
+                value = _values(buffer) if deep and not lasts else ""
+                found[prefix + name] = f"buffer {tuple(buffer.shape)}{value}"
+        for name, value in vars(part).items():
+            is_setting = name not in INTERNAL and (deep or name not in LAYER_NUMBERS)
+            if is_setting and value is not None and (deep or not isinstance(value, Tensor)):
+                found[prefix + name] = _text(value, deep, (*inside, module, part))
+    return {name: _short(text) for name, text in found.items()}
+
+
+def first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
+    """The first entry in which two settings differ, in words; "" if there is none."""
+    for name in sorted(one.keys() | other.keys()):
+        if one.get(name) != other.get(name):
+            return f"{name} is {one.get(name)} and {other.get(name)}"
+    return ""
+
+
+INTERNAL = frozenset(vars(nn.Module())) | {
+    "_is_hf_initialized",  # of Transformers, as are the others
+    *("gradient_checkpointing", "_gradient_checkpointing_func"),
+}
+LAYER_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
+"""By which the layers of Transformers know their place in the cache; insertion renumbers them."""
+
+
+def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
+    """A value as text that is the same in every process."""
+    if any(value is one for one in inside):
+        return "itself"
+
+    def shown(one: Any) -> str:
+        return _text(one, deep, (*inside, value))
+
+    if isinstance(value, Enum):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray):
+        return shown(value.tolist())
+    if isinstance(value, bool | int | float | complex | str | bytes | None | torch.dtype):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{shown(k)}: {shown(v)}' for k, v in value.items())}}}"
+    if isinstance(value, Set):
+        return f"{{{', '.join(sorted(map(shown, value)))}}}"
+    if isinstance(value, list | tuple):
+        return f"{'[' if isinstance(value, list) else '('}{', '.join(map(shown, value))}]"
+    if isinstance(value, nn.Module):
+        return repr(settings(value, deep, inside))
+    if isinstance(value, Tensor):
+        return f"tensor {tuple(value.shape)}{_values(value) if deep else ''}"
+    if isinstance(value, functools.partial):
+        return f"partial{shown((value.func, value.args, value.keywords))}"
+    if isinstance(value, MethodType):
+        return shown((value.__func__, value.__self__))
+    if isinstance(value, CodeType):
+        return shown((value.co_code, value.co_names, value.co_consts))
+    name = getattr(value, "__qualname__", None)
+    if isinstance(value, FunctionType) and "<" in value.__qualname__:  # a lambda, or a closure
+        contents = [cell.cell_contents for cell in value.__closure__ or ()]
+        return f"{name} {shown((value.__code__, value.__defaults__, contents))}"
+    if name is not None:  # another function, or a class
+        return f"{value.__module__}.{name}" if deep else name
+    kind = type(value).__qualname__
+    others = [one for one in inside if not isinstance(one, _OPEN)]
+    if others or hasattr(value, "save_pretrained") or not hasattr(value, "__dict__"):
+        return kind  # the configs of Transformers change as a model trains, grows and is saved
+    return f"{kind} {shown(vars(value))}"
+
+
+_CALLABLES = (functools.partial, FunctionType, MethodType, CodeType)
+_OPEN = (nn.Module, Mapping, Set, list, tuple, *_CALLABLES)
+"""What is described with all that it holds; another object only down to the objects in it."""
+
+
+def _values(tensor: Tensor) -> str:
+    """A digest of the values of a tensor."""
+    if tensor.is_meta:
+        return ""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return f" {hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:32]}"

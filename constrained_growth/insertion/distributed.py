@@ -16,7 +16,7 @@ from constrained_growth._sharding import is_spread, sharded_modules, state_like
 from constrained_growth._sites.model import tensors_of
 from constrained_growth._sites.wrapper import WithInsertedLayer, inserted_layers
 from constrained_growth.errors import CandidateError
-from constrained_growth.insertion.optimizer_state import as_optimizers
+from constrained_growth.insertion.training_state import as_optimizers
 
 
 def rewrap(model: nn.Module, optimizer: Optimizer | Sequence[Optimizer] | None = None) -> None:
@@ -66,8 +66,7 @@ def _reinitialise(wrapper: DistributedDataParallel) -> None:
     if not given.bucket_bytes_cap_default:
         settings["bucket_cap_mb"] = given.bucket_bytes_cap / 2**20
     module, training, syncs_buffers = wrapper.module, wrapper.training, given.broadcast_buffers
-    kept = {key for key in vars(nn.Module()) if "hooks" in key}
-    hooks = {key: value for key, value in vars(wrapper).items() if key in kept}
+    hooks = {key: vars(wrapper)[key] for key in vars(nn.Module()) if "hooks" in key}
     reductions = list(given._comm_hooks)
     wrapper.__init__(module, **settings)
     given.broadcast_buffers = syncs_buffers

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,24 @@ from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
-from constrained_growth.insertion import layer as layers
-from constrained_growth.insertion import optimizer_state, preservation
-from constrained_growth.insertion.averaged import checked_copies
+from constrained_growth.insertion import preservation
 from constrained_growth.insertion.description import described_block
-from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, put_into
+from constrained_growth.insertion.layer import (
+    InsertedLayer,
+    Placement,
+    can_join,
+    first_parameter,
+    put_into,
+    standalone_form,
+)
+from constrained_growth.insertion.record import GrowthRecord
+from constrained_growth.insertion.training_state import (
+    add_parameters,
+    as_optimizers,
+    check_optimizers,
+    checked_copies,
+    restoring,
+)
 from constrained_growth.solution import Planned, Solution
 
 
@@ -101,57 +113,47 @@ def insert(
     names = _checked_choice(model, solution)
     if data is not None:
         data_again("data", data)
-    shapes = parameter_shapes(model)
+    shapes, evidence = parameter_shapes(model), solution.decision.evidence
     models = [model, *checked_copies(model, averaged)]
-    planned = {name: solution.candidates[name].block for name in names}
-    optimizers = optimizer_state.as_optimizers(optimizer)
-    optimizer_state.check_optimizers(model, optimizers, planned.values())
-    _check_values(solution, planned)
+    planned = {name: solution.candidates[name] for name in names}
+    optimizers = as_optimizers(optimizer)
+    check_optimizers(model, optimizers, [one.block for one in planned.values()])
+    _check_values(solution, names)
     if not names:
         return GrowthRecord((), shapes)
     books = [open_books(one) for one in models]
-    _check_books(model, books[0], solution, names)
     example = solution.example if data is None else preservation.first_input(data, model)
-    siblings = _siblings(model, books[0], solution, names, example)
-    new = [_new_layers(one, model, solution, names, siblings) for one in models]
-    blocks = {one.name: one.planned.block for one in new[0]}
+    siblings = _siblings(model, books[0], planned, example)
+    new = [_new_layers(one, model, planned, siblings) for one in models]
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
-    with ExitStack() as undo:
-        for one in models:
-            undo.enter_context(layers.structure_kept_on_error(one))
-        for one in optimizers:
-            undo.enter_context(optimizer_state.groups_kept_on_error(one))
+    with restoring(models, optimizers):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
             one.update()
         differences = [
             preservation.check_preserved(
-                one,
-                example,
-                outputs,
-                {n.name: n.module for n in here},
-                siblings=[n.name for n in here if n.is_sibling],
+                one, example, outputs, {n.name: n.module for n in here}, siblings
             )
             for one, outputs, here in zip(models, before, new, strict=True)
         ]
         added = [p for p in model.parameters() if id(p) not in old]
-        optimizer_state.add_parameters(optimizers, model, added, _counterparts(new[0]))
+        add_parameters(optimizers, model, added, _counterparts(new[0]))
         with torch.no_grad():
-            for name, block in blocks.items():
-                pins = pinned_parameters(block)
-                for key, value in solution.decision.values.get(name, {}).items():
+            for layer in new[0]:
+                pins = pinned_parameters(layer.planned.block)
+                for key, value in solution.decision.values.get(layer.name, {}).items():
                     pins[key].add_(value.to(pins[key]))
-        if is_sharded(model) or any(
-            isinstance(m, DistributedDataParallel) for m in model.modules()
-        ):
+        is_wrapped = any(isinstance(m, DistributedDataParallel) for m in model.modules())
+        if is_wrapped or is_sharded(model):
             warnings.warn(
                 "the model is wrapped in DistributedDataParallel or fully_shard, which do not know "
                 "the new parameters; call cg.rewrap(model, optimizer) on all processes.",
                 stacklevel=2,
             )
-    evidence = (dict(solution.decision.evidence),) if solution.decision.evidence else ()
-    return GrowthRecord(tuple(inserted[0]), shapes, differences[0], evidence)
+    return GrowthRecord(
+        tuple(inserted[0]), shapes, differences[0], (dict(evidence),) if evidence else ()
+    )
 
 
 @dataclass(frozen=True)
@@ -161,23 +163,12 @@ class _NewLayer:
     name: str  # of its candidate
     planned: Planned  # as in the solution, with a copy of the block
     site: nn.Module
-    is_sibling: bool  # whether it becomes the next element of the list that the site is in
     module: nn.Module  # the block, or its standalone form
-
-
-def _check_books(model: nn.Module, books: Books, solution: Solution, names: Iterable[str]) -> None:
-    """Refuse layers that the class of the model could not hold in their lists."""
-    for name in names:
-        planned = solution.candidates[name]
-        if _is_in_list(model, books, planned) and books.counts(planned.after):
-            layer = layers.standalone_form(deepcopied(planned.block))
-            refusal = books.refusal(planned.after, layer)
-            if refusal is not None:
-                raise CandidateError(f'"{name}" cannot follow "{planned.after}": {refusal}')
+    is_sibling: bool  # whether it becomes the next element of the list that the site is in
 
 
 def _siblings(
-    model: nn.Module, books: Books, solution: Solution, names: Iterable[str], example: object
+    model: nn.Module, books: Books, planned: Mapping[str, Planned], example: object
 ) -> frozenset[str]:
     """Those of the layers that become the next element of the list that their site is in.
 
@@ -185,45 +176,46 @@ def _siblings(
     the pins: where a loop keeps the output of its third element, an identity before it moves the
     derivative alone. So the outputs are compared with the pins moved.
     """
+    listed = {name: one for name, one in planned.items() if _is_in_list(model, books, one)}
+    counted = [name for name, one in listed.items() if books.counts(one.after)]
+    for name in counted:
+        layer = standalone_form(deepcopied(listed[name].block))
+        refusal = books.refusal(listed[name].after, layer)
+        if refusal is not None:
+            raise CandidateError(f'"{name}" cannot follow "{listed[name].after}": {refusal}')
 
-    def outputs(siblings: frozenset[str]) -> preservation.Outputs:
-        found: preservation.Outputs = {}
-        with suppress(_Undo), layers.structure_kept_on_error(model):
-            new = _new_layers(model, model, solution, listed, siblings)
-            for one in new:
-                _move_pins(one.planned.block)
+    def outputs(siblings: Collection[str]) -> preservation.Outputs:
+        new = _new_layers(model, model, listed, siblings)
+        for one in new:
+            _move_pins(one.planned.block)
+        with restoring([model], always=True):
             _put_into(model, new)
             books.update()
-            found = preservation.outputs_of(model, example, optional=True)
-            raise _Undo
-        return found
+            return preservation.outputs_of(model, example, optional=True)
 
     def look() -> frozenset[str]:
-        around = outputs(frozenset()) if example is not None else {}
+        around = outputs(()) if example is not None else {}
 
-        def fault(siblings: frozenset[str]) -> str:
+        def fault(*siblings: str) -> str:
             # a library that counts its layers may return an entry for each
-            counted = any(books.counts(solution.candidates[name].after) for name in siblings)
-            here = outputs(siblings)
-            return preservation.disagreement(model, around, here, growing=counted)
+            growing = any(name in counted for name in siblings)
+            return preservation.disagreement(model, around, outputs(siblings), growing=growing)
 
-        if not around or not fault(listed):
-            return listed
-        alone = frozenset(name for name in listed if not fault(frozenset({name})))
-        for name in listed - alone:
-            if books.counts(solution.candidates[name].after):
-                raise CandidateError(
-                    f'"{name}" as the next element of its list makes another network than the one '
-                    f"λ is for: {fault(frozenset({name}))}. The model may return something of each "
-                    "layer (a loss of routers), or call it with other arguments there. Choose "
-                    "another site, or ask for Candidate(wrapped=True), which its class could not "
-                    "load."
-                )
-        return alone if not fault(alone) else frozenset()
+        if not around or not fault(*listed):
+            return frozenset(listed)
+        faults = {name: fault(name) for name in listed}
+        for name in [name for name in counted if faults[name]]:
+            raise CandidateError(
+                f'"{name}" as the next element of its list makes another network than the one λ is '
+                f"for: {faults[name]}. The model may return something of each layer (a loss of "
+                "routers), or call it with other arguments there. Choose another site, or ask for "
+                "Candidate(wrapped=True), which its class could not load."
+            )
+        alone = frozenset(name for name in listed if not faults[name])
+        return alone if not fault(*alone) else frozenset()
 
-    listed = frozenset(n for n in names if _is_in_list(model, books, solution.candidates[n]))
     if not listed:
-        return listed
+        return frozenset()
     return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
 
 
@@ -234,11 +226,7 @@ def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
     is_element = list_of(model, model.get_submodule(planned.after)) is not None
     if not stands_alone or planned.wrapped or not is_element:
         return False
-    return books.is_free(planned.after) or books.counts(planned.after)
-
-
-class _Undo(Exception):
-    """Ends a trial."""
+    return books.counts(planned.after) is not False
 
 
 def _move_pins(block: nn.Module) -> None:
@@ -249,29 +237,23 @@ def _move_pins(block: nn.Module) -> None:
 
 
 def _new_layers(
-    model: nn.Module,
-    original: nn.Module,
-    solution: Solution,
-    names: Iterable[str],
-    siblings: Container[str],
+    model: nn.Module, original: nn.Module, planned: Mapping[str, Planned], siblings: Collection[str]
 ) -> list[_NewLayer]:
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
-    for name in names:
-        planned = solution.candidates[name]
+    for name, given in planned.items():
         with torch.inference_mode(False):
-            planned = replace(planned, block=deepcopied(planned.block))
-        site = model.get_submodule(planned.after)
-        planned.block.train(site.training)
-        here = layers.first_parameter(site, model)
-        there = layers.first_parameter(original.get_submodule(planned.after), original)
+            one = replace(given, block=deepcopied(given.block))
+        site = model.get_submodule(one.after)
+        one.block.train(site.training)
+        here = first_parameter(site, model)
+        there = first_parameter(original.get_submodule(one.after), original)
         if here is not None:
-            planned.block.to(here.device)
-            if there is not None and there.dtype != here.dtype:
-                planned.block.to(here.dtype)
+            is_other = there is not None and there.dtype != here.dtype
+            one.block.to(here.device, here.dtype if is_other else None)
         is_sibling = name in siblings
-        module = layers.standalone_form(planned.block) if is_sibling else planned.block
-        found.append(_NewLayer(name, planned, site, is_sibling, module))
+        module = standalone_form(one.block) if is_sibling else one.block
+        found.append(_NewLayer(name, one, site, module, is_sibling))
     return found
 
 
@@ -282,8 +264,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
-        alone: Literal["joined", "wrapped"]
-        alone = "joined" if layers.can_join(model, end, new.module) else "wrapped"
+        alone: Placement = "joined" if can_join(model, end, new.module) else "wrapped"
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -301,11 +282,14 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
 
 def _counterparts(new_layers: Iterable[_NewLayer]) -> dict[int, Tensor]:
     """`id` of a parameter of a new list element → the parameter of that name in its neighbour."""
-    found: dict[int, Tensor] = {}
-    for new in (new for new in new_layers if new.is_sibling):
-        old, added = dict(new.site.named_parameters()), dict(new.module.named_parameters())
-        found |= {id(added[name]): old[name] for name in added.keys() & old.keys()}
-    return found
+    return {
+        id(parameter): old[name]
+        for new in new_layers
+        if new.is_sibling
+        for old in [dict(new.site.named_parameters())]
+        for name, parameter in new.module.named_parameters()
+        if name in old
+    }
 
 
 def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
@@ -334,16 +318,15 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
     return tuple(name for name in solution.candidates if name in chosen)
 
 
-def _check_values(solution: Solution, blocks: Mapping[str, nn.Module]) -> None:
+def _check_values(solution: Solution, chosen: Collection[str]) -> None:
     """Refuse values of the decision that do not fit the chosen blocks."""
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
             raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
-        pins = pinned_parameters(blocks[name]) if name in blocks else {}
-        for key, value in values.items() if pins else ():
-            pin = pins.get(key)
-            if pin is None or not isinstance(value, Tensor) or value.shape != pin.shape:
-                got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+        pins = pinned_parameters(solution.candidates[name].block)
+        for key, value in values.items() if name in chosen else ():
+            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+            if key not in pins or got != pins[key].shape:
                 shapes = {k: tuple(p.shape) for k, p in pins.items()}
                 raise RuleError(
                     f'decision.values["{name}"]["{key}"]={got} is no deviation from a pin of that '

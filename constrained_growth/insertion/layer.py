@@ -1,18 +1,50 @@
-"""Where an inserted layer can go, and in which form."""
+"""One inserted layer: what a record says of it, its form, and its place in the model."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.context import takes_context
-from constrained_growth._sites.wrapper import WithInsertedLayer, user_module
+from constrained_growth._sites.model import list_of
+from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, user_module
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import BlockError
+from constrained_growth.errors import BlockError, RecordError
+
+Placement = Literal["wrapped", "joined", "sibling"]
+
+
+@dataclass(frozen=True)
+class InsertedLayer:
+    """One inserted layer.
+
+    Attributes:
+        name: Name of its candidate.
+        after: Qualified name of the module it follows, at the moment of its insertion.
+        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold; for a copy
+            also `of` which module, and the `settings` that it had. Where `arguments` is None, for
+            the `reason` given, pass the block to `replay`.
+        parameters: Name → shape of the block's parameters.
+        overwritten: Whether the model changes the output in place afterwards.
+        output: Which tensor of the module's output the layer works on, as in `Candidate`.
+        placement: "wrapped" around the module, "joined" to the wrapper that stood there already,
+            or "sibling", the next element of its list.
+        pristine: A copy of the block as inserted; not part of the JSON text.
+    """
+
+    name: str
+    after: str
+    block: Mapping[str, Any]
+    parameters: Mapping[str, tuple[int, ...]]
+    overwritten: bool = False
+    output: int | str | None = None
+    placement: Placement = "wrapped"
+    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 def wrapper_for(model: nn.Module, site: nn.Module) -> WithInsertedLayer | None:
@@ -55,16 +87,33 @@ def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
     return next(itertools.chain(site.parameters(), model.parameters()), None)
 
 
-@contextmanager
-def structure_kept_on_error(model: nn.Module) -> Iterator[None]:
-    """After an error, restore the submodules and attributes of every module."""
-    kept = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
-    try:
-        yield
-    except BaseException:
-        for module, attributes, children in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._modules.clear()
-            module._modules.update(children)
-        raise
+def put_into(
+    model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
+) -> nn.Module:
+    """Insert a layer after a site as its record says; returns the module now at its place."""
+    if record.placement == "sibling":
+        owner = list_of(model, site)
+        if owner is None:
+            raise RecordError(
+                f'model: "{record.after}", the site of the layer "{record.name}" in the record, is '
+                "no element of an nn.ModuleList or nn.Sequential."
+            )
+        place = next(i for i, element in enumerate(owner) if element is site)
+        owner.insert(place + 1, layer)
+        return layer
+    if record.placement == "joined":
+        wrapper = wrapper_for(model, site)
+        if wrapper is None:
+            raise RecordError(
+                f'model: at "{record.after}", the site of the layer "{record.name}" in the record, '
+                "joined others that are not there; replay the records of all rounds in their order."
+            )
+        add_layer(wrapper, site, layer, record.output, record.overwritten)
+        return site if site is wrapper else layer
+    wrapper = WithInsertedLayer(site)
+    add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
+    for owner in list(model.modules()):
+        for key, child in owner._modules.items():
+            if child is site and owner is not wrapper:  # under every name that it has
+                owner._modules[key] = wrapper
+    return wrapper

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,16 +15,15 @@ from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, coarsest_epsilon, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._structure import entries
 from constrained_growth.errors import BlockError, DataError
 
 Outputs = Mapping[str, Mapping[tuple[Any, ...], Tensor]]
 """"train" or "eval" → path → tensor of the output in that mode; the model's own mode first."""
 
 
-def first_input(data: object, model: nn.Module) -> object | None:
+def first_input(data: Iterable[Any], model: nn.Module) -> object | None:
     """The input of the first `(input, target)` batch, on the model's device; None without one."""
-    if not isinstance(data, Iterable):
-        raise DataError(f"data={data!r:.80} is not iterable; give [(input, target)].")
     with untouched(model, data):
         return next((input for input, _ in batches(data, device_of(model))), None)
 
@@ -63,41 +61,34 @@ def check_preserved(
 ) -> dict[str, float]:
     """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
-    In the mode the model is in, outputs may differ by 1000 ε (at most 1/16) of their largest
-    entry, where ε is the coarsest machine precision among parameters, outputs, autocast and
-    float32 matrix products. In the other mode the difference is only reported, since some blocks
-    are exact in one mode. Random numbers drawn by the inserted layers (name → layer) do not
-    count: all other modules get the numbers they got before. A mode without a floating-point
-    tensor in the output is left out. `siblings` are the names of those that must be reached; the
-    others are where their sites are, which may be idle on this input.
+    That is 1000 ε (at most 1/16) of the largest entry, where ε is the coarsest machine precision
+    among parameters, outputs, autocast and float32 products. Only the mode the model is in decides,
+    since some blocks are exact in one mode. Random numbers that the inserted layers (name → layer)
+    draw do not count. `siblings` must be reached; the others may stand at sites that are idle here.
     """
     differences: dict[str, float] = {}
     reached: set[str] = set()
     for mode, output in before.items():
         try:
             with _drawing_apart(inserted, reached):
-                grown = _output(model, example, mode == "train")
+                grown = {mode: _output(model, example, mode == "train")}
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
-        pairs = {k: (y, grown[k]) for k, y in output.items() if k in grown and y.numel()}
-        if pairs:
-            differences[mode] = max(_difference(*pair) for pair in pairs.values())
-        epsilon = coarsest_epsilon([*model.parameters(), *(one for one, _ in pairs.values())])
-        beyond = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
+        found = _differences(model, {mode: output}, grown)
+        if found:
+            differences[mode] = max(difference for difference, _ in found.values())
+        beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
         if beyond and mode == next(iter(before)):
-            worst = max(beyond, key=lambda key: _difference(*beyond[key]))
-            entries = ", ".join(sorted({f'"{key[0]}"' for key in beyond if key}))
+            difference, allowed = max(beyond.values())
             raise BlockError(
-                f"with the layers {tuple(inserted)} inserted the output moves by "
-                f"{_difference(*beyond[worst]):.3g} in {mode} mode, more than rounding "
-                f"({_allowed(beyond[worst][0], epsilon):.3g})"
-                f"{f', in its entries {entries}' if entries else ''}: a block is not the identity "
-                "there, or the model is not a function of its input, or returns something of each "
-                "layer (a loss of routers). Nothing was changed; insert(..., data=()) skips this "
-                "check."
+                f"with the layers {tuple(inserted)} inserted the output moves by {difference:.3g} "
+                f"in {mode} mode, more than rounding ({allowed:.3g}){_entries(beyond)}: a block is "
+                "not the identity there, or the model is not a function of its input, or returns "
+                "something of each layer (a loss of routers). Nothing was changed; "
+                "insert(..., data=()) skips this check."
             )
     missing = [name for name in siblings if name not in reached] if before else []
     if missing:
@@ -113,6 +104,20 @@ def disagreement(model: nn.Module, one: Outputs, other: Outputs, *, growing: boo
 
     `growing`: sequences of another length in the output, with an entry per layer, do not count.
     """
+    found = _differences(model, one, other)
+    beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
+    if beyond:
+        return f"the output differs{_entries(beyond)}"
+    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
+    if one.keys() != other.keys() or not (same_keys or (growing and found)):
+        return "the output has other entries"
+    return ""
+
+
+def _differences(
+    model: nn.Module, one: Outputs, other: Outputs
+) -> dict[tuple[Any, ...], tuple[float, float]]:
+    """Mode and path of each tensor that both have → the difference, and what rounding allows."""
     pairs = {
         (mode, *key): (y, other[mode][key])
         for mode in one.keys() & other.keys()
@@ -120,14 +125,13 @@ def disagreement(model: nn.Module, one: Outputs, other: Outputs, *, growing: boo
         if key in other[mode] and y.numel()
     }
     epsilon = coarsest_epsilon([*model.parameters(), *(y for y, _ in pairs.values())])
-    moved = {k: p for k, p in pairs.items() if not _difference(*p) <= _allowed(p[0], epsilon)}
-    same_keys = all(one[mode].keys() == other.get(mode, {}).keys() for mode in one)
-    if moved:
-        entries = ", ".join(sorted({f'"{key[1]}"' for key in moved if len(key) > 1}))
-        return "the output differs" + (f" in {entries}" if entries else "")
-    if one.keys() != other.keys() or not (same_keys or (growing and pairs)):
-        return "the output has other entries"
-    return ""
+    return {key: (_difference(*pair), _allowed(pair[0], epsilon)) for key, pair in pairs.items()}
+
+
+def _entries(paths: Iterable[tuple[Any, ...]]) -> str:
+    """The outermost keys of the paths, in words."""
+    names = ", ".join(sorted({f'"{path[1]}"' for path in paths if len(path) > 1}))
+    return f", in {names}" if names else ""
 
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
@@ -146,15 +150,12 @@ def _tensors(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Te
     if isinstance(value, Tensor):
         counts = value.is_floating_point() or value.is_complex()
         return {path: value.detach().clone()} if counts and value.layout is torch.strided else {}
-    items: Iterable[tuple[Any, Any]] = ()
-    if isinstance(value, Mapping):
-        items = value.items()
-    elif isinstance(value, tuple | list):
-        # a sequence that grows, with an entry per layer, shares no path with the one before
-        items = (((index, len(value)), item) for index, item in enumerate(value))
-    elif dataclasses.is_dataclass(value):
-        items = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    return {k: t for key, item in items for k, t in _tensors(item, (*path, key)).items()}
+    # a sequence that grows, with an entry per layer, shares no path with the one before
+    size = (len(value),) if isinstance(value, tuple | list) else ()
+    found: dict[tuple[Any, ...], Tensor] = {}
+    for key, item in entries(value):
+        found |= _tensors(item, (*path, (key, *size) if size else key))
+    return found
 
 
 def _difference(before: Tensor, after: Tensor) -> float:

@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 from torch import nn
 
 from constrained_growth._arguments import flag, instance
-from constrained_growth._sites.model import list_of, parameter_shapes
-from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, without_inserted
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.snapshot import deepcopied
+from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
 from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import RecordError
 from constrained_growth.insertion.description import built_block, built_copy
 from constrained_growth.insertion.layer import (
+    InsertedLayer,
+    Placement,
     first_parameter,
+    put_into,
     standalone_form,
-    structure_kept_on_error,
-    wrapper_for,
 )
+from constrained_growth.insertion.training_state import restoring
 
-_VERSION = 2
-_PLACEMENTS = ("wrapped", "joined", "sibling")
-
-
-@dataclass(frozen=True)
-class InsertedLayer:
-    """One inserted layer.
-
-    Attributes:
-        name: Name of its candidate.
-        after: Qualified name of the module it follows, at the moment of its insertion.
-        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold; for a copy
-            also `of` which module, and the `settings` that it had. Where `arguments` is None, for
-            the `reason` given, pass the block to `replay`.
-        parameters: Name → shape of the block's parameters.
-        overwritten: Whether the model changes the output in place afterwards.
-        output: Which tensor of the module's output the layer works on, as in `Candidate`.
-        placement: "wrapped" around the module, "joined" to the wrapper that stood there already,
-            or "sibling", the next element of its list.
-        pristine: A copy of the block as inserted; not part of the JSON text.
-    """
-
-    name: str
-    after: str
-    block: Mapping[str, Any]
-    parameters: Mapping[str, tuple[int, ...]]
-    overwritten: bool = False
-    output: int | str | None = None
-    placement: Literal["wrapped", "joined", "sibling"] = "wrapped"
-    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
+_VERSION = 3
+"""1 had no `placement` and `output`; 2 neither "joined" nor the `settings` of a copy."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,6 +79,7 @@ class GrowthRecord:
         Example:
             Train the new layers alone, and freeze the rest:
 
+            >>> import torch
             >>> import constrained_growth as cg
             >>> net = nn.Sequential(nn.Linear(2, 4), nn.ReLU())
             >>> data = [(torch.randn(8, 2), torch.randn(8, 4))]
@@ -156,9 +131,9 @@ class GrowthRecord:
         try:
             content = json.loads(text)
             version = content["version"]
-            if version not in (1, _VERSION):
+            if version not in range(1, _VERSION + 1):
                 raise RecordError(
-                    f"the record has version {version!r}, this library reads 1 and {_VERSION}."
+                    f"the record has version {version!r}, this library reads 1 to {_VERSION}."
                 )
             model = _shapes_from(content["model"])
             layers = tuple(_layer_from(item) for item in content["insertions"])
@@ -197,7 +172,7 @@ def _names_afterwards(names: set[str], layer: InsertedLayer) -> set[str]:
 def _layer_from(item: Mapping[str, Any]) -> InsertedLayer:
     output, placement = item.get("output"), item.get("placement", "wrapped")
     is_place = isinstance(output, int | str | None) and not isinstance(output, bool)
-    if not is_place or placement not in _PLACEMENTS:
+    if not is_place or placement not in get_args(Placement):
         raise ValueError(f"output={output!r}, placement={placement!r}")
     name, after, overwritten = item["name"], item["after"], item["overwritten"]
     if not (isinstance(name, str) and isinstance(after, str) and isinstance(overwritten, bool)):
@@ -211,38 +186,6 @@ def _shapes_from(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     if any(type(size) is not int or size < 0 for shape in shapes.values() for size in shape):
         raise ValueError(f"sizes that are no whole numbers: {shapes!r:.100}")
     return shapes
-
-
-def put_into(
-    model: nn.Module, site: nn.Module, layer: nn.Module, record: InsertedLayer
-) -> nn.Module:
-    """Insert a layer after a site as its record says; returns the module now at its place."""
-    if record.placement == "sibling":
-        owner = list_of(model, site)
-        if owner is None:
-            raise RecordError(
-                f'model: "{record.after}", the site of the layer "{record.name}" in the record, is '
-                "no element of an nn.ModuleList or nn.Sequential."
-            )
-        place = next(i for i, element in enumerate(owner) if element is site)
-        owner.insert(place + 1, layer)
-        return layer
-    if record.placement == "joined":
-        wrapper = wrapper_for(model, site)
-        if wrapper is None:
-            raise RecordError(
-                f'model: at "{record.after}", the site of the layer "{record.name}" in the record, '
-                "joined others that are not there; replay the records of all rounds in their order."
-            )
-        add_layer(wrapper, site, layer, record.output, record.overwritten)
-        return site if site is wrapper else layer
-    wrapper = WithInsertedLayer(site)
-    add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
-    for owner in list(model.modules()):
-        for key, child in owner._modules.items():
-            if child is site and owner is not wrapper:  # under every name that it has
-                owner._modules[key] = wrapper
-    return wrapper
 
 
 def replay(
@@ -296,7 +239,7 @@ def replay(
         )
     _check_size(record, model, given)
     books = open_books(model)
-    with structure_kept_on_error(model):
+    with restoring([model]):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
@@ -363,14 +306,14 @@ def _rebuilt(
     layer: InsertedLayer, given: nn.Module | None, site: nn.Module, model: nn.Module
 ) -> nn.Module:
     """The block given, the one that the record still holds, or one made from its description."""
+    described, is_sibling = layer.block, layer.placement == "sibling"
     if given is not None:
-        block = copy.deepcopy(given)
-        stands_alone = callable(getattr(block, "standalone", None))
-        return standalone_form(block) if stands_alone and layer.placement == "sibling" else block
+        block = deepcopied(given)
+        stands_alone = is_sibling and callable(getattr(block, "standalone", None))
+        return standalone_form(block) if stands_alone else block
     if layer.pristine is not None:
-        return copy.deepcopy(layer.pristine)
-    described, shapes = layer.block, layer.parameters
-    kind, is_sibling = str(described.get("type")), layer.placement == "sibling"
+        return deepcopied(layer.pristine)
+    kind = str(described.get("type"))
     if described.get("arguments") is None or kind not in REGISTERED:
         why = described.get("reason", "its class is not registered in this process")
         raise RecordError(
@@ -380,11 +323,8 @@ def _rebuilt(
         )
     try:
         if kind != CopiedBlock.__qualname__:
-            return built_block(REGISTERED[kind], dict(described["arguments"]), shapes)
-        site = without_inserted(site)
-        if not is_sibling:
-            shapes = {name.removeprefix("module."): shape for name, shape in shapes.items()}
-        block = built_copy(described, shapes, site, model)
+            return built_block(REGISTERED[kind], dict(described["arguments"]), layer.parameters)
+        block = built_copy(described, without_inserted(site), model)
         return block.standalone() if is_sibling else block
     except Exception as error:
         raise RecordError(

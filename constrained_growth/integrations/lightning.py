@@ -216,7 +216,7 @@ def load_from_checkpoint(
             _grow(self, model, checkpoint, blocks)
             super().on_load_checkpoint(checkpoint)
 
-    module: Any = Growing.load_from_checkpoint(checkpoint_path, **kwargs)
+    module: Any = Growing.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
     module.__class__ = module_class
     return module
 

@@ -17,7 +17,7 @@ from constrained_growth import checkpoint
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
-from constrained_growth.insertion.averaged import as_copies, grown_in
+from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, measurements
 
@@ -76,8 +76,7 @@ class GrowthCallback(TrainerCallback):
         self._data, self._loss_fn = data, loss_fn
         self._options = checked_options(type(self).__name__, options)
         self._saved: checkpoint.Checkpoint | None = None
-        self._guard: RemovableHandle | None = None  # against weights of a model that grew further
-        self._search: RemovableHandle | None = None  # for the wrapper
+        self._hook: RemovableHandle | None = None  # before training a guard, then in search
 
     @property
     def history(self) -> History:
@@ -113,15 +112,14 @@ class GrowthCallback(TrainerCallback):
         def look(module: nn.Module, weights: Mapping[str, Any], *rest: Any) -> None:
             unknown = sorted(weights.keys() - module.state_dict().keys())
             if unknown:  # the Trainer would leave them out
-                guard.remove()
+                self._unhook()
                 raise TrainingError(f'{_NOT_RESUMED} The first without a place is "{unknown[0]}".')
 
-        self._guard = guard = kwargs["model"].register_load_state_dict_pre_hook(look)
+        self._hook = kwargs["model"].register_load_state_dict_pre_hook(look)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
-        if self._guard is not None:
-            self._guard.remove()
+        self._unhook()
         if args.load_best_model_at_end:
             raise TrainingError(
                 "load_best_model_at_end=True: the best checkpoint may be older than an insertion, "
@@ -146,13 +144,13 @@ class GrowthCallback(TrainerCallback):
             self.grower.load_state_dict(before.state_dict())
         if args.world_size > 1:
             # A callback is given the model without the wrapper around it.
-            self._search = register_module_forward_pre_hook(self._find_wrapper)
+            self._hook = register_module_forward_pre_hook(self._find_wrapper)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Close a row of the history with the logged loss; grow if due."""
         if self.grower is None or "loss" not in (logs or {}):
             return
-        self._stop_searching()
+        self._unhook()
         if args.world_size > 1 and self.grower.wrapper is None:
             raise TrainingError(
                 f"GrowthCallback: the Trainer uses {args.world_size} processes and no "
@@ -169,7 +167,7 @@ class GrowthCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave no hook behind."""
-        self._stop_searching()
+        self._unhook()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the growth to the checkpoint folder."""
@@ -188,11 +186,11 @@ class GrowthCallback(TrainerCallback):
         grower = self.grower if isinstance(module, DistributedDataParallel) else None
         if grower is not None and grower.model in module.modules():
             grower.wrapper = module
-            self._stop_searching()
+            self._unhook()
 
-    def _stop_searching(self) -> None:
-        if self._search is not None:
-            self._search.remove()
+    def _unhook(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
 
 
 _NOT_RESUMED = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
+from constrained_growth._arguments import instance
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
+from constrained_growth.insertion.description import INTERNAL, LAYER_NUMBERS
 
 insert = insertion.insert
 replay = insertion.replay
@@ -59,10 +61,7 @@ def find_candidates(model: PreTrainedModel, example_input: object = None) -> Pro
         >>> [candidate.after for candidate in find_candidates(GPT2LMHeadModel(config))]
         ['transformer.h.0', 'transformer.h.1']
     """
-    if not isinstance(model, PreTrainedModel):
-        raise CandidateError(
-            f"model={type(model).__name__} is no PreTrainedModel; use cg.find_candidates."
-        )
+    instance("model", model, PreTrainedModel, CandidateError, "one, or use cg.find_candidates")
     example = _example_of(model) if example_input is None else example_input
     return candidates.find_candidates(model, example)
 
@@ -105,10 +104,10 @@ def _bookkeeping(model: PreTrainedModel) -> _Books | None:
 class _Stack:
     """A list of layers whose length is an entry of the config."""
 
-    name: str  # of the nn.ModuleList or nn.Sequential
     part: str  # of the config that has the entry ("text_config"), or ""
     entry: str  # the attribute that holds the number of layers
-    index: int | None  # in it, if it is a list (`depths`)
+    index: int | None = None  # in it, if it is a list (`depths`)
+    name: str = ""  # of the nn.ModuleList or nn.Sequential
 
 
 class _Books:
@@ -129,9 +128,9 @@ class _Books:
     def _stacks(self) -> tuple[_Stack, ...]:
         """The stacks of the model, each confirmed by building a model from a longer config."""
         found: dict[str, _Stack] = {}
-        for part, entry, index in _counters(self._model.config):
+        for counter in _counters(self._model.config):
             config = copy.deepcopy(self._model.config)
-            _lengthen(config, _Stack("", part, entry, index), None)
+            _lengthen(config, counter, None)
             try:
                 longer = self._built(config)
             except Exception:  # it counts something else too, or must agree with another entry
@@ -140,21 +139,25 @@ class _Books:
             lists = self._layers.items()
             grown = [n for n, old in lists if n in built and len(built[n]) == len(old) + 1]
             if len(grown) == 1:
-                found.setdefault(grown[0], _Stack(grown[0], part, entry, index))
+                found.setdefault(grown[0], replace(counter, name=grown[0]))
         return tuple(found[name] for name in self._layers if name in found)
 
+    @cached_property
+    def _places(self) -> dict[nn.Module, tuple[_Stack, int]]:
+        """The stack that a layer is an element of, and its place there."""
+        numbered = ((stack, enumerate(self._layers[stack.name])) for stack in self._stacks)
+        return {layer: (stack, place) for stack, layers in numbered for place, layer in layers}
+
     def counts(self, after: str) -> bool:
-        return self._place(after) is not None
+        return self._model.get_submodule(after) in self._places
 
     def refusal(self, after: str, layer: nn.Module) -> str | None:
-        found = self._place(after)
-        if found is None:
+        if not self.counts(after):
             return None
-        stack, place = found
+        stack, place = self._places[self._model.get_submodule(after)]
         layers = list(self._layers[stack.name])
         layers.insert(place + 1, layer)
-        grown = {stack: layers}
-        return self._fault(grown, self._skeleton(grown))
+        return self._fault({stack: layers}, self._skeleton({stack: layers}))
 
     def update(self, around: Sequence[nn.Module]) -> None:
         now = {stack: list(self._modules[stack.name].children()) for stack in self._stacks}
@@ -172,15 +175,6 @@ class _Books:
             for layer, one in zip(layers, built, strict=True):
                 _renumber(layer, one)
             _follow_neighbours(layers)
-
-    def _place(self, after: str) -> tuple[_Stack, int] | None:
-        """The stack that a module is an element of, and its place there."""
-        site = self._model.get_submodule(after)
-        for stack in self._stacks:
-            for place, layer in enumerate(self._layers[stack.name]):
-                if layer is site:
-                    return stack, place
-        return None
 
     def _sources(self, stack: _Stack, layers: Sequence[nn.Module]) -> list[tuple[int, bool]]:
         """For each layer which of the old ones it is or is a copy of; and whether it is new.
@@ -236,7 +230,7 @@ class _Books:
                 is_copy = not is_new or own == _traits(layers[place])
                 differing = _traits(built[place]) ^ _traits(stock if is_copy else layers[place])
                 if differing:
-                    first = "; ".join(" ".join(map(str, one)) for one in sorted(differing)[:2])
+                    first = "; ".join(map(" ".join, sorted(differing)[:2]))
                     return (
                         f"{where} makes layer {place} another one ({first}), as its layers depend "
                         "on their number; use a block such as ResidualMLP, or another site."
@@ -272,14 +266,13 @@ class _Books:
 def _follow_neighbours(layers: Sequence[nn.Module]) -> None:
     """Give each layer what Transformers itself has set on the others: checkpointing, hooks."""
     alike = [dict(_stock_modules(layer)) for layer in layers]
-    for modules in alike:
-        for name, module in modules.items():
-            for other in [one[name] for one in alike if type(one.get(name)) is type(module)]:
-                for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-                    if key in vars(other) and key not in vars(module):
-                        setattr(module, key, vars(other)[key])
-                for hook in () if _library_hooks(module) else _library_hooks(other):
-                    module.register_forward_hook(hook)
+    for name, module in ((name, module) for modules in alike for name, module in modules.items()):
+        for other in [one[name] for one in alike if type(one.get(name)) is type(module)]:
+            for key in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                if key in vars(other):
+                    vars(module).setdefault(key, vars(other)[key])
+            for hook in () if _library_hooks(module) else _library_hooks(other):
+                module.register_forward_hook(hook)
 
 
 def _library_hooks(module: nn.Module) -> list[Callable[..., Any]]:
@@ -306,11 +299,10 @@ def _renumber(layer: nn.Module, built: nn.Module) -> None:
     """Give a layer the numbers that it has in a model built at that depth."""
     modules = dict(built.named_modules())
     for name, module in _stock_modules(layer):
-        for key in _NUMBERS & vars(module).keys():
-            numbered = modules.get(name, built)  # another module in its place, as an adapter
-            holders = [m for m in (numbered, *built.modules()) if key in vars(m)]
-            if holders:
-                setattr(module, key, vars(holders[0])[key])
+        like = modules.get(name, built)  # another module in its place, as an adapter
+        for key in LAYER_NUMBERS & vars(module).keys():
+            numbers = [vars(one)[key] for one in (like, *built.modules()) if key in vars(one)]
+            setattr(module, key, next(iter(numbers), getattr(module, key)))
 
 
 def _change(config: Any, before: Any, after: Any) -> None:
@@ -324,18 +316,17 @@ def _change(config: Any, before: Any, after: Any) -> None:
             setattr(config, name, copy.deepcopy(value))
 
 
-def _counters(config: PreTrainedConfig) -> Iterator[tuple[str, str, int | None]]:
-    """Entries of a config that may count layers: part, attribute, index."""
-    parts = {"": config} | {
-        name: value for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)
-    }
-    for part, holder in parts.items():
+def _counters(config: PreTrainedConfig) -> Iterator[_Stack]:
+    """Entries of a config, and of its parts, that may count layers."""
+    parts = {name: v for name, v in vars(config).items() if isinstance(v, PreTrainedConfig)}
+    for part, holder in {"": config, **parts}.items():
         for entry, value in vars(holder).items():
-            if _COUNTING.search(entry) and type(value) is int and value > 0:
-                yield part, entry, None
-            elif _COUNTING.search(entry) and isinstance(value, list | tuple):
-                every = range(len(value)) if all(type(v) is int for v in value) else ()
-                yield from ((part, entry, index) for index in every)
+            if not _COUNTING.search(entry):
+                continue
+            if type(value) is int and value > 0:
+                yield _Stack(part, entry)
+            elif isinstance(value, list | tuple) and all(type(v) is int for v in value):
+                yield from (_Stack(part, entry, index) for index in range(len(value)))
 
 
 def _lengthen(config: PreTrainedConfig, stack: _Stack, order: Sequence[int] | None) -> None:
@@ -364,7 +355,8 @@ def _traits(layer: nn.Module) -> set[tuple[str, str, str]]:
         tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         found |= {(name, key, str(tuple(tensor.shape))) for key, tensor in tensors}
         for key, value in vars(module).items() if "drop" not in name else ():
-            if _is_plain(value) and key not in _NUMBERS | _PASSING and "drop" not in key:
+            # a list may have an entry for each layer of the model
+            if _is_plain(value) and key not in LAYER_NUMBERS | INTERNAL and "drop" not in key:
                 found.add((name, key, repr(value)))
     return found
 
@@ -375,6 +367,4 @@ def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-_NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "layer_num"})
-_PASSING = frozenset({"training", "gradient_checkpointing", "_is_hf_initialized"})
 _COUNTING = re.compile(r"layers?$|depths?$|^n_layer|blocks$")

@@ -7,7 +7,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from numbers import Real
 from typing import Any, TypeVar
@@ -24,12 +23,12 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import GrowthRecord, insert, rewrap
-from constrained_growth.insertion.averaged import Copies, checked_copies
-from constrained_growth.insertion.layer import structure_kept_on_error
-from constrained_growth.insertion.optimizer_state import (
+from constrained_growth.insertion.training_state import (
+    Copies,
     as_optimizers,
     check_optimizers,
-    groups_kept_on_error,
+    checked_copies,
+    restoring,
 )
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, TopK, When
@@ -209,11 +208,8 @@ class Grower:
         started = time.perf_counter()
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
-        with ExitStack() as undo:
-            for one in (self.model, *checked_copies(self.model, self.averaged)):
-                undo.enter_context(structure_kept_on_error(one))
-            for optimizer in self.optimizers:
-                undo.enter_context(groups_kept_on_error(optimizer))
+        models = [self.model, *checked_copies(self.model, self.averaged)]
+        with restoring(models, self.optimizers):
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)

@@ -23,7 +23,7 @@ from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import generators_of, untouched
 from constrained_growth.checkpoint import Checkpoint
 from constrained_growth.errors import CheckpointError, DataError
-from constrained_growth.insertion.averaged import Copies, checked_copies
+from constrained_growth.insertion.training_state import Copies, checked_copies
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Solution

@@ -16,7 +16,7 @@ from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth.errors import TrainingError
-from constrained_growth.insertion.optimizer_state import as_optimizers
+from constrained_growth.insertion.training_state import as_optimizers
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import Round
 

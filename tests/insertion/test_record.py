@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
+from constrained_growth.insertion import InsertedLayer
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": lambda: IdentityLinear(4, nn.ReLU()),
@@ -236,10 +237,23 @@ def test_text_that_is_no_text() -> None:
         cg.GrowthRecord.from_json(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("text", ['{"version": 3}', '{"version": 99, "insertions": {}}'])
+@pytest.mark.parametrize("text", ['{"version": 4}', '{"version": 99, "insertions": {}}'])
 def test_text_of_another_version(text: str) -> None:
-    with refused(cg.RecordError, "version", "this library reads 1 and 2"):
+    with refused(cg.RecordError, "version", "this library reads 1 to 3"):
         cg.GrowthRecord.from_json(text)
+
+
+def test_the_version_that_is_written() -> None:
+    """The third has layers that joined others, and settings of copies; all three are read."""
+    record = cg.GrowthRecord(
+        (InsertedLayer("a", "1", {"type": "Own", "arguments": None}, {}, placement="joined"),)
+    )
+    text = record.to_json()
+    assert json.loads(text)["version"] == 3
+    assert cg.GrowthRecord.from_json(text) == record
+    for version in (1, 2):
+        earlier = text.replace('"version": 3', f'"version": {version}')
+        assert cg.GrowthRecord.from_json(earlier) == record
 
 
 def test_text_of_the_first_version() -> None:

@@ -1,4 +1,4 @@
-"""New parameters in running optimizers; the state of the old ones is kept."""
+"""What trains on as a model grows: its optimizers, and averaged copies of it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,42 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from constrained_growth.errors import OptimizerError
+from constrained_growth._arguments import several
+from constrained_growth._sites.model import parameter_shapes
+from constrained_growth.errors import CandidateError, OptimizerError
+
+Copies = nn.Module | Sequence[nn.Module]
 
 
 def as_optimizers(optimizer: object) -> tuple[Optimizer, ...]:
     """A tuple of one optimizer, several or None."""
-    if optimizer is None:
-        return ()
-    given = (optimizer,) if isinstance(optimizer, Optimizer) else optimizer
-    if not isinstance(given, Sequence) or not all(isinstance(one, Optimizer) for one in given):
-        raise OptimizerError(f"optimizer={optimizer!r:.80} is no torch.optim.Optimizer.")
-    return tuple(given)
+    return several("optimizer", optimizer, Optimizer, OptimizerError, "a torch.optim.Optimizer")
+
+
+def as_copies(averaged: object) -> tuple[nn.Module, ...]:
+    """A tuple of one copy, several or none."""
+    return several("averaged", averaged, nn.Module, CandidateError, "copies of the model")
+
+
+def grown_in(copy: nn.Module) -> nn.Module:
+    """The module that grows: the one within an `AveragedModel`."""
+    return copy.module if isinstance(copy, AveragedModel) else copy
+
+
+def checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
+    """The modules that grow with the model; refuse what is no copy of it."""
+    copies = [grown_in(one) for one in as_copies(averaged)]
+    own = set(model.parameters())
+    for one in copies:
+        shared = not own.isdisjoint(one.parameters())
+        if shared or parameter_shapes(one) != parameter_shapes(model):
+            fault = "shares parameters with" if shared else "differs by name and shape from"
+            raise CandidateError(
+                f"averaged={type(one).__name__} {fault} the model; give a copy of it."
+            )
+    return copies
 
 
 def check_optimizers(
@@ -90,21 +114,26 @@ def add_parameters(
 
 
 @contextmanager
-def groups_kept_on_error(optimizer: Optimizer) -> Iterator[None]:
-    """After an error, restore the groups and settings, and drop states that are new."""
-    groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
-    states = set(optimizer.state)
+def restoring(
+    models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = (), *, always: bool = False
+) -> Iterator[None]:
+    """After an error, or always, restore submodules and attributes, and groups and states."""
+    containers: list[Any] = []
+    for module in (module for model in models for module in model.modules()):
+        containers += [vars(module), module._modules]
+    for optimizer in optimizers:
+        groups = optimizer.param_groups
+        containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
+    # the modules of a ScriptModule are in neither, and stay
+    kept = [(one, one.copy()) for one in containers if isinstance(one, dict | list)]
+    stays = False
     try:
         yield
-    except BaseException:
-        optimizer.param_groups[:] = [group for group, _, _ in groups]
-        for group, settings, params in groups:
-            group.clear()
-            group.update(settings)
-            group["params"][:] = params
-        for parameter in [p for p in optimizer.state if p not in states]:
-            del optimizer.state[parameter]
-        raise
+        stays = not always
+    finally:
+        for container, before in kept if not stays else ():
+            container.clear()
+            (container.extend if isinstance(container, list) else container.update)(before)
 
 
 def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
