@@ -391,23 +391,11 @@ def test_evaluating_leaves_nothing_behind_and_weighs_batches_by_their_size() -> 
 # --- refused ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"epochs": -1}, ["epochs=-1"]),
-        ({"epochs": 2.5}, ["epochs=2.5"]),
-        ({"patience": 0}, ["patience=0"]),
-        ({"checkpoint_every": 0}, ["checkpoint_every=0"]),
-        ({"max_insertions": -1}, ["max_insertions=-1"]),
-        ({"when": 5}, ["when=5", "Plateau"]),
-        ({"after_insertion": 0.1}, ["after_insertion=0.1"]),
-        ({"solver": "solve"}, ["solver='solve'"]),
-    ],
-)
-def test_arguments_that_make_no_sense(options: dict[str, Any], words: list[str]) -> None:
-    model, data = feedforward(2, 4, 4, 3), classified(8)
-    with nothing_left_behind(model), refused(cg.TrainingError, *words):
-        grow(model, data, **options)
+def test_callbacks_may_come_from_a_generator() -> None:
+    seen: list[int] = []
+    callbacks = (lambda grower: seen.append(grower.num_steps) for _ in range(1))
+    grow(feedforward(2, 4, 3), classified(8), epochs=3, callbacks=callbacks)
+    assert seen == [1, 2, 3]
 
 
 def test_empty_data_are_refused() -> None:
