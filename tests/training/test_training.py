@@ -394,7 +394,7 @@ def test_evaluating_leaves_nothing_behind_and_weighs_batches_by_their_size() -> 
 def test_callbacks_may_come_from_a_generator() -> None:
     seen: list[int] = []
     callbacks = (lambda grower: seen.append(grower.num_steps) for _ in range(1))
-    grow(feedforward(2, 4, 3), classified(8), epochs=3, callbacks=callbacks)
+    grow(feedforward(2, 4, 4, 3), classified(8), epochs=3, callbacks=callbacks)
     assert seen == [1, 2, 3]
 
 
