@@ -117,7 +117,8 @@ class Threshold:
             return self.absolute or 0.0
         if sensitivity.baseline is None:
             raise RuleError(
-                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True)."
+                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True), with a "
+                f"norm of λ alone, such as cg.norms.Frobenius(); it was norm={sensitivity.norm!r}."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
 
