@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 def integer(
     name: str, value: Any, error: type[GrowthError], least: int, *, optional: bool = False
-) -> int:
+) -> Any:
     """A whole number of at least `least`, of Python or NumPy."""
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
         return int(value)
     if optional and value is None:
         return value
@@ -37,7 +37,7 @@ def positive_int(name: str, value: Any, error: type[GrowthError], *, optional: b
 
 def number(
     name: str, value: Any, error: type[GrowthError], interval: str, *, optional: bool = False
-) -> float:
+) -> Any:
     """A real number in an interval, such as "(0, 1]" or "[0, inf)"; never NaN."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     if optional and value is None:
@@ -84,7 +84,7 @@ def functions(name: str, values: Any, error: type[GrowthError], example: str) ->
 def instance(
     name: str,
     value: Any,
-    kind: type[T],
+    kind: type[T] | tuple[type, ...],
     error: type[GrowthError],
     fix: str,
     *,
@@ -94,7 +94,7 @@ def instance(
     if not isinstance(value, kind) and not (value is None and optional):
         kinds = getattr(kind, "__name__", kind)
         raise error(f"{name}={value!r:.80} is no {kinds}; give {fix}.")
-    return value
+    return value  # type: ignore[return-value]
 
 
 def data_again(name: str, data: object) -> None:

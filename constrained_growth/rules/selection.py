@@ -117,8 +117,9 @@ class Threshold:
             return self.absolute or 0.0
         if sensitivity.baseline is None:
             raise RuleError(
-                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True), with a "
-                f"norm of λ alone, such as cg.norms.Frobenius(); it was norm={sensitivity.norm!r}."
+                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True), "
+                "with a norm of λ alone, such as cg.norms.Frobenius(); it was "
+                f"norm={sensitivity.norm!r}."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
 
