@@ -1,7 +1,7 @@
 """Checks of arguments that several parts of the library share.
 
 Each raises the error class given, with the name of the argument, the value and what to give
-instead, and returns nothing but the value.
+instead, and returns nothing but the value. None passes where it is `optional`.
 """
 
 from __future__ import annotations
@@ -18,43 +18,83 @@ from constrained_growth.errors import DataError, GrowthError
 T = TypeVar("T")
 
 
-def positive_int(name: str, value: Any, error: type[GrowthError]) -> int:
-    """A whole number above 0, of Python or NumPy."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise error(f"{name}={value!r} is not a positive whole number.")
-    return int(value)
+def integer(
+    name: str, value: Any, error: type[GrowthError], least: int, *, optional: bool = False
+) -> Any:
+    """A whole number of at least `least`, of Python or NumPy."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
+        return int(value)
+    if optional and value is None:
+        return value
+    wanted = "positive whole number" if least == 1 else f"whole number of at least {least}"
+    raise error(f"{name}={value!r:.80} is not a {wanted}{' or None' * optional}.")
 
 
-def number(name: str, value: Any, error: type[GrowthError], interval: str) -> float:
+def positive_int(name: str, value: Any, error: type[GrowthError], *, optional: bool = False) -> int:
+    """A whole number above 0."""
+    return integer(name, value, error, 1, optional=optional)
+
+
+def number(
+    name: str, value: Any, error: type[GrowthError], interval: str, *, optional: bool = False
+) -> Any:
     """A real number in an interval, such as "(0, 1]" or "[0, inf)"; never NaN."""
     low, high = (float(end) for end in interval[1:-1].split(","))
+    if optional and value is None:
+        return value
     if isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value):
         given = float(value)
         above = given > low or (interval[0] == "[" and given == low)
         below = given < high or (interval[-1] == "]" and given == high)
         if above and below:
             return given
-    raise error(f"{name}={value!r:.80} is not a number in {interval}.")
+    raise error(f"{name}={value!r:.80} is not a number in {interval}{' or None' * optional}.")
 
 
 def flag(name: str, value: Any, error: type[GrowthError], *, optional: bool = False) -> None:
-    """True or False, or None where that is a choice too."""
+    """True or False."""
     if not (value is None and optional) and not any(value is one for one in (True, False)):
         raise error(f"{name}={value!r:.80} is not True or False{' or None' * optional}.")
 
 
-def function(name: str, value: Any, error: type[GrowthError], example: str = "") -> None:
-    """Something that can be called."""
-    if not callable(value):
+def function(
+    name: str,
+    value: Any,
+    error: type[GrowthError],
+    example: str = "",
+    *,
+    optional: bool = False,
+    or_class: bool = False,
+) -> None:
+    """Something that can be called; no class, unless making an object is what it is called for."""
+    refused = isinstance(value, type) and not or_class
+    if (not callable(value) or refused) and not (optional and value is None):
+        fault = "is a class" if refused else "cannot be called"
         instead = f", such as {example}" if example else ""
-        raise error(f"{name}={value!r:.80} cannot be called; give a function{instead}.")
+        raise error(f"{name}={value!r:.80} {fault}; give a function{instead}.")
 
 
-def instance(name: str, value: Any, kind: type[T], error: type[GrowthError], fix: str) -> T:
-    """An object of a class; `fix` says what to give instead."""
-    if not isinstance(value, kind):
-        raise error(f"{name}={value!r:.80} is no {kind.__name__}; give {fix}.")
-    return value
+def functions(name: str, values: Any, error: type[GrowthError], example: str) -> None:
+    """A dict of names and functions."""
+    instance(name, values, Mapping, error, f"a dict of functions, such as {example}")
+    for key, value in values.items():
+        function(f"{name}: {key!r}", value, error)
+
+
+def instance(
+    name: str,
+    value: Any,
+    kind: type[T] | tuple[type, ...],
+    error: type[GrowthError],
+    fix: str,
+    *,
+    optional: bool = False,
+) -> T:
+    """An object of a class, or of one of several; `fix` says what to give instead."""
+    if not isinstance(value, kind) and not (value is None and optional):
+        kinds = getattr(kind, "__name__", kind)
+        raise error(f"{name}={value!r:.80} is no {kinds}; give {fix}.")
+    return value  # type: ignore[return-value]
 
 
 def several(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import function, positive_int
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
@@ -24,7 +24,6 @@ from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
-from constrained_growth.norms.moments import refuse_no_norm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
@@ -321,7 +320,7 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
             "problem: its loss contains derivatives of the output, say, so that a training step "
             "alone does not give λ; call cg.solve(problem) between the steps."
         )
-    refuse_no_norm("norm", norm)
+    function("norm", norm, RuleError, "cg.norms.Frobenius()")
     positive_int("every", every, RuleError)
     if not callable(scale) and not (isinstance(scale, Real) and 0 < scale < math.inf):
         raise RuleError(

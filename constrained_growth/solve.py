@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from constrained_growth._arguments import flag, instance, number
+from constrained_growth._arguments import flag, function, instance, number
 from constrained_growth._data import undisturbed
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._multipliers.accumulator import Estimate
@@ -22,7 +22,6 @@ from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
-from constrained_growth.norms.moments import refuse_no_norm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
@@ -186,7 +185,7 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
             f"rule={rule!r} differentiates the model again, which a sharded one does not allow; "
             "take a rule of the sensitivities alone, such as cg.TopK(1)."
         )
-    refuse_no_norm("norm", norm)
+    function("norm", norm, RuleError, "cg.norms.Frobenius()")
     if needs_moments(norm) and problem.method is Method.IN_GRAPH:
         raise RuleError(
             f"norm={norm!r} needs second moments, which exist only where λ has a closed form "

@@ -17,7 +17,7 @@ from constrained_growth._activations import (
     computes_same,
     vector_jacobian,
 )
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import function, positive_int
 from constrained_growth.blocks.protocol import (
     AffineFactors,
     exact_everywhere,
@@ -100,11 +100,19 @@ class ResidualConv2d(nn.Module):
         self.kernel_size = _odd(kernel_size)
         if pinned not in ("gamma", "weight", None):
             raise BlockError(f'pinned={pinned!r} is neither "gamma" nor "weight".')
-        if norm_layer is not None and not callable(norm_layer):
-            raise BlockError(f"norm_layer={norm_layer!r} is no class such as nn.BatchNorm2d.")
+        function(
+            "norm_layer", norm_layer, BlockError, "nn.BatchNorm2d", optional=True, or_class=True
+        )
         if pinned == "gamma" and norm_layer is None:
             raise BlockError('pinned="gamma" needs a norm_layer; use one, or pinned="weight".')
         self._pins_gamma = norm_layer is not None and pinned != "weight"
+        last_norm = norm_layer(channels) if norm_layer and self._pins_gamma else None
+        affine = [getattr(last_norm, name, None) for name in ("weight", "bias")]
+        if self._pins_gamma and [getattr(p, "shape", None) for p in affine] != [(channels,)] * 2:
+            raise BlockError(
+                f"norm_layer={norm_layer!r} makes {last_norm!r}, with no `weight` and `bias` "
+                f'of shape ({channels},) to pin; use nn.BatchNorm2d, or pinned="weight".'
+            )
         self._norm_layer = norm_layer
         self.activation = as_activation(activation)
         self.convs = nn.ModuleList()
@@ -120,12 +128,6 @@ class ResidualConv2d(nn.Module):
             self.norms.append(nn.Identity() if norm is None else norm.to(device, dtype))
         end = f"norms.{last}" if self._pins_gamma else f"convs.{last}"
         self.pinned = (f"{end}.weight", f"{end}.bias")
-        affine = [getattr(self.norms[-1], name, None) for name in ("weight", "bias")]
-        if self._pins_gamma and [getattr(p, "shape", None) for p in affine] != [(channels,)] * 2:
-            raise BlockError(
-                f"norm_layer={norm_layer!r} makes {self.norms[-1]!r}, with no `weight` and `bias` "
-                f'of shape ({channels},) to pin; use nn.BatchNorm2d, or pinned="weight".'
-            )
         zero_pins(self)
 
     @staticmethod

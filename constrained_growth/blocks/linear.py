@@ -219,22 +219,22 @@ class ResidualMLP(nn.Module):
         self.activation = as_activation(activation)
         self.pins_outer = pinned == "outer"
         self.pinned = ("outer.weight",) if self.pins_outer else ("inner.weight", "inner.bias")
-        self.inner = nn.Linear(width, hidden, device=device, dtype=dtype)
-        self.outer = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
         self._slope = 1.0 if self.pins_outer else checked_slope(self.activation, "ResidualMLP")
-        with torch.no_grad():
-            _initialise(self.inner if self.pins_outer else self.outer, inner_init)
-        zero_pins(self)
-        if self.pins_outer:
-            is_zero = not any(p.is_meta or bool(p.any()) for p in self.inner.parameters())
-            dead = is_zero and value_at_zero(self.activation) == 0
-        else:
-            dead = not (self.outer.weight.is_meta or bool(self.outer.weight.any()))
-        if dead:
+        shape = (hidden, width) if self.pins_outer else (width, hidden)
+        init = _free_weight(inner_init, shape, dtype)
+        is_zero = init is not None and not init.is_meta and not bool(init.any())
+        if is_zero and not (self.pins_outer and value_at_zero(self.activation)):
             raise BlockError(
                 "inner_init makes the free factor zero while the other one is pinned at zero: "
                 'every multiplier would be exactly 0. Use inner_init="random".'
             )
+        self.inner = nn.Linear(width, hidden, device=device, dtype=dtype)
+        self.outer = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
+        if init is not None:
+            with torch.no_grad():
+                (self.inner if self.pins_outer else self.outer).weight.copy_(init)
+                self.inner.bias.zero_()
+        zero_pins(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x + W₂ σ(W₁ x + b), of the shape (..., width) of x."""
@@ -263,18 +263,17 @@ class ResidualMLP(nn.Module):
         return f"pinned={self.pinned}"
 
 
-def _initialise(linear: nn.Linear, init: Literal["random"] | float | Tensor) -> None:
-    """Set the free factor; `nn.Linear` has already drawn the random one."""
+def _free_weight(
+    init: Literal["random"] | float | Tensor, shape: tuple[int, int], dtype: torch.dtype | None
+) -> Tensor | None:
+    """The free factor; None for the one that `nn.Linear` draws."""
     if isinstance(init, str) and init == "random":
-        return
+        return None
+    dtype = dtype or torch.get_default_dtype()
     if isinstance(init, Tensor):
-        if init.shape != linear.weight.shape:
-            free = tuple(linear.weight.shape)
-            raise BlockError(f"inner_init has shape {tuple(init.shape)}, the free factor {free}.")
-        linear.weight.copy_(init)
-    elif isinstance(init, Real) and math.isfinite(init):
-        linear.weight.copy_(float(init) * torch.eye(*linear.weight.shape, dtype=torch.float64))
-    else:
-        raise BlockError(f'inner_init={init!r} is neither "random", a finite number nor a tensor.')
-    if linear.bias is not None:
-        linear.bias.zero_()
+        if init.shape != shape:
+            raise BlockError(f"inner_init has shape {tuple(init.shape)}, the free factor {shape}.")
+        return init.to(dtype)
+    if isinstance(init, Real) and math.isfinite(init):
+        return (float(init) * torch.eye(*shape, dtype=torch.float64)).to(dtype)
+    raise BlockError(f'inner_init={init!r} is neither "random", a finite number nor a tensor.')

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import Activation, as_activation
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import flag, number, positive_int
 from constrained_growth.blocks.protocol import (
     AffineFactors,
     exact_everywhere,
@@ -84,13 +84,14 @@ class TransformerBlock(nn.Module):
         hidden = positive_int("hidden", 4 * width if hidden is None else hidden, BlockError)
         if width % self.heads:
             raise BlockError(f"heads={heads} does not divide width={width}; use a divisor.")
-        self.causal = bool(causal)
+        flag("causal", causal, BlockError)
+        self.causal, activation = causal, as_activation(activation)
         self.norm1 = nn.LayerNorm(width, device=device, dtype=dtype)
         self.qkv = nn.Linear(width, 3 * width, device=device, dtype=dtype)
         self.proj = nn.Linear(width, width, device=device, dtype=dtype)
         self.norm2 = nn.LayerNorm(width, device=device, dtype=dtype)
         self.fc1 = nn.Linear(width, hidden, device=device, dtype=dtype)
-        self.activation = as_activation(activation)
+        self.activation = activation
         self.fc2 = nn.Linear(hidden, width, device=device, dtype=dtype)
         zero_pins(self)
 
@@ -180,10 +181,11 @@ class GatedMLP(nn.Module):
         super().__init__()
         width = positive_int("width", width, BlockError)
         hidden = positive_int("hidden", hidden, BlockError)
-        self.norm = nn.RMSNorm(width, eps=eps, device=device, dtype=dtype)
+        eps, activation = number("eps", eps, BlockError, "(0, inf)"), as_activation(activation)
+        self.norm = nn.RMSNorm(width, eps, device=device, dtype=dtype)
         self.gate_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
         self.up_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
-        self.activation = as_activation(activation)
+        self.activation = activation
         self.down_proj = nn.Linear(hidden, width, bias=False, device=device, dtype=dtype)
         zero_pins(self)
 

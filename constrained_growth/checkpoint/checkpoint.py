@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from constrained_growth._arguments import function, instance, integer
 from constrained_growth._distributed import everywhere, num_processes, rank
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_spread, reshard, spread_like, whole
@@ -122,10 +123,11 @@ def save(
         ...     load(save(folder + "/run.safetensors", nn.Linear(2, 1), step=7)).step
         7
     """
-    _check(model=(model, nn.Module))
+    _check_model(model)
+    instance("record", record, GrowthRecord, CheckpointError, "that of insert", optional=True)
+    integer("step", step, CheckpointError, 0)
     record = GrowthRecord((), parameter_shapes(model)) if record is None else record
-    _check(path=(path, str | os.PathLike), record=(record, GrowthRecord))
-    path, here = Path(path), rank(None)
+    path, here = _as_path(path), rank(None)
     reshard(model)
     states = [named_state(one, parameter_names(one, model)) for one in as_optimizers(optimizer)]
     alone = optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
@@ -167,8 +169,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: There is no such file, or it is damaged, foreign, or of another version
             of the format. The message says if the checkpoint before it exists.
     """
-    _check(path=(path, str | os.PathLike))
-    path = Path(path)
+    path = _as_path(path)
     hint = f' The checkpoint before it is "{previous(path)}".' if previous(path).exists() else ""
     try:
         data, tensors = read(path)
@@ -218,7 +219,8 @@ def restore(
         CheckpointError: The model has other parameters or buffers, the optimizer trains others,
             or something was not saved or cannot be loaded. The model is as it was then.
     """
-    _check(checkpoint=(checkpoint, Checkpoint), model=(model, nn.Module))
+    instance("checkpoint", checkpoint, Checkpoint, CheckpointError, "what load returned")
+    _check_model(model)
     optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
     states: Any = checkpoint.optimizer or []
     states = states if isinstance(states, list) else [states]
@@ -285,7 +287,9 @@ def resume(
         CheckpointError: The file cannot be used, or does not fit; the model is as it was.
         RecordError: The record does not fit the model; it is as it was.
     """
-    _check(model=(model, nn.Module), optimizer_factory=(optimizer_factory, Callable))
+    _check_model(model)
+    example = "functools.partial(torch.optim.Adam, lr=1e-3)"
+    function("optimizer_factory", optimizer_factory, CheckpointError, example, or_class=True)
     found: list[Checkpoint] = [path] if isinstance(path, Checkpoint) else []
     everywhere(lambda: found or found.append(load(path)), None)  # type: ignore[arg-type]
     checkpoint, now = found[0], num_processes(None)
@@ -309,11 +313,12 @@ def resume(
     return Resumed(model, optimizer, scheduler, checkpoint)
 
 
-def _check(**given: tuple[object, Any]) -> None:
-    for name, (value, kind) in given.items():
-        if not isinstance(value, kind):
-            wanted = getattr(kind, "__name__", kind)
-            raise CheckpointError(f"{name}={value!r:.80} is not a {wanted}.")
+def _as_path(path: str | os.PathLike[str]) -> Path:
+    return Path(instance("path", path, (str, os.PathLike), CheckpointError, "the name of a file"))
+
+
+def _check_model(model: nn.Module) -> None:
+    instance("model", model, nn.Module, CheckpointError, "the network")
 
 
 def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -> None:

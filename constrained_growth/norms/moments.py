@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from constrained_growth._arguments import instance
+from constrained_growth._arguments import function, instance
 from constrained_growth.errors import RuleError
 from constrained_growth.norms.matrices import Frobenius, as_matrix, singular_values
 from constrained_growth.solution import Norm
@@ -71,15 +71,6 @@ def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
     return bool(getattr(norm, "needs_moments", False))
 
 
-def refuse_no_norm(name: str, norm: object) -> None:
-    """Raise a RuleError unless an argument is a norm of either kind."""
-    if isinstance(norm, type) or not callable(norm):
-        raise RuleError(
-            f"{name}={norm!r:.80} cannot be called; give one such as cg.norms.Frobenius(), or a "
-            "function of the pinned parameters' λ."
-        )
-
-
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
     """L such that an error of λ of size ε in ‖·‖_F changes its norm by at most L ε.
 
@@ -92,7 +83,7 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         >>> lipschitz(Entrywise1(), {"weight": torch.zeros(2, 8)})
         4.0
     """
-    refuse_no_norm("norm", norm)
+    function("norm", norm, RuleError, "cg.norms.Frobenius()")
     instance("multiplier", multiplier, Mapping, RuleError, "pinned parameter → λ")
     constant: Any = getattr(norm, "lipschitz", None)
     if constant is not None:

@@ -86,13 +86,10 @@ class Budget:
     def __post_init__(self) -> None:
         if self.parameters is None and self.multiply_adds is None:
             raise RuleError("Budget needs parameters=… or multiply_adds=…, such as parameters=1e4.")
-        limits = {"parameters": self.parameters, "multiply_adds": self.multiply_adds}
-        for name, value in limits.items():
-            if value is not None:
-                number(name, value, RuleError, "[0, inf)")
+        number("parameters", self.parameters, RuleError, "[0, inf)", optional=True)
+        number("multiply_adds", self.multiply_adds, RuleError, "[0, inf)", optional=True)
         function("gain", self.gain, RuleError, "cg.rules.half_square")
-        if self.per_site is not None:
-            positive_int("per_site", self.per_site, RuleError)
+        positive_int("per_site", self.per_site, RuleError, optional=True)
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The best choice within the budget."""

@@ -54,11 +54,9 @@ class Plateau:
 
     def __post_init__(self) -> None:
         positive_int("patience", self.patience, RuleError)
-        if self.most is not None:
-            positive_int("most", self.most, RuleError)
+        positive_int("most", self.most, RuleError, optional=True)
         number("tolerance", self.tolerance, RuleError, "[0, 1)")
-        if self.target is not None:
-            number("target", self.target, RuleError, "[-inf, inf]")
+        number("target", self.target, RuleError, "[-inf, inf]", optional=True)
         self.best: float | None = None
         self.stale, self.count, self.over = 0, 0, False
 

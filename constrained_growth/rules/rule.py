@@ -96,6 +96,6 @@ def refuse_no_rule(name: str, rule: object) -> None:
     """Raise a RuleError unless an argument is a rule."""
     if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
         raise RuleError(
-            f"{name}={rule!r:.80} cannot be called; give cg.TopK(1), or a function that takes the "
-            "sensitivities and returns a cg.Decision."
+            f"{name}={rule!r:.80} can neither be called nor has decide(problem, solution); give "
+            "cg.TopK(1), or a function of the sensitivities that returns a cg.Decision."
         )

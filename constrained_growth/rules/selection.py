@@ -40,8 +40,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         positive_int("k", self.k, RuleError)
-        if self.cost is not None:
-            function("cost", self.cost, RuleError, "lambda s: s.num_new_parameters")
+        function("cost", self.cost, RuleError, "lambda s: s.num_new_parameters", optional=True)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The k best."""
@@ -88,13 +87,10 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.absolute is self.relative is self.confidence is None:
             raise RuleError("Threshold needs absolute=…, relative=… or confidence=….")
-        for name, value in (("absolute", self.absolute), ("relative", self.relative)):
-            if value is not None:
-                number(name, value, RuleError, "[0, inf]")
-        if self.confidence is not None:
-            number("confidence", self.confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)")
-        if self.max_insertions is not None:
-            positive_int("max_insertions", self.max_insertions, RuleError)
+        number("absolute", self.absolute, RuleError, "[0, inf]", optional=True)
+        number("relative", self.relative, RuleError, "[0, inf]", optional=True)
+        number("confidence", self.confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)", optional=True)
+        positive_int("max_insertions", self.max_insertions, RuleError, optional=True)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""
@@ -121,7 +117,9 @@ class Threshold:
             return self.absolute or 0.0
         if sensitivity.baseline is None:
             raise RuleError(
-                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True)."
+                f"relative={self.relative!r} of Threshold needs solve(..., stationarity=True), "
+                "with a norm of λ alone, such as cg.norms.Frobenius(); it was "
+                f"norm={sensitivity.norm!r}."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
 

@@ -88,8 +88,7 @@ class Stable:
         check_optimizer(self.optimizer, "Stable")
         function("curvature", self.curvature, RuleError, "cg.curvature.gauss_newton")
         positive_int("max_products", self.max_products, RuleError)
-        if self.max_samples is not None:
-            positive_int("max_samples", self.max_samples, RuleError)
+        positive_int("max_samples", self.max_samples, RuleError, optional=True)
         number("factor", self.factor, RuleError, "(0, inf)")
         flag("progress", self.progress, RuleError, optional=True)
 

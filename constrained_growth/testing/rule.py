@@ -20,7 +20,7 @@ from constrained_growth.candidates import Candidate
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
-from constrained_growth.rules.rule import checked_decision
+from constrained_growth.rules.rule import checked_decision, refuse_no_rule
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
 from constrained_growth.testing.block import listed, tried
@@ -49,8 +49,7 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
         >>> check_rule(cg.TopK(2))
         >>> check_rule(lambda sensitivities: cg.Decision(tuple(sensitivities)[:1], "the first"))
     """
-    if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
-        raise RuleError(f"rule={rule!r} can neither be called nor has decide(problem, solution).")
+    refuse_no_rule("rule", rule)
     problem = _small_problem() if problem is None else problem
     try:
         copy.deepcopy(rule)

@@ -3,95 +3,81 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from constrained_growth.candidates import Candidate
-from constrained_growth.errors import TrainingError
-from constrained_growth.rules import Plateau, needs_model
-
-
-def check_arguments(given: Mapping[str, Any]) -> None:
-    """Refuse the first of the arguments that is not what it has to be; others are passed over."""
-    for name, value in given.items():
-        fits, wanted = _WANTED.get(name, (None, ""))
-        if fits is not None and not fits(value) and not (value is None and "None" in wanted):
-            raise TrainingError(f"{name}={value!r:.80} is not {wanted}.")
-
-
-def _is(kind: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kind)
-
-
-def _has(name: str) -> Callable[[Any], bool]:
-    return lambda value: callable(getattr(value, name, None))
+from constrained_growth._arguments import (
+    data_again,
+    flag,
+    function,
+    functions,
+    instance,
+    integer,
+    number,
+    positive_int,
+)
+from constrained_growth.errors import DataError, TrainingError
+from constrained_growth.insertion.training_state import checked_copies
+from constrained_growth.problem import checked_candidates
+from constrained_growth.rules import Plateau
+from constrained_growth.rules.rule import refuse_no_rule
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda value: (
-        isinstance(value, Integral) and value >= least and not isinstance(value, bool)
-    )
+def check_growing(given: Any) -> None:
+    """The arguments that `Grower` and `grow` share, as attributes."""
+    instance("model", given.model, nn.Module, TrainingError, "the network")
+    checked_copies(given.model, given.averaged)
+    function("loss_fn", given.loss_fn, TrainingError, "nn.CrossEntropyLoss()")
+    data_again("data", given.data)
+    refuse_no_rule("rule", given.rule)
+    if not isinstance(given.when, Plateau):
+        function("when", given.when, TrainingError, "cg.rules.Plateau()", optional=True)
+    function("confirm", given.confirm, TrainingError, "cg.rules.Exhausted()", optional=True)
+    example = "cg.training.NewLayers()"
+    function("after_insertion", given.after_insertion, TrainingError, example, optional=True)
+    function("solver", given.solver, TrainingError, "cg.solve")
+    integer("max_insertions", given.max_insertions, TrainingError, 0, optional=True)
+    if isinstance(given.candidates, Sequence):
+        checked_candidates(given.candidates)
+    else:
+        example = "model -> [cg.Candidate(…)], or such a list"
+        function("candidates", given.candidates, TrainingError, example, optional=True)
+    if not callable(getattr(given.writer, "add_scalar", None)) and given.writer is not None:
+        raise TrainingError(f"writer={given.writer!r:.80} has no add_scalar; give a SummaryWriter.")
 
 
-def _function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, type)  # TopK makes a rule, and is none
-
-
-def _batches(value: Any) -> bool:
-    return isinstance(value, Iterable) and not isinstance(value, Iterator | Tensor | Mapping | str)
-
-
-def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Sequence) and all(map(fits, value))
-
-
-def _dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, Mapping) and all(map(fits, value.values()))
-
-
-def _file(value: Any) -> bool:
-    path = Path(value) if isinstance(value, str | os.PathLike) else Path("/")
-    return not path.is_dir() and path.parent.is_dir() and os.access(path.parent, os.W_OK)
-
-
-_BATCHES = "(input, target) batches that can be read many times, such as a DataLoader or a list"
-_WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "model": (_is(nn.Module), "an nn.Module"),
-    "optimizer_factory": (callable, "a function of the parameters that makes an optimizer"),
-    "loss_fn": (_function, "a function (output, target) -> loss, such as nn.CrossEntropyLoss()"),
-    "loader": (_batches, _BATCHES),
-    "data": (_batches, _BATCHES),
-    "validation": (_batches, f"{_BATCHES}, or None"),
-    "epochs": (_whole(0), "a whole number of at least 0"),
-    "rule": (
-        lambda value: _function(value) or (needs_model(value) and not isinstance(value, type)),
-        "a rule, such as cg.TopK(1), or a function sensitivities -> cg.Decision",
-    ),
-    "when": (
-        lambda value: _function(value) or isinstance(value, Plateau),
-        "a Plateau(), a function of the losses, or None",
-    ),
-    "confirm": (_function, "a function solution -> When, such as Exhausted(), or None"),
-    "candidates": (
-        lambda value: _function(value) or _list_of(_is(Candidate))(value),
-        "a list of cg.Candidate, a function model -> such a list, or None",
-    ),
-    "max_insertions": (_whole(0), "a whole number of at least 0, or None"),
-    "patience": (_whole(1), "a positive whole number, or None"),
-    "target": (_is(Real), "a number, or None"),
-    "metrics": (_dict_of(_function), "a dict of functions (output, target) -> number, or None"),
-    "scheduler_factory": (callable, "a function of the optimizer, or None"),
-    "after_insertion": (_function, "a function of grower and round, NewLayers(), or None"),
-    "solver": (_function, "a function (problem, rule) -> Solution, such as cg.solve"),
-    "callbacks": (_list_of(_function), "a list of functions of the grower"),
-    "checkpoint": (_file, "a file in a folder that exists and can be written to, or None"),
-    "checkpoint_every": (_whole(1), "a positive whole number, or None"),
-    "blocks": (_dict_of(_is(nn.Module)), "a dict of names and nn.Modules, or None"),
-    "writer": (_has("add_scalar"), "a SummaryWriter or the like, with add_scalar, or None"),
-    "wrapper": (_is(nn.Module), "an nn.Module, or None"),
-    "progress": (_is(bool), "True, False, or None"),
-}
+def check_training(given: Any) -> None:
+    """The other arguments of `grow`."""
+    example = "functools.partial(torch.optim.Adam, lr=1e-3)"
+    function("optimizer_factory", given.optimizer_factory, TrainingError, example, or_class=True)
+    scheduler, example = given.scheduler_factory, "functools.partial(StepLR, step_size=10)"
+    function("scheduler_factory", scheduler, TrainingError, example, optional=True, or_class=True)
+    for name in ("loader", "data", "validation"):
+        data = getattr(given, name)
+        if data is not None or name == "loader":
+            data_again(name, data)
+            if not length_hint(data, 1):
+                raise DataError(f"{name} is empty; give at least one (input, target) batch.")
+    integer("epochs", given.epochs, TrainingError, 0)
+    positive_int("patience", given.patience, TrainingError, optional=True)
+    number("target", given.target, TrainingError, "[-inf, inf]", optional=True)
+    if given.metrics is not None:
+        functions("metrics", given.metrics, TrainingError, '{"mae": nn.L1Loss()}')
+    for callback in given.callbacks:
+        function("callbacks", callback, TrainingError, "lambda grower: None")
+    positive_int("checkpoint_every", given.checkpoint_every, TrainingError, optional=True)
+    instance("blocks", given.blocks, Mapping, TrainingError, "name → nn.Module", optional=True)
+    for name, block in (given.blocks or {}).items():
+        instance(f"blocks: {name!r}", block, nn.Module, TrainingError, "the block of that name")
+    flag("progress", given.progress, TrainingError, optional=True)
+    if given.checkpoint is not None:
+        instance("checkpoint", given.checkpoint, (str, os.PathLike), TrainingError, "a path")
+        path = Path(given.checkpoint)
+        if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise TrainingError(
+                f'checkpoint="{path}" cannot be written; give a file in a folder that exists.'
+            )

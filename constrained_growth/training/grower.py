@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from constrained_growth._arguments import instance
 from constrained_growth._data import undisturbed
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
@@ -34,7 +35,7 @@ from constrained_growth.problem import GrowthProblem, checked_candidates, places
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Decision, Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.arguments import check_arguments
+from constrained_growth.training.arguments import check_growing
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
@@ -135,11 +136,11 @@ class Grower:
     averaged: Copies = ()
 
     def __post_init__(self) -> None:
-        check_arguments(vars(self))
+        check_growing(self)
+        instance("wrapper", self.wrapper, nn.Module, TrainingError, "that of model", optional=True)
         if not self.optimizers:
             raise TrainingError(f"optimizer={self.optimizer!r} is none; give those that train.")
         check_optimizers(self.model, self.optimizers, ())
-        checked_copies(self.model, self.averaged)
         if isinstance(self.candidates, Sequence):
             places_of(self.model, checked_candidates(self.candidates))
         names = ("rule", "when", "confirm", "after_insertion")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import length_hint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from constrained_growth import checkpoint as checkpoints
+from constrained_growth._arguments import data_again, functions, instance
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere, in_step
 from constrained_growth._progress import progress_bar
@@ -22,13 +24,13 @@ from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import generators_of, untouched
 from constrained_growth.checkpoint import Checkpoint
-from constrained_growth.errors import CheckpointError, DataError
-from constrained_growth.insertion.training_state import Copies, checked_copies
+from constrained_growth.errors import CheckpointError, DataError, TrainingError
+from constrained_growth.insertion.training_state import Copies
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, TopK, When
 from constrained_growth.solution import Solution
 from constrained_growth.solve import solve
-from constrained_growth.training.arguments import check_arguments
+from constrained_growth.training.arguments import check_growing, check_training
 from constrained_growth.training.grower import (
     AfterInsertion,
     Candidates,
@@ -139,12 +141,11 @@ def grow(
         >>> len(history.losses), history.layers
         (3, [2, 3, 3])
     """
-    callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
-    check_arguments({**locals(), "data": loader if data is None else data})
-    checked_copies(model, averaged)
-    for name, given in (("loader", loader), ("data", data), ("validation", validation)):
-        if given is not None and not length_hint(given, 1):
-            raise DataError(f"{name} is empty; give at least one (input, target) batch.")
+    instance("callbacks", callbacks, Iterable, TrainingError, "a list of functions of the grower")
+    callbacks = tuple(callbacks)
+    given = SimpleNamespace(**{**locals(), "data": loader if data is None else data})
+    check_training(given)
+    check_growing(given)
     path = None if checkpoint is None else Path(checkpoint)
     saved = None if path is None else _saved(path, loader, stateful(rule, when, after_insertion))
     if saved is None:
@@ -347,7 +348,9 @@ def evaluate(
     Raises:
         DataError: There is no batch.
     """
-    check_arguments(locals())
+    instance("model", model, nn.Module, TrainingError, "the network")
+    functions("metrics", metrics, TrainingError, '{"mae": nn.L1Loss()}')
+    data_again("data", data)
 
     def read() -> tuple[dict[str, float], int]:
         sums, samples = dict.fromkeys(metrics, 0.0), 0

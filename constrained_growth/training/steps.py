@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import integer, number, positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sharding import is_sharded
@@ -45,11 +44,8 @@ class NewLayers:
     """
 
     def __init__(self, scale: float = 1.0, warmup: int = 20) -> None:
-        if not (isinstance(scale, Real) and scale > 0):
-            raise TrainingError(f"scale={scale!r} of NewLayers must be a positive number.")
-        if not isinstance(warmup, Integral) or isinstance(warmup, bool) or warmup < 0:
-            raise TrainingError(f"warmup={warmup!r} of NewLayers is not a whole number ≥ 0.")
-        self.scale, self.warmup = scale, warmup
+        self.scale = number("scale", scale, TrainingError, "(0, inf)")
+        self.warmup = integer("warmup", warmup, TrainingError, 0)
         # new parameter → steps it has made, initial value
         self._new: dict[Tensor, tuple[int, Tensor]] = {}
         self._loaded: Mapping[str, tuple[int, Tensor]] = {}

@@ -420,3 +420,23 @@ def test_no_word_where_nothing_is_counted_in_the_group() -> None:
         if not isinstance(optimizer, GroupAdam):
             steps(model, data, optimizer)
         cg.insert(model, both(model, data), optimizer=optimizer)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda parameters: torch.optim.LBFGS(parameters),
+        lambda parameters: torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1),
+        lambda parameters: [torch.optim.SGD(parameters, lr=0.1), "adam"],
+        lambda parameters: [],
+        lambda parameters: None,
+        lambda parameters: "adam",
+    ],
+    ids=["LBFGS", "of another model", "one is none", "no optimizers", "None", "a name"],
+)
+def test_optimizers_that_cannot_grow(made: Any) -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(8)
+    with nothing_left_behind(model), refused(cg.GrowthError, "optimizer"):
+        cg.grow(model, made, CROSS_ENTROPY, data, epochs=2)
+    with nothing_left_behind(model), refused(cg.GrowthError, "optimizer"):
+        cg.Grower(model, made(list(model.parameters())), CROSS_ENTROPY, data)
