@@ -188,7 +188,7 @@ def _check_arguments(
             )
     function("loss_fn", loss_fn, DataError, "nn.CrossEntropyLoss()")
     if weight is not None:
-        function("weight", weight, DataError, "lambda input, target: len(target)")
+        function("weight", weight, DataError, "lambda input, target: len(target), or None")
     data_again("data", data)
     if group is not None and not callable(getattr(group, "rank", None)):
         raise DataError(f"group={group!r:.80} is no ProcessGroup; use torch.distributed.new_group.")
