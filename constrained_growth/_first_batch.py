@@ -18,7 +18,7 @@ from constrained_growth._distributed import everywhere, in_step, several, take_f
 from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
 from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._sharding import is_sharded, is_spread
-from constrained_growth._sites.collector import Collector, Use, transformed
+from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import (
     call,
@@ -276,18 +276,11 @@ def _check_tensor(after: str, x: Tensor) -> None:
 
 def _refuse_reentrant(loss: Tensor) -> None:
     """Refuse a graph with a part that was checkpointed in the way that takes no `autograd.grad`."""
-    nodes, known = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise CandidateError(
-                "model: a part of it is checkpointed with use_reentrant=True, which gives no "
-                "gradients at its sites; use checkpoint(..., use_reentrant=False)."
-            )
-        nodes += [following for following, _ in node.next_functions]
+    if any(node.name() == "CheckpointFunctionBackward" for node in inputs_first(loss.grad_fn)):
+        raise CandidateError(
+            "model: a part of it is checkpointed with use_reentrant=True, which gives no "
+            "gradients at its sites; use checkpoint(..., use_reentrant=False)."
+        )
 
 
 def _refuse_carried_graph(

@@ -17,7 +17,7 @@ from constrained_growth._arguments import positive_int
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
-from constrained_growth._sites.collector import Collector, Forward, Use, settle
+from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
@@ -252,7 +252,9 @@ class Monitor:
 
     def _settle(self) -> None:
         """Take in what has arrived of the latest batch, no more of it being waited for."""
-        settle(self._latest() if self._latest is not None else None)
+        forward = self._latest() if self._latest is not None else None
+        if forward is not None:
+            forward.settle()
 
     def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
         if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
