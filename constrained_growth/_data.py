@@ -98,6 +98,16 @@ def batch_weight(weight: Weight, input: object, target: object) -> float:
     return value
 
 
+def counted(
+    data: Iterable[Any], device: torch.device | None, weight: Weight
+) -> Iterator[tuple[Any, Any, float]]:
+    """The batches that count, each `(input, target)` with how much: a mean over nothing is NaN."""
+    for input, target in batches(data, device):
+        count = batch_weight(weight, input, target)
+        if count > 0:
+            yield input, target, count
+
+
 def _sizes(value: object) -> Iterator[int]:
     if isinstance(value, PackedSequence):
         yield int(value.batch_sizes[0])

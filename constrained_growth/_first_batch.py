@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_weight, batches
+from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
 from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
 from constrained_growth._multipliers.fit import check_fit
@@ -65,7 +65,11 @@ def look_at_sites(
 
     def look() -> tuple[object, list[_Facts | None] | None]:
         for site, _ in places:
-            _check_hooks(site)
+            if site.module._backward_pre_hooks:
+                raise CandidateError(
+                    f'after="{site.after}" has a full backward pre-hook, which would not act on '
+                    "the parameters of a layer there; remove it, or choose another submodule."
+                )
         layout = [
             (
                 each.name,
@@ -77,7 +81,7 @@ def look_at_sites(
             for site, every in places
             for each in every
         ]
-        counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
+        counting = ((x, y) for x, y, _ in counted(data, device_of(model), weight))
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         facts: list[_Facts | None] = [None] * len(places)
         for batch in itertools.islice(counting, 1 if sharded else _MOST_BATCHES):
@@ -245,14 +249,6 @@ def _refuse_kept_and_overwritten(
             f"after={names}: the model changes the tensor there in place, and a hook, an attribute "
             "or a second output reads it changed: with a layer there the loss would move from "
             f"{plain:.6g} to {first.loss:.6g}. Choose another submodule, or change a copy."
-        )
-
-
-def _check_hooks(site: Site) -> None:
-    if site.module._backward_pre_hooks:
-        raise CandidateError(
-            f'after="{site.after}" has a full backward pre-hook, which would not act on the '
-            "parameters of a layer there; remove it, or choose another submodule."
         )
 
 

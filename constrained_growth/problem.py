@@ -22,7 +22,7 @@ from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.candidates.candidate import Candidate
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.solution import Constraint
+from constrained_growth.solution import Constraint, listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -135,7 +135,7 @@ class GrowthProblem:
         )
 
     def __repr__(self) -> str:
-        names = ", ".join(candidate.name for candidate in self.candidates)
+        names = listed(candidate.name for candidate in self.candidates)
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
@@ -154,13 +154,9 @@ def _warn_of_unseen(sites: Iterable[Site]) -> None:
 
 def _is_unseen(module: nn.Module) -> bool:
     mean, variance = (getattr(module, f"running_{name}", None) for name in ("mean", "var"))
-    return (
-        not module.training
-        and isinstance(mean, Tensor)
-        and isinstance(variance, Tensor)
-        and not bool(mean.any())
-        and bool((variance == 1).all())
-    )
+    if module.training or not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
@@ -203,10 +199,9 @@ def checked_candidates(candidates: object) -> tuple[Candidate, ...]:
     found = tuple(candidates)
     if not found:
         raise CandidateError("candidates is empty; give some, or cg.find_candidates(model, input).")
-    names = set()
+    names = set[str]()
     for candidate in found:
-        if not isinstance(candidate, Candidate):
-            raise CandidateError(f"candidates: {candidate!r} is not a cg.Candidate.")
+        instance("candidates", candidate, Candidate, CandidateError, "cg.Candidate each")
         if candidate.name in names:
             raise CandidateError(
                 f'candidates: the name "{candidate.name}" occurs twice; give candidates that '

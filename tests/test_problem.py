@@ -141,9 +141,9 @@ def test_lists_of_candidates_that_make_no_sense(candidates: object, words: list[
 
 
 def test_candidates_that_are_none() -> None:
-    with refused(cg.CandidateError, "after=3", "not a string"):
+    with refused(cg.CandidateError, "after=3", "no str"):
         cg.Candidate(3, Gain(4))  # type: ignore[arg-type]
-    with refused(cg.BlockError, "not an nn.Module", "instance", "IdentityLinear(64"):
+    with refused(cg.BlockError, "no Module", "instance", "IdentityLinear(64"):
         cg.Candidate("1", IdentityLinear)  # type: ignore[arg-type]
 
 

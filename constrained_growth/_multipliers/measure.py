@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_size, batch_weight, batches
-from constrained_growth._distributed import add_up, everywhere, in_step, several
+from constrained_growth._data import batch_size
+from constrained_growth._distributed import add_up, everywhere, several
 from constrained_growth._multipliers.accumulator import (
     Accumulator,
     Counts,
@@ -23,7 +23,7 @@ from constrained_growth._multipliers.accumulator import (
 )
 from constrained_growth._multipliers.closed_form import by_sample
 from constrained_growth._multipliers.in_graph import Standing, rounds
-from constrained_growth._sharding import Leaves, is_sharded, is_spread, summed_like
+from constrained_growth._sharding import Leaves, is_spread, summed_like
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.site import Site
@@ -47,45 +47,8 @@ class Measurement:
     num_batches: int
 
 
-def measure(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    data: Iterable[Any],
-    sites: Sequence[Site],
-    method: Method,
-    *,
-    gradients: bool,
-    moments: bool = False,
-    group: ProcessGroup | None = None,
-    weight: Weight = None,
-) -> Measurement:
-    """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
-
-    To be called within `differentiable`, by all processes of the group, each with a shard of the
-    data; arguments as in `GrowthProblem`. Batches of weight 0 are passed over. `gradients` cost
-    one product more per layer.
-    """
-    running = Pass(model, loss_fn, sites, method, gradients=gradients, moments=moments)
-    sharded = is_sharded(model)
-
-    def read() -> None:
-        pairs = ((*p, batch_weight(weight, *p)) for p in batches(data, device_of(model)))
-        counting = (batch for batch in pairs if batch[2] > 0)  # a mean over nothing is NaN
-        with running.watching():
-            if sharded:
-                for batch, new in in_step(counting, group):
-                    running.add(*batch, counts=new)
-            else:
-                for batch in counting:
-                    running.add(*batch)
-
-    everywhere(read, group, collective=sharded)
-    running.reduce(group)
-    return running.measurement()
-
-
 class Pass:
-    """The sums of a pass over the data, batch by batch; arguments as in `measure`."""
+    """The sums of a pass over the data, batch by batch; arguments as in `GrowthProblem`."""
 
     def __init__(
         self,

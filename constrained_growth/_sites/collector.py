@@ -106,10 +106,8 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     return x.clone() if overwritten else x.view_as(x)
 
 
-def transformed(x: Tensor) -> bool:
-    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
-    return is_functorch_wrapped_tensor(x)
-
+transformed = is_functorch_wrapped_tensor
+"""Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
 
 Take = Callable[[int, list[Use], Any], None]
 """`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""

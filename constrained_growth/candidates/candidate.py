@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from constrained_growth._arguments import flag, instance
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, CandidateError
 
@@ -42,28 +43,16 @@ class Candidate:
     wrapped: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.after, str):
-            raise CandidateError(
-                f"after={self.after!r} is not a string; give the name of a submodule, such as '3'."
-            )
-        if not isinstance(self.block, nn.Module):
-            raise BlockError(
-                f"block={self.block!r} of the candidate after {self.after!r} is not an nn.Module; "
-                "give an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())."
-            )
+        fix = "the name of a submodule, such as '3'"
+        instance("after", self.after, str, CandidateError, fix)
+        fix = "an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())"
+        instance("block", self.block, nn.Module, BlockError, fix)
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
             raise CandidateError(
-                f"output={self.output!r} after {self.after!r} is neither an index, a name nor None."
+                f"output={self.output!r:.80} is neither an index, a name nor None."
             )
-        if not isinstance(self.name, str):
-            raise CandidateError(
-                f"name={self.name!r} after {self.after!r} is not a string; leave it out for the "
-                "name of the site."
-            )
-        if not isinstance(self.wrapped, bool):
-            raise CandidateError(
-                f"wrapped={self.wrapped!r} after {self.after!r} is neither True nor False."
-            )
+        instance("name", self.name, str, CandidateError, "a string, or nothing")
+        flag("wrapped", self.wrapped, CandidateError)
         if not self.name:
             object.__setattr__(self, "name", self.after)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import instance, positive_int
 from constrained_growth._sites.context import alike
 from constrained_growth._sites.model import check_can_change, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -78,8 +78,7 @@ def find_candidates(
         nothing proposed after
         2  its output is that of the model
     """
-    if not isinstance(model, nn.Module):
-        raise CandidateError(f"model={model!r:.80} is not an nn.Module.")
+    instance("model", model, nn.Module, CandidateError, "an nn.Module")
     check_can_change(model)
     if max_parameters is None:
         max_parameters = max(1, _size(model))
@@ -189,9 +188,10 @@ def _propose_after_modules(search: _Search) -> None:
         why = _why_not(search, run)
         if why:
             search.proposed[name] = None, why
-        elif not why:
-            after = _after_activation(run, activation) if activation else _residual(run, nn.ReLU())
-            search.proposed[name] = after
+        elif activation:
+            search.proposed[name] = _after_activation(run, activation)
+        else:
+            search.proposed[name] = _residual(run, nn.ReLU())
 
 
 def _propose_after_leaves(search: _Search) -> None:
@@ -249,10 +249,8 @@ def _check_class(search: _Search, example_input: object) -> None:
         if block is not None
         and not (isinstance(block, CopiedBlock) and list_of(search.model, search.runs[name].module))
     ]
+    why = "the output changes with another module in its place (forward() may ask for its class)"
     for name in unwrappable(search.model, example_input, around, search.last):
-        why = (
-            "the output changes with another module in its place (forward() may ask for its class)"
-        )
         search.proposed[name] = None, why
 
 
