@@ -19,8 +19,9 @@ from constrained_growth._sharding import check_sharding
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import pinned_parameters
-from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.blocks import CopiedBlock, pinned_parameters
+from constrained_growth.bookkeeping import open_books
+from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.solution import Constraint, listed
 
@@ -123,6 +124,8 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = places_of(model, self.candidates)
+        if not isinstance(candidates, Proposals):  # which were asked already
+            _refuse_uncountable(model, places)
         with untouched(model, loss_fn, data), differentiable():
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
@@ -137,6 +140,18 @@ class GrowthProblem:
     def __repr__(self) -> str:
         names = listed(candidate.name for candidate in self.candidates)
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
+
+
+def _refuse_uncountable(model: nn.Module, places: Places) -> None:
+    """Refuse copies as next elements of lists that `insert` would refuse by the model's books."""
+    books = open_books(model)
+    for site, every in places:
+        for each in every if books.counts(site.after) else ():
+            block, first = each.block, each.output in (None, 0)
+            if isinstance(block, CopiedBlock) and first and not each.wrapped:
+                refusal = books.refusal(site.after, block.module)
+                if refusal is not None:
+                    raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
 
 
 def _warn_of_unseen(sites: Iterable[Site]) -> None:

@@ -213,10 +213,7 @@ def sensitivities_of(
     def sensitivity(name: str) -> Sensitivity:
         estimate, site = estimates[name], sites[name]
         multiplier, variance = estimate.multiplier, estimate.variance
-        if needs_moments(norm):
-            size = norm(multiplier, estimate.moments)
-        else:
-            size = norm(multiplier)
+        size = norm(multiplier, estimate.moments) if needs_moments(norm) else norm(multiplier)
         return Sensitivity(
             value=float(size),
             standard_error=lipschitz(norm, multiplier) * math.sqrt(variance),

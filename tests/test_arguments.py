@@ -188,9 +188,8 @@ ROWS: dict[str, Row] = {
     "Candidate": Row(
         cg.Candidate,
         lambda s: {"after": "body.1", "block": s.candidate.block},
-        {"after": "name", "block": "module", "name": "name", "output": "mapping"},
-        optional=("output",),
-        more={"after": (None, ""), "block": (None,), "output": (1.5, True)},
+        {"after": "name", "block": "module", "name": "name"},
+        more={"after": (None, ""), "block": (None,), "output": (1.5, True, [1], b"x")},
     ),
     "find_candidates": Row(
         cg.find_candidates,

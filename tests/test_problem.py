@@ -128,7 +128,7 @@ def test_sites_that_cannot_be_served(after: str, words: list[str], frozen: bool)
             ['the name "a" occurs twice'],
         ),
         (candidate(), ["single Candidate", "[candidate]"]),
-        (["1"], ["'1' is not a cg.Candidate"]),
+        (["1"], ["candidates='1'", "no Candidate", "cg.Candidate"]),
         ("1", ["candidates='1'", "not a sequence"]),
         (None, ["candidates=None", "not a sequence"]),
         ({"1": candidate()}, ["not a sequence"]),

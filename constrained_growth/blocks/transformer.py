@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting  # type: ignore[attr-defined]
 
 from constrained_growth._activations import Activation, as_activation
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import flag, number, positive_int
 from constrained_growth.blocks.protocol import (
     AffineFactors,
     exact_everywhere,
@@ -84,7 +84,8 @@ class TransformerBlock(nn.Module):
         hidden = positive_int("hidden", hidden, BlockError)
         if width % heads:
             raise BlockError(f"heads={heads} does not divide width={width}; use a divisor.")
-        self.causal = bool(causal)
+        flag("causal", causal, BlockError)
+        self.causal = causal
         self.norm1 = nn.LayerNorm(width, device=device, dtype=dtype)
         self.qkv = nn.Linear(width, 3 * width, device=device, dtype=dtype)
         self.proj = nn.Linear(width, width, device=device, dtype=dtype)
@@ -180,6 +181,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         width = positive_int("width", width, BlockError)
         hidden = positive_int("hidden", hidden, BlockError)
+        eps = number("eps", eps, BlockError, "(0, inf)")
         self.norm = nn.RMSNorm(width, eps=eps, device=device, dtype=dtype)
         self.gate_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)
         self.up_proj = nn.Linear(width, hidden, bias=False, device=device, dtype=dtype)

@@ -44,7 +44,8 @@ class Candidate:
 
     def __post_init__(self) -> None:
         fix = "the name of a submodule, such as '3'"
-        instance("after", self.after, str, CandidateError, fix)
+        if not instance("after", self.after, str, CandidateError, fix):
+            raise CandidateError(f"after='' is the model itself; give {fix}.")
         fix = "an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())"
         instance("block", self.block, nn.Module, BlockError, fix)
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
