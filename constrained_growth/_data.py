@@ -192,11 +192,10 @@ class _Rebatched:
             count += batch_size(*batch)
             if count >= self.size:
                 whole = _joined(held)
-                for start in range(0, count - count % self.size, self.size):
-                    yield _samples(whole, start, start + self.size)
-                rest = count % self.size
-                held = [_samples(whole, count - rest, count)] if rest else []
-                count = rest
+                parts = [_samples(whole, i, i + self.size) for i in range(0, count, self.size)]
+                count %= self.size
+                held = [parts.pop()] if count else []
+                yield from parts
         if count:
             yield _joined(held)
 

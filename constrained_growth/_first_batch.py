@@ -197,7 +197,11 @@ def _run(
                 )
         changed = [any(t._version != v for t, v in here) for here in aliases]
         changes = any(changed) or any(t._version != v for t, v in originals)
-        _refuse_reentrant(loss)
+        if any(n.name() == "CheckpointFunctionBackward" for n in inputs_first(loss.grad_fn)):
+            raise CandidateError(
+                "model: a part of it is checkpointed with use_reentrant=True, which gives no "
+                "gradients at its sites; use checkpoint(..., use_reentrant=False)."
+            )
         if loss.requires_grad:
             collector.backward(loss)
             _refuse_carried_graph(model, loss_fn, batch)
@@ -270,15 +274,6 @@ def _check_tensor(after: str, x: Tensor) -> None:
         )
 
 
-def _refuse_reentrant(loss: Tensor) -> None:
-    """Refuse a graph with a part that was checkpointed in the way that takes no `autograd.grad`."""
-    if any(node.name() == "CheckpointFunctionBackward" for node in inputs_first(loss.grad_fn)):
-        raise CandidateError(
-            "model: a part of it is checkpointed with use_reentrant=True, which gives no "
-            "gradients at its sites; use checkpoint(..., use_reentrant=False)."
-        )
-
-
 def _refuse_carried_graph(
     model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], batch: tuple[Any, Any]
 ) -> None:
@@ -342,10 +337,13 @@ def _filled(
     device = device or torch.device("cpu")
     dtype, overwritten = facts
     blocks = {c.name: _brought(c.block, site.module, device, dtype, model) for c in candidates}
+    exact = {name: getattr(block, "exact_after", None) for name, block in blocks.items()}
     return replace(
         site,
         blocks=blocks,
-        conditional=tuple(n for n, block in blocks.items() if not _exact_after(block, site.module)),
+        conditional=tuple(
+            n for n, holds in exact.items() if not (callable(holds) and holds(site.module))
+        ),
         device=device,
         overwritten=overwritten,
         needs_context=any(takes_context(block) for block in blocks.values()),
@@ -371,9 +369,3 @@ def _brought(
         block = deepcopied(block, {id(t): t for t in kept})
         block = block.to(device=device, dtype=dtype).train(training)
     return block
-
-
-def _exact_after(block: nn.Module, module: nn.Module) -> bool:
-    """Whether a block says that it is the identity on all that a module can give."""
-    exact_after = getattr(block, "exact_after", None)
-    return callable(exact_after) and bool(exact_after(module))

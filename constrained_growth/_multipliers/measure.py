@@ -86,14 +86,15 @@ class Pass:
 
     def watching(self) -> ExitStack:
         """The hooks on the model and its parameters, which `add` needs, for a while."""
+
+        def stream(name: str, leaf: Tensor) -> Any:
+            return leaf.register_hook(functools.partial(self._take, self._totals[name]))
+
         with ExitStack() as stack:
-            stack.enter_context(self._leaves.watching(self._stream))
+            stack.enter_context(self._leaves.watching(stream))
             if not self._rounds:
                 stack.enter_context(self._collector.watching())
             return stack.pop_all()
-
-    def _stream(self, name: str, leaf: Tensor) -> Any:
-        return leaf.register_hook(functools.partial(self._take, self._totals[name]))
 
     def _take(self, total: Tensor, gradient: Tensor) -> Tensor:
         """Add up a gradient as backward delivers it, and send it on without its memory.
@@ -241,7 +242,9 @@ class Pass:
         found = everywhere(
             lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
         )
-        if any(not _close(sizes, found[0][3]) for _, _, _, sizes, _ in found):
+        sizes = [process[3] for process in found]
+        alike = all(len(here) == len(sizes[0]) for here in sizes)
+        if not alike or not np.allclose(sizes, sizes[:1], rtol=1e-6, atol=0, equal_nan=True):
             raise DataError(
                 "model: its parameters are not the same on all processes of the group; load the "
                 "same state dict on each, or train with DistributedDataParallel."
@@ -310,8 +313,3 @@ def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
                 "on a later one. An identity layer belongs right after its own activation; "
                 "elsewhere use ResidualMLP(width, hidden, activation)."
             )
-
-
-def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
-    same = len(sizes) == len(others)
-    return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)

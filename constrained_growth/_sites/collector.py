@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,30 +65,27 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def collecting(sites: Iterable[tuple[str, nn.Module, Which, See]]) -> Iterator[None]:
+def collecting(
+    sites: Iterable[tuple[str, nn.Module, Which, See]],
+) -> AbstractContextManager[None]:
     """Call `see(x, context)` whenever a module has run; what it returns takes the place of x.
 
     A site here is a name for errors, the module, which tensor of its output is x, and `see`.
     """
-
-    def hook_for(after: str, which: Which, see: See) -> Hook:
-        return lambda module, args, kwargs, output: replaced(
-            after, module, args, kwargs, output, which, see
-        )
-
-    with hooked((m, hook_for(after, which, see)) for after, m, which, see in sites):
-        yield
+    return hooked(
+        (module, functools.partial(replaced, after, which, see))
+        for after, module, which, see in sites
+    )
 
 
 def replaced(
     after: str,
+    which: Which,
+    see: See,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
-    which: Which,
-    see: See,
 ) -> Any:
     """The output of `module(*args, **kwargs)` with what `see` returns in the place of its x."""
     x = output if which is None and isinstance(output, Tensor) else tensor_at(after, output, which)

@@ -58,8 +58,12 @@ def restoring(*roots: object) -> Iterator[None]:
                 module.training = training
         for generator, state in generators:
             generator.set_state(state)
-        for tensor, before in values:
-            _put_back(tensor, before)
+        with torch.no_grad():
+            for tensor, before in values:
+                if tensor.shape != before.shape:
+                    tensor.resize_(before.shape)
+                if tensor.layout is not torch.strided or not torch.equal(tensor, before):
+                    tensor.copy_(before)
         for leaf, grad, requires_grad in leaves:
             leaf.grad = grad
             if leaf.requires_grad != requires_grad:
@@ -145,12 +149,3 @@ def _is_of_others(module: str | None) -> bool:
 
 def _held(container: Any) -> list[Any]:
     return [*container, *container.values()] if isinstance(container, dict) else [*container]
-
-
-def _put_back(tensor: Tensor, before: Tensor) -> None:
-    """The values and the shape of a tensor, if they have changed."""
-    with torch.no_grad():
-        if tensor.shape != before.shape:
-            tensor.resize_(before.shape)
-        if tensor.layout is not torch.strided or not torch.equal(tensor, before):
-            tensor.copy_(before)
