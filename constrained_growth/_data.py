@@ -119,15 +119,6 @@ def _sizes(value: object) -> Iterator[int]:
             yield from _sizes(item)
 
 
-def samplers_of(data: object) -> Iterator[object]:
-    """The samplers of a data loader and those within them, as in a BatchSampler."""
-    for name in ("batch_sampler", "sampler"):
-        sampler = getattr(data, name, None)
-        if sampler is not None:
-            yield sampler
-            yield from samplers_of(sampler)
-
-
 def some_of(
     items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
 ) -> tuple[list[T], bool]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from constrained_growth._data import samplers_of
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import reshard
 from constrained_growth._sites.snapshot import restoring
@@ -79,6 +78,12 @@ def full_precision(*devices: torch.device) -> AbstractContextManager[Any]:
 
 
 def generators_of(other: object) -> list[torch.Generator]:
-    """The generators that a data loader and its samplers draw from."""
-    found = [getattr(holder, "generator", None) for holder in (other, *samplers_of(other))]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    """The generators that a data loader and its samplers draw from, those within them too."""
+    found: dict[int, torch.Generator] = {}
+    holders = [other]
+    for holder in holders:
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            found[id(generator)] = generator
+        within = (getattr(holder, name, None) for name in ("batch_sampler", "sampler"))
+        holders += [sampler for sampler in within if sampler is not None]
+    return list(found.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -216,10 +217,9 @@ def _fit(search: _Search, most: int) -> None:
         if _size(block) > most:
             search.proposed[name] = _narrowed(block, run, most)
         elif isinstance(block, CopiedBlock) and run.y._version == run.version:
-            try:
+            fits = False
+            with suppress(Exception):
                 fits = bool(moves(block, run.y.detach(), run.context) <= 1)
-            except Exception:
-                fits = False
             if not fits:
                 search.proposed[name] = None, "a copy is not the identity on what comes out of it"
 
@@ -344,15 +344,12 @@ def _after_activation(run: Run, activation: nn.Module) -> Proposed:
     kind = type(activation).__name__
     identity = IdentityConv2d if run.on_channels else IdentityLinear
     if not run.on_channels or (run.y is not None and run.y.dim() == 4):
-        try:
+        with suppress(BlockError):
             block = identity(_width(run), activation)
             return block, f"{kind} is the identity on what comes out of it"
-        except BlockError:
-            pass
-    try:
+    with suppress(BlockError):
         return _residual(run, activation)
-    except BlockError:  # like Softmax, not elementwise
-        return None, f"{kind} is not an elementwise activation"
+    return None, f"{kind} is not an elementwise activation"
 
 
 def _residual(run: Run, activation: nn.Module) -> Proposed:
