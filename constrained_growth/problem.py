@@ -124,9 +124,9 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = places_of(model, self.candidates)
-        if not isinstance(candidates, Proposals):  # which were asked already
-            _refuse_uncountable(model, places)
         with untouched(model, loss_fn, data), differentiable():
+            if not isinstance(candidates, Proposals):  # of which the books were asked already
+                _refuse_uncountable(model, places)
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
             )

@@ -102,7 +102,9 @@ class CopiedBlock(nn.Module):
         with torch.no_grad():
             for parameter in pinned_parameters(self).values():
                 if share and type(parameter) is nn.Parameter:  # one zero, until it is copied
-                    parameter.data = parameter.new_zeros(()).expand_as(parameter)
+                    # but for products of experts, which take no matrix of strides 0
+                    zeros = parameter.new_zeros(parameter.shape[1:] if parameter.dim() > 2 else ())
+                    parameter.data = zeros.expand_as(parameter)
                 else:
                     parameter.zero_()
 

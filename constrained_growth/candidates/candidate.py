@@ -45,7 +45,7 @@ class Candidate:
     def __post_init__(self) -> None:
         fix = "the name of a submodule, such as '3'"
         if not instance("after", self.after, str, CandidateError, fix):
-            raise CandidateError(f"after='' is the model itself; give {fix}.")
+            raise CandidateError(f'after="" is no submodule; give {fix}.')
         fix = "an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())"
         instance("block", self.block, nn.Module, BlockError, fix)
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
