@@ -50,7 +50,7 @@ class Candidate:
         instance("block", self.block, nn.Module, BlockError, fix)
         if isinstance(self.output, bool) or not isinstance(self.output, int | str | None):
             raise CandidateError(
-                f"output={self.output!r:.80} is neither an index, a name nor None."
+                f"output={self.output!r} after {self.after!r} is neither an index, a name nor None."
             )
         instance("name", self.name, str, CandidateError, "a string, or nothing")
         flag("wrapped", self.wrapped, CandidateError)
