@@ -98,6 +98,16 @@ def batch_weight(weight: Weight, input: object, target: object) -> float:
     return value
 
 
+def counted(
+    data: Iterable[Any], device: torch.device | None, weight: Weight
+) -> Iterator[tuple[Any, Any, float]]:
+    """The batches that count, each `(input, target)` with how much: a mean over nothing is NaN."""
+    for input, target in batches(data, device):
+        count = batch_weight(weight, input, target)
+        if count > 0:
+            yield input, target, count
+
+
 def _sizes(value: object) -> Iterator[int]:
     if isinstance(value, PackedSequence):
         yield int(value.batch_sizes[0])
@@ -107,15 +117,6 @@ def _sizes(value: object) -> Iterator[int]:
     else:
         for _, item in entries(value):
             yield from _sizes(item)
-
-
-def samplers_of(data: object) -> Iterator[object]:
-    """The samplers of a data loader and those within them, as in a BatchSampler."""
-    for name in ("batch_sampler", "sampler"):
-        sampler = getattr(data, name, None)
-        if sampler is not None:
-            yield sampler
-            yield from samplers_of(sampler)
 
 
 def some_of(
@@ -182,11 +183,10 @@ class _Rebatched:
             count += batch_size(*batch)
             if count >= self.size:
                 whole = _joined(held)
-                for start in range(0, count - count % self.size, self.size):
-                    yield _samples(whole, start, start + self.size)
-                rest = count % self.size
-                held = [_samples(whole, count - rest, count)] if rest else []
-                count = rest
+                parts = [_samples(whole, i, i + self.size) for i in range(0, count, self.size)]
+                count %= self.size
+                held = [parts.pop()] if count else []
+                yield from parts
         if count:
             yield _joined(held)
 

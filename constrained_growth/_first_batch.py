@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_weight, batches
+from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
 from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
 from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._sharding import is_sharded, is_spread
-from constrained_growth._sites.collector import Collector, Use, transformed
+from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import (
     call,
@@ -65,7 +65,11 @@ def look_at_sites(
 
     def look() -> tuple[object, list[_Facts | None] | None]:
         for site, _ in places:
-            _check_hooks(site)
+            if site.module._backward_pre_hooks:
+                raise CandidateError(
+                    f'after="{site.after}" has a full backward pre-hook, which would not act on '
+                    "the parameters of a layer there; remove it, or choose another submodule."
+                )
         layout = [
             (
                 each.name,
@@ -77,7 +81,7 @@ def look_at_sites(
             for site, every in places
             for each in every
         ]
-        counting = (b for b in batches(data, device_of(model)) if batch_weight(weight, *b) > 0)
+        counting = ((x, y) for x, y, _ in counted(data, device_of(model), weight))
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         facts: list[_Facts | None] = [None] * len(places)
         for batch in itertools.islice(counting, 1 if sharded else _MOST_BATCHES):
@@ -193,7 +197,11 @@ def _run(
                 )
         changed = [any(t._version != v for t, v in here) for here in aliases]
         changes = any(changed) or any(t._version != v for t, v in originals)
-        _refuse_reentrant(loss)
+        if any(n.name() == "CheckpointFunctionBackward" for n in inputs_first(loss.grad_fn)):
+            raise CandidateError(
+                "model: a part of it is checkpointed with use_reentrant=True, which gives no "
+                "gradients at its sites; use checkpoint(..., use_reentrant=False)."
+            )
         if loss.requires_grad:
             try:
                 collector.backward(loss)
@@ -259,14 +267,6 @@ def _refuse_kept_and_overwritten(
         )
 
 
-def _check_hooks(site: Site) -> None:
-    if site.module._backward_pre_hooks:
-        raise CandidateError(
-            f'after="{site.after}" has a full backward pre-hook, which would not act on the '
-            "parameters of a layer there; remove it, or choose another submodule."
-        )
-
-
 def _check_tensor(after: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise CandidateError(
@@ -283,22 +283,6 @@ def _check_tensor(after: str, x: Tensor) -> None:
             f'the output of "{after}" holds NaN or Inf on the first batch; look at the data and '
             "the model's parameters."
         )
-
-
-def _refuse_reentrant(loss: Tensor) -> None:
-    """Refuse a graph with a part that was checkpointed in the way that takes no `autograd.grad`."""
-    nodes, known = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in known:
-            continue
-        known.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            raise CandidateError(
-                "model: a part of it is checkpointed with use_reentrant=True, which gives no "
-                "gradients at its sites; use checkpoint(..., use_reentrant=False)."
-            )
-        nodes += [following for following, _ in node.next_functions]
 
 
 def _refuse_carried_graph(
@@ -364,10 +348,13 @@ def _filled(
     device = device or torch.device("cpu")
     dtype, overwritten = facts
     blocks = {c.name: _brought(c.block, site.module, device, dtype, model) for c in candidates}
+    exact = {name: getattr(block, "exact_after", None) for name, block in blocks.items()}
     return replace(
         site,
         blocks=blocks,
-        conditional=tuple(n for n, block in blocks.items() if not _exact_after(block, site.module)),
+        conditional=tuple(
+            n for n, holds in exact.items() if not (callable(holds) and holds(site.module))
+        ),
         device=device,
         overwritten=overwritten,
         needs_context=any(takes_context(block) for block in blocks.values()),
@@ -393,9 +380,3 @@ def _brought(
         block = deepcopied(block, {id(t): t for t in kept})
         block = block.to(device=device, dtype=dtype).train(training)
     return block
-
-
-def _exact_after(block: nn.Module, module: nn.Module) -> bool:
-    """Whether a block says that it is the identity on all that a module can give."""
-    exact_after = getattr(block, "exact_after", None)
-    return callable(exact_after) and bool(exact_after(module))

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from constrained_growth._arguments import data_again, flag, instance
-from constrained_growth._data import batch_weight, batches
+from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import collecting
 from constrained_growth._sites.context import Context, takes_context
@@ -146,7 +146,14 @@ class VirtualLoss:
                 grads = torch.autograd.grad(
                     loss, variables, create_graph=True, materialize_grads=True
                 )
-                return _gradient_of_product(grads, self._split(vector), variables)
+                pairs = zip(grads, self._split(vector), strict=True)
+                live = [(g, w) for g, w in pairs if g.requires_grad]
+                if not live:
+                    return torch.zeros_like(vector)
+                outputs, weights = zip(*live, strict=True)
+                return _flat(
+                    torch.autograd.grad(outputs, variables, weights, materialize_grads=True)
+                )
 
         self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
         return self._mean(one, self.zero())
@@ -252,11 +259,10 @@ class VirtualLoss:
                 differentiable(),
                 sdpa_kernel(SDPBackend.MATH),
             ):
-                for input, target in batches(self._data, device_of(problem.model)):
-                    weight = batch_weight(problem.weight, input, target)
-                    if weight > 0:
-                        total.add_(one(input, target).detach().to(total), alpha=weight)
-                        count.add_(weight)
+                device = device_of(problem.model)
+                for input, target, weight in counted(self._data, device, problem.weight):
+                    total.add_(one(input, target).detach().to(total), alpha=weight)
+                    count.add_(weight)
 
         everywhere(read, problem.group)
         add_up([total, count], problem.group)
@@ -284,16 +290,3 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
     return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in dense])
-
-
-def _gradient_of_product(
-    grads: Sequence[Tensor], vectors: Sequence[Tensor], variables: Sequence[Tensor]
-) -> Tensor:
-    """The gradient of ⟨grads, vectors⟩; zero where the grads do not depend on the variables."""
-    live = [(g, w) for g, w in zip(grads, vectors, strict=True) if g.requires_grad]
-    if not live:
-        return _flat([torch.zeros_like(variable) for variable in variables])
-    found = torch.autograd.grad(
-        [g for g, _ in live], variables, [w for _, w in live], materialize_grads=True
-    )
-    return _flat(found)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from constrained_growth._activations import derivative
 from constrained_growth._arguments import instance
-from constrained_growth._data import batch_weight, batches
+from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.context import arguments
@@ -97,13 +97,12 @@ def directional_derivative(
             differentiable(),
             collector.watching(),
         ):
-            for input, target in batches(problem.data, device_of(problem.model)):
-                weight = batch_weight(problem.weight, input, target)
-                if weight > 0:  # else there is no mean loss
-                    collector.begin(take, weight)
-                    loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                    collector.backward(loss)
-                    count.add_(weight)
+            device = device_of(problem.model)
+            for input, target, weight in counted(problem.data, device, problem.weight):
+                collector.begin(take, weight)
+                loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
+                collector.backward(loss)
+                count.add_(weight)
 
     everywhere(read, problem.group)
     add_up([total, count], problem.group)

@@ -8,18 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import function, positive_int
+from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
-from constrained_growth._sites.collector import Collector, Forward, Use, settle
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
@@ -28,7 +26,7 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
-from constrained_growth.solve import planned_in, sensitivities_of
+from constrained_growth.solve import sensitivities_of, solution_of
 
 _FROBENIUS = Frobenius()
 _TOP_ONE = TopK(1)
@@ -198,19 +196,16 @@ class Monitor:
         sensitivities = self.sensitivities()
         finite = all(math.isfinite(sensitivity.value) for sensitivity in sensitivities.values())
         status = Status.STATIONARITY_UNKNOWN if finite else Status.NOT_FINITE
-        return Solution(
+        return solution_of(
+            self._problem,
             status=status,
             loss=math.nan,
             stationarity=None,
             multipliers=self.multipliers(),
             sensitivities=sensitivities,
             decision=decide(rule, sensitivities) if finite else Decision((), status.value),
-            candidates=planned_in(self._problem),
-            parameters=parameter_shapes(self._problem.model),
             num_samples=self.num_samples,
             num_batches=self.num_batches,
-            method=self._problem.method,
-            example=self._problem.example,
         )
 
     @contextmanager
@@ -252,7 +247,9 @@ class Monitor:
 
     def _settle(self) -> None:
         """Take in what has arrived of the latest batch, no more of it being waited for."""
-        settle(self._latest() if self._latest is not None else None)
+        forward = self._latest() if self._latest is not None else None
+        if forward is not None:
+            forward.settle()
 
     def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
         if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
@@ -308,8 +305,7 @@ class _Window:
 
 
 def _check(problem: object, norm: object, every: int, scale: object) -> None:
-    if not isinstance(problem, GrowthProblem):
-        raise DataError(f"problem={problem!r} is not a cg.GrowthProblem.")
+    problem = instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
     if problem.weight is not None:
         raise DataError(
             "problem: its weight= asks for targets, which a monitor does not see; monitor a "
@@ -322,8 +318,5 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
         )
     function("norm", norm, RuleError, "cg.norms.Frobenius()")
     positive_int("every", every, RuleError)
-    if not callable(scale) and not (isinstance(scale, Real) and 0 < scale < math.inf):
-        raise RuleError(
-            f"scale={scale!r} is neither a positive number nor a function, such as "
-            "scaler.get_scale."
-        )
+    if not callable(scale):  # as scaler.get_scale can be
+        number("scale", scale, RuleError, "(0, inf)")

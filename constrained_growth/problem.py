@@ -19,10 +19,11 @@ from constrained_growth._sharding import check_sharding
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import pinned_parameters
-from constrained_growth.candidates.candidate import Candidate
+from constrained_growth.blocks import CopiedBlock, pinned_parameters
+from constrained_growth.bookkeeping import open_books
+from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.errors import CandidateError, DataError
-from constrained_growth.solution import Constraint
+from constrained_growth.solution import Constraint, listed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -124,6 +125,8 @@ class GrowthProblem:
         self.weight = weight
         places = places_of(model, self.candidates)
         with untouched(model, loss_fn, data), differentiable():
+            if not isinstance(candidates, Proposals):  # of which the books were asked already
+                _refuse_uncountable(model, places)
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight
             )
@@ -135,8 +138,20 @@ class GrowthProblem:
         )
 
     def __repr__(self) -> str:
-        names = ", ".join(candidate.name for candidate in self.candidates)
+        names = listed(candidate.name for candidate in self.candidates)
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
+
+
+def _refuse_uncountable(model: nn.Module, places: Places) -> None:
+    """Refuse copies as next elements of lists that `insert` would refuse by the model's books."""
+    books = open_books(model)
+    for site, every in places:
+        for each in every if books.counts(site.after) else ():
+            block, first = each.block, each.output in (None, 0)
+            if isinstance(block, CopiedBlock) and first and not each.wrapped:
+                refusal = books.refusal(site.after, block.module)
+                if refusal is not None:
+                    raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
 
 
 def _warn_of_unseen(sites: Iterable[Site]) -> None:
@@ -154,13 +169,9 @@ def _warn_of_unseen(sites: Iterable[Site]) -> None:
 
 def _is_unseen(module: nn.Module) -> bool:
     mean, variance = (getattr(module, f"running_{name}", None) for name in ("mean", "var"))
-    return (
-        not module.training
-        and isinstance(mean, Tensor)
-        and isinstance(variance, Tensor)
-        and not bool(mean.any())
-        and bool((variance == 1).all())
-    )
+    if module.training or not (isinstance(mean, Tensor) and isinstance(variance, Tensor)):
+        return False
+    return not bool(mean.any()) and bool((variance == 1).all())
 
 
 def _refuse_bound(model: nn.Module, group: ProcessGroup | None) -> None:
@@ -203,10 +214,9 @@ def checked_candidates(candidates: object) -> tuple[Candidate, ...]:
     found = tuple(candidates)
     if not found:
         raise CandidateError("candidates is empty; give some, or cg.find_candidates(model, input).")
-    names = set()
+    names = set[str]()
     for candidate in found:
-        if not isinstance(candidate, Candidate):
-            raise CandidateError(f"candidates: {candidate!r} is not a cg.Candidate.")
+        instance("candidates", candidate, Candidate, CandidateError, "cg.Candidate each")
         if candidate.name in names:
             raise CandidateError(
                 f'candidates: the name "{candidate.name}" occurs twice; give candidates that '

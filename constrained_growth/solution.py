@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -49,6 +50,15 @@ class Method(Enum):
     )
 
 
+def listed(texts: Iterable[str], most: int = 1200) -> str:
+    """Texts with commas between, up to so many characters, and how many more there are."""
+    every = list(texts)
+    ends = itertools.accumulate(len(text) + 2 for text in every)
+    shown = [text for text, end in zip(every, ends, strict=True) if end <= most]
+    more = [f"and {len(every) - len(shown)} more"] if len(shown) < len(every) else []
+    return ", ".join([*shown, *more])
+
+
 @dataclass(frozen=True)
 class Constraint:
     """One pin v = 0: of a named parameter in the block of a named candidate.
@@ -61,7 +71,7 @@ class Constraint:
     shape: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sensitivity:
     """How large the multiplier of one candidate is.
 
@@ -96,6 +106,11 @@ class Sensitivity:
     site: str = ""
     variance: float = math.nan
     debiased_square: float = math.nan
+
+    def __repr__(self) -> str:
+        after = f" after {self.site!r}" if self.site else ""
+        pinned = f"{self.num_parameters:,} of {self.num_new_parameters:,} parameters pinned"
+        return f"Sensitivity({self.value:.4g} ± {self.standard_error:.2g}{after}, {pinned})"
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,7 @@ class Planned:
     wrapped: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """The answer of [`solve`][constrained_growth.solve.solve].
 
@@ -205,12 +220,20 @@ class Solution:
     multipliers: Mapping[str, Mapping[str, Tensor]]
     sensitivities: Mapping[str, Sensitivity]
     decision: Decision
-    candidates: Mapping[str, Planned] = field(repr=False)
-    parameters: Mapping[str, tuple[int, ...]] = field(repr=False)
+    candidates: Mapping[str, Planned]
+    parameters: Mapping[str, tuple[int, ...]]
     num_samples: int
     num_batches: int
     method: Method
-    example: Any = field(default=None, repr=False, compare=False)
+    example: Any = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        chosen = listed(map(repr, self.decision.chosen)) or "nothing"
+        why = f" ({self.decision.reason:.200})" if self.decision.reason else ""
+        return (
+            f"Solution(insert {chosen} of {len(self.candidates)} candidates{why}; "
+            f"loss {self.loss:.4g}, {self.status.name})"
+        )
 
     def dual_value(self, constraint: Constraint) -> Tensor:
         """λ of one of `problem.constraints`, in CVXPY's word.

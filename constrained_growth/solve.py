@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import flag, function, instance, number
-from constrained_growth._data import undisturbed
-from constrained_growth._distributed import everywhere, several
+from constrained_growth._data import counted, undisturbed
+from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate
-from constrained_growth._multipliers.measure import measure
+from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
-from constrained_growth._sites.model import parameter_shapes
-from constrained_growth._sites.site import Site
+from constrained_growth._sites.model import device_of, parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
@@ -112,17 +111,7 @@ def solve(
     data = undisturbed(problem.data)
     bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = measure(
-            problem.model,
-            problem.loss_fn,
-            bar,
-            problem.sites,
-            problem.method,
-            gradients=stationarity,
-            moments=needs_moments(norm),
-            group=problem.group,
-            weight=problem.weight,
-        )
+        found = _measured(problem, bar, stationarity, needs_moments(norm))
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
     gradients = found.gradients
@@ -135,23 +124,40 @@ def solve(
             f"{ {name: s.value for name, s in sensitivities.items()} }: NaN or Inf in the data, "
             "the parameters or the loss; solve(..., throw=False) returns a solution that says so."
         )
-    solution = Solution(
+    solution = solution_of(
+        problem,
         status=status,
         loss=found.loss,
         stationarity=residual,
         multipliers={c.name: found.estimates[c.name].multiplier for c in problem.candidates},
         sensitivities=sensitivities,
         decision=Decision((), status.value if status is Status.NOT_FINITE else ""),
-        candidates=planned_in(problem),
-        parameters=parameter_shapes(problem.model),
         num_samples=found.num_samples,
         num_batches=found.num_batches,
-        method=problem.method,
-        example=problem.example,
     )
     if status is Status.NOT_FINITE:
         return solution
     return replace(solution, decision=_agreed(rule, problem, solution))
+
+
+def _measured(
+    problem: GrowthProblem, data: Iterable[Any], gradients: bool, moments: bool
+) -> Measurement:
+    """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
+    model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
+    arguments = model, problem.loss_fn, problem.sites, problem.method
+    running = Pass(*arguments, gradients=gradients, moments=moments)
+
+    def read() -> None:
+        counting = counted(data, device_of(model), problem.weight)
+        alike = in_step(counting, group) if sharded else ((batch, True) for batch in counting)
+        with running.watching():
+            for batch, new in alike:
+                running.add(*batch, counts=new)
+
+    everywhere(read, group, collective=sharded)
+    running.reduce(group)
+    return running.measurement()
 
 
 def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
@@ -202,44 +208,41 @@ def sensitivities_of(
 ) -> dict[str, Sensitivity]:
     """Candidate → how large its multiplier is, in the order of the problem."""
     sites = {name: site for site in problem.sites for name in site.blocks}
-    return {
-        c.name: _sensitivity(estimates[c.name], sites[c.name], c.name, norm, baseline)
-        for c in problem.candidates
-    }
+
+    def sensitivity(name: str) -> Sensitivity:
+        estimate, site = estimates[name], sites[name]
+        multiplier, variance = estimate.multiplier, estimate.variance
+        size = norm(multiplier, estimate.moments) if needs_moments(norm) else norm(multiplier)
+        return Sensitivity(
+            value=float(size),
+            standard_error=lipschitz(norm, multiplier) * math.sqrt(variance),
+            num_parameters=sum(value.numel() for value in multiplier.values()),
+            num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
+            norm=norm,
+            baseline=baseline,
+            site=site.after,
+            variance=variance,
+            debiased_square=debiased_square(multiplier.values(), variance),
+        )
+
+    return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
 
 
-def _sensitivity(
-    estimate: Estimate, site: Site, name: str, norm: Norm | MomentNorm, baseline: float | None
-) -> Sensitivity:
-    multiplier, variance = estimate.multiplier, estimate.variance
-    return Sensitivity(
-        value=_size(estimate, norm),
-        standard_error=lipschitz(norm, multiplier) * math.sqrt(variance),
-        num_parameters=sum(value.numel() for value in multiplier.values()),
-        num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
-        norm=norm,
-        baseline=baseline,
-        site=site.after,
-        variance=variance,
-        debiased_square=debiased_square(multiplier.values(), variance),
-    )
-
-
-def planned_in(problem: GrowthProblem) -> dict[str, Planned]:
-    """Candidate → what `insert` needs to know of it."""
+def solution_of(problem: GrowthProblem, **found: Any) -> Solution:
+    """What was found about a problem, with what `insert` needs to know of it."""
     wrapped = {candidate.name: candidate.wrapped for candidate in problem.candidates}
-    return {
+    planned = {
         name: Planned(site.after, block, site.overwritten, site.output, wrapped[name])
         for site in problem.sites
         for name, block in site.blocks.items()
     }
-
-
-def _size(estimate: Estimate, norm: Norm | MomentNorm) -> float:
-    """‖λ‖ of one candidate in a norm of either kind."""
-    if needs_moments(norm):
-        return float(norm(estimate.multiplier, estimate.moments))
-    return float(norm(estimate.multiplier))
+    return Solution(
+        candidates=planned,
+        parameters=parameter_shapes(problem.model),
+        method=problem.method,
+        example=problem.example,
+        **found,
+    )
 
 
 def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -> float | None:

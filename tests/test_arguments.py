@@ -204,8 +204,7 @@ ROWS: dict[str, Row] = {
         cg.Candidate,
         lambda s: {"after": "body.1", "block": s.candidate.block},
         {"after": "name", "block": "module", "name": "name", "wrapped": "bool"},
-        optional=("output",),
-        more={"output": (1.5, True, [1])},
+        more={"after": (None, ""), "block": (None,), "output": (1.5, True, [1], b"x")},
     ),
     "find_candidates": Row(
         cg.find_candidates,

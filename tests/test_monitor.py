@@ -485,7 +485,7 @@ def test_arguments_are_checked(options: dict[str, Any], words: tuple[str, ...]) 
 
 def test_other_refusals() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
-    with refused(cg.DataError, "not a cg.GrowthProblem"), cg.monitor(model):  # type: ignore[arg-type]
+    with refused(cg.DataError, "problem=Seq", "give a cg.GrowthProblem"), cg.monitor(model):  # type: ignore[arg-type]
         pass
     with cg.monitor(problem_of(model, data, candidate("1"))) as monitor:
         train(model, data)

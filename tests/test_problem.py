@@ -113,8 +113,9 @@ def test_sites_that_cannot_be_served(after: str, words: list[str], frozen: bool)
     model = used(Awkward())
     if frozen:
         model.requires_grad_(False)
-    data, candidates = classified(5), [cg.Candidate(site, Gain(4)) for site in ("inner", after)]
+    data, block = classified(5), Gain(4)
     with refuses(model, cg.CandidateError, *words):
+        candidates = [cg.Candidate(site, block) for site in ("inner", after)]
         cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates)
 
 
@@ -128,7 +129,7 @@ def test_sites_that_cannot_be_served(after: str, words: list[str], frozen: bool)
             ['the name "a" occurs twice'],
         ),
         (candidate(), ["single Candidate", "[candidate]"]),
-        (["1"], ["'1' is not a cg.Candidate"]),
+        (["1"], ["candidates='1'", "no Candidate", "cg.Candidate"]),
         ("1", ["candidates='1'", "not a sequence"]),
         (None, ["candidates=None", "not a sequence"]),
         ({"1": candidate()}, ["not a sequence"]),

@@ -198,7 +198,7 @@ class Accumulator:
 
     def estimate(self, *, last: bool = False) -> Estimate:
         """What is known so far; with `last` the sums are no longer needed and become the means."""
-        samples, weight = self.counts.samples, self.counts.weight
+        counts, samples, weight = self.counts, self.counts.samples, self.counts.weight
         norms = [torch.linalg.vector_norm(s, dtype=torch.float64) for s in self._sums.values()]
         spread = float(self._squares - torch.stack(norms).square().sum() / samples)
         means = {
@@ -207,21 +207,16 @@ class Accumulator:
         }
         moments = {
             name: SecondMoments(
-                self._features[name] / self.counts.rows[name],
+                self._features[name] / counts.rows[name],
                 self._cotangents[name] * (samples / weight**2),
-                self.counts.biases[name],
+                counts.biases[name],
             )
             for name in self._features
         }
-        return Estimate(means, self._variance(spread), moments, float(self._moved))
-
-    def _variance(self, spread: float) -> float:
-        counts = self.counts
-        mixed = counts.by_sample > 0 and counts.batches > 0
-        units = counts.samples if counts.by_sample else counts.batches
-        if mixed or units < 2:
-            return math.nan
-        return max(spread, 0.0) / (units - 1) * counts.samples / counts.weight**2
+        variance, units = math.nan, samples if counts.by_sample else counts.batches
+        if units > 1 and not (counts.by_sample and counts.batches):
+            variance = max(spread, 0.0) / (units - 1) * samples / weight**2
+        return Estimate(means, variance, moments, float(self._moved))
 
 
 def squared_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:

@@ -12,7 +12,7 @@ differentiated alone, batch by batch. Both are right wherever the loss sees the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,33 +34,22 @@ def factors_of(block: Any, uses: Sequence[Use], dtype: torch.dtype) -> Sequence[
     found = [list(block.factors(use.x.to(dtype), use.delta.to(dtype))) for use in uses]
     if len(found) == 1:
         return found[0]
+    whole = []  # for each use one for each affine map, whose samples may come a few at a time
+    for factors in found:
+        parts: dict[str, list[AffineFactors]] = {}
+        for factor in factors:
+            parts.setdefault(factor.weight, []).append(factor)
+        whole.append([_joined(some, torch.cat) for some in parts.values()])
 
-    def joined(tensors: Sequence[Tensor]) -> Tensor:
+    def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([t.reshape(len(t), -1, t.shape[-1]) for t in tensors], dim=1)
 
-    return [
-        replace(
-            same[0],
-            cotangent=joined([factor.cotangent for factor in same]),
-            features=joined([factor.features for factor in same]),
-        )
-        for same in zip(*(_whole(factors) for factors in found), strict=True)
-    ]
+    return [_joined(same, side_by_side) for same in zip(*whole, strict=True)]
 
 
-def _whole(factors: Sequence[AffineFactors]) -> list[AffineFactors]:
-    """One for each affine map, of factors that may come for a few samples at a time."""
-    parts: dict[str, list[AffineFactors]] = {}
-    for factor in factors:
-        parts.setdefault(factor.weight, []).append(factor)
-    return [
-        replace(
-            some[0],
-            cotangent=torch.cat([factor.cotangent for factor in some]),
-            features=torch.cat([factor.features for factor in some]),
-        )
-        for some in parts.values()
-    ]
+def _joined(factors: Sequence[AffineFactors], join: Callable[..., Tensor]) -> AffineFactors:
+    cotangent = join([factor.cotangent for factor in factors])
+    return replace(factors[0], cotangent=cotangent, features=join([f.features for f in factors]))
 
 
 def differentiated(block: nn.Module, use: Use) -> tuple[Tensor, dict[str, Tensor]]:

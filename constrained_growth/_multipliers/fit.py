@@ -21,26 +21,22 @@ def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
     x = x.to(next(block.parameters()).dtype)
     where = f'block={type(block).__name__} of candidate "{name}"'
     with full_precision(x.device), torch.no_grad():
-        _check_identity(block, x, context, where)
+        try:
+            moved = float(moves(block, x, context))
+        except BlockError:
+            raise
+        except Exception as error:
+            raise BlockError(
+                f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
+                f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
+            ) from error
+        if not moved <= 1:  # nor may it be NaN
+            raise BlockError(
+                f"{where} is not the identity at its pins on the data: it moves the tensor at its "
+                f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
+                "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
+            )
         _refuse_dead(block, x, context, where)
-
-
-def _check_identity(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
-    try:
-        moved = float(moves(block, x, context))
-    except BlockError:
-        raise
-    except Exception as error:
-        raise BlockError(
-            f"{where} fails on the tensor of shape {tuple(x.shape)} at its site: {error}; the "
-            f"width there is {x.shape[-1]}, so make the block with width={x.shape[-1]}."
-        ) from error
-    if not moved <= 1:  # nor may it be NaN
-        raise BlockError(
-            f"{where} is not the identity at its pins on the data: it moves the tensor at its "
-            f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
-            "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
-        )
 
 
 def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:

@@ -11,8 +11,8 @@ batch, not sample by sample.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -43,13 +43,9 @@ class Standing:
         }
         self.moved: dict[str, Tensor] = {}
 
-    @contextmanager
-    def in_model(self) -> Iterator[None]:
+    def in_model(self) -> AbstractContextManager[None]:
         """Let the blocks stand; what backward runs again (checkpointing) finds them there too."""
-        with collecting(
-            (s.after, s.module, s.output, self._layer(s, name)) for s, name in self._places
-        ):
-            yield
+        return collecting((s.after, s.module, s.output, self._layer(s, n)) for s, n in self._places)
 
     def _layer(self, site: Site, name: str) -> See:
         block, leaves = site.blocks[name], self.leaves[name]

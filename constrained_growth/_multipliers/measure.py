@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._data import Weight, batch_size, batch_weight, batches
-from constrained_growth._distributed import add_up, everywhere, in_step, several
+from constrained_growth._data import batch_size
+from constrained_growth._distributed import add_up, everywhere, several
 from constrained_growth._multipliers.accumulator import (
     Accumulator,
     Counts,
@@ -23,7 +23,7 @@ from constrained_growth._multipliers.accumulator import (
 )
 from constrained_growth._multipliers.closed_form import by_sample
 from constrained_growth._multipliers.in_graph import Standing, rounds
-from constrained_growth._sharding import Leaves, is_sharded, is_spread, summed_like
+from constrained_growth._sharding import Leaves, is_spread, summed_like
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.site import Site
@@ -47,45 +47,8 @@ class Measurement:
     num_batches: int
 
 
-def measure(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    data: Iterable[Any],
-    sites: Sequence[Site],
-    method: Method,
-    *,
-    gradients: bool,
-    moments: bool = False,
-    group: ProcessGroup | None = None,
-    weight: Weight = None,
-) -> Measurement:
-    """λ of all candidates, their variances and, if asked for, ∇_θ L, as means over the samples.
-
-    To be called within `differentiable`, by all processes of the group, each with a shard of the
-    data; arguments as in `GrowthProblem`. Batches of weight 0 are passed over. `gradients` cost
-    one product more per layer.
-    """
-    running = Pass(model, loss_fn, sites, method, gradients=gradients, moments=moments)
-    sharded = is_sharded(model)
-
-    def read() -> None:
-        pairs = ((*p, batch_weight(weight, *p)) for p in batches(data, device_of(model)))
-        counting = (batch for batch in pairs if batch[2] > 0)  # a mean over nothing is NaN
-        with running.watching():
-            if sharded:
-                for batch, new in in_step(counting, group):
-                    running.add(*batch, counts=new)
-            else:
-                for batch in counting:
-                    running.add(*batch)
-
-    everywhere(read, group, collective=sharded)
-    running.reduce(group)
-    return running.measurement()
-
-
 class Pass:
-    """The sums of a pass over the data, batch by batch; arguments as in `measure`."""
+    """The sums of a pass over the data, batch by batch; arguments as in `GrowthProblem`."""
 
     def __init__(
         self,
@@ -123,14 +86,15 @@ class Pass:
 
     def watching(self) -> ExitStack:
         """The hooks on the model and its parameters, which `add` needs, for a while."""
+
+        def stream(name: str, leaf: Tensor) -> Any:
+            return leaf.register_hook(functools.partial(self._take, self._totals[name]))
+
         with ExitStack() as stack:
-            stack.enter_context(self._leaves.watching(self._stream))
+            stack.enter_context(self._leaves.watching(stream))
             if not self._rounds:
                 stack.enter_context(self._collector.watching())
             return stack.pop_all()
-
-    def _stream(self, name: str, leaf: Tensor) -> Any:
-        return leaf.register_hook(functools.partial(self._take, self._totals[name]))
 
     def _take(self, total: Tensor, gradient: Tensor) -> Tensor:
         """Add up a gradient as backward delivers it, and send it on without its memory.
@@ -278,7 +242,9 @@ class Pass:
         found = everywhere(
             lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
         )
-        if any(not _close(sizes, found[0][3]) for _, _, _, sizes, _ in found):
+        sizes = [process[3] for process in found]
+        alike = all(len(here) == len(sizes[0]) for here in sizes)
+        if not alike or not np.allclose(sizes, sizes[:1], rtol=1e-6, atol=0, equal_nan=True):
             raise DataError(
                 "model: its parameters are not the same on all processes of the group; load the "
                 "same state dict on each, or train with DistributedDataParallel."
@@ -347,8 +313,3 @@ def refuse_moving(estimates: Mapping[str, Estimate]) -> None:
                 "on a later one. An identity layer belongs right after its own activation; "
                 "elsewhere use ResidualMLP(width, hidden, activation)."
             )
-
-
-def _close(sizes: Sequence[float], others: Sequence[float]) -> bool:
-    same = len(sizes) == len(others)
-    return same and np.allclose(sizes, others, rtol=1e-6, atol=0, equal_nan=True)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,30 +65,27 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def collecting(sites: Iterable[tuple[str, nn.Module, Which, See]]) -> Iterator[None]:
+def collecting(
+    sites: Iterable[tuple[str, nn.Module, Which, See]],
+) -> AbstractContextManager[None]:
     """Call `see(x, context)` whenever a module has run; what it returns takes the place of x.
 
     A site here is a name for errors, the module, which tensor of its output is x, and `see`.
     """
-
-    def hook_for(after: str, which: Which, see: See) -> Hook:
-        return lambda module, args, kwargs, output: replaced(
-            after, module, args, kwargs, output, which, see
-        )
-
-    with hooked((m, hook_for(after, which, see)) for after, m, which, see in sites):
-        yield
+    return hooked(
+        (module, functools.partial(replaced, after, which, see))
+        for after, module, which, see in sites
+    )
 
 
 def replaced(
     after: str,
+    which: Which,
+    see: See,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
-    which: Which,
-    see: See,
 ) -> Any:
     """The output of `module(*args, **kwargs)` with what `see` returns in the place of its x."""
     x = output if which is None and isinstance(output, Tensor) else tensor_at(after, output, which)
@@ -106,10 +103,8 @@ def alias_of(x: Tensor, *, overwritten: bool) -> Tensor:
     return x.clone() if overwritten else x.view_as(x)
 
 
-def transformed(x: Tensor) -> bool:
-    """Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
-    return is_functorch_wrapped_tensor(x)
-
+transformed = is_functorch_wrapped_tensor
+"""Whether x lives inside a transform of `torch.func`, such as `vmap` or `jvp`."""
 
 Take = Callable[[int, list[Use], Any], None]
 """`take(index, uses, batch)`: δ has arrived at all uses of a site; the batch is as in `begin`."""
@@ -126,6 +121,28 @@ class Forward:
     running: bool = True
     seen: Counter[int] = field(default_factory=Counter)  # how often each site's module has run
     waiting: dict[int, list[Use]] = field(default_factory=dict)  # until δ is at all uses of a site
+
+    def arrive(self, index: int, context: Context, here: list[Tensor], delta: Tensor) -> None:
+        """δ has arrived at one use of a site."""
+        if self.running:
+            return
+        waiting = self.waiting.setdefault(index, [])
+        waiting.append(Use(here[0] if self.keeps else here.pop(), delta.detach(), context))
+        if len(waiting) == self.seen[index]:
+            self._pass_on(index)
+
+    def settle(self) -> None:
+        """Take what waits for other uses of its site, through which backward has not come."""
+        for index in list(self.waiting):
+            self._pass_on(index)
+
+    def _pass_on(self, index: int) -> None:
+        uses = self.waiting.pop(index)
+        if not self.keeps:  # `backward` has seen to the modes
+            self.take(index, uses, self.batch)
+            return
+        with torch.inference_mode(False), torch.no_grad(), full_precision(uses[0].x.device):
+            self.take(index, uses, self.batch)
 
 
 class Collector:
@@ -200,7 +217,7 @@ class Collector:
             for arrive, delta in zip(waiting, grads, strict=False):
                 if arrive is not None and delta is not None:
                     arrive(delta)
-            settle(forward)
+            forward.settle()
         self._now = None
         return grads[len(waiting) :]
 
@@ -215,7 +232,7 @@ class Collector:
             alias = alias_of(before, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
             here = [x.detach() if x.requires_grad else x.detach().clone()]
-            arrive = functools.partial(_arrive, forward, index, kept, here)
+            arrive = functools.partial(forward.arrive, index, kept, here)
             streams = forward.keeps or not running or x.nbytes > _SMALL
             if streams:
                 before.register_hook(arrive)
@@ -241,45 +258,31 @@ def asked_for(loss: Tensor, edges: Sequence[Asked]) -> list[Asked]:
     """
     hooked_nodes = {edge.node for edge, arrive in edges if arrive is None}
     above: dict[Any, bool] = {}  # node → whether a hooked one comes before it in the forward pass
-    stack: list[Any] = [loss.grad_fn] if hooked_nodes and loss.grad_fn is not None else []
-    while stack:
-        before = [node for node, _ in stack[-1].next_functions if node is not None]
-        unknown = [node for node in before if node not in above]
-        if unknown:
-            stack.extend(unknown)
-        else:
-            above[stack.pop()] = any(node in hooked_nodes or above[node] for node in before)
+    for node in inputs_first(loss.grad_fn if hooked_nodes else None):
+        above[node] = any(n in hooked_nodes or above[n] for n in inputs_of(node))
     return [one for one in edges if one[1] is not None or not above.get(one[0].node, True)]
+
+
+def inputs_of(node: Any) -> list[Any]:
+    """The nodes of autograd's graph whose results an operation takes."""
+    return [before for before, _ in node.next_functions if before is not None]
+
+
+def inputs_first(root: Any) -> Iterator[Any]:
+    """All nodes of a graph, each after its inputs; none without a root."""
+    done: set[Any] = set()
+    waiting = [(root, False)] if root is not None else []
+    while waiting:
+        node, inputs_done = waiting.pop()
+        if node in done:
+            continue
+        if inputs_done:
+            done.add(node)
+            yield node
+        else:
+            waiting += [(node, True), *((before, False) for before in inputs_of(node))]
 
 
 _SMALL = 2**18
 """Bytes of x up to which δ is taken when backward is over. A hook takes it at once, so that x can
 go, and costs time in Python that counts only where the tensors are small."""
-
-
-def _arrive(
-    forward: Forward, index: int, context: Context, here: list[Tensor], delta: Tensor
-) -> None:
-    """δ of one use; a function, as a method would keep the collector alive as long as the graph."""
-    if forward.running:
-        return
-    waiting = forward.waiting.setdefault(index, [])
-    waiting.append(Use(here[0] if forward.keeps else here.pop(), delta.detach(), context))
-    if len(waiting) == forward.seen[index]:
-        _pass_on(forward, index)
-
-
-def _pass_on(forward: Forward, index: int) -> None:
-    uses = forward.waiting.pop(index)
-    if not forward.keeps:  # `backward` has seen to the modes
-        forward.take(index, uses, forward.batch)
-        return
-    with torch.inference_mode(False), torch.no_grad(), full_precision(uses[0].x.device):
-        forward.take(index, uses, forward.batch)
-
-
-def settle(forward: Forward | None) -> None:
-    """Take what waits for other uses of its site, through which backward has not come."""
-    if forward is not None:
-        for index in list(forward.waiting):
-            _pass_on(forward, index)

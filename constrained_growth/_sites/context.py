@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from constrained_growth._structure import mapped
+
 
 @dataclass(frozen=True)
 class Context:
@@ -77,14 +79,5 @@ def alike(one: Context, other: Context) -> bool:
 
 def detached(context: Context) -> Context:
     """The same context without the graph its tensors belong to."""
-    return Context(_detached(context.args), _detached(context.kwargs))
-
-
-def _detached(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach()
-    if type(value) is dict:
-        return {key: _detached(item) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)(_detached(item) for item in value)
-    return value
+    args, kwargs = mapped((context.args, dict(context.kwargs)), Tensor.detach)
+    return Context(args, kwargs)

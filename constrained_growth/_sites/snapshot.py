@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -20,61 +21,56 @@ _DEPTH = 3
 """How many objects lie on the way to one: a loss, its metric, and what that holds. An object that
 holds everything, as a trainer does, would lead to the data set."""
 
-_CONTAINERS = (dict, OrderedDict, defaultdict, Counter, list, set, deque)
+_PLAIN = {type(None), bool, int, float, str}
+_CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
 _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "constrained_growth"}
 
-_HOOKS = ("_forward_", "_backward_")
-"""How a module's dicts of hooks are called. A monitor that looks on takes its own off and on; those
-that the model adds to itself as it runs, such as Transformers in its first pass, are taken off."""
+_HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
+"""A module's dicts of hooks. What runs adds some (libraries at the first call), which are taken
+off again; none is put back, as a monitor that looks on takes its own off."""
 
 
-class Snapshot:
-    """What is held by some modules, functions and objects: attributes, containers and tensors.
+@contextmanager
+def restoring(*roots: object) -> Iterator[None]:
+    """Put back what some modules, functions and objects hold: attributes, containers and tensors.
 
     Found are those that a module, the hooks on it, a function (a bound method, a `partial`, a
-    closure, with the globals it names) or an object of the user's leads to.
+    closure, with the globals it names) or an object of the user's leads to. At the end they are
+    the same objects with the same values.
     """
-
-    def __init__(self, *roots: object) -> None:
-        self._containers: list[tuple[Any, Any]] = []
-        self._tensors: list[tuple[Tensor, Tensor]] = []
-        self._leaves: list[tuple[Tensor, Tensor | None, bool]] = []
-        self._modes: list[tuple[nn.Module, bool]] = []
-        self._hooks: list[tuple[dict[int, Any], set[int]]] = []
-        self._generators: list[tuple[torch.Generator, Tensor]] = []
-        for value in reached(*roots):
-            if type(value) in _CONTAINERS:
-                self._containers.append((value, value.copy()))
-            elif isinstance(value, Tensor):
-                if value.is_leaf:
-                    self._leaves.append((value, value.grad, value.requires_grad))
-                if not isinstance(value, nn.Parameter):
-                    self._tensors.append((value, value.detach().clone()))
-            elif isinstance(value, nn.Module):
-                self._modes.append((value, value.training))
-                self._hooks += [(hooks, {*hooks}) for hooks in _hooks_of(value)]
-            elif isinstance(value, torch.Generator):
-                self._generators.append((value, value.get_state()))
-
-    def put_back(self) -> None:
-        """All is again what it was, the same objects with the same values."""
-        for container, before in self._containers:
-            if not _same_items(container, before):
+    found = list(reached(*roots))
+    tensors = [value for value in found if isinstance(value, Tensor)]
+    leaves = [(leaf, leaf.grad, leaf.requires_grad) for leaf in tensors if leaf.is_leaf]
+    values = [(t, t.detach().clone()) for t in tensors if not isinstance(t, nn.Parameter)]
+    containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+    modes = [(value, value.training) for value in found if isinstance(value, nn.Module)]
+    hooks = [(some, set(some)) for module, _ in modes for some in _hooks_of(module)]
+    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for container, before in containers:
+            now, then = _held(container), _held(before)
+            if len(now) != len(then) or not all(map(operator.is_, now, then)):
                 fill = container.extend if hasattr(container, "extend") else container.update
                 container.clear()
                 fill(before)
-        for hooks, known in self._hooks:
-            for key in hooks.keys() - known:
-                if callable(hooks[key]) and not _is_of_others(hooks[key].__module__):
-                    del hooks[key]
-        for module, training in self._modes:  # a script module keeps it elsewhere
+        for some, keys in hooks:
+            for key in some.keys() - keys:
+                if not _is_of_others(getattr(some[key], "__module__", "torch")):
+                    del some[key]
+        for module, training in modes:  # a script module keeps it elsewhere
             if module.training != training:
                 module.training = training
-        for generator, state in self._generators:
+        for generator, state in generators:
             generator.set_state(state)
-        for tensor, values in self._tensors:
-            _put_back(tensor, values)
-        for leaf, grad, requires_grad in self._leaves:
+        with torch.no_grad():
+            for tensor, before in values:
+                if tensor.shape != before.shape:
+                    tensor.resize_(before.shape)
+                if tensor.layout is not torch.strided or not torch.equal(tensor, before):
+                    tensor.copy_(before)
+        for leaf, grad, requires_grad in leaves:
             leaf.grad = grad
             if leaf.requires_grad != requires_grad:
                 leaf.requires_grad_(requires_grad)
@@ -90,40 +86,37 @@ def reached(*roots: object) -> Iterator[Any]:
     known: set[int] = set()
     while waiting:
         value, depth, owned = waiting.pop()
-        if value is None or isinstance(value, str | int | float) or id(value) in known:
+        if id(value) in known:
             continue
         known.add(id(value))
-        inside: list[Any] = []
+        inside: Iterable[Any] = ()
         if type(value) in _CONTAINERS:
             if owned:
                 yield value
-            inside = [*(value.values() if isinstance(value, dict) else value)]
-        elif isinstance(value, Tensor):
+            inside = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, Tensor | torch.Generator):
             yield value
         elif isinstance(value, nn.Module):
             yield value
-            for hooks in _hooks_of(value):
-                known.add(id(hooks))
-                waiting += ((hook, depth, False) for hook in hooks.values())
-            inside, owned = [vars(value), *value.buffers(recurse=False)], True
+            known.update(map(id, _hooks_of(value)))
+            waiting += [(h, depth, False) for some in _hooks_of(value) for h in some.values()]
+            inside, owned = (vars(value), *value.buffers(recurse=False)), True
         elif isinstance(value, tuple):
-            inside = [*value]
+            inside = value
         elif isinstance(value, types.MethodType):
-            inside = [value.__self__, value.__func__]
+            inside = value.__self__, value.__func__
         elif isinstance(value, functools.partial):
-            inside = [value.func, value.args, value.keywords]
+            inside = value.func, value.args, value.keywords
         elif isinstance(value, types.FunctionType) and depth > 0:
-            inside, depth, owned = [*_names_in(value)], depth - 1, False
-        elif isinstance(value, torch.Generator):
-            yield value
+            inside, depth, owned = _names_in(value), depth - 1, False
         elif depth > 0 and _is_state(value):
-            inside, depth, owned = [vars(value)], depth - 1, True
-        waiting += ((item, depth, owned) for item in inside)
+            inside, depth, owned = (vars(value),), depth - 1, True
+        waiting += [(item, depth, owned) for item in inside if type(item) not in _PLAIN]
 
 
-def _hooks_of(module: nn.Module) -> list[dict[int, Any]]:
-    found = (hooks for name, hooks in vars(module).items() if name.startswith(_HOOKS))
-    return [hooks for hooks in found if isinstance(hooks, dict)]
+def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
+    state = vars(module)
+    return [state[name] for name in _HOOKS if name in state]
 
 
 def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:
@@ -163,21 +156,5 @@ def _is_of_others(module: str | None) -> bool:
     return (module or "builtins").partition(".")[0] in _OTHERS
 
 
-def _same_items(container: Any, before: Any) -> bool:
-    if isinstance(container, set):
-        return container == before
-    if len(container) != len(before):
-        return False
-    if isinstance(container, dict):
-        pairs = zip(container.items(), before.items(), strict=True)
-        return all(one[0] == other[0] and one[1] is other[1] for one, other in pairs)
-    return all(one is other for one, other in zip(container, before, strict=True))
-
-
-def _put_back(tensor: Tensor, before: Tensor) -> None:
-    """The values and the shape of a tensor, if they have changed."""
-    with torch.no_grad():
-        if tensor.shape != before.shape:
-            tensor.resize_(before.shape)
-        if tensor.layout is not torch.strided or not torch.equal(tensor, before):
-            tensor.copy_(before)
+def _held(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from constrained_growth._data import samplers_of
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import reshard
-from constrained_growth._sites.snapshot import Snapshot
+from constrained_growth._sites.snapshot import restoring
 
 
 @contextmanager
@@ -26,19 +25,16 @@ def untouched(model: nn.Module, *others: object) -> Iterator[None]:
     data loader among them.
     """
     reshard(model)
-    kept = Snapshot(model, *(other for other in others if callable(other)))
-    generators = [(g, g.get_state()) for other in others for g in generators_of(other)]
     state = random_state()
     token = _UNTOUCHED.set(True)
-    try:
-        yield
-    finally:
-        _UNTOUCHED.reset(token)
-        reshard(model)
-        set_random_state(state)
-        for generator, before in generators:
-            generator.set_state(before)
-        kept.put_back()
+    generators = [generator for other in others for generator in generators_of(other)]
+    with restoring(model, *filter(callable, others), *generators):
+        try:
+            yield
+        finally:
+            _UNTOUCHED.reset(token)
+            reshard(model)
+            set_random_state(state)
 
 
 _UNTOUCHED: ContextVar[bool] = ContextVar("_UNTOUCHED", default=False)
@@ -54,8 +50,15 @@ def differentiable() -> Iterator[None]:
     """Gradients on and modules run as written, whatever the caller has switched off or compiled."""
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         torch.clear_autocast_cache()  # it may hold weights that were cast without gradients
-    with torch.inference_mode(False), torch.enable_grad(), as_written():
-        yield
+    # on the fast path of nn.TransformerEncoder in eval mode no submodule is called, tensors are
+    # nested, and where there is padding the output is 0
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), eagerly():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def eagerly() -> AbstractContextManager[Any]:
@@ -63,21 +66,6 @@ def eagerly() -> AbstractContextManager[Any]:
     if "torch._dynamo" not in sys.modules:  # nothing was compiled
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-@contextmanager
-def as_written() -> Iterator[None]:
-    """`eagerly`, and without the fast path that `nn.TransformerEncoder` takes in eval mode.
-
-    On it no submodule is called, tensors are nested, and where there is padding the output is 0.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with eagerly():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def full_precision(*devices: torch.device) -> AbstractContextManager[Any]:
@@ -90,6 +78,12 @@ def full_precision(*devices: torch.device) -> AbstractContextManager[Any]:
 
 
 def generators_of(other: object) -> list[torch.Generator]:
-    """The generators that a data loader and its samplers draw from."""
-    found = [getattr(holder, "generator", None) for holder in (other, *samplers_of(other))]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    """The generators that a data loader and its samplers draw from, those within them too."""
+    found: dict[int, torch.Generator] = {}
+    holders = [other]
+    for holder in holders:
+        if isinstance(generator := getattr(holder, "generator", None), torch.Generator):
+            found[id(generator)] = generator
+        within = (getattr(holder, name, None) for name in ("batch_sampler", "sampler"))
+        holders += [sampler for sampler in within if sampler is not None]
+    return list(found.values())

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from constrained_growth._sites.collector import inputs_first, inputs_of
 from constrained_growth._sites.untouched import differentiable
 from constrained_growth.blocks.protocol import change
 from constrained_growth.errors import BlockError
@@ -165,9 +166,9 @@ class _Graph:
         self._root = y.grad_fn
         self._dependent: set[Any] = set()  # nodes that depend on x
         self._carriers: set[Any] = set()  # those that can carry it on, without parameters
-        for node in _inputs_first(self._root):
+        for node in inputs_first(self._root):
             is_x = getattr(node, "variable", None) is x
-            if is_x or any(child in self._dependent for child in _children(node)):
+            if is_x or any(child in self._dependent for child in inputs_of(node)):
                 self._dependent.add(node)
                 if is_x or self._carries(node):
                     self._carriers.add(node)
@@ -196,11 +197,11 @@ class _Graph:
 
     def _inputs(self, node: Any) -> list[Any]:
         """The inputs of an operation that depend on x."""
-        return [child for child in _children(node) if child in self._dependent]
+        return [child for child in inputs_of(node) if child in self._dependent]
 
     def _parameters(self, node: Any) -> list[Tensor]:
         """The parameters that an operation takes directly, or rearranged."""
-        found = (_leaf(child) for child in _children(node) if child not in self._dependent)
+        found = (_leaf(child) for child in inputs_of(node) if child not in self._dependent)
         return [variable for variable in found if variable is not None]
 
     def _last_parameters(self, node: Any) -> list[Tensor]:
@@ -230,32 +231,12 @@ def _operation(node: Any) -> str:
     return node.name().partition("Backward")[0]
 
 
-def _children(node: Any) -> list[Any]:
-    return [child for child, _ in node.next_functions if child is not None]
-
-
 def _leaf(node: Any) -> Tensor | None:
     """The leaf that a node returns, at most rearranged or a part of it, or None."""
     parts = {"Select", "Slice", "Index"}  # of an expert, in the parameter of all
-    while _operation(node) in _REARRANGEMENTS | parts and len(_children(node)) == 1:
-        (node,) = _children(node)
+    while _operation(node) in _REARRANGEMENTS | parts and len(inputs_of(node)) == 1:
+        (node,) = inputs_of(node)
     return getattr(node, "variable", None)
-
-
-def _inputs_first(root: Any) -> Iterator[Any]:
-    """All nodes of a graph, each after its inputs."""
-    done: set[Any] = set()
-    waiting = [(root, False)]
-    while waiting:
-        node, inputs_done = waiting.pop()
-        if node in done:
-            continue
-        if inputs_done:
-            done.add(node)
-            yield node
-        else:
-            waiting.append((node, True))
-            waiting += [(child, False) for child in _children(node)]
 
 
 def _unique(tensors: list[Tensor]) -> list[Tensor]:

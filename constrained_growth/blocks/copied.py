@@ -78,8 +78,7 @@ class CopiedBlock(nn.Module):
         share: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(module, nn.Module):
-            raise BlockError(f"module={module!r} is not an nn.Module; give the block to copy.")
+        instance("module", module, nn.Module, BlockError, "the block to copy, an nn.Module")
         names = instance("pinned", pinned or (), Sequence, BlockError, "a tuple of names")
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             kind = "a string" if isinstance(names, str) else "no tuple of names"

@@ -44,7 +44,9 @@ class Candidate:
     wrapped: bool = False
 
     def __post_init__(self) -> None:
-        instance("after", self.after, str, CandidateError, 'the name of a submodule, such as "3"')
+        fix = 'the name of a submodule, such as "3"'
+        if not instance("after", self.after, str, CandidateError, fix):
+            raise CandidateError(f'after="" is no submodule; give {fix}.')
         example = "an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())"
         instance("block", self.block, nn.Module, BlockError, example)
         instance("name", self.name, str, CandidateError, "text, or leave it out")

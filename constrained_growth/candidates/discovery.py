@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._activations import TanhLU
-from constrained_growth._arguments import positive_int
+from constrained_growth._arguments import instance, positive_int
 from constrained_growth._sites.context import alike
 from constrained_growth._sites.model import check_can_change, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -80,8 +81,7 @@ def find_candidates(
         nothing proposed after
         2  its output is that of the model
     """
-    if not isinstance(model, nn.Module):
-        raise CandidateError(f"model={model!r:.80} is not an nn.Module.")
+    instance("model", model, nn.Module, CandidateError, "an nn.Module")
     check_can_change(model)
     if max_parameters is None:
         max_parameters = max(1, _size(model))
@@ -192,9 +192,10 @@ def _propose_after_modules(search: _Search) -> None:
         why = _why_not(search, run)
         if why:
             search.proposed[name] = None, why
-        elif not why:
-            after = _after_activation(run, activation) if activation else _residual(run, nn.ReLU())
-            search.proposed[name] = after
+        elif activation:
+            search.proposed[name] = _after_activation(run, activation)
+        else:
+            search.proposed[name] = _residual(run, nn.ReLU())
 
 
 def _propose_after_leaves(search: _Search) -> None:
@@ -219,10 +220,9 @@ def _fit(search: _Search, most: int) -> None:
         if _size(block) > most:
             search.proposed[name] = _narrowed(block, run, most)
         elif isinstance(block, CopiedBlock) and run.y._version == run.version:
-            try:
+            fits = False
+            with suppress(Exception):
                 fits = bool(moves(block, run.y.detach(), run.context) <= 1)
-            except Exception:
-                fits = False
             if not fits:
                 search.proposed[name] = None, "a copy is not the identity on what comes out of it"
 
@@ -252,10 +252,8 @@ def _check_class(search: _Search, example_input: object) -> None:
         if block is not None
         and not (isinstance(block, CopiedBlock) and list_of(search.model, search.runs[name].module))
     ]
+    why = "the output changes with another module in its place (forward() may ask for its class)"
     for name in unwrappable(search.model, example_input, around, search.last):
-        why = (
-            "the output changes with another module in its place (forward() may ask for its class)"
-        )
         search.proposed[name] = None, why
 
 
@@ -349,15 +347,12 @@ def _after_activation(run: Run, activation: nn.Module) -> Proposed:
     kind = type(activation).__name__
     identity = IdentityConv2d if run.on_channels else IdentityLinear
     if not run.on_channels or (run.y is not None and run.y.dim() == 4):
-        try:
+        with suppress(BlockError):
             block = identity(_width(run), activation)
             return block, f"{kind} is the identity on what comes out of it"
-        except BlockError:
-            pass
-    try:
+    with suppress(BlockError):
         return _residual(run, activation)
-    except BlockError:  # like Softmax, not elementwise
-        return None, f"{kind} is not an elementwise activation"
+    return None, f"{kind} is not an elementwise activation"
 
 
 def _residual(run: Run, activation: nn.Module) -> Proposed:

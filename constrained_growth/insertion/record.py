@@ -27,6 +27,7 @@ from constrained_growth.insertion.layer import (
     standalone_form,
 )
 from constrained_growth.insertion.training_state import restoring
+from constrained_growth.solution import listed
 
 _VERSION = 3
 """1 had no `placement` and `output`; 2 neither "joined" nor the `settings` of a copy."""
@@ -54,9 +55,12 @@ class GrowthRecord:
     evidence: tuple[Mapping[str, Any], ...] = ()
 
     def __repr__(self) -> str:
-        layers = [f"{one.block.get('type')} after {one.after!r}" for one in self.insertions]
-        more = f", and {len(layers) - 5} more" if len(layers) > 5 else ""
-        return f"GrowthRecord({', '.join(layers[:5]) or 'nothing inserted'}{more})"
+        layers = [
+            f"{one.block.get('type')} after {one.after!r}"
+            + (f" as {one.name!r}" if one.name != one.after else "")
+            for one in self.insertions
+        ]
+        return f"GrowthRecord({listed(layers) or 'nothing inserted'})"
 
     def __add__(self, other: GrowthRecord) -> GrowthRecord:
         both = [*self.difference.items(), *other.difference.items()]

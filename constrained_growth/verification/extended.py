@@ -53,7 +53,7 @@ def _with_block(
         args, kwargs = arguments(block, x, context)
         return block(*args, **kwargs).clone()  # the model may change its input in place
 
-    return replaced(site.after, module, args, kwargs, output, site.output, layer)
+    return replaced(site.after, site.output, layer, module, args, kwargs, output)
 
 
 class ExtendedProblem:

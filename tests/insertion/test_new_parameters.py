@@ -71,8 +71,29 @@ def test_model_of_another_time() -> None:
 def test_record_says_shortly_what_was_inserted() -> None:
     model, data = Stack(), classified(12)
     record = insert(model, data, "around the stem, and one more in the list")
-    assert repr(record) == "GrowthRecord(ResidualMLP after 'stem', CopiedBlock after 'blocks.0')"
+    layers = "ResidualMLP after 'stem' as 'mlp stem', CopiedBlock after 'blocks.0'"
+    assert repr(record) == f"GrowthRecord({layers})"
     for _ in range(6):
-        record += insert(model, data, "around an element of the list")
-    assert len(repr(record)) < 400
-    assert repr(record).endswith("and 3 more)")
+        record += insert(model, data, "two more in the list")
+    assert len(repr(record)) < 700
+    assert repr(record).count("CopiedBlock after 'blocks.0' as 'a'") == 6
+    many = repr(cg.GrowthRecord(100 * record.insertions))
+    assert len(many) < 2000
+    assert many.endswith(" more)")
+
+
+@pytest.mark.parametrize("count", [0, 1, 12, 500])
+def test_solution_says_shortly_what_was_decided(count: int) -> None:
+    names = [f"wider {index}" for index in range(max(count, 1))]
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    candidates = [mlp("1", name) for name in names]
+    solution = cg.solve(
+        cg.GrowthProblem(model, nn.CrossEntropyLoss(), classified(8), candidates),
+        rule=lambda found: cg.Decision(tuple(found)[:count], "as I like it"),
+    )
+    assert len(repr(solution)) < 2000
+    assert "(as I like it)" in repr(solution)
+    assert f"insert {'nothing' if count == 0 else repr(names[0])}" in repr(solution)
+    assert all(repr(name) in repr(solution) for name in names[: min(count, 50)])
+    assert repr(solution.sensitivities["wider 0"]).endswith(" parameters pinned)")
+    assert all(len(repr(one)) < 120 for one in solution.sensitivities.values())

@@ -8,6 +8,7 @@ Everything is built from small random configs.
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -469,12 +470,17 @@ def test_a_hand_written_candidate_is_refused_before_the_model_runs() -> None:
     dense = model.model.layers[0]
     pinned = ["self_attn.o_proj.weight", "mlp.down_proj.weight"]
     candidate = cg.Candidate("model.layers.0", cg.blocks.CopiedBlock(dense, pinned))
-    problem = cg.GrowthProblem(model, own_loss, [(batch_for(model), None)], [candidate])
+    data, around = [(batch_for(model), None)], replace(candidate, wrapped=True)
+    problem = cg.GrowthProblem(model, own_loss, data, [around])
     solution = cg.solve(problem, cg.Fixed("model.layers.0"), stationarity=False)
+    planned = {n: replace(p, wrapped=False) for n, p in solution.candidates.items()}
     calls = []
     handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
-    with refused(cg.CandidateError, "model.layers.0", "num_hidden_layers", "MoE", "ResidualMLP"):
-        cg.insert(model, solution)
+    words = "model.layers.0", "num_hidden_layers", "MoE", "ResidualMLP"
+    with refused(cg.CandidateError, *words):
+        cg.GrowthProblem(model, own_loss, data, [candidate])
+    with refused(cg.CandidateError, *words):
+        cg.insert(model, replace(solution, candidates=planned))
     handle.remove()
     assert not calls
 

@@ -331,8 +331,15 @@ def test_layers_that_depend_on_their_number_are_refused() -> None:
     layer, config = layers(model)[0], model.config
     ends = [f"{part}.c_proj.{kind}" for part in ("attn", "mlp") for kind in ("weight", "bias")]
     block = cg.blocks.CopiedBlock(layer, ends)
-    solution = cg.solve(problem_of(model, [cg.Candidate("transformer.h.0", block)]), choose())
-    solution = replace(solution, decision=cg.Decision(("transformer.h.0",)))
+    with refused(cg.CandidateError, "transformer.h.0", "n_layer"):
+        problem_of(model, [cg.Candidate("transformer.h.0", block)])
+    around = cg.Candidate("transformer.h.0", block, wrapped=True)
+    solution = cg.solve(problem_of(model, [around]), choose())
+    solution = replace(
+        solution,
+        decision=cg.Decision(("transformer.h.0",)),
+        candidates={n: replace(p, wrapped=False) for n, p in solution.candidates.items()},
+    )
     with nothing_left_behind(model), refused(cg.CandidateError, "transformer.h.0", "n_layer"):
         cg.insert(model, solution)
     assert model.config is config

@@ -303,3 +303,19 @@ def test_a_loss_without_a_gradient_in_one_mode() -> None:
     cg.GrowthProblem(model, CROSS_ENTROPY, data, blocks)
     with nothing_left_behind(model.eval()), refused(cg.DataError, "in eval mode", "the other mode"):
         cg.GrowthProblem(model, CROSS_ENTROPY, data, blocks)
+
+
+class Installing(nn.Linear):
+    """At its first call it installs a hook, and notes that it has."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not hasattr(self, "installed"):
+            self.installed = self.register_forward_hook(lambda *_: None)
+        return super().forward(input)
+
+
+def test_hooks_that_a_model_installs_when_it_runs_are_taken_off() -> None:
+    model = nn.Sequential(Installing(2, 6), nn.Tanh(), nn.Linear(6, 3))
+    solved(model, classified(8), cg.Candidate("1", residual()))
+    assert not model[0]._forward_hooks
+    assert not hasattr(model[0], "installed")
