@@ -77,9 +77,11 @@ def load_named_state(
     def groups(given: Mapping[Any, Any]) -> list[Any]:
         return [{**g, "params": [given[name] for name in g["params"]]} for g in content["groups"]]
 
+    needed = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
     optimizer.param_groups[:] = groups(parameters)
     optimizer.load_state_dict({"state": state, "param_groups": groups(numbers)})
-    missing = optimizer.defaults.keys() - optimizer.param_groups[0].keys()
+    # those that only a later version of PyTorch has it adds itself
+    missing = needed - optimizer.param_groups[0].keys()
     if missing:
         raise CheckpointError(
             f"optimizer={type(optimizer).__name__} has settings that the one saved did not have, "

@@ -527,7 +527,7 @@ def runs(setting: Setting) -> bool:
     so the model has to run without checkpoints too.
     """
     try:
-        for piece in (setting.piece, unchecked(setting.piece)):
+        for piece in dict.fromkeys((setting.piece, unchecked(setting.piece))):
             one = replace(setting, piece=piece)
             net, loss = one.make()
             value, _ = measured(net, loss, one, trained(net))
