@@ -26,8 +26,7 @@ _CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
 _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "constrained_growth"}
 
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
-"""A module's dicts of hooks. What runs adds some (libraries at the first call), which are taken
-off again; none is put back, as a monitor that looks on takes its own off."""
+"""A module's dicts of hooks. A monitor that looks on takes its own off and on."""
 
 
 @contextmanager
@@ -44,7 +43,6 @@ def restoring(*roots: object) -> Iterator[None]:
     values = [(t, t.detach().clone()) for t in tensors if not isinstance(t, nn.Parameter)]
     containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
     modes = [(value, value.training) for value in found if isinstance(value, nn.Module)]
-    hooks = [(some, set(some)) for module, _ in modes for some in _hooks_of(module)]
     generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
     try:
         yield
@@ -55,9 +53,6 @@ def restoring(*roots: object) -> Iterator[None]:
                 fill = container.extend if hasattr(container, "extend") else container.update
                 container.clear()
                 fill(before)
-        for some, keys in hooks:
-            for key in some.keys() - keys:
-                del some[key]
         for module, training in modes:  # a script module keeps it elsewhere
             if module.training != training:
                 module.training = training
@@ -97,9 +92,11 @@ def reached(*roots: object) -> Iterator[Any]:
             yield value
         elif isinstance(value, nn.Module):
             yield value
-            known.update(map(id, _hooks_of(value)))
-            waiting += [(h, depth, False) for some in _hooks_of(value) for h in some.values()]
-            inside, owned = (vars(value), *value.buffers(recurse=False)), True
+            state = vars(value)
+            hooks = [state[name] for name in _HOOKS if name in state]
+            known.update(map(id, hooks))
+            waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
+            inside, owned = (state, *value.buffers(recurse=False)), True
         elif isinstance(value, tuple):
             inside = value
         elif isinstance(value, types.MethodType):
@@ -111,11 +108,6 @@ def reached(*roots: object) -> Iterator[Any]:
         elif depth > 0 and _is_state(value):
             inside, depth, owned = (vars(value),), depth - 1, True
         waiting += [(item, depth, owned) for item in inside if type(item) not in _PLAIN]
-
-
-def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
-    state = vars(module)
-    return [state[name] for name in _HOOKS if name in state]
 
 
 def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:

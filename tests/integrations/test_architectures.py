@@ -519,7 +519,7 @@ def test_the_losses_of_routers_are_named() -> None:
     batch = batch_for(model)
     problem = cg.GrowthProblem(model, own_loss, [(batch, None)], cg.find_candidates(model, batch))
     solution = cg.solve(problem, cg.Fixed("model.layers.0"), stationarity=False)
-    with nothing_left_behind(model), refused(cg.BlockError, '"aux_loss"', "routers"):
+    with nothing_left_behind(model), refused(cg.CandidateError, '"aux_loss"', "routers"):
         cg.insert(model, solution)
 
 

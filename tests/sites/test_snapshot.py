@@ -260,19 +260,3 @@ def test_kept_activations_of_a_training_step_are_no_obstacle() -> None:
     assert len(block.every) == 1
     cg.insert(model, solution, optimizer=optimizer)
     CROSS_ENTROPY(model(data[0][0]), data[0][1]).backward()
-
-
-class Installing(nn.Linear):
-    """At its first call it installs a hook, and notes that it has."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not hasattr(self, "installed"):
-            self.installed = self.register_forward_hook(lambda *_: None)
-        return super().forward(input)
-
-
-def test_hooks_that_a_model_installs_when_it_runs_are_taken_off() -> None:
-    model = nn.Sequential(Installing(2, 6), nn.Tanh(), nn.Linear(6, 3))
-    solved(model, classified(8), cg.Candidate("1", residual()))
-    assert not model[0]._forward_hooks
-    assert not hasattr(model[0], "installed")
