@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
 from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
@@ -54,11 +55,19 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 @contextmanager
 def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
-    """Forward hooks on modules, removed at the end, also after an error halfway."""
+    """Forward hooks on modules, removed at the end, also after an error halfway.
+
+    They come after all others, also after those that a library adds when the model runs first.
+    """
     handles = []
+
+    def last(handle: RemovableHandle) -> Callable[[nn.Module, Any], None]:
+        return lambda module, _: module._forward_hooks.move_to_end(handle.id)
+
     try:
         for module, hook in hooks:
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(last(handles[-1])))
         yield
     finally:
         for handle in handles:

@@ -26,8 +26,8 @@ _CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
 _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "constrained_growth"}
 
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
-"""A module's dicts of hooks. What runs adds some (libraries at the first call), which are taken
-off again; none is put back, as a monitor that looks on takes its own off."""
+"""A module's dicts of hooks. What runs adds some, as Transformers does in a first pass, which are
+taken off again; none is put back, as a monitor that looks on takes its own off and on."""
 
 
 @contextmanager
@@ -98,8 +98,9 @@ def reached(*roots: object) -> Iterator[Any]:
             yield value
         elif isinstance(value, nn.Module):
             yield value
-            known.update(map(id, _hooks_of(value)))
-            waiting += [(h, depth, False) for some in _hooks_of(value) for h in some.values()]
+            hooks = _hooks_of(value)
+            known.update(map(id, hooks))
+            waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
             inside, owned = (vars(value), *value.buffers(recurse=False)), True
         elif isinstance(value, tuple):
             inside = value
