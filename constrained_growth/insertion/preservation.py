@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -78,6 +79,13 @@ def check_preserved(
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
         found = _differences(model, {mode: output}, grown)
+        if siblings and grown[mode].keys() - output.keys() and mode == next(iter(before)):
+            warnings.warn(
+                "the output has an entry for each layer, such as hidden_states, and one more now: "
+                "if loss_fn reads all of them, or those behind the new layer, λ was for another "
+                "loss.",
+                stacklevel=3,
+            )
         if found:
             differences[mode] = max(difference for difference, _ in found.values())
         beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}

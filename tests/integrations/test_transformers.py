@@ -230,6 +230,15 @@ def enable(on: bool, model: Any) -> None:
     getattr(model, f"{word}_checkpointing_{'enable' if on else 'disable'}")(*options)
 
 
+def test_hidden_states_that_the_loss_may_read_bring_a_warning() -> None:
+    model = made(*LLAMA)
+    inputs = {**text(), "output_hidden_states": True}
+    candidates = cg.find_candidates(model, inputs)
+    problem = cg.GrowthProblem(model, loss_of, [(inputs, None)], candidates)
+    with pytest.warns(UserWarning, match="an entry for each layer, such as hidden_states"):
+        cg.insert(model, cg.solve(problem, cg.TopK(1)))
+
+
 def test_hidden_states_and_checkpointing_follow() -> None:
     model = made(*LLAMA).train()
     enable(True, model)
