@@ -37,6 +37,7 @@ def debiased_square(multiplier: Iterable[Tensor], variance: float) -> float:
         variance: An unbiased estimate of tr Cov(λ̂).
 
     Example:
+        >>> import torch
         >>> debiased_square([torch.tensor([3.0, 4.0])], 1.0)
         24.0
     """

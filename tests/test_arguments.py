@@ -59,9 +59,8 @@ class Setting:
 @pytest.fixture(scope="module")
 def setting() -> Setting:
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    model = Counted()
-    data = [(torch.randn(6, 2), torch.randint(3, (6,))) for _ in range(2)]
+    model = Counted().double()
+    data = [(torch.randn(6, 2).double(), torch.randint(3, (6,))) for _ in range(2)]
     candidate = cg.Candidate("body.1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
     problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [candidate])
     solution = cg.solve(problem, cg.TopK(1))
@@ -155,7 +154,9 @@ GROWING = {
     "writer": "mapping",
     "averaged": "module",
 }
-OPTIONAL = ("when", "confirm", "candidates", "max_insertions", "after_insertion", "writer")
+OPTIONAL = (
+    *("when", "confirm", "candidates", "max_insertions", "after_insertion", "writer", "averaged"),
+)
 CANDIDATE = cg.Candidate("body.1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
 MORE: dict[str, tuple[Any, ...]] = {
     "when": (rules.Plateau,),
@@ -221,7 +222,7 @@ ROWS: dict[str, Row] = {
             "averaged": "module",
             "data": "data",
         },
-        optional=("optimizer", "data"),
+        optional=("optimizer", "data", "averaged"),
     ),
     "replay": Row(
         cg.replay,

@@ -467,7 +467,7 @@ def test_an_idle_expert_counts_as_in_solve() -> None:
         ({"norm": "l2"}, ("norm='l2'", "cg.norms")),
         ({"every": 0}, ("every=0", "positive")),
         ({"every": 1.5}, ("every=1.5",)),
-        ({"scale": 0.0}, ("scale=0.0", "get_scale")),
+        ({"scale": 0.0}, ("scale=0.0", "(0, inf)")),
         ({"scale": math.nan}, ("scale=nan",)),
     ],
     ids=str,

@@ -208,7 +208,6 @@ def _solutions(whole: Solution) -> Iterator[tuple[str, Solution]]:
 def _snapshot(case: _Case) -> dict[str, Any]:
     """Everything a rule is shown and could write to."""
     model, solution = case.problem.model, case.solution
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     blocks = [candidate.block for candidate in solution.candidates.values()]
     multipliers = [value for tensors in solution.multipliers.values() for value in tensors.values()]
     return {
@@ -216,7 +215,6 @@ def _snapshot(case: _Case) -> dict[str, Any]:
         "the multipliers": [value.clone() for value in multipliers],
         "the parameters of the model": [p.detach().clone() for p in model.parameters()],
         "the modules of the model": [(name, id(m)) for name, m in model.named_modules()],
-        "the hooks of the model": [len(getattr(m, h)) for m in model.modules() for h in hooks],
         "which parameters are trained": [p.requires_grad for p in model.parameters()],
         "the blocks": [p.detach().clone() for block in blocks for p in block.parameters()],
     }

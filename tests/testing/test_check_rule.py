@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import candidate, classified, feedforward, nothing_left_behind, refused
+from helpers import candidate, classified, feedforward, nothing_left_behind, refused, solved
 from torch import nn
 
 import constrained_growth as cg
@@ -179,7 +179,6 @@ class Unpicklable:
     [
         (Trainer(), "changes the parameters of the model"),
         (Spoiler(), "changes the multipliers"),
-        (Hooked(), "changes the hooks of the model"),
         (Forgetful(), "restored from its state_dict"),
         (InTurn(), "it has no state_dict"),
         (Unpicklable(), "It can be pickled"),
@@ -191,6 +190,13 @@ class Unpicklable:
 def test_objects_that_are_wrong(rule: Any, word: str) -> None:
     with refused(cg.RuleError, word):
         check_rule(rule)
+
+
+def test_hooks_that_a_rule_leaves_behind_are_taken_off() -> None:
+    model = feedforward(2, 4, 3)
+    check_rule(Hooked())
+    solved(model, classified(8), candidate(), rule=Hooked())
+    assert not model._forward_hooks
 
 
 def test_a_rule_that_remembers_is_not_used_up() -> None:
