@@ -61,7 +61,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     """
     handles = []
 
-    def last(handle: RemovableHandle) -> Callable[[nn.Module, Any], None]:
+    def last(handle: RemovableHandle) -> Callable[[Any, Any], None]:
         return lambda module, _: module._forward_hooks.move_to_end(handle.id)
 
     try:

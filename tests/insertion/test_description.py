@@ -199,6 +199,7 @@ def test_a_module_that_has_changed_since_it_was_copied_has_to_be_given() -> None
 
 # --- blocks of the library, with other settings than the usual ones -------------------------------
 
+NUMPYS: Any = np.float32(0.7), np.float32(0.3)
 WIDTHS: dict[str, Callable[[], nn.Module]] = {
     "slope": lambda: ResidualMLP(4, 3, nn.LeakyReLU(0.7)),
     "beta": lambda: ResidualMLP(4, 3, nn.Softplus(beta=3, threshold=4)),
@@ -209,7 +210,7 @@ WIDTHS: dict[str, Callable[[], nn.Module]] = {
     "eps": lambda: GatedMLP(4, 3, nn.GELU("tanh"), eps=0.3),
     "no activation said": lambda: GatedMLP(4, 3),
     "partial": lambda: ResidualMLP(4, 3, functools.partial(F.leaky_relu, negative_slope=0.3)),
-    "number of NumPy": lambda: GatedMLP(4, 3, nn.LeakyReLU(np.float32(0.7)), eps=np.float32(0.3)),
+    "number of NumPy": lambda: GatedMLP(4, 3, nn.LeakyReLU(NUMPYS[0]), eps=NUMPYS[1]),
 }
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "nothing said": lambda: ResidualConv2d(4),

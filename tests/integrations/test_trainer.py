@@ -143,7 +143,7 @@ def test_averages_grow_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
         model = gpt()
         average = AveragedModel(model)
         growth = callback(averaged=average)
-        options = {"resume_from_checkpoint": start} if start else {}
+        options: Any = {"resume_from_checkpoint": start} if start else {}
         if start:
             growth.resume(model, start)
         train(tmp_path / name, growth, model, more=[Averaging(average)], **options)

@@ -526,6 +526,7 @@ def runs(setting: Setting) -> bool:
     It does not see them in what a checkpointed part computes again, and trains on wrong gradients;
     so the model has to run without checkpoints too.
     """
+    value = math.nan
     try:
         for piece in dict.fromkeys((setting.piece, unchecked(setting.piece))):
             one = replace(setting, piece=piece)

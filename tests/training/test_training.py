@@ -420,14 +420,15 @@ def test_history_says_shortly_what_was_decided() -> None:
 
 def test_numbers_of_numpy() -> None:
     numbers: Any = {"epochs": 2, "max_insertions": 1, "patience": 1, "target": 0.01}
-    numpys = {
+    numpys: Any = {
         name: np.float32(x) if name == "target" else np.int64(x) for name, x in numbers.items()
     }
     found = []
     for given in (numbers, numpys):
         torch.manual_seed(0)
         net = feedforward(2, 4, 3)
-        warmup = NewLayers(warmup=type(given["epochs"])(3))
+        kind: Any = type(given["epochs"])
+        warmup = NewLayers(warmup=kind(3))
         history = cg.grow(net, SGD, LOSS, classified(8), after_insertion=warmup, **given)
         found.append(history.losses)
     assert found[0] == found[1]
