@@ -77,13 +77,8 @@ class Sensitivity:
 
     Attributes:
         value: ‖λ_c‖ over all pinned parameters of the candidate, in `norm`.
-        standard_error: Root-mean-square error of λ_c as an estimate from a sample, on the scale
-            of `value`: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such
-            as 1 for the Frobenius norm and √P for the entrywise one. It bounds the standard
-            error of `value`, since |‖λ̂‖ − ‖λ‖| ≤ ‖λ̂ − λ‖ ≤ L ‖λ̂ − λ‖_F. For a function of the
-            user's own L is the size of its gradient at λ, which holds to first order. NaN when
-            it cannot be known (one batch and no per-sample form; the Kronecker-Fisher norm; a
-            function that autograd cannot follow).
+        standard_error: Of `value`, as an estimate from a sample: from the `influences`. NaN when
+            it cannot be known (one batch in which samples cannot be told apart).
         num_parameters: How many parameters are pinned.
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.
@@ -95,6 +90,13 @@ class Sensitivity:
             `norm` is; NaN when it cannot be known.
         debiased_square: ‖λ_c‖²_F − tr Cov(λ_c). A sample's ‖λ‖²_F is too large by tr Cov on
             average; this is not. It may be negative. NaN when the variance is.
+        error_bound: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such as 1
+            for the Frobenius norm and √P for the entrywise one. It bounds the standard error of
+            `value` from above, since |‖λ̂‖ − ‖λ‖| ≤ L ‖λ̂ − λ‖_F. NaN where L is not known.
+        influences: By how much each of some groups of samples, all about the same size, moves
+            `value` to first order: their sum is 0, and √(G/(G − 1) Σ I_g²) the standard error.
+            The groups of all candidates are the same, so that the difference of two values has
+            the influences I_g − I'_g.
     """
 
     value: float
@@ -106,6 +108,8 @@ class Sensitivity:
     site: str = ""
     variance: float = math.nan
     debiased_square: float = math.nan
+    error_bound: float = math.nan
+    influences: tuple[float, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         after = f" after {self.site!r}" if self.site else ""
@@ -207,6 +211,9 @@ class Solution:
         decision: What the rule made of the sensitivities.
         candidates: Candidate → site and block, for `insert`.
         parameters: Name → shape of the model's parameters, for `insert` to know it again.
+        agreement: How often the rule would decide the same on other samples of this size, as a
+            share between 0 and 1, by a bootstrap over the groups of `Sensitivity.influences`. NaN
+            for a rule that also asks the model, and where no standard errors are known.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
         method: The way in which λ was computed, and why.
@@ -225,6 +232,7 @@ class Solution:
     num_samples: int
     num_batches: int
     method: Method
+    agreement: float = math.nan
     example: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:

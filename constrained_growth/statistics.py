@@ -7,17 +7,19 @@ intervals need tr Cov(λ̂) alone, which every solve has, and hold whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from statistics import NormalDist
 
+import numpy as np
 from torch import Tensor
 
-from constrained_growth._arguments import instance, number
+from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Sensitivity
+from constrained_growth.solution import Decision, Sensitivity
 
-__all__ = ["debiased_square", "interval", "squared_norm", "squared_norm_interval"]
+__all__ = ["agreement", "debiased_square", "interval", "squared_norm", "squared_norm_interval"]
 
 MIN_CONFIDENCE = 0.79
 """Below it `interval` has no proof: Székely and Bakirov's bound holds for z² ≥ 1.54."""
@@ -74,7 +76,7 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
         (0.804, 1.196)
     """
     instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
-    return _around(sensitivity.value, sensitivity.standard_error, confidence)
+    return _around(sensitivity.value, sensitivity.error_bound, confidence)
 
 
 def squared_norm_interval(
@@ -100,6 +102,58 @@ def squared_norm_interval(
     square = sensitivity.debiased_square + sensitivity.variance
     low, high = _around(math.sqrt(square), math.sqrt(sensitivity.variance), confidence)
     return low**2, high**2
+
+
+def agreement(
+    sensitivities: Mapping[str, Sensitivity],
+    rule: Callable[[Mapping[str, Sensitivity]], Decision],
+    *,
+    draws: int = 200,
+) -> float:
+    """How often a rule would decide the same on other samples of the same size.
+
+    A bootstrap over the groups of samples: in each draw they count as often as they are drawn, and
+    the sensitivities move by their influences.
+
+    Args:
+        sensitivities: Of a solution.
+        rule: A function of the sensitivities; it is called for each draw.
+        draws: How many.
+
+    Returns:
+        A share between 0 and 1; NaN without influences.
+
+    Source:
+        Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapters 6 and 22.
+
+    Example:
+        >>> given = {
+        ...     "a": Sensitivity(1.0, influences=(0.1, -0.1, 0.1, -0.1)),
+        ...     "b": Sensitivity(0.9, influences=(-0.1, 0.1, 0.1, -0.1)),
+        ... }
+        >>> 0.5 < agreement(given, lambda s: Decision((max(s, key=lambda n: s[n].value),))) < 1
+        True
+    """
+    function("rule", rule, RuleError, "cg.TopK(1)")
+    positive_int("draws", draws, RuleError)
+    counts = {len(s.influences) for s in sensitivities.values()}
+    number_of_groups = max(counts, default=0)
+    if counts != {number_of_groups} or number_of_groups < 2:
+        return math.nan
+    generator = np.random.default_rng(0)
+    shares = np.full(number_of_groups, 1 / number_of_groups)
+    drawn = generator.multinomial(number_of_groups, shares, draws) - 1
+    influences = np.array([s.influences for s in sensitivities.values()])
+    moved = drawn @ influences.T * math.sqrt(number_of_groups / (number_of_groups - 1))
+    chosen = set(rule(sensitivities).chosen)
+    same = 0
+    for move in moved:
+        other = {
+            name: replace(s, value=max(0.0, s.value + float(by)))
+            for (name, s), by in zip(sensitivities.items(), move, strict=True)
+        }
+        same += set(rule(other).chosen) == chosen
+    return same / draws
 
 
 def _around(value: float, error: float, confidence: float) -> tuple[float, float]:

@@ -12,44 +12,20 @@ differentiated alone, batch by batch. Both are right wherever the loss sees the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
-from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 
 
 def by_sample(uses: Sequence[Use], size: int) -> bool:
     """Whether the first dimension of x counts the `size` samples of the batch, at every use."""
     return all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
-
-
-def factors_of(block: Any, uses: Sequence[Use], dtype: torch.dtype) -> Sequence[AffineFactors]:
-    """The factors of a block; several uses become as many more positions of each sample."""
-    found = [list(block.factors(use.x.to(dtype), use.delta.to(dtype))) for use in uses]
-    if len(found) == 1:
-        return found[0]
-    whole = []  # for each use one for each affine map, whose samples may come a few at a time
-    for factors in found:
-        parts: dict[str, list[AffineFactors]] = {}
-        for factor in factors:
-            parts.setdefault(factor.weight, []).append(factor)
-        whole.append([_joined(some, torch.cat) for some in parts.values()])
-
-    def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(len(t), -1, t.shape[-1]) for t in tensors], dim=1)
-
-    return [_joined(same, side_by_side) for same in zip(*whole, strict=True)]
-
-
-def _joined(factors: Sequence[AffineFactors], join: Callable[..., Tensor]) -> AffineFactors:
-    cotangent = join([factor.cotangent for factor in factors])
-    return replace(factors[0], cotangent=cotangent, features=join([f.features for f in factors]))
 
 
 def differentiated(block: nn.Module, use: Use) -> tuple[Tensor, dict[str, Tensor]]:
@@ -78,3 +54,22 @@ def at_pins(
     args, kwargs = arguments(block, x, context)
     with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=block.training):
         return torch.func.functional_call(block, {**free, **buffers, **pinned}, args, kwargs)
+
+
+def gauss_newton_product(
+    block: nn.Module, use: Use, vector: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """E[JᵀJ] v on the samples of a batch, J the derivative of the block's output by its pins."""
+    leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
+    pins = list(leaves.values())
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        y = at_pins(block, leaves, use.x, use.context)
+        u = torch.zeros_like(y, requires_grad=True)
+        with torch.enable_grad():
+            back = torch.autograd.grad(
+                y, pins, u, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            along = sum((b * vector[n]).sum() for n, b in zip(leaves, back, strict=True))
+        (moved,) = torch.autograd.grad(along, u, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(y, pins, moved, allow_unused=True, materialize_grads=True)
+    return {n: f / len(use.x) for n, f in zip(leaves, found, strict=True)}

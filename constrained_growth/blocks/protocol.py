@@ -22,12 +22,17 @@ class AffineFactors:
         bias: Name of the pinned bias b, of shape (out,), or None.
         cotangent: ψ = ∂L/∂(Wφ + b), shape (samples, ..., out).
         features: φ, shape (samples, ..., in).
+        elementwise: Whether the map is γ ⊙ φ + b, as of a normalisation: the weight γ has `out`
+            entries, in = out, λ_γ = −Σ ψ ⊙ φ and λ_b = −Σ ψ.
+        transposed: Whether the weight has the shape (in, out) instead.
     """
 
     weight: str
     bias: str | None
     cotangent: Tensor
     features: Tensor
+    elementwise: bool = False
+    transposed: bool = False
 
 
 class HasFactors(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from constrained_growth._arguments import function, instance
 from constrained_growth.errors import RuleError
-from constrained_growth.norms.matrices import Frobenius, as_matrix, singular_values
+from constrained_growth.norms.matrices import as_matrix
 from constrained_growth.solution import Norm
 
 if TYPE_CHECKING:
@@ -32,8 +32,15 @@ class SecondMoments:
         features: A = E[φ̃ φ̃ᵀ], with φ̃ = (φ, 1) if there is a bias and φ̃ = φ if not; shape
             (in + 1, in + 1) or (in, in).
         cotangents: G = E[ψ ψᵀ], shape (out, out), with ψ = ∂ℓ_n/∂(Wφ + b) of the loss ℓ_n of one
-            sample, *not* divided by the number of samples.
+            sample, *not* divided by the number of samples. None for a norm that does without.
         bias: Name of the pinned bias b, or None.
+        gain: E‖Bᵀe‖²/out for noise e of variance 1, B the derivative of the block's output by that
+            of the map: how much of a motion of Wφ + b arrives at the block's output.
+        positions: How many positions a sample has.
+        transposed: Whether the weight has the shape (in, out).
+
+    An elementwise map γ ⊙ φ + b, as of a normalisation, is `out` maps of one number each: A has the
+    shape (out, 2, 2) or (out, 1, 1), and G (out, 1, 1).
 
     Source:
         Martens and Grosse, arXiv 1503.05671; with positions: Grosse and Martens, *A
@@ -41,8 +48,11 @@ class SecondMoments:
     """
 
     features: Tensor
-    cotangents: Tensor
+    cotangents: Tensor | None
     bias: str | None = None
+    gain: float = 1.0
+    positions: float = 1.0
+    transposed: bool = False
 
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
@@ -53,8 +63,29 @@ class SecondMoments:
         return cls(phi.T @ phi / len(phi), psi.T @ psi / len(cotangents), bias)
 
 
+class Moments(dict[str, SecondMoments]):
+    """What goes with the multiplier of one candidate: pinned weight → its `SecondMoments`.
+
+    Attributes:
+        x: E‖x‖² of the tensor at the site, over all positions of a sample; a scalar tensor.
+        delta: E‖δ‖² of δ = ∂ℓ_n/∂x there; a scalar tensor.
+        product: For pins that are in no affine map (the dict is then empty): v ↦ E[JᵀJ] v, with J
+            the derivative of the block's output by its pins.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[str, SecondMoments],
+        x: Tensor,
+        delta: Tensor,
+        product: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        super().__init__(maps)
+        self.x, self.delta, self.product = x, delta, product
+
+
 class MomentNorm(Protocol):
-    """A norm that also needs the second moments of every pinned affine map."""
+    """A norm that also needs second moments."""
 
     needs_moments: ClassVar[bool]
     """True. A norm without this attribute is called with the multiplier alone."""
@@ -62,13 +93,18 @@ class MomentNorm(Protocol):
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor | float:
-        """The norm of the multiplier of one candidate, `moments` by name of the pinned weight."""
+        """The norm of the multiplier of one candidate; `moments` are its `Moments`."""
         ...
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
     """Whether a norm is called as `norm(multiplier, moments)`."""
     return bool(getattr(norm, "needs_moments", False))
+
+
+def needs_cotangents(norm: object) -> bool:
+    """Whether a norm with moments needs those of cotangents: unless it says it does not."""
+    return bool(getattr(norm, "needs_moments", False) and getattr(norm, "needs_cotangents", True))
 
 
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
@@ -166,49 +202,76 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor:
         """The norm of the multiplier of one candidate, in float64."""
-        given = {*moments, *(m.bias for m in moments.values() if m.bias is not None)}
-        if given != set(multiplier):
+        if unknown := pins_without_map(multiplier, moments):
             raise RuleError(
-                f"norm={self!r} needs the second moments of each pinned affine map; they are given "
-                f"for {sorted(given)}, but {sorted(multiplier)} are pinned. A block with "
-                "factors(x, delta) for all its pins has them; for others use another norm."
+                f"norm={self!r} needs the second moments of an affine map for every pin, and "
+                f"{unknown} have none; take another norm, such as cg.norms.Elasticity()."
             )
-        whitened = {name: self._whitened(multiplier, name, m) for name, m in moments.items()}
-        return Frobenius()(whitened) if self.ord == "fro" else singular_values(whitened).sum()
+        sizes = [self._singular_values(multiplier, name, m) for name, m in moments.items()]
+        values = torch.cat(sizes)
+        return values.sum() if self.ord == "nuc" else torch.linalg.vector_norm(values)
 
-    def _whitened(
+    def _singular_values(
         self, multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments
     ) -> Tensor:
-        """λ̃ of one affine map, in coordinates in which A and G are the identity."""
-        matrix = as_matrix(multiplier[name])
-        if moments.bias is not None:
-            matrix = torch.cat([matrix, as_matrix(multiplier[moments.bias])], dim=1)
-        rows, columns = matrix.shape
-        shapes = tuple(moments.cotangents.shape), tuple(moments.features.shape)
-        if shapes != ((rows, rows), (columns, columns)):
+        """Of λ̃ of one affine map, in coordinates in which A and G are the identity."""
+        matrix, cotangents = augmented(multiplier, name, moments), moments.cotangents
+        if cotangents is None or cotangents.shape[-1] != matrix.shape[-2]:
             raise RuleError(
-                f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} '
-                f"(cotangents), and must be of shape {(columns, columns)} and {(rows, rows)}."
+                f'moments["{name}"].cotangents must be of shape {(matrix.shape[-2],) * 2}.'
             )
-        given = (matrix, moments.features, moments.cotangents)
-        if not all(tensor.isfinite().all() for tensor in given):
-            return matrix.new_full((1, 1), math.nan, dtype=torch.float64)
-        left = _whiten(matrix.double(), moments.cotangents, self.damping)
-        return _whiten(left.T, moments.features, self.damping)
+        if not all(t.isfinite().all() for t in (matrix, moments.features, cotangents)):
+            return matrix.new_full((1,), math.nan, dtype=torch.float64)
+        left = whitened(matrix, cotangents, self.damping)
+        both = whitened(left.mT, moments.features, self.damping).double()
+        if self.ord == "fro":
+            return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
+        return torch.linalg.svdvals(both).flatten()
 
 
-def _whiten(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
+def pins_without_map(
+    multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
+) -> list[str]:
+    """The pinned parameters without second moments."""
+    biases = {m.bias for m in moments.values()}
+    return [name for name in multiplier if name not in moments and name not in biases]
+
+
+def augmented(multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments) -> Tensor:
+    """λ̃ = [λ_W, λ_b] of one affine map: (out, in or in + 1), or (out, 1, 1 or 2) elementwise."""
+    if moments.features.dim() == 3:
+        weight = multiplier[name].reshape(-1, 1, 1)
+    else:
+        weight = as_matrix(multiplier[name])
+        weight = weight.mT if moments.transposed else weight
+    if moments.bias is not None:
+        bias = multiplier[moments.bias].reshape(*weight.shape[:-1], 1)
+        weight = torch.cat([weight, bias.to(weight)], dim=-1)
+    if moments.features.shape[-1] != weight.shape[-1]:
+        raise RuleError(
+            f'moments["{name}"].features must be of shape {(weight.shape[-1],) * 2}, and are of '
+            f"shape {tuple(moments.features.shape)}."
+        )
+    return weight
+
+
+def whitened(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
     """Rᵀ times the matrix, with R Rᵀ = M⁻¹, M the damped moment; undamped, its pseudo-inverse.
 
     The singular values of the result are the same for every such R.
     """
-    m, rounding = moment.double(), len(moment) * torch.finfo(moment.dtype).eps
-    shift = damping * m.diagonal().mean()
+    size = moment.shape[-1]
+    rounding = size * torch.finfo(moment.dtype).eps
     if damping > 10 * rounding:  # else rounding can make M indefinite
-        root, failed = torch.linalg.cholesky_ex(m + torch.diag(shift.expand(len(m))))
-        if not failed:  # 3 to 14 times faster than eigenvectors
-            return torch.linalg.solve_triangular(root, matrix, upper=False)
-    values, vectors = torch.linalg.eigh(m)
-    damped = values.clamp(min=0) + shift
-    kept = damped > (0.0 if damping else rounding * damped.max())
-    return (vectors[:, kept] / damped[kept].sqrt()).T @ matrix
+        shift = damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        damped = moment + shift * torch.eye(size, dtype=moment.dtype, device=moment.device)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():  # 3 to 14 times faster than eigenvectors
+            return torch.linalg.solve_triangular(root, matrix.to(root), upper=False)
+    values, vectors = torch.linalg.eigh(moment.double())
+    values = values.clamp(min=0)
+    damped = values + damping * values.mean(-1, keepdim=True)
+    largest = damped.amax(-1, keepdim=True)
+    kept = damped > (0.0 if damping else rounding) * largest
+    scale = torch.where(kept, damped, torch.inf).rsqrt()
+    return (vectors * scale[..., None, :]).mT @ matrix.double()
