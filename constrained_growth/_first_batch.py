@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
 from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
-from constrained_growth._multipliers.fit import are_mapped, check_fit
+from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
@@ -119,15 +119,11 @@ def look_at_sites(
         blocks = [block for site in sites for block in site.blocks.values()]
         take_from_first([t.detach() for block in blocks for t in tensors_of(block)], group)
 
-    def check() -> set[str]:
-        unmapped = set()
+    def check() -> None:
         for index, uses in seen.items():
             for name, block in sites[index].blocks.items():
                 for use in uses:
                     check_fit(name, block, use.x, use.context)
-                if not are_mapped(block, uses):
-                    unmapped.add(name)
-        return unmapped
 
     def compare() -> bool:
         return all(
@@ -136,8 +132,7 @@ def look_at_sites(
             if some
         )
 
-    unmapped = set[str]().union(*everywhere(check, group))
-    sites = [replace(s, unmapped=tuple(n for n in s.blocks if n in unmapped)) for s in sites]
+    everywhere(check, group)
     holds = all(everywhere(compare, group, collective=sharded))
     method = Method.CLOSED_FORM if holds else Method.IN_GRAPH
     return tuple(sites), looks[0][1].input if looks else None, method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,7 +19,6 @@ from constrained_growth._multipliers.accumulator import Estimate, accumulation_d
 from constrained_growth._multipliers.groups import Span
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
 from constrained_growth._sites.collector import Collector, Forward, Use
-from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import MomentNorm
@@ -28,7 +27,6 @@ from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
 from constrained_growth.solve import groups_of, norm_of, sensitivities_of, solution_of, wanted_by
-
 
 
 @contextmanager
@@ -103,7 +101,7 @@ def monitor(
         (8, (4, 4))
     """
     _check(problem, norm, every, scale)
-    norm = norm_of(problem, None) if norm is None else norm
+    norm = norm_of(None) if norm is None else norm
     found = Monitor(problem, norm, every, scale)
     with found.watching():
         yield found

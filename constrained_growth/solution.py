@@ -108,7 +108,7 @@ class Sensitivity:
     site: str = ""
     variance: float = math.nan
     debiased_square: float = math.nan
-    error_bound: float = math.nan
+    error_bound: float = field(default=math.nan, compare=False)
     influences: tuple[float, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:

@@ -26,7 +26,6 @@ from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import (
     MomentNorm,
     lipschitz,
-    needs_cotangents,
     needs_moments,
     recommended,
 )
@@ -35,7 +34,6 @@ from constrained_growth.rules import Rule, TopK, needs_model
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
-    Method,
     Norm,
     Planned,
     Sensitivity,
@@ -43,7 +41,6 @@ from constrained_growth.solution import (
     Status,
 )
 from constrained_growth.statistics import agreement, debiased_square, squared_norm
-
 
 
 def solve(
@@ -72,7 +69,7 @@ def solve(
             `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked that way
             instead, with a solution that has an empty decision.
         norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
-            parameters' λ. None (default) for what `cg.norms.recommended(problem.model)` says, or
+            parameters' λ. None (default) for what `cg.norms.recommended()` says, or
             the norm of a rule that is meant for one (an attribute `norm`, as of
             `Threshold(relative=...)`). The source's choice is `cg.norms.Frobenius()`.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
@@ -112,8 +109,9 @@ def solve(
         >>> tuple(solution.multipliers["1"]["weight"].shape)
         (4, 4)
     """
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
     rule = TopK(1) if rule is None else rule
-    norm = norm_of(problem, rule) if norm is None else norm
+    norm = norm_of(rule) if norm is None else norm
     _check(problem, rule, norm, gtol)
     for name, value in {"stationarity": stationarity, "throw": throw}.items():
         flag(name, value, DataError)
@@ -174,21 +172,6 @@ def _measured(
     return running.measurement()
 
 
-def _refuse_unmapped(problem: GrowthProblem, norm: object) -> None:
-    """Refuse, before the pass, a norm that needs ψ where it is not known."""
-    if problem.method is Method.IN_GRAPH:
-        raise RuleError(
-            f"norm={norm!r} needs the second moments of cotangents, which exist only where λ has a "
-            "closed form (problem.method says why it has none here); take cg.norms.Elasticity()."
-        )
-    missing = [name for site in problem.sites for name in site.unmapped]
-    if missing:
-        raise RuleError(
-            f"norm={norm!r} needs an affine map for every pin, such as a linear layer, and the "
-            f"pins of candidates={missing} are used in other ways; take cg.norms.Elasticity()."
-        )
-
-
 def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     """What the rule decides on the first process; all ask it, and an error on one is for all."""
 
@@ -206,7 +189,6 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
 
 
 def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
-    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
     modules = dict(problem.model.named_modules(remove_duplicate=False))
     for site in problem.sites:
         if modules.get(site.after) is not site.module:
@@ -221,8 +203,6 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
             "take a rule of the sensitivities alone, such as cg.TopK(1)."
         )
     function("norm", norm, RuleError, "cg.norms.Frobenius()")
-    if needs_cotangents(norm):
-        _refuse_unmapped(problem, norm)
     number("gtol", gtol, RuleError, "[0, inf]")
 
 
@@ -261,10 +241,10 @@ def sensitivities_of(
     return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
 
 
-def norm_of(problem: GrowthProblem, rule: object) -> Norm | MomentNorm:
+def norm_of(rule: object) -> Norm | MomentNorm:
     """The norm where none was given: that of the rule, or the recommended one."""
     own: Norm | None = getattr(rule, "norm", None)
-    return recommended(problem.model) if own is None else own
+    return recommended() if own is None else own
 
 
 def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
@@ -276,7 +256,7 @@ def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
     """What is to be summed up for a norm."""
-    return Wanted(needs_moments(norm), needs_cotangents(norm), groups.count, groups.batches)
+    return Wanted(needs_moments(norm), groups.count, groups.batches)
 
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:

@@ -16,7 +16,6 @@ samples, and the number B of batches for N in N − 1.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,26 +24,28 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._multipliers.closed_form import differentiated, gauss_newton_product
+from constrained_growth._multipliers.closed_form import by_sample, differentiated
 from constrained_growth._multipliers.factors import FactorsOf
 from constrained_growth._multipliers.groups import ALL, Span, add_products, add_sums
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
 from constrained_growth.blocks.protocol import change, moves
-from constrained_growth.norms import Moments, SecondMoments
+from constrained_growth.norms import SecondMoments
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is summed up beside λ: `moments`, with those of `cotangents`; in how many `groups`.
+    """What is summed up beside λ: second `moments`; and in how many `groups` of samples.
 
     About so many `batches` are to come.
     """
 
     moments: bool = False
-    cotangents: bool = False
     groups: int = 1
     batches: int = 1
+
+
+NOTHING_MORE = Wanted()
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,14 @@ class Estimate:
     came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
     much the block moved x at most, in units of what rounding may do.
 
-    Of the groups on this process: `sums` S_g of W λ by pin, `sizes` of E‖x‖² and E‖δ‖², and
-    `weights` W_g/W, W being `weight`.
+    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`.
     """
 
     multiplier: dict[str, Tensor]
     variance: float
-    moments: Moments | None
+    moments: dict[str, SecondMoments]
     moved: float
     sums: dict[str, Tensor]
-    sizes: Tensor
     weights: Tensor
     weight: float
 
@@ -76,7 +75,6 @@ class MapKind:
     bias: str | None
     elementwise: bool
     transposed: bool
-    gain: float
 
 
 @dataclass
@@ -104,7 +102,6 @@ class Accumulator:
         first = next(iter(pins.values())).detach()
         self._dtype = first.dtype
         self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
-        self._sizes = first.new_zeros((wanted.groups, 2), dtype=torch.float64)
         self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
@@ -112,7 +109,6 @@ class Accumulator:
         self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
-        self._example: Use | None = None
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
         self.counts = Counts()
 
@@ -141,17 +137,16 @@ class Accumulator:
         if self._conditional and found is not None:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
-            self._add_factors(found.maps, self._sums, size, weight, span, by_sample=True)
-            self._add_sizes(uses, size, weight, span)
+            self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
         elif found is not None:
             total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
-            self._add_factors(found.maps, total, size, weight, ALL, by_sample=False)
-            self._add_whole({name: t[0] for name, t in total.items()}, uses, size, weight, span)
+            self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
+            self._add_whole({name: t[0] for name, t in total.items()}, size, weight, span)
         else:
-            self._unmapped(uses)
-            self._add_whole(self._differentiated(uses), uses, size, weight, span)
+            self._mapped = False
+            self._add_differentiated(uses, size, weight, span)
         if before is not None:
             kept, self._weights = before
             mine = self.counts
@@ -171,12 +166,10 @@ class Accumulator:
             self._moved = torch.maximum(self._moved, moved.to(self._moved))
         if self._wanted.moments and uses:
             found = self._factors(uses, size) if self._mapped else None
-            if found is None:
-                self._unmapped(uses)
-            else:
-                for factor in found.maps:
-                    self._add_moments(factor, size, weight)
-        self._add_whole(multiplier, uses, size, weight, span)
+            self._mapped = found is not None
+            for factor in found.maps if found is not None else ():
+                self._add_moments(factor, size, weight)
+        self._add_whole(multiplier, size, weight, span)
 
     def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
         """By how much the block moves x: seen at its outputs, where it ran, or tried."""
@@ -185,26 +178,42 @@ class Accumulator:
             here = moves(self._block, x, use.context) if y is None else change(x.to(y), y)
             self._moved = torch.maximum(self._moved, here.to(self._moved))
 
-    def _unmapped(self, uses: Sequence[Use]) -> None:
-        """Some pin is in no affine map: its second moments are known by products alone."""
-        self._mapped = False
-        if self._wanted.moments and self._example is None and uses:
-            self._example = replace(uses[0], x=uses[0].x.to(self._dtype))
-
-    def _differentiated(self, uses: Sequence[Use]) -> dict[str, Tensor]:
-        """−∇_v of one batch by autograd through the block."""
-        total: dict[str, Tensor] = {}
-        for use in uses:
-            use = Use(use.x.to(self._dtype), use.delta.to(self._dtype), use.context)
-            y, part = differentiated(self._block, use)
+    def _add_differentiated(
+        self, uses: Sequence[Use], size: int, weight: float, span: Span
+    ) -> None:
+        """Take in −∇_v of one batch by autograd through the block, a few samples at a time."""
+        whole = len(self._weights) == 1 or not by_sample(uses, size)
+        each = size if whole else max(span.each, math.ceil(size / _MOST_PARTS))
+        span = Span(span.first, each)
+        cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
+        total: list[dict[str, Tensor]] = []
+        for use in cast:
+            deltas = [use.delta]
+            if not whole:
+                deltas = [torch.zeros_like(use.delta) for _ in range(0, size, each)]
+                for part, start in zip(deltas, range(0, size, each), strict=True):
+                    part[start : start + each] = use.delta[start : start + each]
+            y, parts = differentiated(self._block, use, deltas)
             if self._conditional:
                 self._note_moved([use], [y])
-            total = {name: total[name] + p if total else p for name, p in part.items()}
-        return total
+            total = [
+                {name: t[name] + p for name, p in part.items()}
+                for t, part in zip(total, parts, strict=True)
+            ] or parts
+        square = torch.zeros_like(self._squares)
+        for (group, _), part in zip(span.shares(size), total, strict=True):
+            for name, value in part.items():
+                self._sums[name][group if len(self._weights) > 1 else 0].add_(value, alpha=weight)
+        for name in self._sums:
+            value = torch.stack([part[name] for part in total]).sum(0)
+            square += torch.linalg.vector_norm(value, dtype=torch.float64).square()
+        self._squares.add_(square, alpha=weight**2 / size)
+        self.counts.batches += 1
+        self._count(size, weight, span)
+
     def _add_whole(
         self,
         multiplier: Mapping[str, Tensor],
-        uses: Sequence[Use],
         size: int,
         weight: float,
         span: Span,
@@ -214,7 +223,6 @@ class Accumulator:
             self._squares.add_(square, alpha=weight**2 / size)
             self._sums[name][span.first].add_(value, alpha=weight)
         span = Span(span.first, size)
-        self._add_sizes(uses, size, weight, span)
         self.counts.batches += 1
         self._count(size, weight, span)
 
@@ -227,19 +235,6 @@ class Accumulator:
         else:
             self._weights += weight
 
-    def _add_sizes(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
-        """Σ ‖x_n‖² and Σ ‖w_b δ_n‖² of the samples."""
-        if not self._wanted.moments:
-            return
-        n = size if all(use.x.dim() > 1 and len(use.x) == size for use in uses) else 1
-        for use in uses:
-            both = [
-                torch.linalg.vector_norm(t.reshape(n, -1), dim=1, dtype=torch.float64).square()
-                for t in (use.x, use.delta)
-            ]
-            squares = torch.stack([both[0], both[1] * weight**2], 1)
-            add_sums(self._sizes, squares, 1.0, span)
-
     def _add_factors(
         self,
         factors: Iterable[AffineFactors],
@@ -248,10 +243,10 @@ class Accumulator:
         weight: float,
         span: Span,
         *,
-        by_sample: bool,
+        told_apart: bool,
     ) -> None:
-        """Add to some sums, which are of λ itself and not of W λ where samples are not told apart."""
-        scale = -weight if by_sample else -1.0
+        """Add to sums of W λ, or of λ of this batch where its samples are not told apart."""
+        scale = -weight if told_apart else -1.0
         offsets: dict[str, int] = {}
         for factor in factors:
             total = sums[factor.weight]
@@ -260,20 +255,20 @@ class Accumulator:
             offsets[factor.weight] = offset + len(psi)
             if factor.elementwise:
                 products = (psi * phi).sum(1)
-                flat = total.flatten(1)
+                flat = total.view(len(total), -1)
                 add_sums(flat, products, scale, span, offset)
-                if by_sample:
+                if told_apart:
                     self._squares.add_(products.square().sum(dtype=torch.float64), alpha=weight**2)
             else:
                 matrix = total.flatten(2)
                 matrix = matrix.mT if factor.transposed else matrix
                 add_products(matrix, psi, phi, scale, span, offset)
-                if by_sample:
+                if told_apart:
                     self._squares.add_(squared_sizes(psi, phi), alpha=weight**2)
             if factor.bias is not None:
                 shifts = psi.sum(1)
-                add_sums(sums[factor.bias].flatten(1), shifts, scale, span, offset)
-                if by_sample:
+                add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
+                if told_apart:
                     self._squares.add_(shifts.square().sum(dtype=torch.float64), alpha=weight**2)
             if self._wanted.moments:
                 self._add_moments(factor, size, weight)
@@ -281,51 +276,44 @@ class Accumulator:
     def _add_moments(self, factor: AffineFactors, size: int, weight: float) -> None:
         """Σ φ̃φ̃ᵀ and Σ w² ψψᵀ over samples and positions; φ̃ = (φ, 1) where there is a bias."""
         counts, name = self.counts, factor.weight
-        kind = MapKind(
-            factor.bias, factor.elementwise, factor.transposed, self._factors.gains.get(name, 1.0)
-        )
+        kind = MapKind(factor.bias, factor.elementwise, factor.transposed)
         self._make_moments(name, counts.maps.setdefault(name, kind))
-        total = self._features[name]
+        features, cotangents = self._features[name], self._cotangents[name]
         positions, width = factor.features.shape[-2:]
         rows = factor.features.shape[0] * positions
         counts.rows[name] = counts.rows.get(name, 0) + rows
-        # so many rows are enough for so many numbers, and are taken from all batches; an odd
-        # stride does not keep to some columns of an image
-        enough = max(_ROWS, 2 * total.shape[-1]) / self._wanted.batches
-        stride = max(1, int(size * positions / enough)) | 1 if size * positions > enough else 1
-        phi = factor.features.reshape(rows, width)[::stride].to(total.dtype)
-        psi = factor.cotangent.reshape(rows, -1)[::stride]
+        # a moment of so many numbers needs no more rows than this, of all batches; an odd stride
+        # does not keep to some columns of an image
+        most = _ROWS * max(256, features.shape[-1], cotangents.shape[-1]) / self._wanted.batches
+        stride = int(size * positions / most) | 1 if size * positions > most else 1
+        phi = factor.features.reshape(rows, width)[::stride].to(features.dtype)
+        psi = factor.cotangent.reshape(rows, -1)[::stride].to(features.dtype)
+        counts.read[name] = counts.read.get(name, 0) + len(phi)
         if factor.elementwise:
             phi = phi.unsqueeze(-1)
         if factor.bias is not None:
             phi = torch.cat([phi, torch.ones_like(phi[..., :1])], -1)
-        counts.read[name] = counts.read.get(name, 0) + len(phi)
         if factor.elementwise:
-            total.add_(torch.einsum("rci,rcj->cij", phi, phi))
-        else:
-            total.addmm_(phi.T, phi)
-        if self._wanted.cotangents:
-            other = self._cotangents[name]
-            psi = psi.to(other.dtype)
-            if factor.elementwise:
-                other.add_(psi.square().sum(0)[:, None, None], alpha=weight**2)
-            else:
-                other.addmm_(psi.T, psi, alpha=weight**2)
+            features.add_(torch.einsum("rci,rcj->cij", phi, phi))
+            cotangents.add_(psi.square().sum(0)[:, None, None], alpha=weight**2)
+            return
+        phi, psi = _some(phi, 1), _some(psi, 1)
+        features.addmm_(phi.T, phi)
+        cotangents.addmm_(psi.T, psi, alpha=weight**2)
 
     def _make_moments(self, name: str, kind: MapKind) -> None:
         if name in self._features:
             return
         shape = self._sums[name].shape[1:]
-        matrix = self._sums[name].new_zeros(())
         if kind.elementwise:
-            out, inner, lead = 1, 1, (math.prod(shape),)
+            out, inner, lead = 1, 1 + (kind.bias is not None), (math.prod(shape),)
         else:
             out, inner, lead = shape[0], math.prod(shape[1:]), ()
             out, inner = (inner, out) if kind.transposed else (out, inner)
-        inner += kind.bias is not None
-        self._features[name] = matrix.new_zeros((*lead, inner, inner))
-        if self._wanted.cotangents:
-            self._cotangents[name] = matrix.new_zeros((*lead, out, out))
+            out, inner = (min(_MOST, s) for s in (out, inner + (kind.bias is not None)))
+        zero = self._sums[name].new_zeros(())
+        self._features[name] = zero.expand(*lead, inner, inner).clone()
+        self._cotangents[name] = zero.expand(*lead, out, out).clone()
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -354,9 +342,8 @@ class Accumulator:
             maps=maps,
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
-        self._joined_sizes = self._sizes.sum(0)
         moments = [t[key] for t in (self._features, self._cotangents) for key in sorted(t)]
-        return [*self._joined.values(), self._joined_sizes, *moments, self._squares]
+        return [*self._joined.values(), *moments, self._squares]
 
     def estimate(self) -> Estimate:
         """What is known so far."""
@@ -367,46 +354,97 @@ class Accumulator:
         variance, units = math.nan, samples if counts.by_sample else counts.batches
         if units > 1 and not (counts.by_sample and counts.batches):
             variance = max(spread, 0.0) / (units - 1) * samples / weight**2
-        # Σ ‖x_n‖²/N and Σ ‖w δ_n‖² N/W²
-        scale = torch.tensor([1 / samples, samples / weight**2], dtype=torch.float64)
-        scale = scale.to(self._sizes.device)
-        sizes = self._sizes.sum(0) if self._joined is None else self._joined_sizes
-        return Estimate(
+        found = Estimate(
             multiplier={name: total / weight for name, total in sums.items()},
             variance=variance,
-            moments=self._moments(sizes * scale) if self._wanted.moments else None,
+            moments={},
             moved=float(self._moved),
             sums=self._sums,
-            sizes=self._sizes * scale,
             weights=self._weights / weight,
             weight=weight,
         )
+        if not self._wanted.moments:
+            return found
+        moments = self._moments() if self._mapped else moments_of_groups(found, samples)
+        return replace(found, moments=moments)
 
-    def _moments(self, sizes: Tensor) -> Moments:
+    def _moments(self) -> dict[str, SecondMoments]:
         counts = self.counts
-        scale = counts.samples / counts.weight**2
-        maps = {
-            name: SecondMoments(
-                self._features[name] / counts.read[name],
-                # what was not read counts as much as what was
-                self._cotangents[name] * (scale * counts.rows[name] / counts.read[name])
-                if self._wanted.cotangents
-                else None,
-                bias=kind.bias,
-                gain=kind.gain,
-                positions=counts.rows[name] / counts.samples,
-                transposed=kind.transposed,
+        found = {}
+        for name, kind in counts.maps.items():
+            features, cotangents, read = (
+                self._features[name],
+                self._cotangents[name],
+                counts.read[name],
             )
-            for name, kind in counts.maps.items()
-        }
-        product = None
-        if self._example is not None:
-            maps = {}
-            product = functools.partial(gauss_newton_product, self._block, self._example)
-        return Moments(maps, sizes[0], sizes[1], product)
+            # what was not read counts as much as what was
+            scale = counts.samples / counts.weight**2 * counts.rows[name] / read
+            shape = self._sums[name].shape[1:]
+            sizes = shape[0], math.prod(shape[1:])
+            out, inner = reversed(sizes) if kind.transposed else sizes
+            found[name] = SecondMoments(
+                features / read,
+                cotangents * scale,
+                kind.bias,
+                kind.transposed,
+                rows=None if kind.elementwise else _chosen(out, features.device),
+                columns=None
+                if kind.elementwise
+                else _chosen(inner + (kind.bias is not None), features.device),
+            )
+        return found
 
 
-_ROWS = 1024
+_MOST_PARTS = 8
+"""Of a batch that a block is differentiated for, one by one."""
+
+_MOST = 512
+"""Features and outputs of which second moments are kept; of more a random part."""
+
+_ROWS = 2
+"""Rows that are read for second moments, over their size (or over 256)."""
+
+
+def _chosen(size: int, device: torch.device) -> Tensor | None:
+    """The same random part each time, in order; None for all."""
+    if size <= _MOST:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return order[:_MOST].sort().values.to(device)
+
+
+def _some(values: Tensor, dim: int) -> Tensor:
+    chosen = _chosen(values.shape[dim], values.device)
+    return values if chosen is None else values.index_select(dim, chosen)
+
+
+def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMoments]:
+    """Second moments of a sample's gradient g, from the sums of the groups.
+
+    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ.
+    """
+    here = estimate.weights > 0
+    weights = estimate.weights[here]
+    found = {}
+    for name, mean in estimate.multiplier.items():
+        shares = weights.to(mean).view(-1, *[1] * mean.dim())
+        g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
+        g = g * math.sqrt(samples * max(1, len(g)) / max(1, len(g) - 1))
+        g = torch.cat([g, mean[None]])
+        if mean.dim() < 2:
+            square = g.square().sum(0).reshape(-1, 1, 1)
+            found[name] = SecondMoments(torch.ones_like(square), square)
+            continue
+        matrix = _some(_some(g.flatten(2), 1), 2)
+        features = (matrix.mT @ matrix).sum(0)
+        trace = features.diagonal().sum()
+        found[name] = SecondMoments(
+            features,
+            (matrix @ matrix.mT).sum(0) / torch.where(trace > 0, trace, 1.0),
+            rows=_chosen(mean.shape[0], mean.device),
+            columns=_chosen(math.prod(mean.shape[1:]), mean.device),
+        )
+    return found
 
 
 def _zeros(groups: int, pin: Tensor) -> Tensor:

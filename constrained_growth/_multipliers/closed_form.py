@@ -12,11 +12,10 @@ differentiated alone, batch by batch. Both are right wherever the loss sees the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
@@ -28,20 +27,31 @@ def by_sample(uses: Sequence[Use], size: int) -> bool:
     return all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
 
 
-def differentiated(block: nn.Module, use: Use) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd.
+def differentiated(
+    block: nn.Module, use: Use, deltas: Sequence[Tensor]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd, for each δ.
 
     Neither its parameters nor its buffers are touched. The random numbers that it draws (Dropout)
     are not missing in the model, which gets its own.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
+    pins = list(leaves.values())
     y = at_pins(block, leaves, use.x, use.context)
     if not y.requires_grad:
-        return y, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(
-        y, list(leaves.values()), use.delta.to(y.dtype), allow_unused=True, materialize_grads=True
-    )
-    return y.detach(), {name: -grad for name, grad in zip(leaves, grads, strict=True)}
+        return y, [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in deltas]
+    found = []
+    for place, delta in enumerate(deltas, start=1):
+        grads = torch.autograd.grad(
+            y,
+            pins,
+            delta.to(y.dtype),
+            retain_graph=place < len(deltas),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found.append({name: -grad for name, grad in zip(leaves, grads, strict=True)})
+    return y.detach(), found
 
 
 def at_pins(
@@ -54,22 +64,3 @@ def at_pins(
     args, kwargs = arguments(block, x, context)
     with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=block.training):
         return torch.func.functional_call(block, {**free, **buffers, **pinned}, args, kwargs)
-
-
-def gauss_newton_product(
-    block: nn.Module, use: Use, vector: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """E[JᵀJ] v on the samples of a batch, J the derivative of the block's output by its pins."""
-    leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
-    pins = list(leaves.values())
-    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
-        y = at_pins(block, leaves, use.x, use.context)
-        u = torch.zeros_like(y, requires_grad=True)
-        with torch.enable_grad():
-            back = torch.autograd.grad(
-                y, pins, u, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-            along = sum((b * vector[n]).sum() for n, b in zip(leaves, back, strict=True))
-        (moved,) = torch.autograd.grad(along, u, allow_unused=True, materialize_grads=True)
-        found = torch.autograd.grad(y, pins, moved, allow_unused=True, materialize_grads=True)
-    return {n: f / len(use.x) for n, f in zip(leaves, found, strict=True)}

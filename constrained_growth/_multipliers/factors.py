@@ -16,9 +16,6 @@ from constrained_growth.blocks import AffineFactors, has_factors
 Layout = Callable[[Tensor, int], Tensor]
 """`layout(t, n)`: t as (n samples, positions, channels)."""
 
-_PROBED = 64
-"""Samples on which a gain is measured; each has a random number for every channel."""
-
 
 @dataclass(frozen=True)
 class Factors:
@@ -38,19 +35,13 @@ class Factors:
 
 
 class FactorsOf:
-    """The factors of one block, batch by batch.
-
-    `gains`, by pinned weight, are the mean squares E‖Bᵀe‖²/out of B, the derivative of the block
-    by the output of the affine map, for noise e of variance 1: how much of a motion of that output
-    arrives at the block's. They are measured on the first batch.
-    """
+    """The factors of one block, batch by batch."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         self._block: Any = block
         self._dtype = dtype
         self._own = has_factors(block)
         self._layouts: list[Layout | None] | None = None  # of recorded maps
-        self.gains: dict[str, float] = {}
 
     def __call__(self, uses: Sequence[Use], size: int) -> Factors | None:
         """The factors of a batch of `size` samples; None if a pin is in no affine map."""
@@ -59,9 +50,6 @@ class FactorsOf:
         return self._own_factors(cast, in_front) if self._own else self._recorded(cast, in_front)
 
     def _own_factors(self, uses: Sequence[Use], in_front: bool) -> Factors:
-        if not self.gains:
-            x = uses[0].x[:_PROBED] if in_front else uses[0].x
-            self._measure_gains(self._block.factors(x, _noise(x)))
         found = [self._block.factors(use.x, use.delta) for use in uses]
         layout = _in_front if in_front else _as_one
         shaped = [(_shaped(f, layout, len(use.x)) for f in some)
@@ -81,15 +69,14 @@ class FactorsOf:
         for use in uses:
             first, alone = self._layouts is None, use.delta.clone()
             alone[1:] = 0.0
-            more = (_noise(use.x), alone) if first else ()
+            more = (alone,) if first else ()
             found = recorded_factors(self._block, use, use.delta, *more)
             if found is None:
                 return None
             y, (factors, *others) = found
             if first:
-                self._measure_gains(others[0])
                 size = len(use.x) if in_front else 0
-                self._layouts = [_layout_of(f.cotangent, size) for f in others[1]]
+                self._layouts = [_layout_of(f.cotangent, size) for f in others[0]]
             outputs.append(y)
             every.append(factors)
         layouts = self._layouts or []
@@ -102,20 +89,6 @@ class FactorsOf:
             for factors, use in zip(every, uses, strict=True)
         ]
         return Factors(shaped[0] if len(uses) == 1 else _side_by_side(shaped), by_sample, outputs)
-
-    def _measure_gains(self, factors: Iterable[AffineFactors]) -> None:
-        squares: dict[str, list[float]] = {}
-        for factor in factors:
-            total = squares.setdefault(factor.weight, [0.0, 0.0])
-            total[0] += float(factor.cotangent.square().sum(dtype=torch.float64))
-            total[1] += factor.cotangent.numel()
-        self.gains = {weight: square / count for weight, (square, count) in squares.items()}
-
-
-def _noise(x: Tensor) -> Tensor:
-    """Signs, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(2, x.shape, generator=generator).mul(2).sub(1).to(x)
 
 
 def _shaped(factor: AffineFactors, layout: Layout, n: int) -> AffineFactors:

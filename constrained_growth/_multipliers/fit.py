@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._multipliers.closed_form import differentiated
-from constrained_growth._multipliers.factors import FactorsOf
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import Context
 from constrained_growth._sites.untouched import full_precision, untouched
@@ -41,18 +39,12 @@ def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
         _refuse_dead(block, x, context, where)
 
 
-def are_mapped(block: nn.Module, uses: Sequence[Use]) -> bool:
-    """Whether all pins of a block are in affine maps when it is called as in these uses."""
-    with full_precision(uses[0].x.device), torch.no_grad(), untouched(block):
-        return FactorsOf(block, next(block.parameters()).dtype)(uses, len(uses[0].x)) is not None
-
-
 def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
     """Refuse a block whose multipliers are 0 whatever arrives."""
     generator = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
     with untouched(block):
-        _, multipliers = differentiated(block, Use(x, delta, context))
+        _, (multipliers,) = differentiated(block, Use(x, delta, context), [delta])
         if has_factors(block):
             _check_factors(block, x, delta, where)
     if not any(bool(value.any()) for value in multipliers.values()):

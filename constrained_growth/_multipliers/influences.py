@@ -10,52 +10,44 @@ import torch
 from torch import Tensor
 
 from constrained_growth._multipliers.accumulator import Estimate
-from constrained_growth.norms import Moments, MomentNorm, needs_moments
+from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
 from constrained_growth.solution import Norm
 
 
 def value_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, tuple[float, ...]]:
     """The norm of λ, and the influences on it of the groups here; see `groups`.
 
-    Of the moments those of x and δ vary with the groups, and A and G count as known.
+    The second moments count as known.
     """
     here = estimate.weights > 0
     if int(here.sum()) == 0 or len(estimate.weights) == 1:
         with torch.no_grad():
             return float(_applied(norm, estimate.multiplier, estimate.moments)), ()
     leaves = {key: t.detach().clone().requires_grad_() for key, t in estimate.multiplier.items()}
-    moments, sizes = estimate.moments, estimate.sizes
-    site = sizes.new_zeros(2)
-    if moments is not None:
-        site = torch.stack([moments.x, moments.delta]).detach().clone().requires_grad_()
-        moments = Moments(moments, site[0], site[1], moments.product)
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a function may turn its result into a float
-        value: Any = _applied(norm, leaves, moments)
+        value: Any = _applied(norm, leaves, estimate.moments)
     if not isinstance(value, Tensor) or not value.requires_grad:
         return float(value), _by_deletion(norm, estimate, float(value))
-    inputs = [*leaves.values(), *([site] if site.requires_grad else [])]
-    slopes = torch.autograd.grad(value, inputs, allow_unused=True, materialize_grads=True)
+    slopes = torch.autograd.grad(
+        value, list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
     weights = estimate.weights
     found = torch.zeros_like(weights)
-    for (key, total), slope in zip(estimate.sums.items(), slopes, strict=False):
-        along = torch.mv(total.flatten(1), slope.flatten()) / estimate.weight
+    for (key, total), slope in zip(estimate.sums.items(), slopes, strict=True):
+        along = torch.mv(total.reshape(len(total), -1), slope.flatten()) / estimate.weight
         mean = torch.dot(estimate.multiplier[key].flatten(), slope.flatten())
         found += along.double().cpu() - weights * float(mean)
-    if site.requires_grad:
-        found += (sizes @ slopes[-1]).cpu() - weights * float(site.detach() @ slopes[-1])
     return float(value.detach()), tuple(found[here].tolist())
 
 
 def _applied(
-    norm: Any, multiplier: Mapping[str, Tensor], moments: Moments | None
+    norm: Any, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
 ) -> Tensor | float:
     return norm(multiplier, moments) if needs_moments(norm) else norm(multiplier)
 
 
-def _by_deletion(
-    norm: Norm | MomentNorm, estimate: Estimate, value: float
-) -> tuple[float, ...]:
+def _by_deletion(norm: Norm | MomentNorm, estimate: Estimate, value: float) -> tuple[float, ...]:
     """By leaving out each group in turn, for a function that autograd cannot follow."""
     found = []
     for group, share in enumerate(estimate.weights.tolist()):

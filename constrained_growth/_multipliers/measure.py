@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from constrained_growth._data import batch_size
 from constrained_growth._distributed import add_up, everywhere, several
 from constrained_growth._multipliers.accumulator import (
+    NOTHING_MORE,
     Accumulator,
     Counts,
     Estimate,
@@ -60,7 +61,7 @@ class Pass:
         method: Method,
         *,
         gradients: bool,
-        wanted: Wanted = Wanted(),
+        wanted: Wanted = NOTHING_MORE,
         groups: Groups | None = None,
     ) -> None:
         self._model, self._loss_fn, self._sites = model, loss_fn, sites

@@ -26,7 +26,6 @@ class Site:
         device: Where the tensor is.
         overwritten: Whether the model changes the tensor in place afterwards.
         needs_context: Whether a block takes what else the module was called with.
-        unmapped: The candidates of which some pin is in no affine map, such as a linear layer.
     """
 
     after: str
@@ -37,4 +36,3 @@ class Site:
     device: torch.device
     overwritten: bool
     needs_context: bool
-    unmapped: tuple[str, ...] = ()

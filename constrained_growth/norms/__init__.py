@@ -13,7 +13,6 @@ is a matrix with one column, a tensor of more dimensions (the kernel of a convol
 to (out, everything else), and several tensors are the blocks of one block-diagonal matrix.
 """
 
-from constrained_growth.norms.elasticity import Elasticity
 from constrained_growth.norms.matrices import (
     Entrywise1,
     Frobenius,
@@ -25,29 +24,24 @@ from constrained_growth.norms.matrices import (
 from constrained_growth.norms.moments import (
     KroneckerFisher,
     MomentNorm,
-    Moments,
     SecondMoments,
     lipschitz,
-    needs_cotangents,
     needs_moments,
 )
 from constrained_growth.norms.recommendation import recommended
 from constrained_growth.solution import Norm
 
 __all__ = [
-    "Elasticity",
     "Entrywise1",
     "Frobenius",
     "KroneckerFisher",
     "MomentNorm",
-    "Moments",
     "Norm",
     "Nuclear",
     "PerParameter",
     "SecondMoments",
     "Spectral",
     "lipschitz",
-    "needs_cotangents",
     "needs_moments",
     "norm_for",
     "recommended",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
@@ -32,27 +32,29 @@ class SecondMoments:
         features: A = E[φ̃ φ̃ᵀ], with φ̃ = (φ, 1) if there is a bias and φ̃ = φ if not; shape
             (in + 1, in + 1) or (in, in).
         cotangents: G = E[ψ ψᵀ], shape (out, out), with ψ = ∂ℓ_n/∂(Wφ + b) of the loss ℓ_n of one
-            sample, *not* divided by the number of samples. None for a norm that does without.
+            sample, *not* divided by the number of samples.
         bias: Name of the pinned bias b, or None.
-        gain: E‖Bᵀe‖²/out for noise e of variance 1, B the derivative of the block's output by that
-            of the map: how much of a motion of Wφ + b arrives at the block's output.
-        positions: How many positions a sample has.
         transposed: Whether the weight has the shape (in, out).
+        rows, columns: Which outputs and features G and A are of, where there are too many; None
+            for all.
 
     An elementwise map γ ⊙ φ + b, as of a normalisation, is `out` maps of one number each: A has the
-    shape (out, 2, 2) or (out, 1, 1), and G (out, 1, 1).
+    shape (out, 2, 2) or (out, 1, 1), and G (out, 1, 1). A pin in no affine map has the moments of
+    its gradients g, those of Shampoo: A = E[gᵀg] and G = E[g gᵀ]/tr A of a matrix, and E[g²] of
+    each entry of a vector.
 
     Source:
         Martens and Grosse, arXiv 1503.05671; with positions: Grosse and Martens, *A
-        Kronecker-factored approximate Fisher matrix for convolution layers*, 2016.
+        Kronecker-factored approximate Fisher matrix for convolution layers*, 2016; Gupta, Koren and
+        Singer, *Shampoo*, 2018.
     """
 
     features: Tensor
-    cotangents: Tensor | None
+    cotangents: Tensor
     bias: str | None = None
-    gain: float = 1.0
-    positions: float = 1.0
     transposed: bool = False
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
@@ -63,29 +65,8 @@ class SecondMoments:
         return cls(phi.T @ phi / len(phi), psi.T @ psi / len(cotangents), bias)
 
 
-class Moments(dict[str, SecondMoments]):
-    """What goes with the multiplier of one candidate: pinned weight → its `SecondMoments`.
-
-    Attributes:
-        x: E‖x‖² of the tensor at the site, over all positions of a sample; a scalar tensor.
-        delta: E‖δ‖² of δ = ∂ℓ_n/∂x there; a scalar tensor.
-        product: For pins that are in no affine map (the dict is then empty): v ↦ E[JᵀJ] v, with J
-            the derivative of the block's output by its pins.
-    """
-
-    def __init__(
-        self,
-        maps: Mapping[str, SecondMoments],
-        x: Tensor,
-        delta: Tensor,
-        product: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None,
-    ) -> None:
-        super().__init__(maps)
-        self.x, self.delta, self.product = x, delta, product
-
-
 class MomentNorm(Protocol):
-    """A norm that also needs second moments."""
+    """A norm that also needs the second moments of every pinned affine map."""
 
     needs_moments: ClassVar[bool]
     """True. A norm without this attribute is called with the multiplier alone."""
@@ -93,18 +74,13 @@ class MomentNorm(Protocol):
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor | float:
-        """The norm of the multiplier of one candidate; `moments` are its `Moments`."""
+        """The norm of the multiplier of one candidate, `moments` by name of the pinned weight."""
         ...
 
 
 def needs_moments(norm: Norm | MomentNorm) -> TypeIs[MomentNorm]:
     """Whether a norm is called as `norm(multiplier, moments)`."""
     return bool(getattr(norm, "needs_moments", False))
-
-
-def needs_cotangents(norm: object) -> bool:
-    """Whether a norm with moments needs those of cotangents: unless it says it does not."""
-    return bool(getattr(norm, "needs_moments", False) and getattr(norm, "needs_cotangents", True))
 
 
 def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> float:
@@ -160,8 +136,8 @@ class KroneckerFisher:
     "fro" at most √r. Beware of few samples: for unrelated features and cotangents Σ ρ_i² is about
     (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always give N.
 
-    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G (K-FAC, section
-    6.3). Invariance under changes of scale and (without a bias) rotations remains.
+    With damping, A + d diag A and G + d diag G replace A and G, so that invariance under changes of
+    the unit of each feature and each output remains.
 
     Attributes:
         damping: d. 0.1 by default; from 0.03 to 0.3 it decides alike, within the noise
@@ -202,10 +178,11 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor:
         """The norm of the multiplier of one candidate, in float64."""
-        if unknown := pins_without_map(multiplier, moments):
+        biases = {m.bias for m in moments.values()}
+        if unknown := [name for name in multiplier if name not in biases | moments.keys()]:
             raise RuleError(
-                f"norm={self!r} needs the second moments of an affine map for every pin, and "
-                f"{unknown} have none; take another norm, such as cg.norms.Elasticity()."
+                f"norm={self!r} needs the second moments of all pinned parameters; those of "
+                f"{unknown} are missing, and those of {sorted(moments)} are given."
             )
         sizes = [self._singular_values(multiplier, name, m) for name, m in moments.items()]
         values = torch.cat(sizes)
@@ -215,26 +192,24 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments
     ) -> Tensor:
         """Of λ̃ of one affine map, in coordinates in which A and G are the identity."""
-        matrix, cotangents = augmented(multiplier, name, moments), moments.cotangents
-        if cotangents is None or cotangents.shape[-1] != matrix.shape[-2]:
-            raise RuleError(
-                f'moments["{name}"].cotangents must be of shape {(matrix.shape[-2],) * 2}.'
-            )
-        if not all(t.isfinite().all() for t in (matrix, moments.features, cotangents)):
+        matrix = augmented(multiplier, name, moments)
+        given = (matrix, moments.features, moments.cotangents)
+        if not all(tensor.isfinite().all() for tensor in given):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
-        left = whitened(matrix, cotangents, self.damping)
+        left = whitened(matrix, moments.cotangents, self.damping)
         both = whitened(left.mT, moments.features, self.damping).double()
         if self.ord == "fro":
             return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
-        return torch.linalg.svdvals(both).flatten()
+        if min(both.shape[-2:]) <= _SMALL:
+            return torch.linalg.svdvals(both).flatten()
+        # a third of the time, and exact to half of the digits
+        squares = torch.linalg.eigvalsh(
+            both.mT @ both if both.shape[-1] < both.shape[-2] else both @ both.mT
+        )
+        return squares.clamp(min=float(squares[-1].detach()) * 1e-15).sqrt()
 
 
-def pins_without_map(
-    multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
-) -> list[str]:
-    """The pinned parameters without second moments."""
-    biases = {m.bias for m in moments.values()}
-    return [name for name in multiplier if name not in moments and name not in biases]
+_SMALL = 128
 
 
 def augmented(multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments) -> Tensor:
@@ -247,10 +222,16 @@ def augmented(multiplier: Mapping[str, Tensor], name: str, moments: SecondMoment
     if moments.bias is not None:
         bias = multiplier[moments.bias].reshape(*weight.shape[:-1], 1)
         weight = torch.cat([weight, bias.to(weight)], dim=-1)
-    if moments.features.shape[-1] != weight.shape[-1]:
+    if moments.rows is not None:
+        weight = weight[moments.rows]
+    if moments.columns is not None:
+        weight = weight[:, moments.columns]
+    rows, columns = weight.shape[-2:]
+    shapes = tuple(moments.cotangents.shape[-2:]), tuple(moments.features.shape[-2:])
+    if shapes != ((rows, rows), (columns, columns)):
         raise RuleError(
-            f'moments["{name}"].features must be of shape {(weight.shape[-1],) * 2}, and are of '
-            f"shape {tuple(moments.features.shape)}."
+            f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} (cotangents), '
+            f"and must be of shape {(columns, columns)} and {(rows, rows)}."
         )
     return weight
 
@@ -260,18 +241,19 @@ def whitened(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
 
     The singular values of the result are the same for every such R.
     """
+    sizes = moment.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    units = torch.where(sizes > 0, sizes, 1.0)  # what is always zero stays so
+    moment = moment / (units[..., :, None] * units[..., None, :])
+    matrix = matrix.to(units) / units[..., :, None]
     size = moment.shape[-1]
     rounding = size * torch.finfo(moment.dtype).eps
     if damping > 10 * rounding:  # else rounding can make M indefinite
-        shift = damping * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        damped = moment + shift * torch.eye(size, dtype=moment.dtype, device=moment.device)
-        root, failed = torch.linalg.cholesky_ex(damped)
+        one = torch.eye(size, dtype=moment.dtype, device=moment.device)
+        root, failed = torch.linalg.cholesky_ex(moment + damping * one)
         if not failed.any():  # 3 to 14 times faster than eigenvectors
-            return torch.linalg.solve_triangular(root, matrix.to(root), upper=False)
+            return torch.linalg.solve_triangular(root, matrix, upper=False)
     values, vectors = torch.linalg.eigh(moment.double())
-    values = values.clamp(min=0)
-    damped = values + damping * values.mean(-1, keepdim=True)
-    largest = damped.amax(-1, keepdim=True)
-    kept = damped > (0.0 if damping else rounding) * largest
+    damped = values.clamp(min=0) + damping
+    kept = damped > (0.0 if damping else rounding) * damped.amax(-1, keepdim=True)
     scale = torch.where(kept, damped, torch.inf).rsqrt()
     return (vectors * scale[..., None, :]).mT @ matrix.double()

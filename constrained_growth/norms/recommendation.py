@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from constrained_growth.norms.elasticity import Elasticity
-from constrained_growth.norms.moments import MomentNorm
-from constrained_growth.solution import Norm
+from constrained_growth.norms.moments import KroneckerFisher, MomentNorm
 
 
-def recommended(model: nn.Module) -> Norm | MomentNorm:
-    """The norm of a decision nothing else is said about."""
-    return Elasticity()
+def recommended() -> MomentNorm:
+    """The norm of a decision of which nothing else is said: `KroneckerFisher(ord="nuc")`.
+
+    Of all sizes that `constrained-growth bench decisions` compares it has the lowest regret on
+    average over its families, with old weights frozen and not.
+
+    Example:
+        >>> recommended()
+        KroneckerFisher(damping=0.1, ord='nuc')
+    """
+    return KroneckerFisher(ord="nuc")
