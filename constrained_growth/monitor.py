@@ -26,7 +26,14 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
-from constrained_growth.solve import groups_of, norm_of, sensitivities_of, solution_of, wanted_by
+from constrained_growth.solve import (
+    agreement_of,
+    groups_of,
+    norm_of,
+    sensitivities_of,
+    solution_of,
+    wanted_by,
+)
 
 
 @contextmanager
@@ -204,6 +211,7 @@ class Monitor:
             multipliers=self.multipliers(),
             sensitivities=sensitivities,
             decision=decide(rule, sensitivities) if finite else Decision((), status.value),
+            agreement=agreement_of(rule, sensitivities),
             num_samples=self.num_samples,
             num_batches=self.num_batches,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from constrained_growth._arguments import flag, function, instance, number
 from constrained_growth._data import counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
-from constrained_growth._multipliers.groups import Groups, standard_error
-from constrained_growth._multipliers.influences import value_of
+from constrained_growth._multipliers.groups import ROOM, Groups
 from constrained_growth._multipliers.measure import Measurement, Pass
+from constrained_growth._multipliers.replicates import replicates_of, value_of
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import device_of, parameter_shapes
@@ -34,6 +35,7 @@ from constrained_growth.rules import Rule, TopK, needs_model
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
+    Later,
     Norm,
     Planned,
     Sensitivity,
@@ -146,8 +148,7 @@ def solve(
     if status is Status.NOT_FINITE:
         return solution
     decision = _agreed(rule, problem, solution)
-    share = agreement(sensitivities, rule) if not needs_model(rule) else math.nan
-    return replace(solution, decision=decision, agreement=share)
+    return replace(solution, decision=decision, agreement=agreement_of(rule, sensitivities))
 
 
 def _measured(
@@ -215,18 +216,29 @@ def sensitivities_of(
     """Candidate → how large its multiplier is, in the order of the problem."""
     sites = {name: site for site in problem.sites for name in site.blocks}
 
-    def found() -> dict[str, tuple[float, tuple[float, ...]]]:
+    shared = several(problem.group)
+    # later, by whom they interest; at once where all processes have a part or they take much room
+    later = not shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM
+
+    def values() -> dict[str, float]:
         return {name: value_of(norm, estimate) for name, estimate in estimates.items()}
 
-    everyone = everywhere(found, problem.group) if several(problem.group) else [found()]
+    def replicates() -> dict[str, tuple[float, ...]]:
+        return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
+
+    found = everywhere(values, problem.group)[0] if shared else values()
+    every: list[dict[str, tuple[float, ...]]] = []
+    if not later:
+        every = everywhere(replicates, problem.group) if shared else [replicates()]
 
     def sensitivity(name: str) -> Sensitivity:
         estimate, site = estimates[name], sites[name]
         multiplier, variance = estimate.multiplier, estimate.variance
-        influences = tuple(i for process in everyone for i in process[name][1])
+        known: Any = next((p[name] for p in every if p[name]), ())
+        if later:
+            known = Later(partial(replicates_of, norm, estimate))
         return Sensitivity(
-            value=everyone[0][name][0],
-            standard_error=standard_error(influences),
+            value=found[name],
             num_parameters=sum(value.numel() for value in multiplier.values()),
             num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
             norm=norm,
@@ -235,10 +247,22 @@ def sensitivities_of(
             variance=variance,
             debiased_square=debiased_square(multiplier.values(), variance),
             error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
-            influences=influences,
+            replicates=known,
         )
 
     return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
+
+
+def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
+    """How often a rule would decide the same, once someone wants to know."""
+    if needs_model(rule) or hasattr(rule, "state_dict"):
+        return math.nan
+    return Later(partial(agreement, sensitivities, rule))
+
+
+def _room(estimate: Estimate) -> int:
+    """Bytes that the sums of the groups take."""
+    return sum(total.nbytes for total in estimate.sums.values())
 
 
 def norm_of(rule: object) -> Norm | MomentNorm:

@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from statistics import NormalDist
 
-import numpy as np
 from torch import Tensor
 
-from constrained_growth._arguments import function, instance, number, positive_int
+from constrained_growth._arguments import function, instance, number
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity
@@ -107,53 +106,47 @@ def squared_norm_interval(
 def agreement(
     sensitivities: Mapping[str, Sensitivity],
     rule: Callable[[Mapping[str, Sensitivity]], Decision],
-    *,
-    draws: int = 200,
 ) -> float:
     """How often a rule would decide the same on other samples of the same size.
 
-    A bootstrap over the groups of samples: in each draw they count as often as they are drawn, and
-    the sensitivities move by their influences.
-
     Args:
         sensitivities: Of a solution.
-        rule: A function of the sensitivities; it is called for each draw.
-        draws: How many.
+        rule: A function of the sensitivities; it is called for each of their `replicates`.
 
     Returns:
-        A share between 0 and 1; NaN without influences.
+        The share of the bootstrap samples on which it chooses the same candidates; NaN without
+        replicates.
 
     Source:
-        Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapters 6 and 22.
+        Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.
 
     Example:
         >>> given = {
-        ...     "a": Sensitivity(1.0, influences=(0.1, -0.1, 0.1, -0.1)),
-        ...     "b": Sensitivity(0.9, influences=(-0.1, 0.1, 0.1, -0.1)),
+        ...     "a": Sensitivity(1.0, replicates=(1.1, 0.8, 1.0, 1.1)),
+        ...     "b": Sensitivity(0.7, replicates=(0.6, 0.9, 0.8, 0.5)),
         ... }
-        >>> 0.5 < agreement(given, lambda s: Decision((max(s, key=lambda n: s[n].value),))) < 1
-        True
+        >>> agreement(given, lambda s: Decision((max(s, key=lambda n: s[n].value),)))
+        0.75
     """
     function("rule", rule, RuleError, "cg.TopK(1)")
-    positive_int("draws", draws, RuleError)
-    counts = {len(s.influences) for s in sensitivities.values()}
-    number_of_groups = max(counts, default=0)
-    if counts != {number_of_groups} or number_of_groups < 2:
+    instance("sensitivities", sensitivities, Mapping, RuleError, "those of a solution")
+    draws = list(zip(*(s.replicates for s in sensitivities.values()), strict=False))
+    if not draws:
         return math.nan
-    generator = np.random.default_rng(0)
-    shares = np.full(number_of_groups, 1 / number_of_groups)
-    drawn = generator.multinomial(number_of_groups, shares, draws) - 1
-    influences = np.array([s.influences for s in sensitivities.values()])
-    moved = drawn @ influences.T * math.sqrt(number_of_groups / (number_of_groups - 1))
     chosen = set(rule(sensitivities).chosen)
-    same = 0
-    for move in moved:
-        other = {
-            name: replace(s, value=max(0.0, s.value + float(by)))
-            for (name, s), by in zip(sensitivities.items(), move, strict=True)
-        }
-        same += set(rule(other).chosen) == chosen
-    return same / draws
+    same = [
+        chosen
+        == set(
+            rule(
+                {
+                    name: replace(sensitivity, value=value)
+                    for (name, sensitivity), value in zip(sensitivities.items(), draw, strict=True)
+                }
+            ).chosen
+        )
+        for draw in draws
+    ]
+    return sum(same) / len(same)
 
 
 def _around(value: float, error: float, confidence: float) -> tuple[float, float]:

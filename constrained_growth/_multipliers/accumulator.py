@@ -49,6 +49,15 @@ NOTHING_MORE = Wanted()
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What each group adds to A and G of an affine map, or only to their traces, (groups, 2)."""
+
+    features: Tensor | None
+    cotangents: Tensor | None
+    traces: Tensor
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What is known of the multiplier of one candidate.
 
@@ -56,7 +65,8 @@ class Estimate:
     came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
     much the block moved x at most, in units of what rounding may do.
 
-    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`.
+    Of the groups on this process: `sums` S_g of W λ by pin, `parts` of the second moments, and
+    `weights` W_g/W, W being `weight`.
     """
 
     multiplier: dict[str, Tensor]
@@ -64,6 +74,7 @@ class Estimate:
     moments: dict[str, SecondMoments]
     moved: float
     sums: dict[str, Tensor]
+    parts: dict[str, Parts]
     weights: Tensor
     weight: float
 
@@ -109,7 +120,9 @@ class Accumulator:
         self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
+        self._traces: dict[str, Tensor] = {}
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
+        self._joined_moments: list[dict[str, Tensor]] | None = None
         self.counts = Counts()
 
     @property
@@ -168,7 +181,7 @@ class Accumulator:
             found = self._factors(uses, size) if self._mapped else None
             self._mapped = found is not None
             for factor in found.maps if found is not None else ():
-                self._add_moments(factor, size, weight)
+                self._add_moments(factor, size, weight, Span(span.first, size))
         self._add_whole(multiplier, size, weight, span)
 
     def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
@@ -271,35 +284,47 @@ class Accumulator:
                 if told_apart:
                     self._squares.add_(shifts.square().sum(dtype=torch.float64), alpha=weight**2)
             if self._wanted.moments:
-                self._add_moments(factor, size, weight)
+                self._add_moments(factor, size, weight, span, offset)
 
-    def _add_moments(self, factor: AffineFactors, size: int, weight: float) -> None:
+    def _add_moments(
+        self, factor: AffineFactors, size: int, weight: float, span: Span, offset: int = 0
+    ) -> None:
         """Σ φ̃φ̃ᵀ and Σ w² ψψᵀ over samples and positions; φ̃ = (φ, 1) where there is a bias."""
         counts, name = self.counts, factor.weight
         kind = MapKind(factor.bias, factor.elementwise, factor.transposed)
         self._make_moments(name, counts.maps.setdefault(name, kind))
         features, cotangents = self._features[name], self._cotangents[name]
-        positions, width = factor.features.shape[-2:]
-        rows = factor.features.shape[0] * positions
-        counts.rows[name] = counts.rows.get(name, 0) + rows
-        # a moment of so many numbers needs no more rows than this, of all batches; an odd stride
-        # does not keep to some columns of an image
-        most = _ROWS * max(256, features.shape[-1], cotangents.shape[-1]) / self._wanted.batches
-        stride = int(size * positions / most) | 1 if size * positions > most else 1
-        phi = factor.features.reshape(rows, width)[::stride].to(features.dtype)
-        psi = factor.cotangent.reshape(rows, -1)[::stride].to(features.dtype)
-        counts.read[name] = counts.read.get(name, 0) + len(phi)
-        if factor.elementwise:
-            phi = phi.unsqueeze(-1)
-        if factor.bias is not None:
+        counts.rows[name] = counts.rows.get(name, 0) + math.prod(factor.features.shape[:2])
+        # a moment of so many numbers needs no more rows than this, of all batches
+        most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
+        stride = size * factor.features.shape[1] * self._wanted.batches / most
+        phi, psi = factor.features, factor.cotangent
+        if stride >= 2 and phi.shape[1] > 1:  # an odd one does not keep to columns of an image
+            step = min(int(stride), phi.shape[1]) | 1
+            phi, psi = phi[:, ::step], psi[:, ::step]
+        elif stride >= 2:
+            each = min(span.each, size)
+            step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
+            phi, psi = phi[::step], psi[::step]
+            span, offset = Span(span.first, math.ceil(each / step)), offset // step
+        phi, psi = phi.to(features.dtype), psi.to(features.dtype)
+        counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
+        if factor.bias is not None and not factor.elementwise:
             phi = torch.cat([phi, torch.ones_like(phi[..., :1])], -1)
         if factor.elementwise:
-            features.add_(torch.einsum("rci,rcj->cij", phi, phi))
-            cotangents.add_(psi.square().sum(0)[:, None, None], alpha=weight**2)
-            return
-        phi, psi = _some(phi, 1), _some(psi, 1)
-        features.addmm_(phi.T, phi)
-        cotangents.addmm_(psi.T, psi, alpha=weight**2)
+            phi = phi.unsqueeze(-1)
+            if factor.bias is not None:
+                phi = torch.cat([phi, torch.ones_like(phi)], -1)
+            add_sums(features, torch.einsum("nrci,nrcj->ncij", phi, phi), 1.0, span, offset)
+            squares = psi.square().sum(1)[..., None, None]
+            add_sums(cotangents, squares, weight**2, span, offset)
+        else:
+            phi, psi = _some(phi, 2), _some(psi, 2)
+            add_products(features, phi, phi, 1.0, span, offset)
+            add_products(cotangents, psi, psi, weight**2, span, offset)
+        if len(features) == 1:
+            sizes = [t.reshape(len(t), -1).square().sum(1) for t in (phi, psi * weight)]
+            add_sums(self._traces[name], torch.stack(sizes, 1), 1.0, span, offset)
 
     def _make_moments(self, name: str, kind: MapKind) -> None:
         if name in self._features:
@@ -312,8 +337,12 @@ class Accumulator:
             out, inner = (inner, out) if kind.transposed else (out, inner)
             out, inner = (min(_MOST, s) for s in (out, inner + (kind.bias is not None)))
         zero = self._sums[name].new_zeros(())
-        self._features[name] = zero.expand(*lead, inner, inner).clone()
-        self._cotangents[name] = zero.expand(*lead, out, out).clone()
+        groups = self._wanted.groups
+        if groups * math.prod(lead) * (out**2 + inner**2) * zero.itemsize > _ROOM:
+            groups = 1
+        self._features[name] = zero.expand(groups, *lead, inner, inner).clone()
+        self._cotangents[name] = zero.expand(groups, *lead, out, out).clone()
+        self._traces[name] = zero.expand(self._wanted.groups, 2).clone()
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -342,7 +371,10 @@ class Accumulator:
             maps=maps,
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
-        moments = [t[key] for t in (self._features, self._cotangents) for key in sorted(t)]
+        self._joined_moments = [
+            {name: t[name].sum(0) for name in sorted(t)} for t in (self._features, self._cotangents)
+        ]
+        moments = [t for some in self._joined_moments for t in some.values()]
         return [*self._joined.values(), *moments, self._squares]
 
     def estimate(self) -> Estimate:
@@ -360,39 +392,49 @@ class Accumulator:
             moments={},
             moved=float(self._moved),
             sums=self._sums,
+            parts={},
             weights=self._weights / weight,
             weight=weight,
         )
         if not self._wanted.moments:
             return found
-        moments = self._moments() if self._mapped else moments_of_groups(found, samples)
-        return replace(found, moments=moments)
+        if not self._mapped:
+            return replace(found, moments=moments_of_groups(found, samples))
+        moments, parts = self._moments()
+        return replace(found, moments=moments, parts=parts)
 
-    def _moments(self) -> dict[str, SecondMoments]:
+    def _moments(self) -> tuple[dict[str, SecondMoments], dict[str, Parts]]:
         counts = self.counts
-        found = {}
+        moments, parts = {}, {}
+        features, cotangents = self._joined_moments or (
+            {name: t.sum(0) for name, t in some.items()}
+            for some in (self._features, self._cotangents)
+        )
         for name, kind in counts.maps.items():
-            features, cotangents, read = (
-                self._features[name],
-                self._cotangents[name],
-                counts.read[name],
-            )
+            read = counts.read[name]
             # what was not read counts as much as what was
             scale = counts.samples / counts.weight**2 * counts.rows[name] / read
-            shape = self._sums[name].shape[1:]
-            sizes = shape[0], math.prod(shape[1:])
-            out, inner = reversed(sizes) if kind.transposed else sizes
-            found[name] = SecondMoments(
-                features / read,
-                cotangents * scale,
+            device, shape = features[name].device, self._sums[name].shape[1:]
+            out, inner = shape[0], math.prod(shape[1:])
+            out, inner = (inner, out) if kind.transposed else (out, inner)
+            moments[name] = SecondMoments(
+                features[name] / read,
+                cotangents[name] * scale,
                 kind.bias,
                 kind.transposed,
-                rows=None if kind.elementwise else _chosen(out, features.device),
+                rows=None if kind.elementwise else _chosen(out, device),
                 columns=None
                 if kind.elementwise
-                else _chosen(inner + (kind.bias is not None), features.device),
+                else _chosen(inner + (kind.bias is not None), device),
             )
-        return found
+            scales = self._traces[name].new_tensor([1 / read, scale])
+            grouped = len(self._features[name]) > 1
+            parts[name] = Parts(
+                self._features[name] / read if grouped else None,
+                self._cotangents[name] * scale if grouped else None,
+                self._traces[name] * scales,
+            )
+        return moments, parts
 
 
 _MOST_PARTS = 8
@@ -401,8 +443,11 @@ _MOST_PARTS = 8
 _MOST = 512
 """Features and outputs of which second moments are kept; of more a random part."""
 
-_ROWS = 2
-"""Rows that are read for second moments, over their size (or over 256)."""
+_ROWS = 1024
+"""Rows that are read for second moments, if not twice their size."""
+
+_ROOM = 2**21
+"""Bytes up to which those of each group are kept."""
 
 
 def _chosen(size: int, device: torch.device) -> Tensor | None:
