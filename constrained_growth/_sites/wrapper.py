@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable
@@ -22,6 +23,65 @@ def _scriptable(self: Any, input: Tensor) -> Tensor:
     for layer in self.children():
         input = layer(input)
     return input
+
+
+class _Found(dict[str, Any]):
+    """The parameters or buffers of the user's module: found by name, but not listed.
+
+    PyTorch's tools look them up in the wrapper; a list of all has each once, below its owner.
+    """
+
+    def __init__(self, wrapper: WithInsertedLayer, kind: str) -> None:
+        super().__init__()
+        self.wrapper, self.kind = wrapper, kind
+
+    def _there(self) -> dict[str, Any]:
+        return getattr(user_module(self.wrapper), self.kind)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._there()
+
+    def __getitem__(self, name: str) -> Any:
+        return self._there()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._there()[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._there()[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._there().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        return self._there().pop(name, *default)
+
+
+class _UserClass(type):
+    """What a wrapper gives as its class: one derived from it, or written on it, is the user's.
+
+    PyTorch's parametrizations derive a class, assign it, and set properties on it. It is no
+    subclass of the user's class: whoever replaces each nn.Linear would drop the inserted layers.
+    """
+
+    user: type
+
+    def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
+        first = bases[0]
+        if not isinstance(first, _UserClass):
+            return super().__new__(cls, name, bases, namespace)
+        name = name.replace(first.__name__, first.user.__name__)
+        return type(name, (first.user,), {"__module__": first.user.__module__, **namespace})
+
+    @property
+    def __bases__(cls) -> tuple[type, ...]:
+        return cls.user.__bases__
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        setattr(cls.user, name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        delattr(cls.user, name)
 
 
 class WithInsertedLayer(nn.Module):
@@ -45,6 +105,22 @@ class WithInsertedLayer(nn.Module):
         name = _free_name(base, "base")
         vars(self).update(training=base.training, _grown_base=name, _grown_layers=())
         self._modules[name] = base
+        for kind in ("_parameters", "_buffers"):
+            vars(self)[kind] = _Found(self, kind)
+
+    @property
+    def __class__(self) -> Any:
+        if "_grown_base" not in vars(self):  # being copied
+            return type(self)
+        user = type(without_inserted(self))
+        return _UserClass(type(self).__name__, (type(self),), {"user": user})
+
+    @__class__.setter
+    def __class__(self, value: Any) -> None:
+        without_inserted(self).__class__ = value
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return object.__new__, (type(self),), vars(self)  # pickle compares `__class__` otherwise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
@@ -71,7 +147,19 @@ class WithInsertedLayer(nn.Module):
             # its __deepcopy__, say, would leave out the layers
             if name.startswith("__") or name in _MACHINERY or "_grown_base" not in vars(self):
                 raise
-            return getattr(user_module(self), name)
+            return self._own(getattr(user_module(self), name))
+
+    def _own(self, value: Any) -> Any:
+        """The wrapper in place of the user's module, also where a method returns that."""
+        base = user_module(self)
+        if not inspect.ismethod(value) or value.__self__ is not base:
+            return self if value is base else value
+
+        @functools.wraps(value)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return self._own(value(*args, **kwargs))
+
+        return method
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "training":
@@ -100,18 +188,28 @@ class WithInsertedLayer(nn.Module):
         return sorted({*super().__dir__(), *dir(user_module(self))})
 
 
+def _unknown(*_: Any) -> Any:
+    return NotImplemented
+
+
 def _pass_on(name: str, function: Callable[..., Any]) -> None:
     """Define a method that `__getattr__` does not catch, as it is there, or is the class's."""
-    setattr(
-        WithInsertedLayer, name, lambda self, *args, **kw: function(user_module(self), *args, **kw)
-    )
+    def method(self: WithInsertedLayer, *args: Any, **kwargs: Any) -> Any:
+        return self._own(function(user_module(self), *args, **kwargs))
+
+    setattr(WithInsertedLayer, name, method)
 
 
 for _function in (len, bool, iter, reversed):
     _pass_on(f"__{_function.__name__}__", _function)
 for _name in ("__contains__", "__getitem__", "__setitem__", "__delitem__"):
     _pass_on(_name, getattr(operator, _name))
-for _name in ("register_parameter", "register_buffer", "add_module"):
+for _name in ("__iadd__", "__imul__"):
+    _pass_on(_name, lambda base, x, _name=_name: getattr(type(base), _name, _unknown)(base, x))
+for _name in (
+    *("register_parameter", "register_buffer", "add_module"),
+    *("_register_state_dict_hook", "_register_load_state_dict_pre_hook"),
+):
     _pass_on(_name, lambda base, *args, _name=_name, **kw: getattr(base, _name)(*args, **kw))
 
 _MACHINERY = {*dir(nn.Module), *vars(nn.Module()), "_hf_hook", "_old_forward"}
