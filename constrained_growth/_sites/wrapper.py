@@ -228,6 +228,14 @@ def without_inserted(module: nn.Module) -> nn.Module:
     return module
 
 
+def take_hooks(wrapper: WithInsertedLayer) -> None:
+    """Move hooks by which PyTorch prunes or normalises weights to the wrapper, where it looks."""
+    hooks = user_module(wrapper)._forward_pre_hooks
+    for key, hook in list(hooks.items()):
+        if any(kind.__module__.startswith("torch.nn.utils.") for kind in type(hook).__mro__):
+            wrapper._forward_pre_hooks[key] = hooks.pop(key)
+
+
 def inserted_layers(wrapper: WithInsertedLayer) -> dict[str, nn.Module]:
     """Name → layer of the layers in a wrapper, in the order in which they run."""
     return {name: wrapper.get_submodule(name) for name, _, _ in wrapper._grown_layers}

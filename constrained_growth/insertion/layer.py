@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import list_of
-from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, user_module
+from constrained_growth._sites.wrapper import (
+    WithInsertedLayer,
+    add_layer,
+    take_hooks,
+    user_module,
+)
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, RecordError
 
@@ -111,6 +116,7 @@ def put_into(
         add_layer(wrapper, site, layer, record.output, record.overwritten)
         return site if site is wrapper else layer
     wrapper = WithInsertedLayer(site)
+    take_hooks(wrapper)
     add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
     for owner in list(model.modules()):
         for key, child in owner._modules.items():
