@@ -9,20 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from constrained_growth._sites.context import NO_CONTEXT, arguments, context_of, takes_context
 from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
+from constrained_growth._sites.scripting import is_scripting, scriptable_forward
 
 # a trace by torch.fx calls them, whatever it is that comes out
 torch.fx.wrap("tensor_at")
 torch.fx.wrap("with_tensor")
-
-
-def _scriptable(self: Any, input: Tensor) -> Tensor:
-    for layer in self.children():
-        input = layer(input)
-    return input
 
 
 class _Found(dict[str, Any]):
@@ -74,7 +69,7 @@ class _UserClass(type):
         return type(name, (first.user,), {"__module__": first.user.__module__, **namespace})
 
     @property
-    def __bases__(cls) -> tuple[type, ...]:
+    def __bases__(cls) -> tuple[type, ...]:  # type: ignore[override]
         return cls.user.__bases__
 
     def __setattr__(cls, name: str, value: Any) -> None:
@@ -113,14 +108,18 @@ class WithInsertedLayer(nn.Module):
         if "_grown_base" not in vars(self):  # being copied
             return type(self)
         user = type(without_inserted(self))
-        return _UserClass(type(self).__name__, (type(self),), {"user": user})
+        return _UserClass("WithInsertedLayer", (WithInsertedLayer,), {"user": user})
 
     @__class__.setter
     def __class__(self, value: Any) -> None:
         without_inserted(self).__class__ = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return object.__new__, (type(self),), vars(self)  # pickle compares `__class__` otherwise
+        return (
+            object.__new__,
+            (type(self),),
+            {**vars(self)},
+        )  # pickle compares `__class__` otherwise
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
@@ -136,9 +135,10 @@ class WithInsertedLayer(nn.Module):
             output = with_tensor(output, which, y)
         return output
 
-    # torch.jit.script compiles what a function wraps, and knows no variable arguments
-    forward.__signature__ = inspect.signature(lambda *args, **kwargs: None)
-    forward.__wrapped__ = _scriptable  # type: ignore[attr-defined]
+    def __prepare_scriptable__(self) -> Any:
+        object.__dict__["__class__"].__set__(self, _Scriptable)
+        self.__dict__ = _Attributes(vars(self))
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -188,12 +188,48 @@ class WithInsertedLayer(nn.Module):
         return sorted({*super().__dir__(), *dir(user_module(self))})
 
 
+class _Attributes(dict[str, Any]):
+    """The attributes of a wrapper, for torch.jit.script with those that the parent may read.
+
+    They are what does not change: the parameters and constants of the user's module.
+    """
+
+    def items(self) -> Any:
+        if not is_scripting():
+            return super().items()
+        base = without_inserted(self["_modules"][self["_grown_base"]])
+        names = [name for name in getattr(base, "__constants__", ()) if hasattr(base, name)]
+        theirs = {name: getattr(base, name) for name in (*names, *base._parameters)}
+        return {**theirs, **dict(super().items())}.items()
+
+
+class _Forward:
+    """The method `forward`, or what torch.jit.script compiles in its place."""
+
+    def __get__(self, wrapper: Any, owner: Any) -> Any:
+        if wrapper is None or not is_scripting():
+            return vars(WithInsertedLayer)["forward"].__get__(wrapper, owner)
+        layers = [(name, wrapper._modules[name], *where) for name, *where in wrapper._grown_layers]
+        return scriptable_forward(user_module(wrapper), wrapper._grown_base, layers)
+
+
+class _Scriptable(WithInsertedLayer):
+    """What a wrapper becomes once torch.jit.script comes across it."""
+
+    forward = _Forward()  # type: ignore[assignment]
+
+    def __dir__(self) -> list[str]:
+        # it compiles what it finds, so nothing of the user's module
+        return list(nn.Module.__dir__(self)) if is_scripting() else super().__dir__()
+
+
 def _unknown(*_: Any) -> Any:
     return NotImplemented
 
 
 def _pass_on(name: str, function: Callable[..., Any]) -> None:
     """Define a method that `__getattr__` does not catch, as it is there, or is the class's."""
+
     def method(self: WithInsertedLayer, *args: Any, **kwargs: Any) -> Any:
         return self._own(function(user_module(self), *args, **kwargs))
 
