@@ -135,6 +135,10 @@ class WithInsertedLayer(nn.Module):
             output = with_tensor(output, which, y)
         return output
 
+    # torch.fx takes the arguments of what a function wraps, and no variable ones
+    forward.__signature__ = inspect.signature(lambda *args, **kwargs: None)
+    forward.__wrapped__ = lambda self, input: None  # type: ignore[attr-defined]
+
     def __prepare_scriptable__(self) -> Any:
         object.__dict__["__class__"].__set__(self, _Scriptable)
         self.__dict__ = _Attributes(vars(self))
