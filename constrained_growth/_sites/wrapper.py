@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -45,11 +45,8 @@ class _Found(dict[str, Any]):
     def __delitem__(self, name: str) -> None:
         del self._there()[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
-        return self._there().get(name, default)
-
-    def pop(self, name: str, *default: Any) -> Any:
-        return self._there().pop(name, *default)
+    get: Any = MutableMapping.get  # a dict's own looks inside it
+    pop: Any = MutableMapping.pop
 
 
 class _UserClass(type):
@@ -115,11 +112,8 @@ class WithInsertedLayer(nn.Module):
         without_inserted(self).__class__ = value
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return (
-            object.__new__,
-            (type(self),),
-            {**vars(self)},
-        )  # pickle compares `__class__` otherwise
+        # anything but a function `__newobj__`, with which pickle compares `__class__`
+        return object.__new__, (WithInsertedLayer,), {**vars(self)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
@@ -227,10 +221,6 @@ class _Scriptable(WithInsertedLayer):
         return list(nn.Module.__dir__(self)) if is_scripting() else super().__dir__()
 
 
-def _unknown(*_: Any) -> Any:
-    return NotImplemented
-
-
 def _pass_on(name: str, function: Callable[..., Any]) -> None:
     """Define a method that `__getattr__` does not catch, as it is there, or is the class's."""
 
@@ -245,7 +235,7 @@ for _function in (len, bool, iter, reversed):
 for _name in ("__contains__", "__getitem__", "__setitem__", "__delitem__"):
     _pass_on(_name, getattr(operator, _name))
 for _name in ("__iadd__", "__imul__"):
-    _pass_on(_name, lambda base, x, _name=_name: getattr(type(base), _name, _unknown)(base, x))
+    _pass_on(_name, lambda base, x, _name=_name: getattr(base, _name, lambda _: NotImplemented)(x))
 for _name in (
     *("register_parameter", "register_buffer", "add_module"),
     *("_register_state_dict_hook", "_register_load_state_dict_pre_hook"),
