@@ -38,6 +38,11 @@ def scriptable_forward(
     from torch._sources import SourceContext
     from torch.jit import _recursive, frontend
 
+    if base._forward_pre_hooks and any(takes_context(layer) for _, layer, *_ in layers):
+        raise CandidateError(
+            f"torch.jit.script: hooks on a {type(base).__name__} may change the arguments that an "
+            "inserted layer gets too; use torch.jit.trace or torch.export."
+        )
     original = getattr(base.forward, "original_method", base.forward)  # of a wrapper inside
     overloads = _get_overloaded_methods(original, type(base)) or ()
     declared = overloads[0] if overloads else original  # the first is the one for tensors

@@ -118,7 +118,10 @@ class WithInsertedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the user's module, the layers applied to its tensors."""
         base = user_module(self)
-        output = base(*args, **kwargs)
+        if base._forward_pre_hooks and any(map(takes_context, inserted_layers(self).values())):
+            output, args, kwargs = _called(base, *args, **kwargs)
+        else:
+            output = base(*args, **kwargs)
         for name, which, overwritten in self._grown_layers:
             layer: Any = self._modules[name]
             x = tensor_at(type(base).__name__, output, which)
@@ -184,6 +187,20 @@ class WithInsertedLayer(nn.Module):
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *dir(user_module(self))})
+
+
+def _called(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+    """The output of a module, and its arguments as hooks on it have changed them."""
+    given: list[Any] = []
+
+    def see(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given[:] = args, kwargs
+
+    handle = module.register_forward_hook(see, with_kwargs=True, prepend=True)
+    try:
+        return module(*args, **kwargs), *given
+    finally:
+        handle.remove()
 
 
 class _Attributes(dict[str, Any]):

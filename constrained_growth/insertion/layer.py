@@ -68,8 +68,9 @@ def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
         return False
     if getattr(wrapper.forward, "__func__", None) is not WithInsertedLayer.forward:
         return False  # another one was set, which may not run the layer
-    if wrapper is site:
-        return not wrapper._forward_hooks  # which come between the site and the layer
+    if wrapper is site:  # no hooks may come between the site and the layer, or its arguments
+        changes = takes_context(layer) and user_module(wrapper)._forward_pre_hooks
+        return not (wrapper._forward_hooks or changes)
     is_base = site is user_module(wrapper)
     return is_base or takes_context(site) or not takes_context(layer)
 

@@ -140,6 +140,31 @@ def test_a_grown_model_is_scripted(case: str) -> None:
     assert list(model.state_dict()) == keys
 
 
+class Scaled(blocks.ResidualLinear):
+    """Takes the other arguments of its site."""
+
+    takes_context = True
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None, scale: float = 2.0) -> Tensor:  # noqa: UP045
+        y = scale * torch.tanh(x @ self.weight.T + self.bias)
+        return x + y if mask is None else x + y * mask
+
+
+def test_a_layer_that_takes_the_other_arguments() -> None:
+    x = torch.randn(vectors)
+    model: Any = Masking(Masked())
+    problem = cg.GrowthProblem(
+        model, nn.MSELoss(), [(x, torch.randn(6, 3))], [cg.Candidate("part", Scaled(4, torch.tanh))]
+    )
+    cg.insert(model, cg.solve(problem, choose("part")))
+    with torch.no_grad():
+        model.part.inserted.weight.normal_()
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-13, atol=1e-13)
+    model.part.base.register_forward_pre_hook(lambda _, args: args)
+    with refused(cg.CandidateError, "torch.jit.script", "Masked", "hooks", "torch.export"):
+        torch.jit.script(model)
+
+
 def test_gradients_of_a_scripted_model() -> None:
     x = torch.randn(vectors)
     model = grown(Reading(), x, ("fc", None))
