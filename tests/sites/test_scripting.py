@@ -102,9 +102,8 @@ class Reading(nn.Module):
 
 sequences, vectors = (5, 3, 4), (6, 4)
 CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[str, Any]]]] = {
-    "LSTM": (lambda: First(nn.LSTM(4, 4)), sequences, [("part", None)]),
     "GRU": (lambda: First(nn.GRU(4, 4)), sequences, [("part", 0), ("part", None)]),
-    "LSTM with a state": (
+    "LSTM": (
         lambda: WithState(nn.LSTM(4, 4, batch_first=True)),
         sequences,
         [("part", None)],
