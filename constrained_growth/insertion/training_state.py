@@ -120,7 +120,7 @@ def restoring(
     """After an error, or always, restore submodules and attributes, and groups and states."""
     containers: list[Any] = []
     for module in (module for model in models for module in model.modules()):
-        containers += [vars(module), module._modules]
+        containers += [vars(module), module._modules, module._forward_pre_hooks]
     for optimizer in optimizers:
         groups = optimizer.param_groups
         containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
