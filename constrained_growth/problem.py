@@ -19,8 +19,9 @@ from constrained_growth._sharding import check_sharding
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import CopiedBlock, pinned_parameters
-from constrained_growth.bookkeeping import open_books
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.copied import listed_form
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.solution import Constraint, listed
@@ -125,10 +126,10 @@ class GrowthProblem:
         self.weight = weight
         places = places_of(model, self.candidates)
         with untouched(model, loss_fn, data), differentiable():
-            if not isinstance(candidates, Proposals):  # of which the books were asked already
-                _refuse_uncountable(model, places)
+            books = open_books(model)  # of which proposals were asked already
+            listed = _counted_elements(books, places, known=isinstance(candidates, Proposals))
             self.sites, self.example, self.method = look_at_sites(
-                model, loss_fn, data, places, group, weight
+                model, loss_fn, data, places, group, weight, books, listed
             )
         _warn_of_unseen(self.sites)
         self.constraints = tuple(
@@ -142,16 +143,21 @@ class GrowthProblem:
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
-def _refuse_uncountable(model: nn.Module, places: Places) -> None:
-    """Refuse copies as next elements of lists that `insert` would refuse by the model's books."""
-    books = open_books(model)
+def _counted_elements(books: Books, places: Places, *, known: bool) -> set[str]:
+    """The candidates that go in as next elements of lists that the books count.
+
+    Those that the books cannot keep are refused, unless they are `known` to be kept.
+    """
+    found = set[str]()
     for site, every in places:
         for each in every if books.counts(site.after) else ():
-            block, first = each.block, each.output in (None, 0)
-            if isinstance(block, CopiedBlock) and first and not each.wrapped:
-                refusal = books.refusal(site.after, block.module)
-                if refusal is not None:
-                    raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
+            if not books.can_list(site.after, each.block, each.output, wrapped=each.wrapped):
+                continue
+            found.add(each.name)
+            refusal = None if known else books.refusal(site.after, listed_form(each.block))
+            if refusal is not None:
+                raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
+    return found
 
 
 def _warn_of_unseen(sites: Iterable[Site]) -> None:

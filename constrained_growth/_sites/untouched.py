@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -87,3 +87,22 @@ def generators_of(other: object) -> list[torch.Generator]:
         within = (getattr(holder, name, None) for name in ("batch_sampler", "sampler"))
         holders += [sampler for sampler in within if sampler is not None]
     return list(found.values())
+
+
+@contextmanager
+def drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
+    """Make layers leave the random state as they found it, and note which of them run."""
+    states: list[Any] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        states.append(random_state())
+        reached.update(name for name, layer in layers.items() if layer is module)
+
+    def leave(*_: Any) -> None:
+        set_random_state(states.pop())
+
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+            hooks.enter_context(layer.register_forward_hook(leave))
+        yield
