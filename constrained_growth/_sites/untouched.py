@@ -17,32 +17,35 @@ from constrained_growth._sites.snapshot import restoring
 
 
 @contextmanager
-def untouched(model: nn.Module, *others: object) -> Iterator[None]:
+def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterator[None]:
     """Restore what running a model may change.
 
     That is buffers, other tensors, attributes, train and eval modes and `.grad` of the model and
     of what a loss among the `others` leads to; the global random states; and the generators of a
-    data loader among them.
+    data loader among them. Parameters too, if they are written to where the model runs for the
+    `first` time, or were then.
     """
     reshard(model)
     state = random_state()
-    token = _UNTOUCHED.set(True)
+    first = first or bool(_FIRST.get())
+    token = _FIRST.set(first)
     generators = [generator for other in others for generator in generators_of(other)]
-    with restoring(model, *filter(callable, others), *generators):
+    with restoring(model, *filter(callable, others), *generators, first=first):
         try:
             yield
         finally:
-            _UNTOUCHED.reset(token)
+            _FIRST.reset(token)
             reshard(model)
             set_random_state(state)
 
 
-_UNTOUCHED: ContextVar[bool] = ContextVar("_UNTOUCHED", default=False)
+_FIRST: ContextVar[bool | None] = ContextVar("_FIRST", default=None)
+"""Whether parameters are watched; None outside of `untouched`."""
 
 
 def is_untouched() -> bool:
     """Whether a model is run within `untouched`, to be looked at, and not by the user."""
-    return _UNTOUCHED.get()
+    return _FIRST.get() is not None
 
 
 @contextmanager

@@ -134,7 +134,10 @@ def _entries(paths: Iterable[tuple[Any, ...]]) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-    with untouched(model), differentiable():  # a model may differentiate in its forward pass
+    with (
+        untouched(model, first=True),
+        differentiable(),
+    ):  # a model may differentiate in its forward pass
         try:
             if training != model.training:
                 model.train(training)
