@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -54,13 +54,15 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
     memory = [(parameter, parameter.data) for parameter in parameters]
     changing = (t for t in tensors if not isinstance(t, nn.Parameter) or t in _WRITTEN)
     values = [(t, t.detach().clone()) for t in changing]
-    writes = _Writes(parameters if first else ())
+    watching = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, _Writes)]
+    writes = watching[0] if watching else _Writes(parameters if first else ())
+    outer, writes.start = writes.start, len(writes.before)
     containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
     modes = [(value, value.training) for value in found if isinstance(value, nn.Module)]
     hooks = [(some, set(some)) for module, _ in modes for some in _hooks_of(module)]
     generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
     try:
-        with writes if first else ExitStack():
+        with writes if first and not watching else ExitStack():
             yield
     finally:
         for container, before in containers:
@@ -82,11 +84,13 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
         with torch.no_grad():
-            for tensor, before in (*values, *writes.before):
+            for tensor, before in (*values, *writes.before[writes.start :]):
                 if tensor.shape != before.shape:
                     tensor.resize_(before.shape)
                 if tensor.layout is not torch.strided or not torch.equal(tensor, before):
                     tensor.copy_(before)
+        del writes.before[writes.start :]
+        writes.start = outer
         for leaf, grad, requires_grad in leaves:
             leaf.grad = grad
             if leaf.requires_grad != requires_grad:
@@ -94,19 +98,25 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
 
 
 class _Writes(TorchDispatchMode):
-    """Parameters and their values before they were first written to, by any operation.
+    """Parameters and their values before they were first written to since a `start`.
 
     Version counters do not tell: what writes to `parameter.data` leaves that of the parameter.
     """
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first operation imports torch._dynamo, which takes seconds
+
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         super().__init__()
-        self._waiting: dict[int | None, list[nn.Parameter]] = defaultdict(list)  # by their memory
-        for parameter in parameters:
-            self._waiting[parameter.untyped_storage().data_ptr()].append(parameter)
         self.before: list[tuple[nn.Parameter, Tensor]] = []
+        self.start = 0  # in `before`
+        self._parameters: dict[int | None, list[nn.Parameter]] = {}  # by their memory
+        for parameter in parameters:
+            place = parameter.untyped_storage().data_ptr()
+            self._parameters.setdefault(place, []).append(parameter)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -118,9 +128,10 @@ class _Writes(TorchDispatchMode):
             for tensor in tree_leaves(given) if written else ():
                 plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
                 place = tensor.untyped_storage().data_ptr() if plain else None
-                for parameter in self._waiting.pop(place, ()):
-                    self.before.append((parameter, parameter.detach().clone()))
-                    _WRITTEN[parameter] = True
+                for parameter in self._parameters.get(place, ()):
+                    if all(parameter is not known for known, _ in self.before[self.start :]):
+                        self.before.append((parameter, parameter.detach().clone()))
+                        _WRITTEN[parameter] = True
         return func(*args, **kwargs)
 
 

@@ -27,25 +27,23 @@ def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterato
     """
     reshard(model)
     state = random_state()
-    first = first or bool(_FIRST.get())
-    token = _FIRST.set(first)
+    token = _UNTOUCHED.set(True)
     generators = [generator for other in others for generator in generators_of(other)]
     with restoring(model, *filter(callable, others), *generators, first=first):
         try:
             yield
         finally:
-            _FIRST.reset(token)
+            _UNTOUCHED.reset(token)
             reshard(model)
             set_random_state(state)
 
 
-_FIRST: ContextVar[bool | None] = ContextVar("_FIRST", default=None)
-"""Whether parameters are watched; None outside of `untouched`."""
+_UNTOUCHED: ContextVar[bool] = ContextVar("_UNTOUCHED", default=False)
 
 
 def is_untouched() -> bool:
     """Whether a model is run within `untouched`, to be looked at, and not by the user."""
-    return _FIRST.get() is not None
+    return _UNTOUCHED.get()
 
 
 @contextmanager
