@@ -131,7 +131,7 @@ class GrowthProblem:
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight, books, listed
             )
-        _warn_of_unseen(self.sites)
+        _warn_of_unseen(model, self.sites)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -160,17 +160,21 @@ def _counted_elements(books: Books, places: Places, *, known: bool) -> set[str]:
     return found
 
 
-def _warn_of_unseen(sites: Iterable[Site]) -> None:
-    """Warn of blocks that normalise by statistics of nothing: mean 0 and variance 1."""
-    blocks = {name: block for site in sites for name, block in site.blocks.items()}
-    unseen = [name for name, block in blocks.items() if any(map(_is_unseen, block.modules()))]
-    if unseen:
-        warnings.warn(
-            f"candidates={unseen}: the model is in eval mode there, and the running statistics of "
-            "their BatchNorm have seen no data, so that λ is that of layers which do not "
-            "normalise. For λ of layers that do, call model.train() before making the problem.",
-            stacklevel=3,
-        )
+def _warn_of_unseen(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Warn of modules that normalise by statistics of nothing: mean 0 and variance 1."""
+    blocks = [(name, block) for site in sites for name, block in site.blocks.items()]
+    unseen = {
+        "candidates": [name for name, block in blocks if any(map(_is_unseen, block.modules()))],
+        "model": [name for name, module in model.named_modules() if _is_unseen(module)],
+    }
+    for owner, names in unseen.items():
+        if names:
+            warnings.warn(
+                f"{owner}, {names}: in eval mode, and the running statistics of the BatchNorm "
+                "there have seen no data, so that λ is that of a network which does not normalise. "
+                "For λ of one that does, call model.train() before making the problem.",
+                stacklevel=3,
+            )
 
 
 def _is_unseen(module: nn.Module) -> bool:

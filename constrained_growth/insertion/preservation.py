@@ -134,10 +134,8 @@ def _entries(paths: Iterable[tuple[Any, ...]]) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-    with (
-        untouched(model, first=True),
-        differentiable(),
-    ):  # a model may differentiate in its forward pass
+    # a model may differentiate in its forward pass
+    with untouched(model, first=True), differentiable():
         try:
             if training != model.training:
                 model.train(training)
