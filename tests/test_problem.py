@@ -502,7 +502,7 @@ def test_batch_norm_in_eval_mode_that_has_seen_nothing() -> None:
     cg.GrowthProblem(image_model(), CROSS_ENTROPY, data, cells[:1])
     block(torch.randn(6, 4, 4, 4))
     cg.GrowthProblem(image_model().eval(), CROSS_ENTROPY, data, cells[:1])
-    own = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), *image_model()[1:])
+    own = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), *list(image_model())[1:])
     with pytest.warns(UserWarning, match=r"^model, \['1'\].*eval mode.*running statistics"):
         cg.GrowthProblem(own.eval(), CROSS_ENTROPY, data, [cg.Candidate("2", Gain(4))])
     own.train()(data[0][0])
