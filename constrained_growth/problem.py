@@ -170,8 +170,8 @@ def _warn_of_unseen(model: nn.Module, sites: Iterable[Site]) -> None:
     for owner, names in unseen.items():
         if names:
             warnings.warn(
-                f"{owner}, {names}: in eval mode, and the running statistics of the BatchNorm "
-                "there have seen no data, so that λ is that of a network which does not normalise. "
+                f"{owner}, {names}: in eval mode, and the running statistics of their BatchNorm "
+                "have seen no data, so that λ is that of a network which does not normalise. "
                 "For λ of one that does, call model.train() before making the problem.",
                 stacklevel=3,
             )

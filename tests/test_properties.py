@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from helpers import (
     CROSS_ENTROPY,
@@ -31,8 +30,6 @@ from constrained_growth.blocks import (
     ResidualLinear,
     ResidualMLP,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:model, .* in eval mode")  # random networks
 
 WIDTH = 4
 
