@@ -138,7 +138,9 @@ def module_that_is_used_several_times(rank: Rank) -> None:
 
 def batch_norms_that_wait(rank: Rank) -> None:
     model, data, _ = setting()
-    model[4] = nn.Sequential(nn.SyncBatchNorm(4), model[4])
+    norm = nn.SyncBatchNorm(4)
+    norm.running_mean = torch.full((4,), 0.1)  # it has seen data
+    model[4] = nn.Sequential(norm, model[4])
     with pytest.raises(cg.CandidateError, match=r'"4\.0" is a SyncBatchNorm in train mode'):
         cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("1")], group=rank.group)
     cg.GrowthProblem(model.eval(), CROSS_ENTROPY, data, [candidate("1")], group=rank.group)

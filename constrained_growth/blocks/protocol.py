@@ -114,6 +114,14 @@ def zero_pins(block: nn.Module) -> None:
             parameter.zero_()
 
 
+def move_pins(block: nn.Module) -> None:
+    """Move the pinned parameters a little, each time by the same random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pin in pinned_parameters(block).values():
+            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
+
+
 def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
     """The pinned parameters of a block, by name.
 
