@@ -73,12 +73,12 @@ class Constraint:
 
 
 class _ReadLater:
-    """A field may hold a function of no arguments, which is called when the field is first read."""
+    """A field may hold a `Later`, which makes its value when the field is first read."""
 
     def __getattribute__(self, name: str) -> Any:
         found = object.__getattribute__(self, name)
         if isinstance(found, Later):
-            found = found.function()
+            found = found.function(self)
             object.__setattr__(self, name, found)
         return found
 
@@ -88,9 +88,9 @@ class _ReadLater:
 
 @dataclass(frozen=True)
 class Later:
-    """What a field is to be when it is first read."""
+    """What a field is to be when it is first read: a function of its owner."""
 
-    function: Callable[[], Any]
+    function: Callable[[Any], Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -136,7 +136,7 @@ class Sensitivity(_ReadLater):
     def __post_init__(self) -> None:
         given = object.__getattribute__(self, "standard_error")
         if isinstance(given, float) and math.isnan(given):
-            later: Any = Later(lambda: _deviation(self.replicates))
+            later: Any = Later(_deviation)
             object.__setattr__(self, "standard_error", later)
 
     def __repr__(self) -> str:
@@ -145,7 +145,8 @@ class Sensitivity(_ReadLater):
         return f"Sensitivity({self.value:.4g} ± {self.standard_error:.2g}{after}, {pinned})"
 
 
-def _deviation(values: tuple[float, ...]) -> float:
+def _deviation(sensitivity: Sensitivity) -> float:
+    values = sensitivity.replicates
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 

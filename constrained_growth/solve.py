@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -236,7 +235,7 @@ def sensitivities_of(
         multiplier, variance = estimate.multiplier, estimate.variance
         known: Any = next((p[name] for p in every if p[name]), ())
         if later:
-            known = Later(partial(replicates_of, norm, estimate))
+            known = Later(lambda _: replicates_of(norm, estimate))
         return Sensitivity(
             value=found[name],
             num_parameters=sum(value.numel() for value in multiplier.values()),
@@ -257,7 +256,7 @@ def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
     """How often a rule would decide the same, once someone wants to know."""
     if needs_model(rule) or hasattr(rule, "state_dict"):
         return math.nan
-    return Later(partial(agreement, sensitivities, rule))
+    return Later(lambda _: agreement(sensitivities, rule))
 
 
 def _room(estimate: Estimate) -> int:
@@ -280,7 +279,7 @@ def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
     """What is to be summed up for a norm."""
-    return Wanted(needs_moments(norm), groups.count, groups.batches)
+    return Wanted(needs_moments(norm), groups.count, groups.known_batches)
 
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:

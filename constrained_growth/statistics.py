@@ -75,7 +75,9 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
         (0.804, 1.196)
     """
     instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
-    return _around(sensitivity.value, sensitivity.error_bound, confidence)
+    bound = sensitivity.error_bound
+    error = sensitivity.standard_error if math.isnan(bound) else bound
+    return _around(sensitivity.value, error, confidence)
 
 
 def squared_norm_interval(

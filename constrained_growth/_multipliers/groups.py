@@ -47,12 +47,13 @@ class Groups:
         room = max(ROOM, model // 8)
         self.count = min(MOST, max(_FEWEST, room // max(1, pinned)))
         sized = isinstance(data, Sized) and len(data) > 0
-        self.batches = len(data) if sized else self.count  # type: ignore[arg-type]
+        self._batches = len(data) if sized else self.count  # type: ignore[arg-type]
+        self.known_batches = self._batches if sized else 1
         self._next = 0
 
     def span(self, samples: int, batches: int = 1) -> Span:
         """The groups of so many batches that come as one."""
-        share = math.ceil(self.count * batches / self.batches)
+        share = math.ceil(self.count * batches / self._batches)
         each = math.ceil(samples / max(1, min(share, self.count, samples)))
         needed = math.ceil(samples / each)
         return Span(self._next if self._next + needed <= self.count else 0, each)

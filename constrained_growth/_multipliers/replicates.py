@@ -72,7 +72,7 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:
     """Σ_g share_g sum_g, for each draw."""
     sums = sums[here.to(sums.device)]
-    return (shares.to(sums) @ sums.flatten(1)).view(-1, *sums.shape[1:])
+    return (shares.to(sums) @ sums.reshape(len(sums), -1)).view(-1, *sums.shape[1:])
 
 
 def _moved(
