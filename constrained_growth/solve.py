@@ -31,7 +31,7 @@ from constrained_growth.norms import (
 )
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
-from constrained_growth.rules.rule import decide_about, refuse_no_rule
+from constrained_growth.rules.rule import decide, decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
     Later,
@@ -182,9 +182,21 @@ class _Enough:
         if batches < self._next or batches >= total:
             return False
         self._next = math.ceil(batches * 1.5)
-        sensitivities = sensitivities_of(self._problem, running.estimates(), self._norm)
-        share = agreement(sensitivities, self._rule, unread=1 - batches / total)
-        return share >= self._least
+        found = sensitivities_of(self._problem, running.estimates(), self._norm)
+        # a norm of few samples is too large, by about as much as on bootstrap samples of them
+        corrected = {
+            name: replace(
+                s, value=max(0.0, 2 * s.value - math.fsum(s.replicates) / len(s.replicates))
+            )
+            for name, s in found.items()
+            if s.replicates
+        }
+        if (
+            len(corrected) < len(found)
+            or decide(self._rule, corrected).chosen != decide(self._rule, found).chosen
+        ):
+            return False
+        return agreement(corrected, self._rule, unread=1 - batches / total) >= self._least
 
 
 _LOOKS = 10
