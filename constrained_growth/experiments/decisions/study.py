@@ -34,6 +34,7 @@ from constrained_growth.experiments.statistics import (
     Yardstick,
     estimate,
     mean_difference,
+    mean_regret,
     resampled_regret,
 )
 from constrained_growth.experiments.tables import interval, titled
@@ -205,12 +206,7 @@ def _regret_of(judged: Judged, loss: Array) -> Estimate:
 
 
 def _mean(tasks: Sequence[Judged], losses: Sequence[Array]) -> dict[str, Any]:
-    """Mean over tasks of an arm's regret relative to random, the networks of each resampled."""
-    each = [
-        resampled_regret(loss, task.against, 1_000 * (1 + index))
-        for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
-    ]
-    return _value(estimate(np.mean(each, axis=0)))
+    return _value(mean_regret(losses, [task.against for task in tasks]))
 
 
 def _value(regret: Estimate) -> dict[str, Any]:
