@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,11 @@ from torch import Tensor, nn
 
 from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
-from constrained_growth._multipliers.agreement import FirstBatch, closed_form_holds
+from constrained_growth._multipliers.agreement import (
+    FirstBatch,
+    closed_form_holds,
+    refuse_other_networks,
+)
 from constrained_growth._multipliers.fit import check_fit
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
@@ -31,6 +35,7 @@ from constrained_growth._sites.site import Site
 from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.bookkeeping import Books
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.solution import Method
@@ -54,11 +59,14 @@ def look_at_sites(
     data: Iterable[Any],
     places: Places,
     group: ProcessGroup | None,
-    weight: Weight = None,
+    weight: Weight,
+    books: Books,
+    listed: Collection[str],
 ) -> tuple[tuple[Site, ...], object, Method]:
     """The sites with the blocks that fit there, the first input, and the way to λ.
 
-    They are the same on all processes, but for the input: None without data here.
+    They are the same on all processes, but for the input: None without data here. The `listed`
+    candidates go in as next elements of lists that the books count.
     """
     sharded = is_sharded(model)
     looks: list[tuple[list[int], FirstBatch]] = []  # the sites seen first on it, by index
@@ -126,11 +134,11 @@ def look_at_sites(
                     check_fit(name, block, use.x, use.context)
 
     def compare() -> bool:
-        return all(
-            closed_form_holds(model, loss_fn, [sites[index] for index in some], first)
-            for some, first in looks
-            if some
-        )
+        here = [([sites[index] for index in some], first) for some, first in looks if some]
+        holds = all(closed_form_holds(model, loss_fn, *each) for each in here)
+        for some, first in here:
+            refuse_other_networks(model, loss_fn, some, first, books, listed)
+        return holds
 
     everywhere(check, group)
     holds = all(everywhere(compare, group, collective=sharded))

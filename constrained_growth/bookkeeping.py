@@ -16,6 +16,9 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from constrained_growth._sites.model import list_of
+from constrained_growth._sites.outputs import Which
+
 
 class Bookkeeping(Protocol):
     """The books of one model, opened before it changes.
@@ -93,6 +96,14 @@ class Books:
         """As for `Bookkeeping`."""
         about = self._about(after)
         return None if about is None else about[0].refusal(about[1], layer)
+
+    def can_list(self, after: str, block: nn.Module, output: Which, *, wrapped: bool) -> bool:
+        """Whether the block could become the next element of the list that the module is in."""
+        first = output in (None, 0)  # what the next element of a list is called with
+        if wrapped or not first or not callable(getattr(block, "standalone", None)):
+            return False
+        is_element = list_of(self.model, self.model.get_submodule(after)) is not None
+        return is_element and self.counts(after) is not False
 
     def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""

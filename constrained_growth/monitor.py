@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,27 +16,31 @@ from torch import Tensor, nn
 from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
+from constrained_growth._multipliers.groups import Span
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
 from constrained_growth._sites.collector import Collector, Forward, Use
-from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import Frobenius, MomentNorm, needs_moments
+from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
 from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
-from constrained_growth.solve import sensitivities_of, solution_of
-
-_FROBENIUS = Frobenius()
-_TOP_ONE = TopK(1)
+from constrained_growth.solve import (
+    agreement_of,
+    groups_of,
+    norm_of,
+    sensitivities_of,
+    solution_of,
+    wanted_by,
+)
 
 
 @contextmanager
 def monitor(
     problem: GrowthProblem,
     *,
-    norm: Norm | MomentNorm = _FROBENIUS,
+    norm: Norm | MomentNorm | None = None,
     every: int = 1,
     scale: float | Callable[[], float] = 1.0,
 ) -> Iterator[Monitor]:
@@ -104,6 +108,7 @@ def monitor(
         (8, (4, 4))
     """
     _check(problem, norm, every, scale)
+    norm = norm_of(None) if norm is None else norm
     found = Monitor(problem, norm, every, scale)
     with found.watching():
         yield found
@@ -116,6 +121,7 @@ class _Batch:
     size: int
     scale: float
     window: _Window
+    span: Span | None = None
     counted: set[int] = field(default_factory=set)
     runs: Counter[int] = field(default_factory=Counter)  # of the modules at the sites, in forward
 
@@ -147,7 +153,7 @@ class Monitor:
         """
         self._passes = 0
         self._settle()
-        self._window = _Window(self._problem.sites, moments=needs_moments(self._norm))
+        self._window = _Window(self._problem, self._norm)
 
     @property
     def num_samples(self) -> int:
@@ -179,7 +185,7 @@ class Monitor:
         """
         return sensitivities_of(self._problem, self._estimates(), self._norm)
 
-    def solution(self, rule: DecisionRule = _TOP_ONE) -> Solution:
+    def solution(self, rule: DecisionRule | None = None) -> Solution:
         """The window's multipliers and a rule's decision about them; `insert` takes it.
 
         The loss, which is not seen, is NaN.
@@ -188,6 +194,7 @@ class Monitor:
             RuleError: `rule` cannot be called (it asks the model), or returns no decision.
             DataError, BlockError: As `multipliers`.
         """
+        rule = TopK(1) if rule is None else rule
         if not callable(rule):
             raise RuleError(
                 f"rule={rule!r} cannot be called with sensitivities; give cg.TopK(1), or a "
@@ -204,6 +211,7 @@ class Monitor:
             multipliers=self.multipliers(),
             sensitivities=sensitivities,
             decision=decide(rule, sensitivities) if finite else Decision((), status.value),
+            agreement=agreement_of(rule, sensitivities),
             num_samples=self.num_samples,
             num_batches=self.num_batches,
         )
@@ -267,17 +275,21 @@ class Monitor:
 class _Window:
     """The sums of a window of training."""
 
-    def __init__(self, sites: Sequence[Site], *, moments: bool) -> None:
-        self._sites = sites
-        self.accumulators = accumulators(sites, moments=moments)
+    def __init__(self, problem: GrowthProblem, norm: Norm | MomentNorm) -> None:
+        self._sites = problem.sites
+        self._groups = groups_of(problem, None)
+        self.accumulators = accumulators(problem.sites, wanted_by(norm, self._groups))
         self.samples: Counter[int] = Counter()
         self.batches: Counter[int] = Counter()
 
     def take(self, index: int, uses: list[Use], batch: _Batch) -> None:
         """Take in what a batch has brought to a site, at all uses."""
         again, size = index in batch.counted, batch.size
+        if batch.span is None:
+            batch.span = self._groups.span(size)
+            self._groups.advance(batch.span, size)
         for name in self._sites[index].blocks:
-            self.accumulators[name].add(uses, size, size, again=again)
+            self.accumulators[name].add(uses, size, size, again=again, span=batch.span)
         idle = [i for i in range(len(self._sites)) if not batch.counted and not batch.runs[i]]
         for counting in idle if again else [index, *idle]:
             self.samples[counting] += size
@@ -316,7 +328,7 @@ def _check(problem: object, norm: object, every: int, scale: object) -> None:
             "problem: its loss contains derivatives of the output, say, so that a training step "
             "alone does not give λ; call cg.solve(problem) between the steps."
         )
-    function("norm", norm, RuleError, "cg.norms.Frobenius()")
+    function("norm", norm, RuleError, "cg.norms.Frobenius()", optional=True)
     positive_int("every", every, RuleError)
     if not callable(scale):  # as scaler.get_scale can be
         number("scale", scale, RuleError, "(0, inf)")

@@ -19,8 +19,9 @@ from constrained_growth._sharding import check_sharding
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import CopiedBlock, pinned_parameters
-from constrained_growth.bookkeeping import open_books
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.copied import listed_form
+from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.candidates.candidate import Candidate, Proposals
 from constrained_growth.errors import CandidateError, DataError
 from constrained_growth.solution import Constraint, listed
@@ -124,13 +125,13 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = places_of(model, self.candidates)
-        with untouched(model, loss_fn, data), differentiable():
-            if not isinstance(candidates, Proposals):  # of which the books were asked already
-                _refuse_uncountable(model, places)
+        with untouched(model, loss_fn, data, first=True), differentiable():
+            books = open_books(model)  # of which proposals were asked already
+            listed = _counted_elements(books, places, known=isinstance(candidates, Proposals))
             self.sites, self.example, self.method = look_at_sites(
-                model, loss_fn, data, places, group, weight
+                model, loss_fn, data, places, group, weight, books, listed
             )
-        _warn_of_unseen(self.sites)
+        _warn_of_unseen(model, self.sites)
         self.constraints = tuple(
             Constraint(candidate.name, name, tuple(parameter.shape))
             for candidate in self.candidates
@@ -142,29 +143,38 @@ class GrowthProblem:
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
-def _refuse_uncountable(model: nn.Module, places: Places) -> None:
-    """Refuse copies as next elements of lists that `insert` would refuse by the model's books."""
-    books = open_books(model)
+def _counted_elements(books: Books, places: Places, *, known: bool) -> set[str]:
+    """The candidates that go in as next elements of lists that the books count.
+
+    Those that the books cannot keep are refused, unless they are `known` to be kept.
+    """
+    found = set[str]()
     for site, every in places:
         for each in every if books.counts(site.after) else ():
-            block, first = each.block, each.output in (None, 0)
-            if isinstance(block, CopiedBlock) and first and not each.wrapped:
-                refusal = books.refusal(site.after, block.module)
-                if refusal is not None:
-                    raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
+            if not books.can_list(site.after, each.block, each.output, wrapped=each.wrapped):
+                continue
+            found.add(each.name)
+            refusal = None if known else books.refusal(site.after, listed_form(each.block))
+            if refusal is not None:
+                raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
+    return found
 
 
-def _warn_of_unseen(sites: Iterable[Site]) -> None:
-    """Warn of blocks that normalise by statistics of nothing: mean 0 and variance 1."""
-    blocks = {name: block for site in sites for name, block in site.blocks.items()}
-    unseen = [name for name, block in blocks.items() if any(map(_is_unseen, block.modules()))]
-    if unseen:
-        warnings.warn(
-            f"candidates={unseen}: the model is in eval mode there, and the running statistics of "
-            "their BatchNorm have seen no data, so that λ is that of layers which do not "
-            "normalise. For λ of layers that do, call model.train() before making the problem.",
-            stacklevel=3,
-        )
+def _warn_of_unseen(model: nn.Module, sites: Iterable[Site]) -> None:
+    """Warn of modules that normalise by statistics of nothing: mean 0 and variance 1."""
+    blocks = [(name, block) for site in sites for name, block in site.blocks.items()]
+    unseen = {
+        "candidates": [name for name, block in blocks if any(map(_is_unseen, block.modules()))],
+        "model": [name for name, module in model.named_modules() if _is_unseen(module)],
+    }
+    for owner, names in unseen.items():
+        if names:
+            warnings.warn(
+                f"{owner}, {names}: in eval mode, and the running statistics of their BatchNorm "
+                "have seen no data, so that λ is that of a network which does not normalise. "
+                "For λ of one that does, call model.train() before making the problem.",
+                stacklevel=3,
+            )
 
 
 def _is_unseen(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -71,19 +72,36 @@ class Constraint:
     shape: tuple[int, ...]
 
 
+class _ReadLater:
+    """A field may hold a function of no arguments, which is called when the field is first read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = object.__getattribute__(self, name)
+        if isinstance(found, Later):
+            found = found.function()
+            object.__setattr__(self, name, found)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in vars(self)}
+
+
+@dataclass(frozen=True)
+class Later:
+    """What a field is to be when it is first read."""
+
+    function: Callable[[], Any]
+
+
 @dataclass(frozen=True, repr=False)
-class Sensitivity:
+class Sensitivity(_ReadLater):
     """How large the multiplier of one candidate is.
 
     Attributes:
         value: ‖λ_c‖ over all pinned parameters of the candidate, in `norm`.
-        standard_error: Root-mean-square error of λ_c as an estimate from a sample, on the scale
-            of `value`: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such
-            as 1 for the Frobenius norm and √P for the entrywise one. It bounds the standard
-            error of `value`, since |‖λ̂‖ − ‖λ‖| ≤ ‖λ̂ − λ‖ ≤ L ‖λ̂ − λ‖_F. For a function of the
-            user's own L is the size of its gradient at λ, which holds to first order. NaN when
-            it cannot be known (one batch and no per-sample form; the Kronecker-Fisher norm; a
-            function that autograd cannot follow).
+        standard_error: Of `value`, as an estimate from a sample: the standard deviation of the
+            `replicates`. NaN when it cannot be known (one batch in which samples cannot be told
+            apart). Both are computed when they are first read.
         num_parameters: How many parameters are pinned.
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.
@@ -95,6 +113,12 @@ class Sensitivity:
             `norm` is; NaN when it cannot be known.
         debiased_square: ‖λ_c‖²_F − tr Cov(λ_c). A sample's ‖λ‖²_F is too large by tr Cov on
             average; this is not. It may be negative. NaN when the variance is.
+        error_bound: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such as 1
+            for the Frobenius norm and √P for the entrywise one. It bounds the standard error of
+            `value` from above, since |‖λ̂‖ − ‖λ‖| ≤ L ‖λ̂ − λ‖_F. NaN where L is not known.
+        replicates: What `value` is on bootstrap samples. The b-th of all candidates are of the
+            same sample, so that their differences say how sure a comparison is. Empty where there
+            are none.
     """
 
     value: float
@@ -106,11 +130,23 @@ class Sensitivity:
     site: str = ""
     variance: float = math.nan
     debiased_square: float = math.nan
+    error_bound: float = field(default=math.nan, compare=False)
+    replicates: tuple[float, ...] = field(default=(), compare=False)
+
+    def __post_init__(self) -> None:
+        given = object.__getattribute__(self, "standard_error")
+        if isinstance(given, float) and math.isnan(given):
+            later: Any = Later(lambda: _deviation(self.replicates))
+            object.__setattr__(self, "standard_error", later)
 
     def __repr__(self) -> str:
         after = f" after {self.site!r}" if self.site else ""
         pinned = f"{self.num_parameters:,} of {self.num_new_parameters:,} parameters pinned"
         return f"Sensitivity({self.value:.4g} ± {self.standard_error:.2g}{after}, {pinned})"
+
+
+def _deviation(values: tuple[float, ...]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -194,7 +230,7 @@ class Planned:
 
 
 @dataclass(frozen=True, repr=False)
-class Solution:
+class Solution(_ReadLater):
     """The answer of [`solve`][constrained_growth.solve.solve].
 
     Attributes:
@@ -207,6 +243,10 @@ class Solution:
         decision: What the rule made of the sensitivities.
         candidates: Candidate → site and block, for `insert`.
         parameters: Name → shape of the model's parameters, for `insert` to know it again.
+        agreement: How often the rule would decide the same on other samples of this size, as a
+            share of the bootstrap samples of `Sensitivity.replicates` on which it does. NaN
+            for a rule that also asks the model or has a state, and where no standard errors are
+            known. It is computed when it is first read.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
         method: The way in which λ was computed, and why.
@@ -225,6 +265,7 @@ class Solution:
     num_samples: int
     num_batches: int
     method: Method
+    agreement: float = math.nan
     example: Any = field(default=None, compare=False)
 
     def __repr__(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,37 +14,42 @@ from torch import Tensor
 from constrained_growth._arguments import flag, function, instance, number
 from constrained_growth._data import counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
-from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.accumulator import Estimate, Wanted
+from constrained_growth._multipliers.groups import ROOM, Groups
 from constrained_growth._multipliers.measure import Measurement, Pass
+from constrained_growth._multipliers.replicates import replicates_of, value_of
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import device_of, parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, DataError, RuleError
-from constrained_growth.norms import Frobenius, MomentNorm, lipschitz, needs_moments
+from constrained_growth.norms import (
+    MomentNorm,
+    lipschitz,
+    needs_moments,
+    recommended,
+)
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, TopK, needs_model
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
-    Method,
+    Later,
     Norm,
     Planned,
     Sensitivity,
     Solution,
     Status,
 )
-from constrained_growth.statistics import debiased_square, squared_norm
-
-_TOP_ONE = TopK(1)
-_FROBENIUS = Frobenius()
+from constrained_growth.statistics import agreement, debiased_square, squared_norm
 
 
 def solve(
     problem: GrowthProblem,
-    rule: Rule = _TOP_ONE,
+    rule: Rule | None = None,
     *,
-    norm: Norm | MomentNorm = _FROBENIUS,
+    norm: Norm | MomentNorm | None = None,
     stationarity: bool = True,
     gtol: float = 1e-5,
     throw: bool = True,
@@ -61,12 +67,13 @@ def solve(
 
     Args:
         problem: What to solve.
-        rule: `rule(sensitivities) -> Decision`; `TopK(1)` by default, as in the source. A rule
-            with a method `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked
-            that way instead, with a solution that has an empty decision.
+        rule: `rule(sensitivities) -> Decision`; None (default) for `TopK(1)`. A rule with a method
+            `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked that way
+            instead, with a solution that has an empty decision.
         norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
-            parameters' λ. `Frobenius()` by default, the dual of the ball in which SGD moves;
-            `cg.norms.norm_for(optimizer)` picks the one of yours.
+            parameters' λ. None (default) for what `cg.norms.recommended()` says, or
+            the norm of a rule that is meant for one (an attribute `norm`, as of
+            `Threshold(relative=...)`). The source's choice is `cg.norms.Frobenius()`.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
         gtol: θ counts as stationary when ‖∇_θ L‖₂ ≤ gtol (SciPy's name and, for BFGS, its
@@ -104,6 +111,9 @@ def solve(
         >>> tuple(solution.multipliers["1"]["weight"].shape)
         (4, 4)
     """
+    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
+    rule = TopK(1) if rule is None else rule
+    norm = norm_of(rule) if norm is None else norm
     _check(problem, rule, norm, gtol)
     for name, value in {"stationarity": stationarity, "throw": throw}.items():
         flag(name, value, DataError)
@@ -111,7 +121,7 @@ def solve(
     data = undisturbed(problem.data)
     bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = _measured(problem, bar, stationarity, needs_moments(norm))
+        found = _measured(problem, bar, stationarity, norm)
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
     gradients = found.gradients
@@ -137,16 +147,19 @@ def solve(
     )
     if status is Status.NOT_FINITE:
         return solution
-    return replace(solution, decision=_agreed(rule, problem, solution))
+    decision = _agreed(rule, problem, solution)
+    return replace(solution, decision=decision, agreement=agreement_of(rule, sensitivities))
 
 
 def _measured(
-    problem: GrowthProblem, data: Iterable[Any], gradients: bool, moments: bool
+    problem: GrowthProblem, data: Iterable[Any], gradients: bool, norm: Norm | MomentNorm
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
+    groups = groups_of(problem, problem.data)
+    wanted = wanted_by(norm, groups)
     arguments = model, problem.loss_fn, problem.sites, problem.method
-    running = Pass(*arguments, gradients=gradients, moments=moments)
+    running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
 
     def read() -> None:
         counting = counted(data, device_of(model), problem.weight)
@@ -177,7 +190,6 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
 
 
 def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
-    instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
     modules = dict(problem.model.named_modules(remove_duplicate=False))
     for site in problem.sites:
         if modules.get(site.after) is not site.module:
@@ -192,11 +204,6 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
             "take a rule of the sensitivities alone, such as cg.TopK(1)."
         )
     function("norm", norm, RuleError, "cg.norms.Frobenius()")
-    if needs_moments(norm) and problem.method is Method.IN_GRAPH:
-        raise RuleError(
-            f"norm={norm!r} needs second moments, which exist only where λ has a closed form "
-            "(problem.method says why it has none here); take cg.norms.Frobenius(), say."
-        )
     number("gtol", gtol, RuleError, "[0, inf]")
 
 
@@ -209,13 +216,29 @@ def sensitivities_of(
     """Candidate → how large its multiplier is, in the order of the problem."""
     sites = {name: site for site in problem.sites for name in site.blocks}
 
+    shared = several(problem.group)
+    # later, by whom they interest; at once where all processes have a part or they take much room
+    later = not shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM
+
+    def values() -> dict[str, float]:
+        return {name: value_of(norm, estimate) for name, estimate in estimates.items()}
+
+    def replicates() -> dict[str, tuple[float, ...]]:
+        return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
+
+    found = everywhere(values, problem.group)[0] if shared else values()
+    every: list[dict[str, tuple[float, ...]]] = []
+    if not later:
+        every = everywhere(replicates, problem.group) if shared else [replicates()]
+
     def sensitivity(name: str) -> Sensitivity:
         estimate, site = estimates[name], sites[name]
         multiplier, variance = estimate.multiplier, estimate.variance
-        size = norm(multiplier, estimate.moments) if needs_moments(norm) else norm(multiplier)
+        known: Any = next((p[name] for p in every if p[name]), ())
+        if later:
+            known = Later(partial(replicates_of, norm, estimate))
         return Sensitivity(
-            value=float(size),
-            standard_error=lipschitz(norm, multiplier) * math.sqrt(variance),
+            value=found[name],
             num_parameters=sum(value.numel() for value in multiplier.values()),
             num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
             norm=norm,
@@ -223,9 +246,41 @@ def sensitivities_of(
             site=site.after,
             variance=variance,
             debiased_square=debiased_square(multiplier.values(), variance),
+            error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
+            replicates=known,
         )
 
     return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
+
+
+def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
+    """How often a rule would decide the same, once someone wants to know."""
+    if needs_model(rule) or hasattr(rule, "state_dict"):
+        return math.nan
+    return Later(partial(agreement, sensitivities, rule))
+
+
+def _room(estimate: Estimate) -> int:
+    """Bytes that the sums of the groups take."""
+    return sum(total.nbytes for total in estimate.sums.values())
+
+
+def norm_of(rule: object) -> Norm | MomentNorm:
+    """The norm where none was given: that of the rule, or the recommended one."""
+    own: Norm | None = getattr(rule, "norm", None)
+    return recommended() if own is None else own
+
+
+def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
+    """Groups of samples for the candidates of a problem."""
+    blocks = [block for site in problem.sites for block in site.blocks.values()]
+    pins = sum(p.nbytes for block in blocks for p in pinned_parameters(block).values())
+    return Groups(data, pins, sum(p.nbytes for p in problem.model.parameters()))
+
+
+def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
+    """What is to be summed up for a norm."""
+    return Wanted(needs_moments(norm), groups.count, groups.batches)
 
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:

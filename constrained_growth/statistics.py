@@ -7,17 +7,18 @@ intervals need tr Cov(λ̂) alone, which every solve has, and hold whatever the 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from statistics import NormalDist
 
 from torch import Tensor
 
-from constrained_growth._arguments import instance, number
+from constrained_growth._arguments import function, instance, number
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Sensitivity
+from constrained_growth.solution import Decision, Sensitivity
 
-__all__ = ["debiased_square", "interval", "squared_norm", "squared_norm_interval"]
+__all__ = ["agreement", "debiased_square", "interval", "squared_norm", "squared_norm_interval"]
 
 MIN_CONFIDENCE = 0.79
 """Below it `interval` has no proof: Székely and Bakirov's bound holds for z² ≥ 1.54."""
@@ -74,7 +75,7 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
         (0.804, 1.196)
     """
     instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
-    return _around(sensitivity.value, sensitivity.standard_error, confidence)
+    return _around(sensitivity.value, sensitivity.error_bound, confidence)
 
 
 def squared_norm_interval(
@@ -100,6 +101,52 @@ def squared_norm_interval(
     square = sensitivity.debiased_square + sensitivity.variance
     low, high = _around(math.sqrt(square), math.sqrt(sensitivity.variance), confidence)
     return low**2, high**2
+
+
+def agreement(
+    sensitivities: Mapping[str, Sensitivity],
+    rule: Callable[[Mapping[str, Sensitivity]], Decision],
+) -> float:
+    """How often a rule would decide the same on other samples of the same size.
+
+    Args:
+        sensitivities: Of a solution.
+        rule: A function of the sensitivities; it is called for each of their `replicates`.
+
+    Returns:
+        The share of the bootstrap samples on which it chooses the same candidates; NaN without
+        replicates.
+
+    Source:
+        Efron and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.
+
+    Example:
+        >>> given = {
+        ...     "a": Sensitivity(1.0, replicates=(1.1, 0.8, 1.0, 1.1)),
+        ...     "b": Sensitivity(0.7, replicates=(0.6, 0.9, 0.8, 0.5)),
+        ... }
+        >>> agreement(given, lambda s: Decision((max(s, key=lambda n: s[n].value),)))
+        0.75
+    """
+    function("rule", rule, RuleError, "cg.TopK(1)")
+    instance("sensitivities", sensitivities, Mapping, RuleError, "those of a solution")
+    draws = list(zip(*(s.replicates for s in sensitivities.values()), strict=False))
+    if not draws:
+        return math.nan
+    chosen = set(rule(sensitivities).chosen)
+    same = [
+        chosen
+        == set(
+            rule(
+                {
+                    name: replace(sensitivity, value=value)
+                    for (name, sensitivity), value in zip(sensitivities.items(), draw, strict=True)
+                }
+            ).chosen
+        )
+        for draw in draws
+    ]
+    return sum(same) / len(same)
 
 
 def _around(value: float, error: float, confidence: float) -> tuple[float, float]:

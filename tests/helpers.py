@@ -44,7 +44,8 @@ def candidate(after: str = "1", width: int = 4, **options: Any) -> cg.Candidate:
 def solved(
     model: nn.Module, data: Iterable[Any], *candidates: cg.Candidate, **options: Any
 ) -> cg.Solution:
-    """`solve` with the cross-entropy, or another `loss_fn`."""
+    """`solve` with the cross-entropy and the Frobenius norm, or another `loss_fn` and `norm`."""
+    options.setdefault("norm", cg.norms.Frobenius())
     problem = cg.GrowthProblem(model, options.pop("loss_fn", CROSS_ENTROPY), data, candidates)
     return cg.solve(problem, **options)
 

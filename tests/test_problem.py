@@ -502,6 +502,22 @@ def test_batch_norm_in_eval_mode_that_has_seen_nothing() -> None:
     cg.GrowthProblem(image_model(), CROSS_ENTROPY, data, cells[:1])
     block(torch.randn(6, 4, 4, 4))
     cg.GrowthProblem(image_model().eval(), CROSS_ENTROPY, data, cells[:1])
+    own = nn.Sequential(nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4), *list(image_model())[1:])
+    with pytest.warns(UserWarning, match=r"^model, \['1'\].*eval mode.*running statistics"):
+        cg.GrowthProblem(own.eval(), CROSS_ENTROPY, data, [cg.Candidate("2", Gain(4))])
+    own.train()(data[0][0])
+    cg.GrowthProblem(own.eval(), CROSS_ENTROPY, data, [cg.Candidate("2", Gain(4))])
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.LSTM])
+def test_data_of_another_precision_than_the_model(kind: Any) -> None:
+    first = kind(2, 2, 1) if kind is nn.Conv1d else kind(2, 2)
+    model, x = nn.Sequential(first, nn.Identity()), torch.randn(5, 2, 2, dtype=torch.float32)
+    words = "data", "example_input", "torch.float32", "torch.float64"
+    with refused(cg.GrowthError, *words):
+        cg.find_candidates(model, x)
+    with refused(cg.GrowthError, *words):
+        cg.GrowthProblem(model, lambda y, _: y.mean(), [(x, None)], [candidate("0", 2)])
 
 
 class BecomesNaN(nn.Module):

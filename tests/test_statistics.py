@@ -95,8 +95,8 @@ def test_standard_error_is_on_the_scale_of_the_norm(norm: Norm) -> None:
     found = solved(model, data, candidate(), norm=norm)
     scaled = found.sensitivities["1"]
     factor = lipschitz(norm, found.multipliers["1"])
-    assert scaled.standard_error == pytest.approx(factor * plain.standard_error, rel=1e-12)
-    assert scaled.variance == plain.variance == pytest.approx(plain.standard_error**2)
+    assert scaled.error_bound == pytest.approx(factor * plain.error_bound, rel=1e-12)
+    assert scaled.variance == plain.variance == pytest.approx(plain.error_bound**2)
     assert scaled.debiased_square == pytest.approx(plain.value**2 - plain.variance)
 
 
@@ -104,7 +104,7 @@ def test_standard_error_is_on_the_scale_of_the_norm(norm: Norm) -> None:
 def test_standard_error_of_a_norm_of_unknown_scale_is_not_known(norm: Norm) -> None:
     found = solved(feedforward(2, 4, 3), classified(30), candidate(), norm=norm)
     sensitivity = found.sensitivities["1"]
-    assert math.isnan(sensitivity.standard_error)
+    assert math.isnan(sensitivity.error_bound)
     assert interval(sensitivity) == (0.0, math.inf)
     assert sensitivity.variance > 0
 
@@ -114,8 +114,8 @@ def test_standard_error_of_a_function_of_ones_own_is_of_first_order() -> None:
     plain = solved(model, data, candidate()).sensitivities["1"]
     squared = solved(model, data, candidate(), norm=lambda m: m["weight"].square().sum())
     slope = 2 * float(squared.multipliers["1"]["weight"].norm())  # of ‖λ_W‖²
-    error = squared.sensitivities["1"].standard_error
-    assert error == pytest.approx(slope * plain.standard_error, rel=1e-12)
+    error = squared.sensitivities["1"].error_bound
+    assert error == pytest.approx(slope * plain.error_bound, rel=1e-12)
 
 
 def test_a_norm_of_ones_own_may_know_its_scale() -> None:
@@ -131,7 +131,7 @@ def test_a_norm_of_ones_own_may_know_its_scale() -> None:
         solved(model, data, candidate(), norm=norm).sensitivities["1"]
         for norm in (Frobenius(), Largest())
     )
-    assert own.standard_error == plain.standard_error
+    assert own.error_bound == plain.error_bound
 
 
 # --- standard errors of a convolution -----------------------------------------------------------

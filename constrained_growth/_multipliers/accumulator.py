@@ -16,18 +16,45 @@ samples, and the number B of batches for N in N − 1.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._multipliers.closed_form import by_sample, differentiated, factors_of
+from constrained_growth._multipliers.closed_form import by_sample, differentiated
+from constrained_growth._multipliers.factors import FactorsOf
+from constrained_growth._multipliers.groups import ALL, Span, add_products, add_sums
 from constrained_growth._sites.collector import Use
-from constrained_growth.blocks import AffineFactors, has_factors, pinned_parameters
+from constrained_growth.blocks import AffineFactors, pinned_parameters
 from constrained_growth.blocks.protocol import change, moves
 from constrained_growth.norms import SecondMoments
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is summed up beside λ: second `moments`; and in how many `groups` of samples.
+
+    About so many `batches` are to come.
+    """
+
+    moments: bool = False
+    groups: int = 1
+    batches: int = 1
+
+
+NOTHING_MORE = Wanted()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each group adds to A and G of an affine map, or only to their traces, (groups, 2)."""
+
+    features: Tensor | None
+    cotangents: Tensor | None
+    traces: Tensor
 
 
 @dataclass(frozen=True)
@@ -35,205 +62,455 @@ class Estimate:
     """What is known of the multiplier of one candidate.
 
     `variance` is an unbiased tr Cov(λ); NaN from a single sample or batch, or where some batches
-    came by samples and some as a whole. `moments`, by pinned weight, are there where asked for
-    and the block has `factors`. `moved` is by how much the block moved x at most, in units of
-    what rounding may do.
+    came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
+    much the block moved x at most, in units of what rounding may do.
+
+    Of the groups on this process: `sums` S_g of W λ by pin, `parts` of the second moments, and
+    `weights` W_g/W, W being `weight`.
     """
 
     multiplier: dict[str, Tensor]
     variance: float
     moments: dict[str, SecondMoments]
     moved: float
+    sums: dict[str, Tensor]
+    parts: dict[str, Parts]
+    weights: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """What kind of affine map a pinned weight belongs to."""
+
+    bias: str | None
+    elementwise: bool
+    transposed: bool
 
 
 @dataclass
 class Counts:
     """How much was taken in."""
 
-    samples: int
-    weight: float
-    by_sample: int  # samples that came one by one
-    batches: int  # batches that came as a whole
-    rows: dict[str, int]  # of each pinned weight's moments, over samples and positions
-    biases: dict[str, str | None]  # of the affine map of a pinned weight
+    samples: int = 0
+    weight: float = 0.0
+    by_sample: int = 0  # samples that came one by one
+    batches: int = 0  # batches that came as a whole
+    rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
+    read: dict[str, int] = field(default_factory=dict)  # of them in the second moments
+    maps: dict[str, MapKind] = field(default_factory=dict)
 
 
 class Accumulator:
     """The sums of one candidate. To be used without autocast, which would multiply roughly.
 
-    `moments`: collect second moments too. `conditional`: try on every batch that the block is
-    the identity.
+    `conditional`: try on every batch that the block is the identity.
     """
 
-    def __init__(self, block: nn.Module, *, moments: bool, conditional: bool) -> None:
-        self._block = block
+    def __init__(self, block: nn.Module, wanted: Wanted, *, conditional: bool) -> None:
+        self._block, self._wanted, self._conditional = block, wanted, conditional
         pins = pinned_parameters(block)
-        self._dtype = next(iter(pins.values())).dtype
-        self._sums = {
-            name: torch.zeros_like(p, dtype=accumulation_dtype(p.dtype), requires_grad=False)
-            for name, p in pins.items()
-        }
-        device = next(iter(pins.values())).device
-        self._squares = torch.zeros((), dtype=torch.float64, device=device)
+        first = next(iter(pins.values())).detach()
+        self._dtype = first.dtype
+        self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
+        self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
+        self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
-        self._conditional = conditional
-        self._has_factors = has_factors(block)
-        self._with_moments = moments
+        self._factors = FactorsOf(block, self._dtype)
+        self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
-        self.counts = Counts(0, 0.0, 0, 0, {}, {})
+        self._traces: dict[str, Tensor] = {}
+        self._joined: dict[str, Tensor] | None = None  # λ of all processes
+        self._joined_moments: list[dict[str, Tensor]] | None = None
+        self.counts = Counts()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of λ."""
+        return sum(total[0].nbytes for total in self._sums.values())
 
     def add(
-        self, uses: Sequence[Use], size: int, weight: float, batches: int = 1, again: bool = False
+        self,
+        uses: Sequence[Use],
+        size: int,
+        weight: float,
+        *,
+        batches: int = 1,
+        again: bool = False,
+        span: Span = ALL,
     ) -> None:
         """Take in one batch of `size` samples: what it brought to the site, at each use.
 
         Several `batches` of this weight may come as one, of all their samples. A batch that
         comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
-        before = replace(self.counts) if again else None
-        if self._has_factors and by_sample(uses, size):
-            if self._conditional:
-                for use in uses:
-                    self._note_moved(moves(self._block, use.x.to(self._dtype)))
-            self._add_factors(factors_of(self._block, uses, self._dtype), weight)
+        before = (replace(self.counts), self._weights.clone()) if again else None
+        found = self._factors(uses, size) if self._mapped else None
+        if self._conditional and found is not None:
+            self._note_moved(uses, found.outputs)
+        if found is not None and found.by_sample:
+            self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
             self.counts.by_sample += size
-            self._count(size, weight * batches)
+            self._count(size, weight * batches, span)
+        elif found is not None:
+            total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
+            self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
+            self._add_whole({name: t[0] for name, t in total.items()}, size, weight, span)
         else:
-            self.add_whole(*self._differentiate(uses), size, weight)
+            self._mapped = False
+            self._add_differentiated(uses, size, weight, span)
         if before is not None:
-            self.counts = replace(before, rows=self.counts.rows, biases=self.counts.biases)
+            kept, self._weights = before
+            mine = self.counts
+            self.counts = replace(kept, rows=mine.rows, read=mine.read, maps=mine.maps)
 
-    def _differentiate(self, uses: Sequence[Use]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """−∇_v of one batch, and by how much the block moves x if that is to be seen."""
-        total: dict[str, Tensor] = {}
-        moved: Tensor | None = None
-        for use in uses:
-            use = Use(use.x.to(self._dtype), use.delta.to(self._dtype), use.context)
-            y, part = differentiated(self._block, use)
-            total = {name: total[name] + p if total else p for name, p in part.items()}
-            if self._conditional:
-                here = change(use.x.to(y.dtype), y)
-                moved = here if moved is None else torch.maximum(moved, here)
-        return total, moved
-
-    @property
-    def nbytes(self) -> int:
-        """The size of λ."""
-        return sum(total.nbytes for total in self._sums.values())
-
-    def add_whole(
-        self, multiplier: Mapping[str, Tensor], moved: Tensor | None, size: int, weight: float
+    def add_in_graph(
+        self,
+        multiplier: Mapping[str, Tensor],
+        moved: Tensor | None,
+        uses: Sequence[Use],
+        size: int,
+        weight: float,
+        span: Span = ALL,
     ) -> None:
-        """Take in one batch whose −∇_v L_b is known as a whole; and how far the block moved x."""
+        """Take in one batch whose −∇_v L_b is known; and how far the block moved x."""
         if moved is not None:
-            self._note_moved(moved)
+            self._moved = torch.maximum(self._moved, moved.to(self._moved))
+        if self._wanted.moments and uses:
+            found = self._factors(uses, size) if self._mapped else None
+            self._mapped = found is not None
+            for factor in found.maps if found is not None else ():
+                self._add_moments(factor, size, weight, Span(span.first, size))
+        self._add_whole(multiplier, size, weight, span)
+
+    def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
+        """By how much the block moves x: seen at its outputs, where it ran, or tried."""
+        for use, y in itertools.zip_longest(uses, outputs):
+            x = use.x.to(self._dtype)
+            here = moves(self._block, x, use.context) if y is None else change(x.to(y), y)
+            self._moved = torch.maximum(self._moved, here.to(self._moved))
+
+    def _add_differentiated(
+        self, uses: Sequence[Use], size: int, weight: float, span: Span
+    ) -> None:
+        """Take in −∇_v of one batch by autograd through the block, a few samples at a time."""
+        whole = len(self._weights) == 1 or not by_sample(uses, size)
+        each = size if whole else max(span.each, math.ceil(size / _MOST_PARTS))
+        span = Span(span.first, each)
+        cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
+        total: list[dict[str, Tensor]] = []
+        for use in cast:
+            deltas = [use.delta]
+            if not whole:
+                deltas = [torch.zeros_like(use.delta) for _ in range(0, size, each)]
+                for part, start in zip(deltas, range(0, size, each), strict=True):
+                    part[start : start + each] = use.delta[start : start + each]
+            y, parts = differentiated(self._block, use, deltas)
+            if self._conditional:
+                self._note_moved([use], [y])
+            total = [
+                {name: t[name] + p for name, p in part.items()}
+                for t, part in zip(total, parts, strict=True)
+            ] or parts
+        square = torch.zeros_like(self._squares)
+        for (group, _), part in zip(span.shares(size), total, strict=True):
+            for name, value in part.items():
+                self._sums[name][group if len(self._weights) > 1 else 0].add_(value, alpha=weight)
+        for name in self._sums:
+            value = torch.stack([part[name] for part in total]).sum(0)
+            square += torch.linalg.vector_norm(value, dtype=torch.float64).square()
+        self._squares.add_(square, alpha=weight**2 / size)
+        self.counts.batches += 1
+        self._count(size, weight, span)
+
+    def _add_whole(
+        self,
+        multiplier: Mapping[str, Tensor],
+        size: int,
+        weight: float,
+        span: Span,
+    ) -> None:
         for name, value in multiplier.items():
             square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
             self._squares.add_(square, alpha=weight**2 / size)
-            self._sums[name].add_(value, alpha=weight)
+            self._sums[name][span.first].add_(value, alpha=weight)
+        span = Span(span.first, size)
         self.counts.batches += 1
-        self._count(size, weight)
+        self._count(size, weight, span)
 
-    def _count(self, size: int, weight: float) -> None:
+    def _count(self, size: int, weight: float, span: Span) -> None:
         self.counts.samples += size
         self.counts.weight += weight
+        if len(self._weights) > 1:
+            for group, share in span.shares(size):
+                self._weights[group] += weight * share / size
+        else:
+            self._weights += weight
 
-    def _note_moved(self, moved: Tensor) -> None:
-        self._moved = torch.maximum(self._moved, moved.to(self._moved))
-
-    def _add_factors(self, factors: Iterable[AffineFactors], weight: float) -> None:
+    def _add_factors(
+        self,
+        factors: Iterable[AffineFactors],
+        sums: Mapping[str, Tensor],
+        size: int,
+        weight: float,
+        span: Span,
+        *,
+        told_apart: bool,
+    ) -> None:
+        """Add to sums of W λ, or of λ of this batch where its samples are not told apart."""
+        scale = -weight if told_apart else -1.0
+        offsets: dict[str, int] = {}
         for factor in factors:
-            total = self._sums[factor.weight]
-            matrix = total.flatten(1)  # a kernel as a matrix
+            total = sums[factor.weight]
             psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
-            has_bias = factor.bias is not None
-            self._squares.add_(squared_sizes(psi, phi, has_bias), alpha=weight**2)
-            psi, phi = psi.flatten(0, -2), phi.flatten(0, -2)
-            matrix.addmm_(psi.T, phi, alpha=-weight)
+            offset = offsets.get(factor.weight, 0)
+            offsets[factor.weight] = offset + len(psi)
+            if factor.elementwise:
+                products = (psi * phi).sum(1)
+                flat = total.view(len(total), -1)
+                add_sums(flat, products, scale, span, offset)
+                if told_apart:
+                    self._squares.add_(products.square().sum(dtype=torch.float64), alpha=weight**2)
+            else:
+                matrix = total.flatten(2)
+                matrix = matrix.mT if factor.transposed else matrix
+                add_products(matrix, psi, phi, scale, span, offset)
+                if told_apart:
+                    self._squares.add_(squared_sizes(psi, phi), alpha=weight**2)
             if factor.bias is not None:
-                self._sums[factor.bias].sub_(psi.sum(0), alpha=weight)
-            if self._with_moments:
-                self._add_moments(factor, psi, phi, weight)
+                shifts = psi.sum(1)
+                add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
+                if told_apart:
+                    self._squares.add_(shifts.square().sum(dtype=torch.float64), alpha=weight**2)
+            if self._wanted.moments:
+                self._add_moments(factor, size, weight, span, offset)
 
-    def _add_moments(self, factor: AffineFactors, psi: Tensor, phi: Tensor, weight: float) -> None:
+    def _add_moments(
+        self, factor: AffineFactors, size: int, weight: float, span: Span, offset: int = 0
+    ) -> None:
         """Σ φ̃φ̃ᵀ and Σ w² ψψᵀ over samples and positions; φ̃ = (φ, 1) where there is a bias."""
-        name = factor.weight
-        if factor.bias is not None:
-            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], 1)
-        if name not in self._features:
-            self._make_moments(name, factor.bias)
-        self._features[name].addmm_(phi.T, phi)
-        self._cotangents[name].addmm_(psi.T, psi, alpha=weight**2)
-        self.counts.rows[name] = self.counts.rows.get(name, 0) + len(phi)
+        counts, name = self.counts, factor.weight
+        kind = MapKind(factor.bias, factor.elementwise, factor.transposed)
+        self._make_moments(name, counts.maps.setdefault(name, kind))
+        features, cotangents = self._features[name], self._cotangents[name]
+        counts.rows[name] = counts.rows.get(name, 0) + math.prod(factor.features.shape[:2])
+        # a moment of so many numbers needs no more rows than this, of all batches
+        most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
+        stride = size * factor.features.shape[1] * self._wanted.batches / most
+        phi, psi = factor.features, factor.cotangent
+        if stride >= 2 and phi.shape[1] > 1:  # an odd one does not keep to columns of an image
+            step = min(int(stride), phi.shape[1]) | 1
+            phi, psi = phi[:, ::step], psi[:, ::step]
+        elif stride >= 2:
+            each = min(span.each, size)
+            step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
+            phi, psi = phi[::step], psi[::step]
+            span, offset = Span(span.first, math.ceil(each / step)), offset // step
+        phi, psi = phi.to(features.dtype), psi.to(features.dtype)
+        counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
+        if factor.bias is not None and not factor.elementwise:
+            phi = torch.cat([phi, torch.ones_like(phi[..., :1])], -1)
+        if factor.elementwise:
+            phi = phi.unsqueeze(-1)
+            if factor.bias is not None:
+                phi = torch.cat([phi, torch.ones_like(phi)], -1)
+            add_sums(features, torch.einsum("nrci,nrcj->ncij", phi, phi), 1.0, span, offset)
+            squares = psi.square().sum(1)[..., None, None]
+            add_sums(cotangents, squares, weight**2, span, offset)
+        else:
+            phi, psi = _some(phi, 2), _some(psi, 2)
+            add_products(features, phi, phi, 1.0, span, offset)
+            add_products(cotangents, psi, psi, weight**2, span, offset)
+        if len(features) == 1:
+            sizes = [t.reshape(len(t), -1).square().sum(1) for t in (phi, psi * weight)]
+            add_sums(self._traces[name], torch.stack(sizes, 1), 1.0, span, offset)
 
-    def _make_moments(self, name: str, bias: str | None) -> None:
-        matrix = self._sums[name].flatten(1)
-        out, width = matrix.shape
-        width += bias is not None
-        self._features[name] = matrix.new_zeros(width, width)
-        self._cotangents[name] = matrix.new_zeros(out, out)
-        self.counts.biases[name] = bias
+    def _make_moments(self, name: str, kind: MapKind) -> None:
+        if name in self._features:
+            return
+        shape = self._sums[name].shape[1:]
+        if kind.elementwise:
+            out, inner, lead = 1, 1 + (kind.bias is not None), (math.prod(shape),)
+        else:
+            out, inner, lead = shape[0], math.prod(shape[1:]), ()
+            out, inner = (inner, out) if kind.transposed else (out, inner)
+            out, inner = (min(_MOST, s) for s in (out, inner + (kind.bias is not None)))
+        zero = self._sums[name].new_zeros(())
+        groups = self._wanted.groups
+        if groups * math.prod(lead) * (out**2 + inner**2) * zero.itemsize > _ROOM:
+            groups = 1
+        self._features[name] = zero.expand(groups, *lead, inner, inner).clone()
+        self._cotangents[name] = zero.expand(groups, *lead, out, out).clone()
+        self._traces[name] = zero.expand(self._wanted.groups, 2).clone()
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
+        used = self._weights > 0
+        if used.any():
+            self._weights[used] += (weight - self.counts.weight) / used.sum()
         whole = batches if self.counts.batches else 0
         self.counts = replace(self.counts, samples=samples, weight=weight, batches=whole)
 
     def join(self, counts: Sequence[Counts]) -> list[Tensor]:
         """Count what all processes have taken in; the caller adds up the sums returned."""
-        biases = {name: bias for c in counts for name, bias in c.biases.items()}
-        for name in biases.keys() - self._features.keys():
-            self._make_moments(name, biases[name])
+
+        def added(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+            return {key: sum(v.get(key, 0) for v in values) for v in values for key in v}
+
+        maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
+        for name, kind in maps.items():
+            self._make_moments(name, kind)
         self.counts = Counts(
             samples=sum(c.samples for c in counts),
             weight=sum(c.weight for c in counts),
             by_sample=sum(c.by_sample for c in counts),
             batches=sum(c.batches for c in counts),
-            rows={name: sum(c.rows.get(name, 0) for c in counts) for name in biases},
-            biases=biases,
+            rows=added([c.rows for c in counts]),
+            read=added([c.read for c in counts]),
+            maps=maps,
         )
-        moments = [t for name in biases for t in (self._features[name], self._cotangents[name])]
-        return [*self._sums.values(), *moments, self._squares]
+        self._joined = {name: total.sum(0) for name, total in self._sums.items()}
+        self._joined_moments = [
+            {name: t[name].sum(0) for name in sorted(t)} for t in (self._features, self._cotangents)
+        ]
+        moments = [t for some in self._joined_moments for t in some.values()]
+        return [*self._joined.values(), *moments, self._squares]
 
-    def estimate(self, *, last: bool = False) -> Estimate:
-        """What is known so far; with `last` the sums are no longer needed and become the means."""
+    def estimate(self) -> Estimate:
+        """What is known so far."""
         counts, samples, weight = self.counts, self.counts.samples, self.counts.weight
-        norms = [torch.linalg.vector_norm(s, dtype=torch.float64) for s in self._sums.values()]
+        sums = self._joined or {name: total.sum(0) for name, total in self._sums.items()}
+        norms = [torch.linalg.vector_norm(s, dtype=torch.float64) for s in sums.values()]
         spread = float(self._squares - torch.stack(norms).square().sum() / samples)
-        means = {
-            name: total.div_(weight) if last else total / weight
-            for name, total in self._sums.items()
-        }
-        moments = {
-            name: SecondMoments(
-                self._features[name] / counts.rows[name],
-                self._cotangents[name] * (samples / weight**2),
-                counts.biases[name],
-            )
-            for name in self._features
-        }
         variance, units = math.nan, samples if counts.by_sample else counts.batches
         if units > 1 and not (counts.by_sample and counts.batches):
             variance = max(spread, 0.0) / (units - 1) * samples / weight**2
-        return Estimate(means, variance, moments, float(self._moved))
+        found = Estimate(
+            multiplier={name: total / weight for name, total in sums.items()},
+            variance=variance,
+            moments={},
+            moved=float(self._moved),
+            sums=self._sums,
+            parts={},
+            weights=self._weights / weight,
+            weight=weight,
+        )
+        if not self._wanted.moments:
+            return found
+        if not self._mapped:
+            return replace(found, moments=moments_of_groups(found, samples))
+        moments, parts = self._moments()
+        return replace(found, moments=moments, parts=parts)
+
+    def _moments(self) -> tuple[dict[str, SecondMoments], dict[str, Parts]]:
+        counts = self.counts
+        moments, parts = {}, {}
+        features, cotangents = self._joined_moments or (
+            {name: t.sum(0) for name, t in some.items()}
+            for some in (self._features, self._cotangents)
+        )
+        for name, kind in counts.maps.items():
+            read = counts.read[name]
+            # what was not read counts as much as what was
+            scale = counts.samples / counts.weight**2 * counts.rows[name] / read
+            device, shape = features[name].device, self._sums[name].shape[1:]
+            out, inner = shape[0], math.prod(shape[1:])
+            out, inner = (inner, out) if kind.transposed else (out, inner)
+            moments[name] = SecondMoments(
+                features[name] / read,
+                cotangents[name] * scale,
+                kind.bias,
+                kind.transposed,
+                rows=None if kind.elementwise else _chosen(out, device),
+                columns=None
+                if kind.elementwise
+                else _chosen(inner + (kind.bias is not None), device),
+            )
+            scales = self._traces[name].new_tensor([1 / read, scale])
+            grouped = len(self._features[name]) > 1
+            parts[name] = Parts(
+                self._features[name] / read if grouped else None,
+                self._cotangents[name] * scale if grouped else None,
+                self._traces[name] * scales,
+            )
+        return moments, parts
 
 
-def squared_sizes(psi: Tensor, phi: Tensor, has_bias: bool) -> Tensor:
-    """Σ_n ‖ψ_n φ_nᵀ‖² over the samples (with the bias ‖ψ_n‖² more), no product being formed.
+_MOST_PARTS = 8
+"""Of a batch that a block is differentiated for, one by one."""
 
-    ψ has the shape (samples, ..., out), φ (samples, ..., in).
+_MOST = 512
+"""Features and outputs of which second moments are kept; of more a random part."""
+
+_ROWS = 1024
+"""Rows that are read for second moments, if not twice their size."""
+
+_ROOM = 2**21
+"""Bytes up to which those of each group are kept."""
+
+
+def _chosen(size: int, device: torch.device) -> Tensor | None:
+    """The same random part each time, in order; None for all."""
+    if size <= _MOST:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return order[:_MOST].sort().values.to(device)
+
+
+def _some(values: Tensor, dim: int) -> Tensor:
+    chosen = _chosen(values.shape[dim], values.device)
+    return values if chosen is None else values.index_select(dim, chosen)
+
+
+def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMoments]:
+    """Second moments of a sample's gradient g, from the sums of the groups.
+
+    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ.
     """
-    if psi.dim() == 2:  # ‖ψ_n‖² (‖φ_n‖² + 1)
-        rows, columns = (torch.linalg.vector_norm(t, dim=1).double().square_() for t in (psi, phi))
-        return torch.dot(rows, columns.add_(1.0) if has_bias else columns)
-    psi, phi = psi.flatten(1, -2), phi.flatten(1, -2)
+    here = estimate.weights > 0
+    weights = estimate.weights[here]
+    found = {}
+    for name, mean in estimate.multiplier.items():
+        shares = weights.to(mean).view(-1, *[1] * mean.dim())
+        g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
+        g = g * math.sqrt(samples * max(1, len(g)) / max(1, len(g) - 1))
+        g = torch.cat([g, mean[None]])
+        if mean.dim() < 2:
+            square = g.square().sum(0).reshape(-1, 1, 1)
+            found[name] = SecondMoments(torch.ones_like(square), square)
+            continue
+        matrix = _some(_some(g.flatten(2), 1), 2)
+        features = (matrix.mT @ matrix).sum(0)
+        trace = features.diagonal().sum()
+        found[name] = SecondMoments(
+            features,
+            (matrix @ matrix.mT).sum(0) / torch.where(trace > 0, trace, 1.0),
+            rows=_chosen(mean.shape[0], mean.device),
+            columns=_chosen(math.prod(mean.shape[1:]), mean.device),
+        )
+    return found
+
+
+def _zeros(groups: int, pin: Tensor) -> Tensor:
+    dtype = accumulation_dtype(pin.dtype)
+    return torch.zeros((groups, *pin.shape), dtype=dtype, device=pin.device)
+
+
+def squared_sizes(psi: Tensor, phi: Tensor) -> Tensor:
+    """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, no product being formed where that is dearer.
+
+    ψ has the shape (samples, positions, out), φ (samples, positions, in).
+    """
     positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
-    if positions * (out + width) <= out * width:  # Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1), which is cheaper
-        squares = (psi @ psi.mT) * (phi @ phi.mT + float(has_bias))
-        return squares.sum(dtype=torch.float64)
-    squares = (psi.mT @ phi).square().sum(dtype=torch.float64)
-    return squares + psi.sum(1).square().sum(dtype=torch.float64) if has_bias else squares
+    if positions == 1:  # ‖ψ_n‖² ‖φ_n‖²
+        rows, columns = (
+            torch.linalg.vector_norm(t.squeeze(1), dim=1).double().square_() for t in (psi, phi)
+        )
+        return torch.dot(rows, columns)
+    if positions * (out + width) <= out * width:  # Σ_st (ψ_s·ψ_t)(φ_s·φ_t), which is cheaper
+        return ((psi @ psi.mT) * (phi @ phi.mT)).sum(dtype=torch.float64)
+    return (psi.mT @ phi).square().sum(dtype=torch.float64)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

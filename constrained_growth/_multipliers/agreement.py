@@ -1,15 +1,18 @@
-"""Which way to λ is right? Both are computed on the first batch, and compared.
+"""Which way to λ is right, and is the layer the one that goes in? The first batch tells.
 
 In the graph λ is right for every loss; in closed form, which is cheaper, it is where the loss sees
 a layer through the value of its output alone. That the *loss* is the same with the blocks at
 their pins as without is the check that no block moves it.
+
+λ is that of a layer around its site. Where it goes in as the next element of a list, the model may
+have an output more for it (hidden states, losses of routers), which the loss may read.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,11 +20,23 @@ from torch import Tensor, nn
 
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.in_graph import Standing
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sites.collector import Use
-from constrained_growth._sites.model import call, checked_loss, coarsest_epsilon
+from constrained_growth._sites.model import (
+    call,
+    checked_loss,
+    coarsest_epsilon,
+    list_of,
+    tensors_of,
+)
 from constrained_growth._sites.site import Site
-from constrained_growth._sites.untouched import untouched
+from constrained_growth._sites.snapshot import deepcopied
+from constrained_growth._sites.untouched import drawing_apart, untouched
+from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.copied import listed_form
+from constrained_growth.blocks.protocol import move_pins
+from constrained_growth.bookkeeping import Books
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.solution import Method
 
@@ -39,7 +54,11 @@ class FirstBatch:
     def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
         """The loss of the model as it is, left as it is."""
         with untouched(model, loss_fn):
-            return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
+            return self.loss_of(model, loss_fn)
+
+    def loss_of(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
+        """The loss of the model as it is now."""
+        return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
 
     def is_same(self, loss: float, epsilon: float) -> bool:
         """Whether rounding at the sites, amplified by a deep model, explains the difference."""
@@ -92,6 +111,64 @@ def closed_form_holds(
         for site, uses in zip(sites, first.uses, strict=True)
         for name in site.blocks
     )
+
+
+def refuse_other_networks(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    sites: Sequence[Site],
+    first: FirstBatch,
+    books: Books,
+    listed: Collection[str],
+) -> None:
+    """Refuse candidates (of the `listed`) that have another loss as next elements of their lists.
+
+    The pins are moved, as what the loss reads by its number may have the same value at them.
+    """
+    found = [(site, [name for name in site.blocks if name in listed]) for site in sites]
+    places = {names[0]: site for site, names in found if names}  # one for all at a place
+
+    def fault(*names: str) -> str:
+        blocks = {name: _with_own_pins(places[name].blocks[name]) for name in names}
+        around = [replace(places[name], blocks={name: block}) for name, block in blocks.items()]
+        with untouched(model, loss_fn), Standing(around, names).in_model():
+            expected = first.loss_of(model, loss_fn)
+        layers = {name: listed_form(block) for name, block in blocks.items()}
+        try:
+            with untouched(model, loss_fn), drawing_apart(layers, set()):
+                for name, layer in layers.items():
+                    elements: Any = list_of(model, places[name].module)
+                    elements.insert([*elements].index(places[name].module) + 1, layer)
+                books.update()
+                loss = first.loss_of(model, loss_fn)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        # the operations are the same: rounding differs at most where a cache changes strides
+        allowed = min(4 * coarsest_epsilon(model.parameters()), 0.01) * abs(expected)
+        same = abs(loss - expected) <= allowed or not math.isfinite(expected)
+        return "" if same else f"a loss of {loss:.9g} instead of {expected:.9g}"
+
+    if not places or not fault(*places):
+        return
+    faults = {name: why for name in places if (why := fault(name))}
+    if faults:
+        raise CandidateError(
+            f"candidates={list(faults)}: as the next element of its list a layer there makes "
+            f"another network than the one λ is for ({next(iter(faults.values()))}, with its pins "
+            "moved). The loss may read something of each layer (hidden states, a loss of "
+            "routers). Choose other sites, let the loss read the entries it needs, or ask for "
+            "Candidate(wrapped=True): a layer around its site, which its class could not load."
+        )
+
+
+def _with_own_pins(block: nn.Module) -> nn.Module:
+    """A copy with its pins moved, and the tensors of the block itself otherwise."""
+    pins = {id(pin) for pin in pinned_parameters(block).values()}
+    block = deepcopied(block, {id(t): t for t in tensors_of(block) if id(t) not in pins})
+    move_pins(block)
+    return block
 
 
 def _agree(found: Estimate, exact: Estimate, uses: Sequence[Use], epsilon: float) -> bool:

@@ -12,16 +12,14 @@ differentiated alone, batch by batch. Both are right wherever the loss sees the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
-from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks import pinned_parameters
 
 
 def by_sample(uses: Sequence[Use], size: int) -> bool:
@@ -29,43 +27,31 @@ def by_sample(uses: Sequence[Use], size: int) -> bool:
     return all(use.x.dim() > 1 and use.x.shape[0] == size for use in uses)
 
 
-def factors_of(block: Any, uses: Sequence[Use], dtype: torch.dtype) -> Sequence[AffineFactors]:
-    """The factors of a block; several uses become as many more positions of each sample."""
-    found = [list(block.factors(use.x.to(dtype), use.delta.to(dtype))) for use in uses]
-    if len(found) == 1:
-        return found[0]
-    whole = []  # for each use one for each affine map, whose samples may come a few at a time
-    for factors in found:
-        parts: dict[str, list[AffineFactors]] = {}
-        for factor in factors:
-            parts.setdefault(factor.weight, []).append(factor)
-        whole.append([_joined(some, torch.cat) for some in parts.values()])
-
-    def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(len(t), -1, t.shape[-1]) for t in tensors], dim=1)
-
-    return [_joined(same, side_by_side) for same in zip(*whole, strict=True)]
-
-
-def _joined(factors: Sequence[AffineFactors], join: Callable[..., Tensor]) -> AffineFactors:
-    cotangent = join([factor.cotangent for factor in factors])
-    return replace(factors[0], cotangent=cotangent, features=join([f.features for f in factors]))
-
-
-def differentiated(block: nn.Module, use: Use) -> tuple[Tensor, dict[str, Tensor]]:
-    """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd.
+def differentiated(
+    block: nn.Module, use: Use, deltas: Sequence[Tensor]
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd, for each δ.
 
     Neither its parameters nor its buffers are touched. The random numbers that it draws (Dropout)
     are not missing in the model, which gets its own.
     """
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
+    pins = list(leaves.values())
     y = at_pins(block, leaves, use.x, use.context)
     if not y.requires_grad:
-        return y, {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    grads = torch.autograd.grad(
-        y, list(leaves.values()), use.delta.to(y.dtype), allow_unused=True, materialize_grads=True
-    )
-    return y.detach(), {name: -grad for name, grad in zip(leaves, grads, strict=True)}
+        return y, [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in deltas]
+    found = []
+    for place, delta in enumerate(deltas, start=1):
+        grads = torch.autograd.grad(
+            y,
+            pins,
+            delta.to(y.dtype),
+            retain_graph=place < len(deltas),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        found.append({name: -grad for name, grad in zip(leaves, grads, strict=True)})
+    return y.detach(), found
 
 
 def at_pins(

@@ -44,7 +44,7 @@ def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> N
     generator = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
     with untouched(block):
-        _, multipliers = differentiated(block, Use(x, delta, context))
+        _, (multipliers,) = differentiated(block, Use(x, delta, context), [delta])
         if has_factors(block):
             _check_factors(block, x, delta, where)
     if not any(bool(value.any()) for value in multipliers.values()):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from constrained_growth._multipliers.closed_form import at_pins
-from constrained_growth._sites.collector import See, collecting, transformed
-from constrained_growth._sites.context import Context
+from constrained_growth._sites.collector import See, Use, collecting, transformed
+from constrained_growth._sites.context import Context, detached
 from constrained_growth._sites.site import Site
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.protocol import change
@@ -29,10 +29,12 @@ class Standing:
     """Blocks that stand at their sites, at most one at each.
 
     The loss is to be differentiated by the `leaves`, the v of each candidate; `moved` says by how
-    much its block moved x at most, in units of rounding.
+    much its block moved x at most, in units of rounding. With `keeps`, `uses` has what each block
+    was called with, δ still to come, and what it made of that.
     """
 
-    def __init__(self, sites: Sequence[Site], names: Sequence[str]) -> None:
+    def __init__(self, sites: Sequence[Site], names: Sequence[str], *, keeps: bool = False) -> None:
+        self._keeps = keeps
         self._places = [(s, n) for s in sites for n in names if n in s.blocks]
         self.leaves = {
             name: {
@@ -42,6 +44,7 @@ class Standing:
             for site, name in self._places
         }
         self.moved: dict[str, Tensor] = {}
+        self.uses: dict[str, list[tuple[Use, Tensor]]] = {name: [] for name in self.leaves}
 
     def in_model(self) -> AbstractContextManager[None]:
         """Let the blocks stand; what backward runs again (checkpointing) finds them there too."""
@@ -54,6 +57,8 @@ class Standing:
             if not torch.is_grad_enabled():  # a part without gradients, and the layer at its pins
                 return None
             y = at_pins(block, leaves, x, context)
+            if self._keeps and not transformed(x):
+                self.uses[name].append((Use(x.detach(), x.detach(), detached(context)), y))
             if name in site.conditional and not transformed(x):
                 here = change(x.detach(), y.detach().to(x.dtype)).double()
                 self.moved[name] = here.maximum(self.moved.get(name, here))

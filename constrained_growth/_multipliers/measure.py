@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from constrained_growth._data import batch_size
 from constrained_growth._distributed import add_up, everywhere, several
 from constrained_growth._multipliers.accumulator import (
+    NOTHING_MORE,
     Accumulator,
     Counts,
     Estimate,
+    Wanted,
     accumulation_dtype,
 )
 from constrained_growth._multipliers.closed_form import by_sample
+from constrained_growth._multipliers.groups import ALL, Groups, Span
 from constrained_growth._multipliers.in_graph import Standing, rounds
 from constrained_growth._sharding import Leaves, is_spread, summed_like
 from constrained_growth._sites.collector import Collector, Use
@@ -58,12 +61,14 @@ class Pass:
         method: Method,
         *,
         gradients: bool,
-        moments: bool = False,
+        wanted: Wanted = NOTHING_MORE,
+        groups: Groups | None = None,
     ) -> None:
         self._model, self._loss_fn, self._sites = model, loss_fn, sites
+        self._groups, self._wanted = groups, wanted
         self._collector = Collector(sites)
         self._rounds = rounds(sites) if method is Method.IN_GRAPH else []
-        self.accumulators = accumulators(sites, moments=moments)
+        self.accumulators = accumulators(sites, wanted)
         named = model.named_parameters() if gradients else ()
         self.reached: set[str] = set()  # candidates that had a gradient in the graph, be it zero
         self._parameters = {name: p for name, p in named if p.requires_grad}
@@ -81,6 +86,7 @@ class Pass:
         self._waiting: list[list[Use]] = [[] for _ in sites]
         self._waiting_bytes, self._waiting_for = 0, (0, 0.0)
         self._room = max(2**21, sum(a.nbytes for a in self.accumulators.values()) // 2)
+        self._latest: tuple[Span, int] | None = None
         self._now = 0.0  # the weight of the batch that is on its way
         self._task = -1  # PyTorch's number of its backward pass
 
@@ -123,7 +129,7 @@ class Pass:
             self._collector.begin(self.take, counts)
             loss = self._loss_of(input, target)
             self._collector.backward(loss, list(self._leaves.values.values()))
-            if self._waiting_bytes > self._room:
+            if self._waiting_bytes > self._room or not self._waiting_bytes:
                 self._flush()
         if counts:
             self._loss.add_(loss.detach().to(self._loss.device), alpha=weight)
@@ -195,18 +201,34 @@ class Pass:
                     self._add(index, [_joined(uses)], size * len(uses), len(uses))
         self._waiting = [[] for _ in self._sites]
         self._waiting_bytes = 0
+        self._advance()
 
     def _add(self, index: int, uses: Sequence[Use], size: int, batches: int = 1) -> None:
         _, weight = self._waiting_for
+        span = self._span(size, batches)
         for name in self._sites[index].blocks:
-            self.accumulators[name].add(uses, size, weight, batches=batches)
+            self.accumulators[name].add(uses, size, weight, batches=batches, span=span)
+
+    def _span(self, size: int, batches: int = 1) -> Span:
+        """The groups for what comes in now; all sites have the same until the next flush."""
+        if self._groups is None:
+            return ALL
+        span = self._groups.span(size, batches)
+        self._latest = span, size
+        return span
+
+    def _advance(self) -> None:
+        """What comes next goes into the next groups."""
+        if self._groups is not None and self._latest is not None:
+            self._groups.advance(*self._latest)
+        self._latest = None
 
     def _add_in_graph(
         self, input: Any, target: Any, size: int, weight: float, *, counts: bool
     ) -> Tensor:
         first: Tensor | None = None
         for index, names in enumerate(self._rounds):
-            standing = Standing(self._sites, names)
+            standing = Standing(self._sites, names, keeps=self._wanted.moments)
             pins = [leaf for leaves in standing.leaves.values() for leaf in leaves.values()]
             leaves = list(self._leaves.values.values()) if index == 0 else []
             with ExitStack() as stack:
@@ -214,14 +236,22 @@ class Pass:
                     stack.enter_context(untouched(self._model, self._loss_fn))
                 stack.enter_context(standing.in_model())
                 loss = self._loss_of(input, target)
-                grads: Sequence[Tensor | None] = [None] * len(pins)
+                outputs = [y for uses in standing.uses.values() for _, y in uses]
+                inputs = [*pins, *leaves, *outputs]
+                grads: Sequence[Tensor | None] = [None] * len(inputs)
                 if loss.requires_grad:
                     with full_precision(*self._devices):
-                        grads = torch.autograd.grad(loss, [*pins, *leaves], allow_unused=True)
+                        grads = torch.autograd.grad(loss, inputs, allow_unused=True)
             first = loss if first is None else first
             if counts:
                 found = iter(grads)
+                deltas = iter(grads[len(pins) + len(leaves) :])
+                span = self._span(size)
                 for name, here in standing.leaves.items():
+                    uses = [
+                        replace(use, delta=torch.zeros_like(use.x) if delta is None else delta)
+                        for (use, _), delta in zip(standing.uses[name], deltas, strict=False)
+                    ]
                     there = list(itertools.islice(found, len(here)))
                     self.reached.update({name} if any(g is not None for g in there) else ())
                     multiplier = {
@@ -229,7 +259,9 @@ class Pass:
                         for (key, pin), grad in zip(here.items(), there, strict=True)
                     }
                     moved = standing.moved.get(name)
-                    self.accumulators[name].add_whole(multiplier, moved, size, weight)
+                    accumulator = self.accumulators[name]
+                    accumulator.add_in_graph(multiplier, moved, uses, size, weight, span)
+        self._advance()
         assert first is not None
         return first
 
@@ -265,19 +297,19 @@ class Pass:
         norms = [torch.linalg.vector_norm(p, dtype=torch.float64).cpu() for p in parameters]
         return torch.stack(norms).tolist() if norms else []
 
-    def estimates(self, *, last: bool = False) -> dict[str, Estimate]:
-        """Candidate → what is known of it; with `last` the sums become the means in place."""
+    def estimates(self) -> dict[str, Estimate]:
+        """Candidate → what is known of it."""
         self._complete()
-        return {name: a.estimate(last=last) for name, a in self.accumulators.items()}
+        return {name: a.estimate() for name, a in self.accumulators.items()}
 
     def measurement(self) -> Measurement:
-        """The means over what was taken in; the sums become them in place."""
+        """The means over what was taken in; those of θ take the place of their sums."""
         if self._samples == 0:
             raise DataError(
                 "data yields no batches; give an iterable that can be iterated more than once, "
                 "such as a DataLoader or a list of (input, target) pairs."
             )
-        estimates = self.estimates(last=True)
+        estimates = self.estimates()
         refuse_moving(estimates)
         gradients = {name: total.div_(self._weight) for name, total in self._totals.items()}
         return Measurement(
@@ -295,10 +327,10 @@ def _joined(uses: Sequence[Use]) -> Use:
     return Use(torch.cat([use.x for use in uses]), torch.cat([use.delta for use in uses]))
 
 
-def accumulators(sites: Sequence[Site], *, moments: bool) -> dict[str, Accumulator]:
+def accumulators(sites: Sequence[Site], wanted: Wanted) -> dict[str, Accumulator]:
     """Candidate → what its multiplier is summed up in."""
     return {
-        name: Accumulator(block, moments=moments, conditional=name in site.conditional)
+        name: Accumulator(block, wanted, conditional=name in site.conditional)
         for site in sites
         for name, block in site.blocks.items()
     }

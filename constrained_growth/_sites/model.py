@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._distributed import unwrapped
+from constrained_growth._structure import mapped
 from constrained_growth.errors import CandidateError, DataError
 
 
@@ -22,13 +23,32 @@ def call(model: Callable[..., Any], input: object) -> Any:
     loaders make lists of tuples.
     """
     model = unwrapped(model)
+    args: Any = (input,)
+    kwargs: Mapping[str, Any] = {}
     if type(input) is tuple:
-        return model(*input)
-    if isinstance(input, Mapping) and (_takes(model, (), input) or not _takes(model, (input,))):
-        return model(**input)
-    if isinstance(input, list) and not _takes(model, (input,)) and _takes(model, input):
-        return model(*input)
-    return model(input)
+        args = input
+    elif isinstance(input, Mapping) and (_takes(model, (), input) or not _takes(model, args)):
+        args, kwargs = (), input
+    elif isinstance(input, list) and not _takes(model, args) and _takes(model, input):
+        args = input
+    try:
+        return model(*args, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        _refuse_other_dtypes(model, input, error)
+        raise
+
+
+def _refuse_other_dtypes(model: Any, input: object, error: Exception) -> None:
+    """Where a model failed as no number of the input has the precision of a parameter, say so."""
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    given, own = set[torch.dtype](), {p.dtype for p in parameters if p.is_floating_point()}
+    mapped(input, lambda t: (given.add(t.dtype) if t.is_floating_point() else None) or t)
+    if given and own and not given & own and "type" in str(error):
+        here, there = (" and ".join(sorted(map(str, some))) for some in (given, own))
+        raise DataError(
+            f"data (or example_input): it is {here}, and the parameters of the model are {there}; "
+            f"convert one of them. The model fails: {error}."
+        ) from error
 
 
 def _takes(

@@ -9,11 +9,14 @@ import sys
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")
 
@@ -30,24 +33,37 @@ _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
 taken off again; none is put back, as a monitor that looks on takes its own off and on."""
 
 
+_WRITTEN = WeakTensorKeyDictionary()
+"""Parameters that were seen to be written to by a forward pass, as of `nn.Embedding(max_norm=)`.
+Copies of all would be too dear for every pass, and seeing what writes is too slow."""
+
+
 @contextmanager
-def restoring(*roots: object) -> Iterator[None]:
+def restoring(*roots: object, first: bool = False) -> Iterator[None]:
     """Put back what some modules, functions and objects hold: attributes, containers and tensors.
 
     Found are those that a module, the hooks on it, a function (a bound method, a `partial`, a
     closure, with the globals it names) or an object of the user's leads to. At the end they are
-    the same objects with the same values.
+    the same objects with the same values: parameters if they were seen to be written to when the
+    model ran for the `first` time.
     """
     found = list(reached(*roots))
     tensors = [value for value in found if isinstance(value, Tensor)]
     leaves = [(leaf, leaf.grad, leaf.requires_grad) for leaf in tensors if leaf.is_leaf]
-    values = [(t, t.detach().clone()) for t in tensors if not isinstance(t, nn.Parameter)]
+    parameters = [t for t in tensors if type(t) is nn.Parameter and t.layout is torch.strided]
+    memory = [(parameter, parameter.data) for parameter in parameters]
+    changing = (t for t in tensors if not isinstance(t, nn.Parameter) or t in _WRITTEN)
+    values = [(t, t.detach().clone()) for t in changing]
+    watching = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, _Writes)]
+    writes = watching[0] if watching else _Writes(parameters if first else ())
+    outer, writes.start = writes.start, len(writes.before)
     containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
     modes = [(value, value.training) for value in found if isinstance(value, nn.Module)]
     hooks = [(some, set(some)) for module, _ in modes for some in _hooks_of(module)]
     generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
     try:
-        yield
+        with writes if first and not watching else ExitStack():
+            yield
     finally:
         for container, before in containers:
             now, then = _held(container), _held(before)
@@ -64,16 +80,59 @@ def restoring(*roots: object) -> Iterator[None]:
                 module.training = training
         for generator, state in generators:
             generator.set_state(state)
+        for parameter, data in memory:  # `parameter.data = …`, where a constraint renews it
+            if parameter.data_ptr() != data.data_ptr():
+                parameter.data = data
         with torch.no_grad():
-            for tensor, before in values:
+            for tensor, before in (*values, *writes.before[writes.start :]):
                 if tensor.shape != before.shape:
                     tensor.resize_(before.shape)
                 if tensor.layout is not torch.strided or not torch.equal(tensor, before):
                     tensor.copy_(before)
+        del writes.before[writes.start :]
+        writes.start = outer
         for leaf, grad, requires_grad in leaves:
             leaf.grad = grad
             if leaf.requires_grad != requires_grad:
                 leaf.requires_grad_(requires_grad)
+
+
+class _Writes(TorchDispatchMode):
+    """Parameters and their values before they were first written to since a `start`.
+
+    Version counters do not tell: what writes to `parameter.data` leaves that of the parameter.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or the first operation imports torch._dynamo, which takes seconds
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self.before: list[tuple[nn.Parameter, Tensor]] = []
+        self.start = 0  # in `before`
+        self._parameters: dict[int | None, list[nn.Parameter]] = {}  # by their memory
+        for parameter in parameters:
+            place = parameter.untyped_storage().data_ptr()
+            self._parameters.setdefault(place, []).append(parameter)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        schema, kwargs = getattr(func, "_schema", None), kwargs or {}
+        for index, argument in enumerate(schema.arguments if schema and schema.is_mutable else ()):
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
+            for tensor in tree_leaves(given) if written else ():
+                plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+                place = tensor.untyped_storage().data_ptr() if plain else None
+                for parameter in self._parameters.get(place, ()):
+                    if all(parameter is not known for known, _ in self.before[self.start :]):
+                        self.before.append((parameter, parameter.detach().clone()))
+                        _WRITTEN[parameter] = True
+        return func(*args, **kwargs)
 
 
 def reached(*roots: object) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -17,18 +17,19 @@ from constrained_growth._sites.snapshot import restoring
 
 
 @contextmanager
-def untouched(model: nn.Module, *others: object) -> Iterator[None]:
+def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterator[None]:
     """Restore what running a model may change.
 
     That is buffers, other tensors, attributes, train and eval modes and `.grad` of the model and
     of what a loss among the `others` leads to; the global random states; and the generators of a
-    data loader among them.
+    data loader among them. Parameters too, if they are written to where the model runs for the
+    `first` time, or were then.
     """
     reshard(model)
     state = random_state()
     token = _UNTOUCHED.set(True)
     generators = [generator for other in others for generator in generators_of(other)]
-    with restoring(model, *filter(callable, others), *generators):
+    with restoring(model, *filter(callable, others), *generators, first=first):
         try:
             yield
         finally:
@@ -87,3 +88,22 @@ def generators_of(other: object) -> list[torch.Generator]:
         within = (getattr(holder, name, None) for name in ("batch_sampler", "sampler"))
         holders += [sampler for sampler in within if sampler is not None]
     return list(found.values())
+
+
+@contextmanager
+def drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
+    """Make layers leave the random state as they found it, and note which of them run."""
+    states: list[Any] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        states.append(random_state())
+        reached.update(name for name, layer in layers.items() if layer is module)
+
+    def leave(*_: Any) -> None:
+        set_random_state(states.pop())
+
+    with ExitStack() as hooks:
+        for layer in layers.values():
+            hooks.enter_context(layer.register_forward_pre_hook(enter))
+            hooks.enter_context(layer.register_forward_hook(leave))
+        yield

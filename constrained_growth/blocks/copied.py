@@ -126,6 +126,11 @@ class CopiedBlock(nn.Module):
         return self.module
 
 
+def listed_form(block: Any) -> nn.Module:
+    """What `standalone` of a block gives, only to be looked at: a copy shares its tensors."""
+    return block.module if isinstance(block, CopiedBlock) else deepcopied(block).standalone()
+
+
 REGISTERED[CopiedBlock.__qualname__] = CopiedBlock
 
 _CHECKPOINTING = "gradient_checkpointing"

@@ -22,12 +22,17 @@ class AffineFactors:
         bias: Name of the pinned bias b, of shape (out,), or None.
         cotangent: ψ = ∂L/∂(Wφ + b), shape (samples, ..., out).
         features: φ, shape (samples, ..., in).
+        elementwise: Whether the map is γ ⊙ φ + b, as of a normalisation: the weight γ has `out`
+            entries, in = out, λ_γ = −Σ ψ ⊙ φ and λ_b = −Σ ψ.
+        transposed: Whether the weight has the shape (in, out) instead.
     """
 
     weight: str
     bias: str | None
     cotangent: Tensor
     features: Tensor
+    elementwise: bool = False
+    transposed: bool = False
 
 
 class HasFactors(Protocol):
@@ -107,6 +112,14 @@ def zero_pins(block: nn.Module) -> None:
     with torch.no_grad():
         for parameter in pinned_parameters(block).values():
             parameter.zero_()
+
+
+def move_pins(block: nn.Module) -> None:
+    """Move the pinned parameters a little, each time by the same random numbers."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for pin in pinned_parameters(block).values():
+            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
 
 
 def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:

@@ -86,7 +86,7 @@ def find_candidates(
     if max_parameters is None:
         max_parameters = max(1, _size(model))
     positive_int("max_parameters", max_parameters, CandidateError)
-    with untouched(model), differentiable():
+    with untouched(model, first=True), differentiable():
         # each time from the same random state
         with untouched(model):
             runs = runs_of(model, example_input)

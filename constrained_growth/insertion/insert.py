@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.model import check_can_change, list_of, parameter_shapes
+from constrained_growth._sites.model import check_can_change, parameter_shapes
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import move_pins
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import preservation
@@ -176,7 +177,11 @@ def _siblings(
     the pins: where a loop keeps the output of its third element, an identity before it moves the
     derivative alone. So the outputs are compared with the pins moved.
     """
-    listed = {name: one for name, one in planned.items() if _is_in_list(model, books, one)}
+    listed = {
+        name: one
+        for name, one in planned.items()
+        if books.can_list(one.after, one.block, one.output, wrapped=one.wrapped)
+    }
     counted = [name for name, one in listed.items() if books.counts(one.after)]
     for name in counted:
         layer = standalone_form(deepcopied(listed[name].block))
@@ -187,7 +192,7 @@ def _siblings(
     def outputs(siblings: Collection[str]) -> preservation.Outputs:
         new = _new_layers(model, model, listed, siblings)
         for one in new:
-            _move_pins(one.planned.block)
+            move_pins(one.planned.block)
         with restoring([model], always=True):
             _put_into(model, new)
             books.update()
@@ -217,23 +222,6 @@ def _siblings(
     if not listed:
         return frozenset()
     return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
-
-
-def _is_in_list(model: nn.Module, books: Books, planned: Planned) -> bool:
-    """Whether a layer could become the next element of the list that its site is in."""
-    first = planned.output in (None, 0)  # what the next element of a list is called with
-    stands_alone = first and callable(getattr(planned.block, "standalone", None))
-    is_element = list_of(model, model.get_submodule(planned.after)) is not None
-    if not stands_alone or planned.wrapped or not is_element:
-        return False
-    return books.counts(planned.after) is not False
-
-
-def _move_pins(block: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for pin in pinned_parameters(block).values():
-            pin.add_(torch.randn(pin.shape, generator=generator).to(pin), alpha=0.1)
 
 
 def _new_layers(

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import list_of
-from constrained_growth._sites.wrapper import WithInsertedLayer, add_layer, user_module
+from constrained_growth._sites.wrapper import (
+    WithInsertedLayer,
+    add_layer,
+    take_hooks,
+    user_module,
+)
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, RecordError
 
@@ -63,8 +68,9 @@ def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
         return False
     if getattr(wrapper.forward, "__func__", None) is not WithInsertedLayer.forward:
         return False  # another one was set, which may not run the layer
-    if wrapper is site:
-        return not wrapper._forward_hooks  # which come between the site and the layer
+    if wrapper is site:  # no hooks may come between the site and the layer, or its arguments
+        changes = takes_context(layer) and user_module(wrapper)._forward_pre_hooks
+        return not (wrapper._forward_hooks or changes)
     is_base = site is user_module(wrapper)
     return is_base or takes_context(site) or not takes_context(layer)
 
@@ -111,6 +117,7 @@ def put_into(
         add_layer(wrapper, site, layer, record.output, record.overwritten)
         return site if site is wrapper else layer
     wrapper = WithInsertedLayer(site)
+    take_hooks(wrapper)
     add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
     for owner in list(model.modules()):
         for key, child in owner._modules.items():

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._data import batches, copied, moved
-from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, coarsest_epsilon, device_of
-from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._sites.untouched import differentiable, drawing_apart, untouched
 from constrained_growth._structure import entries
 from constrained_growth.errors import BlockError, DataError
 
@@ -71,7 +68,7 @@ def check_preserved(
     reached: set[str] = set()
     for mode, output in before.items():
         try:
-            with _drawing_apart(inserted, reached):
+            with drawing_apart(inserted, reached):
                 grown = {mode: _output(model, example, mode == "train")}
         except Exception as error:
             raise BlockError(
@@ -79,13 +76,6 @@ def check_preserved(
                 f"{type(error).__name__}: {error}. Nothing was changed."
             ) from error
         found = _differences(model, {mode: output}, grown)
-        if siblings and grown[mode].keys() - output.keys() and mode == next(iter(before)):
-            warnings.warn(
-                "the output has an entry for each layer, such as hidden_states, and one more now: "
-                "if loss_fn reads all of them, or those behind the new layer, λ was for another "
-                "loss.",
-                stacklevel=3,
-            )
         if found:
             differences[mode] = max(difference for difference, _ in found.values())
         beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
@@ -144,7 +134,8 @@ def _entries(paths: Iterable[tuple[Any, ...]]) -> str:
 
 def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any, ...], Tensor]:
     """Copies of the tensors in the output in one mode; model and input stay as they were."""
-    with untouched(model), differentiable():  # a model may differentiate in its forward pass
+    # a model may differentiate in its forward pass
+    with untouched(model, first=True), differentiable():
         try:
             if training != model.training:
                 model.train(training)
@@ -179,22 +170,3 @@ def _allowed(before: Tensor, epsilon: float) -> float:
     largest = float(sizes.masked_fill(~sizes.isfinite(), 0.0).max())
     scale = max(largest, 1.0) if before.numel() == 1 else largest  # a loss may be near zero
     return min(1e3 * epsilon, 1 / 16) * scale
-
-
-@contextmanager
-def _drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
-    """Make layers leave the random state as they found it, and note which of them run."""
-    states: list[Any] = []
-
-    def enter(module: nn.Module, _: Any) -> None:
-        states.append(random_state())
-        reached.update(name for name, layer in layers.items() if layer is module)
-
-    def leave(*_: Any) -> None:
-        set_random_state(states.pop())
-
-    with ExitStack() as hooks:
-        for layer in layers.values():
-            hooks.enter_context(layer.register_forward_pre_hook(enter))
-            hooks.enter_context(layer.register_forward_hook(leave))
-        yield

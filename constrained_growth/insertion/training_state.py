@@ -120,7 +120,7 @@ def restoring(
     """After an error, or always, restore submodules and attributes, and groups and states."""
     containers: list[Any] = []
     for module in (module for model in models for module in model.modules()):
-        containers += [vars(module), module._modules]
+        containers += [vars(module), module._modules, module._forward_pre_hooks]
     for optimizer in optimizers:
         groups = optimizer.param_groups
         containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
@@ -144,15 +144,22 @@ def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
 
 
 _COUNTS = {"step", "steps", "k", "t", "num_steps", "n_steps", "step_count", "num_updates", "iter"}
-"""Names under which a group counts steps: in Apex's FusedAdam, Adan, Prodigy, schedule-free."""
+"""Usual names for a count of steps: in Apex's FusedAdam, Adan, Prodigy, schedule-free. Whatever
+else is a whole number, in all groups the same, and neither a setting nor a scheduler's, is one."""
 
 
 def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     """Warn where Adam's bias correction, say, is over for parameters that join now."""
-    own = {name for p in group["params"] for name in optimizer.state.get(p, ())}
-    for name in () if own & _COUNTS else _COUNTS & group.keys():
-        value, start = group[name], optimizer.defaults.get(name)
-        if isinstance(value, Real | Tensor) and 1 <= float(value) != start:
+    if any(name in _COUNTS for p in group["params"] for name in optimizer.state.get(p, ())):
+        return
+    common = {name: value for name, value in optimizer.state.items() if isinstance(name, str)}
+    for name, value in {**group, **common}.items():
+        start, named = optimizer.defaults.get(name, 0), name in _COUNTS
+        groups = () if name in common else optimizer.param_groups
+        if not _is_count(value, named=named) or name.endswith(("lr", "momentum")):
+            continue
+        is_count = named or (_is_count(start) and all(g.get(name) == value for g in groups))
+        if is_count and 1 <= float(value) != start:
             warnings.warn(
                 f"optimizer={type(optimizer).__name__} counts the steps of a group, "
                 f"{name}={float(value):g}, and not of each parameter: if it corrects a bias by "
@@ -161,6 +168,14 @@ def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> Non
                 "train with an optimizer that counts for each parameter.",
                 stacklevel=4,
             )
+
+
+def _is_count(value: object, *, named: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+        return False
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return False
+    return named or (not isinstance(value, float) and float(value).is_integer())
 
 
 def _neighbour(parameter: Tensor, order: Mapping[int, int], trained: Sequence[Tensor]) -> Tensor:

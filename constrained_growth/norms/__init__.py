@@ -28,6 +28,7 @@ from constrained_growth.norms.moments import (
     lipschitz,
     needs_moments,
 )
+from constrained_growth.norms.recommendation import recommended
 from constrained_growth.solution import Norm
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "lipschitz",
     "needs_moments",
     "norm_for",
+    "recommended",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from constrained_growth._arguments import function, instance
 from constrained_growth.errors import RuleError
-from constrained_growth.norms.matrices import Frobenius, as_matrix, singular_values
+from constrained_growth.norms.matrices import as_matrix
 from constrained_growth.solution import Norm
 
 if TYPE_CHECKING:
@@ -34,15 +34,27 @@ class SecondMoments:
         cotangents: G = E[ψ ψᵀ], shape (out, out), with ψ = ∂ℓ_n/∂(Wφ + b) of the loss ℓ_n of one
             sample, *not* divided by the number of samples.
         bias: Name of the pinned bias b, or None.
+        transposed: Whether the weight has the shape (in, out).
+        rows, columns: Which outputs and features G and A are of, where there are too many; None
+            for all.
+
+    An elementwise map γ ⊙ φ + b, as of a normalisation, is `out` maps of one number each: A has the
+    shape (out, 2, 2) or (out, 1, 1), and G (out, 1, 1). A pin in no affine map has the moments of
+    its gradients g, those of Shampoo: A = E[gᵀg] and G = E[g gᵀ]/tr A of a matrix, and E[g²] of
+    each entry of a vector.
 
     Source:
         Martens and Grosse, arXiv 1503.05671; with positions: Grosse and Martens, *A
-        Kronecker-factored approximate Fisher matrix for convolution layers*, 2016.
+        Kronecker-factored approximate Fisher matrix for convolution layers*, 2016; Gupta, Koren and
+        Singer, *Shampoo*, 2018.
     """
 
     features: Tensor
     cotangents: Tensor
     bias: str | None = None
+    transposed: bool = False
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
@@ -124,8 +136,8 @@ class KroneckerFisher:
     "fro" at most √r. Beware of few samples: for unrelated features and cotangents Σ ρ_i² is about
     (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always give N.
 
-    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G (K-FAC, section
-    6.3). Invariance under changes of scale and (without a bias) rotations remains.
+    With damping, A + d diag A and G + d diag G replace A and G, so that invariance under changes of
+    the unit of each feature and each output remains.
 
     Attributes:
         damping: d. 0.1 by default; from 0.03 to 0.3 it decides alike, within the noise
@@ -166,49 +178,82 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor:
         """The norm of the multiplier of one candidate, in float64."""
-        given = {*moments, *(m.bias for m in moments.values() if m.bias is not None)}
-        if given != set(multiplier):
+        biases = {m.bias for m in moments.values()}
+        if unknown := [name for name in multiplier if name not in biases | moments.keys()]:
             raise RuleError(
-                f"norm={self!r} needs the second moments of each pinned affine map; they are given "
-                f"for {sorted(given)}, but {sorted(multiplier)} are pinned. A block with "
-                "factors(x, delta) for all its pins has them; for others use another norm."
+                f"norm={self!r} needs the second moments of all pinned parameters; those of "
+                f"{unknown} are missing, and those of {sorted(moments)} are given."
             )
-        whitened = {name: self._whitened(multiplier, name, m) for name, m in moments.items()}
-        return Frobenius()(whitened) if self.ord == "fro" else singular_values(whitened).sum()
+        sizes = [self._singular_values(multiplier, name, m) for name, m in moments.items()]
+        values = torch.cat(sizes)
+        return values.sum() if self.ord == "nuc" else torch.linalg.vector_norm(values)
 
-    def _whitened(
+    def _singular_values(
         self, multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments
     ) -> Tensor:
-        """λ̃ of one affine map, in coordinates in which A and G are the identity."""
-        matrix = as_matrix(multiplier[name])
-        if moments.bias is not None:
-            matrix = torch.cat([matrix, as_matrix(multiplier[moments.bias])], dim=1)
-        rows, columns = matrix.shape
-        shapes = tuple(moments.cotangents.shape), tuple(moments.features.shape)
-        if shapes != ((rows, rows), (columns, columns)):
-            raise RuleError(
-                f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} '
-                f"(cotangents), and must be of shape {(columns, columns)} and {(rows, rows)}."
-            )
+        """Of λ̃ of one affine map, in coordinates in which A and G are the identity."""
+        matrix = augmented(multiplier, name, moments)
         given = (matrix, moments.features, moments.cotangents)
         if not all(tensor.isfinite().all() for tensor in given):
-            return matrix.new_full((1, 1), math.nan, dtype=torch.float64)
-        left = _whiten(matrix.double(), moments.cotangents, self.damping)
-        return _whiten(left.T, moments.features, self.damping)
+            return matrix.new_full((1,), math.nan, dtype=torch.float64)
+        left = whitened(matrix, moments.cotangents, self.damping)
+        both = whitened(left.mT, moments.features, self.damping).double()
+        if self.ord == "fro":
+            return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
+        if min(both.shape[-2:]) <= _SMALL:
+            return torch.linalg.svdvals(both).flatten()
+        # a third of the time, and exact to half of the digits
+        squares = torch.linalg.eigvalsh(
+            both.mT @ both if both.shape[-1] < both.shape[-2] else both @ both.mT
+        )
+        return squares.clamp(min=float(squares[-1].detach()) * 1e-15).sqrt()
 
 
-def _whiten(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
+_SMALL = 128
+
+
+def augmented(multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments) -> Tensor:
+    """λ̃ = [λ_W, λ_b] of one affine map: (out, in or in + 1), or (out, 1, 1 or 2) elementwise."""
+    if moments.features.dim() == 3:
+        weight = multiplier[name].reshape(-1, 1, 1)
+    else:
+        weight = as_matrix(multiplier[name])
+        weight = weight.mT if moments.transposed else weight
+    if moments.bias is not None:
+        bias = multiplier[moments.bias].reshape(*weight.shape[:-1], 1)
+        weight = torch.cat([weight, bias.to(weight)], dim=-1)
+    if moments.rows is not None:
+        weight = weight[moments.rows]
+    if moments.columns is not None:
+        weight = weight[:, moments.columns]
+    rows, columns = weight.shape[-2:]
+    shapes = tuple(moments.cotangents.shape[-2:]), tuple(moments.features.shape[-2:])
+    if shapes != ((rows, rows), (columns, columns)):
+        raise RuleError(
+            f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} (cotangents), '
+            f"and must be of shape {(columns, columns)} and {(rows, rows)}."
+        )
+    return weight
+
+
+def whitened(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
     """Rᵀ times the matrix, with R Rᵀ = M⁻¹, M the damped moment; undamped, its pseudo-inverse.
 
     The singular values of the result are the same for every such R.
     """
-    m, rounding = moment.double(), len(moment) * torch.finfo(moment.dtype).eps
-    shift = damping * m.diagonal().mean()
+    sizes = moment.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    units = torch.where(sizes > 0, sizes, 1.0)  # what is always zero stays so
+    moment = moment / (units[..., :, None] * units[..., None, :])
+    matrix = matrix.to(units) / units[..., :, None]
+    size = moment.shape[-1]
+    rounding = size * torch.finfo(moment.dtype).eps
     if damping > 10 * rounding:  # else rounding can make M indefinite
-        root, failed = torch.linalg.cholesky_ex(m + torch.diag(shift.expand(len(m))))
-        if not failed:  # 3 to 14 times faster than eigenvectors
+        one = torch.eye(size, dtype=moment.dtype, device=moment.device)
+        root, failed = torch.linalg.cholesky_ex(moment + damping * one)
+        if not failed.any():  # 3 to 14 times faster than eigenvectors
             return torch.linalg.solve_triangular(root, matrix, upper=False)
-    values, vectors = torch.linalg.eigh(m)
-    damped = values.clamp(min=0) + shift
-    kept = damped > (0.0 if damping else rounding * damped.max())
-    return (vectors[:, kept] / damped[kept].sqrt()).T @ matrix
+    values, vectors = torch.linalg.eigh(moment.double())
+    damped = values.clamp(min=0) + damping
+    kept = damped > (0.0 if damping else rounding) * damped.amax(-1, keepdim=True)
+    scale = torch.where(kept, damped, torch.inf).rsqrt()
+    return (vectors * scale[..., None, :]).mT @ matrix.double()

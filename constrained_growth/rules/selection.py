@@ -10,7 +10,8 @@ from numbers import Integral
 
 from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Decision, Sensitivity
+from constrained_growth.norms import Frobenius
+from constrained_growth.solution import Decision, Norm, Sensitivity
 from constrained_growth.statistics import MIN_CONFIDENCE, interval
 
 
@@ -91,6 +92,11 @@ class Threshold:
         number("relative", self.relative, RuleError, "[0, inf]", optional=True)
         number("confidence", self.confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)", optional=True)
         positive_int("max_insertions", self.max_insertions, RuleError, optional=True)
+
+    @property
+    def norm(self) -> Norm | None:
+        """That of gradients for a relative threshold, unless `solve` is given one."""
+        return None if self.relative is None else Frobenius()
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""

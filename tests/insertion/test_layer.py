@@ -387,6 +387,20 @@ def test_a_layer_gets_the_arguments_that_its_site_got(after: str, first: Any) ->
         torch.testing.assert_close(solution.multipliers[after][name], -grad)
 
 
+@pytest.mark.parametrize("again", ["stem", "stem.base", "stem.inserted"])
+def test_a_layer_gets_the_arguments_that_hooks_on_its_site_changed(again: str) -> None:
+    model, data = Shifting(), classified(12)
+    model.stem.register_forward_pre_hook(lambda _, args: (args[0], 3 * args[1]))
+    for number, after in enumerate(("stem", again)):
+        one = cg.Candidate(after, Shifted(4, torch.tanh), name=str(number))
+        solution = solved(model, data, one, rule=choose(one.name))
+        old = set(model.modules())
+        cg.insert(model, solution)
+        (new,) = (m for m in model.modules() if isinstance(m, Shifted) and m not in old)
+        for name, grad in pinned_gradients(model, data, new).items():
+            torch.testing.assert_close(solution.multipliers[one.name][name], -grad)
+
+
 def test_a_record_of_an_earlier_version_replays_as_it_was_made() -> None:
     """Second layers at one site stood around the wrapper then."""
     entry = """{"name": "a", "after": "0", "block": {"type": "ResidualLinear", "arguments":

@@ -485,6 +485,21 @@ def test_a_hand_written_candidate_is_refused_before_the_model_runs() -> None:
     assert not calls
 
 
+def test_any_block_that_goes_into_a_counted_list_is_refused_before_the_model_runs() -> None:
+    class Residual(cg.blocks.ResidualMLP):
+        def standalone(self) -> nn.Module:
+            return self
+
+    model = made("Llama", *GROWN["Llama"])
+    data, one = [(batch_for(model), None)], Residual(8, 4, torch.tanh)
+    handle = model.register_forward_pre_hook(lambda *_: 1 / 0)
+    with nothing_left_behind(model), refused(cg.CandidateError, "num_hidden_layers", "Residual"):
+        cg.GrowthProblem(model, own_loss, data, [cg.Candidate("model.layers.0", one)])
+    handle.remove()
+    around = cg.Candidate("model.layers.0", one, wrapped=True)
+    cg.insert(model, cg.solve(cg.GrowthProblem(model, own_loss, data, [around]), cg.TopK(1)))
+
+
 class Wrapped(nn.Module):
     """A user's model around a stock one, which keeps the config as well."""
 

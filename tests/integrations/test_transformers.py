@@ -230,13 +230,58 @@ def enable(on: bool, model: Any) -> None:
     getattr(model, f"{word}_checkpointing_{'enable' if on else 'disable'}")(*options)
 
 
-def test_hidden_states_that_the_loss_may_read_bring_a_warning() -> None:
-    model = made(*LLAMA)
-    inputs = {**text(), "output_hidden_states": True}
+PER_LAYER: dict[str, Any] = {
+    "mean of hidden states": lambda output: torch.stack(output.hidden_states).square().mean(),
+    "one behind": lambda output: output.hidden_states[3].square().mean(),
+    "attentions": lambda output: output.loss + torch.stack(output.attentions).square().mean(),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("loss", PER_LAYER)
+def test_a_loss_that_reads_the_entry_of_a_new_layer_is_refused(loss: str, train: bool) -> None:
+    options = {**GROUPED, "attention_dropout": 0.3}
+    model = made("Llama", options, "eager").train(train)
+    inputs = {**text(), "output_hidden_states": True, "output_attentions": True}
     candidates = cg.find_candidates(model, inputs)
-    problem = cg.GrowthProblem(model, loss_of, [(inputs, None)], candidates)
-    with pytest.warns(UserWarning, match="an entry for each layer, such as hidden_states"):
-        cg.insert(model, cg.solve(problem, cg.TopK(1)))
+    data = [(inputs, None)]
+    with nothing_left_behind(model), refused(cg.CandidateError, "model.layers.0", "each layer"):
+        cg.GrowthProblem(model, lambda output, _: PER_LAYER[loss](output), data, candidates)
+    wrapped = [replace(candidate, wrapped=True) for candidate in candidates]
+    cg.GrowthProblem(model, lambda output, _: PER_LAYER[loss](output), data, wrapped)
+
+
+def test_a_loss_of_routers_is_refused_before_the_pass() -> None:
+    experts = {"num_experts_per_tok": 2, "num_local_experts": 3, "output_router_logits": True}
+    model = made("Mixtral", {**GROUPED, **experts}).float()
+    inputs = text()
+    candidates = cg.find_candidates(model, inputs)
+    with nothing_left_behind(model), refused(cg.CandidateError, "routers", "wrapped=True"):
+        cg.GrowthProblem(model, loss_of, [(inputs, None)], candidates)
+    cg.GrowthProblem(model, lambda o, _: o.logits.square().mean(), [(inputs, None)], candidates)
+
+
+@pytest.mark.parametrize("entry", [-1, 1])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_hidden_states_that_stay_where_they_are_may_be_read(entry: int, dropout: float) -> None:
+    """Without a word, also where random numbers are drawn."""
+    model = made("Llama", {**GROUPED, "attention_dropout": dropout}).train(dropout > 0)
+    inputs = {**text(), "output_hidden_states": True}
+
+    def loss(output: Any, _: object) -> Tensor:
+        return output.loss + output.hidden_states[entry].square().mean()
+
+    problem = cg.GrowthProblem(model, loss, [(inputs, None)], cg.find_candidates(model, inputs))
+    solution = cg.solve(problem, choose("model.layers.1"))
+    old = set(model.parameters())
+    cg.insert(model, solution)
+    assert len(model(**inputs).hidden_states) == 5
+    if dropout == 0:
+        loss(model(**inputs), None).backward()
+        new = {name: p for name, p in model.named_parameters() if p not in old}
+        for name, value in solution.multipliers["model.layers.1"].items():
+            grad = new[name.replace("module", "model.layers.2")].grad
+            torch.testing.assert_close(value, -grad, rtol=0, atol=1e-9)  # type: ignore
 
 
 def test_hidden_states_and_checkpointing_follow() -> None:

@@ -23,6 +23,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import constrained_growth as cg
 from constrained_growth.training import NewLayers
 
+pytestmark = pytest.mark.filterwarnings("ignore:optimizer=Lion counts the steps of a group")
+
 # --- optimizers -------------------------------------------------------------------------------
 
 
@@ -381,8 +383,8 @@ class GroupAdam(Optimizer):
                 p.sub_(group["lr"] * m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
 
 
-@pytest.mark.parametrize("key", ["step", "k", "t", "num_steps"])
-@pytest.mark.parametrize("count", [0, torch.tensor(0)])
+@pytest.mark.parametrize("key", ["step", "k", "t", "num_steps", "seen_so_far"])
+@pytest.mark.parametrize("count", [0, torch.tensor(0), torch.tensor(0.0)])
 def test_count_of_a_group_is_said(key: str, count: Any) -> None:
     model, data = Stack(), classified(12)
     optimizer = GroupAdam(model.parameters(), key, count)
@@ -413,6 +415,7 @@ def test_no_word_where_nothing_is_counted_in_the_group() -> None:
     for make in (
         lambda p: GroupAdam(p),
         lambda p: torch.optim.Adam([{"params": list(p), "step": 7}]),
+        lambda p: torch.optim.SGD([{"params": [q], "layer": i} for i, q in enumerate(p)], lr=2),
         lambda p: torch.optim.ASGD(p),
     ):
         model, data = Stack(), classified(12)

@@ -1,0 +1,107 @@
+"""A number that is made of λ, and what it is on bootstrap samples.
+
+In a bootstrap sample each group of samples counts as often as it is drawn from all of them. The
+draws are the same for all candidates, so that replicates can be compared one by one. Source: Efron
+and Tibshirani, *An Introduction to the Bootstrap*, 1993, chapter 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from constrained_growth._multipliers.accumulator import Estimate, Parts
+from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
+from constrained_growth.solution import Norm
+
+_DRAWS = {2**12: 200, 2**62: 50}
+"""How many, for λ of up to so many entries: a standard error from 50 is itself known to 10 %."""
+
+_TOGETHER = 10
+"""Draws whose λ are made in one product."""
+
+
+def value_of(norm: Norm | MomentNorm, estimate: Estimate) -> float:
+    """The norm of λ."""
+    with torch.no_grad():
+        return float(_applied(norm, estimate.multiplier, estimate.moments))
+
+
+def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, ...]:
+    """The norm of λ on bootstrap samples; none from a single group.
+
+    Of several processes, each has its own groups: the deviations among its samples, scaled to
+    those among all.
+    """
+    here = estimate.weights > 0
+    weights = estimate.weights[here]
+    count, local = len(weights), float(weights.sum())
+    if count < 2:
+        return ()
+    size = sum(t.numel() for t in estimate.multiplier.values())
+    number = next(draws for most, draws in _DRAWS.items() if size <= most)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), number)
+    shares = torch.from_numpy(drawn).double()
+    shares = shares / (shares @ weights)[:, None] - 1 / local
+    # the variance among the groups themselves is too small by 1 − 1/G
+    shares *= math.sqrt(local * count / (count - 1))
+    found = []
+    with torch.no_grad():
+        for some in shares.split(_TOGETHER):
+            moved = {
+                key: t + _combined(some, estimate.sums[key], here) / estimate.weight
+                for key, t in estimate.multiplier.items()
+            }
+            moments = {
+                key: _moved(m, estimate.parts.get(key), some, here)
+                for key, m in estimate.moments.items()
+            }
+            for draw in range(len(some)):
+                multiplier = {key: t[draw] for key, t in moved.items()}
+                mine = {key: of_draws[draw] for key, of_draws in moments.items()}
+                found.append(float(_applied(norm, multiplier, mine)))
+    return tuple(found)
+
+
+def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:
+    """Σ_g share_g sum_g, for each draw."""
+    sums = sums[here.to(sums.device)]
+    return (shares.to(sums) @ sums.flatten(1)).view(-1, *sums.shape[1:])
+
+
+def _moved(
+    moments: SecondMoments, parts: Parts | None, shares: Tensor, here: Tensor
+) -> list[SecondMoments]:
+    """The second moments of each draw; only their sizes vary where no more is kept."""
+    if parts is None:
+        return [moments] * len(shares)
+    if parts.features is not None and parts.cotangents is not None:
+        features = moments.features + _combined(shares, parts.features, here)
+        cotangents = moments.cotangents + _combined(shares, parts.cotangents, here)
+    else:
+        traces = _combined(shares, parts.traces, here)
+        features, cotangents = (
+            whole * (1 + trace / _trace(whole)).clamp(min=0).view(-1, *[1] * whole.dim())
+            for whole, trace in zip(
+                (moments.features, moments.cotangents), traces.unbind(1), strict=True
+            )
+        )
+    pairs = zip(features, cotangents, strict=True)
+    return [replace(moments, features=a, cotangents=g) for a, g in pairs]
+
+
+def _trace(moment: Tensor) -> Tensor:
+    total = moment.diagonal(dim1=-2, dim2=-1).sum()
+    return torch.where(total > 0, total, 1.0)
+
+
+def _applied(
+    norm: Any, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
+) -> Tensor | float:
+    return norm(multiplier, moments) if needs_moments(norm) else norm(multiplier)
