@@ -58,6 +58,7 @@ class Adaptation:
     data: Callable[[int], tuple[Data, Data]]
     training: Training
     frozen: bool = True
+    asked: int = 2_000  # samples about which rules are asked, the first to be learnt
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,15 @@ def _of_network(
                 lambda: outcomes(task, moment, seed, plan.runs, bar.update),  # noqa: B023
             )
             candidates = [cg.Candidate(str(k), block) for k, block in enumerate(moment.blocks)]
-            x, y = moment.data
-            data = list(zip(x.split(256), y.split(256), strict=True))
+            x, y = (part[: task.asked].split(256) for part in moment.data)
+            data = list(zip(x, y, strict=True))
             problem = cg.GrowthProblem(moment.model, nn.CrossEntropyLoss(), data, candidates)
             optimizer = torch.optim.Adam(moment.model.parameters(), task.training.lr)
-            names = tuple(c.name for c in candidates)
-            asked = Asked(seed, names, optimizer, task.training.batch, len(x))
-            found.append((became, {arm.name: decide(arm, asked, problem)[0] for arm in arms}))
+            names = tuple(candidate.name for candidate in candidates)
+            asked = Asked(seed, names, optimizer, task.training.batch, len(moment.data[1]))
+            solved = dict[str, cg.Solution]()
+            chosen = {arm.name: decide(arm, asked, problem, solved)[0] for arm in arms}
+            found.append((became, chosen))
     return found
 
 

@@ -21,7 +21,7 @@ from constrained_growth.experiments.ensembles.networks import sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
 from constrained_growth.norms import Entrywise1, Frobenius, KroneckerFisher, Nuclear
-from constrained_growth.rules import Rule, rule_for
+from constrained_growth.rules import Rule, needs_model, rule_for
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,10 @@ def choices(
             in_batches: cg.GrowthProblem(model, moment.task.loss_fn, data, candidates)
             for in_batches, data in ((False, [(x, y)]), (True, _loader(x, y, moment.task.batch)))
         }
+        solved: dict[bool, dict[str, cg.Solution]] = {False: {}, True: {}}
         for arm in arms:
-            site, decision = decide(arm, asked, problems[arm.in_batches])
+            in_batches = arm.in_batches
+            site, decision = decide(arm, asked, problems[in_batches], solved[in_batches])
             mine = decided[arm.name]
             mine.sites.append(site)
             mine.passes.append(arm.passes + float(decision.evidence.get("passes", 0.0)))
@@ -94,11 +96,22 @@ def choices(
     return decided
 
 
-def decide(arm: Arm, asked: Asked, problem: cg.GrowthProblem) -> tuple[int, cg.Decision]:
-    """Ask the library for a decision; its site, −1 for nothing."""
+def decide(
+    arm: Arm, asked: Asked, problem: cg.GrowthProblem, solved: dict[str, cg.Solution]
+) -> tuple[int, cg.Decision]:
+    """Ask the library for a decision; its site, −1 for nothing.
+
+    What the norms of this problem gave is kept in `solved`, for other rules of sensitivities alone.
+    """
+    rule, name = arm.rule(asked), repr(arm.norm)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(asked.seed)
-        decision = cg.solve(problem, arm.rule(asked), norm=arm.norm).decision
+        if needs_model(rule):
+            decision = cg.solve(problem, rule, norm=arm.norm).decision
+        else:
+            if name not in solved:
+                solved[name] = cg.solve(problem, cg.Fixed(), norm=arm.norm, stationarity=False)
+            decision = rule(solved[name].sensitivities)
     if len(decision.chosen) > 1:
         raise cg.RuleError(
             f'arm "{arm.name}" chose {decision.chosen}; the outcome of inserting several layers '

@@ -60,13 +60,8 @@ def _pieces(text: Tensor, seed: int, learnt: int) -> tuple[Data, Data]:
 def _adapted(name: str, seed: int) -> tuple[Data, Data]:
     if name != "alphabet":
         return _pieces(_text(name), seed, _LEARNT)
-    generator = torch.Generator().manual_seed(seed)
-    letters = 1 + torch.randperm(_CHARACTERS - 2, generator=generator)
-    return _pieces(
-        torch.cat([torch.tensor([0]), letters, torch.tensor([95])])[_text("english")],
-        seed,
-        _LEARNT,
-    )
+    order = torch.randperm(_CHARACTERS, generator=torch.Generator().manual_seed(seed))
+    return _pieces(order[_text("english")], seed, _LEARNT)
 
 
 def _begin(blocks: int, seed: int) -> tuple[nn.Sequential, Data, Data]:
@@ -114,6 +109,7 @@ TASKS = [
         partial(_adapted, name),
         Training(steps=150, batch=12, lr=0.001),
         frozen,
+        asked=256,
     )
     for origin in ORIGINS
     for frozen in (True, False)

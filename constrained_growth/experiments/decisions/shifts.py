@@ -1,4 +1,4 @@
-"""`bench decisions --family shifts`: image classifiers, frozen, whose input or labels change."""
+"""`bench decisions --family shifts`: image classifiers, frozen, whose images or labels change."""
 
 from __future__ import annotations
 
@@ -7,105 +7,67 @@ from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
 
 from constrained_growth.blocks import ResidualConv2d, ResidualMLP
-from constrained_growth.experiments.data import Split, images
+from constrained_growth.experiments.data import images
 from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
 from constrained_growth.experiments.decisions.adaptation_study import Plan, run, tables
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
 
-Shift = Callable[[Data, torch.Generator], Data]
-"""Images (samples, 1, height, width) and labels to other images or labels; the same generator
-state twice gives the same shift."""
-
 _WIDTH, _CHANNELS, _LEARNT = 24, 8, 2_000
-"""Of the residual networks; and samples of the shifted task, as many held out."""
+"""Of the networks; images of the shifted task, as many held out."""
+
+Shift = Callable[[Tensor, Tensor, Generator], Data]
+"""Images (samples, 1, height, width) and labels to others; one generator state, one shift."""
 
 
-def _images(data: Data, change: Callable[[Tensor], Tensor]) -> Data:
-    return change(data[0]), data[1]
+def _occluded(x: Tensor, y: Tensor, generator: Generator) -> Data:
+    half = x.shape[2] // 2
+    return F.pad(x[:, :, half:], (0, 0, half, 0), value=float(x.min())), y
 
 
-def _labels(data: Data, change: Callable[[Tensor], Tensor]) -> Data:
-    return data[0], change(data[1])
-
-
-def _noisy(data: Data, generator: torch.Generator) -> Data:
-    return _images(data, lambda x: x + torch.randn(x.shape, generator=generator))
-
-
-def _occluded(data: Data, generator: torch.Generator) -> Data:
-    half = torch.arange(data[0].shape[2]).unsqueeze(1) < data[0].shape[2] // 2
-    return _images(data, lambda x: x.masked_fill(half, float(x.min())))
-
-
-def _permuted(data: Data, generator: torch.Generator) -> Data:
-    order = torch.randperm(10, generator=generator)
-    return _labels(data, lambda y: order[y])
-
-
-def _merged(data: Data, generator: torch.Generator) -> Data:
-    order = torch.randperm(10, generator=generator)
-    return _labels(data, lambda y: order[y] // 2)
+def _relabelled(classes: int, x: Tensor, y: Tensor, generator: Generator) -> Data:
+    return x, torch.randperm(10, generator=generator)[y] % classes
 
 
 SHIFTS: dict[str, tuple[str, Shift]] = {
-    "rotated": ("by 90 degrees", lambda d, g: _images(d, lambda x: torch.rot90(x, 1, (2, 3)))),
-    "inverted": ("black for white", lambda d, g: _images(d, torch.neg)),
-    "faded": ("a quarter of the contrast", lambda d, g: _images(d, lambda x: x / 4)),
-    "noisy": ("noise as large as the image", _noisy),
+    "rotated": ("images rotated by 90 degrees", lambda x, y, _: (torch.rot90(x, 1, (2, 3)), y)),
+    "inverted": ("black for white", lambda x, y, _: (-x, y)),
+    "faded": ("a quarter of the contrast", lambda x, y, _: (x / 4, y)),
+    "noisy": ("noise of the size of the image", lambda x, y, g: (x + _noise(x, g), y)),
     "occluded": ("the upper half black", _occluded),
-    "permuted": ("labels in another order", _permuted),
-    "merged": ("labels merged in pairs", _merged),
+    "permuted": ("labels in another order", partial(_relabelled, 10)),
+    "merged": ("labels merged in pairs", partial(_relabelled, 5)),
 }
-"""What they are, and the shifts."""
+"""What changes."""
+
+
+def _noise(x: Tensor, generator: Generator) -> Tensor:
+    return torch.randn(x.shape, generator=generator)
 
 
 @lru_cache(maxsize=1)  # all tasks of a seed run one after the other
-def _split(seed: int) -> Split:
-    return images(seed)
+def _parts(seed: int) -> list[Data]:
+    """Images of the first task, of the next one, and held-out ones; none is in two of them."""
+    split = images(seed)
+    rest = min(_LEARNT, len(split.y_test) // 2)
+    x, y = torch.cat([split.x_train, split.x_test]), torch.cat([split.y_train, split.y_test])
+    sizes = [len(split.y_train), rest, rest, len(y) - len(split.y_train) - 2 * rest]
+    squares = x.unflatten(1, (1, round(x.shape[1] ** 0.5), -1))
+    return list(zip(squares.split(sizes), y.split(sizes), strict=True))[:3]
 
 
-def _shaped(x: Tensor, y: Tensor) -> Data:
-    side = round(x.shape[1] ** 0.5)
-    return x.unflatten(1, (1, side, side)), y
-
-
-def _learnt(split: Split) -> tuple[Data, Data]:
-    """What is learnt after the shift, and as much that is held out; none of it was seen before."""
-    cut = min(_LEARNT, len(split.y_test) // 2)
-    parts = (slice(cut), slice(cut, 2 * cut))
-    learnt, held_out = (_shaped(split.x_test[part], split.y_test[part]) for part in parts)
-    return learnt, held_out
-
-
-def _begin(
-    network: Callable[[Tensor], nn.Sequential], seed: int
-) -> tuple[nn.Sequential, Data, Data]:
-    split = _split(seed)
-    x, y = _shaped(split.x_train, split.y_train)
-    return network(x), (x, y), _learnt(split)[1]
+def _begin(network: Callable[[int], nn.Sequential], seed: int) -> tuple[nn.Sequential, Data, Data]:
+    first, _, held_out = _parts(seed)
+    return network(first[0][0].numel()), first, held_out
 
 
 def _shifted(shift: Shift, seed: int) -> tuple[Data, Data]:
-    learnt, held_out = (
-        shift(data, torch.Generator().manual_seed(seed)) for data in _learnt(_split(seed))
-    )
+    learnt, held_out = (shift(*part, Generator().manual_seed(seed)) for part in _parts(seed)[1:])
     return learnt, held_out
-
-
-class _Pool(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-
-def _trained_block(block: nn.Module, weight: str) -> nn.Module:
-    """Off its pins, so that a network of such blocks learns as usual."""
-    with torch.no_grad():
-        nn.init.kaiming_uniform_(block.get_parameter(weight), a=5**0.5)
-    return block
 
 
 def _mlp_block() -> nn.Module:
@@ -116,53 +78,55 @@ def _conv_block(channels: int) -> nn.Module:
     return ResidualConv2d(channels, nn.ReLU, norm_layer=None)
 
 
-def _mlp(x: Tensor) -> nn.Sequential:
-    stem = nn.Sequential(nn.Flatten(), nn.Linear(x[0].numel(), _WIDTH), nn.ReLU())
-    body = [_trained_block(_mlp_block(), "outer.weight") for _ in range(4)]
+def _off_pins(block: nn.Module, weight: str) -> nn.Module:
+    """As PyTorch would start it."""
+    nn.init.kaiming_uniform_(block.get_parameter(weight), a=5**0.5)
+    return block
+
+
+def _mlp(pixels: int) -> nn.Sequential:
+    stem = nn.Sequential(nn.Flatten(), nn.Linear(pixels, _WIDTH), nn.ReLU())
+    body = [_off_pins(_mlp_block(), "outer.weight") for _ in range(4)]
     return nn.Sequential(stem, *body, nn.Linear(_WIDTH, 10))
 
 
-def _conv(x: Tensor) -> nn.Sequential:
-    def down(before: int, channels: int) -> list[nn.Module]:
+def _conv(_: int) -> nn.Sequential:
+    def stage(before: int, channels: int) -> list[nn.Module]:
         conv = nn.Conv2d(before, channels, 3, stride=2, padding=1)
-        body = [_trained_block(_conv_block(channels), "convs.1.weight") for _ in range(2)]
+        body = [_off_pins(_conv_block(channels), "convs.1.weight") for _ in range(2)]
         return [nn.Sequential(conv, nn.ReLU()), *body]
 
-    head = nn.Sequential(_Pool(), nn.Linear(2 * _CHANNELS, 10))
-    return nn.Sequential(*down(1, _CHANNELS), *down(_CHANNELS, 2 * _CHANNELS), head)
+    ends = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * _CHANNELS, 10)
+    body = *stage(1, _CHANNELS), *stage(_CHANNELS, 2 * _CHANNELS)
+    return nn.Sequential(*body, nn.Sequential(*ends))
 
 
 def _conv_blocks(model: nn.Sequential) -> list[nn.Module]:
     return [_conv_block(channels) for channels in (_CHANNELS,) * 3 + (2 * _CHANNELS,) * 3]
 
 
-ORIGINS = {
-    "mlp": (
-        Origin(
-            "mlp",
-            f"residual ReLU network, width {_WIDTH}, 4 blocks",
-            partial(_begin, _mlp),
-            lambda model: [_mlp_block() for _ in range(5)],
-            Training(steps=1_500, batch=64, lr=0.003),
-        ),
-        Training(steps=300, batch=64, lr=0.003),
+ORIGINS = (
+    Origin(
+        "mlp",
+        f"residual ReLU networks of width {_WIDTH}, 4 blocks",
+        partial(_begin, _mlp),
+        lambda model: [_mlp_block() for _ in range(5)],
+        Training(steps=1_500, batch=64, lr=0.003),
     ),
-    "conv": (
-        Origin(
-            "conv",
-            f"residual convolutions, {_CHANNELS} and {2 * _CHANNELS} channels, 2 blocks each",
-            partial(_begin, _conv),
-            _conv_blocks,
-            Training(steps=1_500, batch=64, lr=0.003),
-        ),
-        Training(steps=150, batch=32, lr=0.003),
+    Origin(
+        "conv",
+        f"residual convolutions, 2 blocks of {_CHANNELS} channels, 2 of {2 * _CHANNELS}",
+        partial(_begin, _conv),
+        _conv_blocks,
+        Training(steps=1_500, batch=64, lr=0.003),
     ),
-}
-"""Networks, and how their new layers are trained."""
+)
+
+_NEXT = {"mlp": Training(300, batch=64, lr=0.003), "conv": Training(150, batch=32, lr=0.003)}
 
 TASKS = [
-    Adaptation(f"{kind}-{name}", about, origin, partial(_shifted, shift), training)
-    for kind, (origin, training) in ORIGINS.items()
+    Adaptation(f"{origin.name}-{name}", about, origin, partial(_shifted, shift), _NEXT[origin.name])
+    for origin in ORIGINS
     for name, (about, shift) in SHIFTS.items()
 ]
 
