@@ -50,10 +50,12 @@ NOTHING_MORE = Wanted()
 
 @dataclass(frozen=True)
 class Parts:
-    """What each group adds to A and G of an affine map, or only to their traces, (groups, 2)."""
+    """What each group adds to the moments of an affine map; of A and G perhaps only the traces."""
 
     features: Tensor | None
     cotangents: Tensor | None
+    mean: Tensor
+    shift: Tensor
     traces: Tensor
 
 
@@ -120,6 +122,8 @@ class Accumulator:
         self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
+        self._shifts: dict[str, Tensor] = {}
         self._traces: dict[str, Tensor] = {}
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
         self._joined_moments: list[dict[str, Tensor]] | None = None
@@ -199,7 +203,7 @@ class Accumulator:
         each = size if whole else max(span.each, math.ceil(size / _MOST_PARTS))
         span = Span(span.first, each)
         cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
-        total: list[dict[str, Tensor]] = []
+        every: list[list[dict[str, Tensor]]] = []
         for use in cast:
             deltas = [use.delta]
             if not whole:
@@ -209,10 +213,11 @@ class Accumulator:
             y, parts = differentiated(self._block, use, deltas)
             if self._conditional:
                 self._note_moved([use], [y])
-            total = [
-                {name: t[name] + p for name, p in part.items()}
-                for t, part in zip(total, parts, strict=True)
-            ] or parts
+            every.append(parts)
+        total = [
+            {name: sum((one[name] for one in some[1:]), some[0][name]) for name in self._sums}
+            for some in zip(*every, strict=True)
+        ]
         square = torch.zeros_like(self._squares)
         for (group, _), part in zip(span.shares(size), total, strict=True):
             for name, value in part.items():
@@ -293,8 +298,13 @@ class Accumulator:
         counts, name = self.counts, factor.weight
         kind = MapKind(factor.bias, factor.elementwise, factor.transposed)
         self._make_moments(name, counts.maps.setdefault(name, kind))
-        features, cotangents = self._features[name], self._cotangents[name]
+        features, cotangents, means = (
+            t[name] for t in (self._features, self._cotangents, self._means)
+        )
         counts.rows[name] = counts.rows.get(name, 0) + math.prod(factor.features.shape[:2])
+        shifts = factor.cotangent.to(features.dtype).sum(1)
+        shifts = shifts if factor.elementwise else _some(shifts, 1)
+        add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
         most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
         stride = size * factor.features.shape[1] * self._wanted.batches / most
@@ -309,19 +319,14 @@ class Accumulator:
             span, offset = Span(span.first, math.ceil(each / step)), offset // step
         phi, psi = phi.to(features.dtype), psi.to(features.dtype)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
-        if factor.bias is not None and not factor.elementwise:
-            phi = torch.cat([phi, torch.ones_like(phi[..., :1])], -1)
         if factor.elementwise:
-            phi = phi.unsqueeze(-1)
-            if factor.bias is not None:
-                phi = torch.cat([phi, torch.ones_like(phi)], -1)
-            add_sums(features, torch.einsum("nrci,nrcj->ncij", phi, phi), 1.0, span, offset)
-            squares = psi.square().sum(1)[..., None, None]
-            add_sums(cotangents, squares, weight**2, span, offset)
+            add_sums(features, phi.square().sum(1)[..., None, None], 1.0, span, offset)
+            add_sums(cotangents, psi.square().sum(1)[..., None, None], weight**2, span, offset)
         else:
             phi, psi = _some(phi, 2), _some(psi, 2)
             add_products(features, phi, phi, 1.0, span, offset)
             add_products(cotangents, psi, psi, weight**2, span, offset)
+        add_sums(means, phi.sum(1), 1.0, span, offset)
         if len(features) == 1:
             sizes = [t.reshape(len(t), -1).square().sum(1) for t in (phi, psi * weight)]
             add_sums(self._traces[name], torch.stack(sizes, 1), 1.0, span, offset)
@@ -329,20 +334,21 @@ class Accumulator:
     def _make_moments(self, name: str, kind: MapKind) -> None:
         if name in self._features:
             return
-        shape = self._sums[name].shape[1:]
+        out, inner = _sizes(self._sums[name][0], kind)
+        lead = (out,) if kind.elementwise else ()
+        zero, groups = self._sums[name].new_zeros(()), self._wanted.groups
         if kind.elementwise:
-            out, inner, lead = 1, 1 + (kind.bias is not None), (math.prod(shape),)
+            shapes = (1, 1), (1, 1)
         else:
-            out, inner, lead = shape[0], math.prod(shape[1:]), ()
-            out, inner = (inner, out) if kind.transposed else (out, inner)
-            out, inner = (min(_MOST, s) for s in (out, inner + (kind.bias is not None)))
-        zero = self._sums[name].new_zeros(())
-        groups = self._wanted.groups
-        if groups * math.prod(lead) * (out**2 + inner**2) * zero.itemsize > _ROOM:
-            groups = 1
-        self._features[name] = zero.expand(groups, *lead, inner, inner).clone()
-        self._cotangents[name] = zero.expand(groups, *lead, out, out).clone()
-        self._traces[name] = zero.expand(self._wanted.groups, 2).clone()
+            out, inner = min(out, _MOST), min(inner, _MOST)
+            shapes = (inner, inner), (out, out)
+        most = sum(math.prod((*lead, *shape)) for shape in shapes)
+        kept = groups if groups * most * zero.itemsize <= _ROOM else 1
+        self._features[name] = zero.expand(kept, *lead, *shapes[0]).clone()
+        self._cotangents[name] = zero.expand(kept, *lead, *shapes[1]).clone()
+        self._means[name] = zero.expand(groups, inner).clone()
+        self._shifts[name] = zero.expand(groups, out).clone()
+        self._traces[name] = zero.expand(groups, 2).clone()
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -372,10 +378,13 @@ class Accumulator:
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
         self._joined_moments = [
-            {name: t[name].sum(0) for name in sorted(t)} for t in (self._features, self._cotangents)
+            {name: t[name].sum(0) for name in sorted(t)} for t in self._kept_moments()
         ]
         moments = [t for some in self._joined_moments for t in some.values()]
         return [*self._joined.values(), *moments, self._squares]
+
+    def _kept_moments(self) -> list[dict[str, Tensor]]:
+        return [self._features, self._cotangents, self._means, self._shifts]
 
     def estimate(self) -> Estimate:
         """What is known so far."""
@@ -406,35 +415,42 @@ class Accumulator:
     def _moments(self) -> tuple[dict[str, SecondMoments], dict[str, Parts]]:
         counts = self.counts
         moments, parts = {}, {}
-        features, cotangents = self._joined_moments or (
-            {name: t.sum(0) for name, t in some.items()}
-            for some in (self._features, self._cotangents)
-        )
+        features, cotangents, means, shifts = self._joined_moments or [
+            {name: t.sum(0) for name, t in some.items()} for some in self._kept_moments()
+        ]
         for name, kind in counts.maps.items():
-            read = counts.read[name]
+            read, weight = counts.read[name], counts.weight
             # what was not read counts as much as what was
-            scale = counts.samples / counts.weight**2 * counts.rows[name] / read
-            device, shape = features[name].device, self._sums[name].shape[1:]
-            out, inner = shape[0], math.prod(shape[1:])
-            out, inner = (inner, out) if kind.transposed else (out, inner)
+            scale = counts.samples / weight**2 * counts.rows[name] / read
+            out, inner = _sizes(self._sums[name][0], kind)
             moments[name] = SecondMoments(
                 features[name] / read,
                 cotangents[name] * scale,
                 kind.bias,
                 kind.transposed,
-                rows=None if kind.elementwise else _chosen(out, device),
-                columns=None
-                if kind.elementwise
-                else _chosen(inner + (kind.bias is not None), device),
+                means[name] / read,
+                shifts[name] / weight,
+                counts.rows[name] / counts.samples,
+                rows=None if kind.elementwise else _chosen(out, means[name].device),
+                columns=None if kind.elementwise else _chosen(inner, means[name].device),
             )
-            scales = self._traces[name].new_tensor([1 / read, scale])
             grouped = len(self._features[name]) > 1
             parts[name] = Parts(
                 self._features[name] / read if grouped else None,
                 self._cotangents[name] * scale if grouped else None,
-                self._traces[name] * scales,
+                self._means[name] / read,
+                self._shifts[name] / weight,
+                self._traces[name] * self._traces[name].new_tensor([1 / read, scale]),
             )
         return moments, parts
+
+
+def _sizes(pin: Tensor, kind: MapKind) -> tuple[int, int]:
+    """Outputs and features of the affine map of a pinned weight."""
+    if kind.elementwise:
+        return pin.numel(), pin.numel()
+    out, inner = pin.shape[0], math.prod(pin.shape[1:])
+    return (inner, out) if kind.transposed else (out, inner)
 
 
 _MOST_PARTS = 8

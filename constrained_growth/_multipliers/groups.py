@@ -70,6 +70,7 @@ def add_products(
     `total` has the shape (groups, out, in), the others (samples, positions, out or in); before
     them came `offset` samples.
     """
+    span = span if len(total) > 1 else ALL
     for group, start, stop, many in _runs(len(left), span, offset):
         a, b = left[start:stop], right[start:stop]
         if many > 1:
@@ -81,6 +82,7 @@ def add_products(
 
 def add_sums(total: Tensor, values: Tensor, factor: float, span: Span, offset: int = 0) -> None:
     """total[g] += factor Σ_n values_n; `total` of shape (groups, ...), values (samples, ...)."""
+    span = span if len(total) > 1 else ALL
     for group, start, stop, many in _runs(len(values), span, offset):
         some = values[start:stop].reshape(many, -1, *values.shape[1:]).sum(1)
         total[group : group + many].add_(some, alpha=factor)

@@ -81,6 +81,10 @@ def _moved(
     """The second moments of each draw; only their sizes vary where no more is kept."""
     if parts is None:
         return [moments] * len(shares)
+    mean, shift = (
+        whole + _combined(shares, part, here)
+        for whole, part in ((moments.mean, parts.mean), (moments.shift, parts.shift))
+    )
     if parts.features is not None and parts.cotangents is not None:
         features = moments.features + _combined(shares, parts.features, here)
         cotangents = moments.cotangents + _combined(shares, parts.cotangents, here)
@@ -92,8 +96,10 @@ def _moved(
                 (moments.features, moments.cotangents), traces.unbind(1), strict=True
             )
         )
-    pairs = zip(features, cotangents, strict=True)
-    return [replace(moments, features=a, cotangents=g) for a, g in pairs]
+    return [
+        replace(moments, features=a, cotangents=g, mean=m, shift=s)
+        for a, g, m, s in zip(features, cotangents, mean, shift, strict=True)
+    ]
 
 
 def _trace(moment: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ is a matrix with one column, a tensor of more dimensions (the kernel of a convol
 to (out, everything else), and several tensors are the blocks of one block-diagonal matrix.
 """
 
+from constrained_growth.norms.correlations import CanonicalCorrelations, recommended
 from constrained_growth.norms.matrices import (
     Entrywise1,
     Frobenius,
@@ -28,10 +29,10 @@ from constrained_growth.norms.moments import (
     lipschitz,
     needs_moments,
 )
-from constrained_growth.norms.recommendation import recommended
 from constrained_growth.solution import Norm
 
 __all__ = [
+    "CanonicalCorrelations",
     "Entrywise1",
     "Frobenius",
     "KroneckerFisher",

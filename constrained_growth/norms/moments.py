@@ -29,19 +29,20 @@ class SecondMoments:
     mean over them and G the sum, as if the positions were independent.
 
     Attributes:
-        features: A = E[φ̃ φ̃ᵀ], with φ̃ = (φ, 1) if there is a bias and φ̃ = φ if not; shape
-            (in + 1, in + 1) or (in, in).
+        features: A = E[φ φᵀ], shape (in, in).
         cotangents: G = E[ψ ψᵀ], shape (out, out), with ψ = ∂ℓ_n/∂(Wφ + b) of the loss ℓ_n of one
             sample, *not* divided by the number of samples.
         bias: Name of the pinned bias b, or None.
         transposed: Whether the weight has the shape (in, out).
-        rows, columns: Which outputs and features G and A are of, where there are too many; None
-            for all.
+        mean: E[φ], shape (in,); None where it is not known.
+        shift: λ_b = −E[ψ], shape (out,), be b pinned or not; None where it is not known.
+        positions: How many positions a sample has.
+        rows, columns: Which outputs and features these are of, where there are too many; None for
+            all.
 
-    An elementwise map γ ⊙ φ + b, as of a normalisation, is `out` maps of one number each: A has the
-    shape (out, 2, 2) or (out, 1, 1), and G (out, 1, 1). A pin in no affine map has the moments of
-    its gradients g, those of Shampoo: A = E[gᵀg] and G = E[g gᵀ]/tr A of a matrix, and E[g²] of
-    each entry of a vector.
+    An elementwise map γ ⊙ φ + b, as of a normalisation, is `out` maps of one number each: A and G
+    have the shape (out, 1, 1). A pin in no affine map has the moments of its gradients g, those of
+    Shampoo: A = E[gᵀg] and G = E[g gᵀ]/tr A of a matrix, and G = E[g²] of each entry of a vector.
 
     Source:
         Martens and Grosse, arXiv 1503.05671; with positions: Grosse and Martens, *A
@@ -53,16 +54,24 @@ class SecondMoments:
     cotangents: Tensor
     bias: str | None = None
     transposed: bool = False
+    mean: Tensor | None = None
+    shift: Tensor | None = None
+    positions: float = 1.0
     rows: Tensor | None = None
     columns: Tensor | None = None
 
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
-        """The second moments of given φ (without the 1) and ψ, of shape (samples, ..., width)."""
+        """The moments of given φ and ψ, of shape (samples, ..., width)."""
         phi, psi = features.flatten(0, -2), cotangents.flatten(0, -2)
-        if bias is not None:
-            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=1)
-        return cls(phi.T @ phi / len(phi), psi.T @ psi / len(cotangents), bias)
+        return cls(
+            phi.T @ phi / len(phi),
+            psi.T @ psi / len(cotangents),
+            bias,
+            mean=phi.mean(0),
+            shift=-psi.sum(0) / len(cotangents),
+            positions=len(phi) / len(features),
+        )
 
 
 class MomentNorm(Protocol):
@@ -136,8 +145,8 @@ class KroneckerFisher:
     "fro" at most √r. Beware of few samples: for unrelated features and cotangents Σ ρ_i² is about
     (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always give N.
 
-    With damping, A + d diag A and G + d diag G replace A and G, so that invariance under changes of
-    the unit of each feature and each output remains.
+    With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G (K-FAC, section
+    6.3). Invariance under changes of scale and (without a bias) rotations remains.
 
     Attributes:
         damping: d. 0.1 by default; from 0.03 to 0.3 it decides alike, within the noise
@@ -178,62 +187,84 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
     ) -> Tensor:
         """The norm of the multiplier of one candidate, in float64."""
-        biases = {m.bias for m in moments.values()}
-        if unknown := [name for name in multiplier if name not in biases | moments.keys()]:
-            raise RuleError(
-                f"norm={self!r} needs the second moments of all pinned parameters; those of "
-                f"{unknown} are missing, and those of {sorted(moments)} are given."
-            )
-        sizes = [self._singular_values(multiplier, name, m) for name, m in moments.items()]
-        values = torch.cat(sizes)
+        check_moments(self, multiplier, moments)
+        found = [self._singular_values(multiplier, name, m) for name, m in moments.items()]
+        values = torch.cat(found)
         return values.sum() if self.ord == "nuc" else torch.linalg.vector_norm(values)
 
     def _singular_values(
         self, multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments
     ) -> Tensor:
         """Of λ̃ of one affine map, in coordinates in which A and G are the identity."""
-        matrix = augmented(multiplier, name, moments)
-        given = (matrix, moments.features, moments.cotangents)
-        if not all(tensor.isfinite().all() for tensor in given):
+        matrix, features = chosen_of(multiplier[name], name, moments), moments.features
+        if moments.bias is not None:
+            if moments.mean is None:
+                raise RuleError(f'moments["{name}"].mean is needed, as there is a pinned bias.')
+            bias = multiplier[moments.bias].reshape(-1)
+            bias = bias if moments.rows is None else bias[moments.rows]
+            matrix = torch.cat([matrix, bias.to(matrix).view(*matrix.shape[:-1], 1)], -1)
+            mean = moments.mean.view(*features.shape[:-1], 1)
+            one = torch.ones_like(mean[..., :1, :])
+            features = torch.cat(
+                [torch.cat([features, mean], -1), torch.cat([mean.mT, one], -1)], -2
+            )
+        if not are_finite(matrix, features, moments.cotangents):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
         left = whitened(matrix, moments.cotangents, self.damping)
-        both = whitened(left.mT, moments.features, self.damping).double()
+        both = whitened(left.mT, features, self.damping).double()
         if self.ord == "fro":
             return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
-        if min(both.shape[-2:]) <= _SMALL:
-            return torch.linalg.svdvals(both).flatten()
-        # a third of the time, and exact to half of the digits
-        squares = torch.linalg.eigvalsh(
-            both.mT @ both if both.shape[-1] < both.shape[-2] else both @ both.mT
+        return singular_values_of(both)
+
+
+def check_moments(
+    norm: object, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
+) -> None:
+    """Raise a RuleError unless there are moments for all pins."""
+    biases = {m.bias for m in moments.values()}
+    if unknown := [name for name in multiplier if name not in biases | moments.keys()]:
+        raise RuleError(
+            f"norm={norm!r} needs the second moments of all pinned parameters; those of {unknown} "
+            f"are missing, and those of {sorted(moments)} are given."
         )
-        return squares.clamp(min=float(squares[-1].detach()) * 1e-15).sqrt()
 
 
-_SMALL = 128
+def are_finite(*tensors: Tensor) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def augmented(multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments) -> Tensor:
-    """λ̃ = [λ_W, λ_b] of one affine map: (out, in or in + 1), or (out, 1, 1 or 2) elementwise."""
+def chosen_of(weight: Tensor, name: str, moments: SecondMoments) -> Tensor:
+    """λ_W as a matrix (out, in), or (out, 1, 1) elementwise; those of which there are moments."""
     if moments.features.dim() == 3:
-        weight = multiplier[name].reshape(-1, 1, 1)
+        matrix = weight.reshape(-1, 1, 1)
     else:
-        weight = as_matrix(multiplier[name])
-        weight = weight.mT if moments.transposed else weight
-    if moments.bias is not None:
-        bias = multiplier[moments.bias].reshape(*weight.shape[:-1], 1)
-        weight = torch.cat([weight, bias.to(weight)], dim=-1)
+        matrix = as_matrix(weight)
+        matrix = matrix.mT if moments.transposed else matrix
     if moments.rows is not None:
-        weight = weight[moments.rows]
+        matrix = matrix[moments.rows]
     if moments.columns is not None:
-        weight = weight[:, moments.columns]
-    rows, columns = weight.shape[-2:]
+        matrix = matrix[:, moments.columns]
+    rows, columns = matrix.shape[-2:]
     shapes = tuple(moments.cotangents.shape[-2:]), tuple(moments.features.shape[-2:])
     if shapes != ((rows, rows), (columns, columns)):
         raise RuleError(
             f'moments["{name}"] are of shape {shapes[1]} (features) and {shapes[0]} (cotangents), '
             f"and must be of shape {(columns, columns)} and {(rows, rows)}."
         )
-    return weight
+    return matrix
+
+
+_SMALL = 128
+
+
+def singular_values_of(matrices: Tensor) -> Tensor:
+    """The singular values of matrices, in one row."""
+    if min(matrices.shape[-2:]) <= _SMALL:
+        return torch.linalg.svdvals(matrices).flatten()
+    # in a third of the time, to half of the digits
+    flat = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    return torch.linalg.eigvalsh(flat @ flat.mT).clamp(min=0).sqrt()
 
 
 def whitened(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
@@ -241,19 +272,17 @@ def whitened(matrix: Tensor, moment: Tensor, damping: float) -> Tensor:
 
     The singular values of the result are the same for every such R.
     """
-    sizes = moment.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    units = torch.where(sizes > 0, sizes, 1.0)  # what is always zero stays so
-    moment = moment / (units[..., :, None] * units[..., None, :])
-    matrix = matrix.to(units) / units[..., :, None]
     size = moment.shape[-1]
     rounding = size * torch.finfo(moment.dtype).eps
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
     if damping > 10 * rounding:  # else rounding can make M indefinite
+        shift = damping * diagonal.mean(-1)[..., None, None]
         one = torch.eye(size, dtype=moment.dtype, device=moment.device)
-        root, failed = torch.linalg.cholesky_ex(moment + damping * one)
+        root, failed = torch.linalg.cholesky_ex(moment + shift * one)
         if not failed.any():  # 3 to 14 times faster than eigenvectors
-            return torch.linalg.solve_triangular(root, matrix, upper=False)
+            return torch.linalg.solve_triangular(root, matrix.to(root), upper=False)
     values, vectors = torch.linalg.eigh(moment.double())
-    damped = values.clamp(min=0) + damping
+    damped = values.clamp(min=0) + damping * diagonal.double().mean(-1, keepdim=True)
     kept = damped > (0.0 if damping else rounding) * damped.amax(-1, keepdim=True)
     scale = torch.where(kept, damped, torch.inf).rsqrt()
     return (vectors * scale[..., None, :]).mT @ matrix.double()
