@@ -20,6 +20,9 @@ from constrained_growth.experiments.statistics import Array
 Data = tuple[Tensor, Tensor]
 """Inputs and classes, the first dimension of both the samples."""
 
+MEASURES = ("loss", "held out", "old")
+"""Losses: on what is learnt, on held-out data of the same task, and of the first task."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -72,18 +75,6 @@ class Moment:
     old: Data  # held-out data of the first task
 
 
-@dataclass(frozen=True)
-class Outcomes:
-    """Losses at the end: on the data that are learnt, on held-out data, on the first task.
-
-    `inserted` (sites, runs, 3) has a layer at each site, the same run the same order of the data
-    everywhere; `nothing` (runs, 3) no new layer, and trains nothing if the network is frozen.
-    """
-
-    inserted: Array
-    nothing: Array
-
-
 def at_the_moment(task: Adaptation, seed: int, cache: Path | None) -> Moment:
     """Train a network on its first task, or read from the folder `cache` what it learnt."""
     trained, old = _trained(task.origin, seed, cache)
@@ -100,12 +91,14 @@ def outcomes(
     seed: int,
     runs: int,
     on_run: Callable[[], object] = lambda: None,
-) -> Outcomes:
+) -> Array:
     """Insert at every site, and nowhere, and train on in `runs` orders of the data.
 
-    `on_run` is called (sites + 1) · runs times.
+    The same run has the same order everywhere. `on_run` is called after each. Returns the losses
+    at the end, shape (sites + 1, runs, MEASURES), the last without a new layer; if the network is
+    frozen nothing is trained there.
     """
-    found = np.empty((len(moment.blocks) + 1, runs, 3))
+    found = np.empty((len(moment.blocks) + 1, runs, len(MEASURES)))
     for site in range(-1, len(moment.blocks)):
         parts, grown = _inserted(moment, site, task.frozen)
         for run in range(runs):
@@ -113,7 +106,7 @@ def outcomes(
             learn(network, parts[0], task.training, 1_000 * (seed + 1) + run)
             found[site, run] = [mean_loss(network, *part) for part in parts]
             on_run()
-    return Outcomes(found[:-1], found[-1])
+    return found
 
 
 def learn(network: nn.Module, data: Data, training: Training, seed: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sysconfig
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from constrained_growth.blocks import TransformerBlock
 from constrained_growth.experiments.data import python_help, random_windows
 from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
-from constrained_growth.experiments.decisions.adaptation_study import Plan, run, tables
+from constrained_growth.experiments.decisions.adaptation_study import Plan, quick, run, tables
 from constrained_growth.experiments.networks import Embed
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
@@ -37,7 +36,9 @@ def _text(name: str) -> Tensor:
     """A text as numbers of its characters: those of ASCII that are printed, and ends of lines."""
     if name == "english":
         help_ = python_help()
-        whole = "".join(help_.alphabet[n] for n in torch.cat([help_.train, help_.held_out]))
+        whole = "".join(
+            help_.alphabet[n] for n in torch.cat([help_.train, help_.held_out]).tolist()
+        )
     elif name == "program":
         files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]
         whole = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
@@ -118,14 +119,4 @@ TASKS = [
 
 FULL = Plan(TASKS, networks=5, runs=4)
 
-_SHORT = Training(steps=10, batch=8, lr=0.002)
-
-QUICK = Plan(
-    [
-        replace(task, origin=replace(task.origin, training=_SHORT), training=_SHORT)
-        for task in TASKS
-        if task.name in ("gpt4-program", "gpt4-program-all")
-    ],
-    networks=2,
-    runs=2,
-)
+QUICK = quick(TASKS, "gpt4-program", "gpt4-program-all")

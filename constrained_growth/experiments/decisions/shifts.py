@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
@@ -13,7 +12,7 @@ from torch import Generator, Tensor, nn
 from constrained_growth.blocks import ResidualConv2d, ResidualMLP
 from constrained_growth.experiments.data import images
 from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
-from constrained_growth.experiments.decisions.adaptation_study import Plan, run, tables
+from constrained_growth.experiments.decisions.adaptation_study import Plan, quick, run, tables
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
 
@@ -56,7 +55,7 @@ def _parts(seed: int) -> list[Data]:
     rest = min(_LEARNT, len(split.y_test) // 2)
     x, y = torch.cat([split.x_train, split.x_test]), torch.cat([split.y_train, split.y_test])
     sizes = [len(split.y_train), rest, rest, len(y) - len(split.y_train) - 2 * rest]
-    squares = x.unflatten(1, (1, round(x.shape[1] ** 0.5), -1))
+    squares = x.unflatten(1, (1, round(x.shape[1] ** 0.5), -1)).to(torch.get_default_dtype())
     return list(zip(squares.split(sizes), y.split(sizes), strict=True))[:3]
 
 
@@ -132,14 +131,4 @@ TASKS = [
 
 FULL = Plan(TASKS, networks=10, runs=4)
 
-_SHORT = Training(steps=20, batch=32, lr=0.003)
-
-QUICK = Plan(
-    [
-        replace(task, origin=replace(task.origin, training=_SHORT), training=_SHORT)
-        for task in TASKS
-        if task.name in ("mlp-rotated", "mlp-permuted")
-    ],
-    networks=2,
-    runs=2,
-)
+QUICK = quick(TASKS, "mlp-rotated", "conv-permuted")

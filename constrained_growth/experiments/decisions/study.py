@@ -112,13 +112,7 @@ def run(
     Raises:
         DataError: There are fewer than two networks or runs, or two arms with the same name.
     """
-    if plan.networks < 2 or plan.runs < 2:
-        raise DataError(
-            f"networks={plan.networks}, runs={plan.runs} of plan: at least two of each are needed."
-        )
-    names = [arm.name for arm in arms]
-    if len(set(names)) != len(names):
-        raise DataError(f"arms share a name: {names}.")
+    names = check(plan.networks, plan.runs, arms)
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
     jobs = [
         delayed(_judge)(task, seeds, plan.runs, arms, cache, at)
@@ -154,6 +148,16 @@ def run(
         "networks": plan.networks,
         "runs": plan.runs,
     }
+
+
+def check(networks: int, runs: int, arms: Sequence[Arm]) -> list[str]:
+    """The names of the arms, or a `DataError` where `run` says so."""
+    if networks < 2 or runs < 2:
+        raise DataError(f"networks={networks}, runs={runs} of plan: give at least two of each.")
+    names = [arm.name for arm in arms]
+    if len(set(names)) != len(names):
+        raise DataError(f"arms share a name: {names}.")
+    return names
 
 
 def _judge(
