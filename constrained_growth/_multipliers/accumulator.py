@@ -69,7 +69,8 @@ class Estimate:
     much the block moved x at most, in units of what rounding may do.
 
     Of the groups on this process: `sums` S_g of W λ by pin, `parts` of the second moments, and
-    `weights` W_g/W, W being `weight`. `site` has E‖x‖² and E‖δ‖², "whole" and what "groups" add.
+    `weights` W_g/W, W being `weight`. `site` has E x² and E δ² of each unit, "whole" and what the
+    "groups" add.
     """
 
     multiplier: dict[str, Tensor]
@@ -90,6 +91,7 @@ class MapKind:
     bias: str | None
     elementwise: bool
     transposed: bool
+    same_units: bool  # whether φ is x, and ψ in the units of δ
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Counts:
     weight: float = 0.0
     by_sample: int = 0  # samples that came one by one
     batches: int = 0  # batches that came as a whole
+    units: int = 0  # at the site
     rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
     read: dict[str, int] = field(default_factory=dict)  # of them in the second moments
     maps: dict[str, MapKind] = field(default_factory=dict)
@@ -117,7 +120,7 @@ class Accumulator:
         first = next(iter(pins.values())).detach()
         self._dtype = first.dtype
         self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
-        self._sizes = first.new_zeros((wanted.groups, 2), dtype=torch.float64)  # of x and δ
+        self._sizes = first.new_zeros((wanted.groups, 2, 0), dtype=torch.float64)  # of x and δ
         self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
@@ -262,16 +265,21 @@ class Accumulator:
         self._weights[first : first + len(shares)] += torch.tensor(shares, dtype=torch.float64)
 
     def _add_sizes(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
-        """Σ ‖x_n‖² and Σ ‖w_b δ_n‖² of the samples; over all, where they cannot be told apart."""
+        """Σ x² and Σ (w_b δ)² of each unit; over all samples, where they cannot be told apart."""
         if not self._wanted.moments:
             return
         n = size if by_sample(uses, size) else 1
         for use in uses:
-            norms = [
-                torch.linalg.vector_norm(t.reshape(n, -1), dim=1, dtype=torch.float64)
-                for t in (use.x, use.delta * weight)
-            ]
-            add_sums(self._sizes, torch.stack(norms, 1).square(), 1.0, span)
+            x = use.x if use.x.dim() < 4 else use.x.movedim(1, -1)  # the channels of images
+            delta = (use.delta if use.x.dim() < 4 else use.delta.movedim(1, -1)) * weight
+            pair = [t.reshape(n, -1, t.shape[-1]).double().square().sum(1) for t in (x, delta)]
+            squares = torch.stack(pair, 1)
+            if self._sizes.shape[-1] == 0:
+                self._sizes = squares.new_zeros((len(self._sizes), *squares.shape[1:]))
+            if self._sizes.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
+                self._sizes, squares = (t.sum(-1, keepdim=True) for t in (self._sizes, squares))
+            add_sums(self._sizes, squares, 1.0, span)
+            self.counts.units = self._sizes.shape[-1]
 
     def _add_factors(
         self,
@@ -315,7 +323,7 @@ class Accumulator:
     ) -> None:
         """Σ φ̃φ̃ᵀ and Σ w² ψψᵀ over samples and positions; φ̃ = (φ, 1) where there is a bias."""
         counts, name = self.counts, factor.weight
-        kind = MapKind(factor.bias, factor.elementwise, factor.transposed)
+        kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
         self._make_moments(name, counts.maps.setdefault(name, kind))
         features, cotangents, means = (
             t[name] for t in (self._features, self._cotangents, self._means)
@@ -391,12 +399,16 @@ class Accumulator:
             weight=sum(c.weight for c in counts),
             by_sample=sum(c.by_sample for c in counts),
             batches=sum(c.batches for c in counts),
+            units=max(c.units for c in counts),
             rows=added([c.rows for c in counts]),
             read=added([c.read for c in counts]),
             maps=maps,
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
+        units = max((c.units for c in counts), default=0)
         self._joined_sizes = self._sizes.sum(0)
+        if self._joined_sizes.shape[-1] != units:  # nothing came here, or of unequal lengths
+            self._joined_sizes = self._joined_sizes.sum(-1, keepdim=True).expand(2, units) / units
         self._joined_moments = [
             {name: t[name].sum(0) for name in sorted(t)} for t in self._kept_moments()
         ]
@@ -434,14 +446,14 @@ class Accumulator:
         else:
             moments, parts = self._moments()
             found = replace(found, parts=parts)
-        elasticity = (found.site["whole"][0] * found.site["whole"][1]).sqrt()
+        elasticity = found.site["whole"].prod(0).sqrt().sum()
         moments = {name: replace(m, elasticity=elasticity) for name, m in moments.items()}
         return replace(found, moments=moments)
 
     def _site(self) -> dict[str, Tensor]:
-        """E‖x‖² and E‖δ‖², over all samples and as the sums over groups that they are made of."""
+        """E x² and E δ² of each unit, over all samples and as the sums over groups."""
         samples, weight = self.counts.samples, self.counts.weight
-        scale = self._sizes.new_tensor([1 / samples, samples / weight**2])
+        scale = self._sizes.new_tensor([[1 / samples], [samples / weight**2]])
         whole = self._sizes.sum(0) if self._joined_sizes is None else self._joined_sizes
         return {"whole": whole * scale, "groups": self._sizes * scale}
 
@@ -461,6 +473,7 @@ class Accumulator:
                 cotangents[name] * scale,
                 kind.bias,
                 kind.transposed,
+                kind.same_units,
                 means[name] / read,
                 shifts[name] / weight,
                 counts.rows[name] / counts.samples,

@@ -74,11 +74,11 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
 
 
 def _elasticity(estimate: Estimate, shares: Tensor, here: Tensor) -> Tensor:
-    """√(E‖δ‖² E‖x‖²) of each draw."""
+    """Σ_i rms(δ_i) rms(x_i) over the units of the site, of each draw."""
     if not estimate.site:
         return shares.new_zeros(len(shares))
     sizes = estimate.site["whole"] + _combined(shares, estimate.site["groups"], here)
-    return sizes.clamp(min=0).prod(1).sqrt()
+    return sizes.clamp(min=0).prod(1).sqrt().sum(1)
 
 
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -271,7 +272,8 @@ class IdentityConv2d(nn.Module):
         """ψ = δ ⊙ σ′(x + s), φ = the patches of x."""
         _check_images(self, x, len(self.bias))
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
-        return _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
+        found = _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
+        return (replace(factors, same_units=True) for factors in found)
 
     def exact_after(self, site: nn.Module) -> bool:
         """Whether `site` computes σ, judged by its values."""

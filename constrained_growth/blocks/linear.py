@@ -90,7 +90,7 @@ class IdentityLinear(nn.Module):
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = δ ⊙ σ′(x + s), φ = x."""
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
-        return (AffineFactors("weight", "bias", psi, x),)
+        return (AffineFactors("weight", "bias", psi, x, same_units=True),)
 
     def exact_after(self, site: nn.Module) -> bool:
         """Whether `site` computes σ, judged by its values."""
@@ -149,7 +149,7 @@ class ResidualLinear(nn.Module):
 
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors]:
         """ψ = σ′(0) δ, φ = x."""
-        return (AffineFactors("weight", "bias", self._slope * delta, x),)
+        return (AffineFactors("weight", "bias", self._slope * delta, x, same_units=True),)
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""

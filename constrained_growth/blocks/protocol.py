@@ -25,6 +25,8 @@ class AffineFactors:
         elementwise: Whether the map is γ ⊙ φ + b, as of a normalisation: the weight γ has `out`
             entries, in = out, λ_γ = −Σ ψ ⊙ φ and λ_b = −Σ ψ.
         transposed: Whether the weight has the shape (in, out) instead.
+        same_units: Whether the units of φ are those of x, and the units of ψ those of δ, one by
+            one, so that a change of the unit of one of them changes both.
     """
 
     weight: str
@@ -33,6 +35,7 @@ class AffineFactors:
     features: Tensor
     elementwise: bool = False
     transposed: bool = False
+    same_units: bool = False
 
 
 class HasFactors(Protocol):

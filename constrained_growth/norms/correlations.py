@@ -25,7 +25,7 @@ from constrained_growth.norms.moments import (
 
 @dataclass(frozen=True)
 class CanonicalCorrelations:
-    """Σ ρ_i · (rms(δ) rms(x))^e, ρ_i the canonical correlations of features and cotangents.
+    """Σ ρ_i · (Σ_j rms(δ_j) rms(x_j))^e, ρ_i the canonical correlations of features and cotangents.
 
     For a pinned affine map Wφ + b, what the loss asks for is a motion of its output along −ψ, and
     what a motion of W can supply is linear in φ. The canonical correlations say in how many
@@ -34,13 +34,16 @@ class CanonicalCorrelations:
         ρ_i = the singular values of Σ_ψψ^(-1/2) Σ_ψφ Σ_φφ^(-1/2),   −Σ_ψφ = λ_W − λ_b E[φ]ᵀ.
 
     So Σ ρ_i is a norm of λ_W with what is constant taken out, since a bias of the old layers can do
-    that already: `KroneckerFisher(ord="nuc")` about the means. It has no units, and does not change
-    when the units of a ReLU layer are rescaled together. Each ρ_i is at most 1 without positions
-    (which count as if independent), and Σ ρ_i at most the smaller of the two widths.
+    that already: `KroneckerFisher(ord="nuc")` about the means. Each ρ_i is at most 1 without
+    positions (which count as if independent), and Σ ρ_i at most the smaller of the two widths.
 
-    The second factor says how much hangs on the site: x is the tensor there and δ = ∂ℓ_n/∂x, so
-    that rms(δ) rms(x) bounds by how much the loss changes, to first order, if the tensor changes by
-    its own size (an elasticity). It does not depend on the units of the site either.
+    The second factor says how much hangs on the site: x is the tensor there, with units j, and
+    δ = ∂ℓ_n/∂x, so that it bounds by how much the loss changes, to first order, if each unit
+    changes by its own size (an elasticity).
+
+    When the units of a ReLU layer are rescaled, x by s and δ by 1/s, nothing changes: with one s for
+    all units exactly; with one for each exactly for identity layers, whose features and outputs are
+    brought to units in which both are of one size.
 
     It measures correlation and is no price: in a network that has nothing to learn it is that of
     the noise, so that it says where and not whether. Of N samples without any relation Σ ρ_i² is
@@ -110,9 +113,25 @@ class CanonicalCorrelations:
             cotangents = cotangents - shift @ shift.mT / moments.positions
         if not are_finite(matrix, features, cotangents):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
+        if moments.same_units and _aligned(moments):
+            outputs, inputs = (t.diagonal() for t in (cotangents, features))
+            inputs = inputs.view(len(outputs), -1).mean(1)  # of a channel
+            alive = (inputs > 0) & (outputs > 0)
+            scale = torch.where(alive, outputs / torch.where(alive, inputs, 1.0), 1.0) ** 0.25
+            every = scale.repeat_interleave(len(features) // len(scale))
+            matrix = matrix * every / scale[:, None]
+            cotangents = cotangents / (scale[:, None] * scale)
+            features = features * (every[:, None] * every)
         rows = whitened(matrix, cotangents, self.damping)
         both = whitened(rows.mT, features, self.damping).double()
         return singular_values_of(both) / math.sqrt(moments.positions)
+
+
+def _aligned(moments: SecondMoments) -> bool:
+    """Whether the features chosen are still those of the outputs chosen."""
+    if moments.rows is None or moments.columns is None:
+        return moments.rows is moments.columns
+    return torch.equal(moments.rows, moments.columns)
 
 
 def recommended() -> MomentNorm:

@@ -34,10 +34,13 @@ class SecondMoments:
             sample, *not* divided by the number of samples.
         bias: Name of the pinned bias b, or None.
         transposed: Whether the weight has the shape (in, out).
+        same_units: Whether features and outputs are in the units of the site, one by one (in an
+            identity convolution, every output and the features of its channel).
         mean: E[φ], shape (in,); None where it is not known.
         shift: λ_b = −E[ψ], shape (out,), be b pinned or not; None where it is not known.
         positions: How many positions a sample has.
-        elasticity: √(E‖δ‖² E‖x‖²) at the site, a scalar tensor; None where it is not known.
+        elasticity: Σ_i rms(δ_i) rms(x_i) over the units i of the site, a scalar tensor; None where
+            it is not known.
         rows, columns: Which outputs and features these are of, where there are too many; None for
             all.
 
@@ -55,6 +58,7 @@ class SecondMoments:
     cotangents: Tensor
     bias: str | None = None
     transposed: bool = False
+    same_units: bool = False
     mean: Tensor | None = None
     shift: Tensor | None = None
     positions: float = 1.0
