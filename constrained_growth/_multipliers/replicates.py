@@ -91,7 +91,7 @@ def _moved(
     moments: SecondMoments, parts: Parts | None, shares: Tensor, here: Tensor
 ) -> list[SecondMoments]:
     """The second moments of each draw; only their sizes vary where no more is kept."""
-    if parts is None:
+    if parts is None or moments.mean is None or moments.shift is None:
         return [moments] * len(shares)
     of_features, of_cotangents, of_multiplier = parts.scales
     shift = moments.shift + _combined(shares, parts.shift, here) * of_multiplier

@@ -41,9 +41,9 @@ class CanonicalCorrelations:
     δ = ∂ℓ_n/∂x, so that it bounds by how much the loss changes, to first order, if each unit
     changes by its own size (an elasticity).
 
-    When the units of a ReLU layer are rescaled, x by s and δ by 1/s, nothing changes: with one s for
-    all units exactly; with one for each exactly for identity layers, whose features and outputs are
-    brought to units in which both are of one size.
+    When the units of a ReLU layer are rescaled, x by s and δ by 1/s, nothing changes: exactly with
+    one s for all units; and for identity layers, whose features and outputs are brought to units in
+    which both are of one size, with one s for each.
 
     It measures correlation and is no price: in a network that has nothing to learn it is that of
     the noise, so that it says where and not whether. Of N samples without any relation Σ ρ_i² is
