@@ -104,7 +104,7 @@ class _Case:
     def multipliers(self, block: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         """−∂⟨δ, block(x)⟩ by autograd."""
         torch.manual_seed(seed)
-        return differentiated(block, Use(self.x, self.delta, self.context))[1]
+        return differentiated(block, Use(self.x, self.delta, self.context), [self.delta])[1][0]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from constrained_growth.experiments.decisions.tasks import Moment, Task
 from constrained_growth.experiments.ensembles.networks import sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
-from constrained_growth.norms import Entrywise1, Frobenius, KroneckerFisher, Nuclear
+from constrained_growth.norms import Entrywise1, Frobenius, KroneckerFisher, Nuclear, recommended
 from constrained_growth.rules import Rule, rule_for
 
 
@@ -172,6 +172,7 @@ CONTROLS: tuple[Arm, ...] = (
 """What a rule has to beat."""
 
 ARMS: tuple[Arm, ...] = (
+    Arm("recommended", lambda asked: cg.TopK(1), recommended()),
     Arm("Frobenius", lambda asked: cg.TopK(1), Frobenius()),
     Arm("entrywise 1", lambda asked: cg.TopK(1), Entrywise1()),
     Arm("nuclear", lambda asked: cg.TopK(1), Nuclear()),
@@ -181,13 +182,13 @@ ARMS: tuple[Arm, ...] = (
     Arm(
         "rule_for(optimizer)",
         lambda asked: rule_for(asked.optimizer),
-        KroneckerFisher(ord="nuc"),
+        recommended(),
         in_batches=True,
     ),
     Arm(
         "rule_for(optimizer, step=True)",
         lambda asked: rule_for(asked.optimizer, step=True),
-        KroneckerFisher(ord="nuc"),
+        recommended(),
         in_batches=True,
     ),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),
