@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import flag, function, instance, number
-from constrained_growth._data import counted, undisturbed
+from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
 from constrained_growth._multipliers.groups import ROOM, Groups
@@ -273,8 +273,9 @@ def norm_of(rule: object) -> Norm | MomentNorm:
 def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
     """Groups of samples for the candidates of a problem."""
     blocks = [block for site in problem.sites for block in site.blocks.values()]
-    pins = sum(p.nbytes for block in blocks for p in pinned_parameters(block).values())
-    return Groups(data, pins, sum(p.nbytes for p in problem.model.parameters()))
+    pins = [sum(p.nbytes for p in pinned_parameters(block).values()) for block in blocks]
+    size = 1 if problem.example is None else batch_size(problem.example, None)
+    return Groups(data, size, pins)
 
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
