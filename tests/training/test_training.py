@@ -75,13 +75,11 @@ def test_loop_is_the_plain_one_with_solve_and_insert_in_it(norm: Any) -> None:
     assert [(one.epoch, one.step) for one in history.rounds] == [(2, 10), (4, 20)]
 
 
-def in_other_units(model: nn.Module, scale: float = 1e3) -> nn.Module:
-    """The same function, the units of the first ReLU layer a thousand times as large."""
-    first, second = model.get_submodule("0"), model.get_submodule("2")
+def in_other_units(model: nn.Module, scale: float) -> nn.Module:
+    """The same function, with what comes out of the first ReLU so many times as large."""
     with torch.no_grad():
-        for parameter, factor in ((first.weight, scale), (first.bias, scale)):
-            parameter.mul_(factor)
-        second.weight.div_(scale)
+        for name, factor in {"0.weight": scale, "0.bias": scale, "2.weight": 1 / scale}.items():
+            model.get_parameter(name).mul_(factor)
     return model
 
 
