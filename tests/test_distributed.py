@@ -82,7 +82,7 @@ def assert_same_answer(found: cg.Solution, expected: cg.Solution) -> None:
             assert_close(found.multipliers[name][key], value)
         one, other = found.sensitivities[name], expected.sensitivities[name]
         assert one.value == pytest.approx(other.value, rel=1e-11)
-        assert one.variance ** 0.5 == pytest.approx(other.variance ** 0.5, rel=1e-9)
+        assert one.variance**0.5 == pytest.approx(other.variance**0.5, rel=1e-9)
         assert one.baseline == pytest.approx(other.baseline, rel=1e-11)
     assert found.loss == pytest.approx(expected.loss, rel=1e-12)
     assert found.stationarity == pytest.approx(expected.stationarity, rel=1e-11)

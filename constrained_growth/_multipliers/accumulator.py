@@ -69,7 +69,7 @@ class Estimate:
     much the block moved x at most, in units of what rounding may do.
 
     Of the groups on this process: `sums` S_g of W λ by pin, `parts` of the second moments, and
-    `weights` W_g/W, W being `weight`.
+    `weights` W_g/W, W being `weight`. `site` has E‖x‖² and E‖δ‖², "whole" and what "groups" add.
     """
 
     multiplier: dict[str, Tensor]
@@ -80,6 +80,7 @@ class Estimate:
     parts: dict[str, Parts]
     weights: Tensor
     weight: float
+    site: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,7 @@ class Accumulator:
         first = next(iter(pins.values())).detach()
         self._dtype = first.dtype
         self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
+        self._sizes = first.new_zeros((wanted.groups, 2), dtype=torch.float64)  # of x and δ
         self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
@@ -128,6 +130,7 @@ class Accumulator:
         self._traces: dict[str, Tensor] = {}
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
         self._joined_moments: list[dict[str, Tensor]] | None = None
+        self._joined_sizes: Tensor | None = None
         self.counts = Counts()
 
     @property
@@ -156,12 +159,13 @@ class Accumulator:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
             self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
+            self._add_sizes(uses, size, weight, span)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
         elif found is not None:
             total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
             self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
-            self._add_whole({name: t[0] for name, t in total.items()}, size, weight, span)
+            self._add_whole({name: t[0] for name, t in total.items()}, uses, size, weight, span)
         else:
             self._mapped = False
             self._add_differentiated(uses, size, weight, span)
@@ -187,7 +191,7 @@ class Accumulator:
             self._mapped = found is not None
             for factor in found.maps if found is not None else ():
                 self._add_moments(factor, size, weight, Span(span.first, size))
-        self._add_whole(multiplier, size, weight, span)
+        self._add_whole(multiplier, uses, size, weight, span)
 
     def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
         """By how much the block moves x: seen at its outputs, where it ran, or tried."""
@@ -219,6 +223,7 @@ class Accumulator:
             {name: sum((one[name] for one in some[1:]), some[0][name]) for name in self._sums}
             for some in zip(*every, strict=True)
         ]
+        self._add_sizes(uses, size, weight, span)
         square = torch.zeros_like(self._squares)
         for (group, _), part in zip(span.shares(size), total, strict=True):
             for name, value in part.items():
@@ -233,10 +238,12 @@ class Accumulator:
     def _add_whole(
         self,
         multiplier: Mapping[str, Tensor],
+        uses: Sequence[Use],
         size: int,
         weight: float,
         span: Span,
     ) -> None:
+        self._add_sizes(uses, size, weight, Span(span.first, size))
         for name, value in multiplier.items():
             square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
             self._squares.add_(square, alpha=weight**2 / size)
@@ -253,6 +260,18 @@ class Accumulator:
             shares = [weight * share / size for _, share in span.shares(size)]
         first = span.first if len(self._weights) > 1 else 0
         self._weights[first : first + len(shares)] += torch.tensor(shares, dtype=torch.float64)
+
+    def _add_sizes(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
+        """Σ ‖x_n‖² and Σ ‖w_b δ_n‖² of the samples; over all, where they cannot be told apart."""
+        if not self._wanted.moments:
+            return
+        n = size if by_sample(uses, size) else 1
+        for use in uses:
+            norms = [
+                torch.linalg.vector_norm(t.reshape(n, -1), dim=1, dtype=torch.float64)
+                for t in (use.x, use.delta * weight)
+            ]
+            add_sums(self._sizes, torch.stack(norms, 1).square(), 1.0, span)
 
     def _add_factors(
         self,
@@ -377,11 +396,12 @@ class Accumulator:
             maps=maps,
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
+        self._joined_sizes = self._sizes.sum(0)
         self._joined_moments = [
             {name: t[name].sum(0) for name in sorted(t)} for t in self._kept_moments()
         ]
         moments = [t for some in self._joined_moments for t in some.values()]
-        return [*self._joined.values(), *moments, self._squares]
+        return [*self._joined.values(), *moments, self._joined_sizes, self._squares]
 
     def _kept_moments(self) -> list[dict[str, Tensor]]:
         return [self._features, self._cotangents, self._means, self._shifts]
@@ -404,13 +424,26 @@ class Accumulator:
             parts={},
             weights=self._weights / weight,
             weight=weight,
+            site={},
         )
         if not self._wanted.moments:
             return found
+        found.site.update(self._site())
         if not self._mapped:
-            return replace(found, moments=moments_of_groups(found, samples))
-        moments, parts = self._moments()
-        return replace(found, moments=moments, parts=parts)
+            moments = moments_of_groups(found, samples)
+        else:
+            moments, parts = self._moments()
+            found = replace(found, parts=parts)
+        elasticity = (found.site["whole"][0] * found.site["whole"][1]).sqrt()
+        moments = {name: replace(m, elasticity=elasticity) for name, m in moments.items()}
+        return replace(found, moments=moments)
+
+    def _site(self) -> dict[str, Tensor]:
+        """E‖x‖² and E‖δ‖², over all samples and as the sums over groups that they are made of."""
+        samples, weight = self.counts.samples, self.counts.weight
+        scale = self._sizes.new_tensor([1 / samples, samples / weight**2])
+        whole = self._sizes.sum(0) if self._joined_sizes is None else self._joined_sizes
+        return {"whole": whole * scale, "groups": self._sizes * scale}
 
     def _moments(self) -> tuple[dict[str, SecondMoments], dict[str, Parts]]:
         counts = self.counts

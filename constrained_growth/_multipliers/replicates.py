@@ -62,11 +62,23 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
                 key: _moved(m, estimate.parts.get(key), some, here)
                 for key, m in estimate.moments.items()
             }
+            elasticity = _elasticity(estimate, some, here)
             for draw in range(len(some)):
                 multiplier = {key: t[draw] for key, t in moved.items()}
-                mine = {key: of_draws[draw] for key, of_draws in moments.items()}
+                mine = {
+                    key: replace(of_draws[draw], elasticity=elasticity[draw])
+                    for key, of_draws in moments.items()
+                }
                 found.append(float(_applied(norm, multiplier, mine)))
     return tuple(found)
+
+
+def _elasticity(estimate: Estimate, shares: Tensor, here: Tensor) -> Tensor:
+    """√(E‖δ‖² E‖x‖²) of each draw."""
+    if not estimate.site:
+        return shares.new_zeros(len(shares))
+    sizes = estimate.site["whole"] + _combined(shares, estimate.site["groups"], here)
+    return sizes.clamp(min=0).prod(1).sqrt()
 
 
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import joblib
+from torch import Tensor
 
 Result = TypeVar("Result")
 
@@ -29,3 +31,11 @@ def cached(folder: Path | None, key: str, compute: Callable[[], Result]) -> Resu
 def cache_file(folder: Path, key: str) -> Path:
     """Where the result of a key is stored."""
     return folder / f"{key}.joblib"
+
+
+def digest(name: str, settings: str, *tensors: Tensor) -> str:
+    """A key that changes with the settings and with the tensors, and starts with the name."""
+    found = hashlib.sha256(settings.encode())
+    for tensor in tensors:
+        found.update(tensor.detach().numpy().tobytes())
+    return f"{name}-{found.hexdigest()[:16]}"

@@ -25,6 +25,7 @@ from constrained_growth.experiments.command_line import (
     write_tables,
 )
 from constrained_growth.experiments.data import digits, mnist1d
+from constrained_growth.experiments.decisions import expansions, shifts
 from constrained_growth.experiments.decisions import study as decisions
 from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.growth import benchmark as growth
@@ -114,13 +115,26 @@ def bench_monitoring(
 
 @bench.command("decisions")
 def bench_decisions(
-    quick: Quick = False, task: Tasks = None, seed: Seed = 0, out: Out = None, json: Json = None
+    family: Annotated[
+        Literal["tasks", "shifts", "expansions"],
+        typer.Option(
+            help="Networks that train on; image classifiers whose images or labels change; GPTs "
+            "that learn other texts."
+        ),
+    ] = "tasks",
+    quick: Quick = False,
+    task: Tasks = None,
+    seed: Seed = 0,
+    out: Out = None,
+    json: Json = None,
 ) -> None:
     """Insert a layer everywhere, ask every rule where, and compare: regret relative to random.
 
     With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
     """
-    carry_out("decisions", decisions, quick=quick, seed=seed, out=out, json=json, tasks=task)
+    study = {"tasks": decisions, "shifts": shifts, "expansions": expansions}[family]
+    name = "decisions" if family == "tasks" else f"decisions-{family}"
+    carry_out(name, study, quick=quick, seed=seed, out=out, json=json, tasks=task)
 
 
 @bench.command("growth")

@@ -25,7 +25,7 @@ from constrained_growth.norms.moments import (
 
 @dataclass(frozen=True)
 class CanonicalCorrelations:
-    """Σ ρ_i, the canonical correlations of the features φ and cotangents ψ of a pinned map.
+    """Σ ρ_i · (rms(δ) rms(x))^e, ρ_i the canonical correlations of features and cotangents.
 
     For a pinned affine map Wφ + b, what the loss asks for is a motion of its output along −ψ, and
     what a motion of W can supply is linear in φ. The canonical correlations say in how many
@@ -33,13 +33,16 @@ class CanonicalCorrelations:
 
         ρ_i = the singular values of Σ_ψψ^(-1/2) Σ_ψφ Σ_φφ^(-1/2),   −Σ_ψφ = λ_W − λ_b E[φ]ᵀ.
 
-    So it is a norm of λ_W with what is constant taken out, since a bias of the old layers can do
-    that already: `KroneckerFisher(ord="nuc")` about the means. It has no units: it is the same
-    whatever the units of the loss, of each feature and of each output, and a change of the units
-    of a ReLU layer changes no decision. Each ρ_i is at most 1 without positions (then they count
-    as if independent), and Σ ρ_i at most the smaller of the two widths.
+    So Σ ρ_i is a norm of λ_W with what is constant taken out, since a bias of the old layers can do
+    that already: `KroneckerFisher(ord="nuc")` about the means. It has no units, and does not change
+    when the units of a ReLU layer are rescaled together. Each ρ_i is at most 1 without positions
+    (which count as if independent), and Σ ρ_i at most the smaller of the two widths.
 
-    It measures correlation and is no price: of a network that has nothing to learn it is that of
+    The second factor says how much hangs on the site: x is the tensor there and δ = ∂ℓ_n/∂x, so
+    that rms(δ) rms(x) bounds by how much the loss changes, to first order, if the tensor changes by
+    its own size (an elasticity). It does not depend on the units of the site either.
+
+    It measures correlation and is no price: in a network that has nothing to learn it is that of
     the noise, so that it says where and not whether. Of N samples without any relation Σ ρ_i² is
     about (dim φ)(dim ψ)/N.
 
@@ -47,31 +50,36 @@ class CanonicalCorrelations:
     ones at each site of that width. All pinned maps of a candidate add up.
 
     Attributes:
-        damping: d. Σ + d diag Σ replaces Σ_φφ and Σ_ψψ, which few samples make nearly singular:
-            a ridge for variables of unit variance. 0.1 by default.
+        damping: d. Σ + d (tr Σ/dim) I replaces Σ_φφ and Σ_ψψ, which few samples make nearly
+            singular. 0.1 by default.
+        elasticity: e. 1/3 by default; powers from 1/4 to 1/3 decide alike, on networks with frozen
+            weights better than 0, on others as well.
 
     Raises:
-        RuleError: `damping` is not positive; or, when called, moments are missing.
+        RuleError: `damping` is not positive or `elasticity` negative; or, when called, moments are
+            missing.
 
     Source:
         Hotelling, *Relations between two sets of variates*, Biometrika 28, 1936; with ridge: Vinod,
-        *Canonical ridge and econometrics of joint production*, 1976.
+        *Canonical ridge and econometrics of joint production*, Journal of Econometrics 4, 1976.
 
     Example:
         >>> features = torch.tensor([[1.0], [2.0], [3.0]])
         >>> cotangents = torch.tensor([[5.0], [3.0], [4.0]])
         >>> moments = SecondMoments.of(features, cotangents)
         >>> weight = -cotangents.T @ features / 3
-        >>> norm = CanonicalCorrelations(damping=1e-9)
+        >>> norm = CanonicalCorrelations(damping=1e-9, elasticity=0.0)
         >>> round(norm({"weight": weight}, {"weight": moments}).item(), 3)  # |correlation|
         0.5
     """
 
     damping: float = 0.1
+    elasticity: float = 1 / 3
     needs_moments: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         number("damping", self.damping, RuleError, "(0, inf)")
+        number("elasticity", self.elasticity, RuleError, "[0, inf)")
 
     def __call__(
         self, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
@@ -79,7 +87,16 @@ class CanonicalCorrelations:
         """The sum for the multiplier of one candidate, in float64."""
         check_moments(self, multiplier, moments)
         found = [self._correlations(multiplier[name], name, m) for name, m in moments.items()]
-        return torch.cat(found).sum()
+        return torch.cat(found).sum() * self._elasticity(moments)
+
+    def _elasticity(self, moments: Mapping[str, SecondMoments]) -> Tensor | float:
+        """The second factor, which is the same for all maps of a candidate."""
+        known = next((m.elasticity for m in moments.values()), None)
+        if self.elasticity == 0:
+            return 1.0
+        if known is None:
+            raise RuleError(f"norm={self!r} needs moments with an elasticity.")
+        return known.double() ** self.elasticity
 
     def _correlations(self, weight: Tensor, name: str, moments: SecondMoments) -> Tensor:
         """Those of one affine map."""
@@ -93,35 +110,20 @@ class CanonicalCorrelations:
             cotangents = cotangents - shift @ shift.mT / moments.positions
         if not are_finite(matrix, features, cotangents):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
-        positions = math.sqrt(moments.positions)
-        left, scaled = _standardised(cotangents, moments.cotangents, matrix)
-        rows = whitened(scaled, left, self.damping)
-        right, scaled = _standardised(features, moments.features, rows.mT)
-        return singular_values_of(whitened(scaled, right, self.damping).double()) / positions
-
-
-def _standardised(moment: Tensor, plain: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """A covariance as correlations, and the rows of a matrix in units of the same deviations."""
-    variances = moment.diagonal(dim1=-2, dim2=-1)
-    # what does not vary but for rounding, as a dead unit, has no correlations
-    least = 1e2 * torch.finfo(moment.dtype).eps * plain.diagonal(dim1=-2, dim2=-1)
-    alive = variances > least
-    units = torch.where(alive, variances, 1.0).sqrt()
-    both = alive[..., :, None] & alive[..., None, :]
-    one = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    correlations = torch.where(both, moment / (units[..., :, None] * units[..., None, :]), one)
-    kept = torch.where(alive[..., None], matrix.to(moment) / units[..., :, None], 0.0)
-    return correlations, kept
+        rows = whitened(matrix, cotangents, self.damping)
+        both = whitened(rows.mT, features, self.damping).double()
+        return singular_values_of(both) / math.sqrt(moments.positions)
 
 
 def recommended() -> MomentNorm:
     """The norm of a decision of which nothing else is said: `CanonicalCorrelations()`.
 
-    Of all sizes that `constrained-growth bench decisions` compares and that do not depend on units,
-    it has the lowest mean regret over all families, with old weights frozen and trained on.
+    By one criterion: of the sizes that do not depend on the units of a site, the one with the
+    lowest mean regret over the families of networks of `constrained-growth bench decisions`, with
+    old weights frozen and trained on.
 
     Example:
         >>> recommended()
-        CanonicalCorrelations(damping=0.1)
+        CanonicalCorrelations(damping=0.1, elasticity=0.3333333333333333)
     """
     return CanonicalCorrelations()

@@ -37,6 +37,7 @@ class SecondMoments:
         mean: E[φ], shape (in,); None where it is not known.
         shift: λ_b = −E[ψ], shape (out,), be b pinned or not; None where it is not known.
         positions: How many positions a sample has.
+        elasticity: √(E‖δ‖² E‖x‖²) at the site, a scalar tensor; None where it is not known.
         rows, columns: Which outputs and features these are of, where there are too many; None for
             all.
 
@@ -57,6 +58,7 @@ class SecondMoments:
     mean: Tensor | None = None
     shift: Tensor | None = None
     positions: float = 1.0
+    elasticity: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
 

@@ -83,7 +83,8 @@ def plainly(moment: Moment, network: int, rule: Any, order: int, more: int = 0) 
     optimizer = plain_optimizer(task.optimizer, model, memory)
     x, y = moment.plain[network]
     problem = cg.GrowthProblem(model, task.loss_fn, [(x, y)], candidates(moment, network))
-    cg.insert(model, cg.solve(problem, rule), optimizer=optimizer)
+    norm = cg.norms.Frobenius()  # that of an arm without another
+    cg.insert(model, cg.solve(problem, rule, norm=norm), optimizer=optimizer)
     losses = []
     for epoch in range(task.before, task.before + task.after + more):
         batches = []

@@ -16,24 +16,31 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 import constrained_growth as cg
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.experiments.decisions.tasks import Moment, Task
+from constrained_growth.experiments.decisions.tasks import Moment
 from constrained_growth.experiments.ensembles.networks import sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
-from constrained_growth.norms import Entrywise1, Frobenius, KroneckerFisher, Nuclear, recommended
-from constrained_growth.rules import Rule, rule_for
+from constrained_growth.norms import (
+    CanonicalCorrelations,
+    Entrywise1,
+    Frobenius,
+    KroneckerFisher,
+    Nuclear,
+    recommended,
+)
+from constrained_growth.rules import Rule, needs_model, rule_for
 
 
 @dataclass(frozen=True)
 class Asked:
     """A network about which a rule is asked."""
 
-    task: Task
     seed: int
-    optimizer: torch.optim.Optimizer  # that trained it, with its state
     candidates: tuple[str, ...]  # in the order of the sites
+    optimizer: torch.optim.Optimizer  # that trains it, with its state
+    batch: int
     samples: int  # to train on
-    rehearsal: Array  # (sites,), final losses of one full training in an order of its own
+    full: tuple[Array, float] | None = None  # final loss at each site in a run of its own, passes
 
 
 @dataclass(frozen=True)
@@ -77,23 +84,47 @@ def choices(
         memory = {name: flat[i] for name, flat in moment.trained.memory.items()}
         optimizer = plain_optimizer(moment.task.optimizer, model, memory)
         names = tuple(name for name, _ in sites_of(model))
-        asked = Asked(moment.task, moment.seeds[i], optimizer, names, len(x), rehearsal[:, i])
+        full = rehearsal[:, i], float(moment.task.after * len(names))
+        asked = Asked(moment.seeds[i], names, optimizer, moment.task.batch, len(x), full)
         candidates = [cg.Candidate(*pair) for pair in zip(names, blocks, strict=True)]
         problems = {
             in_batches: cg.GrowthProblem(model, moment.task.loss_fn, data, candidates)
             for in_batches, data in ((False, [(x, y)]), (True, _loader(x, y, moment.task.batch)))
         }
+        solved: dict[bool, dict[str, cg.Solution]] = {False: {}, True: {}}
         for arm in arms:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(asked.seed)
-                problem = problems[arm.in_batches]
-                decision = cg.solve(problem, arm.rule(asked), norm=arm.norm).decision
+            in_batches = arm.in_batches
+            site, decision = decide(arm, asked, problems[in_batches], solved[in_batches])
             mine = decided[arm.name]
-            mine.sites.append(_site(arm, decision, asked.candidates))
+            mine.sites.append(site)
             mine.passes.append(arm.passes + float(decision.evidence.get("passes", 0.0)))
             mine.blocks.append(_started(decision, asked.candidates, blocks))
         on_network()
     return decided
+
+
+def decide(
+    arm: Arm, asked: Asked, problem: cg.GrowthProblem, solved: dict[str, cg.Solution]
+) -> tuple[int, cg.Decision]:
+    """Ask the library for a decision; its site, −1 for nothing.
+
+    What the norms of this problem gave is kept in `solved`, for other rules of sensitivities alone.
+    """
+    rule, name = arm.rule(asked), repr(arm.norm)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(asked.seed)
+        if needs_model(rule):
+            decision = cg.solve(problem, rule, norm=arm.norm).decision
+        else:
+            if name not in solved:
+                solved[name] = cg.solve(problem, cg.Fixed(), norm=arm.norm, stationarity=False)
+            decision = rule(solved[name].sensitivities)
+    if len(decision.chosen) > 1:
+        raise cg.RuleError(
+            f'arm "{arm.name}" chose {decision.chosen}; the outcome of inserting several layers '
+            "at once is not known here. Compose it with TopK(1): then(rule, TopK(1))."
+        )
+    return asked.candidates.index(decision.chosen[0]) if decision.chosen else -1, decision
 
 
 def plain_optimizer(
@@ -127,7 +158,7 @@ def plain_optimizer(
 
 def trial_of(passes: float, asked: Asked) -> cg.rules.Trial:
     """The longest `Trial` that costs at most this many gradient passes, evaluations included."""
-    share = asked.task.batch / asked.samples
+    share = asked.batch / asked.samples
     steps = 1
     while trial_passes(len(asked.candidates), steps + 1, share) <= passes:
         steps += 1
@@ -151,8 +182,10 @@ def trial_passes(sites: int, steps: int, share: float) -> float:
 
 def rehearsed(asked: Asked) -> Rule:
     """One full training for each site, and the best of them."""
-    best = asked.candidates[int(asked.rehearsal.argmin())]
-    evidence = {"passes": asked.task.after * len(asked.candidates)}
+    if asked.full is None:
+        raise cg.RuleError("no full training of each site is known of this network.")
+    losses, passes = asked.full
+    best, evidence = asked.candidates[int(losses.argmin())], {"passes": passes}
     return lambda _: cg.Decision((best,), "lowest final loss of one run", evidence=evidence)
 
 
@@ -171,13 +204,18 @@ CONTROLS: tuple[Arm, ...] = (
 )
 """What a rule has to beat."""
 
-ARMS: tuple[Arm, ...] = (
-    Arm("recommended", lambda asked: cg.TopK(1), recommended()),
+SIZES: tuple[Arm, ...] = (
     Arm("Frobenius", lambda asked: cg.TopK(1), Frobenius()),
     Arm("entrywise 1", lambda asked: cg.TopK(1), Entrywise1()),
     Arm("nuclear", lambda asked: cg.TopK(1), Nuclear()),
     Arm("Kronecker-Fisher 0.1", lambda asked: cg.TopK(1), KroneckerFisher(0.1)),
     Arm("Kronecker-Fisher nuclear 0.1", lambda asked: cg.TopK(1), KroneckerFisher(0.1, ord="nuc")),
+    Arm("canonical correlations", lambda asked: cg.TopK(1), CanonicalCorrelations()),
+)
+"""The largest multiplier in one norm or another."""
+
+ARMS: tuple[Arm, ...] = (
+    *SIZES,
     Arm("trust region", lambda asked: cg.TrustRegion()),
     Arm(
         "rule_for(optimizer)",
@@ -203,15 +241,6 @@ def _loader(x: Tensor, y: Tensor, batch: int) -> DataLoader:
     data = TensorDataset(x, y)
     batches = BatchSampler(RandomSampler(data), batch, drop_last=False)
     return DataLoader(data, sampler=batches, batch_size=None)
-
-
-def _site(arm: Arm, decision: cg.Decision, candidates: Sequence[str]) -> int:
-    if len(decision.chosen) > 1:
-        raise cg.RuleError(
-            f'arm "{arm.name}" chose {decision.chosen}; the outcome of inserting several layers '
-            "at once is not known here. Compose it with TopK(1): then(rule, TopK(1))."
-        )
-    return candidates.index(decision.chosen[0]) if decision.chosen else -1
 
 
 def _started(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from constrained_growth.experiments.caching import digest
 from constrained_growth.experiments.decisions.tasks import Moment, Task
 from constrained_growth.experiments.ensembles.growth import insert_layer, new_layer
 from constrained_growth.experiments.ensembles.networks import Samples
@@ -107,7 +107,4 @@ def key(task: Task, seeds: Sequence[int], runs: int) -> str:
         block = task.block(8)
     settings = (task.optimizer, task.batch, task.before, task.after, MORE, task.loss.__name__)
     described = repr((settings, tuple(seeds), runs, str(model), str(block)))
-    digest = hashlib.sha256(described.encode())
-    for tensor in (*model.parameters(), *data):
-        digest.update(tensor.detach().numpy().tobytes())
-    return f"decisions-{task.name}-{digest.hexdigest()[:16]}"
+    return digest(f"decisions-{task.name}", described, *model.parameters(), *data)

@@ -34,6 +34,7 @@ from constrained_growth.experiments.statistics import (
     Yardstick,
     estimate,
     mean_difference,
+    mean_regret,
     resampled_regret,
 )
 from constrained_growth.experiments.tables import interval, titled
@@ -111,13 +112,7 @@ def run(
     Raises:
         DataError: There are fewer than two networks or runs, or two arms with the same name.
     """
-    if plan.networks < 2 or plan.runs < 2:
-        raise DataError(
-            f"networks={plan.networks}, runs={plan.runs} of plan: at least two of each are needed."
-        )
-    names = [arm.name for arm in arms]
-    if len(set(names)) != len(names):
-        raise DataError(f"arms share a name: {names}.")
+    names = check(plan.networks, plan.runs, arms)
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
     jobs = [
         delayed(_judge)(task, seeds, plan.runs, arms, cache, at)
@@ -153,6 +148,16 @@ def run(
         "networks": plan.networks,
         "runs": plan.runs,
     }
+
+
+def check(networks: int, runs: int, arms: Sequence[Arm]) -> list[str]:
+    """The names of the arms, or a `DataError` where `run` says so."""
+    if networks < 2 or runs < 2:
+        raise DataError(f"networks={networks}, runs={runs} of plan: give at least two of each.")
+    names = [arm.name for arm in arms]
+    if len(set(names)) != len(names):
+        raise DataError(f"arms share a name: {names}.")
+    return names
 
 
 def _judge(
@@ -205,12 +210,7 @@ def _regret_of(judged: Judged, loss: Array) -> Estimate:
 
 
 def _mean(tasks: Sequence[Judged], losses: Sequence[Array]) -> dict[str, Any]:
-    """Mean over tasks of an arm's regret relative to random, the networks of each resampled."""
-    each = [
-        resampled_regret(loss, task.against, 1_000 * (1 + index))
-        for index, (task, loss) in enumerate(zip(tasks, losses, strict=True))
-    ]
-    return _value(estimate(np.mean(each, axis=0)))
+    return _value(mean_regret(losses, [task.against for task in tasks]))
 
 
 def _value(regret: Estimate) -> dict[str, Any]:

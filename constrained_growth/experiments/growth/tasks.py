@@ -15,6 +15,7 @@ from constrained_growth.blocks import AffineFactors, ResidualConv2d, Transformer
 from constrained_growth.experiments.data import (
     Split,
     digits,
+    epochs,
     mnist1d,
     python_help,
     random_windows,
@@ -127,15 +128,6 @@ def gpt_block(width: int, heads: int) -> TransformerBlock:
         nn.init.normal_(linear.weight, std=0.02)
         nn.init.zeros_(linear.bias)
     return block
-
-
-def epochs(x: Tensor, y: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """An endless stream of batches: one random order of all samples after the other."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(x), generator=generator)
-        for rows in order[: len(x) // size * size].split(size):
-            yield x[rows], y[rows]
 
 
 def of_split(split: Split, shape: tuple[int, ...], batch: int) -> Material:

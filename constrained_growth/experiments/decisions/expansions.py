@@ -1,0 +1,122 @@
+"""`bench decisions --family expansions`: small GPTs that learn another kind of text."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import sysconfig
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from constrained_growth.blocks import TransformerBlock
+from constrained_growth.experiments.data import python_help, random_windows
+from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
+from constrained_growth.experiments.decisions.adaptation_study import Plan, quick, run, tables
+from constrained_growth.experiments.networks import Embed
+
+__all__ = ["FULL", "QUICK", "run", "tables"]
+
+_CHARACTERS, _LENGTH, _WIDTH, _HEADS = 96, 64, 64, 4
+_FIRST, _LEARNT, _HELD_OUT = 6_000, 768, 128
+"""Pieces of text."""
+
+
+class _Logits(nn.Sequential):
+    """(samples, positions, width) to (samples, characters, positions)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # as its base calls it
+        return super().forward(input).mT
+
+
+@cache
+def _text(name: str) -> Tensor:
+    """A text as numbers of its characters: those of ASCII that are printed, and ends of lines."""
+    if name == "english":
+        help_ = python_help()
+        whole = "".join(
+            help_.alphabet[n] for n in torch.cat([help_.train, help_.held_out]).tolist()
+        )
+    elif name == "program":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]
+        whole = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    else:
+        whole = "\n\n".join(inspect.getdoc(getattr(torch, n)) or "" for n in sorted(dir(torch)))
+    codes = torch.frombuffer(bytearray(whole.encode("ascii", "replace")), dtype=torch.uint8).long()
+    return torch.where(codes == 10, 95, (codes - 32).clamp(0, 94))
+
+
+def _pieces(text: Tensor, seed: int, learnt: int) -> tuple[Data, Data]:
+    """Pieces from random places of nine tenths of a text, and held-out ones from the rest."""
+    cut = len(text) * 9 // 10
+    train, held_out = (
+        next(random_windows(part, count, _LENGTH, seed))
+        for part, count in ((text[:cut], learnt), (text[cut:], _HELD_OUT))
+    )
+    return train, held_out
+
+
+def _adapted(name: str, seed: int) -> tuple[Data, Data]:
+    if name != "alphabet":
+        return _pieces(_text(name), seed, _LEARNT)
+    order = torch.randperm(_CHARACTERS, generator=torch.Generator().manual_seed(seed))
+    return _pieces(order[_text("english")], seed, _LEARNT)
+
+
+def _begin(blocks: int, seed: int) -> tuple[nn.Sequential, Data, Data]:
+    body = [TransformerBlock(_WIDTH, _HEADS, causal=True) for _ in range(blocks)]
+    for block in body:
+        for linear in (block.qkv, block.fc1, block.proj, block.fc2):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+    head = _Logits(nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, _CHARACTERS, bias=False))
+    embed = Embed(_CHARACTERS, _LENGTH, _WIDTH)
+    return nn.Sequential(embed, *body, head), *_pieces(_text("english"), seed, _FIRST)
+
+
+def _copies(model: nn.Sequential) -> list[nn.Module]:
+    """Of the block before each site, or after the first site, with its pins at zero."""
+    copies = [copy.deepcopy(model[max(1, site)]) for site in range(len(model) - 1)]
+    for block in copies:
+        for name in TransformerBlock.pinned:
+            nn.init.zeros_(block.get_parameter(name))
+    return copies
+
+
+TEXTS = {
+    "program": "Python's own modules",
+    "register": "the documentation of PyTorch",
+    "alphabet": "the first text, its alphabet permuted",
+}
+
+ORIGINS = [
+    Origin(
+        f"gpt{blocks}",
+        f"a GPT on characters, {blocks} blocks of width {_WIDTH}, trained on Python's help texts",
+        partial(_begin, blocks),
+        _copies,
+        Training(steps=1_500, batch=16, lr=0.002),
+    )
+    for blocks in (4, 6)
+]
+
+TASKS = [
+    Adaptation(
+        f"{origin.name}-{name}{'' if frozen else '-all'}",
+        about if frozen else f"{about}, all weights trained",
+        origin,
+        partial(_adapted, name),
+        Training(steps=150, batch=12, lr=0.001),
+        frozen,
+        asked=256,
+    )
+    for origin in ORIGINS
+    for frozen in (True, False)
+    for name, about in TEXTS.items()
+]
+
+FULL = Plan(TASKS, networks=5, runs=4)
+
+QUICK = quick(TASKS, "gpt4-program", "gpt4-program-all")
