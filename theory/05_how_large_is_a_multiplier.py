@@ -251,9 +251,10 @@ ax.spines[["top", "right"]].set_visible(False)
 # one strong direction suffices for a large length. Which of the two decides better is a question for measurement: notebook 7.
 #
 # What is constant in $\varphi$ and $\psi$ a bias of the old layers can do already. Without it $A$ and $G$ become covariances, and
-# the sum is `CanonicalCorrelations`, the norm that `cg.solve(problem)` takes when it is given none. Nothing depends on units any more:
-# not even a loss measured in cents changes it. So it is no price, and of a network with nothing to learn it measures noise: it says
-# *where* a layer is worth most, not *whether* it is worth anything.
+# the sum is that of `CanonicalCorrelations`, the norm that `cg.solve(problem)` takes when it is given none. There it is multiplied with a
+# power of how much hangs on the site (`elasticity`). The sum alone depends on no units: not even a loss measured in cents changes it.
+# So it is no price, and in a network with nothing to learn it measures noise: it says *where* a layer is worth most, not *whether* it is
+# worth anything.
 
 # %%
 layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))
@@ -273,7 +274,7 @@ centred = (features[:, :4] - features[:, :4].mean(0), delta - delta.mean(0))
 rho = torch.linalg.svdvals(torch.linalg.qr(centred[0]).Q.T @ torch.linalg.qr(centred[1]).Q)
 for unit in (1, 100):
     cents = cg.GrowthProblem(model, lambda a, b, u=unit: u * nn.MSELoss()(a, b), [(x, y)], [layer])
-    norm = cg.norms.CanonicalCorrelations(damping=1e-9)
+    norm = cg.norms.CanonicalCorrelations(damping=1e-9, elasticity=0.0)
     found = cg.solve(cents, norm=norm).sensitivities["1"].value
     assert np.isclose(found, rho.sum().item(), rtol=1e-6)
 assert isinstance(cg.norms.recommended(), cg.norms.CanonicalCorrelations)

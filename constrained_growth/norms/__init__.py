@@ -1,8 +1,8 @@
 """How large a multiplier is.
 
 A norm is any function of a multiplier (pinned parameter → tensor) that returns a number. The one
-that decides where nothing else is said is `recommended()`: the canonical correlations, which have
-no units. `Frobenius` is the source's choice.
+that decides where nothing else is said is `recommended()`: canonical correlations, which do not
+depend on the units of a site. `Frobenius` is the source's choice.
 
 What a first step of the new layer gains is a theory of its own: the largest first-order decrease
 of the loss in a ball ‖v‖ ≤ Δ is
