@@ -72,7 +72,7 @@ class Constraint:
     shape: tuple[int, ...]
 
 
-class _ReadLater:
+class ReadLater:
     """A field may hold a `Later`, which makes its value when the field is first read."""
 
     def __getattribute__(self, name: str) -> Any:
@@ -94,7 +94,7 @@ class Later:
 
 
 @dataclass(frozen=True, repr=False)
-class Sensitivity(_ReadLater):
+class Sensitivity(ReadLater):
     """How large the multiplier of one candidate is.
 
     Attributes:
@@ -231,7 +231,7 @@ class Planned:
 
 
 @dataclass(frozen=True, repr=False)
-class Solution(_ReadLater):
+class Solution(ReadLater):
     """The answer of [`solve`][constrained_growth.solve.solve].
 
     Attributes:
@@ -293,3 +293,8 @@ class Solution(_ReadLater):
                 "problem.constraints of the problem that was solved, or read "
                 "solution.multipliers[candidate][parameter]."
             ) from None
+
+
+def with_decision(solution: Solution, decision: Decision) -> Solution:
+    """The same with another decision; what is read later is still not read."""
+    return Solution(**{**vars(solution), "decision": decision})

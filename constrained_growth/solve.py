@@ -104,7 +104,7 @@ def solve(
         >>> data = [(torch.randn(8, 2), torch.randint(3, (8,)))]
         >>> candidate = cg.Candidate(after="1", block=cg.blocks.IdentityLinear(4, nn.ReLU()))
         >>> problem = cg.GrowthProblem(net, nn.CrossEntropyLoss(), data, [candidate])
-        >>> solution = cg.solve(problem, rule=cg.TopK(1))
+        >>> solution = cg.solve(problem)
         >>> solution.status.name, solution.decision.chosen
         ('LEAST_SQUARES_ESTIMATES', ('1',))
         >>> tuple(solution.multipliers["1"]["weight"].shape)

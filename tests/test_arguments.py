@@ -144,6 +144,7 @@ GROWING = {
     "model": "model",
     "loss_fn": "function",
     "rule": "rule",
+    "norm": "norm",
     "when": "function",
     "confirm": "function",
     "candidates": "candidates",
@@ -155,7 +156,8 @@ GROWING = {
     "averaged": "module",
 }
 OPTIONAL = (
-    *("when", "confirm", "candidates", "max_insertions", "after_insertion", "writer", "averaged"),
+    *("rule", "norm", "when", "confirm", "candidates", "max_insertions", "after_insertion"),
+    *("solver", "writer", "averaged"),
 )
 CANDIDATE = cg.Candidate("body.1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
 MORE: dict[str, tuple[Any, ...]] = {
@@ -185,7 +187,7 @@ ROWS: dict[str, Row] = {
             "throw": "bool",
             "progress": "bool",
         },
-        optional=("progress",),
+        optional=("rule", "norm", "progress"),
         more={"gtol": (-1.0,)},
     ),
     "GrowthProblem": Row(
@@ -244,6 +246,7 @@ ROWS: dict[str, Row] = {
         lambda **k: cg.monitor(**k).__enter__(),
         of_solve,
         {"problem": "problem", "norm": "norm", "every": "count", "scale": "positive"},
+        optional=("norm",),
     ),
     "directional_derivative": Row(
         cg.directional_derivative,

@@ -26,7 +26,7 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
             assert torch.equal(fresh(x), model(x))
     printed = capsys.readouterr().out
     assert namespace["record"].insertions[0].after in ("1", "3")
-    assert namespace["solution"].decision.reason == "10 standard errors"
+    assert namespace["solution"].decision.reason == "the best of the narrow ones"
     assert table in printed
     assert len(namespace["growth"].insertions) == 2
     assert namespace["gpt"].config.n_layer == len(namespace["gpt"].transformer.h) == 3

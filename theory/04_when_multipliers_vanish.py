@@ -127,7 +127,7 @@ candidates = [cg.Candidate("1", block, name=name) for name, block in blocks.item
 
 def measure():
     problem = cg.GrowthProblem(model, nn.MSELoss(), [(inputs, targets)], candidates)
-    return cg.solve(problem)
+    return cg.solve(problem, norm=cg.norms.Frobenius())
 
 
 solution = measure()

@@ -5,9 +5,9 @@
 #
 # At the end you will be able to say
 #
-# * why the right norm is the *dual* of the ball in which the new layer will move, and which ball
-#   belongs to which optimizer;
-# * which norm does not depend on the units of features and outputs;
+# * why what a first step gains is the *dual* norm of the ball in which the new layer moves, and which
+#   ball belongs to which optimizer;
+# * which norm does not depend on the units of features and outputs, and which one the library recommends;
 # * how SensLI, GradMax, TINY, SENN and the topological derivative differ, and where each lies in one plane.
 
 # %%
@@ -119,7 +119,7 @@ assert np.isclose(fisher, np.sqrt(lam2 @ np.linalg.solve(F, lam2)), rtol=1e-3)
 #
 # Bernstein and Newhouse (2024) read these optimizers as steepest descent in exactly these norms. We insert a layer at each of two
 # sites, one narrow and one wide, take one small step of the new parameters alone, and compare the gain with what the norm
-# predicted. `cg.norms.norm_for(optimizer)` picks the norm.
+# predicted. `cg.norms.norm_for(optimizer)` picks the norm: that of a first step, not of where a layer helps in the end.
 
 # %%
 x = torch.rand(300, 2) * 4 - 2
@@ -249,6 +249,12 @@ ax.spines[["top", "right"]].set_visible(False)
 # `KroneckerFisher(damping=0, ord="nuc")` is their sum, the dual of the ball in which no direction moves further than $1$.
 # (Damping, $0.1$ by default, makes both slightly smaller.) The sum counts in *how many* directions a layer could help, whereas
 # one strong direction suffices for a large length. Which of the two decides better is a question for measurement: notebook 7.
+#
+# What is constant in $\varphi$ and $\psi$ a bias of the old layers can do already. Without it $A$ and $G$ become covariances, and
+# the sum is that of `CanonicalCorrelations`, the norm that `cg.solve(problem)` takes when it is given none. There it is multiplied with a
+# power of how much hangs on the site (`elasticity`). The sum alone depends on no units: not even a loss measured in cents changes it.
+# So it is no price, and in a network with nothing to learn it measures noise: it says *where* a layer is worth most, not *whether* it is
+# worth anything.
 
 # %%
 layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))
@@ -263,6 +269,15 @@ for order, expected in (("fro", rho.norm()), ("nuc", rho.sum())):
     found = cg.solve(here, norm=norm).sensitivities["1"].value
     print(f"{order}: {found:.6f}, by the correlations {rho.numpy().round(3)}: {expected:.6f}")
     assert np.isclose(found, expected.item(), rtol=1e-6)
+
+centred = (features[:, :4] - features[:, :4].mean(0), delta - delta.mean(0))
+rho = torch.linalg.svdvals(torch.linalg.qr(centred[0]).Q.T @ torch.linalg.qr(centred[1]).Q)
+for unit in (1, 100):
+    cents = cg.GrowthProblem(model, lambda a, b, u=unit: u * nn.MSELoss()(a, b), [(x, y)], [layer])
+    norm = cg.norms.CanonicalCorrelations(damping=1e-9, elasticity=0.0)
+    found = cg.solve(cents, norm=norm).sensitivities["1"].value
+    assert np.isclose(found, rho.sum().item(), rtol=1e-6)
+assert isinstance(cg.norms.recommended(), cg.norms.CanonicalCorrelations)
 
 one_strong, all_alike = torch.diag(torch.tensor([0.8, 0, 0, 0])), 0.4 * torch.eye(4)
 plain = {"weight": cg.norms.SecondMoments(torch.eye(4), torch.eye(4))}
@@ -311,7 +326,9 @@ given = [
     cg.Candidate(site, cg.blocks.ResidualMLP(6, 6, torch.tanh, inner_init=0.8)) for site in sites
 ]
 growth = cg.GrowthProblem(deep, nn.MSELoss(), [(x, y)], given)
-sensli = {k: s.value**2 for k, s in cg.solve(growth).sensitivities.items()}
+sensli = {
+    k: s.value**2 for k, s in cg.solve(growth, norm=cg.norms.Frobenius()).sensitivities.items()
+}
 senn = {
     k: s.value**2
     for k, s in cg.solve(growth, norm=cg.norms.KroneckerFisher(damping=1e-6)).sensitivities.items()

@@ -268,7 +268,7 @@ for radius.value in radii:
     slack.append(radius.value - np.linalg.norm(V.value))
 prices, losses, slack = map(np.array, (prices, losses, slack))
 
-size = convex.solution.sensitivities["tanh"].value
+size = cg.norms.Frobenius()(convex.solution.multipliers["tanh"]).item()
 print(f"price of a ball of radius 0.01: {prices[0]:.6f},  |lambda|: {size:.6f}")
 assert abs(prices[0] - size) < 1e-2 * size
 assert (prices > -1e-6).all()

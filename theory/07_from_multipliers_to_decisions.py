@@ -68,7 +68,8 @@ candidates = [
     for hidden in (4, 16)
 ]
 problem = cg.GrowthProblem(model, loss_fn, data, candidates)
-solution = cg.solve(problem)
+frobenius = cg.norms.Frobenius()
+solution = cg.solve(problem, norm=frobenius)
 values = {name: s.value for name, s in solution.sensitivities.items()}
 
 # %% [markdown]
@@ -126,7 +127,7 @@ def relaxation(limit):
 limits = np.linspace(0, 1.05 * costs.sum() / 1.25, 36).round() + 0.5  # never at a corner
 staircase, prices = [], []
 for limit in limits:
-    decision = cg.solve(problem, rule=cg.Budget(parameters=limit)).decision
+    decision = cg.solve(problem, rule=cg.Budget(parameters=limit), norm=frobenius).decision
     staircase.append(decision.evidence["gain"])
     prices.append(decision.evidence["prices"]["parameters"])
     assert decision.evidence["gap"] < 1e-9  # proven optimal
@@ -260,7 +261,7 @@ assert after < before
 #
 # One gradient step of size $\eta$ after the insertion gains $\eta\lVert\lambda_c\rVert_F^2$ more than the same step without it, to first
 # order: at this horizon the ranking by sensitivity *is* the ranking by gain. No such theorem holds for the loss after hundreds of steps. We
-# measure it: six networks, five sites each; at each site the same kind of layer is inserted, and the grown network and its twin are trained
+# measure it in the Frobenius norm: six networks, five sites each; at each site the same kind of layer is inserted, and the grown network and its twin are trained
 # on. For each horizon we compare the ranking of the sites by sensitivity with that by realised gain.
 
 # %%
@@ -275,7 +276,8 @@ for seed in range(6):
         cg.Candidate(site, cg.blocks.ResidualMLP(5, 5, torch.tanh))
         for site in ("1", "3", "5", "7", "9")
     ]
-    solved = cg.solve(cg.GrowthProblem(base, loss_fn, data, found), stationarity=False)
+    offered = cg.GrowthProblem(base, loss_fn, data, found)
+    solved = cg.solve(offered, norm=frobenius, stationarity=False)
     alone = train(copy.deepcopy(base), max(horizons), lr=0.3)
     gain = {}
     for name in solved.sensitivities:

@@ -49,8 +49,6 @@ enough for the loss to flatten out above 0, steps short enough for it to fall wi
 initial weights that leave no layer dead (learning rate 0.05 without momentum had large jumps).
 """
 
-RULE = cg.Threshold(relative=1.0, max_insertions=1)
-
 Numbers = dict[str, Any]
 """What `--json` writes."""
 
@@ -59,7 +57,7 @@ def run_demo(
     data: str = "digits",
     seed: int = 0,
     *,
-    rule: cg.rules.DecisionRule = RULE,
+    rule: cg.rules.DecisionRule | None = None,
     max_epochs: int | None = None,
     epochs_after: int | None = None,
     dtype: torch.dtype = torch.float32,
@@ -68,9 +66,9 @@ def run_demo(
     """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
 
     The candidates are an identity layer and a residual block after each ReLU; by default the
-    largest sensitivity is inserted if it exceeds the mean gradient norm of the layers in place. The
-    network as it was trains on beside the grown one, with the same optimizer and for the same
-    number of epochs. `on_solved` is called before the insertion, with what is known by then.
+    recommended decision is inserted. The network as it was trains on beside the grown one, with the
+    same optimizer and for the same number of epochs. `on_solved` is called before the insertion,
+    with what is known by then.
 
     Returns:
         Settings, the table of candidates, the decision, and for the network "kept" as it was and
@@ -115,7 +113,6 @@ def run_demo(
                 "site": s.site,
                 "sensitivity": s.value,
                 "standard_error": s.standard_error,
-                "baseline": s.baseline,
                 "pinned": s.num_parameters,
                 "added": s.num_new_parameters,
             }
@@ -123,6 +120,7 @@ def run_demo(
         ],
         "chosen": solution.decision.chosen,
         "reason": solution.decision.reason,
+        "agreement": solution.agreement,
         "losses_before": before,
     }
     on_solved(found, solution)

@@ -22,11 +22,13 @@ def question(found: Numbers, solution: cg.Solution) -> RenderableType:
     state = "Plateau" if found["plateau_reached"] else "No plateau yet, but the limit of epochs"
     epochs, chosen = len(found["losses_before"]) - 1, found["chosen"]
     choice = f"insert {', '.join(chosen)}" if chosen else "insert nothing"
+    sure = number(found["agreement"], ".0%", "?")
     return Group(
         Text(f"{state} after {epochs} epochs, training loss {solution.loss:.5f} nats."),
         Text(f"‖∇_θ L‖ = {solution.stationarity:.3g}. {solution.status.value}\n"),
         _candidates(found),
-        Text(f"Decision: {choice} ({found['reason']}).\n", style="bold"),
+        Text(f"Decision: {choice} ({found['reason']}).", style="bold"),
+        Text(f"{sure} of bootstrap samples of these data lead to the same decision.\n"),
     )
 
 
@@ -83,7 +85,6 @@ def picture(found: Numbers) -> Figure:
             row["name"]: cg.Sensitivity(
                 row["sensitivity"],
                 row["standard_error"],
-                baseline=row["baseline"],
                 site=row["site"],
             )
             for row in found["candidates"]
@@ -93,7 +94,7 @@ def picture(found: Numbers) -> Figure:
             f"Training loss {grown['train_loss']:.3g} nats with the inserted layer, "
             f"{kept['train_loss']:.3g} without"
             if found["chosen"]
-            else "Nothing was inserted: no candidate promised more than the layers in place"
+            else "Nothing was inserted"
         ),
         subtitle=(
             f"{found['data']}, ReLU network {'–'.join(map(str, found['layers']))}, full-batch "
@@ -105,7 +106,7 @@ def picture(found: Numbers) -> Figure:
 
 def _candidates(found: Numbers) -> Table:
     table = Table("candidate", "after module", title="Candidates, in order of depth")
-    for heading in ("sensitivity ‖λ‖ ± s.e.", "pinned", "added"):
+    for heading in ("sensitivity ± s.e.", "pinned", "added"):
         table.add_column(heading, justify="right")
     for row in found["candidates"]:
         table.add_row(
@@ -118,9 +119,6 @@ def _candidates(found: Numbers) -> Table:
     table.caption = (
         "± is the standard error, the data being a sample; for the loss on these data λ is exact."
     )
-    if (baseline := found["candidates"][0]["baseline"]) is not None:
-        known = f"Mean gradient norm of the layers in place: {baseline:.4f}."
-        table.caption = f"{known}\n{table.caption}"
     return table
 
 

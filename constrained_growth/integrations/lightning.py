@@ -47,8 +47,8 @@ class GrowthCallback(Callback):
             being iterated; on each process its shard.
         model: `model(module)`, the model that grows; by default the LightningModule itself.
         blocks: Your own blocks, to resume a run, as for `replay`.
-        **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
-            `solver`, `writer`.
+        **options: Of `Grower`: `rule`, `norm`, `when`, `candidates`, `max_insertions`,
+            `after_insertion`, `solver`, `writer`.
 
     Attributes:
         grower: The `Grower`, once training has started; None before.

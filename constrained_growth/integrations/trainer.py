@@ -48,8 +48,8 @@ class GrowthCallback(TrainerCallback):
         data: The data to decide on: `(inputs, None)` pairs with a dict of inputs, labels among
             them, such as `[(batch, None) for batch in loader]`; on each process its shard.
         loss_fn: `loss_fn(output, target)`; by default the loss that the model returns.
-        **options: Of `Grower`: `rule`, `when`, `candidates`, `max_insertions`, `after_insertion`,
-            `solver`, `writer`, `averaged`.
+        **options: Of `Grower`: `rule`, `norm`, `when`, `candidates`, `max_insertions`,
+            `after_insertion`, `solver`, `writer`, `averaged`.
 
     Attributes:
         grower: The `Grower`, once training has started; None before.

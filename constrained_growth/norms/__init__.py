@@ -1,12 +1,16 @@
 """How large a multiplier is.
 
-A norm is any function of a multiplier (pinned parameter → tensor) that returns a number. The
-largest first-order decrease of the loss in a ball ‖v‖ ≤ Δ is
+A norm is any function of a multiplier (pinned parameter → tensor) that returns a number. The one
+that decides where nothing else is said is `recommended()`: canonical correlations, which do not
+depend on the units of a site. `Frobenius` is the source's choice.
+
+What a first step of the new layer gains is a theory of its own: the largest first-order decrease
+of the loss in a ball ‖v‖ ≤ Δ is
 
     max { ⟨λ, v⟩ : ‖v‖ ≤ Δ } = Δ ‖λ‖_*,
 
-so the right norm is the *dual* of the one in which the optimizer moves the new layer (Boyd and
-Vandenberghe, *Convex Optimization*, 2004, A.1.6). `norm_for` picks it.
+the *dual* of the norm in which the optimizer moves the new layer (Boyd and Vandenberghe, *Convex
+Optimization*, 2004, A.1.6). `norm_for` picks it.
 
 It is always one ball over all pinned parameters of a candidate together. For matrix norms a vector
 is a matrix with one column, a tensor of more dimensions (the kernel of a convolution) is flattened

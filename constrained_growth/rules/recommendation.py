@@ -24,8 +24,7 @@ def rule_for(optimizer: torch.optim.Optimizer | OptimizerFactory, *, step: bool 
     * Adam and its relatives, and Muon, scale their steps themselves: `TopK(1)`, at no cost
       (unless `step`).
 
-    Meant for `solve(problem, rule_for(optimizer), norm=KroneckerFisher(ord="nuc"))`; for `grow`,
-    pass `solver=functools.partial(cg.solve, norm=KroneckerFisher(ord="nuc"))` too.
+    `solve`, `grow`, `Grower` and the callbacks without a rule take `TopK(1)`.
 
     Args:
         optimizer: The optimizer that trains the model now and will train the new layer; or a

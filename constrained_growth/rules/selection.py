@@ -95,8 +95,8 @@ class Threshold:
 
     @property
     def norm(self) -> Norm | None:
-        """That of gradients for a relative threshold, unless `solve` is given one."""
-        return None if self.relative is None else Frobenius()
+        """That of gradients, whose intervals are proven, unless `solve` is given another."""
+        return None if self.relative is self.confidence is None else Frobenius()
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""

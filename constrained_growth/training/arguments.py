@@ -33,13 +33,20 @@ def check_growing(given: Any) -> None:
     checked_copies(given.model, given.averaged)
     function("loss_fn", given.loss_fn, TrainingError, "nn.CrossEntropyLoss()")
     data_again("data", given.data)
-    refuse_no_rule("rule", given.rule)
+    if given.rule is not None:
+        refuse_no_rule("rule", given.rule)
+    function("norm", given.norm, TrainingError, "cg.norms.Frobenius()", optional=True)
     if not isinstance(given.when, Plateau):
         function("when", given.when, TrainingError, "cg.rules.Plateau()", optional=True)
     function("confirm", given.confirm, TrainingError, "cg.rules.Exhausted()", optional=True)
     example = "cg.training.NewLayers()"
     function("after_insertion", given.after_insertion, TrainingError, example, optional=True)
-    function("solver", given.solver, TrainingError, "cg.solve")
+    function("solver", given.solver, TrainingError, "cg.solve", optional=True)
+    if given.solver is not None and given.norm is not None:
+        raise TrainingError(
+            f"norm={given.norm!r:.80} would not be used: solver= chooses the norm. Give one of "
+            "them, or solver=functools.partial(cg.solve, norm=…)."
+        )
     integer("max_insertions", given.max_insertions, TrainingError, 0, optional=True)
     if isinstance(given.candidates, Sequence):
         checked_candidates(given.candidates)

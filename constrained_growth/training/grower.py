@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -31,9 +32,10 @@ from constrained_growth.insertion.training_state import (
     checked_copies,
     restoring,
 )
+from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
-from constrained_growth.rules import Plateau, Rule, TopK, When
-from constrained_growth.solution import Decision, Solution
+from constrained_growth.rules import Plateau, Rule, When
+from constrained_growth.solution import Decision, Later, Norm, Solution, with_decision
 from constrained_growth.solve import solve
 from constrained_growth.training.arguments import check_growing
 from constrained_growth.training.history import History, Round, count_layers, measurements
@@ -46,7 +48,8 @@ Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 AfterInsertion = Callable[["Grower", Round], object]
 """Acts on `grower.optimizer` and on the parameters named in `round.new_parameters`."""
 
-_TOP_ONE = TopK(1)
+_PARTS = ("rule", "norm", "when", "after_insertion")
+"""What may have a state that a resumed run goes on from."""
 
 
 @dataclass(eq=False, repr=False)
@@ -67,7 +70,8 @@ class Grower:
             their state, and get the new parameters, as in `insert`. Not LBFGS.
         loss_fn: As for `GrowthProblem`.
         data: The data to decide on, as for `GrowthProblem`: the training data, or other data.
-        rule: What to insert, as for `solve`; `TopK(1)` by default.
+        rule: What to insert, as for `solve`; None (default) for the recommended decision.
+        norm: How large a multiplier is, as for `solve`; None (default) for the recommended norm.
         when: When to ask: a `Plateau`, or `when(losses) -> bool` with the losses since the last
             insertion, one for each row of the history; None (default) for after every row.
         confirm: `confirm(solution) -> When`, such as `Exhausted()`, called before something is
@@ -78,8 +82,8 @@ class Grower:
         after_insertion: `after_insertion(grower, round)`, called after each insertion: the place
             for learning rates and the like of the new layers, such as `training.NewLayers()`.
             None (default) trains them as their neighbours.
-        solver: `solver(problem, rule) -> Solution`; `solve` by default, or
-            `functools.partial(cg.solve, norm=…)` for other options.
+        solver: `solver(problem, rule) -> Solution`, which also chooses the norm, such as
+            `functools.partial(cg.solve, stationarity=False)`. None (default) for `solve`.
         writer: Logs the sensitivities and the depth at each round by `add_scalar(tag, value,
             step)`, as TensorBoard's `SummaryWriter` does. None (default) for no log.
         wrapper: The DistributedDataParallel around the model, where `model` is the module inside
@@ -124,13 +128,14 @@ class Grower:
     loss_fn: Callable[[Any, Any], Tensor]
     data: Iterable[Any]
     _: KW_ONLY
-    rule: Rule = _TOP_ONE
+    rule: Rule | None = None
+    norm: Norm | MomentNorm | None = None
     when: Plateau | Callable[[Sequence[float]], bool] | None = None
     confirm: Callable[[Solution], When] | None = None
     candidates: Candidates | None = None
     max_insertions: int | None = None
     after_insertion: AfterInsertion | None = None
-    solver: Callable[[GrowthProblem, Rule], Solution] = solve
+    solver: Callable[[GrowthProblem, Any], Solution] | None = None
     writer: Any = None
     wrapper: nn.Module | None = None
     averaged: Copies = ()
@@ -143,7 +148,7 @@ class Grower:
         check_optimizers(self.model, self.optimizers, ())
         if isinstance(self.candidates, Sequence):
             places_of(self.model, checked_candidates(self.candidates))
-        names = ("rule", "when", "confirm", "after_insertion")
+        names = (*_PARTS, "confirm")
         self._attributes = {name: _attributes(getattr(self, name)) for name in names}
         self.history = History()
         self.record = GrowthRecord((), parameter_shapes(self.model))
@@ -213,6 +218,8 @@ class Grower:
         with restoring(models, self.optimizers):
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
+        sensitivities = solution.sensitivities
+        errors: Any = Later(lambda _: {n: s.standard_error for n, s in sensitivities.items()})
         new_parameters = tuple(n for n, p in self.model.named_parameters() if id(p) not in old)
         self._rewrap()
         round = Round(
@@ -222,8 +229,8 @@ class Grower:
             loss=solution.loss,
             stationarity=solution.stationarity,
             status=solution.status.name,
-            sensitivities={name: s.value for name, s in solution.sensitivities.items()},
-            standard_errors={n: s.standard_error for n, s in solution.sensitivities.items()},
+            sensitivities={name: s.value for name, s in sensitivities.items()},
+            standard_errors=errors,
             sites={name: planned.after for name, planned in solution.candidates.items()},
             chosen=solution.decision.chosen,
             reason=solution.decision.reason,
@@ -246,7 +253,7 @@ class Grower:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside model, optimizer and random state."""
-        parts = stateful(self.rule, self.when, self.after_insertion)
+        parts = stateful(self)
         for name, before in self._attributes.items():
             if name not in parts and _attributes(getattr(self, name)) != before:
                 warnings.warn(
@@ -271,7 +278,7 @@ class Grower:
         Raises:
             CheckpointError: The state is that of other parts, or no state of a grower.
         """
-        parts = stateful(self.rule, self.when, self.after_insertion)
+        parts = stateful(self)
         check_parts(state, parts)
         try:
             total = state["sum"]
@@ -308,12 +315,13 @@ class Grower:
 
     def _decide_and_insert(self) -> tuple[Solution, When, GrowthRecord]:
         problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
-        solution = self.solver(problem, self.rule)
-        solution = replace(solution, decision=self._within_limit(solution.decision))
+        solver = self.solver or partial(solve, norm=self.norm)
+        solution = solver(problem, self.rule)
+        solution = with_decision(solution, self._within_limit(solution.decision))
         confirm = self.confirm or (lambda _: When.NOW)
         answer = everywhere(lambda: confirm(solution), None)[0]
         if answer is not When.NOW:
-            solution = replace(solution, decision=Decision((), answer.value))
+            solution = with_decision(solution, Decision((), answer.value))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the model is wrapped")  # `_rewrap` comes next
             record = insert(self.model, solution, optimizer=self.optimizers, averaged=self.averaged)
@@ -367,9 +375,9 @@ def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def stateful(rule: Any, when: Any, after_insertion: Any) -> dict[str, Any]:
-    """Rule, schedule and policy, where they have a state."""
-    parts = {"rule": rule, "when": when, "after_insertion": after_insertion}
+def stateful(given: Any) -> dict[str, Any]:
+    """Rule, norm, schedule and policy of a grower, where they have a state."""
+    parts = {name: getattr(given, name) for name in _PARTS}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
 
 

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from constrained_growth.solution import ReadLater
+
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
-class Round:
+class Round(ReadLater):
     """One decision where to grow, also one to insert nothing.
 
     Attributes:
@@ -25,7 +27,8 @@ class Round:
         stationarity: ‖∇_θ L‖₂, or None if not asked for.
         status: Name of the solution's status.
         sensitivities: Candidate → ‖λ‖.
-        standard_errors: Candidate → its standard error, NaN where unknown.
+        standard_errors: Candidate → its standard error, NaN where unknown. They are computed when
+            they are first read.
         sites: Candidate → qualified name of the module it would follow.
         chosen: Names of the candidates inserted, maybe none.
         reason: The decision's reason.

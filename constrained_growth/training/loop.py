@@ -26,10 +26,10 @@ from constrained_growth._sites.untouched import generators_of, untouched
 from constrained_growth.checkpoint import Checkpoint
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion.training_state import Copies
+from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Plateau, Rule, TopK, When
-from constrained_growth.solution import Solution
-from constrained_growth.solve import solve
+from constrained_growth.rules import Plateau, Rule, When
+from constrained_growth.solution import Norm, Solution
 from constrained_growth.training.arguments import check_growing, check_training
 from constrained_growth.training.grower import (
     AfterInsertion,
@@ -40,7 +40,6 @@ from constrained_growth.training.grower import (
 )
 from constrained_growth.training.history import History
 
-_TOP_ONE = TopK(1)
 _LOSS = "validation loss"
 _PROGRESS = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
 """What a checkpoint holds of a `_Run`, and of which type."""
@@ -53,7 +52,8 @@ def grow(
     loader: Iterable[Any],
     *,
     epochs: int,
-    rule: Rule = _TOP_ONE,
+    rule: Rule | None = None,
+    norm: Norm | MomentNorm | None = None,
     when: Plateau | Callable[[Sequence[float]], bool] | None = None,
     confirm: Callable[[Solution], When] | None = None,
     candidates: Candidates | None = None,
@@ -65,7 +65,7 @@ def grow(
     metrics: Mapping[str, Callable[[Any, Any], Tensor | float]] | None = None,
     scheduler_factory: Callable[[Any], Any] | None = None,
     after_insertion: AfterInsertion | None = None,
-    solver: Callable[[GrowthProblem, Rule], Solution] = solve,
+    solver: Callable[[GrowthProblem, Any], Solution] | None = None,
     callbacks: Iterable[Callable[[Grower], object]] = (),
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int | None = None,
@@ -94,6 +94,7 @@ def grow(
         loader: The training data: `(input, target)` batches, as for `GrowthProblem`.
         epochs: Largest number of passes over them.
         rule: What to insert, as for `Grower`.
+        norm: How large a multiplier is, as for `Grower`.
         when: When to ask, as for `Grower`.
         confirm: Called before something is inserted, as for `Grower`.
         candidates: What could be inserted, as for `Grower`.
@@ -147,7 +148,7 @@ def grow(
     check_training(given)
     check_growing(given)
     path = None if checkpoint is None else Path(checkpoint)
-    saved = None if path is None else _saved(path, loader, stateful(rule, when, after_insertion))
+    saved = None if path is None else _saved(path, loader, stateful(given))
     if saved is None:
         optimizer = optimizer_factory(model.parameters())
         scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)
@@ -168,6 +169,7 @@ def grow(
         loss_fn,
         loader if data is None else data,
         rule=rule,
+        norm=norm,
         when=when,
         confirm=confirm,
         candidates=candidates,

@@ -147,7 +147,7 @@ def test_charged_for_the_decision_is_the_pass_and_the_look_at_the_output() -> No
 
     def decide() -> cg.Solution:
         problem = cg.GrowthProblem(small, loss_fn, material.deciding, task.candidates(small))
-        return cg.solve(problem, norm=cg.norms.KroneckerFisher(0.1), stationarity=False)
+        return cg.solve(problem, stationarity=False)
 
     assert found["sensitivity"].decisions == looks + counted(decide)
 

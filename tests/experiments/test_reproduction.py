@@ -150,7 +150,7 @@ def test_the_library_is_asked_as_a_user_would_ask_it():
         ]
         data = [(split.x_train.double(), split.y_train)]
         problem = cg.GrowthProblem(model, LOSS, data, candidates)
-        solution = cg.solve(problem, norm=cg.norms.KroneckerFisher(0.03))
+        solution = cg.solve(problem)
         before = {id(parameter) for parameter in model.parameters()}
         cg.insert(model, solution, optimizer=optimizer)
         new = [name for name, p in model.named_parameters() if id(p) not in before]

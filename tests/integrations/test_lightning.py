@@ -387,3 +387,17 @@ def test_processes_that_do_not_bring_the_model_back_are_refused(tmp_path: Path) 
     )
     with refused(cg.TrainingError, "2 processes", 'strategy="ddp"', "DDPStrategy"):
         callback([]).setup(trainer, Classifier(), "fit")
+
+
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()], ids=str)
+def test_the_norm_is_the_recommended_one_or_the_one_given(norm: Any, tmp_path: Path) -> None:
+    data, norms = classified(16, batch=8), list[Any]()
+
+    def look(solution: cg.Solution) -> cg.rules.When:
+        norms.extend(s.norm for s in solution.sensitivities.values())
+        return cg.rules.When.NEVER
+
+    fit(tmp_path, callback(data, norm=norm, confirm=look), data, 4)
+    assert norms == [norm or cg.norms.recommended()] * 2
+    with refused(cg.TrainingError, "norm='fro'", "cg.norms.Frobenius()"):
+        fit(tmp_path, callback(data, norm="fro"), data, 4)

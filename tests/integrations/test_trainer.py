@@ -270,3 +270,17 @@ def test_two_processes_grow_as_one(tmp_path: Path) -> None:
     assert len(growth.history.insertions) == 2
     torch.save(outcome(model, growth), tmp_path / "expected")
     together(train_with_another, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()], ids=str)
+def test_the_norm_is_the_recommended_one_or_the_one_given(norm: Any, tmp_path: Path) -> None:
+    norms: list[Any] = []
+
+    def look(solution: cg.Solution) -> cg.rules.When:
+        norms.extend(s.norm for s in solution.sensitivities.values())
+        return cg.rules.When.NEVER
+
+    train(tmp_path, callback(norm=norm, confirm=look), gpt())
+    assert norms == [norm or cg.norms.recommended()] * 2
+    with refused(cg.TrainingError, "norm='fro'", "cg.norms.Frobenius()"):
+        train(tmp_path, callback(norm="fro"), gpt())

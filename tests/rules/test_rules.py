@@ -190,6 +190,7 @@ def test_pure_noise_is_rarely_inserted() -> None:
                 data,
                 one,
                 rule=cg.Threshold(confidence=confidence),
+                norm=None,  # the rule's own
                 loss_fn=lambda output, target: (output * target).mean(),
             )
             taken[confidence] += len(solution.decision.chosen)

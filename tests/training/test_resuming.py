@@ -240,6 +240,29 @@ def test_rule_that_forgets_is_said(tmp_path: Path) -> None:
     assert rule.calls == 2
 
 
+def test_the_state_of_a_norm_is_kept(tmp_path: Path) -> None:
+    class Fading:
+        """A norm that counts its calls, each one for less."""
+
+        calls = 0
+
+        def __call__(self, multiplier: Any) -> float:
+            self.calls += 1
+            return 0.5**self.calls * float(cg.norms.Frobenius()(multiplier))
+
+        def state_dict(self) -> dict[str, int]:
+            return {"calls": self.calls}
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            self.calls = state["calls"]
+
+    data, path, norms = classified(8), tmp_path / "run", [Fading(), Fading()]
+    for norm, epochs in zip(norms, (2, 4), strict=True):
+        grow(feedforward(2, 4, 4, 3), data, path, norm=norm, epochs=epochs)
+    assert norms[1].calls > norms[0].calls > 0
+    refused_as_it_was(path, data, "norm", "state_dict", norm=cg.norms.Frobenius(), epochs=5)
+
+
 @pytest.mark.parametrize(("had", "has"), [(Remembered(), InTurn()), (InTurn(), Remembered())])
 @pytest.mark.filterwarnings("ignore:rule=")
 def test_state_of_another_rule(had: Any, has: Any, tmp_path: Path) -> None:

@@ -41,7 +41,9 @@ def grow(model: nn.Module, data: Any, **options: Any) -> cg.History:
     return cg.grow(model, SGD, LOSS, data, **{"epochs": 6, "candidates": SITES, **options})
 
 
-def by_hand(model: nn.Module, data: Any, epochs: int, grow_after: Mapping[int, Any]) -> list[float]:
+def by_hand(
+    model: nn.Module, data: Any, epochs: int, grow_after: Mapping[int, Any], norm: Any = None
+) -> list[float]:
     """The same in plain PyTorch: train, and after some epochs solve and insert."""
     optimizer, losses = SGD(model.parameters()), []
     for epoch in range(1, epochs + 1):
@@ -54,22 +56,59 @@ def by_hand(model: nn.Module, data: Any, epochs: int, grow_after: Mapping[int, A
             total += loss.item()
         losses.append(total / len(data))
         if epoch in grow_after:
-            solution = solved(model, data, *SITES, rule=grow_after[epoch])
+            solution = solved(model, data, *SITES, rule=grow_after[epoch], norm=norm)
             cg.insert(model, solution, optimizer=optimizer)
     return losses
 
 
-def test_loop_is_the_plain_one_with_solve_and_insert_in_it() -> None:
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()], ids=str)
+def test_loop_is_the_plain_one_with_solve_and_insert_in_it(norm: Any) -> None:
     data = classified(40, batch=8)
     model, plain = feedforward(2, 4, 4, 3), feedforward(2, 4, 4, 3)
     plain.load_state_dict(model.state_dict())
-    history = grow(model, data, when=every(2), max_insertions=2)
-    losses = by_hand(plain, data, 6, {2: cg.TopK(1), 4: cg.TopK(1)})
+    history = grow(model, data, norm=norm, when=every(2), max_insertions=2)
+    losses = by_hand(plain, data, 6, {2: cg.TopK(1), 4: cg.TopK(1)}, norm)
     assert_same(dict(model.state_dict()), dict(plain.state_dict()))
     assert history.losses == pytest.approx(losses, rel=1e-12)
     assert history.steps == [5, 10, 15, 20, 25, 30]
     assert history.layers == [3, 3, 4, 4, 5, 5]
     assert [(one.epoch, one.step) for one in history.rounds] == [(2, 10), (4, 20)]
+
+
+def in_other_units(model: nn.Module, scale: float) -> nn.Module:
+    """The same function, with what comes out of the first ReLU so many times as large."""
+    with torch.no_grad():
+        for name, factor in {"0.weight": scale, "0.bias": scale, "2.weight": 1 / scale}.items():
+            model.get_parameter(name).mul_(factor)
+    return model
+
+
+@pytest.mark.parametrize("rule", [None, cg.TopK(1), cg.Threshold(relative=1.0)], ids=str)
+def test_the_recommended_decision_is_what_solve_gives_without_being_asked(rule: Any) -> None:
+    data, model = classified(40, batch=8), feedforward(2, 4, 4, 3)
+    grower = cg.Grower(model, SGD(model.parameters()), LOSS, data, rule=rule, candidates=SITES)
+    solution = cg.solve(cg.GrowthProblem(model, LOSS, data, SITES), rule)
+    one = grower.ask()
+    assert one.sensitivities == {n: s.value for n, s in solution.sensitivities.items()}
+    assert one.chosen == solution.decision.chosen
+
+
+@pytest.mark.parametrize(("norm", "moves"), [(None, False), (cg.norms.Frobenius(), True)])
+def test_units_of_a_relu_layer_move_the_decision_in_the_norm_of_the_source_alone(
+    norm: Any, moves: bool
+) -> None:
+    data, chosen = classified(40, batch=8), list[Any]()
+    for scale in (1e3, 1e-3):
+        model = in_other_units(feedforward(2, 4, 4, 3), scale)
+        grower = cg.Grower(model, SGD(model.parameters()), LOSS, data, norm=norm, candidates=SITES)
+        chosen.append(grower.ask().chosen)
+    assert (chosen[0] != chosen[1]) == moves
+
+
+def test_a_norm_beside_a_solver_is_refused() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(16)
+    with nothing_left_behind(model), refused(cg.TrainingError, "norm=Frobenius()", "solver="):
+        grow(model, data, norm=cg.norms.Frobenius(), solver=cg.solve)
 
 
 def test_a_round_says_what_it_rests_on() -> None:

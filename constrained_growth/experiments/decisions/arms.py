@@ -26,6 +26,7 @@ from constrained_growth.norms import (
     Frobenius,
     KroneckerFisher,
     Nuclear,
+    recommended,
 )
 from constrained_growth.rules import Rule, needs_model, rule_for
 
@@ -219,13 +220,13 @@ ARMS: tuple[Arm, ...] = (
     Arm(
         "rule_for(optimizer)",
         lambda asked: rule_for(asked.optimizer),
-        KroneckerFisher(ord="nuc"),
+        recommended(),
         in_batches=True,
     ),
     Arm(
         "rule_for(optimizer, step=True)",
         lambda asked: rule_for(asked.optimizer, step=True),
-        KroneckerFisher(ord="nuc"),
+        recommended(),
         in_batches=True,
     ),
     Arm("trial, 20 passes in all", lambda asked: trial_of(20.0, asked), in_batches=True),

@@ -65,10 +65,6 @@ class Trace:
     decisions: int
 
 
-NORM = cg.norms.KroneckerFisher(damping=0.03)
-"""The norm of the published figures, which was recommended when they were made."""
-
-
 def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
     """Train until as much is spent as in the whole run of the big network.
 
@@ -87,7 +83,7 @@ def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
         optimizer,
         LOSS,
         material.deciding,
-        rule=arm.rule(seed) if arm.rule else cg.TopK(1),
+        rule=arm.rule(seed) if arm.rule else None,
         when=lambda losses: len(losses) >= task.wait,
         candidates=task.candidates,
         max_insertions=task.big - task.small if arm.rule else 0,
@@ -132,9 +128,9 @@ class _Meter:
             return self._counter.total, time.perf_counter() - began
         return self._counter.total - looked, time.perf_counter() - solved
 
-    def solve(self, problem: cg.GrowthProblem, rule: Rule) -> cg.Solution:
+    def solve(self, problem: cg.GrowthProblem, rule: Rule | None) -> cg.Solution:
         """As `cg.solve`; notes what has been spent until then."""
-        found = cg.solve(problem, rule, norm=NORM, stationarity=False)
+        found = cg.solve(problem, rule, stationarity=False)
         self._looking = self._counter.total, time.perf_counter()
         return found
 

@@ -278,6 +278,6 @@ The figures under `reference` come from its code, rerun with fixed data handling
     N2           the deep network of the source's code, from the start: every hidden layer twice
     N2fix        the network of the grown one's depth, from the start
     N1lr, N2lr   N1 and N2fix with the learning rate changed when the others gain a layer
-    recommended  the largest sensitivity in the Kronecker-Fisher norm, the learning rate kept, new
-                 layers warmed up as by `training.NewLayers`
+    recommended  the decision of `cg.solve(problem)`, the learning rate kept, new layers warmed up
+                 as by `training.NewLayers`
 """

@@ -19,11 +19,9 @@ from constrained_growth.training import NewLayers
 
 Solver = Callable[[cg.GrowthProblem], cg.Solution]
 
-RECOMMENDED: Solver = partial(
-    cg.solve, norm=cg.norms.KroneckerFisher(damping=0.03), stationarity=False
-)
-"""The largest sensitivity in the norm that was recommended when the published figures were made;
-by now that is `KroneckerFisher(ord="nuc")`, which is slightly better (`bench decisions`)."""
+RECOMMENDED: Solver = partial(cg.solve, stationarity=False)
+"""The recommended decision. The published figures were made with `TopK(1)` in the norm that was
+recommended then, `KroneckerFisher(damping=0.03)`."""
 
 AGE = "age"
 """Memory of how many steps a parameter has made since its insertion; ∞ for older ones."""

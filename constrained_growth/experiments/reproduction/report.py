@@ -38,7 +38,7 @@ ARMS = {
     "N2fix": "deep one, right depth",
     "N1lr": "small network, learning rate as grown",
     "N2lr": "deep one, learning rate as grown",
-    "recommended": "Fisher norm, warm-up",
+    "recommended": "our decision, warm-up",
 }
 
 PAIRS = (
