@@ -185,7 +185,7 @@ ROWS: dict[str, Row] = {
             "throw": "bool",
             "progress": "bool",
         },
-        optional=("progress",),
+        optional=("rule", "norm", "progress"),
         more={"gtol": (-1.0,)},
     ),
     "GrowthProblem": Row(
@@ -244,6 +244,7 @@ ROWS: dict[str, Row] = {
         lambda **k: cg.monitor(**k).__enter__(),
         of_solve,
         {"problem": "problem", "norm": "norm", "every": "count", "scale": "positive"},
+        optional=("norm",),
     ),
     "directional_derivative": Row(
         cg.directional_derivative,

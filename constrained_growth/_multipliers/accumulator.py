@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -205,12 +205,7 @@ class Accumulator:
         cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
         every: list[list[dict[str, Tensor]]] = []
         for use in cast:
-            deltas = [use.delta]
-            if not whole:
-                deltas = [torch.zeros_like(use.delta) for _ in range(0, size, each)]
-                for part, start in zip(deltas, range(0, size, each), strict=True):
-                    part[start : start + each] = use.delta[start : start + each]
-            y, parts = differentiated(self._block, use, deltas)
+            y, parts = differentiated(self._block, use, [use.delta] if whole else _parts(use, each))
             if self._conditional:
                 self._note_moved([use], [y])
             every.append(parts)
@@ -506,6 +501,14 @@ def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMomen
             columns=_chosen(math.prod(mean.shape[1:]), mean.device),
         )
     return found
+
+
+def _parts(use: Use, each: int) -> Iterator[Tensor]:
+    """δ of so many samples, and zero at the others."""
+    for start in range(0, len(use.delta), each):
+        part = torch.zeros_like(use.delta)
+        part[start : start + each] = use.delta[start : start + each]
+        yield part
 
 
 def _zeros(groups: int, pin: Tensor) -> Tensor:

@@ -18,6 +18,9 @@ MOST = 128
 """Groups: a standard error from G of them is itself known to about 1/√(2 G), here 6 %."""
 
 _FEWEST = 4
+_UNKNOWN = 16
+"""Batches that are expected where it is not known; after more the groups have further turns."""
+
 ROOM = 2**24
 """Bytes that the sums of all groups may take beside an eighth of the model."""
 
@@ -47,7 +50,7 @@ class Groups:
         room = max(ROOM, model // 8)
         self.count = min(MOST, max(_FEWEST, room // max(1, pinned)))
         sized = isinstance(data, Sized) and len(data) > 0
-        self._batches = len(data) if sized else self.count  # type: ignore[arg-type]
+        self._batches = len(data) if sized else _UNKNOWN  # type: ignore[arg-type]
         self.known_batches = self._batches if sized else 1
         self._next = 0
 
