@@ -119,6 +119,7 @@ class Accumulator:
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
         self._factors = FactorsOf(block, self._dtype)
+        self._together = 1  # batches that come as one
         self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
@@ -154,6 +155,7 @@ class Accumulator:
         if self._conditional and found is not None:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
+            self._together = batches
             self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
@@ -296,17 +298,23 @@ class Accumulator:
         features, cotangents, means = (
             t[name] for t in (self._features, self._cotangents, self._means)
         )
-        counts.rows[name] = counts.rows.get(name, 0) + math.prod(factor.features.shape[:2])
+        samples, positions = factor.features.shape[:2]
+        before = counts.rows.get(name, 0)
+        counts.rows[name] = before + samples * positions
         shifts = factor.cotangent.to(features.dtype).sum(1)
         shifts = shifts if factor.elementwise else _some(shifts, 1)
         add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
         most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
-        stride = size * factor.features.shape[1] * self._wanted.batches / most
+        stride = size * positions * self._wanted.batches / (self._together * most)
         phi, psi = factor.features, factor.cotangent
-        if stride >= 2 and phi.shape[1] > 1:  # an odd one does not keep to columns of an image
-            step = min(int(stride), phi.shape[1]) | 1
-            phi, psi = phi[:, ::step], psi[:, ::step]
+        if stride >= 2 and positions > 1:  # an odd one does not keep to columns of an image
+            step = min(int(stride), positions) | 1
+            first = torch.arange(samples, device=phi.device)[:, None]
+            # of each sample others, so that all positions have their turn
+            places = torch.arange(0, positions, step, device=phi.device) + before // positions
+            chosen = (first + places) % positions
+            phi, psi = phi[first, chosen], psi[first, chosen]
         elif stride >= 2:
             each = min(span.each, size)
             step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
