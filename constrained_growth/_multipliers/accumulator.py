@@ -101,6 +101,7 @@ class Counts:
     rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
     read: dict[str, int] = field(default_factory=dict)  # of them in the second moments
     maps: dict[str, MapKind] = field(default_factory=dict)
+    mapped: bool = True  # whether all pins so far were in affine maps
 
 
 class Accumulator:
@@ -120,7 +121,6 @@ class Accumulator:
         self._moved = torch.zeros_like(self._squares)
         self._factors = FactorsOf(block, self._dtype)
         self._together = 1  # batches that come as one
-        self._mapped = True  # whether all pins so far were in affine maps
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
@@ -151,7 +151,7 @@ class Accumulator:
         comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
         before = (replace(self.counts), self._weights.clone()) if again else None
-        found = self._factors(uses, size) if self._mapped else None
+        found = self._factors(uses, size) if self.counts.mapped else None
         if self._conditional and found is not None:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
@@ -164,12 +164,13 @@ class Accumulator:
             self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
             self._add_whole({name: t[0] for name, t in total.items()}, size, weight, span)
         else:
-            self._mapped = False
+            self.counts.mapped = False
             self._add_differentiated(uses, size, weight, span)
         if before is not None:
             kept, self._weights = before
             mine = self.counts
-            self.counts = replace(kept, rows=mine.rows, read=mine.read, maps=mine.maps)
+            more = {name: getattr(mine, name) for name in ("rows", "read", "maps", "mapped")}
+            self.counts = replace(kept, **more)
 
     def add_in_graph(
         self,
@@ -184,8 +185,8 @@ class Accumulator:
         if moved is not None:
             self._moved = torch.maximum(self._moved, moved.to(self._moved))
         if self._wanted.moments and uses:
-            found = self._factors(uses, size) if self._mapped else None
-            self._mapped = found is not None
+            found = self._factors(uses, size) if self.counts.mapped else None
+            self.counts.mapped = found is not None
             for factor in found.maps if found is not None else ():
                 self._add_moments(factor, size, weight, Span(span.first, size))
         self._add_whole(multiplier, size, weight, span)
@@ -378,6 +379,7 @@ class Accumulator:
             rows=added([c.rows for c in counts]),
             read=added([c.read for c in counts]),
             maps=maps,
+            mapped=all(c.mapped for c in counts),
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
         self._joined_moments = [
@@ -410,7 +412,7 @@ class Accumulator:
         )
         if not self._wanted.moments:
             return found
-        if not self._mapped:
+        if not self.counts.mapped:
             return replace(found, moments=moments_of_groups(found, samples))
         moments, parts = self._moments()
         return replace(found, moments=moments, parts=parts)
@@ -485,15 +487,17 @@ def _some(values: Tensor, dim: int) -> Tensor:
 def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMoments]:
     """Second moments of a sample's gradient g, from the sums of the groups.
 
-    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ.
+    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ. Of several processes each
+    has groups with a part of all samples.
     """
     here = estimate.weights > 0
     weights = estimate.weights[here]
+    groups, local = max(1, len(weights)), float(weights.sum()) or 1.0
     found = {}
     for name, mean in estimate.multiplier.items():
         shares = weights.to(mean).view(-1, *[1] * mean.dim())
         g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
-        g = g * math.sqrt(samples * max(1, len(g)) / max(1, len(g) - 1))
+        g = g * math.sqrt(samples / local * groups / max(1, groups - 1))
         g = torch.cat([g, mean[None]])
         if mean.dim() < 2:
             square = g.square().sum(0).reshape(-1, 1, 1)

@@ -321,7 +321,7 @@ def test_standard_error_shrinks_like_a_mean() -> None:
     once = solved(model, [(x, y)], candidate()).sensitivities["1"]
     often = solved(model, [(x, y)] * 5, candidate()).sensitivities["1"]
     assert often.value == pytest.approx(once.value, rel=1e-13)
-    assert often.variance ** 0.5 / once.variance ** 0.5 == pytest.approx(math.sqrt(19 / 99), rel=1e-9)
+    assert often.variance**0.5 / once.variance**0.5 == pytest.approx(math.sqrt(19 / 99), rel=1e-9)
 
 
 # --- awkward models -------------------------------------------------------------------------------

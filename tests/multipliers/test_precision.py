@@ -47,7 +47,7 @@ def assert_near(found: cg.Solution, expected: cg.Solution, tolerance: float) -> 
             assert error <= tolerance * torch.linalg.vector_norm(value)
     for name, sensitivity in expected.sensitivities.items():
         other = found.sensitivities[name]
-        assert other.variance ** 0.5 == pytest.approx(sensitivity.variance ** 0.5, rel=tolerance)
+        assert other.variance**0.5 == pytest.approx(sensitivity.variance**0.5, rel=tolerance)
     assert found.loss == pytest.approx(expected.loss, rel=tolerance)
     assert found.stationarity == pytest.approx(expected.stationarity, rel=tolerance)
 

@@ -96,7 +96,9 @@ def with_one(moments: SecondMoments) -> Tensor:
     """E[φ̃ φ̃ᵀ] of φ̃ = (φ, 1)."""
     assert moments.mean is not None
     mean = moments.mean[:, None]
-    return torch.cat([torch.cat([moments.features, mean.T]), torch.cat([mean, mean.new_ones(1, 1)])], 1)
+    return torch.cat(
+        [torch.cat([moments.features, mean.T]), torch.cat([mean, mean.new_ones(1, 1)])], 1
+    )
 
 
 def damped_moments(damping: float) -> list[Array]:
