@@ -42,8 +42,8 @@ def recorded_factors(
 ) -> tuple[Tensor, list[list[AffineFactors]]] | None:
     """The block's output, and for each direction δ there the factors of its pins.
 
-    None if some pin is used in another way, or in maps of several kinds. The first dimension of φ and ψ is that of the
-    operation, which need not count samples.
+    None if some pin is used in another way, or in maps of several kinds. The first dimension of φ
+    and ψ is that of the operation, which need not count samples.
     """
     pins = {name: p.detach() for name, p in pinned_parameters(block).items()}
     recorder = _Recorder(pins)

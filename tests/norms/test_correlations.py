@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_of_two_variables_it_is_the_correlation() -> None:
 def test_with_damping_by_brute_force(damping: float, bias: bool) -> None:
     """A pinned bias changes nothing: what is constant is taken out."""
     pair = samples()
-    expected = ridge(*(t.numpy() for t in pair), damping)
+    expected = ridge(pair[0].numpy(), pair[1].numpy(), damping)
     assert value(*pair, damping, bias) == pytest.approx(expected, rel=1e-10)
 
 
@@ -91,7 +92,7 @@ def test_a_unit_that_is_dead_and_one_that_is_constant_count_for_nothing() -> Non
 
 
 def test_positions_count_as_independent() -> None:
-    """Each once more beside itself: the sum over positions is twice as large, its scale the same."""
+    """As if each of them were a sample."""
     features, cotangents = samples()
     flat = value(features, cotangents - cotangents.mean(0), 0.1)
     pairs = features.view(-1, 2, IN), (cotangents - cotangents.mean(0)).view(-1, 2, OUT)
@@ -144,10 +145,10 @@ def rescale(model: nn.Module) -> list[Tensor]:
     layers = [m for m in model if isinstance(m, nn.Linear | nn.Conv2d)]  # type: ignore[union-attr]
     every = []
     with torch.no_grad():
-        for before, after in zip(layers, layers[1:], strict=False):
+        for before, after in pairwise(layers):
             factors = torch.exp(torch.randn(len(before.weight)))
             before.weight.mul_(factors.view(-1, *[1] * (before.weight.dim() - 1)))
-            before.bias.mul_(factors)
+            before.get_parameter("bias").mul_(factors)
             each = after.weight.shape[1] // len(factors)  # pixels of a channel that were flattened
             spread = factors.repeat_interleave(each)
             after.weight.div_(spread.view(-1, *[1] * (after.weight.dim() - 2)))
@@ -321,7 +322,7 @@ def test_in_graph_it_is_of_the_same_features_and_cotangents(block: str) -> None:
         Physics(model), loss, data, [cg.Candidate("net.1", one.block), candidate_of("net.3")]
     )
     solution = cg.solve(problem)
-    assert solution.method is cg.solution.Method.IN_GRAPH
+    assert solution.method.name == "IN_GRAPH"
     for sensitivity in solution.sensitivities.values():
         assert math.isfinite(sensitivity.value)
         assert sensitivity.value > 0
