@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import replace
 from operator import itemgetter
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import flag, function, instance, number
-from constrained_growth._data import counted, undisturbed
+from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
 from constrained_growth._multipliers.groups import ROOM, Groups
@@ -51,6 +51,7 @@ def solve(
     *,
     norm: Norm | MomentNorm | None = None,
     stationarity: bool = True,
+    confidence: float | None = None,
     gtol: float = 1e-5,
     throw: bool = True,
     progress: bool | None = None,
@@ -76,6 +77,10 @@ def solve(
             `Threshold(relative=...)`). The source's choice is `cg.norms.Frobenius()`.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
+        confidence: Read only as much of the data as the decision needs: until it would be the same
+            on all of them with about this confidence, 0.95 say, by the bootstrap of
+            `Solution.agreement`. For data in random order, of a known length, and a rule that is a
+            function of the sensitivities. None (default) reads all.
         gtol: θ counts as stationary when ‖∇_θ L‖₂ ≤ gtol (SciPy's name and, for BFGS, its
             default value).
         throw: Raise when there is no answer (True, default), or return a solution with the
@@ -115,13 +120,14 @@ def solve(
     rule = TopK(1) if rule is None else rule
     norm = norm_of(rule) if norm is None else norm
     _check(problem, rule, norm, gtol)
+    enough = None if confidence is None else _Enough(problem, rule, norm, confidence)
     for name, value in {"stationarity": stationarity, "throw": throw}.items():
         flag(name, value, DataError)
     flag("progress", progress, DataError, optional=True)
     data = undisturbed(problem.data)
     bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = _measured(problem, bar, stationarity, norm)
+        found = _measured(problem, bar, stationarity, norm, enough)
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
     gradients = found.gradients
@@ -151,12 +157,51 @@ def solve(
     return replace(solution, decision=decision, agreement=agreement_of(rule, sensitivities))
 
 
+class _Enough:
+    """Whether so much was read of the data that the decision will not change; asked now and then.
+
+    Every look is a chance to stop by mistake, so each allows for a part of it only.
+    """
+
+    def __init__(
+        self, problem: GrowthProblem, rule: Rule, norm: Norm | MomentNorm, confidence: float
+    ) -> None:
+        number("confidence", confidence, RuleError, "(0, 1)")
+        if several(problem.group) or needs_model(rule) or not isinstance(problem.data, Sized):
+            raise RuleError(
+                f"confidence={confidence!r} is for one process, data of a known length (with "
+                "len) and a rule that is a function of the sensitivities, such as cg.TopK(1); it "
+                f"was rule={rule!r} and data={problem.data!r:.80}."
+            )
+        self._problem, self._rule, self._norm = problem, rule, norm
+        self._least = 1 - (1 - confidence) / _LOOKS
+        self._next = 1
+
+    def __call__(self, running: Pass, batches: int) -> bool:
+        """Whether this is enough."""
+        total = len(self._problem.data)  # type: ignore[arg-type]
+        if batches < self._next or batches >= total:
+            return False
+        self._next = math.ceil(batches * 1.5)
+        sensitivities = sensitivities_of(self._problem, running.estimates(), self._norm)
+        share = agreement(sensitivities, self._rule, unread=1 - batches / total)
+        return share >= self._least
+
+
+_LOOKS = 10
+"""A decision is looked at so often, or less, until a tenth of some thousand batches is read."""
+
+
 def _measured(
-    problem: GrowthProblem, data: Iterable[Any], gradients: bool, norm: Norm | MomentNorm
+    problem: GrowthProblem,
+    data: Iterable[Any],
+    gradients: bool,
+    norm: Norm | MomentNorm,
+    enough: _Enough | None,
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
-    groups = groups_of(problem, problem.data)
+    groups = groups_of(problem, None if enough is not None else problem.data)
     wanted = wanted_by(norm, groups)
     arguments = model, problem.loss_fn, problem.sites, problem.method
     running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
@@ -165,8 +210,10 @@ def _measured(
         counting = counted(data, device_of(model), problem.weight)
         alike = in_step(counting, group) if sharded else ((batch, True) for batch in counting)
         with running.watching():
-            for batch, new in alike:
+            for index, (batch, new) in enumerate(alike, start=1):
                 running.add(*batch, counts=new)
+                if enough is not None and enough(running, index):
+                    break
 
     everywhere(read, group, collective=sharded)
     running.reduce(group)
@@ -278,8 +325,9 @@ def norm_of(rule: object) -> Norm | MomentNorm:
 def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
     """Groups of samples for the candidates of a problem."""
     blocks = [block for site in problem.sites for block in site.blocks.values()]
-    pins = sum(p.nbytes for block in blocks for p in pinned_parameters(block).values())
-    return Groups(data, pins, sum(p.nbytes for p in problem.model.parameters()))
+    pins = [sum(p.nbytes for p in pinned_parameters(block).values()) for block in blocks]
+    size = 1 if problem.example is None else batch_size(problem.example, None)
+    return Groups(data, size, pins)
 
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:

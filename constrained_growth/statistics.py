@@ -108,12 +108,20 @@ def squared_norm_interval(
 def agreement(
     sensitivities: Mapping[str, Sensitivity],
     rule: Callable[[Mapping[str, Sensitivity]], Decision],
+    *,
+    unread: float = 1.0,
 ) -> float:
     """How often a rule would decide the same on other samples of the same size.
+
+    On a bootstrap sample each sensitivity differs from its `value` as its replicate does from the
+    mean of all replicates.
 
     Args:
         sensitivities: Of a solution.
         rule: A function of the sensitivities; it is called for each of their `replicates`.
+        unread: The share of a population that was not read: of the decision on *all* of it, the
+            samples that were read are a part, and the deviations shrink by its root. 1 (default)
+            for a population of any size.
 
     Returns:
         The share of the bootstrap samples on which it chooses the same candidates; NaN without
@@ -132,23 +140,19 @@ def agreement(
     """
     function("rule", rule, RuleError, "cg.TopK(1)")
     instance("sensitivities", sensitivities, Mapping, RuleError, "those of a solution")
-    draws = list(zip(*(s.replicates for s in sensitivities.values()), strict=False))
-    if not draws:
-        return math.nan
-    chosen = set(rule(sensitivities).chosen)
-    same = [
-        chosen
-        == set(
-            rule(
-                {
-                    name: replace(sensitivity, value=value)
-                    for (name, sensitivity), value in zip(sensitivities.items(), draw, strict=True)
-                }
-            ).chosen
-        )
-        for draw in draws
-    ]
-    return sum(same) / len(same)
+    number("unread", unread, RuleError, "[0, 1]")
+    scale = math.sqrt(unread)
+    columns = []
+    for sensitivity in sensitivities.values():
+        replicates = sensitivity.replicates
+        mean = math.fsum(replicates) / max(1, len(replicates))
+        columns.append([max(0.0, sensitivity.value + scale * (r - mean)) for r in replicates])
+    chosen, same = set(rule(sensitivities).chosen), []
+    for draw in zip(*columns, strict=False):
+        pairs = zip(sensitivities.items(), draw, strict=True)
+        other = {name: replace(one, value=value) for (name, one), value in pairs}
+        same.append(set(rule(other).chosen) == chosen)
+    return sum(same) / len(same) if same else math.nan
 
 
 def _around(value: float, error: float, confidence: float) -> tuple[float, float]:

@@ -50,13 +50,14 @@ NOTHING_MORE = Wanted()
 
 @dataclass(frozen=True)
 class Parts:
-    """What each group adds to the moments of an affine map; of A and G perhaps only the traces."""
+    """What each group adds to the moments of an affine map; perhaps of G only the trace."""
 
     features: Tensor | None
     cotangents: Tensor | None
     mean: Tensor
     shift: Tensor
     traces: Tensor
+    scales: tuple[float, float, float]  # of what is of φ, of G, of λ
 
 
 @dataclass(frozen=True)
@@ -245,11 +246,11 @@ class Accumulator:
     def _count(self, size: int, weight: float, span: Span) -> None:
         self.counts.samples += size
         self.counts.weight += weight
+        shares = [weight]
         if len(self._weights) > 1:
-            for group, share in span.shares(size):
-                self._weights[group] += weight * share / size
-        else:
-            self._weights += weight
+            shares = [weight * share / size for _, share in span.shares(size)]
+        first = span.first if len(self._weights) > 1 else 0
+        self._weights[first : first + len(shares)] += torch.tensor(shares, dtype=torch.float64)
 
     def _add_factors(
         self,
@@ -269,23 +270,22 @@ class Accumulator:
             psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
             offset = offsets.get(factor.weight, 0)
             offsets[factor.weight] = offset + len(psi)
+            shifts = None if factor.bias is None else _over_positions(psi)
             if factor.elementwise:
-                products = (psi * phi).sum(1)
-                flat = total.view(len(total), -1)
-                add_sums(flat, products, scale, span, offset)
-                if told_apart:
-                    self._squares.add_(products.square().sum(dtype=torch.float64), alpha=weight**2)
+                products = _over_positions(psi * phi)
+                add_sums(total.view(len(total), -1), products, scale, span, offset)
+                squares = products.square().sum(dtype=torch.float64)
+                if shifts is not None:
+                    squares += shifts.square().sum(dtype=torch.float64)
             else:
                 matrix = total.flatten(2)
                 matrix = matrix.mT if factor.transposed else matrix
                 add_products(matrix, psi, phi, scale, span, offset)
-                if told_apart:
-                    self._squares.add_(squared_sizes(psi, phi), alpha=weight**2)
-            if factor.bias is not None:
-                shifts = psi.sum(1)
+                squares = squared_sizes(psi, phi, shifts) if told_apart else self._squares
+            if factor.bias is not None and shifts is not None:
                 add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
-                if told_apart:
-                    self._squares.add_(shifts.square().sum(dtype=torch.float64), alpha=weight**2)
+            if told_apart:
+                self._squares.add_(squares, alpha=weight**2)
             if self._wanted.moments:
                 self._add_moments(factor, size, weight, span, offset)
 
@@ -302,7 +302,7 @@ class Accumulator:
         samples, positions = factor.features.shape[:2]
         before = counts.rows.get(name, 0)
         counts.rows[name] = before + samples * positions
-        shifts = factor.cotangent.to(features.dtype).sum(1)
+        shifts = _over_positions(factor.cotangent.to(features.dtype))
         shifts = shifts if factor.elementwise else _some(shifts, 1)
         add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
@@ -330,10 +330,10 @@ class Accumulator:
             phi, psi = _some(phi, 2), _some(psi, 2)
             add_products(features, phi, phi, 1.0, span, offset)
             add_products(cotangents, psi, psi, weight**2, span, offset)
-        add_sums(means, phi.sum(1), 1.0, span, offset)
+        add_sums(means, _over_positions(phi), 1.0, span, offset)
         if len(features) == 1:
-            sizes = [t.reshape(len(t), -1).square().sum(1) for t in (phi, psi * weight)]
-            add_sums(self._traces[name], torch.stack(sizes, 1), 1.0, span, offset)
+            sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
+            add_sums(self._traces[name], sizes, weight**2, span, offset)
 
     def _make_moments(self, name: str, kind: MapKind) -> None:
         if name in self._features:
@@ -352,7 +352,7 @@ class Accumulator:
         self._cotangents[name] = zero.expand(kept, *lead, *shapes[1]).clone()
         self._means[name] = zero.expand(groups, inner).clone()
         self._shifts[name] = zero.expand(groups, out).clone()
-        self._traces[name] = zero.expand(groups, 2).clone()
+        self._traces[name] = zero.expand(groups).clone()
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -441,11 +441,12 @@ class Accumulator:
             )
             grouped = len(self._features[name]) > 1
             parts[name] = Parts(
-                self._features[name] / read if grouped else None,
-                self._cotangents[name] * scale if grouped else None,
-                self._means[name] / read,
-                self._shifts[name] / weight,
-                self._traces[name] * self._traces[name].new_tensor([1 / read, scale]),
+                self._features[name] if grouped else None,
+                self._cotangents[name] if grouped else None,
+                self._means[name],
+                self._shifts[name],
+                self._traces[name],
+                (1 / read, scale, 1 / weight),
             )
         return moments, parts
 
@@ -528,20 +529,28 @@ def _zeros(groups: int, pin: Tensor) -> Tensor:
     return torch.zeros((groups, *pin.shape), dtype=dtype, device=pin.device)
 
 
-def squared_sizes(psi: Tensor, phi: Tensor) -> Tensor:
-    """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, no product being formed where that is dearer.
+def _over_positions(values: Tensor) -> Tensor:
+    """The sum over the positions of each sample."""
+    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
 
-    ψ has the shape (samples, positions, out), φ (samples, positions, in).
+
+def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
+    """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, and ‖Σ_t ψ_nt‖² with a bias.
+
+    ψ has the shape (samples, positions, out), φ (samples, positions, in). Products are formed only
+    where that is cheaper.
     """
     positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
-    if positions == 1:  # ‖ψ_n‖² ‖φ_n‖²
+    has_bias = shifts is not None
+    if positions == 1:  # ‖ψ_n‖² (‖φ_n‖² + 1)
         rows, columns = (
             torch.linalg.vector_norm(t.squeeze(1), dim=1).double().square_() for t in (psi, phi)
         )
-        return torch.dot(rows, columns)
-    if positions * (out + width) <= out * width:  # Σ_st (ψ_s·ψ_t)(φ_s·φ_t), which is cheaper
-        return ((psi @ psi.mT) * (phi @ phi.mT)).sum(dtype=torch.float64)
-    return (psi.mT @ phi).square().sum(dtype=torch.float64)
+        return torch.dot(rows, columns.add_(1.0) if has_bias else columns)
+    if positions * (out + width) <= out * width:  # Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1)
+        return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
+    squares = (psi.mT @ phi).square().sum(dtype=torch.float64)
+    return squares if shifts is None else squares + shifts.square().sum(dtype=torch.float64)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

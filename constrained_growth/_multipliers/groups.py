@@ -8,7 +8,7 @@ them serves every number that is made of λ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,11 @@ _UNKNOWN = 16
 """Batches that are expected where it is not known; after more the groups have further turns."""
 
 ROOM = 2**24
-"""Bytes that the sums of all groups may take beside an eighth of the model."""
+"""Bytes that the sums of all groups may take, if there are more groups than the fewest."""
+
+_SMALL, _EACH, _ENOUGH = 2**14, 64, 32
+"""Where λ has more bytes, a group has so many samples, as reading and writing its sum costs time;
+unless that would be fewer groups than these."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ ALL = Span(0, 2**62)
 class Groups:
     """Hands out the groups of a pass over data, batch by batch."""
 
-    def __init__(self, data: Iterable[Any] | None, pinned: int, model: int) -> None:
-        """For data (None: of unknown length), and bytes of all pinned and all parameters."""
-        room = max(ROOM, model // 8)
-        self.count = min(MOST, max(_FEWEST, room // max(1, pinned)))
+    def __init__(self, data: Iterable[Any] | None, batch: int, pins: Sequence[int]) -> None:
+        """For data (None: of unknown length) in batches of a size, and bytes of each λ."""
         sized = isinstance(data, Sized) and len(data) > 0
-        self._batches = len(data) if sized else _UNKNOWN  # type: ignore[arg-type]
-        self.known_batches = self._batches if sized else 1
+        batches = len(data) if sized else None  # type: ignore[arg-type]
+        count = min(MOST, max(_FEWEST, ROOM // max(1, sum(pins))))
+        if batches is not None and max(pins) > _SMALL:
+            count = min(count, max(_ENOUGH, batches * batch // _EACH))
+        self.count, self._batches = count, batches or _UNKNOWN
+        self.known_batches = batches or 1
         self._next = 0
 
     def span(self, samples: int, batches: int = 1) -> Span:
@@ -88,8 +94,11 @@ def add_sums(total: Tensor, values: Tensor, factor: float, span: Span, offset: i
     """total[g] += factor Σ_n values_n; `total` of shape (groups, ...), values (samples, ...)."""
     span = span if len(total) > 1 else ALL
     for group, start, stop, many in _runs(len(values), span, offset):
-        some = values[start:stop].reshape(many, -1, *values.shape[1:]).sum(1)
-        total[group : group + many].add_(some, alpha=factor)
+        if many > 1:
+            some = values[start:stop].reshape(many, -1, *values.shape[1:]).sum(1)
+            total[group : group + many].add_(some, alpha=factor)
+        else:
+            total[group].add_(values[start:stop].sum(0), alpha=factor)
 
 
 def _runs(samples: int, span: Span, offset: int) -> Iterator[tuple[int, int, int, int]]:

@@ -81,21 +81,20 @@ def _moved(
     """The second moments of each draw; only their sizes vary where no more is kept."""
     if parts is None:
         return [moments] * len(shares)
-    mean, shift = (
-        whole + _combined(shares, part, here)
-        for whole, part in ((moments.mean, parts.mean), (moments.shift, parts.shift))
-    )
+    of_features, of_cotangents, of_multiplier = parts.scales
+    shift = moments.shift + _combined(shares, parts.shift, here) * of_multiplier
     if parts.features is not None and parts.cotangents is not None:
-        features = moments.features + _combined(shares, parts.features, here)
-        cotangents = moments.cotangents + _combined(shares, parts.cotangents, here)
+        features = moments.features + _combined(shares, parts.features, here) * of_features
+        mean = moments.mean + _combined(shares, parts.mean, here) * of_features
+        more = _combined(shares, parts.cotangents, here) * of_cotangents
+        cotangents = moments.cotangents + more
     else:
+        mean = moments.mean.expand(len(shares), *moments.mean.shape)
         traces = _combined(shares, parts.traces, here)
-        features, cotangents = (
-            whole * (1 + trace / _trace(whole)).clamp(min=0).view(-1, *[1] * whole.dim())
-            for whole, trace in zip(
-                (moments.features, moments.cotangents), traces.unbind(1), strict=True
-            )
-        )
+        sizes = 1 + traces * of_cotangents / _trace(moments.cotangents)
+        shape = (-1, *[1] * moments.cotangents.dim())
+        cotangents = moments.cotangents * sizes.clamp(min=0).view(shape)
+        features = moments.features.expand(len(shares), *moments.features.shape)
     return [
         replace(moments, features=a, cotangents=g, mean=m, shift=s)
         for a, g, m, s in zip(features, cotangents, mean, shift, strict=True)

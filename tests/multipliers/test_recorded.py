@@ -93,15 +93,15 @@ def encoder_layer() -> nn.Module:
 class Twice(nn.Linear):
     """One linear layer, used twice."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + super().forward(x.sin())
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + super().forward(input.sin())
 
 
 class Shift(nn.Linear):
     """Only its bias."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) - F.linear(x, self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) - F.linear(input, self.weight)
 
 
 def folded(conv: nn.Module) -> nn.Module:
@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Callable[[], Setting], Callable[[], nn.Module]]] = {
         lambda: Branch(folded(nn.Conv2d(4, 4, 3, stride=2, padding=2, dilation=2))),
     ),
     "layer norm": (sequences, lambda: Branch(nn.LayerNorm(4))),
-    "layer norm of two dimensions": (sequences, lambda: Branch(nn.LayerNorm((5, 4)))),
+    "layer norm of two dimensions": (sequences, lambda: Branch(nn.LayerNorm([5, 4]))),
     "RMS norm": (sequences, lambda: Branch(nn.RMSNorm(4))),
     "group norm": (images, lambda: Branch(nn.GroupNorm(2, 4))),
     "batch norm in use": (trained_images, lambda: Branch(nn.BatchNorm2d(4)).eval()),

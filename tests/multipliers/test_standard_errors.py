@@ -7,7 +7,7 @@ import pickle
 import statistics
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ NORMS: list[Any] = [
 class Every:
     """Several norms in one pass: the b-th call has the value of the b-th norm."""
 
-    needs_moments = True
+    needs_moments: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.values: list[list[float]] = []
