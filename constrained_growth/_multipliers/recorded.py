@@ -157,9 +157,9 @@ def _convolution(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
     if name(kernel) is None or not plain or x.dim() != kernel.dim():
         return None
 
-    def sizes(value: Any, in_front: int) -> list[int]:  # a signal is an image of height 1
-        every = [value] * (x.dim() - 2) if isinstance(value, int) else [*value]
-        return [in_front] * (4 - x.dim()) + every
+    def sizes(value: Any, in_front: int) -> tuple[int, ...]:  # a signal is an image of height 1
+        every = [value] * (x.dim() - 2) if isinstance(value, int) else value
+        return (*[in_front] * (4 - x.dim()), *every)
 
     patches = F.unfold(
         x.unsqueeze(2) if x.dim() == 3 else x,
