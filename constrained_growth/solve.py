@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -219,13 +220,17 @@ def sensitivities_of(
     # later, by whom they interest; at once where all processes have a part or they take much room
     later = not shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM
 
-    def values() -> dict[str, float]:
-        return {name: value_of(norm, estimate) for name, estimate in estimates.items()}
+    def values() -> dict[str, tuple[int, float]]:
+        return {
+            name: (int((estimate.weights > 0).sum()), value_of(norm, estimate))
+            for name, estimate in estimates.items()
+        }
 
     def replicates() -> dict[str, tuple[float, ...]]:
         return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
 
-    found = everywhere(values, problem.group)[0] if shared else values()
+    # by the process with the most groups, of which some moments are made
+    sizes = everywhere(values, problem.group) if shared else [values()]
     every: list[dict[str, tuple[float, ...]]] = []
     if not later:
         every = everywhere(replicates, problem.group) if shared else [replicates()]
@@ -237,7 +242,7 @@ def sensitivities_of(
         if later:
             known = Later(lambda _: replicates_of(norm, estimate))
         return Sensitivity(
-            value=found[name],
+            value=max((size[name] for size in sizes), key=itemgetter(0))[1],
             num_parameters=sum(value.numel() for value in multiplier.values()),
             num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
             norm=norm,

@@ -24,6 +24,7 @@ from constrained_growth._distributed import add_up, everywhere
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 PROCESSES = 3
+FROBENIUS = cg.norms.Frobenius()
 SHARES = {2: (4, 2), 3: (1, 2, 3)}
 EMPTY = {2: (0, 6), 3: (4, 0, 2)}
 
@@ -41,6 +42,20 @@ class Rank:
         """This process's part of the batches."""
         begin = sum(shares[: self.number])
         return data[begin : begin + shares[self.number]]
+
+
+class Branch(nn.Module):
+    """x + op(x), with zero in the place of the pinned parameters of op."""
+
+    def __init__(self, op: nn.Module, *pinned: str) -> None:
+        super().__init__()
+        self.op = op
+        self.pinned = tuple(f"op.{name}" for name in pinned)
+        for name in pinned:
+            nn.init.zeros_(op.get_parameter(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.op(x)
 
 
 def several_blocks() -> list[cg.Candidate]:
@@ -65,6 +80,7 @@ def compared(
 ) -> Any:
     """The solution by all processes and the one by this process from all the data."""
     candidates = options.pop("candidates")
+    options.setdefault("norm", FROBENIUS)
     together = cg.GrowthProblem(model, CROSS_ENTROPY, shard, candidates, group=rank.group)
     single = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates, group=rank.alone)
     with nothing_left_behind(model):
@@ -114,6 +130,29 @@ def second_moments(rank: Rank) -> None:
         assert found.sensitivities[name].value == pytest.approx(sensitivity.value, rel=1e-10)
 
 
+def recommended_decision(rank: Rank) -> None:
+    """Of copied layers and pins in no affine map too; the same on all processes."""
+    model, data, candidates = setting()
+    branch = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    candidates += [candidate("3", block=Branch(branch, "1.weight", "1.bias"), name="branch")]
+    for shares in (SHARES, EMPTY):
+        shard = rank.shard(data, shares[rank.size])
+        found, expected = compared(rank, model, shard, data, candidates=candidates, norm=None)
+        for name, sensitivity in expected.sensitivities.items():
+            one = found.sensitivities[name]
+            if name != "2":  # without an affine map each process has groups of its own
+                assert one.value == pytest.approx(sensitivity.value, rel=1e-10)
+            assert one.value > 0
+            assert one.standard_error > 0
+        mine = (
+            found.decision.chosen,
+            [(s.value, s.replicates) for s in found.sensitivities.values()],
+            found.agreement,
+        )
+        others = everywhere(lambda mine=mine: mine, rank.group)
+        assert all(other == mine for other in others)
+
+
 def weighted_batches(rank: Rank) -> None:
     """The weights are added up too; a process may have batches that count for nothing only."""
     model, data, candidates = setting()
@@ -123,7 +162,7 @@ def weighted_batches(rank: Rank) -> None:
         model, CROSS_ENTROPY, shard, candidates, group=rank.group, **options
     )
     single = cg.GrowthProblem(model, CROSS_ENTROPY, data, candidates, group=rank.alone, **options)
-    assert_same_answer(cg.solve(together), cg.solve(single))
+    assert_same_answer(cg.solve(together, norm=FROBENIUS), cg.solve(single, norm=FROBENIUS))
 
 
 def module_that_is_used_several_times(rank: Rank) -> None:
@@ -155,11 +194,11 @@ def blocks_drawn_differently(rank: Rank) -> None:
     shard = rank.shard(data, EMPTY[rank.size])
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, shard, [drawn], group=rank.group)
     assert torch.equal(drawn.block.get_parameter("inner.weight"), before)
-    found = cg.solve(problem)
+    found = cg.solve(problem, norm=FROBENIUS)
     torch.manual_seed(100)
     first = candidate("3", block=cg.blocks.ResidualMLP(4, 5, nn.Tanh()))
     single = cg.GrowthProblem(model, CROSS_ENTROPY, data, [first], group=rank.alone)
-    assert_same_answer(found, cg.solve(single))
+    assert_same_answer(found, cg.solve(single, norm=FROBENIUS))
     for one, other in zip(
         found.candidates["3"].block.parameters(), first.block.parameters(), strict=True
     ):
@@ -317,6 +356,7 @@ CASES: list[Callable[[Rank], None]] = [
     unequal_shards,
     process_without_data,
     second_moments,
+    recommended_decision,
     weighted_batches,
     module_that_is_used_several_times,
     batch_norms_that_wait,

@@ -85,16 +85,17 @@ def assert_agree(monitor: Monitor, solution: cg.Solution) -> None:
 # --- the average over the window ------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()], ids=str)
 @pytest.mark.parametrize("data", [classified, sequences], ids=["vectors", "sequences"])
-def test_with_standing_parameters_it_is_what_solve_gives(data: Any) -> None:
+def test_with_standing_parameters_it_is_what_solve_gives(data: Any, norm: Any) -> None:
     model, batches = feedforward(2, 4, 4, 3), data(20, batch=8)
     kinds = all_kinds("1", 4) + all_kinds("3", 4)
     for candidates in (kinds, [kind for kind in kinds if "own" not in kind.name]):
         problem = problem_of(model, batches, *candidates)
-        with cg.monitor(problem) as monitor:
+        with cg.monitor(problem, norm=norm) as monitor:
             train(model, batches)
         assert (monitor.num_samples, monitor.num_batches) == (20, 3)
-        assert_agree(monitor, cg.solve(problem))
+        assert_agree(monitor, cg.solve(problem, norm=norm))
 
 
 def test_with_moving_parameters_it_is_the_average_over_the_steps() -> None:

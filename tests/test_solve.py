@@ -371,7 +371,6 @@ def test_multipliers_of_one_solution_outlive_the_next() -> None:
     ("options", "error", "word"),
     [
         ({"rule": "top"}, cg.RuleError, "rule='top'"),
-        ({"rule": None}, cg.RuleError, "rule=None"),
         ({"norm": "nuclear"}, cg.RuleError, "norm='nuclear'"),
         ({"gtol": -1.0}, cg.RuleError, "gtol=-1.0"),
         ({"gtol": float("nan")}, cg.RuleError, "gtol=nan"),

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -106,6 +106,7 @@ class Counts:
     rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
     read: dict[str, int] = field(default_factory=dict)  # of them in the second moments
     maps: dict[str, MapKind] = field(default_factory=dict)
+    mapped: bool = True  # whether all pins so far were in affine maps
 
 
 class Accumulator:
@@ -125,7 +126,7 @@ class Accumulator:
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
         self._factors = FactorsOf(block, self._dtype)
-        self._mapped = True  # whether all pins so far were in affine maps
+        self._together = 1  # batches that come as one
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
@@ -157,10 +158,11 @@ class Accumulator:
         comes `again` (a second backward pass through its graph) adds and does not count twice.
         """
         before = (replace(self.counts), self._weights.clone()) if again else None
-        found = self._factors(uses, size) if self._mapped else None
+        found = self._factors(uses, size) if self.counts.mapped else None
         if self._conditional and found is not None:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
+            self._together = batches
             self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
             self._add_sizes(uses, size, weight, span)
             self.counts.by_sample += size
@@ -170,12 +172,13 @@ class Accumulator:
             self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
             self._add_whole({name: t[0] for name, t in total.items()}, uses, size, weight, span)
         else:
-            self._mapped = False
+            self.counts.mapped = False
             self._add_differentiated(uses, size, weight, span)
         if before is not None:
             kept, self._weights = before
             mine = self.counts
-            self.counts = replace(kept, rows=mine.rows, read=mine.read, maps=mine.maps)
+            more = {name: getattr(mine, name) for name in ("rows", "read", "maps", "mapped")}
+            self.counts = replace(kept, **more)
 
     def add_in_graph(
         self,
@@ -190,8 +193,8 @@ class Accumulator:
         if moved is not None:
             self._moved = torch.maximum(self._moved, moved.to(self._moved))
         if self._wanted.moments and uses:
-            found = self._factors(uses, size) if self._mapped else None
-            self._mapped = found is not None
+            found = self._factors(uses, size) if self.counts.mapped else None
+            self.counts.mapped = found is not None
             for factor in found.maps if found is not None else ():
                 self._add_moments(factor, size, weight, Span(span.first, size))
         self._add_whole(multiplier, uses, size, weight, span)
@@ -213,12 +216,7 @@ class Accumulator:
         cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
         every: list[list[dict[str, Tensor]]] = []
         for use in cast:
-            deltas = [use.delta]
-            if not whole:
-                deltas = [torch.zeros_like(use.delta) for _ in range(0, size, each)]
-                for part, start in zip(deltas, range(0, size, each), strict=True):
-                    part[start : start + each] = use.delta[start : start + each]
-            y, parts = differentiated(self._block, use, deltas)
+            y, parts = differentiated(self._block, use, [use.delta] if whole else _parts(use, each))
             if self._conditional:
                 self._note_moved([use], [y])
             every.append(parts)
@@ -328,17 +326,23 @@ class Accumulator:
         features, cotangents, means = (
             t[name] for t in (self._features, self._cotangents, self._means)
         )
-        counts.rows[name] = counts.rows.get(name, 0) + math.prod(factor.features.shape[:2])
+        samples, positions = factor.features.shape[:2]
+        before = counts.rows.get(name, 0)
+        counts.rows[name] = before + samples * positions
         shifts = _over_positions(factor.cotangent.to(features.dtype))
         shifts = shifts if factor.elementwise else _some(shifts, 1)
         add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
         most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
-        stride = size * factor.features.shape[1] * self._wanted.batches / most
+        stride = size * positions * self._wanted.batches / (self._together * most)
         phi, psi = factor.features, factor.cotangent
-        if stride >= 2 and phi.shape[1] > 1:  # an odd one does not keep to columns of an image
-            step = min(int(stride), phi.shape[1]) | 1
-            phi, psi = phi[:, ::step], psi[:, ::step]
+        if stride >= 2 and positions > 1:  # an odd one does not keep to columns of an image
+            step = min(int(stride), positions) | 1
+            first = torch.arange(samples, device=phi.device)[:, None]
+            # of each sample others, so that all positions have their turn
+            places = torch.arange(0, positions, step, device=phi.device) + before // positions
+            chosen = (first + places) % positions
+            phi, psi = phi[first, chosen], psi[first, chosen]
         elif stride >= 2:
             each = min(span.each, size)
             step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
@@ -403,6 +407,7 @@ class Accumulator:
             rows=added([c.rows for c in counts]),
             read=added([c.read for c in counts]),
             maps=maps,
+            mapped=all(c.mapped for c in counts),
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
         units = max((c.units for c in counts), default=0)
@@ -441,7 +446,7 @@ class Accumulator:
         if not self._wanted.moments:
             return found
         found.site.update(self._site())
-        if not self._mapped:
+        if not self.counts.mapped:
             moments = moments_of_groups(found, samples)
         else:
             moments, parts = self._moments()
@@ -529,15 +534,17 @@ def _some(values: Tensor, dim: int) -> Tensor:
 def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMoments]:
     """Second moments of a sample's gradient g, from the sums of the groups.
 
-    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ.
+    E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ. Of several processes each
+    has groups with a part of all samples.
     """
     here = estimate.weights > 0
     weights = estimate.weights[here]
+    groups, local = max(1, len(weights)), float(weights.sum()) or 1.0
     found = {}
     for name, mean in estimate.multiplier.items():
         shares = weights.to(mean).view(-1, *[1] * mean.dim())
         g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
-        g = g * math.sqrt(samples * max(1, len(g)) / max(1, len(g) - 1))
+        g = g * math.sqrt(samples / local * groups / max(1, groups - 1))
         g = torch.cat([g, mean[None]])
         if mean.dim() < 2:
             square = g.square().sum(0).reshape(-1, 1, 1)
@@ -553,6 +560,14 @@ def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMomen
             columns=_chosen(math.prod(mean.shape[1:]), mean.device),
         )
     return found
+
+
+def _parts(use: Use, each: int) -> Iterator[Tensor]:
+    """δ of so many samples, and zero at the others."""
+    for start in range(0, len(use.delta), each):
+        part = torch.zeros_like(use.delta)
+        part[start : start + each] = use.delta[start : start + each]
+        yield part
 
 
 def _zeros(groups: int, pin: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ differentiated alone, batch by batch. Both are right wherever the loss sees the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def by_sample(uses: Sequence[Use], size: int) -> bool:
 
 
 def differentiated(
-    block: nn.Module, use: Use, deltas: Sequence[Tensor]
+    block: nn.Module, use: Use, deltas: Iterable[Tensor]
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """What a block makes of x at its pins, and −(∂b/∂v)ᵀ δ by autograd, for each δ.
 
@@ -41,12 +41,12 @@ def differentiated(
     if not y.requires_grad:
         return y, [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in deltas]
     found = []
-    for place, delta in enumerate(deltas, start=1):
+    for delta in deltas:
         grads = torch.autograd.grad(
             y,
             pins,
             delta.to(y.dtype),
-            retain_graph=place < len(deltas),
+            retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
         )

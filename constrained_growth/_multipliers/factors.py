@@ -82,10 +82,10 @@ class FactorsOf:
         layouts = self._layouts or []
         by_sample = in_front and None not in layouts
         shaped = [
-            [
+            _merged(
                 _shaped(f, layout if by_sample and layout else _as_one, len(use.x))
                 for f, layout in zip(factors, layouts, strict=True)
-            ]
+            )
             for factors, use in zip(every, uses, strict=True)
         ]
         return Factors(shaped[0] if len(uses) == 1 else _side_by_side(shaped), by_sample, outputs)
@@ -102,6 +102,14 @@ def _joined(factors: Sequence[AffineFactors], dim: int) -> AffineFactors:
         for name in ("cotangent", "features")
     )
     return replace(factors[0], cotangent=cotangent, features=features)
+
+
+def _merged(factors: Iterable[AffineFactors]) -> list[AffineFactors]:
+    """A map that is used several times has as many more positions."""
+    parts: dict[str, list[AffineFactors]] = {}
+    for factor in factors:
+        parts.setdefault(factor.weight, []).append(factor)
+    return [_joined(same, 1) for same in parts.values()]
 
 
 def _side_by_side(uses: Sequence[Sequence[AffineFactors]]) -> Iterator[AffineFactors]:

@@ -18,6 +18,9 @@ MOST = 128
 """Groups: a standard error from G of them is itself known to about 1/√(2 G), here 6 %."""
 
 _FEWEST = 4
+_UNKNOWN = 16
+"""Batches that are expected where it is not known; after more the groups have further turns."""
+
 ROOM = 2**24
 """Bytes that the sums of all groups may take, if there are more groups than the fewest."""
 
@@ -53,7 +56,7 @@ class Groups:
         count = min(MOST, max(_FEWEST, ROOM // max(1, sum(pins))))
         if batches is not None and max(pins) > _SMALL:
             count = min(count, max(_ENOUGH, batches * batch // _EACH))
-        self.count, self._batches = count, batches or count
+        self.count, self._batches = count, batches or _UNKNOWN
         self.known_batches = batches or 1
         self._next = 0
 

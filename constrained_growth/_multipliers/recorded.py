@@ -42,15 +42,16 @@ def recorded_factors(
 ) -> tuple[Tensor, list[list[AffineFactors]]] | None:
     """The block's output, and for each direction δ there the factors of its pins.
 
-    None if some pin is used in another way. The first dimension of φ and ψ is that of the
-    operation, which need not count samples.
+    None if some pin is used in another way, or in maps of several kinds. The first dimension of φ
+    and ψ is that of the operation, which need not count samples.
     """
     pins = {name: p.detach() for name, p in pinned_parameters(block).items()}
     recorder = _Recorder(pins)
     with recorder:
         y = at_pins(block, pins, use.x, use.context)
-    seen = {name for one, _ in recorder.maps for name in (one.weight, one.bias)}
-    if recorder.unknown or not seen.issuperset(pins):
+    kinds = {(one.weight, one.bias, one.elementwise, one.transposed) for one, _ in recorder.maps}
+    seen = [name for weight, bias, *_ in kinds for name in (weight, bias) if name is not None]
+    if recorder.unknown or sorted(seen) != sorted(pins):
         return None
     probes = [probe for _, probe in recorder.maps]
     found = []

@@ -92,10 +92,19 @@ def fisher(damping: float) -> Array:
     return np.kron(*damped_moments(damping))
 
 
+def with_one(moments: SecondMoments) -> Tensor:
+    """E[φ̃ φ̃ᵀ] of φ̃ = (φ, 1)."""
+    assert moments.mean is not None
+    mean = moments.mean[:, None]
+    return torch.cat(
+        [torch.cat([moments.features, mean.T]), torch.cat([mean, mean.new_ones(1, 1)])], 1
+    )
+
+
 def damped_moments(damping: float) -> list[Array]:
-    """A and G, damped as the docstring says."""
+    """A of (φ, 1) and G, damped as the docstring says."""
     damped = []
-    for moment in (MOMENTS["weight"].features.numpy(), MOMENTS["weight"].cotangents.numpy()):
+    for moment in (with_one(MOMENTS["weight"]).numpy(), MOMENTS["weight"].cotangents.numpy()):
         mean_eigenvalue = np.trace(moment) / len(moment)
         damped.append(moment + damping * mean_eigenvalue * np.eye(len(moment)))
     return damped
@@ -225,12 +234,30 @@ def test_lower_precisions(norm: Norm, dtype: torch.dtype) -> None:
 
 def test_second_moments_sample_by_sample() -> None:
     features, cotangents = (tensor.numpy() for tensor in samples(3))
-    extended = np.column_stack([features, np.ones(SAMPLES)])
-    expected_a = np.mean([np.outer(phi, phi) for phi in extended], axis=0)
+    expected_a = np.mean([np.outer(phi, phi) for phi in features], axis=0)
     expected_g = np.mean([np.outer(psi, psi) for psi in cotangents], axis=0)
     found = SecondMoments.of(*samples(3), "bias")
+    assert found.mean is not None
+    assert found.shift is not None
     np.testing.assert_allclose(found.features.numpy(), expected_a, rtol=1e-12)
     np.testing.assert_allclose(found.cotangents.numpy(), expected_g, rtol=1e-12)
+    np.testing.assert_allclose(found.mean.numpy(), features.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.shift.numpy(), -cotangents.mean(0), rtol=1e-12)
+    assert (found.bias, found.positions) == ("bias", 1)
+
+
+def test_second_moments_are_a_mean_over_positions_and_a_sum() -> None:
+    """A and E[φ] are means over positions, G and λ_b = −E[ψ] sums over those of a sample."""
+    flat, cotangents = samples(3)
+    pairs = flat.view(-1, 2, IN), cotangents.view(-1, 2, OUT)
+    found, alone = SecondMoments.of(*pairs), SecondMoments.of(flat, cotangents)
+    assert found.positions == 2
+    assert found.mean is not None
+    assert found.shift is not None
+    torch.testing.assert_close(found.features, alone.features)
+    torch.testing.assert_close(found.mean, alone.mean)
+    torch.testing.assert_close(found.cotangents, 2 * alone.cotangents)
+    torch.testing.assert_close(found.shift, -pairs[1].sum(1).mean(0))
 
 
 def test_second_moments_of_independent_positions() -> None:
@@ -392,7 +419,7 @@ def test_damped_kronecker_fisher_by_symmetric_roots(
         moments = SecondMoments.of(features, cotangents, "bias")
         matrix = torch.cat([multiplier["weight"], multiplier["bias"][:, None]], dim=1).double()
         whitened = (
-            inverse_root(moments.cotangents) @ matrix.numpy() @ inverse_root(moments.features)
+            inverse_root(moments.cotangents) @ matrix.numpy() @ inverse_root(with_one(moments))
         )
         found = float(KroneckerFisher(damping, ord=order)(multiplier, {"weight": moments}))
         assert found == pytest.approx(
@@ -450,7 +477,7 @@ def test_ord_is_checked(order: Any) -> None:
 @pytest.mark.parametrize(
     ("moments", "match"),
     [
-        ({}, r"\['bias', 'weight'\]"),
+        ({}, r"\['weight', 'bias'\]"),
         ({"weight": SecondMoments.of(*samples(0))}, "bias"),
         ({"weight": SecondMoments.of(*samples(0, width=IN + 1), "bias")}, r"\(5, 5\)"),
         ({"weight": SecondMoments.of(*samples(0, out=OUT + 1), "bias")}, r"\(3, 3\)"),
