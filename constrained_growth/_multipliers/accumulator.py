@@ -221,7 +221,7 @@ class Accumulator:
                 self._note_moved([use], [y])
             every.append(parts)
         total = [
-            {name: sum((one[name] for one in some[1:]), some[0][name]) for name in self._sums}
+            {name: torch.stack([one[name] for one in some]).sum(0) for name in self._sums}
             for some in zip(*every, strict=True)
         ]
         self._add_sizes(uses, size, weight, span)
