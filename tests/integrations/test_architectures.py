@@ -329,6 +329,9 @@ def inserted(model: Any, here: Any, name: str, folder: Path) -> cg.GrowthRecord:
     """By `insert`, looking at the layer at its pins."""
     problem = cg.GrowthProblem(model, own_loss, [(here.batch, None)], here.candidates)
     solution = cg.solve(problem, cg.Fixed(name), stationarity=False)
+    values = [one.value for one in solution.sensitivities.values()]  # of the default decision
+    assert all(0 <= value < math.inf for value in values)
+    assert max(values) > 0
     old = set(model.parameters())
     record = cg.insert(model, solution)
     compare(model, here.batch, solution, name, old)
@@ -455,19 +458,6 @@ def loaded_again(model: Any, kind: str, record: cg.GrowthRecord, folder: Path) -
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return loaded
-
-
-@pytest.mark.parametrize("kind", GROWN)
-def test_the_default_decision_answers_on_all_that_is_proposed(kind: str) -> None:
-    here = template(kind)
-    model = copy.deepcopy(here.model)
-    rows = [{key: value[i : i + 1] for key, value in here.batch.items()} for i in range(2)]
-    for data in ([(here.batch, None)], [(row, None) for row in rows]):
-        solution = cg.solve(cg.GrowthProblem(model, own_loss, data, here.candidates))
-        values = [one.value for one in solution.sensitivities.values()]
-        assert all(0 <= value < math.inf for value in values)
-        assert max(values) > 0
-        assert len(solution.decision.chosen) == 1
 
 
 @pytest.mark.parametrize("kind", REFUSED)
