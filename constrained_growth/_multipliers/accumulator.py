@@ -268,15 +268,15 @@ class Accumulator:
             return
         n = size if by_sample(uses, size) else 1
         for use in uses:
-            x = use.x if use.x.dim() < 4 else use.x.movedim(1, -1)  # the channels of images
-            delta = (use.delta if use.x.dim() < 4 else use.delta.movedim(1, -1)) * weight
-            pair = [t.reshape(n, -1, t.shape[-1]).double().square().sum(1) for t in (x, delta)]
-            squares = torch.stack(pair, 1)
-            if self._sizes.shape[-1] == 0:
-                self._sizes = squares.new_zeros((len(self._sizes), *squares.shape[1:]))
-            if self._sizes.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
-                self._sizes, squares = (t.sum(-1, keepdim=True) for t in (self._sizes, squares))
-            add_sums(self._sizes, squares, 1.0, span)
+            for place, (t, scale) in enumerate([(use.x, 1.0), (use.delta, weight**2)]):
+                t = t if t.dim() < 4 else t.movedim(1, -1)  # the channels of images
+                t = t.reshape(n, -1, t.shape[-1])
+                squares = torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square_()
+                if self._sizes.shape[-1] == 0:
+                    self._sizes = squares.new_zeros((*self._sizes.shape[:2], squares.shape[-1]))
+                if self._sizes.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
+                    self._sizes, squares = (v.sum(-1, keepdim=True) for v in (self._sizes, squares))
+                add_sums(self._sizes[:, place], squares, scale, span)
             self.counts.units = self._sizes.shape[-1]
 
     def _add_factors(

@@ -114,7 +114,7 @@ class CanonicalCorrelations:
         if not are_finite(matrix, features, cotangents):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
         if moments.same_units and _aligned(moments):
-            outputs, inputs = (t.diagonal() for t in (cotangents, features))
+            outputs, inputs = moments.cotangents.diagonal(), moments.features.diagonal()
             inputs = inputs.view(len(outputs), -1).mean(1)  # of a channel
             alive = (inputs > 0) & (outputs > 0)
             scale = torch.where(alive, outputs / torch.where(alive, inputs, 1.0), 1.0) ** 0.25

@@ -115,7 +115,7 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     trainer = train(tmp_path / "whole", growth, model)
     assert [one.step for one in growth.history.insertions] == [8, 16]
     assert growth.history.steps == [4, 8, 12, 16, 20, 24]
-    assert len([name for name in model.state_dict() if ".inserted." in name]) == 6
+    assert len([name for name in model.state_dict() if ".inserted" in name]) == 6
     logged = [row for row in trainer.state.log_history if "growth/layers" in row]
     assert [row["step"] for row in logged] == [8, 16]
 
