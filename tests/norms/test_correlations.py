@@ -43,7 +43,7 @@ def correlations(features: Array, cotangents: Array) -> Array:
 
 
 def ridge(features: Array, cotangents: Array, damping: float) -> float:
-    """The nuclear norm of Σ_ψψ^(-1/2) Σ_ψφ Σ_φφ^(-1/2) with Σ + d (tr Σ/dim) I, by symmetric roots."""
+    """The nuclear norm of Σ_ψψ^(-1/2) Σ_ψφ Σ_φφ^(-1/2), with Σ + d (tr Σ/dim) I, by their roots."""
 
     def inverse_root(centred: Array) -> Array:
         covariance = centred.T @ centred / len(centred)
