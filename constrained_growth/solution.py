@@ -142,7 +142,9 @@ class Sensitivity(ReadLater):
     def __repr__(self) -> str:
         after = f" after {self.site!r}" if self.site else ""
         pinned = f"{self.num_parameters:,} of {self.num_new_parameters:,} parameters pinned"
-        return f"Sensitivity({self.value:.4g} ± {self.standard_error:.2g}{after}, {pinned})"
+        error = vars(self)["standard_error"]  # not computed to be printed
+        error = "" if isinstance(error, Later) or math.isnan(error) else f" ± {error:.2g}"
+        return f"Sensitivity({self.value:.4g}{error}{after}, {pinned})"
 
 
 def _deviation(sensitivity: Sensitivity) -> float:
