@@ -204,7 +204,7 @@ def measured(model: nn.Module, data: list[Any], width: int, **options: Any) -> d
         "stationarity": found.stationarity,
         "counts": [found.num_samples, found.num_batches],
         "baseline": found.sensitivities["1"].baseline,
-        "standard errors": [s.standard_error for s in found.sensitivities.values()],
+        "variances": [s.variance for s in found.sensitivities.values()],
         **{name: dict(multiplier) for name, multiplier in found.multipliers.items()},
     }
 
