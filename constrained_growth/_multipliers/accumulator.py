@@ -169,7 +169,8 @@ class Accumulator:
             self._count(size, weight * batches, span)
         elif found is not None:
             total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
-            self._add_factors(found.maps, total, size, weight, ALL, told_apart=False)
+            whole = Span(span.first, size)
+            self._add_factors(found.maps, total, size, weight, whole, told_apart=False)
             self._add_whole({name: t[0] for name, t in total.items()}, uses, size, weight, span)
         else:
             self.counts.mapped = False

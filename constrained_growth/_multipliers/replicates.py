@@ -49,8 +49,7 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), number)
     shares = torch.from_numpy(drawn).double()
     shares = shares / (shares @ weights)[:, None] - 1 / local
-    # the variance among the groups themselves is too small by 1 − 1/G
-    shares *= math.sqrt(local * count / (count - 1))
+    shares *= math.sqrt(local)
     found = []
     with torch.no_grad():
         for some in shares.split(_TOGETHER):
