@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from torch import Tensor, nn
 from constrained_growth._multipliers.closed_form import by_sample, differentiated
 from constrained_growth._multipliers.factors import FactorsOf
 from constrained_growth._multipliers.groups import ALL, Span, add_products, add_sums
+from constrained_growth._multipliers.moments import (
+    Found,
+    MomentCounts,
+    MomentSums,
+    moments_of_gradients,
+    over_positions,
+)
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
 from constrained_growth.blocks.protocol import change, moves
@@ -49,18 +56,6 @@ NOTHING_MORE = Wanted()
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What each group adds to the moments of an affine map; perhaps of G only the trace."""
-
-    features: Tensor | None
-    cotangents: Tensor | None
-    mean: Tensor
-    shift: Tensor
-    traces: Tensor
-    scales: tuple[float, float, float]  # of what is of φ, of G, of λ
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What is known of the multiplier of one candidate.
 
@@ -68,9 +63,8 @@ class Estimate:
     came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
     much the block moved x at most, in units of what rounding may do.
 
-    Of the groups on this process: `sums` S_g of W λ by pin, `parts` of the second moments, and
-    `weights` W_g/W, W being `weight`. `site` has E x² and E δ² of each unit, "whole" and what the
-    "groups" add.
+    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`.
+    `found` is where the moments come from, if pins are in affine maps.
     """
 
     multiplier: dict[str, Tensor]
@@ -78,20 +72,9 @@ class Estimate:
     moments: dict[str, SecondMoments]
     moved: float
     sums: dict[str, Tensor]
-    parts: dict[str, Parts]
     weights: Tensor
     weight: float
-    site: dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class MapKind:
-    """What kind of affine map a pinned weight belongs to."""
-
-    bias: str | None
-    elementwise: bool
-    transposed: bool
-    same_units: bool  # whether φ is x, and ψ in the units of δ
+    found: Found | None
 
 
 @dataclass
@@ -102,11 +85,8 @@ class Counts:
     weight: float = 0.0
     by_sample: int = 0  # samples that came one by one
     batches: int = 0  # batches that came as a whole
-    units: int = 0  # at the site
-    rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
-    read: dict[str, int] = field(default_factory=dict)  # of them in the second moments
-    maps: dict[str, MapKind] = field(default_factory=dict)
     mapped: bool = True  # whether all pins so far were in affine maps
+    moments: MomentCounts | None = None
 
 
 class Accumulator:
@@ -121,21 +101,16 @@ class Accumulator:
         first = next(iter(pins.values())).detach()
         self._dtype = first.dtype
         self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
-        self._sizes = first.new_zeros((wanted.groups, 2, 0), dtype=torch.float64)  # of x and δ
         self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
         self._factors = FactorsOf(block, self._dtype)
-        self._together = 1  # batches that come as one
-        self._features: dict[str, Tensor] = {}
-        self._cotangents: dict[str, Tensor] = {}
-        self._means: dict[str, Tensor] = {}
-        self._shifts: dict[str, Tensor] = {}
-        self._traces: dict[str, Tensor] = {}
+        self._moments: MomentSums | None = None
+        if wanted.moments:
+            like = {name: total[0] for name, total in self._sums.items()}
+            self._moments = MomentSums(like, wanted.groups, wanted.batches)
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
-        self._joined_moments: list[dict[str, Tensor]] | None = None
-        self._joined_sizes: Tensor | None = None
-        self.counts = Counts()
+        self.counts = Counts(moments=self._moments and self._moments.counts)
 
     @property
     def nbytes(self) -> int:
@@ -159,27 +134,24 @@ class Accumulator:
         """
         before = (replace(self.counts), self._weights.clone()) if again else None
         found = self._factors(uses, size) if self.counts.mapped else None
+        self.counts.mapped = found is not None
         if self._conditional and found is not None:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
-            self._together = batches
-            self._add_factors(found.maps, self._sums, size, weight, span, told_apart=True)
-            self._add_sizes(uses, size, weight, span)
+            self._add_factors(found.maps, size, weight, span, batches)
+            self._add_site(uses, size, weight, span)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
         elif found is not None:
-            total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
-            whole = Span(span.first, size)
-            self._add_factors(found.maps, total, size, weight, whole, told_apart=False)
-            self._add_whole({name: t[0] for name, t in total.items()}, uses, size, weight, span)
+            self._add_parts(
+                [self._multiplied(found.maps, size, weight, span)], uses, size, weight, span
+            )
         else:
-            self.counts.mapped = False
-            self._add_differentiated(uses, size, weight, span)
+            span, parts = self._differentiated(uses, size, span)
+            self._add_parts(parts, uses, size, weight, span)
         if before is not None:
             kept, self._weights = before
-            mine = self.counts
-            more = {name: getattr(mine, name) for name in ("rows", "read", "maps", "mapped")}
-            self.counts = replace(kept, **more)
+            self.counts = replace(kept, mapped=self.counts.mapped)
 
     def add_in_graph(
         self,
@@ -193,12 +165,12 @@ class Accumulator:
         """Take in one batch whose −∇_v L_b is known; and how far the block moved x."""
         if moved is not None:
             self._moved = torch.maximum(self._moved, moved.to(self._moved))
-        if self._wanted.moments and uses:
-            found = self._factors(uses, size) if self.counts.mapped else None
+        if self._moments is not None and uses and self.counts.mapped:
+            found = self._factors(uses, size)
             self.counts.mapped = found is not None
             for factor in found.maps if found is not None else ():
-                self._add_moments(factor, size, weight, Span(span.first, size))
-        self._add_whole(multiplier, uses, size, weight, span)
+                self._moments.add(factor, size, weight, Span(span.first, size))
+        self._add_parts([multiplier], uses, size, weight, span)
 
     def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
         """By how much the block moves x: seen at its outputs, where it ran, or tried."""
@@ -207,52 +179,62 @@ class Accumulator:
             here = moves(self._block, x, use.context) if y is None else change(x.to(y), y)
             self._moved = torch.maximum(self._moved, here.to(self._moved))
 
-    def _add_differentiated(
-        self, uses: Sequence[Use], size: int, weight: float, span: Span
-    ) -> None:
-        """Take in −∇_v of one batch by autograd through the block, a few samples at a time."""
+    def _differentiated(
+        self, uses: Sequence[Use], size: int, span: Span
+    ) -> tuple[Span, list[dict[str, Tensor]]]:
+        """−∇_v of one batch by autograd through the block, in parts of a few samples."""
         whole = len(self._weights) == 1 or not by_sample(uses, size)
         each = size if whole else max(span.each, math.ceil(size / _MOST_PARTS))
-        span = Span(span.first, each)
-        cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
         every: list[list[dict[str, Tensor]]] = []
-        for use in cast:
+        for use in uses:
+            use = replace(use, x=use.x.to(self._dtype), delta=use.delta.to(self._dtype))
             y, parts = differentiated(self._block, use, [use.delta] if whole else _parts(use, each))
             if self._conditional:
                 self._note_moved([use], [y])
             every.append(parts)
-        total = [
+        return Span(span.first, each), [
             {name: torch.stack([one[name] for one in some]).sum(0) for name in self._sums}
             for some in zip(*every, strict=True)
         ]
-        self._add_sizes(uses, size, weight, span)
-        square = torch.zeros_like(self._squares)
-        for (group, _), part in zip(span.shares(size), total, strict=True):
-            for name, value in part.items():
-                self._sums[name][group if len(self._weights) > 1 else 0].add_(value, alpha=weight)
-        for name in self._sums:
-            value = torch.stack([part[name] for part in total]).sum(0)
-            square += torch.linalg.vector_norm(value, dtype=torch.float64).square()
-        self._squares.add_(square, alpha=weight**2 / size)
-        self.counts.batches += 1
-        self._count(size, weight, span)
 
-    def _add_whole(
+    def _multiplied(
+        self, factors: Iterable[AffineFactors], size: int, weight: float, span: Span
+    ) -> dict[str, Tensor]:
+        """−∇_v of one batch, whose samples are not told apart."""
+        total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
+        for factor in factors:
+            _add_factor(factor, total, -1.0, ALL)
+            if self._moments is not None:
+                self._moments.add(factor, size, weight, Span(span.first, size))
+        return {name: t[0] for name, t in total.items()}
+
+    def _add_parts(
         self,
-        multiplier: Mapping[str, Tensor],
+        parts: Sequence[Mapping[str, Tensor]],
         uses: Sequence[Use],
         size: int,
         weight: float,
         span: Span,
     ) -> None:
-        self._add_sizes(uses, size, weight, Span(span.first, size))
-        for name, value in multiplier.items():
-            square = torch.linalg.vector_norm(value, dtype=torch.float64).square()
+        """Take in −∇_v of one batch, the sum of some parts, each of the samples of a group."""
+        span = span if len(parts) > 1 else Span(span.first, size)
+        self._add_site(uses, size, weight, span)
+        for name, sums in self._sums.items():
+            for (group, _), part in zip(span.shares(size), parts, strict=True):
+                sums[group if len(sums) > 1 else 0].add_(part[name], alpha=weight)
+            whole = (
+                torch.stack([part[name] for part in parts]).sum(0) if parts[1:] else parts[0][name]
+            )
+            square = torch.linalg.vector_norm(whole, dtype=torch.float64).square()
             self._squares.add_(square, alpha=weight**2 / size)
-            self._sums[name][span.first].add_(value, alpha=weight)
-        span = Span(span.first, size)
         self.counts.batches += 1
         self._count(size, weight, span)
+
+    def _add_site(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
+        if self._moments is not None:
+            n = size if by_sample(uses, size) else 1
+            for use in uses:
+                self._moments.add_site((use.x, use.delta), n, weight, span)
 
     def _count(self, size: int, weight: float, span: Span) -> None:
         self.counts.samples += size
@@ -263,124 +245,22 @@ class Accumulator:
         first = span.first if len(self._weights) > 1 else 0
         self._weights[first : first + len(shares)] += torch.tensor(shares, dtype=torch.float64)
 
-    def _add_sizes(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
-        """Σ x² and Σ (w_b δ)² of each unit; over all samples, where they cannot be told apart."""
-        if not self._wanted.moments:
-            return
-        n = size if by_sample(uses, size) else 1
-        for use in uses:
-            for place, (t, scale) in enumerate([(use.x, 1.0), (use.delta, weight**2)]):
-                t = t if t.dim() < 4 else t.movedim(1, -1)  # the channels of images
-                t = t.reshape(n, -1, t.shape[-1])
-                squares = torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square_()
-                if self._sizes.shape[-1] == 0:
-                    self._sizes = squares.new_zeros((*self._sizes.shape[:2], squares.shape[-1]))
-                if self._sizes.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
-                    self._sizes, squares = (v.sum(-1, keepdim=True) for v in (self._sizes, squares))
-                add_sums(self._sizes[:, place], squares, scale, span)
-            self.counts.units = self._sizes.shape[-1]
-
     def _add_factors(
         self,
         factors: Iterable[AffineFactors],
-        sums: Mapping[str, Tensor],
         size: int,
         weight: float,
         span: Span,
-        *,
-        told_apart: bool,
+        together: int,
     ) -> None:
-        """Add to sums of W λ, or of λ of this batch where its samples are not told apart."""
-        scale = -weight if told_apart else -1.0
+        """Take in the factors of samples that are told apart."""
         offsets: dict[str, int] = {}
         for factor in factors:
-            total = sums[factor.weight]
-            psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
             offset = offsets.get(factor.weight, 0)
-            offsets[factor.weight] = offset + len(psi)
-            shifts = None if factor.bias is None else _over_positions(psi)
-            if factor.elementwise:
-                products = _over_positions(psi * phi)
-                add_sums(total.view(len(total), -1), products, scale, span, offset)
-                squares = products.square().sum(dtype=torch.float64)
-                if shifts is not None:
-                    squares += shifts.square().sum(dtype=torch.float64)
-            else:
-                matrix = total.flatten(2)
-                matrix = matrix.mT if factor.transposed else matrix
-                add_products(matrix, psi, phi, scale, span, offset)
-                squares = squared_sizes(psi, phi, shifts) if told_apart else self._squares
-            if factor.bias is not None and shifts is not None:
-                add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
-            if told_apart:
-                self._squares.add_(squares, alpha=weight**2)
-            if self._wanted.moments:
-                self._add_moments(factor, size, weight, span, offset)
-
-    def _add_moments(
-        self, factor: AffineFactors, size: int, weight: float, span: Span, offset: int = 0
-    ) -> None:
-        """Σ φ̃φ̃ᵀ and Σ w² ψψᵀ over samples and positions; φ̃ = (φ, 1) where there is a bias."""
-        counts, name = self.counts, factor.weight
-        kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
-        self._make_moments(name, counts.maps.setdefault(name, kind))
-        features, cotangents, means = (
-            t[name] for t in (self._features, self._cotangents, self._means)
-        )
-        samples, positions = factor.features.shape[:2]
-        before = counts.rows.get(name, 0)
-        counts.rows[name] = before + samples * positions
-        shifts = _over_positions(factor.cotangent.to(features.dtype))
-        shifts = shifts if factor.elementwise else _some(shifts, 1)
-        add_sums(self._shifts[name], shifts, -weight, span, offset)
-        # a moment of so many numbers needs no more rows than this, of all batches
-        most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
-        stride = size * positions * self._wanted.batches / (self._together * most)
-        phi, psi = factor.features, factor.cotangent
-        if stride >= 2 and positions > 1:  # an odd one does not keep to columns of an image
-            step = min(int(stride), positions) | 1
-            first = torch.arange(samples, device=phi.device)[:, None]
-            # of each sample others, so that all positions have their turn
-            places = torch.arange(0, positions, step, device=phi.device) + before // positions
-            chosen = (first + places) % positions
-            phi, psi = phi[first, chosen], psi[first, chosen]
-        elif stride >= 2:
-            each = min(span.each, size)
-            step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
-            phi, psi = phi[::step], psi[::step]
-            span, offset = Span(span.first, math.ceil(each / step)), offset // step
-        phi, psi = phi.to(features.dtype), psi.to(features.dtype)
-        counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
-        if factor.elementwise:
-            add_sums(features, phi.square().sum(1)[..., None, None], 1.0, span, offset)
-            add_sums(cotangents, psi.square().sum(1)[..., None, None], weight**2, span, offset)
-        else:
-            phi, psi = _some(phi, 2), _some(psi, 2)
-            add_products(features, phi, phi, 1.0, span, offset)
-            add_products(cotangents, psi, psi, weight**2, span, offset)
-        add_sums(means, _over_positions(phi), 1.0, span, offset)
-        if len(features) == 1:
-            sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
-            add_sums(self._traces[name], sizes, weight**2, span, offset)
-
-    def _make_moments(self, name: str, kind: MapKind) -> None:
-        if name in self._features:
-            return
-        out, inner = _sizes(self._sums[name][0], kind)
-        lead = (out,) if kind.elementwise else ()
-        zero, groups = self._sums[name].new_zeros(()), self._wanted.groups
-        if kind.elementwise:
-            shapes = (1, 1), (1, 1)
-        else:
-            out, inner = min(out, _MOST), min(inner, _MOST)
-            shapes = (inner, inner), (out, out)
-        most = sum(math.prod((*lead, *shape)) for shape in shapes)
-        kept = groups if groups * most * zero.itemsize <= _ROOM else 1
-        self._features[name] = zero.expand(kept, *lead, *shapes[0]).clone()
-        self._cotangents[name] = zero.expand(kept, *lead, *shapes[1]).clone()
-        self._means[name] = zero.expand(groups, inner).clone()
-        self._shifts[name] = zero.expand(groups, out).clone()
-        self._traces[name] = zero.expand(groups).clone()
+            offsets[factor.weight] = offset + len(factor.cotangent)
+            _add_factor(factor, self._sums, -weight, span, offset, self._squares)
+            if self._moments is not None:
+                self._moments.add(factor, size, weight, span, offset, together)
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -392,37 +272,18 @@ class Accumulator:
 
     def join(self, counts: Sequence[Counts]) -> list[Tensor]:
         """Count what all processes have taken in; the caller adds up the sums returned."""
-
-        def added(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
-            return {key: sum(v.get(key, 0) for v in values) for v in values for key in v}
-
-        maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
-        for name, kind in maps.items():
-            self._make_moments(name, kind)
         self.counts = Counts(
             samples=sum(c.samples for c in counts),
             weight=sum(c.weight for c in counts),
             by_sample=sum(c.by_sample for c in counts),
             batches=sum(c.batches for c in counts),
-            units=max(c.units for c in counts),
-            rows=added([c.rows for c in counts]),
-            read=added([c.read for c in counts]),
-            maps=maps,
             mapped=all(c.mapped for c in counts),
         )
         self._joined = {name: total.sum(0) for name, total in self._sums.items()}
-        units = max((c.units for c in counts), default=0)
-        self._joined_sizes = self._sizes.sum(0)
-        if self._joined_sizes.shape[-1] != units:  # nothing came here, or of unequal lengths
-            self._joined_sizes = self._joined_sizes.sum(-1, keepdim=True).expand(2, units) / units
-        self._joined_moments = [
-            {name: t[name].sum(0) for name in sorted(t)} for t in self._kept_moments()
-        ]
-        moments = [t for some in self._joined_moments for t in some.values()]
-        return [*self._joined.values(), *moments, self._joined_sizes, self._squares]
-
-    def _kept_moments(self) -> list[dict[str, Tensor]]:
-        return [self._features, self._cotangents, self._means, self._shifts]
+        more = []
+        if self._moments is not None:
+            more = self._moments.join([c.moments for c in counts if c.moments is not None])
+        return [*self._joined.values(), *more, self._squares]
 
     def estimate(self) -> Estimate:
         """What is known so far."""
@@ -439,101 +300,54 @@ class Accumulator:
             moments={},
             moved=float(self._moved),
             sums=self._sums,
-            parts={},
             weights=self._weights / weight,
             weight=weight,
-            site={},
+            found=None,
         )
-        if not self._wanted.moments:
+        if self._moments is None:
             return found
-        found.site.update(self._site())
-        if not self.counts.mapped:
-            moments = moments_of_groups(found, samples)
-        else:
-            moments, parts = self._moments()
-            found = replace(found, parts=parts)
-        elasticity = found.site["whole"].prod(0).sqrt().sum()
+        more = self._moments.found(samples, weight)
+        moments = (
+            more.moments if counts.mapped else moments_of_gradients(_gradients(found, samples))
+        )
+        elasticity = more.site.prod(0).sqrt().sum()
         moments = {name: replace(m, elasticity=elasticity) for name, m in moments.items()}
-        return replace(found, moments=moments)
-
-    def _site(self) -> dict[str, Tensor]:
-        """E x² and E δ² of each unit, over all samples and as the sums over groups."""
-        samples, weight = self.counts.samples, self.counts.weight
-        scale = self._sizes.new_tensor([[1 / samples], [samples / weight**2]])
-        whole = self._sizes.sum(0) if self._joined_sizes is None else self._joined_sizes
-        return {"whole": whole * scale, "groups": self._sizes * scale}
-
-    def _moments(self) -> tuple[dict[str, SecondMoments], dict[str, Parts]]:
-        counts = self.counts
-        moments, parts = {}, {}
-        features, cotangents, means, shifts = self._joined_moments or [
-            {name: t.sum(0) for name, t in some.items()} for some in self._kept_moments()
-        ]
-        for name, kind in counts.maps.items():
-            read, weight = counts.read[name], counts.weight
-            # what was not read counts as much as what was
-            scale = counts.samples / weight**2 * counts.rows[name] / read
-            out, inner = _sizes(self._sums[name][0], kind)
-            moments[name] = SecondMoments(
-                features[name] / read,
-                cotangents[name] * scale,
-                kind.bias,
-                kind.transposed,
-                kind.same_units,
-                means[name] / read,
-                shifts[name] / weight,
-                counts.rows[name] / counts.samples,
-                rows=None if kind.elementwise else _chosen(out, means[name].device),
-                columns=None if kind.elementwise else _chosen(inner, means[name].device),
-            )
-            grouped = len(self._features[name]) > 1
-            parts[name] = Parts(
-                self._features[name] if grouped else None,
-                self._cotangents[name] if grouped else None,
-                self._means[name],
-                self._shifts[name],
-                self._traces[name],
-                (1 / read, scale, 1 / weight),
-            )
-        return moments, parts
-
-
-def _sizes(pin: Tensor, kind: MapKind) -> tuple[int, int]:
-    """Outputs and features of the affine map of a pinned weight."""
-    if kind.elementwise:
-        return pin.numel(), pin.numel()
-    out, inner = pin.shape[0], math.prod(pin.shape[1:])
-    return (inner, out) if kind.transposed else (out, inner)
+        return replace(found, moments=moments, found=more)
 
 
 _MOST_PARTS = 8
 """Of a batch that a block is differentiated for, one by one."""
 
-_MOST = 512
-"""Features and outputs of which second moments are kept; of more a random part."""
 
-_ROWS = 1024
-"""Rows that are read for second moments, if not twice their size."""
+def _add_factor(
+    factor: AffineFactors,
+    sums: Mapping[str, Tensor],
+    scale: float,
+    span: Span,
+    offset: int = 0,
+    squares: Tensor | None = None,
+) -> None:
+    """Add `scale` times what a map brings to sums by group, and Σ_n ‖that of sample n‖²."""
+    total = sums[factor.weight]
+    psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
+    shifts = None if factor.bias is None else over_positions(psi)
+    if factor.bias is not None and shifts is not None:
+        add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
+    if factor.elementwise:
+        products = over_positions(psi * phi)
+        add_sums(total.view(len(total), -1), products, scale, span, offset)
+        more = [products] if shifts is None else [products, shifts]
+        found = sum(t.square().sum(dtype=torch.float64) for t in more) if squares is not None else 0
+    else:
+        matrix = total.flatten(2)
+        add_products(matrix.mT if factor.transposed else matrix, psi, phi, scale, span, offset)
+        found = squared_sizes(psi, phi, shifts) if squares is not None else 0
+    if squares is not None:
+        squares.add_(found, alpha=scale**2)
 
-_ROOM = 2**21
-"""Bytes up to which those of each group are kept."""
 
-
-def _chosen(size: int, device: torch.device) -> Tensor | None:
-    """The same random part each time, in order; None for all."""
-    if size <= _MOST:
-        return None
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    return order[:_MOST].sort().values.to(device)
-
-
-def _some(values: Tensor, dim: int) -> Tensor:
-    chosen = _chosen(values.shape[dim], values.device)
-    return values if chosen is None else values.index_select(dim, chosen)
-
-
-def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMoments]:
-    """Second moments of a sample's gradient g, from the sums of the groups.
+def _gradients(estimate: Estimate, samples: int) -> dict[str, Tensor]:
+    """Of each pin some gradients g whose sum of g gᵀ is E[g gᵀ] of a sample's, from the groups.
 
     E[g gᵀ] = Cov(g) + λλᵀ, where Cov(g) is N times the covariance of λ. Of several processes each
     has groups with a part of all samples.
@@ -541,25 +355,12 @@ def moments_of_groups(estimate: Estimate, samples: int) -> dict[str, SecondMomen
     here = estimate.weights > 0
     weights = estimate.weights[here]
     groups, local = max(1, len(weights)), float(weights.sum()) or 1.0
+    scale = math.sqrt(samples / local * groups / max(1, groups - 1))
     found = {}
     for name, mean in estimate.multiplier.items():
         shares = weights.to(mean).view(-1, *[1] * mean.dim())
         g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
-        g = g * math.sqrt(samples / local * groups / max(1, groups - 1))
-        g = torch.cat([g, mean[None]])
-        if mean.dim() < 2:
-            square = g.square().sum(0).reshape(-1, 1, 1)
-            found[name] = SecondMoments(torch.ones_like(square), square)
-            continue
-        matrix = _some(_some(g.flatten(2), 1), 2)
-        features = (matrix.mT @ matrix).sum(0)
-        trace = features.diagonal().sum()
-        found[name] = SecondMoments(
-            features,
-            (matrix @ matrix.mT).sum(0) / torch.where(trace > 0, trace, 1.0),
-            rows=_chosen(mean.shape[0], mean.device),
-            columns=_chosen(math.prod(mean.shape[1:]), mean.device),
-        )
+        found[name] = torch.cat([g * scale, mean[None]])
     return found
 
 
@@ -574,11 +375,6 @@ def _parts(use: Use, each: int) -> Iterator[Tensor]:
 def _zeros(groups: int, pin: Tensor) -> Tensor:
     dtype = accumulation_dtype(pin.dtype)
     return torch.zeros((groups, *pin.shape), dtype=dtype, device=pin.device)
-
-
-def _over_positions(values: Tensor) -> Tensor:
-    """The sum over the positions of each sample."""
-    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
 
 
 def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:

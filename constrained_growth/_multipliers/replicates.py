@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from constrained_growth._multipliers.accumulator import Estimate, Parts
+from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.moments import Parts
 from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
 from constrained_growth.solution import Norm
 
@@ -51,6 +52,7 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
     shares = shares / (shares @ weights)[:, None] - 1 / local
     shares *= math.sqrt(local)
     found = []
+    parts = {} if estimate.found is None else estimate.found.parts
     with torch.no_grad():
         for some in shares.split(_TOGETHER):
             moved = {
@@ -58,8 +60,7 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
                 for key, t in estimate.multiplier.items()
             }
             moments = {
-                key: _moved(m, estimate.parts.get(key), some, here)
-                for key, m in estimate.moments.items()
+                key: _moved(m, parts.get(key), some, here) for key, m in estimate.moments.items()
             }
             elasticity = _elasticity(estimate, some, here)
             for draw in range(len(some)):
@@ -74,9 +75,9 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
 
 def _elasticity(estimate: Estimate, shares: Tensor, here: Tensor) -> Tensor:
     """Σ_i rms(δ_i) rms(x_i) over the units of the site, of each draw."""
-    if not estimate.site:
+    if estimate.found is None:
         return shares.new_zeros(len(shares))
-    sizes = estimate.site["whole"] + _combined(shares, estimate.site["groups"], here)
+    sizes = estimate.found.site + _combined(shares, estimate.found.site_parts, here)
     return sizes.clamp(min=0).prod(1).sqrt().sum(1)
 
 

@@ -1,0 +1,275 @@
+"""Second moments of what goes with λ, summed over batches and in groups of samples.
+
+For each pinned affine map Wφ + b of a candidate A = E[φφᵀ], G = E[ψψᵀ] and the means of φ and ψ;
+for its site E x² and E δ² of each unit. Not all rows of long data are read for A and G, nor all
+features of wide layers: they are metrics, of which a part of the samples tells enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from constrained_growth._multipliers.groups import Span, add_products, add_sums
+from constrained_growth.blocks import AffineFactors
+from constrained_growth.norms import SecondMoments
+
+_MOST = 512
+"""Features and outputs of which A and G are kept; of more a random part."""
+
+_ROWS = 1024
+"""Rows that are read for A and G, if not twice their size."""
+
+_ROOM = 2**21
+"""Bytes up to which A and G of each group are kept."""
+
+
+@dataclass(frozen=True)
+class MapKind:
+    """What kind of affine map a pinned weight belongs to; see `AffineFactors`."""
+
+    bias: str | None
+    elementwise: bool
+    transposed: bool
+    same_units: bool
+
+    def sizes(self, shape: torch.Size) -> tuple[int, int]:
+        """Outputs and features, of a weight of this shape."""
+        if self.elementwise:
+            return shape.numel(), shape.numel()
+        out, inner = shape[0], math.prod(shape[1:])
+        return (inner, out) if self.transposed else (out, inner)
+
+
+@dataclass
+class MomentCounts:
+    """How much was taken in."""
+
+    maps: dict[str, MapKind] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
+    read: dict[str, int] = field(default_factory=dict)  # of them for A and G
+    units: int = 0  # of the site
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What each group adds to the moments of an affine map; perhaps of G only the trace."""
+
+    features: Tensor | None
+    cotangents: Tensor | None
+    mean: Tensor
+    shift: Tensor
+    traces: Tensor
+    scales: tuple[float, float, float]  # of what is of φ, of G, of λ
+
+
+@dataclass(frozen=True)
+class Found:
+    """The moments of all maps, what the groups add, and E x² and E δ² (2, units) likewise."""
+
+    moments: dict[str, SecondMoments]
+    parts: dict[str, Parts]
+    site: Tensor
+    site_parts: Tensor
+
+
+class MomentSums:
+    """The sums of one candidate.
+
+    `pins` are tensors like λ; `groups` is how many there are, and about so many `batches` will
+    come.
+    """
+
+    def __init__(self, pins: Mapping[str, Tensor], groups: int, batches: int) -> None:
+        self._pins, self._groups, self._batches = pins, groups, batches
+        first = next(iter(pins.values()))
+        self._site = first.new_zeros((groups, 2, 0), dtype=torch.float64)
+        self._features: dict[str, Tensor] = {}
+        self._cotangents: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
+        self._shifts: dict[str, Tensor] = {}
+        self._traces: dict[str, Tensor] = {}
+        self._joined: list[dict[str, Tensor]] | None = None  # of all processes
+        self._joined_site: Tensor | None = None
+        self.counts = MomentCounts()
+
+    def add_site(self, tensors: tuple[Tensor, Tensor], n: int, weight: float, span: Span) -> None:
+        """Σ x² and Σ (w_b δ)² of each unit, of n samples in front (or one, of all)."""
+        for place, (t, scale) in enumerate(zip(tensors, (1.0, weight**2), strict=True)):
+            t = t if t.dim() < 4 else t.movedim(1, -1)  # the channels of images
+            t = t.reshape(n, -1, t.shape[-1])
+            squares = torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square_()
+            if self._site.shape[-1] == 0:
+                self._site = squares.new_zeros((*self._site.shape[:2], squares.shape[-1]))
+            if self._site.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
+                self._site, squares = (v.sum(-1, keepdim=True) for v in (self._site, squares))
+            add_sums(self._site[:, place], squares, scale, span)
+        self.counts.units = self._site.shape[-1]
+
+    def add(
+        self,
+        factor: AffineFactors,
+        size: int,
+        weight: float,
+        span: Span,
+        offset: int = 0,
+        together: int = 1,
+    ) -> None:
+        """Take in some of `size` samples, after `offset` others; they are so many batches."""
+        counts, name = self.counts, factor.weight
+        kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
+        self._make(name, counts.maps.setdefault(name, kind))
+        features, cotangents = self._features[name], self._cotangents[name]
+        samples, positions = factor.features.shape[:2]
+        before = counts.rows.get(name, 0)
+        counts.rows[name] = before + samples * positions
+        shifts = over_positions(factor.cotangent.to(features.dtype))
+        shifts = shifts if kind.elementwise else _some(shifts, 1)
+        add_sums(self._shifts[name], shifts, -weight, span, offset)
+        phi, psi = factor.features, factor.cotangent
+        # a moment of so many numbers needs no more rows than this, of all batches
+        most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
+        stride = size * positions / together * self._batches / most
+        if stride >= 2 and positions > 1:  # an odd one does not keep to columns of an image
+            step = min(int(stride), positions) | 1
+            first = torch.arange(samples, device=phi.device)[:, None]
+            # of each sample others, so that all positions have their turn
+            places = torch.arange(0, positions, step, device=phi.device) + before // positions
+            chosen = (first + places) % positions
+            phi, psi = phi[first, chosen], psi[first, chosen]
+        elif stride >= 2:
+            each = min(span.each, size)
+            step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
+            phi, psi = phi[::step], psi[::step]
+            span, offset = Span(span.first, math.ceil(each / step)), offset // step
+        phi, psi = phi.to(features.dtype), psi.to(features.dtype)
+        counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
+        if kind.elementwise:
+            add_sums(features, phi.square().sum(1)[..., None, None], 1.0, span, offset)
+            add_sums(cotangents, psi.square().sum(1)[..., None, None], weight**2, span, offset)
+        else:
+            phi, psi = _some(phi, 2), _some(psi, 2)
+            add_products(features, phi, phi, 1.0, span, offset)
+            add_products(cotangents, psi, psi, weight**2, span, offset)
+        add_sums(self._means[name], over_positions(phi), 1.0, span, offset)
+        if len(features) == 1:
+            sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
+            add_sums(self._traces[name], sizes, weight**2, span, offset)
+
+    def _make(self, name: str, kind: MapKind) -> None:
+        if name in self._features:
+            return
+        pin, groups = self._pins[name], self._groups
+        out, inner = kind.sizes(pin.shape)
+        if kind.elementwise:
+            shapes = (out, 1, 1), (out, 1, 1)
+        else:
+            out, inner = min(out, _MOST), min(inner, _MOST)
+            shapes = (inner, inner), (out, out)
+        room = groups * sum(map(math.prod, shapes)) * pin.itemsize
+        kept = groups if room <= _ROOM else 1
+        self._features[name] = pin.new_zeros((kept, *shapes[0]))
+        self._cotangents[name] = pin.new_zeros((kept, *shapes[1]))
+        self._means[name] = pin.new_zeros((groups, inner))
+        self._shifts[name] = pin.new_zeros((groups, out))
+        self._traces[name] = pin.new_zeros(groups)
+
+    def _totals(self) -> list[dict[str, Tensor]]:
+        every = self._features, self._cotangents, self._means, self._shifts
+        return [{name: some[name].sum(0) for name in sorted(some)} for some in every]
+
+    def join(self, counts: Sequence[MomentCounts]) -> list[Tensor]:
+        """Count what all processes have taken in; the caller adds up the sums returned."""
+
+        def added(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
+            return {key: sum(v.get(key, 0) for v in values) for v in values for key in v}
+
+        maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
+        for name, kind in maps.items():
+            self._make(name, kind)
+        units = max(c.units for c in counts)
+        self.counts = MomentCounts(
+            maps, added([c.rows for c in counts]), added([c.read for c in counts]), units
+        )
+        self._joined, self._joined_site = self._totals(), self._site.sum(0)
+        if self._joined_site.shape[-1] != units:  # nothing came here, or of unequal lengths
+            total = self._joined_site.sum(-1, keepdim=True) / max(1, units)
+            self._joined_site = total.repeat(1, units)
+        return [*(t for some in self._joined for t in some.values()), self._joined_site]
+
+    def found(self, samples: int, weight: float) -> Found:
+        """The means over so many samples, of this weight together."""
+        moments, parts = {}, {}
+        features, cotangents, means, shifts = self._joined or self._totals()
+        for name, kind in self.counts.maps.items():
+            read, rows = self.counts.read[name], self.counts.rows[name]
+            scale = samples / weight**2 * rows / read  # what was not read counts too
+            sizes = kind.sizes(self._pins[name].shape)
+            chosen = [None if kind.elementwise else _chosen(n, means[name].device) for n in sizes]
+            moments[name] = SecondMoments(
+                features[name] / read,
+                cotangents[name] * scale,
+                kind.bias,
+                kind.transposed,
+                kind.same_units,
+                means[name] / read,
+                shifts[name] / weight,
+                rows / samples,
+                rows=chosen[0],
+                columns=chosen[1],
+            )
+            grouped = len(self._features[name]) > 1
+            parts[name] = Parts(
+                self._features[name] if grouped else None,
+                self._cotangents[name] if grouped else None,
+                self._means[name],
+                self._shifts[name],
+                self._traces[name],
+                (1 / read, scale, 1 / weight),
+            )
+        scales = self._site.new_tensor([[1 / samples], [samples / weight**2]])
+        site = self._site.sum(0) if self._joined_site is None else self._joined_site
+        return Found(moments, parts, site * scales, self._site * scales)
+
+
+def moments_of_gradients(gradients: Mapping[str, Tensor]) -> dict[str, SecondMoments]:
+    """Those of pins in no affine map: Σ g gᵀ and Σ gᵀg over gradients g (number, ...) of each."""
+    found = {}
+    for name, g in gradients.items():
+        if g.dim() < 3:
+            square = g.square().sum(0).reshape(-1, 1, 1)
+            found[name] = SecondMoments(torch.ones_like(square), square)
+            continue
+        out, inner = g.shape[1], math.prod(g.shape[2:])
+        matrix = _some(_some(g.flatten(2), 1), 2)
+        features = (matrix.mT @ matrix).sum(0)
+        trace = features.diagonal().sum()
+        found[name] = SecondMoments(
+            features,
+            (matrix @ matrix.mT).sum(0) / torch.where(trace > 0, trace, 1.0),
+            rows=_chosen(out, g.device),
+            columns=_chosen(inner, g.device),
+        )
+    return found
+
+
+def over_positions(values: Tensor) -> Tensor:
+    """The sum over the positions of each sample."""
+    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
+
+
+def _chosen(size: int, device: torch.device) -> Tensor | None:
+    """The same random part each time, in order; None for all."""
+    if size <= _MOST:
+        return None
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+    return order[:_MOST].sort().values.to(device)
+
+
+def _some(values: Tensor, dim: int) -> Tensor:
+    chosen = _chosen(values.shape[dim], values.device)
+    return values if chosen is None else values.index_select(dim, chosen)
