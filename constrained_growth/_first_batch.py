@@ -181,7 +181,11 @@ def _run(
 
     collector = Collector(sites, inspect)
     input, target = batch
-    with untouched(model, loss_fn), collector.watching(), _forward_calls(sites) as calls:
+    with (
+        untouched(model, loss_fn, first=True),
+        collector.watching(),
+        _forward_calls(sites) as calls,
+    ):
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
         for index, site in enumerate(sites):

@@ -125,7 +125,7 @@ class GrowthProblem:
         self.group = group
         self.weight = weight
         places = places_of(model, self.candidates)
-        with untouched(model, loss_fn, data, first=True), differentiable():
+        with untouched(model, loss_fn, data), differentiable():
             books = open_books(model)  # of which proposals were asked already
             listed = _counted_elements(books, places, known=isinstance(candidates, Proposals))
             self.sites, self.example, self.method = look_at_sites(
