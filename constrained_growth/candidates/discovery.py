@@ -86,9 +86,9 @@ def find_candidates(
     if max_parameters is None:
         max_parameters = max(1, _size(model))
     positive_int("max_parameters", max_parameters, CandidateError)
-    with untouched(model, first=True), differentiable():
+    with untouched(model), differentiable():
         # each time from the same random state
-        with untouched(model):
+        with untouched(model, first=True):
             runs = runs_of(model, example_input)
         search = _Search(model, open_books(model), runs, last=next(reversed(runs.values())).y)
         with untouched(model), torch.no_grad():
