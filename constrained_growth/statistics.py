@@ -53,14 +53,16 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
     It holds with at least this confidence for normal λ̂ of any covariance, since
     |‖λ̂‖ − ‖λ‖| ≤ L ‖λ̂ − λ‖_F, and among all quadratic forms of mean tr Cov the heaviest tail
     belongs to that with one direction only. It is as wide as it has to be when there is one, and
-    too wide by a factor of about √d when the noise is spread over d directions.
+    too wide by a factor of about √d when the noise is spread over d directions. For a norm without
+    a known L, such as those of second moments, s is the standard error, and the interval holds for
+    large samples only, and not where λ is zero.
 
     Args:
         sensitivity: Of a solution.
         confidence: At least 0.79 and below 1.
 
     Returns:
-        Lower and upper limit; (0, inf) when the standard error is not known.
+        Lower and upper limit; (0, inf) when neither is known.
 
     Raises:
         RuleError: The confidence is out of range.

@@ -29,8 +29,6 @@ from constrained_growth.testing import check_block
 TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(autouse=True)
 def _single_precision() -> None:

@@ -43,8 +43,6 @@ from constrained_growth.training import NewLayers
 LOSS = nn.CrossEntropyLoss()
 NO_SITES = (nn.Linear, nn.Conv2d, nn.Flatten, nn.Unflatten)
 
-pytestmark = pytest.mark.slow
-
 
 def few_points(seed):
     return two_spirals(seed, points_per_class=24)

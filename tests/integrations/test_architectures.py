@@ -405,9 +405,7 @@ ROADS = {"insert": inserted, "Grower": grown_in_a_loop, "Trainer": grown_in_the_
 PLACES = {"insert": 0, "Grower": -1, "Trainer": -1}
 
 
-@pytest.mark.parametrize(
-    "road", ["insert", *(pytest.param(r, marks=pytest.mark.slow) for r in ("Grower", "Trainer"))]
-)
+@pytest.mark.parametrize("road", ROADS)
 @pytest.mark.parametrize("kind", GROWN)
 def test_grows_as_the_stock_class_would(kind: str, road: str, tmp_path: Path) -> None:
     here = template(kind)

@@ -29,8 +29,6 @@ from constrained_growth.norms import (
 RESAMPLES = 150
 Sample = tuple[Tensor, Tensor]
 
-pytestmark = pytest.mark.slow
-
 
 def largest(multiplier: Mapping[str, Tensor]) -> Tensor:
     """A norm of a user's own."""

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
-import pytest
 import torch
 from helpers import Gain, nothing_left_behind
 from hypothesis import assume, event, given, settings
@@ -25,8 +24,6 @@ from torch.utils.checkpoint import checkpoint
 import constrained_growth as cg
 
 WIDTH, POSITIONS, OUT = 4, 5, 3
-
-pytestmark = pytest.mark.slow
 
 
 # --- pieces of models: each keeps the shape of what it gets ---------------------------------------

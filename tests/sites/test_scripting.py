@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import constrained_growth as cg
 from constrained_growth import blocks
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def grown(model: nn.Module, x: Tensor, *sites: tuple[str, int | str | None]) -> Any:
