@@ -101,7 +101,8 @@ class Sensitivity(ReadLater):
         value: ‖λ_c‖ over all pinned parameters of the candidate, in `norm`.
         standard_error: Of `value`, as an estimate from a sample: the standard deviation of the
             `replicates`. NaN when it cannot be known (one batch in which samples cannot be told
-            apart). Both are computed when they are first read.
+            apart, or several processes and a λ of millions of numbers). Both are computed when
+            they are first read.
         num_parameters: How many parameters are pinned.
         num_new_parameters: How many parameters the model would gain (pinned and free ones).
         norm: The norm `value` is measured in.

@@ -217,8 +217,6 @@ def sensitivities_of(
     sites = {name: site for site in problem.sites for name in site.blocks}
 
     shared = several(problem.group)
-    # later, by whom they interest; at once where all processes have a part or they take much room
-    later = not shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM
 
     def values() -> dict[str, tuple[int, float]]:
         return {
@@ -231,15 +229,16 @@ def sensitivities_of(
 
     # by the process with the most groups, of which some moments are made
     sizes = everywhere(values, problem.group) if shared else [values()]
+    # made when they are first read, or, of several processes, at once where λ is small enough
     every: list[dict[str, tuple[float, ...]]] = []
-    if not later:
-        every = everywhere(replicates, problem.group) if shared else [replicates()]
+    if shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM:
+        every = everywhere(replicates, problem.group)
 
     def sensitivity(name: str) -> Sensitivity:
         estimate, site = estimates[name], sites[name]
         multiplier, variance = estimate.multiplier, estimate.variance
         known: Any = next((p[name] for p in every if p[name]), ())
-        if later:
+        if not shared:
             known = Later(lambda _: replicates_of(norm, estimate))
         return Sensitivity(
             value=max((size[name] for size in sizes), key=itemgetter(0))[1],

@@ -52,8 +52,8 @@ class FactorsOf:
     def _own_factors(self, uses: Sequence[Use], in_front: bool) -> Factors:
         found = [self._block.factors(use.x, use.delta) for use in uses]
         layout = _in_front if in_front else _as_one
-        shaped = [(_shaped(f, layout, len(use.x)) for f in some)
-                  for some, use in zip(found, uses, strict=True)]  # fmt: skip
+        # neither layout asks for the number of samples
+        shaped = [(_shaped(factor, layout, 0) for factor in some) for some in found]
         if len(shaped) == 1:
             return Factors(shaped[0], in_front)
         whole = []  # for each use one for each map, whose samples may come a few at a time

@@ -51,8 +51,7 @@ class Groups:
 
     def __init__(self, data: Iterable[Any] | None, batch: int, pins: Sequence[int]) -> None:
         """For data (None: of unknown length) in batches of a size, and bytes of each λ."""
-        sized = isinstance(data, Sized) and len(data) > 0
-        batches = len(data) if sized else None  # type: ignore[arg-type]
+        batches = (len(data) or None) if isinstance(data, Sized) else None
         count = min(MOST, max(_FEWEST, ROOM // max(1, sum(pins))))
         if batches is not None and max(pins) > _SMALL:
             count = min(count, max(_ENOUGH, batches * batch // _EACH))
