@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._data import batch_size
-from constrained_growth._multipliers.accumulator import Estimate, accumulation_dtype
-from constrained_growth._multipliers.groups import Span
+from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.groups import Span, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
 from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.untouched import eagerly, is_untouched

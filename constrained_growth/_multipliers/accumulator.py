@@ -26,7 +26,13 @@ from torch import Tensor, nn
 
 from constrained_growth._multipliers.closed_form import by_sample, differentiated
 from constrained_growth._multipliers.factors import FactorsOf
-from constrained_growth._multipliers.groups import ALL, Span, add_products, add_sums
+from constrained_growth._multipliers.groups import (
+    ALL,
+    Span,
+    accumulation_dtype,
+    add_products,
+    add_sums,
+)
 from constrained_growth._multipliers.moments import (
     Found,
     MomentCounts,
@@ -107,8 +113,7 @@ class Accumulator:
         self._factors = FactorsOf(block, self._dtype)
         self._moments: MomentSums | None = None
         if wanted.moments:
-            like = {name: total[0] for name, total in self._sums.items()}
-            self._moments = MomentSums(like, wanted.groups, wanted.batches)
+            self._moments = MomentSums(self._sums, wanted.batches)
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
         self.counts = Counts(moments=self._moments and self._moments.counts)
 
@@ -139,7 +144,7 @@ class Accumulator:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
             self._add_factors(found.maps, size, weight, span, batches)
-            self._add_site(uses, size, weight, span)
+            self._add_site(uses, size, weight, span, batches)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
         elif found is not None:
@@ -230,11 +235,13 @@ class Accumulator:
         self.counts.batches += 1
         self._count(size, weight, span)
 
-    def _add_site(self, uses: Sequence[Use], size: int, weight: float, span: Span) -> None:
+    def _add_site(
+        self, uses: Sequence[Use], size: int, weight: float, span: Span, together: int = 1
+    ) -> None:
         if self._moments is not None:
             n = size if by_sample(uses, size) else 1
             for use in uses:
-                self._moments.add_site((use.x, use.delta), n, weight, span)
+                self._moments.add_site((use.x, use.delta), n, weight, span, together)
 
     def _count(self, size: int, weight: float, span: Span) -> None:
         self.counts.samples += size
@@ -264,6 +271,8 @@ class Accumulator:
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
+        if self._moments is not None:
+            self._moments.close()
         used = self._weights > 0
         if used.any():
             self._weights[used] += (weight - self.counts.weight) / used.sum()
@@ -394,8 +403,3 @@ def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
         return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
     squares = (psi.mT @ phi).square().sum(dtype=torch.float64)
     return squares if shifts is None else squares + shifts.square().sum(dtype=torch.float64)
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to sum in: at least single precision, and complex where the summands are."""
-    return torch.promote_types(dtype, torch.float32)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 MOST = 128
@@ -69,6 +70,11 @@ class Groups:
     def advance(self, span: Span, samples: int) -> None:
         """These groups have had their turn."""
         self._next = (span.first + math.ceil(samples / span.each)) % self.count
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: at least single precision, and complex where the summands are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def add_products(

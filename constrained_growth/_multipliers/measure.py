@@ -21,10 +21,9 @@ from constrained_growth._multipliers.accumulator import (
     Counts,
     Estimate,
     Wanted,
-    accumulation_dtype,
 )
 from constrained_growth._multipliers.closed_form import by_sample
-from constrained_growth._multipliers.groups import ALL, Groups, Span
+from constrained_growth._multipliers.groups import ALL, Groups, Span, accumulation_dtype
 from constrained_growth._multipliers.in_graph import Standing, rounds
 from constrained_growth._sharding import Leaves, is_spread, summed_like
 from constrained_growth._sites.collector import Collector, Use

@@ -14,15 +14,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from constrained_growth._multipliers.groups import Span, add_products, add_sums
+from constrained_growth._multipliers.groups import (
+    Span,
+    accumulation_dtype,
+    add_products,
+    add_sums,
+)
 from constrained_growth.blocks import AffineFactors
 from constrained_growth.norms import SecondMoments
 
-_MOST = 512
+_MOST = 256
 """Features and outputs of which A and G are kept; of more a random part."""
 
 _ROWS = 1024
 """Rows that are read for A and G, if not twice their size."""
+
+_TOGETHER = 256
+"""Rows that are summed up at once."""
+
+_SITE = ""
+"""Where the name of a map would stand, for x and δ of the site."""
 
 _ROOM = 2**21
 """Bytes up to which A and G of each group are kept."""
@@ -53,6 +64,8 @@ class MomentCounts:
     rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
     read: dict[str, int] = field(default_factory=dict)  # of them for A and G
     units: int = 0  # of the site
+    site_rows: int = 0
+    site_read: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,38 +90,64 @@ class Found:
     site_parts: Tensor
 
 
+@dataclass
+class _Rows:
+    """Rows (samples, positions, channels) of φ and ψ that belong one after the other."""
+
+    phi: list[Tensor]
+    psi: list[Tensor]
+    weight: float
+    span: Span
+    offset: int
+
+    def __len__(self) -> int:
+        return sum(math.prod(t.shape[:2]) for t in self.phi)
+
+    def joins(self, other: _Rows) -> bool:
+        """Whether the other rows are the next ones."""
+        samples = sum(map(len, self.phi))
+        ends = self.span.first * self.span.each + self.offset + samples
+        return (
+            (self.weight, self.span.each) == (other.weight, other.span.each)
+            and ends == other.span.first * other.span.each + other.offset
+            and self.phi[0].shape[1:] == other.phi[0].shape[1:]
+        )
+
+
 class MomentSums:
     """The sums of one candidate.
 
-    `pins` are tensors like λ; `groups` is how many there are, and about so many `batches` will
-    come.
+    `sums` are those of λ in each group, by pin; about so many `batches` will come.
     """
 
-    def __init__(self, pins: Mapping[str, Tensor], groups: int, batches: int) -> None:
-        self._pins, self._groups, self._batches = pins, groups, batches
-        first = next(iter(pins.values()))
-        self._site = first.new_zeros((groups, 2, 0), dtype=torch.float64)
+    def __init__(self, sums: Mapping[str, Tensor], batches: int) -> None:
+        first = next(iter(sums.values()))
+        self._sums, self._groups, self._batches = sums, len(first), batches
+        self._site = first.new_zeros((self._groups, 2, 0), dtype=torch.float64)
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
-        self._shifts: dict[str, Tensor] = {}
+        self._shifts: dict[str, Tensor] = {}  # of maps without a pinned bias
         self._traces: dict[str, Tensor] = {}
+        self._waiting: dict[str, _Rows] = {}
         self._joined: list[dict[str, Tensor]] | None = None  # of all processes
         self._joined_site: Tensor | None = None
         self.counts = MomentCounts()
 
-    def add_site(self, tensors: tuple[Tensor, Tensor], n: int, weight: float, span: Span) -> None:
-        """Σ x² and Σ (w_b δ)² of each unit, of n samples in front (or one, of all)."""
-        for place, (t, scale) in enumerate(zip(tensors, (1.0, weight**2), strict=True)):
-            t = t if t.dim() < 4 else t.movedim(1, -1)  # the channels of images
-            t = t.reshape(n, -1, t.shape[-1])
-            squares = torch.linalg.vector_norm(t, dim=1, dtype=torch.float64).square_()
-            if self._site.shape[-1] == 0:
-                self._site = squares.new_zeros((*self._site.shape[:2], squares.shape[-1]))
-            if self._site.shape[-1] != squares.shape[-1]:  # as of signals of unequal lengths
-                self._site, squares = (v.sum(-1, keepdim=True) for v in (self._site, squares))
-            add_sums(self._site[:, place], squares, scale, span)
-        self.counts.units = self._site.shape[-1]
+    def add_site(
+        self, tensors: tuple[Tensor, Tensor], size: int, weight: float, span: Span, together: int
+    ) -> None:
+        """Σ x² and Σ (w_b δ)² of each unit, of `size` samples in front (or one, of all)."""
+        counts = self.counts
+        shaped = [t if t.dim() < 4 else t.movedim(1, -1) for t in tensors]  # channels of images
+        shaped = [t.reshape(size, -1, t.shape[-1]) for t in shaped]
+        rows = math.prod(shaped[0].shape[:2])
+        step = rows / together * self._batches / _ROWS
+        (x, delta), span, _ = _thinned(shaped, counts.site_rows, step, size, span, 0)
+        counts.site_rows += rows
+        counts.site_read += math.prod(x.shape[:2])
+        dtype = accumulation_dtype(x.dtype)
+        self._wait(_SITE, _Rows([x.to(dtype)], [delta.to(dtype)], weight, span, 0))
 
     def add(
         self,
@@ -127,32 +166,58 @@ class MomentSums:
         samples, positions = factor.features.shape[:2]
         before = counts.rows.get(name, 0)
         counts.rows[name] = before + samples * positions
-        shifts = over_positions(factor.cotangent.to(features.dtype))
-        shifts = shifts if kind.elementwise else _some(shifts, 1)
-        add_sums(self._shifts[name], shifts, -weight, span, offset)
         phi, psi = factor.features, factor.cotangent
+        if kind.bias is None:
+            shifts = over_positions(psi.to(features.dtype))
+            shifts = shifts if kind.elementwise else _some(shifts, 1)
+            add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
         most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
-        stride = size * positions / together * self._batches / most
-        if stride >= 2 and positions > 1:  # an odd one does not keep to columns of an image
-            step = min(int(stride), positions) | 1
-            first = torch.arange(samples, device=phi.device)[:, None]
-            # of each sample others, so that all positions have their turn
-            places = torch.arange(0, positions, step, device=phi.device) + before // positions
-            chosen = (first + places) % positions
-            phi, psi = phi[first, chosen], psi[first, chosen]
-        elif stride >= 2:
-            each = min(span.each, size)
-            step = max(d for d in range(1, int(stride) + 1) if each % d == 0 or each == size)
-            phi, psi = phi[::step], psi[::step]
-            span, offset = Span(span.first, math.ceil(each / step)), offset // step
-        phi, psi = phi.to(features.dtype), psi.to(features.dtype)
+        step = size * positions / together * self._batches / most
+        (phi, psi), span, offset = _thinned((phi, psi), before, step, size, span, offset)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
-        if kind.elementwise:
+        if not kind.elementwise:
+            phi, psi = _some(phi, 2), _some(psi, 2)
+        self._wait(
+            name,
+            _Rows([phi.to(features.dtype)], [psi.to(features.dtype)], weight, span, offset),
+        )
+
+    def _wait(self, name: str, rows: _Rows) -> None:
+        """Sum up later, as products of few rows are slow; they are kept without their batch."""
+        waiting = self._waiting.get(name)
+        if waiting is not None and not waiting.joins(rows):
+            self._take_in(name)
+            waiting = None
+        if len(rows) < _TOGETHER:
+            rows.phi, rows.psi = ([t.clone() for t in some] for some in (rows.phi, rows.psi))
+        if waiting is None:
+            self._waiting[name] = waiting = rows
+        else:
+            waiting.phi += rows.phi
+            waiting.psi += rows.psi
+        if len(waiting) >= _TOGETHER:
+            self._take_in(name)
+
+    def _take_in(self, name: str) -> None:
+        rows = self._waiting.pop(name)
+        phi, psi = (t[0] if len(t) == 1 else torch.cat(t) for t in (rows.phi, rows.psi))
+        weight, span, offset = rows.weight, rows.span, rows.offset
+        if name == _SITE:
+            squares = [over_positions(t.abs().square()) for t in (phi, psi * weight)]
+            units = squares[0].shape[-1]
+            if self._site.shape[-1] == 0:
+                self._site = self._site.new_zeros((self._groups, 2, units))
+            if self._site.shape[-1] != units:  # as of signals of unequal lengths
+                self._site, *squares = (v.sum(-1, keepdim=True) for v in (self._site, *squares))
+            for place, values in enumerate(squares):
+                add_sums(self._site[:, place], values, 1.0, span)
+            return
+        features, cotangents = self._features[name], self._cotangents[name]
+        if self.counts.maps[name].elementwise:
             add_sums(features, phi.square().sum(1)[..., None, None], 1.0, span, offset)
             add_sums(cotangents, psi.square().sum(1)[..., None, None], weight**2, span, offset)
         else:
-            phi, psi = _some(phi, 2), _some(psi, 2)
             add_products(features, phi, phi, 1.0, span, offset)
             add_products(cotangents, psi, psi, weight**2, span, offset)
         add_sums(self._means[name], over_positions(phi), 1.0, span, offset)
@@ -160,10 +225,24 @@ class MomentSums:
             sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
             add_sums(self._traces[name], sizes, weight**2, span, offset)
 
+    def close(self) -> None:
+        """Sum up what waits."""
+        with torch.inference_mode(False), torch.no_grad():  # to which more is added later
+            for name in [*self._waiting]:
+                self._take_in(name)
+        self.counts.units = self._site.shape[-1]
+
+    def _shifts_of(self, name: str, kind: MapKind) -> Tensor:
+        """W λ of a bias, in each group, be it pinned or not."""
+        if kind.bias is None:
+            return self._shifts[name]
+        shifts = self._sums[kind.bias].flatten(1)
+        return shifts if kind.elementwise else _some(shifts, 1)
+
     def _make(self, name: str, kind: MapKind) -> None:
         if name in self._features:
             return
-        pin, groups = self._pins[name], self._groups
+        pin, groups = self._sums[name][0], self._groups
         out, inner = kind.sizes(pin.shape)
         if kind.elementwise:
             shapes = (out, 1, 1), (out, 1, 1)
@@ -175,15 +254,21 @@ class MomentSums:
         self._features[name] = pin.new_zeros((kept, *shapes[0]))
         self._cotangents[name] = pin.new_zeros((kept, *shapes[1]))
         self._means[name] = pin.new_zeros((groups, inner))
-        self._shifts[name] = pin.new_zeros((groups, out))
+        if kind.bias is None:
+            self._shifts[name] = pin.new_zeros((groups, out))
         self._traces[name] = pin.new_zeros(groups)
 
     def _totals(self) -> list[dict[str, Tensor]]:
-        every = self._features, self._cotangents, self._means, self._shifts
-        return [{name: some[name].sum(0) for name in sorted(some)} for some in every]
+        maps = self.counts.maps
+        shifts = {name: self._shifts_of(name, kind) for name, kind in maps.items()}
+        every = self._features, self._cotangents, self._means, shifts
+        return [{name: some[name].sum(0) for name in sorted(maps)} for some in every]
 
     def join(self, counts: Sequence[MomentCounts]) -> list[Tensor]:
-        """Count what all processes have taken in; the caller adds up the sums returned."""
+        """Count what all processes have taken in; the caller adds up the sums returned.
+
+        All processes have called `close` before.
+        """
 
         def added(values: Sequence[Mapping[str, int]]) -> dict[str, int]:
             return {key: sum(v.get(key, 0) for v in values) for v in values for key in v}
@@ -193,7 +278,12 @@ class MomentSums:
             self._make(name, kind)
         units = max(c.units for c in counts)
         self.counts = MomentCounts(
-            maps, added([c.rows for c in counts]), added([c.read for c in counts]), units
+            maps,
+            added([c.rows for c in counts]),
+            added([c.read for c in counts]),
+            units,
+            sum(c.site_rows for c in counts),
+            sum(c.site_read for c in counts),
         )
         self._joined, self._joined_site = self._totals(), self._site.sum(0)
         if self._joined_site.shape[-1] != units:  # nothing came here, or of unequal lengths
@@ -203,12 +293,13 @@ class MomentSums:
 
     def found(self, samples: int, weight: float) -> Found:
         """The means over so many samples, of this weight together."""
+        self.close()
         moments, parts = {}, {}
         features, cotangents, means, shifts = self._joined or self._totals()
         for name, kind in self.counts.maps.items():
             read, rows = self.counts.read[name], self.counts.rows[name]
             scale = samples / weight**2 * rows / read  # what was not read counts too
-            sizes = kind.sizes(self._pins[name].shape)
+            sizes = kind.sizes(self._sums[name].shape[1:])
             chosen = [None if kind.elementwise else _chosen(n, means[name].device) for n in sizes]
             moments[name] = SecondMoments(
                 features[name] / read,
@@ -227,11 +318,12 @@ class MomentSums:
                 self._features[name] if grouped else None,
                 self._cotangents[name] if grouped else None,
                 self._means[name],
-                self._shifts[name],
+                self._shifts_of(name, kind),
                 self._traces[name],
                 (1 / read, scale, 1 / weight),
             )
         scales = self._site.new_tensor([[1 / samples], [samples / weight**2]])
+        scales *= self.counts.site_rows / max(1, self.counts.site_read)
         site = self._site.sum(0) if self._joined_site is None else self._joined_site
         return Found(moments, parts, site * scales, self._site * scales)
 
@@ -255,6 +347,28 @@ def moments_of_gradients(gradients: Mapping[str, Tensor]) -> dict[str, SecondMom
             columns=_chosen(inner, g.device),
         )
     return found
+
+
+def _thinned(
+    tensors: Sequence[Tensor], before: int, step: float, size: int, span: Span, offset: int
+) -> tuple[Sequence[Tensor], Span, int]:
+    """About every `step`-th row of tensors (samples, positions, channels), and where they belong.
+
+    They are some of `size` samples, after `offset` others; `before` them came so many rows.
+    """
+    samples, positions = tensors[0].shape[:2]
+    if step < 2:
+        return tensors, span, offset
+    if positions > 1:  # an odd step does not keep to columns of an image
+        odd, device = min(int(step), positions) | 1, tensors[0].device
+        first = torch.arange(samples, device=device)[:, None]
+        # of each sample others, so that all positions have their turn
+        places = torch.arange(0, positions, odd, device=device) + before // positions
+        chosen = (first + places) % positions
+        return [t[first, chosen] for t in tensors], span, offset
+    each = min(span.each, size)
+    every = max(d for d in range(1, int(step) + 1) if each % d == 0 or each == size)
+    return [t[::every] for t in tensors], Span(span.first, math.ceil(each / every)), offset // every
 
 
 def over_positions(values: Tensor) -> Tensor:

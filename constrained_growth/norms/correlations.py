@@ -49,7 +49,7 @@ class CanonicalCorrelations:
     the noise, so that it says where and not whether. Of N samples without any relation Σ ρ_i² is
     about (dim φ)(dim ψ)/N.
 
-    For widths above 512 the correlations are those of 512 features and outputs, the same random
+    For widths above 256 the correlations are those of 256 features and outputs, the same random
     ones at each site of that width. All pinned maps of a candidate add up.
 
     Attributes:
