@@ -7,10 +7,11 @@ method `decide(problem, solution) -> Decision`. Nothing else is required.
 
 from constrained_growth.rules.budget import Budget, half_square
 from constrained_growth.rules.composition import otherwise, then
+from constrained_growth.rules.controls import Fixed, LeastImportant, Placed, Random
 from constrained_growth.rules.plateau import Exhausted, Plateau, When
 from constrained_growth.rules.recommendation import rule_for
 from constrained_growth.rules.rule import DecisionRule, ModelRule, Rule, needs_model
-from constrained_growth.rules.selection import Fixed, Random, Threshold, TopK
+from constrained_growth.rules.selection import Threshold, TopK
 from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trial import Trial
 from constrained_growth.rules.trust_region import TrustRegion
@@ -20,7 +21,9 @@ __all__ = [
     "DecisionRule",
     "Exhausted",
     "Fixed",
+    "LeastImportant",
     "ModelRule",
+    "Placed",
     "Plateau",
     "Random",
     "Rule",

@@ -1,14 +1,12 @@
-"""Rules that compare sensitivities, and the controls `Random` and `Fixed`, which ignore them."""
+"""Rules that compare sensitivities."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 
-from constrained_growth._arguments import function, instance, number, positive_int
+from constrained_growth._arguments import function, number, positive_int
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import Frobenius
 from constrained_growth.solution import Decision, Norm, Sensitivity
@@ -128,67 +126,3 @@ class Threshold:
                 f"norm={sensitivity.norm!r}."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
-
-
-@dataclass(frozen=True)
-class Random:
-    """Candidates drawn uniformly at random, as a control.
-
-    Args:
-        k: How many; all candidates if there are fewer.
-        seed: The draw depends only on it and on the names of the candidates.
-
-    Example:
-        >>> Random(seed=1)({"a": Sensitivity(0.2), "b": Sensitivity(0.5)}).chosen
-        ('b',)
-    """
-
-    k: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        positive_int("k", self.k, RuleError)
-        instance("seed", self.seed, Integral, RuleError, "a whole number")
-
-    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """The draw."""
-        names = list(sensitivities)
-        generator = random.Random(repr((self.seed, names)))
-        chosen = tuple(generator.sample(names, min(self.k, len(names))))
-        return Decision(chosen, f"drawn at random of {len(names)}")
-
-
-@dataclass(frozen=True, init=False)
-class Fixed:
-    """Candidates fixed in advance, by name or by index in the problem.
-
-    Args:
-        *candidates: Names, or indices as into a list: `Fixed(-1)` takes the last, `Fixed()` none.
-
-    Raises:
-        RuleError: An argument is neither; or, when called, there is no such candidate.
-
-    Example:
-        >>> given = {"a": Sensitivity(0.2), "b": Sensitivity(0.5)}
-        >>> Fixed(-1)(given).chosen, Fixed("a")(given).chosen
-        (('b',), ('a',))
-    """
-
-    candidates: tuple[str | int, ...]
-
-    def __init__(self, *candidates: str | int) -> None:
-        for candidate in candidates:
-            if not isinstance(candidate, str | int) or isinstance(candidate, bool):
-                raise RuleError(f"candidate={candidate!r} of Fixed is neither a name nor an index.")
-        object.__setattr__(self, "candidates", candidates)
-
-    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
-        """These candidates."""
-        names = tuple(sensitivities)
-        by_index = {i: names[i] for i in range(-len(names), len(names))}
-        known: dict[str | int, str] = by_index | {name: name for name in names}
-        for candidate in self.candidates:
-            if candidate not in known:
-                raise RuleError(f"Fixed({candidate!r}): no such candidate; they are {names}.")
-        chosen = dict.fromkeys(known[candidate] for candidate in self.candidates)
-        return Decision(tuple(chosen), "fixed in advance")
