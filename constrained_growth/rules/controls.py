@@ -131,9 +131,6 @@ class Placed:
             "upper": (n - half, n),
         }[self.where]
         places = [start + (i + 1) * (stop - start) // k - 1 for i in range(k)]
-es = range(start, start + k)
-        else:
-            places = [start + (i + 1) * (n - start) // parts - 1 for i in range(parts)]
         return Decision(tuple(names[i] for i in places), f"{self.where} of {len(sensitivities)}")
 
 
