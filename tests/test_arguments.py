@@ -335,6 +335,15 @@ ROWS: dict[str, Row] = {
     ),
     "Fixed": Row(lambda candidate: cg.Fixed(candidate), nothing, {}),
     "Random": Row(cg.Random, nothing, {"k": "count"}, more={"seed": (1.5, "x", None)}),
+    "Placed": Row(
+        rules.Placed,
+        lambda s: {"where": "upper"},
+        {"k": "count"},
+        more={"where": (5, "lower", None, ["upper"])},
+    ),
+    "LeastImportant": Row(
+        rules.LeastImportant, lambda s: {"data": s.data}, {"data": "data", "k": "count"}
+    ),
     "Budget": Row(
         cg.Budget,
         lambda s: {"parameters": 100},
