@@ -93,6 +93,23 @@ class Later:
     function: Callable[[Any], Any]
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What data that chose nothing say of the step that the training data propose.
+
+    Attributes:
+        slope: Of the mean held-out loss along λ/‖λ‖_F, λ that of the training data; negative
+            where a layer there helps on data that it has not seen. In units of the loss by those
+            of the parameters.
+        standard_error: Of `slope`, from groups of the held-out samples.
+        pvalue: Of the hypothesis that the slope is not negative, by Student's t.
+    """
+
+    slope: float
+    standard_error: float
+    pvalue: float
+
+
 @dataclass(frozen=True, repr=False)
 class Sensitivity(ReadLater):
     """How large the multiplier of one candidate is.
@@ -120,6 +137,7 @@ class Sensitivity(ReadLater):
         replicates: What `value` is on bootstrap samples. The b-th of all candidates are of the
             same sample, so that their differences say how sure a comparison is. Empty where there
             are none.
+        held_out: The same step on other data; None unless `solve` was given `validation`.
     """
 
     value: float
@@ -133,6 +151,7 @@ class Sensitivity(ReadLater):
     debiased_square: float = math.nan
     error_bound: float = field(default=math.nan, compare=False)
     replicates: tuple[float, ...] = field(default=(), compare=False)
+    held_out: HeldOut | None = None
 
     def __post_init__(self) -> None:
         given = object.__getattribute__(self, "standard_error")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from constrained_growth._arguments import flag, function, instance, number
+from constrained_growth._arguments import data_again, flag, function, instance, number
 from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
 from constrained_growth._multipliers.groups import ROOM, Groups
+from constrained_growth._multipliers.held_out import held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._multipliers.replicates import replicates_of, value_of
 from constrained_growth._progress import progress_bar
@@ -25,13 +26,14 @@ from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import (
+    Frobenius,
     MomentNorm,
     lipschitz,
     needs_moments,
     recommended,
 )
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Rule, TopK, needs_model
+from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
@@ -50,6 +52,7 @@ def solve(
     rule: Rule | None = None,
     *,
     norm: Norm | MomentNorm | None = None,
+    validation: Iterable[Any] | None = None,
     stationarity: bool = True,
     gtol: float = 1e-5,
     throw: bool = True,
@@ -67,13 +70,18 @@ def solve(
 
     Args:
         problem: What to solve.
-        rule: `rule(sensitivities) -> Decision`; None (default) for `TopK(1)`. A rule with a method
+        rule: `rule(sensitivities) -> Decision`; None (default) for `TopK(1)`, or with `validation`
+            what is said there. A rule with a method
             `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked that way
             instead, with a solution that has an empty decision.
         norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
             parameters' λ. None (default) for what `cg.norms.recommended()` says, or
             the norm of a rule that is meant for one (an attribute `norm`, as of
             `Threshold(relative=...)`). The source's choice is `cg.norms.Frobenius()`.
+        validation: Batches that the model has not been trained on, to say of the step that `data`
+            propose what it does to their loss: `sensitivity.held_out`. One more pass, over them.
+            With `rule=None` the best candidate is chosen only if that is significantly good, by
+            `then(TopK(1), Generalizes())`; otherwise nothing is.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
         gtol: θ counts as stationary when ‖∇_θ L‖₂ ≤ gtol (SciPy's name and, for BFGS, its
@@ -112,18 +120,28 @@ def solve(
         (4, 4)
     """
     instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
-    rule = TopK(1) if rule is None else rule
+    if rule is None:
+        rule = TopK(1) if validation is None else then(TopK(1), Generalizes())
     norm = norm_of(rule) if norm is None else norm
     _check(problem, rule, norm, gtol)
     for name, value in {"stationarity": stationarity, "throw": throw}.items():
         flag(name, value, DataError)
+    if validation is not None:
+        data_again("validation", validation)
     flag("progress", progress, DataError, optional=True)
     data = undisturbed(problem.data)
     bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = _measured(problem, bar, stationarity, norm)
+        found = _measured(problem, bar, problem.data, stationarity, norm)
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
+    if validation is not None:
+        seen = undisturbed(validation)
+        bar = progress_bar(seen, desc="held out", unit="batch", progress=progress)
+        with untouched(problem.model, problem.loss_fn, validation), differentiable():
+            other = _measured(problem, bar, validation, False, Frobenius())
+        slopes = held_out(found.estimates, other.estimates, problem.group)
+        sensitivities = {n: replace(s, held_out=slopes[n]) for n, s in sensitivities.items()}
     gradients = found.gradients
     residual = None if gradients is None else math.sqrt(squared_norm(gradients.values()))
     sizes = [s.value for s in sensitivities.values()]
@@ -152,17 +170,21 @@ def solve(
 
 
 def _measured(
-    problem: GrowthProblem, data: Iterable[Any], gradients: bool, norm: Norm | MomentNorm
+    problem: GrowthProblem,
+    bar: Iterable[Any],
+    data: Iterable[Any],
+    gradients: bool,
+    norm: Norm | MomentNorm,
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
-    groups = groups_of(problem, problem.data)
+    groups = groups_of(problem, data)
     wanted = wanted_by(norm, groups)
     arguments = model, problem.loss_fn, problem.sites, problem.method
     running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
 
     def read() -> None:
-        counting = counted(data, device_of(model), problem.weight)
+        counting = counted(bar, device_of(model), problem.weight)
         alike = in_step(counting, group) if sharded else ((batch, True) for batch in counting)
         with running.watching():
             for batch, new in alike:

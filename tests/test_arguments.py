@@ -182,12 +182,13 @@ ROWS: dict[str, Row] = {
             "problem": "problem",
             "rule": "rule",
             "norm": "norm",
+            "validation": "data",
             "gtol": "number",
             "stationarity": "bool",
             "throw": "bool",
             "progress": "bool",
         },
-        optional=("rule", "norm", "progress"),
+        optional=("rule", "norm", "validation", "progress"),
         more={"gtol": (-1.0,)},
     ),
     "GrowthProblem": Row(
@@ -335,6 +336,9 @@ ROWS: dict[str, Row] = {
     ),
     "Fixed": Row(lambda candidate: cg.Fixed(candidate), nothing, {}),
     "Random": Row(cg.Random, nothing, {"k": "count"}, more={"seed": (1.5, "x", None)}),
+    "Generalizes": Row(
+        rules.Generalizes, nothing, {"level": "fraction"}, more={"level": (0.0, 1.0)}
+    ),
     "Placed": Row(
         rules.Placed,
         lambda s: {"where": "upper"},

@@ -11,7 +11,7 @@ from constrained_growth.rules.controls import Fixed, LeastImportant, Placed, Ran
 from constrained_growth.rules.plateau import Exhausted, Plateau, When
 from constrained_growth.rules.recommendation import rule_for
 from constrained_growth.rules.rule import DecisionRule, ModelRule, Rule, needs_model
-from constrained_growth.rules.selection import Threshold, TopK
+from constrained_growth.rules.selection import Generalizes, Threshold, TopK
 from constrained_growth.rules.stability import Stable
 from constrained_growth.rules.trial import Trial
 from constrained_growth.rules.trust_region import TrustRegion
@@ -21,6 +21,7 @@ __all__ = [
     "DecisionRule",
     "Exhausted",
     "Fixed",
+    "Generalizes",
     "LeastImportant",
     "ModelRule",
     "Placed",

@@ -126,3 +126,44 @@ class Threshold:
                 f"norm={sensitivity.norm!r}."
             )
         return max(self.absolute or 0.0, self.relative * sensitivity.baseline)
+
+
+@dataclass(frozen=True)
+class Generalizes:
+    """The candidates whose step lowers the loss on held-out data, significantly; possibly none.
+
+    To be asked about a candidate that was chosen by other data: `then(TopK(1), Generalizes())`, as
+    the best of many slopes on the same data looks good by chance. Needs `solve(...,
+    validation=data)`.
+
+    Args:
+        level: Of the one-sided test; how often a step that does not help passes, at most.
+
+    Raises:
+        RuleError: `level` is not between 0 and 1; or, when called, nothing was held out.
+
+    Example:
+        >>> from constrained_growth.solution import HeldOut
+        >>> given = {"a": Sensitivity(0.2, held_out=HeldOut(-0.1, 0.02, 1e-6))}
+        >>> Generalizes()(given).chosen
+        ('a',)
+    """
+
+    level: float = 0.05
+
+    def __post_init__(self) -> None:
+        number("level", self.level, RuleError, "(0, 1)")
+
+    def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        """Those, in the order given."""
+        found = {name: s.held_out for name, s in sensitivities.items()}
+        if unknown := [name for name, held_out in found.items() if held_out is None]:
+            raise RuleError(f"Generalizes needs solve(..., validation=data); of {unknown} is none.")
+        values = {name: held_out.pvalue for name, held_out in found.items() if held_out}
+        chosen = tuple(name for name, value in values.items() if value < self.level)
+        least = min(values.values(), default=1.0)
+        reason = (
+            f"{len(chosen)} of {len(values)} lower the held-out loss (least p = {least:.2g}, "
+            f"level {self.level:g})"
+        )
+        return Decision(chosen, reason, evidence={"pvalues": values})

@@ -1,0 +1,163 @@
+"""`solve(..., validation=)`: slopes against finite differences of a really inserted layer."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import ResidualMLP
+from constrained_growth.rules import Generalizes, then
+
+LOSS = nn.CrossEntropyLoss()
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 3))
+
+
+def candidates() -> list[cg.Candidate]:
+    return [
+        cg.Candidate("1", ResidualMLP(5, 4, torch.tanh)),
+        cg.Candidate("3", ResidualMLP(5, 3, torch.tanh)),
+        cg.Candidate("3", Bent(), name="bent"),
+    ]
+
+
+class Bent(nn.Module):
+    """x + sin(v ⊙ x), without a closed form."""
+
+    pinned = ("v",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sin(self.v * x)
+
+
+def batches(*sizes: int) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(n, 3), torch.randint(3, (n,))) for n in sizes]
+
+
+def mean_loss(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
+    with torch.no_grad():
+        total = sum(len(y) * float(LOSS(model(x), y)) for x, y in data)
+    return total / sum(len(y) for _, y in data)
+
+
+@pytest.mark.parametrize("name", ["1", "3", "bent"])
+def test_slope_is_that_of_the_held_out_loss_along_the_step(name: str) -> None:
+    model, held_out = network(), batches(7, 4, 6)
+    problem = cg.GrowthProblem(model, LOSS, batches(8, 5), candidates())
+    solution = cg.solve(problem, cg.Fixed(name), validation=held_out)
+    multiplier = solution.multipliers[name]
+    size = math.sqrt(sum(float(t.square().sum()) for t in multiplier.values()))
+    losses, step = [], 1e-5
+    for sign in (1, -1):
+        grown = copy.deepcopy(model)
+        new = cg.insert(grown, solution).new_parameters(grown)
+        pins = {name: p for name, p in new if name.endswith(tuple(multiplier))}
+        assert len(pins) == len(multiplier)
+        with torch.no_grad():
+            for key, value in multiplier.items():
+                (pin,) = (p for name, p in pins.items() if name.endswith(key))
+                pin += sign * step / size * value
+        losses.append(mean_loss(grown, held_out))
+    found = solution.sensitivities[name].held_out
+    assert found is not None
+    assert found.slope == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-6)
+
+
+def test_standard_error_and_p_are_those_of_single_samples() -> None:
+    model = network()
+    problem = cg.GrowthProblem(model, LOSS, batches(60), candidates()[:1])
+    held_out = batches(*[1] * 12)
+    solution = cg.solve(problem, validation=held_out)
+    found = solution.sensitivities["1"].held_out
+    assert found is not None
+    alone = [
+        cg.solve(problem, validation=[batch, batch]).sensitivities["1"].held_out
+        for batch in held_out
+    ]
+    slopes = np.array([one.slope for one in alone if one is not None])
+    assert found.slope == pytest.approx(slopes.mean())
+    assert found.standard_error == pytest.approx(slopes.std(ddof=1) / math.sqrt(12))
+    _, expected = stats.ttest_1samp(slopes, 0.0, alternative="less")
+    assert found.pvalue == pytest.approx(expected)
+
+
+def test_on_the_training_data_the_slope_is_minus_the_size() -> None:
+    model, data = network(), batches(20, 30)
+    problem = cg.GrowthProblem(model, LOSS, data, candidates())
+    solution = cg.solve(problem, norm=cg.norms.Frobenius(), validation=data)
+    for sensitivity in solution.sensitivities.values():
+        assert sensitivity.held_out is not None
+        assert sensitivity.held_out.slope == pytest.approx(-sensitivity.value)
+
+
+def test_weights_count() -> None:
+    model, (one, other) = network(), batches(6, 9)
+
+    def weighted(model: nn.Module, data: list[Any], weight: Any = None) -> float:
+        problem = cg.GrowthProblem(model, LOSS, first, some, weight=weight)
+        found = cg.solve(problem, validation=data).sensitivities["1"].held_out
+        assert found is not None
+        return found.slope
+
+    first, some = batches(10), candidates()[:1]
+    alone = [weighted(model, [batch, batch]) for batch in (one, other)]
+    both = weighted(model, [one, other], lambda x, y: 1.0 if len(y) == 6 else 3.0)
+    assert both == pytest.approx((alone[0] + 3 * alone[1]) / 4)
+
+
+def test_noise_is_not_inserted_and_a_real_gain_is() -> None:
+    """Labels that have nothing to do with the inputs, and a teacher with the layer that lacks."""
+    inserted = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
+        with torch.no_grad():
+            nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
+            nn.init.constant_(model[2].bias, 0.3)  # type: ignore[arg-type]
+        nn.init.normal_(model[2].weight)  # type: ignore[arg-type]
+        block = ResidualMLP(6, 6, torch.tanh)
+        x = torch.randn(400, 3)
+        with torch.no_grad():
+            noise = model(x) + torch.randn(400, 1)
+            lacking = copy.deepcopy(block)
+            nn.init.normal_(lacking.outer.weight, std=0.3)
+            signal = model[2](lacking(model[1](model[0](x)))) + 0.1 * torch.randn(400, 1)
+        row = []
+        for y in (noise, signal):
+            problem = cg.GrowthProblem(
+                model, nn.MSELoss(), [(x[:200], y[:200])], [cg.Candidate("1", block)]
+            )
+            solution = cg.solve(problem, validation=[(x[200:], y[200:])])
+            row.append(len(solution.decision.chosen))
+        inserted.append(row)
+    noise_rate, signal_rate = np.mean(inserted, 0)
+    assert noise_rate <= 0.2  # 5 % in the mean; more than 4 of 20 with a probability of 0.3 %
+    assert signal_rate >= 0.95
+
+
+def test_the_model_stays_as_it_is_and_the_rule_says_why() -> None:
+    model, data = network(), batches(20, 30)
+    problem = cg.GrowthProblem(model, LOSS, data, candidates())
+    state = copy.deepcopy(model.state_dict())
+    solution = cg.solve(problem, validation=batches(9))
+    assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
+    assert "held-out loss" in solution.decision.reason
+    assert "pvalues" in solution.decision.evidence
+    with pytest.raises(cg.RuleError, match="validation=data"):
+        cg.solve(problem, then(cg.TopK(1), Generalizes()))
+    with pytest.raises(cg.DataError, match="validation=list_iterator"):
+        cg.solve(problem, validation=iter(data))
+    with pytest.raises(cg.RuleError, match="level=1"):
+        Generalizes(1.0)
