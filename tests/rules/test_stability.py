@@ -177,8 +177,7 @@ def test_real_steps_shrink_below_the_limit_and_grow_above_it(
         w = nn.Parameter(torch.ones(1))
         optimizer = sgd([w], curvature)
         for _ in range(3000):
-            optimizer.zero_grad()
-            (0.75 * curvature * w.square() / 2).sum().backward()
+            w.grad = 0.75 * curvature * w.detach()
             optimizer.step()
         return abs(w.item())
 
@@ -225,7 +224,7 @@ READ = {
 
 @pytest.mark.parametrize("kind", READ)
 def test_some_samples_are_enough_in_whatever_order_they_come(model: nn.Module, kind: str) -> None:
-    data, optimizer, read = ordered(2000), SGD(model.parameters()), 0
+    data, optimizer, read = ordered(600), SGD(model.parameters()), 0
 
     def counted(module: nn.Module, args: Any) -> None:
         nonlocal read
@@ -245,7 +244,7 @@ def test_some_samples_are_enough_in_whatever_order_they_come(model: nn.Module, k
         decision = Stable(optimizer).decide(problem, solution)
         handle.remove()
     assert read == 2 * (1 + 3) * 100
-    assert decision.evidence["passes"] == pytest.approx(2 * (1 + 3 * 3) * 100 / 2000)
+    assert decision.evidence["passes"] == pytest.approx(2 * (1 + 3 * 3) * 100 / 600)
     whole = used(optimizer, problem, max_samples=None, max_products=3)
     assert decision.evidence["stability"] == pytest.approx(whole, rel=0.25)
 
