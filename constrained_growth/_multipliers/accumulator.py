@@ -144,7 +144,6 @@ class Accumulator:
             self._note_moved(uses, found.outputs)
         if found is not None and found.by_sample:
             self._add_factors(found.maps, size, weight, span, batches)
-            self._add_site(uses, size, weight, span, batches)
             self.counts.by_sample += size
             self._count(size, weight * batches, span)
         elif found is not None:
@@ -223,7 +222,6 @@ class Accumulator:
     ) -> None:
         """Take in −∇_v of one batch, the sum of some parts, each of the samples of a group."""
         span = span if len(parts) > 1 else Span(span.first, size)
-        self._add_site(uses, size, weight, span)
         for name, sums in self._sums.items():
             for (group, _), part in zip(span.shares(size), parts, strict=True):
                 sums[group if len(sums) > 1 else 0].add_(part[name], alpha=weight)
@@ -234,14 +232,6 @@ class Accumulator:
             self._squares.add_(square, alpha=weight**2 / size)
         self.counts.batches += 1
         self._count(size, weight, span)
-
-    def _add_site(
-        self, uses: Sequence[Use], size: int, weight: float, span: Span, together: int = 1
-    ) -> None:
-        if self._moments is not None:
-            n = size if by_sample(uses, size) else 1
-            for use in uses:
-                self._moments.add_site((use.x, use.delta), n, weight, span, together)
 
     def _count(self, size: int, weight: float, span: Span) -> None:
         self.counts.samples += size
@@ -319,8 +309,6 @@ class Accumulator:
         moments = (
             more.moments if counts.mapped else moments_of_gradients(_gradients(found, samples))
         )
-        elasticity = more.site.prod(0).sqrt().sum()
-        moments = {name: replace(m, elasticity=elasticity) for name, m in moments.items()}
         return replace(found, moments=moments, found=more)
 
 

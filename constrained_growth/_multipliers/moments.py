@@ -1,8 +1,8 @@
 """Second moments of what goes with λ, summed over batches and in groups of samples.
 
-For each pinned affine map Wφ + b of a candidate A = E[φφᵀ], G = E[ψψᵀ] and the means of φ and ψ;
-for its site E x² and E δ² of each unit. Not all rows of long data are read for A and G, nor all
-features of wide layers: they are metrics, of which a part of the samples tells enough.
+For each pinned affine map Wφ + b of a candidate A = E[φφᵀ], G = E[ψψᵀ] and the mean of φ. Not
+all rows of long data are read, nor all features of wide layers: they are metrics, of which a part
+of the samples tells enough.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from constrained_growth._multipliers.groups import (
     Span,
-    accumulation_dtype,
     add_products,
     add_sums,
 )
@@ -31,9 +30,6 @@ _ROWS = 1024
 
 _TOGETHER = 256
 """Rows that are summed up at once."""
-
-_SITE = ""
-"""Where the name of a map would stand, for x and δ of the site."""
 
 _ROOM = 2**21
 """Bytes up to which A and G of each group are kept."""
@@ -63,9 +59,6 @@ class MomentCounts:
     maps: dict[str, MapKind] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
     read: dict[str, int] = field(default_factory=dict)  # of them for A and G
-    units: int = 0  # of the site
-    site_rows: int = 0
-    site_read: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,19 +68,16 @@ class Parts:
     features: Tensor | None
     cotangents: Tensor | None
     mean: Tensor
-    shift: Tensor
     traces: Tensor
-    scales: tuple[float, float, float]  # of what is of φ, of G, of λ
+    scales: tuple[float, float]  # of what is of φ, of G
 
 
 @dataclass(frozen=True)
 class Found:
-    """The moments of all maps, what the groups add, and E x² and E δ² (2, units) likewise."""
+    """The moments of all maps, and what the groups add."""
 
     moments: dict[str, SecondMoments]
     parts: dict[str, Parts]
-    site: Tensor
-    site_parts: Tensor
 
 
 @dataclass
@@ -121,33 +111,15 @@ class MomentSums:
     """
 
     def __init__(self, sums: Mapping[str, Tensor], batches: int) -> None:
-        first = next(iter(sums.values()))
-        self._sums, self._groups, self._batches = sums, len(first), batches
-        self._site = first.new_zeros((self._groups, 2, 0), dtype=torch.float64)
+        self._sums, self._batches = sums, batches
+        self._groups = len(next(iter(sums.values())))
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
-        self._shifts: dict[str, Tensor] = {}  # of maps without a pinned bias
         self._traces: dict[str, Tensor] = {}
         self._waiting: dict[str, _Rows] = {}
         self._joined: list[dict[str, Tensor]] | None = None  # of all processes
-        self._joined_site: Tensor | None = None
         self.counts = MomentCounts()
-
-    def add_site(
-        self, tensors: tuple[Tensor, Tensor], size: int, weight: float, span: Span, together: int
-    ) -> None:
-        """Σ x² and Σ (w_b δ)² of each unit, of `size` samples in front (or one, of all)."""
-        counts = self.counts
-        shaped = [t if t.dim() < 4 else t.movedim(1, -1) for t in tensors]  # channels of images
-        shaped = [t.reshape(size, -1, t.shape[-1]) for t in shaped]
-        rows = math.prod(shaped[0].shape[:2])
-        step = rows / together * self._batches / _ROWS
-        (x, delta), span, _ = _thinned(shaped, counts.site_rows, step, size, span, 0)
-        counts.site_rows += rows
-        counts.site_read += math.prod(x.shape[:2])
-        dtype = accumulation_dtype(x.dtype)
-        self._wait(_SITE, _Rows([x.to(dtype)], [delta.to(dtype)], weight, span, 0))
 
     def add(
         self,
@@ -167,10 +139,6 @@ class MomentSums:
         before = counts.rows.get(name, 0)
         counts.rows[name] = before + samples * positions
         phi, psi = factor.features, factor.cotangent
-        if kind.bias is None:
-            shifts = over_positions(psi.to(features.dtype))
-            shifts = shifts if kind.elementwise else _some(shifts, 1)
-            add_sums(self._shifts[name], shifts, -weight, span, offset)
         # a moment of so many numbers needs no more rows than this, of all batches
         most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
         step = size * positions / together * self._batches / most
@@ -203,16 +171,6 @@ class MomentSums:
         rows = self._waiting.pop(name)
         phi, psi = (t[0] if len(t) == 1 else torch.cat(t) for t in (rows.phi, rows.psi))
         weight, span, offset = rows.weight, rows.span, rows.offset
-        if name == _SITE:
-            squares = [over_positions(t.abs().square()) for t in (phi, psi * weight)]
-            units = squares[0].shape[-1]
-            if self._site.shape[-1] == 0:
-                self._site = self._site.new_zeros((self._groups, 2, units))
-            if self._site.shape[-1] != units:  # as of signals of unequal lengths
-                self._site, *squares = (v.sum(-1, keepdim=True) for v in (self._site, *squares))
-            for place, values in enumerate(squares):
-                add_sums(self._site[:, place], values, 1.0, span)
-            return
         features, cotangents = self._features[name], self._cotangents[name]
         if self.counts.maps[name].elementwise:
             add_sums(features, phi.square().sum(1)[..., None, None], 1.0, span, offset)
@@ -230,14 +188,6 @@ class MomentSums:
         with torch.inference_mode(False), torch.no_grad():  # to which more is added later
             for name in [*self._waiting]:
                 self._take_in(name)
-        self.counts.units = self._site.shape[-1]
-
-    def _shifts_of(self, name: str, kind: MapKind) -> Tensor:
-        """W λ of a bias, in each group, be it pinned or not."""
-        if kind.bias is None:
-            return self._shifts[name]
-        shifts = self._sums[kind.bias].flatten(1)
-        return shifts if kind.elementwise else _some(shifts, 1)
 
     def _make(self, name: str, kind: MapKind) -> None:
         if name in self._features:
@@ -254,15 +204,11 @@ class MomentSums:
         self._features[name] = pin.new_zeros((kept, *shapes[0]))
         self._cotangents[name] = pin.new_zeros((kept, *shapes[1]))
         self._means[name] = pin.new_zeros((groups, inner))
-        if kind.bias is None:
-            self._shifts[name] = pin.new_zeros((groups, out))
         self._traces[name] = pin.new_zeros(groups)
 
     def _totals(self) -> list[dict[str, Tensor]]:
-        maps = self.counts.maps
-        shifts = {name: self._shifts_of(name, kind) for name, kind in maps.items()}
-        every = self._features, self._cotangents, self._means, shifts
-        return [{name: some[name].sum(0) for name in sorted(maps)} for some in every]
+        every = self._features, self._cotangents, self._means
+        return [{name: some[name].sum(0) for name in sorted(some)} for some in every]
 
     def join(self, counts: Sequence[MomentCounts]) -> list[Tensor]:
         """Count what all processes have taken in; the caller adds up the sums returned.
@@ -276,26 +222,19 @@ class MomentSums:
         maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
         for name, kind in maps.items():
             self._make(name, kind)
-        units = max(c.units for c in counts)
         self.counts = MomentCounts(
             maps,
             added([c.rows for c in counts]),
             added([c.read for c in counts]),
-            units,
-            sum(c.site_rows for c in counts),
-            sum(c.site_read for c in counts),
         )
-        self._joined, self._joined_site = self._totals(), self._site.sum(0)
-        if self._joined_site.shape[-1] != units:  # nothing came here, or of unequal lengths
-            total = self._joined_site.sum(-1, keepdim=True) / max(1, units)
-            self._joined_site = total.repeat(1, units)
-        return [*(t for some in self._joined for t in some.values()), self._joined_site]
+        self._joined = self._totals()
+        return [t for some in self._joined for t in some.values()]
 
     def found(self, samples: int, weight: float) -> Found:
         """The means over so many samples, of this weight together."""
         self.close()
         moments, parts = {}, {}
-        features, cotangents, means, shifts = self._joined or self._totals()
+        features, cotangents, means = self._joined or self._totals()
         for name, kind in self.counts.maps.items():
             read, rows = self.counts.read[name], self.counts.rows[name]
             scale = samples / weight**2 * rows / read  # what was not read counts too
@@ -308,8 +247,6 @@ class MomentSums:
                 kind.transposed,
                 kind.same_units,
                 means[name] / read,
-                shifts[name] / weight,
-                rows / samples,
                 rows=chosen[0],
                 columns=chosen[1],
             )
@@ -318,14 +255,10 @@ class MomentSums:
                 self._features[name] if grouped else None,
                 self._cotangents[name] if grouped else None,
                 self._means[name],
-                self._shifts_of(name, kind),
                 self._traces[name],
-                (1 / read, scale, 1 / weight),
+                (1 / read, scale),
             )
-        scales = self._site.new_tensor([[1 / samples], [samples / weight**2]])
-        scales *= self.counts.site_rows / max(1, self.counts.site_read)
-        site = self._site.sum(0) if self._joined_site is None else self._joined_site
-        return Found(moments, parts, site * scales, self._site * scales)
+        return Found(moments, parts)
 
 
 def moments_of_gradients(gradients: Mapping[str, Tensor]) -> dict[str, SecondMoments]:

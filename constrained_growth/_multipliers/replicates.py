@@ -62,23 +62,11 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
             moments = {
                 key: _moved(m, parts.get(key), some, here) for key, m in estimate.moments.items()
             }
-            elasticity = _elasticity(estimate, some, here)
             for draw in range(len(some)):
                 multiplier = {key: t[draw] for key, t in moved.items()}
-                mine = {
-                    key: replace(of_draws[draw], elasticity=elasticity[draw])
-                    for key, of_draws in moments.items()
-                }
+                mine = {key: of_draws[draw] for key, of_draws in moments.items()}
                 found.append(float(_applied(norm, multiplier, mine)))
     return tuple(found)
-
-
-def _elasticity(estimate: Estimate, shares: Tensor, here: Tensor) -> Tensor:
-    """Σ_i rms(δ_i) rms(x_i) over the units of the site, of each draw."""
-    if estimate.found is None:
-        return shares.new_zeros(len(shares))
-    sizes = estimate.found.site + _combined(shares, estimate.found.site_parts, here)
-    return sizes.clamp(min=0).prod(1).sqrt().sum(1)
 
 
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:
@@ -91,10 +79,9 @@ def _moved(
     moments: SecondMoments, parts: Parts | None, shares: Tensor, here: Tensor
 ) -> list[SecondMoments]:
     """The second moments of each draw; only their sizes vary where no more is kept."""
-    if parts is None or moments.mean is None or moments.shift is None:
+    if parts is None or moments.mean is None:
         return [moments] * len(shares)
-    of_features, of_cotangents, of_multiplier = parts.scales
-    shift = moments.shift + _combined(shares, parts.shift, here) * of_multiplier
+    of_features, of_cotangents = parts.scales
     if parts.features is not None and parts.cotangents is not None:
         features = moments.features + _combined(shares, parts.features, here) * of_features
         mean = moments.mean + _combined(shares, parts.mean, here) * of_features
@@ -108,8 +95,8 @@ def _moved(
         cotangents = moments.cotangents * sizes.clamp(min=0).view(shape)
         features = moments.features.expand(len(shares), *moments.features.shape)
     return [
-        replace(moments, features=a, cotangents=g, mean=m, shift=s)
-        for a, g, m, s in zip(features, cotangents, mean, shift, strict=True)
+        replace(moments, features=a, cotangents=g, mean=m)
+        for a, g, m in zip(features, cotangents, mean, strict=True)
     ]
 
 

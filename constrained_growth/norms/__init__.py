@@ -1,8 +1,8 @@
 """How large a multiplier is.
 
 A norm is any function of a multiplier (pinned parameter → tensor) that returns a number. The one
-that decides where nothing else is said is `recommended()`: canonical correlations, which do not
-depend on the units of a site. `Frobenius` is the source's choice.
+that decides where nothing else is said is `recommended()`: λ in the geometry of natural gradients,
+which does not depend on the units of a site. `Frobenius` is the source's choice.
 
 What a first step of the new layer gains is a theory of its own: the largest first-order decrease
 of the loss in a ball ‖v‖ ≤ Δ is
@@ -17,7 +17,6 @@ is a matrix with one column, a tensor of more dimensions (the kernel of a convol
 to (out, everything else), and several tensors are the blocks of one block-diagonal matrix.
 """
 
-from constrained_growth.norms.correlations import CanonicalCorrelations, recommended
 from constrained_growth.norms.matrices import (
     Entrywise1,
     Frobenius,
@@ -32,11 +31,11 @@ from constrained_growth.norms.moments import (
     SecondMoments,
     lipschitz,
     needs_moments,
+    recommended,
 )
 from constrained_growth.solution import Norm
 
 __all__ = [
-    "CanonicalCorrelations",
     "Entrywise1",
     "Frobenius",
     "KroneckerFisher",

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth.norms import (
-    CanonicalCorrelations,
     Entrywise1,
     Frobenius,
     KroneckerFisher,
@@ -24,6 +23,7 @@ from constrained_growth.norms import (
     PerParameter,
     Spectral,
     needs_moments,
+    recommended,
 )
 
 RESAMPLES = 150
@@ -36,9 +36,8 @@ def largest(multiplier: Mapping[str, Tensor]) -> Tensor:
 
 
 NORMS: list[Any] = [
-    CanonicalCorrelations(),
+    recommended(),
     KroneckerFisher(),
-    KroneckerFisher(ord="nuc"),
     Frobenius(),
     PerParameter(),
     Entrywise1(),

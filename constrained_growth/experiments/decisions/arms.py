@@ -21,7 +21,6 @@ from constrained_growth.experiments.ensembles.networks import sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
 from constrained_growth.norms import (
-    CanonicalCorrelations,
     Entrywise1,
     Frobenius,
     KroneckerFisher,
@@ -210,7 +209,7 @@ SIZES: tuple[Arm, ...] = (
     Arm("nuclear", lambda asked: cg.TopK(1), Nuclear()),
     Arm("Kronecker-Fisher 0.1", lambda asked: cg.TopK(1), KroneckerFisher(0.1)),
     Arm("Kronecker-Fisher nuclear 0.1", lambda asked: cg.TopK(1), KroneckerFisher(0.1, ord="nuc")),
-    Arm("canonical correlations", lambda asked: cg.TopK(1), CanonicalCorrelations()),
+    Arm("Kronecker-Fisher nuclear 0.3", lambda asked: cg.TopK(1), recommended()),
 )
 """The largest multiplier in one norm or another."""
 

@@ -1,111 +1,18 @@
-"""Canonical correlations: against NumPy and brute force; what they do not depend on."""
+"""The recommended norm: what it does not depend on, and that every block has a size in it."""
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from helpers import CROSS_ENTROPY, Gain, candidate, classified, feedforward, solved
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.norms import CanonicalCorrelations, Frobenius, SecondMoments
-
-Array = NDArray[np.floating]
-OUT, IN, SAMPLES = 3, 4, 60
-
-
-def samples(n: int = SAMPLES) -> tuple[Tensor, Tensor]:
-    """Correlated features with a mean, and cotangents that depend on them."""
-    features = torch.randn(n, IN) @ torch.randn(IN, IN) + torch.randn(IN)
-    return features, torch.tanh(features) @ torch.randn(IN, OUT) + torch.randn(n, OUT)
-
-
-def value(features: Tensor, cotangents: Tensor, damping: float, bias: bool = False) -> float:
-    multiplier = {"weight": -torch.einsum("n...o,n...i->oi", cotangents, features) / len(features)}
-    if bias:
-        multiplier["bias"] = -cotangents.reshape(len(cotangents), -1, OUT).sum(1).mean(0)
-    moments = SecondMoments.of(features, cotangents, "bias" if bias else None)
-    return float(CanonicalCorrelations(damping, elasticity=0.0)(multiplier, {"weight": moments}))
-
-
-def correlations(features: Array, cotangents: Array) -> Array:
-    """Cosines between the two centred column spaces, from orthonormal bases."""
-    bases = []
-    for matrix in (features, cotangents):
-        left, values, _ = np.linalg.svd(matrix - matrix.mean(0), full_matrices=False)
-        bases.append(left[:, values > 1e-10 * values.max()])
-    return np.linalg.svd(bases[0].T @ bases[1], compute_uv=False)
-
-
-def ridge(features: Array, cotangents: Array, damping: float) -> float:
-    """The nuclear norm of Σ_ψψ^(-1/2) Σ_ψφ Σ_φφ^(-1/2), with Σ + d (tr Σ/dim) I, by their roots."""
-
-    def inverse_root(centred: Array) -> Array:
-        covariance = centred.T @ centred / len(centred)
-        covariance += damping * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
-        values, vectors = np.linalg.eigh(covariance)
-        return (vectors / np.sqrt(values)) @ vectors.T
-
-    x, y = features - features.mean(0), cotangents - cotangents.mean(0)
-    whitened = inverse_root(y) @ (y.T @ x / len(x)) @ inverse_root(x)
-    return float(np.linalg.norm(whitened, "nuc"))
-
-
-# --- what it is -----------------------------------------------------------------------------------
-
-
-def test_without_damping_they_are_the_canonical_correlations() -> None:
-    pair = samples()
-    expected = correlations(*(t.numpy() for t in pair)).sum()
-    assert value(*pair, damping=1e-10) == pytest.approx(expected, rel=1e-6)
-    assert expected <= min(OUT, IN)
-
-
-def test_of_two_variables_it_is_the_correlation() -> None:
-    x, y = (t[:, :1] for t in samples())
-    expected = abs(np.corrcoef(x[:, 0].numpy(), y[:, 0].numpy())[0, 1])
-    assert value(x, y, damping=1e-10) == pytest.approx(expected, rel=1e-8)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("damping", [1e-3, 0.1, 2.0])
-def test_with_damping_by_brute_force(damping: float, bias: bool) -> None:
-    """A pinned bias changes nothing: what is constant is taken out."""
-    pair = samples()
-    expected = ridge(pair[0].numpy(), pair[1].numpy(), damping)
-    assert value(*pair, damping, bias) == pytest.approx(expected, rel=1e-10)
-
-
-def test_what_does_not_vary_counts_for_nothing() -> None:
-    features, cotangents = samples()
-    assert value(torch.ones(SAMPLES, IN), cotangents, 0.1) == 0
-    assert value(features, 0 * cotangents, 0.1) == 0
-
-
-def test_positions_count_as_independent() -> None:
-    """As if each of them were a sample."""
-    features, cotangents = samples()
-    flat = value(features, cotangents - cotangents.mean(0), 0.1)
-    pairs = features.view(-1, 2, IN), (cotangents - cotangents.mean(0)).view(-1, 2, OUT)
-    assert value(*pairs, 0.1) == pytest.approx(flat, rel=1e-9)
-
-
-@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan, math.inf, None, "nuc"])
-def test_damping_is_checked(damping: Any) -> None:
-    with pytest.raises(cg.RuleError, match="damping="):
-        CanonicalCorrelations(damping)
-
-
-def test_not_finite_is_a_value_and_not_an_exception() -> None:
-    features, cotangents = samples()
-    features[0, 0] = math.nan
-    assert math.isnan(value(features, cotangents, 0.1))
-
+from constrained_growth.norms import Frobenius, KroneckerFisher, SecondMoments, recommended
 
 # --- through solve --------------------------------------------------------------------------------
 
@@ -183,8 +90,7 @@ def test_units_of_the_loss_change_no_decision(
     ]
     assert found[0].decision.chosen == found[1].decision.chosen
     for name, one in found[0].sensitivities.items():
-        # the third root of a thousandth, of the elasticity
-        assert found[1].sensitivities[name].value == pytest.approx(0.1 * one.value, rel=1e-8)
+        assert found[1].sensitivities[name].value == pytest.approx(one.value, rel=1e-8)
         assert one.value > 0
 
 
@@ -204,11 +110,14 @@ def test_rows_that_are_read_stand_for_all() -> None:
     (psi,) = torch.autograd.grad(loss, seen["phi"])
     handle.remove()
     # at the pins W = 1 and φ > 0, so that the derivative of the ReLU is 1 there and 0 elsewhere
-    expected = value(seen["phi"].detach(), psi * (seen["phi"] > 0), 0.1)
+    phi, psi = seen["phi"].detach(), psi * (seen["phi"] > 0)
+    moments = SecondMoments.of(phi, psi, "bias")
+    multiplier = {"weight": -torch.einsum("nto,nti->oi", psi, phi) / 900}
+    multiplier["bias"] = -psi.sum(1).mean(0)
+    expected = float(recommended()(multiplier, {"weight": replace(moments, same_units=True)}))
     for batch in (900, 90, 7):
         data = list(zip(x.split(batch), y.split(batch), strict=True))
-        norm = CanonicalCorrelations(elasticity=0.0)
-        found = solved(model, data, candidate("1"), norm=norm).sensitivities["1"]
+        found = solved(model, data, candidate("1"), norm=None).sensitivities["1"]
         assert found.value == pytest.approx(expected, rel=0.15)
 
 
@@ -251,7 +160,7 @@ def test_every_block_has_a_size(block: str) -> None:
             CROSS_ENTROPY(model(input), target).backward()
     for found in (cg.solve(plain), cg.solve(weighted), monitor.solution()):
         sensitivity = found.sensitivities["1"]
-        assert isinstance(sensitivity.norm, CanonicalCorrelations)
+        assert isinstance(sensitivity.norm, KroneckerFisher)
         for number in (sensitivity.value, sensitivity.standard_error):
             assert math.isfinite(number)
             assert number > 0
