@@ -14,11 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from constrained_growth._multipliers.groups import (
-    Span,
-    add_products,
-    add_sums,
-)
+from constrained_growth._multipliers.groups import Span, add_products, add_sums
 from constrained_growth.blocks import AffineFactors
 from constrained_growth.norms import SecondMoments
 
@@ -26,7 +22,7 @@ _MOST = 256
 """Features and outputs of which A and G are kept; of more a random part."""
 
 _ROWS = 1024
-"""Rows that are read for A and G, if not twice their size."""
+"""Rows that are read for A and G, of all batches: several times their size."""
 
 _TOGETHER = 256
 """Rows that are summed up at once."""
@@ -134,22 +130,17 @@ class MomentSums:
         counts, name = self.counts, factor.weight
         kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
         self._make(name, counts.maps.setdefault(name, kind))
-        features, cotangents = self._features[name], self._cotangents[name]
+        dtype = self._features[name].dtype
         samples, positions = factor.features.shape[:2]
         before = counts.rows.get(name, 0)
         counts.rows[name] = before + samples * positions
         phi, psi = factor.features, factor.cotangent
-        # a moment of so many numbers needs no more rows than this, of all batches
-        most = max(_ROWS, 2 * max(features.shape[-1], cotangents.shape[-1]))
-        step = size * positions / together * self._batches / most
+        step = size * positions / together * self._batches / _ROWS
         (phi, psi), span, offset = _thinned((phi, psi), before, step, size, span, offset)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
         if not kind.elementwise:
             phi, psi = _some(phi, 2), _some(psi, 2)
-        self._wait(
-            name,
-            _Rows([phi.to(features.dtype)], [psi.to(features.dtype)], weight, span, offset),
-        )
+        self._wait(name, _Rows([phi.to(dtype)], [psi.to(dtype)], weight, span, offset))
 
     def _wait(self, name: str, rows: _Rows) -> None:
         """Sum up later, as products of few rows are slow; they are kept without their batch."""
@@ -222,11 +213,8 @@ class MomentSums:
         maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
         for name, kind in maps.items():
             self._make(name, kind)
-        self.counts = MomentCounts(
-            maps,
-            added([c.rows for c in counts]),
-            added([c.read for c in counts]),
-        )
+        rows, read = added([c.rows for c in counts]), added([c.read for c in counts])
+        self.counts = MomentCounts(maps, rows, read)
         self._joined = self._totals()
         return [t for some in self._joined for t in some.values()]
 

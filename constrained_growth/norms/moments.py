@@ -154,7 +154,8 @@ class KroneckerFisher:
     the noise, so that it says where and not whether.
 
     Attributes:
-        damping: d. 0.1 by default; from 0.03 to 0.3 it decides alike, within the noise
+        damping: d. 0.1 by default; where all weights are trained on, 0.03 to 0.3 decide alike,
+            within the noise, and 0.3 better where the old ones are frozen
             (`constrained-growth bench decisions`). 0 for exact invariance.
         ord: "fro" (default) or "nuc", as for `torch.linalg.matrix_norm`; keyword only.
 

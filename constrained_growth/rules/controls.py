@@ -16,7 +16,7 @@ from constrained_growth._data import counted
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth._sites.site import Site
-from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
@@ -147,7 +147,7 @@ class LeastImportant:
         k: How many; fewer if there are not so many modules that can be skipped.
 
     Raises:
-        DataError: `data` cannot be read more than once.
+        DataError: `data` cannot be read more than once; or, when called, holds nothing.
         RuleError: k is not a positive whole number.
 
     Source:
@@ -199,4 +199,6 @@ class LeastImportant:
                 total, weights = total + weight * float(loss), weights + weight
                 if not possible:
                     return None
+        if weights == 0:
+            raise DataError("data of LeastImportant yields no batches.")
         return total / weights

@@ -99,8 +99,6 @@ def test_peak_is_a_plain_pass_and_the_multipliers(
     allowed += min(GROUPS_ROOM, 128 * pinned)  # 128 groups where there is room
     if norm is None:  # two second moments, and the copies of them that the norm factors
         allowed += 4 * pinned
-        allowed += len(candidates) * 128 * 2 * 8 * width  # sizes of x and δ, unit by unit,
-        allowed += 2 * at_site  # which are squared in double precision
     if stationarity:  # ∇L over all batches so far, which a pass that forgets them does not hold
         allowed += sum(parameter.nbytes for parameter in model.parameters())
     if 2 * len(candidates) * at_site <= MIB or batch < 512:

@@ -99,3 +99,12 @@ def test_least_important_is_what_can_best_be_left_out() -> None:
 def test_old_data_that_can_be_read_once_are_refused() -> None:
     with pytest.raises(cg.DataError, match="data=list_iterator"):
         LeastImportant(iter([]))
+
+
+def test_old_data_without_batches_are_refused() -> None:
+    model = Network(1.0)
+    one = cg.Candidate("blocks.0", cg.blocks.ResidualMLP(4, 3, torch.tanh))
+    data = [(torch.randn(6, 4), torch.randint(3, (6,)))]
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [one])
+    with pytest.raises(cg.DataError, match="no batches"):
+        cg.solve(problem, LeastImportant([]))
