@@ -274,7 +274,8 @@ for unit in (1, 100):
     cents = cg.GrowthProblem(model, lambda a, b, u=unit: u * nn.MSELoss()(a, b), [(x, y)], [layer])
     sizes.append(cg.solve(cents).sensitivities["1"].value)  # in the recommended norm
 assert cg.norms.recommended().ord == "nuc"
-assert np.isclose(sizes[0], sizes[1], rtol=1e-6) and sizes[0] <= rho.sum().item()
+assert np.isclose(sizes[0], sizes[1], rtol=1e-6)
+assert sizes[0] <= rho.sum().item()
 
 one_strong, all_alike = torch.diag(torch.tensor([0.8, 0, 0, 0])), 0.4 * torch.eye(4)
 plain = {"weight": cg.norms.SecondMoments(torch.eye(4), torch.eye(4))}

@@ -143,9 +143,11 @@ class KroneckerFisher:
     (rank A)(rank G)/N, not 0, and N ≤ min(in, out) samples always give N.
 
     With damping, A + d (tr A / dim A) I and G + d (tr G / dim G) I replace A and G (K-FAC, section
-    6.3). Invariance under changes of scale and (without a bias) rotations remains. For identity
-    layers, whose outputs are in the units of their features, A and G are first brought to units in
-    which E φ_j² = E ψ_j²: rescaling the units of a ReLU layer, one by one, changes nothing.
+    6.3), and with a bias Ã + d diag(tr A / dim A, …, 1) replaces Ã = E[φ̃ φ̃ᵀ], so that each feature
+    is damped in its own units. Invariance under changes of scale and rotations remains. For
+    identity layers, whose outputs are in the units of their features, A and G are first brought to
+    units in which E φ_j² = E ψ_j²: rescaling the units of a ReLU layer, one by one, changes
+    nothing.
 
     For widths above 256 it is of 256 features and outputs, the same random ones at each site of
     that width.
@@ -202,26 +204,24 @@ class KroneckerFisher:
         self, multiplier: Mapping[str, Tensor], name: str, moments: SecondMoments
     ) -> Tensor:
         """Of λ̃ of one affine map, in coordinates in which A and G are the identity."""
-        matrix = chosen_of(multiplier[name], name, moments)
+        matrix, mean, bias = chosen_of(multiplier[name], name, moments), moments.mean, None
         features, cotangents = moments.features, moments.cotangents
         if moments.bias is not None:
-            if moments.mean is None:
-                raise RuleError(f'moments["{name}"].mean is needed, as there is a pinned bias.')
-            bias = multiplier[moments.bias].reshape(-1)
+            bias = multiplier[moments.bias].reshape(-1).to(matrix)
             bias = bias if moments.rows is None else bias[moments.rows]
-            matrix = torch.cat([matrix, bias.to(matrix).view(*matrix.shape[:-1], 1)], -1)
-            mean = moments.mean.view(*features.shape[:-1], 1)
-            one = torch.ones_like(mean[..., :1, :])
-            features = torch.cat(
-                [torch.cat([features, mean], -1), torch.cat([mean.mT, one], -1)], -2
-            )
-        if not are_finite(matrix, features, cotangents):
+        if not are_finite(matrix, features, cotangents, *([] if bias is None else [bias])):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
         if moments.same_units and self.damping and _aligned(moments):
-            inputs, outputs = _units(moments, features.shape[-1])
+            inputs, outputs = _units(moments)
             matrix = matrix * inputs / outputs[:, None]
             cotangents = cotangents / (outputs[:, None] * outputs)
             features = features * (inputs[:, None] * inputs)
+            mean = None if mean is None else mean * inputs
+            bias = None if bias is None else bias / outputs
+        if bias is not None:
+            if mean is None:
+                raise RuleError(f'moments["{name}"].mean is needed, as there is a pinned bias.')
+            matrix, features = _with_bias(matrix, features, bias, mean, scaled=self.damping > 0)
         left = whitened(matrix, cotangents, self.damping)
         both = whitened(left.mT, features, self.damping).double()
         if self.ord == "fro":
@@ -229,19 +229,28 @@ class KroneckerFisher:
         return singular_values_of(both)
 
 
-def _units(moments: SecondMoments, width: int) -> tuple[Tensor, Tensor]:
-    """Units of features (`width` with that of a bias) and outputs, in which both are of one size.
+def _with_bias(
+    matrix: Tensor, features: Tensor, bias: Tensor, mean: Tensor, *, scaled: bool
+) -> tuple[Tensor, Tensor]:
+    """λ and A with a further feature: 1, or a constant of the root mean square of the others.
 
-    The feature of a bias, 1, has the mean size of the others.
+    Damping would not be invariant to the scale of the features beside a 1.
     """
+    size = features.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].sqrt()
+    size = torch.where(size > 0, size, 1.0) if scaled else torch.ones_like(size)
+    column = mean.view(*features.shape[:-1], 1) * size
+    below = torch.cat([column.mT, size.square()], -1)
+    features = torch.cat([torch.cat([features, column], -1), below], -2)
+    return torch.cat([matrix, bias.view(*matrix.shape[:-1], 1) * size], -1), features
+
+
+def _units(moments: SecondMoments) -> tuple[Tensor, Tensor]:
+    """Units of features and outputs, in which both are of one size."""
     outputs, inputs = moments.cotangents.diagonal(), moments.features.diagonal()
     channels = inputs.view(len(outputs), -1).mean(1)
     alive = (channels > 0) & (outputs > 0)
     scale = torch.where(alive, outputs / torch.where(alive, channels, 1.0), 1.0) ** 0.25
-    sizes = (outputs * channels)[alive] ** 0.25
-    constant = sizes.mean() if len(sizes) else scale.new_ones(())
-    every = scale.repeat_interleave(len(inputs) // len(scale))
-    return torch.cat([every, constant.expand(width - len(every))]), scale
+    return scale.repeat_interleave(len(inputs) // len(scale)), scale
 
 
 def _aligned(moments: SecondMoments) -> bool:

@@ -193,7 +193,7 @@ def test_one_sample_has_no_standard_error() -> None:
 
 def test_agreement_is_how_often_the_decision_comes_again() -> None:
     """Many samples of a population, and what each of them says of the others."""
-    torch.manual_seed(3)
+    torch.manual_seed(8)
     model, (population,) = feedforward(2, 4, 4, 3), classified(4000)
     data = Drawn(population, 100)
     candidates = [candidate("1"), candidate("3")]
