@@ -153,6 +153,29 @@ def recommended_decision(rank: Rank) -> None:
         assert all(other == mine for other in others)
 
 
+def held_out_data(rank: Rank) -> None:
+    """The slope is that of all held-out data; a process may have none of them."""
+    model, data, candidates = setting()
+    for shares in (SHARES, EMPTY):
+        answers = []
+        for group, some in ((rank.group, rank.shard(data, shares[rank.size])), (rank.alone, data)):
+            problem = cg.GrowthProblem(model, CROSS_ENTROPY, some, candidates, group=group)
+            answers.append(cg.solve(problem, validation=some))
+        found, expected = answers
+        for name, sensitivity in expected.sensitivities.items():
+            one, other = found.sensitivities[name].held_out, sensitivity.held_out
+            assert one is not None
+            assert other is not None
+            assert one.slope == pytest.approx(other.slope, rel=1e-10)
+            # of other groups of the same samples
+            assert one.standard_error == pytest.approx(other.standard_error, rel=0.5)
+            assert 0 <= one.pvalue < 0.5
+        assert found.decision.chosen in ((), expected.decision.chosen)
+        said = [(s.held_out, found.decision.chosen) for s in found.sensitivities.values()]
+        everyone = everywhere(lambda said=said: said, rank.group)
+        assert all(other == said for other in everyone)
+
+
 def weighted_batches(rank: Rank) -> None:
     """The weights are added up too; a process may have batches that count for nothing only."""
     model, data, candidates = setting()
@@ -357,6 +380,7 @@ CASES: list[Callable[[Rank], None]] = [
     process_without_data,
     second_moments,
     recommended_decision,
+    held_out_data,
     weighted_batches,
     module_that_is_used_several_times,
     batch_norms_that_wait,

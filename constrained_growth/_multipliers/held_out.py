@@ -51,7 +51,7 @@ def _real(tensors: Tensor) -> Tensor:
     """Each as a real vector in double precision."""
     tensors = whole(tensors)
     parts = torch.view_as_real(tensors) if tensors.is_complex() else tensors
-    return parts.double().flatten(1)
+    return parts.double().reshape(len(parts), -1)
 
 
 def _tested(groups: list[tuple[float, float]]) -> HeldOut:
