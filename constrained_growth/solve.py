@@ -71,9 +71,8 @@ def solve(
     Args:
         problem: What to solve.
         rule: `rule(sensitivities) -> Decision`; None (default) for `TopK(1)`, or with `validation`
-            what is said there. A rule with a method
-            `decide(problem, solution) -> Decision`, such as `TrustRegion`, is asked that way
-            instead, with a solution that has an empty decision.
+            what is said there. A rule with a method `decide(problem, solution) -> Decision`, such
+            as `TrustRegion`, is asked that way instead, with a solution that has an empty decision.
         norm: How large a multiplier is: one of `cg.norms`, or a function of the pinned
             parameters' λ. None (default) for what `cg.norms.recommended()` says, or
             the norm of a rule that is meant for one (an attribute `norm`, as of
@@ -95,8 +94,8 @@ def solve(
         The solution, pure data.
 
     Raises:
-        DataError: Loss or multipliers are NaN or infinite (with `throw`), or the data cannot be
-            used.
+        DataError: Loss or multipliers are NaN or infinite (with `throw`), or `data` or `validation`
+            cannot be used.
         BlockError: A block is the identity on the first batch and not on a later one.
         RuleError: The rule does not return a decision about these candidates.
 
@@ -139,8 +138,10 @@ def solve(
         seen = undisturbed(validation)
         bar = progress_bar(seen, desc="held out", unit="batch", progress=progress)
         with untouched(problem.model, problem.loss_fn, validation), differentiable():
-            other = _measured(problem, bar, validation, False, Frobenius())
+            other = _measured(problem, bar, validation, False, Frobenius(), "validation")
         slopes = held_out(found.estimates, other.estimates, problem.group)
+        if not math.isfinite(other.loss) and throw:
+            raise DataError(f"validation has a loss of {other.loss}: NaN or Inf in these data.")
         sensitivities = {n: replace(s, held_out=slopes[n]) for n, s in sensitivities.items()}
     gradients = found.gradients
     residual = None if gradients is None else math.sqrt(squared_norm(gradients.values()))
@@ -175,6 +176,7 @@ def _measured(
     data: Iterable[Any],
     gradients: bool,
     norm: Norm | MomentNorm,
+    name: str = "data",
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
@@ -192,7 +194,7 @@ def _measured(
 
     everywhere(read, group, collective=sharded)
     running.reduce(group)
-    return running.measurement()
+    return running.measurement(name)
 
 
 def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:

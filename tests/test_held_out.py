@@ -25,7 +25,8 @@ def candidates() -> list[cg.Candidate]:
     return [
         cg.Candidate("1", ResidualMLP(5, 4, torch.tanh)),
         cg.Candidate("3", ResidualMLP(5, 3, torch.tanh)),
-        cg.Candidate("3", Bent(), name="bent"),
+        cg.Candidate("3", Bent(5), name="bent"),
+        cg.Candidate("1", Bent(), name="scalar"),
     ]
 
 
@@ -34,9 +35,9 @@ class Bent(nn.Module):
 
     pinned = ("v",)
 
-    def __init__(self) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.v = nn.Parameter(torch.zeros(5))
+        self.v = nn.Parameter(torch.zeros(shape))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.sin(self.v * x)
@@ -52,7 +53,7 @@ def mean_loss(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> float:
     return total / sum(len(y) for _, y in data)
 
 
-@pytest.mark.parametrize("name", ["1", "3", "bent"])
+@pytest.mark.parametrize("name", ["1", "3", "bent", "scalar"])
 def test_slope_is_that_of_the_held_out_loss_along_the_step(name: str) -> None:
     model, held_out = network(), batches(7, 4, 6)
     problem = cg.GrowthProblem(model, LOSS, batches(8, 5), candidates())
@@ -122,18 +123,16 @@ def test_noise_is_not_inserted_and_a_real_gain_is() -> None:
     inserted = []
     for seed in range(20):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
-        with torch.no_grad():
-            nn.init.zeros_(model[2].weight)  # type: ignore[arg-type]
-            nn.init.constant_(model[2].bias, 0.3)  # type: ignore[arg-type]
-        nn.init.normal_(model[2].weight)  # type: ignore[arg-type]
+        head = nn.Linear(6, 1)
+        nn.init.normal_(head.weight)
+        model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), head)
         block = ResidualMLP(6, 6, torch.tanh)
         x = torch.randn(400, 3)
         with torch.no_grad():
             noise = model(x) + torch.randn(400, 1)
             lacking = copy.deepcopy(block)
             nn.init.normal_(lacking.outer.weight, std=0.3)
-            signal = model[2](lacking(model[1](model[0](x)))) + 0.1 * torch.randn(400, 1)
+            signal = head(lacking(model[:2](x))) + 0.1 * torch.randn(400, 1)
         row = []
         for y in (noise, signal):
             problem = cg.GrowthProblem(
@@ -161,3 +160,16 @@ def test_the_model_stays_as_it_is_and_the_rule_says_why() -> None:
         cg.solve(problem, validation=iter(data))
     with pytest.raises(cg.RuleError, match="level=1"):
         Generalizes(1.0)
+
+
+def test_held_out_data_that_say_nothing_are_refused() -> None:
+    problem = cg.GrowthProblem(network(), LOSS, batches(20), candidates())
+    with pytest.raises(cg.DataError, match="validation yields no batches"):
+        cg.solve(problem, validation=[])
+    with pytest.raises(cg.DataError, match="validation has a loss of nan"):
+        cg.solve(problem, validation=[(torch.full((5, 3), math.nan), torch.zeros(5).long())])
+    with pytest.raises(cg.RuleError, match="several samples"):
+        cg.solve(problem, validation=batches(1))
+    found = cg.solve(problem, cg.TopK(1), validation=batches(1)).sensitivities["1"].held_out
+    assert found is not None
+    assert math.isnan(found.standard_error)

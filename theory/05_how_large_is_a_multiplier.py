@@ -252,8 +252,8 @@ ax.spines[["top", "right"]].set_visible(False)
 #
 # The sum, with a damping of $0.3$, is the norm that `cg.solve(problem)` takes when it is given none (`cg.norms.recommended()`). It
 # depends on no units: not even a loss measured in cents changes it. So it is no price, and in a network with nothing to learn it
-# measures noise: it says *where* a layer is worth most, not *whether* it is worth anything. That held-out data say:
-# `cg.solve(problem, validation=data)`.
+# measures noise: it says *where* a layer is worth most, not *whether* it is worth anything. For that, ask held-out
+# data: `cg.solve(problem, validation=data)`.
 
 # %%
 layer = cg.Candidate("1", cg.blocks.ResidualLinear(4, torch.tanh))

@@ -301,11 +301,14 @@ class Pass:
         self._complete()
         return {name: a.estimate() for name, a in self.accumulators.items()}
 
-    def measurement(self) -> Measurement:
-        """The means over what was taken in; those of θ take the place of their sums."""
+    def measurement(self, name: str = "data") -> Measurement:
+        """The means over what was taken in, the data of this name.
+
+        Those of θ take the place of their sums.
+        """
         if self._samples == 0:
             raise DataError(
-                "data yields no batches; give an iterable that can be iterated more than once, "
+                f"{name} yields no batches; give an iterable that can be iterated more than once, "
                 "such as a DataLoader or a list of (input, target) pairs."
             )
         estimates = self.estimates()

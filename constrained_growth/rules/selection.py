@@ -140,7 +140,8 @@ class Generalizes:
         level: Of the one-sided test; how often a step that does not help passes, at most.
 
     Raises:
-        RuleError: `level` is not between 0 and 1; or, when called, nothing was held out.
+        RuleError: `level` is not between 0 and 1; or, when called, nothing was held out, or a
+            single sample.
 
     Example:
         >>> from constrained_growth.solution import HeldOut
@@ -160,6 +161,8 @@ class Generalizes:
         if unknown := [name for name, held_out in found.items() if held_out is None]:
             raise RuleError(f"Generalizes needs solve(..., validation=data); of {unknown} is none.")
         values = {name: held_out.pvalue for name, held_out in found.items() if held_out}
+        if unknown := [name for name, value in values.items() if math.isnan(value)]:
+            raise RuleError(f"validation says nothing about {unknown}: give several samples.")
         chosen = tuple(name for name, value in values.items() if value < self.level)
         least = min(values.values(), default=1.0)
         reason = (

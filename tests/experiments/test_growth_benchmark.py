@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from constrained_growth.blocks import TransformerBlock
 from constrained_growth.experiments import figures
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import python_help, random_windows, windows
+from constrained_growth.experiments.growth import benchmark
 from constrained_growth.experiments.growth.benchmark import Plan, run, tables
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.runs import ARMS, train
@@ -214,6 +217,19 @@ def test_plans_without_seeds_or_without_the_big_network_are_refused() -> None:
         run(Plan(TINY[:1], seeds=0))
     with pytest.raises(cg.DataError, match="'big'"):
         run(Plan(TINY[:1], seeds=1), arms=[ARM["small"]])
+
+
+def test_the_command_writes_numbers_tables_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "QUICK", Plan(TINY[:1], seeds=2))
+    out, file = tmp_path / "out", tmp_path / "growth.json"
+    arguments = ["bench", "growth", "--quick", "--json", str(file), "--out", str(out)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    assert list(json.loads(file.read_text())["tasks"]) == [TINY[0].name]
+    assert TINY[0].name in ran.output
+    assert (out / "constrained-growth-bench-growth.png").stat().st_size > 0
 
 
 def test_unknown_tasks_are_refused() -> None:

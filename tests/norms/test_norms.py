@@ -1,6 +1,5 @@
 """Norms of multipliers: against CVXPY, NumPy, real optimizers and the axioms."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -104,14 +103,19 @@ def with_one(moments: SecondMoments) -> Tensor:
 
 def damped_moments(damping: float) -> list[Array]:
     """A of (φ, 1) and G, damped as the docstring says."""
-    return damped(MOMENTS["weight"], damping)
+    moments = with_one(MOMENTS["weight"]).numpy(), MOMENTS["weight"].cotangents.numpy()
+    pairs = zip(moments, sizes_of(MOMENTS["weight"]), strict=True)
+    return [moment + damping * np.diag(sizes) for moment, sizes in pairs]
 
 
-def damped(moments: SecondMoments, damping: float) -> list[Array]:
-    a, g = with_one(moments).double().numpy(), moments.cotangents.double().numpy()
-    features = moments.features.double().numpy()
-    sizes = [*np.full(len(features), np.trace(features) / len(features)), 1.0]
-    return [a + damping * np.diag(sizes), g + damping * np.trace(g) / len(g) * np.eye(len(g))]
+def sizes_of(moments: SecondMoments) -> tuple[Array, Array]:
+    """The mean squares in whose proportion features, with a 1 behind, and outputs are damped."""
+    features, outputs = (
+        m.double().numpy().diagonal() for m in (moments.features, moments.cotangents)
+    )
+    return np.append(np.full_like(features, features.mean()), 1.0), np.full_like(
+        outputs, outputs.mean()
+    )
 
 
 def fisher_length(w: cp.Variable, b: cp.Variable) -> cp.Expression:
@@ -386,40 +390,46 @@ def test_damped_kronecker_fisher_keeps_scale_and_rotation(order: Order) -> None:
     draw = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(IN, IN, generator=draw, dtype=torch.float64)).Q
 
-    def value(features: Tensor, cotangents: Tensor) -> float:
-        multiplier = {"weight": multiplier_of(features, cotangents)["weight"]}
-        moments = {"weight": SecondMoments.of(features, cotangents)}
+    def value(features: Tensor, cotangents: Tensor, bias: str | None = None) -> float:
+        names = ["weight"] if bias is None else ["weight", bias]
+        multiplier = {name: multiplier_of(features, cotangents)[name] for name in names}
+        moments = {"weight": SecondMoments.of(features, cotangents, bias)}
         return float(KroneckerFisher(0.1, ord=order)(multiplier, moments))
 
     features, cotangents = samples(6)
     expected = value(features, cotangents)
     assert value(1e-6 * features, 1e6 * cotangents) == pytest.approx(expected, rel=1e-10)
     assert value(features @ rotation, cotangents) == pytest.approx(expected, rel=1e-10)
+    with_bias = value(features, cotangents, "bias")
+    assert with_bias != pytest.approx(expected, rel=1e-3)
+    for scale in (1e3, 1e-3):
+        found = value(scale * features, cotangents / scale, "bias")
+        assert found == pytest.approx(with_bias, rel=1e-10)
+    assert value(features @ rotation, cotangents, "bias") == pytest.approx(with_bias, rel=1e-10)
     stretched = features * torch.tensor([1.0, 10.0, 100.0, 1000.0])
     assert value(stretched, cotangents) != pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize(
-    ("damping", "dtype"),
-    [(1e-9, torch.float64), *itertools.product((1e-3, 0.1, 3.0), (torch.float32, torch.float64))],
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-9, 1e-3, 0.1, 3.0])
 @pytest.mark.parametrize("order", ["fro", "nuc"])
 def test_damped_kronecker_fisher_by_symmetric_roots(
     order: Order, damping: float, dtype: torch.dtype
 ) -> None:
     """G^(-1/2) λ̃ A^(-1/2) with the symmetric roots, from eigenvectors in NumPy."""
 
-    def inverse_root(moment: Array) -> Array:
-        values, vectors = np.linalg.eigh(moment)
-        return (vectors / np.sqrt(values)) @ vectors.T
+    def inverse_root(moment: Tensor, sizes: Array) -> Array:
+        units = np.sqrt(sizes)
+        values, vectors = np.linalg.eigh(moment.double().numpy() / np.outer(units, units))
+        return (vectors / np.sqrt(values.clip(min=0) + damping)) @ vectors.T / units[:, None]
 
     for data in (samples(3), with_dead_unit_and_softmax(), samples(5, n=3, width=8)):
         features, cotangents = (tensor.to(dtype) for tensor in data)
         multiplier = multiplier_of(features, cotangents)
         moments = SecondMoments.of(features, cotangents, "bias")
         matrix = torch.cat([multiplier["weight"], multiplier["bias"][:, None]], dim=1).double()
-        a, g = map(inverse_root, damped(moments, damping))
-        whitened = g @ matrix.numpy() @ a
+        a, g = map(inverse_root, (with_one(moments), moments.cotangents), sizes_of(moments))
+        whitened = g.T @ matrix.numpy() @ a
         found = float(KroneckerFisher(damping, ord=order)(multiplier, {"weight": moments}))
         assert found == pytest.approx(
             np.linalg.norm(whitened, order), rel=1e-5 if dtype == torch.float32 else 1e-9
