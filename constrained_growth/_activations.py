@@ -109,6 +109,14 @@ def derivative(activation: Activation, x: Tensor) -> Tensor:
     return vector_jacobian(activation, x, torch.ones_like(x))
 
 
+def at_kink(activation: Activation, x: Tensor) -> Tensor:
+    """Where σ′ jumps at x, elementwise: by its values a little to the left and to the right."""
+    point = x.detach().double().cpu()
+    step = 1e-7 * point.abs().clamp(min=1.0)
+    left, right = (derivative(in_double(activation), point + s) for s in (-step, step))
+    return ((right - left).abs() > 0.01).to(x.device)  # a smooth σ bends by 1e-7 times σ″
+
+
 def value_at_zero(activation: Activation) -> float:
     """σ(0)."""
     with torch.no_grad():

@@ -23,8 +23,9 @@ class Status(Enum):
     """How the multipliers of a [`Solution`][] are to be read; each value is a sentence."""
 
     KKT_MULTIPLIERS = (
-        "θ is stationary to the tolerance asked for: λ are the KKT multipliers of the pins, "
-        "and −λ is the slope of the value function."
+        "θ is first-order stationary to the tolerance asked for: λ are KKT multipliers of the "
+        "pins. Where θ is also a strict local minimiser, with positive definite ∇²_θθ L, and no "
+        "pin is at a kink, −λ is the slope of the local value function."
     )
     LEAST_SQUARES_ESTIMATES = (
         "θ is not stationary: λ are the least-squares multiplier estimates −∇_v L(θ, 0), "
@@ -138,6 +139,12 @@ class Sensitivity(ReadLater):
             same sample, so that their differences say how sure a comparison is. Empty where there
             are none.
         held_out: The same step on other data; None unless `solve` was given `validation`.
+        kink: Share of the units, over the samples of the first batch, that stand exactly at a kink
+            of the block's activation at its pins, such as the inactive units that an
+            `IdentityLinear` with ReLU finds at its site. If it is not 0, λ is a one-sided slope
+            along each entry of the weight alone, and along other directions none: ask
+            `directional_derivative`. 0 for blocks that are smooth at their pins, and for those of
+            users without a method `kinks(x)`, a mask of the units.
     """
 
     value: float
@@ -152,6 +159,7 @@ class Sensitivity(ReadLater):
     error_bound: float = field(default=math.nan, compare=False)
     replicates: tuple[float, ...] = field(default=(), compare=False)
     held_out: HeldOut | None = None
+    kink: float = 0.0
 
     def __post_init__(self) -> None:
         given = object.__getattribute__(self, "standard_error")
@@ -164,7 +172,8 @@ class Sensitivity(ReadLater):
         pinned = f"{self.num_parameters:,} of {self.num_new_parameters:,} parameters pinned"
         error = vars(self)["standard_error"]  # not computed to be printed
         error = "" if isinstance(error, Later) or math.isnan(error) else f" ± {error:.2g}"
-        return f"Sensitivity({self.value:.4g}{error}{after}, {pinned})"
+        kink = f", {self.kink:.0%} of the units at a kink" if self.kink else ""
+        return f"Sensitivity({self.value:.4g}{error}{after}, {pinned}{kink})"
 
 
 def _deviation(sensitivity: Sensitivity) -> float:

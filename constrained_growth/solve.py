@@ -83,8 +83,8 @@ def solve(
             `then(TopK(1), Generalizes())`; otherwise nothing is.
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
-        gtol: θ counts as stationary when ‖∇_θ L‖₂ ≤ gtol (SciPy's name and, for BFGS, its
-            default value).
+        gtol: θ counts as first-order stationary when ‖∇_θ L‖₂ max(1, ‖θ‖₂) ≤ gtol |L|, with all
+            norms over the trainable parameters: the loss in other units does not change that.
         throw: Raise when there is no answer (True, default), or return a solution with the
             status that says why and an empty decision.
         progress: Progress bar: True, False, or None (default) for one on a terminal when the
@@ -146,7 +146,11 @@ def solve(
     gradients = found.gradients
     residual = None if gradients is None else math.sqrt(squared_norm(gradients.values()))
     sizes = [s.value for s in sensitivities.values()]
-    status = _status([found.loss, residual or 0.0, *sizes], residual, gtol)
+    moving = None
+    if residual is not None:
+        theta = (p.detach() for p in problem.model.parameters() if p.requires_grad)
+        moving = residual * max(1.0, math.sqrt(squared_norm(theta)))
+    status = _status([found.loss, residual or 0.0, *sizes], moving, gtol * abs(found.loss))
     if status is Status.NOT_FINITE and throw:
         raise DataError(
             f"the loss is {found.loss} and the sensitivities are "
@@ -275,6 +279,7 @@ def sensitivities_of(
             debiased_square=debiased_square(multiplier.values(), variance),
             error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
             replicates=known,
+            kink=site.kinks.get(name, 0.0),
         )
 
     return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
@@ -344,9 +349,9 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     return float(sum(sizes, 0.0) / len(layers))
 
 
-def _status(values: Iterable[float], residual: float | None, gtol: float) -> Status:
+def _status(values: Iterable[float], moving: float | None, tolerance: float) -> Status:
     if not all(map(math.isfinite, values)):
         return Status.NOT_FINITE
-    if residual is None:
+    if moving is None:
         return Status.STATIONARITY_UNKNOWN
-    return Status.KKT_MULTIPLIERS if residual <= gtol else Status.LEAST_SQUARES_ESTIMATES
+    return Status.KKT_MULTIPLIERS if moving <= tolerance else Status.LEAST_SQUARES_ESTIMATES

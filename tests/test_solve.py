@@ -1,5 +1,6 @@
 """The answer as a whole: stationarity, status, shadow prices; and that nothing is left behind."""
 
+import copy
 import math
 import random
 from collections.abc import Iterator
@@ -82,10 +83,39 @@ def test_status_at_a_stationary_point() -> None:
     assert solution.stationarity is not None
     assert 0 < solution.stationarity < 1e-6
     assert solution.status is cg.Status.KKT_MULTIPLIERS
-    strict = solved(model, data, one, gtol=solution.stationarity / 2)
+    theta = nn.utils.parameters_to_vector(model.parameters()).norm().item()
+    relative = solution.stationarity * max(1.0, theta) / solution.loss
+    strict = solved(model, data, one, gtol=relative * 0.99)
     assert strict.status is cg.Status.LEAST_SQUARES_ESTIMATES
-    loose = solved(model, data, one, gtol=solution.stationarity)
+    loose = solved(model, data, one, gtol=relative * 1.01)
     assert loose.status is cg.Status.KKT_MULTIPLIERS
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6])
+def test_the_status_does_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
+    data = classified(60, classes=2, batch=25)
+    one = cg.Candidate("1", ResidualLinear(3, torch.tanh))
+    untrained = feedforward(2, 3, 2, activation=nn.Tanh)
+    found = []
+    for model in (untrained, trained(copy.deepcopy(untrained), data)):
+        problem = cg.GrowthProblem(
+            model, lambda y, t: scale * nn.functional.cross_entropy(y, t), data, [one]
+        )
+        found.append(cg.solve(problem).status)
+    assert found == [cg.Status.LEAST_SQUARES_ESTIMATES, cg.Status.KKT_MULTIPLIERS]
+
+
+def test_pins_at_a_kink_are_said_to_be_there() -> None:
+    model, data = feedforward(2, 4, 3), classified(20, batch=20)
+    blocks = [IdentityLinear(4, nn.ReLU()), ResidualLinear(4, torch.tanh)]
+    candidates = [cg.Candidate("1", b, name=type(b).__name__) for b in blocks]
+    solution = cg.solve(cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates))
+    inactive = float((model[:2](data[0][0]) == 0).double().mean())
+    assert 0 < inactive < 1
+    assert [s.kink for s in solution.sensitivities.values()] == [inactive, 0.0]
+    kinked, smooth = map(repr, solution.sensitivities.values())
+    assert f"{inactive:.0%} of the units at a kink" in kinked
+    assert "kink" not in smooth
 
 
 def test_status_without_stationarity() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ class Site:
         device: Where the tensor is.
         overwritten: Whether the model changes the tensor in place afterwards.
         needs_context: Whether a block takes what else the module was called with.
+        kinks: Candidate name → share of the units of the first batch at a kink of its activation.
     """
 
     after: str
@@ -36,3 +37,4 @@ class Site:
     device: torch.device
     overwritten: bool
     needs_context: bool
+    kinks: Mapping[str, float] = field(default_factory=dict)

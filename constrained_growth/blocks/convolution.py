@@ -14,6 +14,7 @@ from torch.jit import is_scripting  # type: ignore[attr-defined]
 from constrained_growth._activations import (
     Activation,
     as_activation,
+    at_kink,
     checked_shift,
     computes_same,
     vector_jacobian,
@@ -274,6 +275,10 @@ class IdentityConv2d(nn.Module):
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
         found = _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
         return (replace(factors, same_units=True) for factors in found)
+
+    def kinks(self, x: Tensor) -> Tensor:
+        """Where the layer stands at a kink of σ at its pins, of the shape of x."""
+        return at_kink(self.activation, x + self.shift)
 
     def exact_after(self, site: nn.Module) -> bool:
         """Whether `site` computes σ, judged by its values."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from constrained_growth._activations import (
     Activation,
     as_activation,
+    at_kink,
     checked_shift,
     checked_slope,
     computes_same,
@@ -91,6 +92,10 @@ class IdentityLinear(nn.Module):
         """ψ = δ ⊙ σ′(x + s), φ = x."""
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
         return (AffineFactors("weight", "bias", psi, x, same_units=True),)
+
+    def kinks(self, x: Tensor) -> Tensor:
+        """Where the layer stands at a kink of σ at its pins, of the shape of x."""
+        return at_kink(self.activation, x + self.shift)
 
     def exact_after(self, site: nn.Module) -> bool:
         """Whether `site` computes σ, judged by its values."""
