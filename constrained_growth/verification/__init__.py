@@ -11,10 +11,17 @@ The sign is the same everywhere: with 𝓛 = L + Σ_c ⟨λ_c, v_c⟩, CVXPY's `
 SciPy's trust-constr, and λ = −∇_v L(θ, 0) agree.
 """
 
-from constrained_growth.verification.reports import KKTResiduals, VerificationReport, kkt_residuals
-from constrained_growth.verification.solvers import CvxpyLoss, check_with_cvxpy, check_with_scipy
+from constrained_growth.verification.reports import (
+    Check,
+    KKTResiduals,
+    VerificationReport,
+    kkt_residuals,
+)
+from constrained_growth.verification.with_cvxpy import CvxpyLoss, check_with_cvxpy
+from constrained_growth.verification.with_scipy import check_with_scipy
 
 __all__ = [
+    "Check",
     "CvxpyLoss",
     "KKTResiduals",
     "VerificationReport",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,15 +23,17 @@ from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 
-_MAX_VARIABLES = 2000
+Vector = NDArray[np.float64]
+LossAndGradient = Callable[[Vector], tuple[float, Vector]]
+Hessian = Callable[[Vector], Vector]
 
 
 class ExtendedNetwork(nn.Module):
-    """A copy of the model in float64 on the CPU, with every block behind its site."""
+    """A copy of model and loss in float64 on the CPU, with every block behind its site."""
 
     def __init__(self, problem: GrowthProblem) -> None:
         super().__init__()
-        self.model = doubled(problem.model)
+        self.model, self.loss_fn = copied(problem)
         self.blocks = nn.ModuleList(doubled(candidate.block) for candidate in problem.candidates)
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
@@ -38,10 +41,11 @@ class ExtendedNetwork(nn.Module):
             hook = functools.partial(_with_block, block, site)
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
-    def forward(self, input: object) -> Any:
-        """The output of the model for one input of the data."""
+    def forward(self, input: object, target: object, output: object = None) -> tuple[Any, Any]:
+        """The output of the model for one input of the data, if none is given; and the loss."""
         with eagerly():
-            return call(self.model, input)
+            output = call(self.model, input) if output is None else output
+            return output, self.loss_fn(output, target)
 
 
 def _with_block(
@@ -66,7 +70,6 @@ class ExtendedProblem:
     def __init__(self, problem: GrowthProblem) -> None:
         self.problem = problem
         self.network = ExtendedNetwork(problem)
-        self.loss_fn = doubled(problem.loss_fn)
         index = {candidate.name: i for i, candidate in enumerate(problem.candidates)}
         trained = {f"model.{n}": n for n, p in problem.model.named_parameters() if p.requires_grad}
         pinned = {
@@ -80,11 +83,6 @@ class ExtendedProblem:
         # lengths of the parts of z: θ as a whole, then each pin
         self.sizes = [sum(self.parts[key] for key in trained), *map(self.parts.__getitem__, pinned)]
         self.zero = torch.zeros(sum(self.sizes), dtype=torch.float64)
-        # for each candidate, the keys of θ and of its pins
-        self.families = [
-            [*trained, *(key for key in pinned if key.startswith(f"blocks.{i}."))]
-            for i in index.values()
-        ]
         with untouched(problem.model, problem.loss_fn, problem.data):
             self.batches = [
                 (doubled(input), doubled(target), weight)
@@ -92,15 +90,29 @@ class ExtendedProblem:
                 if (weight := batch_weight(problem.weight, input, target)) > 0
             ]
             self.total_weight = sum(weight for _, _, weight in self.batches)
-            self._refuse_large_or_random()
+            self._refuse_random_or_closures()
 
-    def _refuse_large_or_random(self) -> None:
-        model = type(self.problem.model).__name__
-        if self.zero.numel() > _MAX_VARIABLES:
+    def refuse_large(self, most: int) -> None:
+        """Refuse what a solver of small instances cannot take."""
+        if self.zero.numel() > most:
             raise DataError(
-                f"model={model} has {self.sizes[0]} trainable and {sum(self.sizes[1:])} pinned "
-                f"parameters; verification takes up to {_MAX_VARIABLES} in all. Freeze some with "
-                "requires_grad_(False), or use a smaller model."
+                f"model={type(self.problem.model).__name__} has {self.sizes[0]} trainable and "
+                f"{sum(self.sizes[1:])} pinned parameters; verification takes up to {most} in all. "
+                "Freeze some with requires_grad_(False), or use a smaller model."
+            )
+
+    def _refuse_random_or_closures(self) -> None:
+        model = type(self.problem.model).__name__
+        originals = [p for p in self.problem.model.parameters() if p.requires_grad]
+        loss = self.loss(self.zero)
+        read: Sequence[Tensor | None] = []
+        if originals and loss.requires_grad:
+            read = torch.autograd.grad(loss, originals, allow_unused=True)
+        if any(gradient is not None for gradient in read):
+            raise DataError(
+                f"loss_fn={self.problem.loss_fn!r} reads parameters of model={model} by closure, "
+                "and would go on reading them where a copy of the model is solved. Make it an "
+                "nn.Module that has the model as an attribute, so that both are copied together."
             )
         if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
             raise DataError(
@@ -108,43 +120,65 @@ class ExtendedProblem:
                 "Dropout and the like off: model.eval()."
             )
 
-    def outputs(self, z: Tensor) -> list[Any]:
-        """The outputs of the extended network on each batch."""
+    def each(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
+        """The output of the extended network on each batch, or a given one, and its mean loss."""
         pieces = z.split(list(self.parts.values()))
         values = {
             name: base + piece.view_as(base)
             for (name, base), piece in zip(self._base.items(), pieces, strict=True)
         }
-        outputs = []
-        for input, _, _ in self.batches:
+        given = [None] * len(self.batches) if outputs is None else outputs
+        for (input, target, _), output in zip(self.batches, given, strict=True):
             buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-            outputs.append(functional_call(self.network, values | buffers, (input,)))
-        return outputs
+            yield functional_call(self.network, values | buffers, (input, target, output))
 
-    def loss(self, z: Tensor) -> Tensor:
-        """L(θ, v), the mean over all samples."""
+    def outputs(self, z: Tensor) -> list[Any]:
+        """The outputs of the extended network on each batch."""
+        return [output for output, _ in self.each(z)]
+
+    def loss(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Tensor:
+        """L(θ, v), the mean over all samples; or with these outputs in place of the network's."""
         losses = [
-            self.loss_fn(output, target) * (weight / self.total_weight)
-            for output, (_, target, weight) in zip(self.outputs(z), self.batches, strict=True)
+            loss * (weight / self.total_weight)
+            for (_, loss), (_, _, weight) in zip(self.each(z, outputs), self.batches, strict=True)
         ]
         return torch.stack(losses).sum()
 
-    def loss_and_gradient(self, z: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+    def value(self, z: Vector) -> float:
+        """L(θ, v), without a graph."""
+        with torch.no_grad():
+            return self.loss(torch.from_numpy(z)).item()
+
+    def of_theta(self, v: Vector) -> tuple[LossAndGradient, Hessian]:
+        """L(·, v) as a function of θ alone: with its gradient, and its Hessian, by autograd."""
+        fixed = torch.from_numpy(v)
+
+        def loss(theta: Tensor) -> Tensor:
+            return self.loss(torch.cat([theta, fixed]))
+
+        def loss_and_gradient(theta: Vector) -> tuple[float, Vector]:
+            point = torch.tensor(theta, requires_grad=True)
+            value = loss(point)
+            return value.item(), torch.autograd.grad(value, point)[0].numpy()
+
+        def hessian(theta: Vector) -> Vector:
+            return _hessian(loss, torch.tensor(theta))
+
+        return loss_and_gradient, hessian
+
+    def loss_and_gradient(self, z: Vector) -> tuple[float, Vector]:
         """L and ∇L = (∇_θ L, ∇_v L)."""
         point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
         loss = self.loss(point)
         return loss.item(), torch.autograd.grad(loss, point)[0].numpy()
 
-    def hessian(self, z: NDArray[np.float64]) -> NDArray[np.float64]:
-        """∇²L, by one double backward pass per variable."""
-        point = torch.tensor(z, dtype=torch.float64)
-        result = torch.autograd.functional.hessian(self.loss, point)
-        assert isinstance(result, Tensor)  # a tuple only for tuples of points
-        return result.numpy()
+    def hessian(self, z: Vector) -> Vector:
+        """∇²L."""
+        return _hessian(self.loss, torch.tensor(z))
 
-    def problem_at(self, z: NDArray[np.float64]) -> GrowthProblem:
+    def problem_at(self, z: Vector) -> GrowthProblem:
         """The original problem, without the blocks, at θ₀ + (θ part of z)."""
-        model = doubled(self.problem.model)
+        model, loss_fn = copied(self.problem)
         parameters = [p for p in model.parameters() if p.requires_grad]
         steps = torch.tensor(z[: self.sizes[0]]).split([p.numel() for p in parameters])
         with torch.no_grad():
@@ -152,7 +186,22 @@ class ExtendedProblem:
                 parameter.add_(step.view_as(parameter))
         data = [(input, target) for input, target, _ in self.batches]
         weight = self.problem.weight
-        return GrowthProblem(model, self.loss_fn, data, self.problem.candidates, weight=weight)
+        return GrowthProblem(model, loss_fn, data, self.problem.candidates, weight=weight)
+
+
+def _hessian(loss: Callable[[Tensor], Tensor], point: Tensor) -> Vector:
+    with warnings.catch_warnings(action="ignore"):  # that some operations are not vectorized
+        found = torch.autograd.functional.hessian(loss, point, vectorize=True)
+    assert isinstance(found, Tensor)  # a tuple only for tuples of points
+    return found.numpy()
+
+
+def copied(problem: GrowthProblem) -> tuple[nn.Module, Any]:
+    """Model and loss, copied together, so that a loss that holds the model holds the copy."""
+    model, loss_fn = copy.deepcopy((problem.model, problem.loss_fn))
+    if isinstance(loss_fn, nn.Module):
+        loss_fn = loss_fn.to("cpu", torch.float64)
+    return model.to("cpu", torch.float64), loss_fn
 
 
 def doubled(value: Any) -> Any:

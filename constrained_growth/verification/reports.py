@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from constrained_growth._arguments import instance
@@ -16,7 +17,10 @@ from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
 from constrained_growth.solve import solve
-from constrained_growth.verification.extended import ExtendedProblem
+from constrained_growth.verification.extended import ExtendedProblem, Vector
+
+TOLERANCE = 2e-3
+"""Of errors of multipliers, relative to their size: SciPy and CVXPY get to 1e-5 and better."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,34 @@ class KKTResiduals:
 
 
 @dataclass(frozen=True)
-class VerificationReport:
+class Slope:
+    """What the local value function p(ε) does along a direction of one pin, from solving anew.
+
+    Attributes:
+        direction: A unit vector of the entries of the pin.
+        slope: dp along it at ε = 0; −⟨λ, direction⟩, if λ is right.
+    """
+
+    direction: Tensor
+    slope: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: an error, and how large it may be."""
+
+    name: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is no larger; NaN is."""
+        return self.error <= self.tolerance
+
+
+@dataclass(frozen=True)
+class Answer:
     """The answer of a solver, next to that of `solve` at the same θ*.
 
     Attributes:
@@ -78,22 +109,105 @@ class VerificationReport:
         """|L* − L| / |L|, L* the objective of the solver and L that of `solve`."""
         return ratio(abs(self.objective - self.solution.loss), abs(self.solution.loss))
 
-    def __str__(self) -> str:
-        names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
-        width = max(map(len, names.values()))
-        errors, residuals = self.dual_errors, self.residuals
-        lines = [
-            f"{self.solver}: {self.status}",
-            f"L {self.objective:.12g}, by solve {self.solution.loss:.12g}, "
-            f"relative difference {self.objective_error:.1e}",
-            f"max |v| {self.primal:.1e}, largest change by a block {residuals.primal:.1e}",
-            f"|grad_theta L| {residuals.stationarity:.1e}, "
-            f"|grad_v L + lambda| {residuals.dual:.1e}",
-            f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err",
+    @property
+    def scale(self) -> float:
+        """‖dual‖₂ over all pins, and not less than 1e-4 L: what an error is compared with."""
+        sizes = [norm_of(dual) for dual in self.duals.values()]
+        return max(math.hypot(*sizes), 1e-4 * abs(self.objective))
+
+    def _checks(self) -> list[Check]:
+        gaps = [norm_of(d - self.solution.dual_value(pin)) for pin, d in self.duals.items()]
+        own = [
+            gap / max(norm_of(dual), 1e-2 * self.scale)
+            for gap, dual in zip(gaps, self.duals.values(), strict=True)
         ]
-        for pin, dual in self.duals.items():
-            sizes = f"{norm_of(dual):13.6e}  {norm_of(self.solution.dual_value(pin)):13.6e}"
-            lines.append(f"{names[pin]:{width}}  {sizes}  {errors[pin]:8.1e}")
+        stationary = self.residuals.stationarity / self.scale
+        return [
+            Check(f"multipliers of {self.solver}", max(own), TOLERANCE),
+            Check(f"loss of {self.solver}", self.objective_error, 1e-6),
+            Check(f"pins of {self.solver}", self.primal, 1e-6),
+            Check(f"∇_θ L at {self.solver}'s θ, over ‖λ‖", stationary, TOLERANCE),
+        ]
+
+
+@dataclass(frozen=True)
+class VerificationReport(Answer):
+    """The answers of all solvers next to those of `solve`: the first one, and the others.
+
+    Attributes:
+        others: The answers of further solvers.
+        gradient_error: ‖∇L by autograd − ∇L by difference quotients‖₂ in (θ, v); None where it was
+            not asked for.
+        slopes: Of the local value function, along a direction of each pin.
+        kinks: How many entries of the pins are at a kink of L, where slopes are to one side.
+    """
+
+    others: tuple[Answer, ...] = field(default=(), repr=False)
+    gradient_error: float | None = None
+    slopes: Mapping[Constraint, Slope] = field(default_factory=dict, repr=False)
+    kinks: int = 0
+
+    @property
+    def dual_error(self) -> float:
+        """The largest of the `dual_errors` of all solvers."""
+        return max(max(one.dual_errors.values()) for one in (self, *self.others))
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """All comparisons, each with its tolerance; errors of λ are relative to its size."""
+        found = [check for one in (self, *self.others) for check in one._checks()]
+        if self.gradient_error is not None:
+            error = self.gradient_error / self.scale
+            found.append(Check("∇L by autograd and by differences, over ‖λ‖", error, TOLERANCE))
+        for pin, along in self.slopes.items():
+            own = self.solution.dual_value(pin).flatten()
+            gap = abs(along.slope + torch.dot(own, along.direction).item())
+            size = max(norm_of(own), 1e-2 * self.scale)
+            name = f"slope of the value function, {pin.candidate}: {pin.parameter}"
+            found.append(Check(name, gap / size, TOLERANCE))
+        return tuple(found)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every comparison is within its tolerance."""
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> str:
+        """Solvers, comparisons and verdict as JSON."""
+        content = {
+            "passed": self.passed,
+            "solvers": {one.solver: one.status for one in (self, *self.others)},
+            "loss": self.solution.loss,
+            "entries_at_kinks": self.kinks,
+            "checks": [
+                {
+                    "name": check.name,
+                    "error": check.error if math.isfinite(check.error) else None,
+                    "tolerance": check.tolerance,
+                    "passed": check.passed,
+                }
+                for check in self.checks
+            ],
+        }
+        return json.dumps(content, ensure_ascii=False)
+
+    def __str__(self) -> str:
+        solvers = [f"{one.solver}: {one.status}" for one in (self, *self.others)]
+        names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
+        checks = self.checks
+        width = max(map(len, [*names.values(), *(check.name for check in checks)]))
+        lines = [f"{'passed' if self.passed else 'NOT PASSED'}", *solvers]
+        if self.kinks:
+            lines.append(f"{self.kinks} entries of the pins are at a kink: slopes are to one side")
+        lines += [
+            f"{check.name:{width}}  {check.error:8.1e} {'≤' if check.passed else '>'} "
+            f"{check.tolerance:.0e}"
+            for check in checks
+        ]
+        lines.append(f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err")
+        for pin, error in self.dual_errors.items():
+            sizes = [norm_of(t) for t in (self.duals[pin], self.solution.dual_value(pin))]
+            lines.append(f"{names[pin]:{width}}  {sizes[0]:13.6e}  {sizes[1]:13.6e}  {error:8.1e}")
         return "\n".join(lines)
 
 
@@ -140,30 +254,36 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
     )
 
 
-def report_of(
+def answer_of(
     extended: ExtendedProblem,
     solver: str,
     status: str,
     objective: float,
-    z: NDArray[np.float64],
-    duals: Sequence[NDArray[np.float64]],
-) -> VerificationReport:
+    z: Vector,
+    duals: Vector,
+) -> Answer:
     """The answer of a solver, z and its duals, next to that of `solve` there."""
     problem = extended.problem_at(z)
     solution = solve(problem, progress=False)
-    return VerificationReport(
+    each = np.split(np.asarray(duals), np.cumsum(extended.sizes[1:])[:-1])
+    return Answer(
         solver,
         status,
         objective,
         primal=float(np.abs(z[extended.sizes[0] :]).max()),
         duals={
             pin: torch.tensor(dual, dtype=torch.float64).reshape(pin.shape)
-            for pin, dual in zip(problem.constraints, duals, strict=True)
+            for pin, dual in zip(problem.constraints, each, strict=True)
         },
         problem=problem,
         solution=solution,
         residuals=kkt_residuals(problem, solution),
     )
+
+
+def report_of(answers: Sequence[Answer], **more: Any) -> VerificationReport:
+    """All answers in one report."""
+    return VerificationReport(**vars(answers[0]), others=tuple(answers[1:]), **more)
 
 
 def norm_of(tensor: Tensor) -> float:

@@ -27,7 +27,8 @@ class Optimizer(Protocol):
     ) -> None:
         """Move the parameters and update the memory, in place, all (replicas, parameters).
 
-        The memory is empty before the first step; `running` (replicas, 1) is 0 for those stopped.
+        The memory is empty before the first step; `running` (replicas, 1 or parameters) is 0 for
+        what does not move.
         """
         ...
 
@@ -102,6 +103,7 @@ def train(
     batch: int | None = None,
     order: Callable[[int, int], Tensor] | None = None,
     test: Samples | None = None,
+    moving: Tensor | None = None,
     on_epoch: Callable[[], object] = lambda: None,
 ) -> tuple[Ensemble, History]:
     """Train all replicas together for some more epochs, from `begun`, which is not changed.
@@ -109,6 +111,7 @@ def train(
     By default a batch has all samples, in the order of the data. `order` maps epoch (counted from
     `begun.epochs`) and number of samples to orders (replicas, samples), such as `Shuffle`. On
     `test` the error rate is measured after every epoch; a replica without errors stops for good.
+    `moving` (replicas, parameters) is 0 for the parameters that do not learn, 1 for others.
     """
     parameters, running = begun.parameters.clone(), begun.running.clone()
     memory = {key: value.clone() for key, value in begun.memory.items()}
@@ -117,12 +120,14 @@ def train(
     last_error = None if test is None else error_rate(begun.stack, parameters, test)
     for epoch in range(begun.epochs, begun.epochs + epochs):
         if running.any():
-            moving = running.unsqueeze(1).to(parameters.dtype)
+            now_moving = running.unsqueeze(1).to(parameters.dtype)
+            if moving is not None:
+                now_moving = now_moving * moving
             rows = None if order is None else order(epoch, data.x.shape[2])
             now = list[Tensor]()
             for part in _batches(data, batch, rows):
                 value, slope = gradient(begun.stack, parameters, part, loss)
-                optimizer.step(parameters, slope, memory, moving)
+                optimizer.step(parameters, slope, memory, now_moving)
                 now.append(value)
             last_loss = torch.where(running, torch.stack(now).mean(0), last_loss)
             trained += running
