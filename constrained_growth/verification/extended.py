@@ -122,19 +122,22 @@ class ExtendedProblem:
 
     def each(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
         """The output of the extended network on each batch, or a given one, and its mean loss."""
-        pieces = z.split(list(self.parts.values()))
-        values = {
-            name: base + piece.view_as(base)
-            for (name, base), piece in zip(self._base.items(), pieces, strict=True)
-        }
+        with torch.enable_grad():  # a loss may pick the parameters that require gradients
+            z = z if z.requires_grad else z.detach().requires_grad_()
+            pieces = z.split(list(self.parts.values()))
+            values = {
+                name: base + piece.view_as(base)
+                for (name, base), piece in zip(self._base.items(), pieces, strict=True)
+            }
         given = [None] * len(self.batches) if outputs is None else outputs
         for (input, target, _), output in zip(self.batches, given, strict=True):
             buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
             yield functional_call(self.network, values | buffers, (input, target, output))
 
     def outputs(self, z: Tensor) -> list[Any]:
-        """The outputs of the extended network on each batch."""
-        return [output for output, _ in self.each(z)]
+        """The outputs of the extended network on each batch, without a graph."""
+        found = [output for output, _ in self.each(z)]
+        return [output.detach() if isinstance(output, Tensor) else output for output in found]
 
     def loss(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Tensor:
         """L(θ, v), the mean over all samples; or with these outputs in place of the network's."""

@@ -136,38 +136,45 @@ class _Convex:
     def answer(self, solver: str, options: Mapping[str, Any] | None) -> Answer:
         """The minimum over θ; and there the duals of the problem in (θ, v)."""
         own = _OPTIONS.get(solver, {}) if options is None else options
-        extended, pins = self.extended, range(self.count, len(self.extended.zero))
-        # Clarabel's default accuracy, 1e-8, does for where the outputs are taken apart
+        # Clarabel's default accuracy, 1e-8, does for where the outputs are first taken apart
         rough = {} if options is None and solver == cp.CLARABEL else own
-        _, theta, _, _ = self._solved(solver, rough, self.offsets, self.slopes)
-        at = torch.cat([torch.from_numpy(theta), extended.zero[self.count :]])
-        with torch.no_grad():
-            offsets = extended.outputs(at)
-            of_pins = self._jacobians(offsets, at, pins)
-        both = [torch.cat(pair, 1) for pair in zip(self.slopes, of_pins, strict=True)]
-        status, z, duals, objective = self._solved(solver, own, offsets, both, theta)
+        theta = self._solved(solver, rough, self.offsets, self.slopes)[1]
+        theta = self._solved(solver, own, *self._taken_apart(theta), theta)[1][: self.count]
+        status, z, duals, objective = self._solved(solver, own, *self._taken_apart(theta), theta)
+        z[: self.count] = theta  # the minimum may be flat, and the duals are of this θ
         name = f"CVXPY, {solver}"
-        return answer_of(extended, name, status, objective, z, duals)
+        return answer_of(self.extended, name, status, objective, z, duals)
+
+    def _taken_apart(self, theta: Vector) -> tuple[list[Tensor], list[Tensor]]:
+        """The outputs at (θ, 0), and their derivatives in θ and v."""
+        at = torch.cat([torch.from_numpy(theta), self.extended.zero[self.count :]])
+        offsets = self.extended.outputs(at)
+        of_pins = self._jacobians(offsets, at, range(self.count, len(at)))
+        return offsets, [torch.cat(pair, 1) for pair in zip(self.slopes, of_pins, strict=True)]
 
     def _jacobians(
-        self, offsets: Sequence[Tensor], at: Tensor, entries: range, step: float = 1e-5
+        self, offsets: Sequence[Tensor], at: Tensor, entries: range, step: float = 1e-3
     ) -> list[Tensor]:
-        """∂y/∂z of each output, (numel of y, entries): by central differences, or to the left."""
+        """∂y/∂z of each output, (numel of y, entries), from differences to the fourth order.
+
+        At a kink to the left, to the second.
+        """
         columns: list[list[Tensor]] = [[] for _ in offsets]
         for i in entries:
             move = torch.zeros_like(at)
             move[i] = step
-            sides = [self.extended.outputs(at + sign * move) for sign in (1.0, -1.0)]
-            bends = [(u - 2 * y + w) for y, u, w in zip(offsets, *sides, strict=True)]
-            rises = [(u - w) / 2 for u, w in zip(*sides, strict=True)]
-            bend, rise = (math.hypot(*(float(t.norm()) for t in each)) for each in (bends, rises))
-            if step < 1.0 and bend > 0.01 * rise:  # a kink: of a smooth output it is step² y″
-                far = self.extended.outputs(at - 2 * move)
-                rises = [
-                    (3 * y - 4 * w + f) / 2 for y, w, f in zip(offsets, sides[1], far, strict=True)
-                ]
-            for column, rise in zip(columns, rises, strict=True):
-                column.append(rise.flatten() / step)
+            outputs = self.extended.outputs
+            back, left, right, forth = (outputs(at + k * move) for k in (-2, -1, 1, 2))
+            every = list(zip(offsets, back, left, right, forth, strict=True))
+            near = math.hypot(*(float((w - 2 * y + u).norm()) for y, _, u, w, _ in every))
+            far = math.hypot(*(float((r - 2 * y + t).norm()) for y, t, _, _, r in every))
+            size = math.hypot(*(float(y.norm()) for y in offsets))
+            if 1e-12 * size < far < 3 * near:  # it is 4 times as large where the output is smooth
+                slopes = [(3 * y - 4 * u + t) / 2 for y, t, u, _, _ in every]
+            else:
+                slopes = [(8 * (w - u) - (r - t)) / 12 for _, t, u, w, r in every]
+            for column, slope in zip(columns, slopes, strict=True):
+                column.append(slope.flatten() / step)
         empty = [y.new_zeros(y.numel(), 0) for y in offsets]
         return [torch.stack(c, 1) if c else e for c, e in zip(columns, empty, strict=True)]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import BFGS, LinearConstraint, OptimizeResult, minimize
+from scipy.optimize import LinearConstraint, OptimizeResult, minimize
 
 from constrained_growth._arguments import instance, number, positive_int
 from constrained_growth.errors import DataError
@@ -20,12 +19,8 @@ from constrained_growth.verification.reports import (
     report_of,
 )
 
-_MOST_VARIABLES = 500
-"""Of SLSQP, whose steps cost their number cubed, and gradients from differences twice as many
-passes."""
-
-_NEWTON = 300
-"""Up to so many parameters have a Hessian, from as many double backward passes."""
+_MOST_VARIABLES = 300
+"""A Hessian takes as many backward passes, a gradient from differences twice as many passes."""
 
 _STEP = 1e-5
 """Of difference quotients: their errors, of the orders h² and ε/h, are below 1e-9."""
@@ -33,14 +28,22 @@ _STEP = 1e-5
 _OFF_THE_PINS = 0.03
 """Standard deviation of v where the solvers start."""
 
+_NEARBY = 10.0
+"""How far an entry of θ may move to a local minimum."""
+
+_FLAT = 1e-3
+"""Least curvature in θ, over the largest, with which p(ε) is smooth over the ε that are tried."""
+
 
 def check_with_scipy(
     problem: GrowthProblem, *, gtol: float = 1e-8, maxiter: int = 1000
 ) -> VerificationReport:
     """Solve a small instance by two solvers of SciPy, and compare their multipliers with λ.
 
-    1. θ is moved to a local minimum of L(·, 0) nearby, by BFGS and trust-exact.
-    2. SLSQP and trust-constr solve the constrained problem from a point off the pins, v ≠ 0, with
+    1. θ moves to a local minimum θ* of L(·, 0), by L-BFGS and some Newton steps. In a valley, where
+       ∇²_θθ L is singular or not even stationary points are near, L + μ‖θ − c‖²/2 takes the place
+       of L from here on, with the c that makes θ* its minimiser: its multipliers are those of L.
+    2. trust-constr and SLSQP solve the constrained problem from a point off the pins, v ≠ 0, with
        gradients in (θ, v) from difference quotients of L, so that their multipliers know nothing
        of any backward pass. One of them may fail; its answer is left out.
     3. There, the gradient of autograd is compared with difference quotients: a block with a wrong
@@ -54,16 +57,16 @@ def check_with_scipy(
 
     Args:
         problem: The problem, left unchanged.
-        gtol: Largest entry of ∇_θ L at the local minimum.
+        gtol: What is asked of ‖∇_θ L‖ at the local minimum, and of trust-constr.
         maxiter: Maximal number of iterations of each solver.
 
     Returns:
         The report. `report.passed` says whether everything agrees, `report.checks` what was
-        compared; the first answer is that of trust-constr, if it has one.
+        compared, `report.proximal` is μ; the first answer is that of trust-constr, if it has one.
 
     Raises:
         DataError: The instance is too large, L differs between two passes or reads the model by
-            closure, there is no minimum to `gtol` nearby, or both solvers fail.
+            closure, or both solvers fail.
 
     Source:
         Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithms 18.3 and 18.4;
@@ -87,119 +90,175 @@ def check_with_scipy(
     positive_int("maxiter", maxiter, DataError)
     extended = ExtendedProblem(problem)
     extended.refuse_large(_MOST_VARIABLES)
-    count = extended.sizes[0]
-    pinned = np.zeros(sum(extended.sizes[1:]))
-    theta = _minimum(extended, np.zeros(count), pinned, gtol, maxiter)
-    kinks = _Quotients(extended).kinks(np.concatenate([theta, pinned]))
-    quotients = _Quotients(extended, kinks)
-    found = _solved(quotients, theta, maxiter)
+    objective = _Objective(extended, _near(extended, gtol, maxiter), gtol)
+    start = np.concatenate([objective.theta, np.zeros(sum(extended.sizes[1:]))])
+    quotients = _Quotients(objective, _Quotients(objective).kinks(start))
+    found = _solved(quotients, gtol, maxiter)
     answers = [answer_of(extended, *one) for one in found]
-    best = np.concatenate([found[0][3][:count], pinned])
-    _, gradient = extended.loss_and_gradient(best)
-    mistake = np.abs(gradient - quotients.gradient(best))
+    best = found[0][3].copy()
+    best[extended.sizes[0] :] = 0.0
+    gradient = objective.gradient(best)
     slopes = [
-        _slope(extended, best, begin, begin + size, bool(kinks[begin : begin + size].any()), gtol)
+        _slope(quotients, best, -gradient, begin, begin + size)
         for begin, size in zip(np.cumsum(extended.sizes[:-1]), extended.sizes[1:], strict=True)
     ]
     return report_of(
         answers,
-        gradient_error=float(np.linalg.norm(mistake)),
+        gradient_error=float(np.linalg.norm(gradient - quotients.gradient(best))),
         slopes=dict(zip(problem.constraints, slopes, strict=True)),
-        kinks=int(kinks.sum()),
+        kinks=int(quotients.at_kinks.sum()),
+        proximal=objective.weight,
     )
 
 
-def _minimum(
-    extended: ExtendedProblem, start: Vector, v: Vector, gtol: float, maxiter: int
-) -> Vector:
-    """θ of a local minimum of L(·, v) near another one."""
+def _near(extended: ExtendedProblem, gtol: float, maxiter: int) -> Vector:
+    """θ of a local minimum of L(·, 0), or where L-BFGS and Newton steps have come to."""
+    start = np.zeros(extended.sizes[0])
     if not start.size:
         return start
-    loss, hessian = extended.of_theta(v)
-    result = minimize(
-        loss, start, jac=True, method="BFGS", options={"gtol": gtol, "maxiter": maxiter}
+    loss, hessian = extended.of_theta(np.zeros(sum(extended.sizes[1:])))
+    # not far along a valley, at whose end there are no digits left
+    first = minimize(
+        loss,
+        start,
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(-_NEARBY, _NEARBY)] * len(start),
+        options={"gtol": 1e-6, "ftol": 0.0, "maxiter": maxiter},
     )
-    if np.abs(result.jac).max() > gtol and start.size <= _NEWTON:
-        result = _newton(loss, hessian, result.x, gtol, maxiter)
-    size = np.abs(result.jac).max()
-    if not size <= gtol:
-        raise DataError(
-            f"{result.nit} iterations, of at most maxiter={maxiter}, end with a gradient of "
-            f"{size:.1e} in θ, above gtol={gtol:g} ({result.message}); train the model further, raise "
-            "maxiter, or use an instance that has a minimum."
+    if not np.isfinite(first.fun):
+        return start
+    lowest, highest = np.linalg.eigvalsh(hessian(first.x))[[0, -1]]
+    if lowest < 1e-6 * highest:
+        return first.x
+    options = {"gtol": gtol, "maxiter": min(maxiter, 100)}
+    options |= {"initial_trust_radius": 0.1, "max_trust_radius": 1.0}
+    more = minimize(loss, first.x, jac=True, hess=hessian, method="trust-exact", options=options)
+    return min(first, more, key=lambda found: np.linalg.norm(found.jac)).x
+
+
+class _Objective:
+    """L(θ, v) + μ‖θ − c‖²/2 with its minimum over θ at v = 0 in a certain place.
+
+    μ = 0 where L itself has a strict minimum there.
+    """
+
+    def __init__(self, extended: ExtendedProblem, theta: Vector, gtol: float) -> None:
+        self.extended, self.theta, self.count = extended, theta, len(theta)
+        self.weight, self.centre = 0.0, theta
+        if self.count:
+            loss, hessian = extended.of_theta(np.zeros(sum(extended.sizes[1:])))
+            gradient = loss(theta)[1]
+            lowest, highest = np.linalg.eigvalsh(hessian(theta))[[0, -1]]
+            if lowest < _FLAT * highest or np.linalg.norm(gradient) > gtol:
+                self.weight = _FLAT * abs(highest) + max(0.0, -lowest)
+                self.weight = self.weight or 1.0  # of a loss that does not depend on θ
+                self.centre = theta + gradient / self.weight
+
+    def value(self, z: Vector) -> float:
+        """From values alone."""
+        away = z[: self.count] - self.centre
+        return self.extended.value(z) + self.weight * float(away @ away) / 2
+
+    def gradient(self, z: Vector) -> Vector:
+        """By autograd."""
+        found = self.extended.loss_and_gradient(z)[1]
+        found[: self.count] += self.weight * (z[: self.count] - self.centre)
+        return found
+
+    def hessian(self, z: Vector) -> Vector:
+        """By autograd."""
+        diagonal = np.arange(len(z)) < self.count
+        return self.extended.hessian(z) + self.weight * np.diag(diagonal)
+
+    def smallest(self, v: Vector) -> float:
+        """p(v), its minimum over θ near that at v = 0."""
+        if not self.count:
+            return self.value(v)
+        loss, hessian = self.extended.of_theta(v)
+
+        def moved(theta: Vector) -> tuple[float, Vector]:
+            (value, gradient), away = loss(theta), theta - self.centre
+            return value + self.weight * float(away @ away) / 2, gradient + self.weight * away
+
+        result = minimize(
+            moved,
+            self.theta,
+            jac=True,
+            hess=lambda theta: hessian(theta) + self.weight * np.eye(self.count),
+            method="trust-exact",
+            options={"gtol": 1e-9, "maxiter": 50},
         )
-    return result.x
-
-
-def _newton(loss: Any, hessian: Any, start: Vector, gtol: float, maxiter: int) -> OptimizeResult:
-    options = {"gtol": gtol, "maxiter": maxiter}
-    return minimize(loss, start, jac=True, hess=hessian, method="trust-exact", options=options)
+        return float(result.fun)
 
 
 class _Quotients:
-    """Difference quotients of L: central ones, and to the left in the variables at `kinks`."""
+    """Difference quotients: central ones, and to the left in the variables at `kinks`."""
 
-    def __init__(self, extended: ExtendedProblem, kinks: Vector | None = None) -> None:
-        self.extended = extended
-        self.at_kinks = np.zeros(extended.zero.numel(), bool) if kinks is None else kinks
+    def __init__(self, objective: _Objective, kinks: Vector | None = None) -> None:
+        self.objective = objective
+        size = len(objective.extended.zero)
+        self.at_kinks = np.zeros(size, bool) if kinks is None else kinks
 
     def gradient(self, z: Vector) -> Vector:
-        """∇L at z."""
-        here = self.extended.value(z) if self.at_kinks.any() else 0.0
+        """∇ at z."""
+        here = self.objective.value(z) if self.at_kinks.any() else 0.0
         return np.array([self._entry(z, i, here) for i in range(len(z))])
 
     def _entry(self, z: Vector, i: int, here: float) -> float:
         step = np.zeros_like(z)
         step[i] = _STEP
-        value = self.extended.value
+        value = self.objective.value
         if self.at_kinks[i]:  # to second order
             return (3 * here - 4 * value(z - step) + value(z - 2 * step)) / (2 * _STEP)
         return (value(z + step) - value(z - step)) / (2 * _STEP)
 
     def kinks(self, z: Vector) -> Vector:
         """In which pins the slopes to both sides differ by more than their errors, shape of z."""
-        found, value, here = np.zeros(len(z), bool), self.extended.value, self.extended.value(z)
-        for i in range(self.extended.sizes[0], len(z)):
+        value, found = self.objective.value, np.zeros(len(z), bool)
+        here = value(z)
+        for i in range(self.objective.count, len(z)):
             bends = []
-            for step in (_STEP, 2 * _STEP):  # of a smooth L they grow by 4, at a kink by 2
+            for step in (_STEP, 2 * _STEP):  # of a smooth function they grow by 4, at a kink by 2
                 moved = np.zeros_like(z)
                 moved[i] = step
                 bends.append(abs(value(z + moved) - 2 * here + value(z - moved)))
-            noise = 1e-13 * abs(here)  # of the loss itself
+            noise = 1e-12 * abs(here)  # of the values themselves
             found[i] = bends[1] > noise and bends[1] < 3 * bends[0]
         return found
 
 
 def _solved(
-    quotients: _Quotients, theta: Vector, maxiter: int
+    quotients: _Quotients, gtol: float, maxiter: int
 ) -> list[tuple[str, str, float, Vector, Vector]]:
     """Name, message, L, z and multipliers of each solver that gets to the pins."""
-    extended, count = quotients.extended, len(theta)
+    objective = quotients.objective
+    extended, count = objective.extended, objective.count
     off = np.random.default_rng(0).normal(scale=_OFF_THE_PINS, size=sum(extended.sizes[1:]))
-    start = np.concatenate([theta, off])
+    start = np.concatenate([objective.theta, off])
     pins = np.eye(len(start))[count:]
 
     def slsqp() -> tuple[OptimizeResult, Vector]:
         constraint = {"type": "eq", "fun": lambda z: z[count:], "jac": lambda z: pins}
         result = minimize(
-            extended.value,
+            objective.value,
             start,
             jac=quotients.gradient,
             method="SLSQP",
             constraints=[constraint],
-            options={"ftol": 1e-14, "maxiter": maxiter},
+            options={"ftol": 1e-15, "maxiter": maxiter},
         )
         return result, -result.multipliers  # of the opposite sign
 
     def trust_constr() -> tuple[OptimizeResult, Vector]:
         result = minimize(
-            extended.value,
+            objective.value,
             start,
             jac=quotients.gradient,
-            hess=extended.hessian if len(start) <= _NEWTON else BFGS(),
+            hess=objective.hessian,
             method="trust-constr",
             constraints=[LinearConstraint(pins, 0.0, 0.0)],
-            options={"gtol": 1e-8, "xtol": 1e-14, "maxiter": maxiter},
+            options={"gtol": gtol, "xtol": 1e-14, "maxiter": maxiter},
         )
         return result, result.v[0]
 
@@ -211,7 +270,8 @@ def _solved(
     for name, solver in solvers.items():
         result, multipliers = solver()
         if result.success and np.abs(result.x[count:]).max() <= 1e-8:
-            found.append((name, result.message, float(result.fun), result.x, multipliers))
+            value = extended.value(result.x)
+            found.append((name, result.message, value, result.x, multipliers))
         else:
             failed.append(f"{name}: {result.message}")
     if not found:
@@ -222,34 +282,30 @@ def _solved(
     return found
 
 
-def _slope(
-    extended: ExtendedProblem, z: Vector, begin: int, end: int, kinked: bool, gtol: float
-) -> Slope:
+def _slope(quotients: _Quotients, z: Vector, steepest: Vector, begin: int, end: int) -> Slope:
     """The slope of the local value function along λ of one pin, from solving at several ε.
 
     Along −|λ|, and to that side only, where the pin is at a kink.
     """
-    count = extended.sizes[0]
-    _, gradient = extended.loss_and_gradient(z)
-    direction = np.zeros(len(z) - count)
-    own = -gradient[begin:end]
-    own = -np.abs(own) if kinked else own
+    objective = quotients.objective
+    kinked = bool(quotients.at_kinks[begin:end].any())
+    own = -np.abs(steepest[begin:end]) if kinked else steepest[begin:end]
     size = np.linalg.norm(own)
     own = own / size if size else np.full(len(own), len(own) ** -0.5)
-    direction[begin - count : end - count] = own
-    found, theta = [], z[:count]
-    loss_at_pins = extended.value(z)
+    direction = np.zeros(len(z))
+    direction[begin:end] = own
+    direction = direction[objective.count :]
 
     def value(step: float) -> float:
-        near = _minimum(extended, theta, step * direction, gtol, 1000)
-        return extended.value(np.concatenate([near, step * direction]))
+        return objective.smallest(step * direction)
 
+    slope, here = np.nan, value(0.0)
     for h in (0.02, 0.005, 0.00125):
         if kinked:
-            pair = [(4 * value(t / 2) - 3 * loss_at_pins - value(t)) / t for t in (h, h / 2)]
+            pair = [(4 * value(t / 2) - 3 * here - value(t)) / t for t in (h, h / 2)]
         else:
             pair = [(value(t) - value(-t)) / (2 * t) for t in (h, h / 2)]
-        found.append((4 * pair[1] - pair[0]) / 3)  # extrapolated to h = 0
-        if abs(pair[1] - pair[0]) <= 1e-3 * abs(found[-1]):
+        slope = (4 * pair[1] - pair[0]) / 3  # extrapolated to h = 0
+        if abs(pair[1] - pair[0]) <= 1e-3 * abs(slope):
             break
-    return Slope(torch.from_numpy(own), found[-1])
+    return Slope(torch.from_numpy(own), float(slope))
