@@ -79,7 +79,7 @@ def check_with_cvxpy(
             expression of the shape of the output, without what reads parameters. None (default)
             knows the mean forms of `MSELoss`, `CrossEntropyLoss` and `BCEWithLogitsLoss`, as
             modules and as functions.
-        solver: One of `cvxpy.installed_solvers()`, or several, for one report.
+        solver: One of `cvxpy.installed_solvers()`, or a list of them, for one report.
         options: Options of a single solver; None (default) asks Clarabel, OSQP and SCS for all the
             accuracy they have.
 
@@ -106,8 +106,8 @@ def check_with_cvxpy(
         function("cvxpy_loss", cvxpy_loss, DataError, "a function of CVXPY expressions")
     if options is not None:
         instance("options", options, Mapping, DataError, "a dict")
-    solvers = [solver] if isinstance(solver, str) else list(solver)
-    for name in solvers or [""]:
+    solvers = list(solver) if isinstance(solver, list | tuple) else [solver]
+    for name in solvers or [None]:
         if name not in cp.installed_solvers():
             raise DataError(
                 f"solver={name!r} is not installed; give one of {cp.installed_solvers()}."
