@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -326,6 +326,9 @@ class Solution(ReadLater):
             ) from None
 
 
-def with_decision(solution: Solution, decision: Decision) -> Solution:
-    """The same with another decision; what is read later is still not read."""
-    return Solution(**{**vars(solution), "decision": decision})
+Kept = TypeVar("Kept", bound=ReadLater)
+
+
+def with_fields(kept: Kept, **fields: Any) -> Kept:
+    """As `dataclasses.replace`, but what is read later is still not read."""
+    return type(kept)(**{**vars(kept), **fields})

@@ -43,6 +43,7 @@ from constrained_growth.solution import (
     Sensitivity,
     Solution,
     Status,
+    with_fields,
 )
 from constrained_growth.statistics import agreement, debiased_square, squared_norm
 
@@ -142,7 +143,7 @@ def solve(
         slopes = held_out(found.estimates, other.estimates, problem.group)
         if not math.isfinite(other.loss) and throw:
             raise DataError(f"validation has a loss of {other.loss}: NaN or Inf in these data.")
-        sensitivities = {n: replace(s, held_out=slopes[n]) for n, s in sensitivities.items()}
+        sensitivities = {n: with_fields(s, held_out=slopes[n]) for n, s in sensitivities.items()}
     gradients = found.gradients
     residual = None if gradients is None else math.sqrt(squared_norm(gradients.values()))
     sizes = [s.value for s in sensitivities.values()]
@@ -171,7 +172,7 @@ def solve(
     if status is Status.NOT_FINITE:
         return solution
     decision = _agreed(rule, problem, solution)
-    return replace(solution, decision=decision, agreement=agreement_of(rule, sensitivities))
+    return with_fields(solution, decision=decision, agreement=agreement_of(rule, sensitivities))
 
 
 def _measured(

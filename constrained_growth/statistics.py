@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from statistics import NormalDist
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from constrained_growth._arguments import function, instance, number
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Decision, Sensitivity
+from constrained_growth.solution import Decision, Sensitivity, with_fields
 
 __all__ = ["agreement", "debiased_square", "interval", "squared_norm", "squared_norm_interval"]
 
@@ -145,7 +144,7 @@ def agreement(
     chosen, same = set(rule(sensitivities).chosen), []
     for draw in zip(*columns, strict=False):
         pairs = zip(sensitivities.items(), draw, strict=True)
-        other = {name: replace(one, value=value) for (name, one), value in pairs}
+        other = {name: with_fields(one, value=value) for (name, one), value in pairs}
         same.append(set(rule(other).chosen) == chosen)
     return sum(same) / len(same) if same else math.nan
 

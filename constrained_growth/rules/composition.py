@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, overload
 
 from constrained_growth.errors import RuleError
@@ -16,7 +16,7 @@ from constrained_growth.rules.rule import (
     needs_model,
     refuse_no_rule,
 )
-from constrained_growth.solution import Decision, Sensitivity, Solution
+from constrained_growth.solution import Decision, Sensitivity, Solution, with_fields
 
 
 @overload
@@ -128,10 +128,11 @@ class _ModelRules(_Rules):
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The joint decision."""
-        return self._decision(
-            solution.sensitivities,
-            lambda rule, some: decide_about(rule, problem, replace(solution, sensitivities=some)),
-        )
+
+        def ask(rule: Rule, some: Mapping[str, Sensitivity]) -> Decision:
+            return decide_about(rule, problem, with_fields(solution, sensitivities=some))
+
+        return self._decision(solution.sensitivities, ask)
 
 
 def _composed(rules: tuple[Rule, ...], word: str) -> Any:

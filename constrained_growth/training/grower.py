@@ -35,7 +35,7 @@ from constrained_growth.insertion.training_state import (
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
-from constrained_growth.solution import Decision, Later, Norm, Solution, with_decision
+from constrained_growth.solution import Decision, Later, Norm, Solution, with_fields
 from constrained_growth.solve import solve
 from constrained_growth.training.arguments import check_growing
 from constrained_growth.training.history import History, Round, count_layers, measurements
@@ -317,11 +317,11 @@ class Grower:
         problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
         solver = self.solver or partial(solve, norm=self.norm)
         solution = solver(problem, self.rule)
-        solution = with_decision(solution, self._within_limit(solution.decision))
+        solution = with_fields(solution, decision=self._within_limit(solution.decision))
         confirm = self.confirm or (lambda _: When.NOW)
         answer = everywhere(lambda: confirm(solution), None)[0]
         if answer is not When.NOW:
-            solution = with_decision(solution, Decision((), answer.value))
+            solution = with_fields(solution, decision=Decision((), answer.value))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "the model is wrapped")  # `_rewrap` comes next
             record = insert(self.model, solution, optimizer=self.optimizers, averaged=self.averaged)

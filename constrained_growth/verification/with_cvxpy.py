@@ -106,7 +106,7 @@ def check_with_cvxpy(
         function("cvxpy_loss", cvxpy_loss, DataError, "a function of CVXPY expressions")
     if options is not None:
         instance("options", options, Mapping, DataError, "a dict")
-    solvers = list(solver) if isinstance(solver, list | tuple) else [solver]
+    solvers: list[Any] = list(solver) if isinstance(solver, list | tuple) else [solver]
     for name in solvers or [None]:
         if name not in cp.installed_solvers():
             raise DataError(

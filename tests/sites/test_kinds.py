@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +70,7 @@ def mean_loss(model: Any, loss_fn: Any, width: int) -> Tensor:
 
 def inserted(make: Make, solution: cg.Solution, name: str, width: int) -> dict[str, Tensor]:
     model, loss_fn = make()
-    record = cg.insert(model, replace(solution, decision=cg.Decision((name,))))
+    record = cg.insert(model, cg.Solution(**{**vars(solution), "decision": cg.Decision((name,))}))
     layer = model.get_submodule(record.insertions[0].after).get_submodule("inserted")
     names = list(solution.multipliers[name])
     loss = mean_loss(model, loss_fn, width)

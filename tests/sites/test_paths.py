@@ -547,7 +547,7 @@ def unchecked(piece: Any) -> Any:
 def inserted(solution: cg.Solution, name: str, setting: Setting) -> dict[str, Tensor]:
     """−∇_v of the model into which `insert` has put the block."""
     net, loss = setting.make()
-    chosen = replace(solution, decision=cg.Decision((name,)))
+    chosen = cg.Solution(**{**vars(solution), "decision": cg.Decision((name,))})
     record = cg.insert(net, chosen)
     layer = net.get_submodule(record.insertions[0].after).get_submodule("inserted")
     names = list(solution.multipliers[name])

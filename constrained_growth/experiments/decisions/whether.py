@@ -59,7 +59,7 @@ Data = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """Students of one kind; frozen ones learn in the new layer only, from data of a shifted task."""
+    """Students of one kind; frozen ones learn in the new layer only, of a new task if shifted."""
 
     name: str
     optimizer: Optimizer
@@ -185,7 +185,9 @@ def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
         [model for model, _ in made],
         list(zip(*(data for _, data in made), strict=True)),
     )
-    first, learnt, judging, test = (samples(*zip(*part, strict=True)) for part in parts)
+    first, learnt, judging, test = (
+        samples([x for x, _ in part], [y for _, y in part]) for part in parts
+    )
     begun = kind.epochs if kind.begun is None else kind.begun
     batch = 50 if kind.samples < 1_000 else 200
     order = Shuffle(list(seeds))
@@ -220,12 +222,8 @@ def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
     losses = torch.stack(final)
     gain = losses[:1] - losses[1:]  # (sites, networks, runs, samples)
     spread = gain.mean(3).var(2) / runs + gain.mean(2).var(2) / gain.shape[3]
-    found = [
-        _pvalues(model, made, (x, y), judge)
-        for model, made, x, y, judge in zip(
-            models, blocks, learnt.x.mT, learnt.y.mT, zip(judging.x.mT, judging.y.mT), strict=True
-        )
-    ]
+    asked, judges = ([*zip(part.x.mT, part.y.mT, strict=True)] for part in (learnt, judging))
+    found = [_pvalues(*each) for each in zip(models, blocks, asked, judges, strict=True)]
     return {
         "gain": gain.mean((2, 3)).T.tolist(),
         "error": spread.sqrt().T.tolist(),
