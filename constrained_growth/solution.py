@@ -96,19 +96,22 @@ class Later:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What data that chose nothing say of the step that the training data propose.
+    """What samples that did not propose a step say of it.
 
     Attributes:
-        slope: Of the mean held-out loss along λ/‖λ‖_F, λ that of the training data; negative
-            where a layer there helps on data that it has not seen. In units of the loss by those
-            of the parameters.
-        standard_error: Of `slope`, from groups of the held-out samples.
+        slope: Of their mean loss along λ/‖λ‖_F, λ that of the training data; negative where a
+            layer there helps on data that it has not seen. In units of the loss by those of the
+            parameters.
+        standard_error: Of `slope`, from groups of the samples.
         pvalue: Of the hypothesis that the slope is not negative, by Student's t.
+        effect_size: −slope over the standard deviation of the slopes of single samples (Cohen's
+            d), which does not grow with the number of samples as significance does.
     """
 
     slope: float
     standard_error: float
     pvalue: float
+    effect_size: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -139,6 +142,8 @@ class Sensitivity(ReadLater):
             same sample, so that their differences say how sure a comparison is. Empty where there
             are none.
         held_out: The same step on other data; None unless `solve` was given `validation`.
+        cross_fitted: The same without other data: each group of the samples, whose loss is
+            followed along λ/‖λ‖_F of all the other groups. Computed when it is first read.
         kink: Share of the units, over the samples of the first batch, that stand exactly at a kink
             of the block's activation at its pins, such as the inactive units that an
             `IdentityLinear` with ReLU finds at its site. If it is not 0, λ is a one-sided slope
@@ -159,6 +164,7 @@ class Sensitivity(ReadLater):
     error_bound: float = field(default=math.nan, compare=False)
     replicates: tuple[float, ...] = field(default=(), compare=False)
     held_out: HeldOut | None = None
+    cross_fitted: HeldOut | None = field(default=None, compare=False)
     kink: float = 0.0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
 from constrained_growth._multipliers.groups import ROOM, Groups
-from constrained_growth._multipliers.held_out import held_out
+from constrained_growth._multipliers.held_out import cross_fitted, held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._multipliers.replicates import replicates_of, value_of
 from constrained_growth._progress import progress_bar
@@ -263,12 +263,16 @@ def sensitivities_of(
     if shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM:
         every = everywhere(replicates, problem.group)
 
+    left_out: Any = cross_fitted(estimates, problem.group) if shared else {}
+
     def sensitivity(name: str) -> Sensitivity:
         estimate, site = estimates[name], sites[name]
         multiplier, variance = estimate.multiplier, estimate.variance
         known: Any = next((p[name] for p in every if p[name]), ())
+        others: Any = left_out.get(name)
         if not shared:
             known = Later(lambda _: replicates_of(norm, estimate))
+            others = Later(lambda _: cross_fitted({name: estimate}, None)[name])
         return Sensitivity(
             value=max((size[name] for size in sizes), key=itemgetter(0))[1],
             num_parameters=sum(value.numel() for value in multiplier.values()),
@@ -280,6 +284,7 @@ def sensitivities_of(
             debiased_square=debiased_square(multiplier.values(), variance),
             error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
             replicates=known,
+            cross_fitted=others,
             kink=site.kinks.get(name, 0.0),
         )
 

@@ -337,7 +337,10 @@ ROWS: dict[str, Row] = {
     "Fixed": Row(lambda candidate: cg.Fixed(candidate), nothing, {}),
     "Random": Row(cg.Random, nothing, {"k": "count"}, more={"seed": (1.5, "x", None)}),
     "Generalizes": Row(
-        rules.Generalizes, nothing, {"level": "fraction"}, more={"level": (0.0, 1.0)}
+        rules.Generalizes,
+        nothing,
+        {"level": "fraction", "effect_size": "number"},
+        more={"level": (0.0, 1.0), "effect_size": (-0.1,)},
     ),
     "Placed": Row(
         rules.Placed,

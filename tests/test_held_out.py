@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import constrained_growth as cg
 from constrained_growth.blocks import ResidualMLP
 from constrained_growth.rules import Generalizes, then
+from constrained_growth.solution import HeldOut
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -92,6 +93,7 @@ def test_standard_error_and_p_are_those_of_single_samples() -> None:
     assert found.standard_error == pytest.approx(slopes.std(ddof=1) / math.sqrt(12))
     _, expected = stats.ttest_1samp(slopes, 0.0, alternative="less")
     assert found.pvalue == pytest.approx(expected)
+    assert found.effect_size == pytest.approx(-slopes.mean() / slopes.std(ddof=1))
 
 
 def test_on_the_training_data_the_slope_is_minus_the_size() -> None:
@@ -101,6 +103,44 @@ def test_on_the_training_data_the_slope_is_minus_the_size() -> None:
     for sensitivity in solution.sensitivities.values():
         assert sensitivity.held_out is not None
         assert sensitivity.held_out.slope == pytest.approx(-sensitivity.value)
+
+
+def test_cross_fitted_slopes_are_those_of_one_batch_along_the_others() -> None:
+    """Batches of one sample, each left out of the data and held out instead."""
+    model, some = network(), candidates()
+    data = batches(*[1] * 9)
+    solution = cg.solve(cg.GrowthProblem(model, LOSS, data, some), validation=batches(5))
+    for name, sensitivity in solution.sensitivities.items():
+        found, slopes = sensitivity.cross_fitted, []
+        for i, batch in enumerate(data):
+            problem = cg.GrowthProblem(model, LOSS, data[:i] + data[i + 1 :], some)
+            alone = cg.solve(problem, cg.TopK(1), validation=[batch]).sensitivities[name].held_out
+            assert alone is not None
+            slopes.append(alone.slope)
+        assert found is not None
+        assert found.slope == pytest.approx(np.mean(slopes))
+        assert found.standard_error == pytest.approx(np.std(slopes, ddof=1) / 3)
+        assert found.effect_size == pytest.approx(-np.mean(slopes) / np.std(slopes, ddof=1))
+
+
+def test_without_other_data_the_training_samples_judge_each_other() -> None:
+    torch.manual_seed(0)
+    head = nn.Linear(6, 1)
+    nn.init.normal_(head.weight)
+    model, block = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), head), ResidualMLP(6, 6, torch.tanh)
+    x = torch.randn(400, 3)
+    lacking = copy.deepcopy(block)
+    nn.init.normal_(lacking.outer.weight, std=0.3)
+    with torch.no_grad():
+        noise, signal = model(x) + torch.randn(400, 1), head(lacking(model[:2](x)))
+    chosen = [
+        cg.solve(
+            cg.GrowthProblem(model, nn.MSELoss(), [(x, y)], [cg.Candidate("1", block)]),
+            then(cg.TopK(1), Generalizes()),
+        ).decision.chosen
+        for y in (noise, signal)
+    ]
+    assert chosen == [(), ("1",)]
 
 
 def test_weights_count() -> None:
@@ -152,14 +192,22 @@ def test_the_model_stays_as_it_is_and_the_rule_says_why() -> None:
     state = copy.deepcopy(model.state_dict())
     solution = cg.solve(problem, validation=batches(9))
     assert all(torch.equal(t, state[key]) for key, t in model.state_dict().items())
-    assert "held-out loss" in solution.decision.reason
+    assert "loss on other samples" in solution.decision.reason
     assert "pvalues" in solution.decision.evidence
-    with pytest.raises(cg.RuleError, match="validation=data"):
-        cg.solve(problem, then(cg.TopK(1), Generalizes()))
     with pytest.raises(cg.DataError, match="validation=list_iterator"):
         cg.solve(problem, validation=iter(data))
     with pytest.raises(cg.RuleError, match="level=1"):
         Generalizes(1.0)
+
+
+def test_an_effect_has_to_be_significant_and_of_a_size() -> None:
+    given = {
+        name: cg.Sensitivity(1.0, held_out=HeldOut(-1.0, 0.1, pvalue, size))
+        for name, pvalue, size in (("both", 1e-3, 0.5), ("small", 1e-9, 0.2), ("noise", 0.2, 0.9))
+    }
+    assert Generalizes()(given).chosen == ("both",)
+    assert Generalizes(effect_size=0)(given).chosen == ("both", "small")
+    assert Generalizes(level=0.5)(given).chosen == ("both", "noise")
 
 
 def test_held_out_data_that_say_nothing_are_refused() -> None:

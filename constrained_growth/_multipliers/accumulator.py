@@ -69,7 +69,8 @@ class Estimate:
     came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
     much the block moved x at most, in units of what rounding may do.
 
-    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`.
+    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`
+    of all `samples`.
     `found` is where the moments come from, if pins are in affine maps.
     """
 
@@ -80,6 +81,7 @@ class Estimate:
     sums: dict[str, Tensor]
     weights: Tensor
     weight: float
+    samples: int
     found: Found | None
 
 
@@ -301,6 +303,7 @@ class Accumulator:
             sums=self._sums,
             weights=self._weights / weight,
             weight=weight,
+            samples=samples,
             found=None,
         )
         if self._moments is None:

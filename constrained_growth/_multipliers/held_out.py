@@ -1,9 +1,9 @@
-"""The step that some data propose, −λ being their gradient, judged by other data."""
+"""The step along λ, −λ being a gradient, that some samples propose, judged by others."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+Pairs = list[tuple[float, float]]
+"""Of each group of samples: its share w_g of all weight times the slope of its loss, and w_g."""
+
+
 def held_out(
     proposed: Mapping[str, Estimate], judging: Mapping[str, Estimate], group: ProcessGroup | None
 ) -> dict[str, HeldOut]:
@@ -26,25 +30,43 @@ def held_out(
     The groups g of the judging samples have slopes s_g with weights w_g, Σ w_g = 1. With the mean
     s = Σ w_g s_g, the variance of s is Σ w_g² (s_g − s)² · G/(G − 1).
     """
-
-    def parts() -> dict[str, list[tuple[float, float]]]:
-        return {name: _slopes(proposed[name], judging[name]) for name in proposed}
-
-    every = everywhere(parts, group) if several(group) else [parts()]
-    return {name: _tested([pair for some in every for pair in some[name]]) for name in proposed}
+    return _tested(lambda name: _slopes(proposed[name], judging[name]), judging, group)
 
 
-def _slopes(proposed: Estimate, judging: Estimate) -> list[tuple[float, float]]:
-    """Of each group of this process that has samples: w_g s_g, and w_g."""
+def cross_fitted(
+    estimates: Mapping[str, Estimate], group: ProcessGroup | None
+) -> dict[str, HeldOut]:
+    """Candidate → slope of the loss of each group of samples along λ/‖λ‖ of all the others."""
+    return _tested(lambda name: _left_out(estimates[name]), estimates, group)
+
+
+def _left_out(estimate: Estimate) -> Pairs:
+    """With S_g the sum of group g and T that of all: −⟨S_g, T − S_g⟩/‖T − S_g‖."""
+    along = torch.zeros_like(estimate.weights)  # ⟨S_g, T⟩
+    squares, whole_square = torch.zeros_like(along), 0.0
+    for name, multiplier in estimate.multiplier.items():
+        rows, total = _real(estimate.sums[name]), _real(multiplier[None])[0] * estimate.weight
+        along += (rows @ total).cpu()
+        squares += rows.square().sum(1).cpu()
+        whole_square += float(total.square().sum())
+    others = (whole_square - 2 * along + squares).clamp(min=0.0).sqrt()
+    slopes = torch.where(others > 0, (squares - along) / others, 0.0) / estimate.weight
+    return _pairs(slopes, estimate)
+
+
+def _pairs(slopes: Tensor, judging: Estimate) -> Pairs:
+    here = judging.weights > 0
+    return [*zip(slopes[here].tolist(), judging.weights[here].tolist(), strict=True)]
+
+
+def _slopes(proposed: Estimate, judging: Estimate) -> Pairs:
     size, slopes = 0.0, torch.zeros_like(judging.weights)
     for name, direction in proposed.multiplier.items():
         direction = _real(direction[None])[0]
         size = math.hypot(size, float(torch.linalg.vector_norm(direction)))
         sums = _real(judging.sums[name])
         slopes -= (sums @ direction).cpu() / judging.weight
-    slopes = slopes / size if size else slopes
-    here = judging.weights > 0
-    return [*zip(slopes[here].tolist(), judging.weights[here].tolist(), strict=True)]
+    return _pairs(slopes / size if size else slopes, judging)
 
 
 def _real(tensors: Tensor) -> Tensor:
@@ -54,14 +76,28 @@ def _real(tensors: Tensor) -> Tensor:
     return parts.double().reshape(len(parts), -1)
 
 
-def _tested(groups: list[tuple[float, float]]) -> HeldOut:
+def _tested(
+    pairs: Callable[[str], Pairs], judging: Mapping[str, Estimate], group: ProcessGroup | None
+) -> dict[str, HeldOut]:
+    def here() -> dict[str, Pairs]:
+        return {name: pairs(name) for name in judging}
+
+    every = everywhere(here, group) if several(group) else [here()]
+    return {
+        name: _test([pair for some in every for pair in some[name]], one.samples)
+        for name, one in judging.items()
+    }
+
+
+def _test(groups: Pairs, samples: int) -> HeldOut:
     from scipy import stats
 
     slope, count = math.fsum(part for part, _ in groups), len(groups)
     if count < 2:
-        return HeldOut(slope, math.nan, math.nan)
+        return HeldOut(slope, math.nan, math.nan, math.nan)
     deviations = math.fsum((part - weight * slope) ** 2 for part, weight in groups)
     error = math.sqrt(deviations * count / (count - 1))
     if error == 0.0:
-        return HeldOut(slope, 0.0, 0.0 if slope < 0 else 1.0)
-    return HeldOut(slope, error, float(stats.t.cdf(slope / error, count - 1)))
+        return HeldOut(slope, 0.0, 0.0 if slope < 0 else 1.0, -math.copysign(math.inf, slope))
+    pvalue = float(stats.t.cdf(slope / error, count - 1))
+    return HeldOut(slope, error, pvalue, -slope / (error * math.sqrt(samples)))

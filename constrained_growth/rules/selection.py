@@ -130,43 +130,60 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Generalizes:
-    """The candidates whose step lowers the loss on held-out data, significantly; possibly none.
+    """The candidates whose step lowers the loss on samples that it was not made from, clearly.
 
-    To be asked about a candidate that was chosen by other data: `then(TopK(1), Generalizes())`, as
-    the best of many slopes on the same data looks good by chance. Needs `solve(...,
-    validation=data)`.
+    Possibly none. With `solve(..., validation=data)` these are the samples of `data`; otherwise
+    each group of the training samples is asked about the step that the others propose
+    (`cross_fitted`), to which θ has been fitted too. To be asked about a candidate that is
+    already chosen, `then(TopK(1), Generalizes())`, as the best of many slopes looks good by chance.
+
+    A slope may be significant and small: with enough samples it is wherever the network is not
+    trained to its end, and training on without a layer does as well there. So the effect has to
+    have a size too, in standard deviations of the samples.
 
     Args:
-        level: Of the one-sided test; how often a step that does not help passes, at most.
+        level: Of the one-sided test; how often a slope that is not negative passes, at most.
+        effect_size: Least `held_out.effect_size`. By default 0.3, which told networks that a
+            layer helps from others in `bench decisions --family whether`; 0 asks for significance
+            alone.
 
     Raises:
-        RuleError: `level` is not between 0 and 1; or, when called, nothing was held out, or a
-            single sample.
+        RuleError: `level` is not between 0 and 1, or `effect_size` negative; or, when called,
+            there is a single sample.
 
     Example:
         >>> from constrained_growth.solution import HeldOut
-        >>> given = {"a": Sensitivity(0.2, held_out=HeldOut(-0.1, 0.02, 1e-6))}
+        >>> given = {"a": Sensitivity(0.2, held_out=HeldOut(-0.1, 0.02, 1e-6, 0.5))}
         >>> Generalizes()(given).chosen
         ('a',)
     """
 
     level: float = 0.05
+    effect_size: float = 0.3
 
     def __post_init__(self) -> None:
         number("level", self.level, RuleError, "(0, 1)")
+        number("effect_size", self.effect_size, RuleError, "[0, inf)")
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """Those, in the order given."""
-        found = {name: s.held_out for name, s in sensitivities.items()}
-        if unknown := [name for name, held_out in found.items() if held_out is None]:
-            raise RuleError(f"Generalizes needs solve(..., validation=data); of {unknown} is none.")
-        values = {name: held_out.pvalue for name, held_out in found.items() if held_out}
+        found = {name: s.held_out or s.cross_fitted for name, s in sensitivities.items()}
+        values = {name: other.pvalue if other else math.nan for name, other in found.items()}
         if unknown := [name for name, value in values.items() if math.isnan(value)]:
-            raise RuleError(f"validation says nothing about {unknown}: give several samples.")
-        chosen = tuple(name for name, value in values.items() if value < self.level)
-        least = min(values.values(), default=1.0)
-        reason = (
-            f"{len(chosen)} of {len(values)} lower the held-out loss (least p = {least:.2g}, "
-            f"level {self.level:g})"
+            raise RuleError(
+                f"Generalizes: nothing is known of other samples for {unknown}; give several "
+                "samples as data, or as solve(..., validation=data)."
+            )
+        sizes = {name: held_out.effect_size for name, held_out in found.items() if held_out}
+        chosen = tuple(
+            name
+            for name, value in values.items()
+            if value < self.level and sizes[name] >= self.effect_size
         )
-        return Decision(chosen, reason, evidence={"pvalues": values})
+        least, most = min(values.values(), default=1.0), max(sizes.values(), default=0.0)
+        reason = (
+            f"{len(chosen)} of {len(values)} lower the loss on other samples clearly (least p = "
+            f"{least:.2g}, level {self.level:g}; largest effect {most:.2g} standard deviations of "
+            f"a sample, of at least {self.effect_size:g})"
+        )
+        return Decision(chosen, reason, evidence={"pvalues": values, "effect_sizes": sizes})

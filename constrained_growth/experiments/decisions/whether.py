@@ -166,7 +166,7 @@ def _rates(details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
-def _truth(details: Mapping[str, Any]) -> tuple[Array, Array]:
+def _truth(details: Mapping[str, Any]) -> tuple[Any, Any]:
     """Whether some site gains clearly, and whether none gains, of each network."""
     gains, errors, losses = (np.array(details[name]) for name in ("gain", "error", "nothing"))
     beyond = gains / errors
