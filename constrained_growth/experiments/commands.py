@@ -25,7 +25,7 @@ from constrained_growth.experiments.command_line import (
     write_tables,
 )
 from constrained_growth.experiments.data import digits, mnist1d
-from constrained_growth.experiments.decisions import expansions, shifts
+from constrained_growth.experiments.decisions import expansions, shifts, whether
 from constrained_growth.experiments.decisions import study as decisions
 from constrained_growth.experiments.demo import run_demo
 from constrained_growth.experiments.growth import benchmark as growth
@@ -116,10 +116,10 @@ def bench_monitoring(
 @bench.command("decisions")
 def bench_decisions(
     family: Annotated[
-        Literal["tasks", "shifts", "expansions"],
+        Literal["tasks", "shifts", "expansions", "whether"],
         typer.Option(
             help="Networks that train on; image classifiers whose images or labels change; GPTs "
-            "that learn other texts."
+            "that learn other texts; students that lack a layer, or do not."
         ),
     ] = "tasks",
     quick: Quick = False,
@@ -128,13 +128,13 @@ def bench_decisions(
     out: Out = None,
     json: Json = None,
 ) -> None:
-    """Insert a layer everywhere, ask every rule where, and compare: regret relative to random.
+    """Insert a layer everywhere, ask every rule where (or whether), and compare.
 
     With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
     """
-    study = {"tasks": decisions, "shifts": shifts, "expansions": expansions}[family]
+    studies = {"tasks": decisions, "shifts": shifts, "expansions": expansions, "whether": whether}
     name = "decisions" if family == "tasks" else f"decisions-{family}"
-    carry_out(name, study, quick=quick, seed=seed, out=out, json=json, tasks=task)
+    carry_out(name, studies[family], quick=quick, seed=seed, out=out, json=json, tasks=task)
 
 
 @bench.command("growth")
