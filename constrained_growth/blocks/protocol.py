@@ -133,8 +133,9 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
     """
     names = getattr(block, "pinned", None)
     if not isinstance(block, nn.Module) or not isinstance(names, Sequence) or not names:
+        given = type(block).__name__ if isinstance(block, nn.Module) else f"{block!r:.80}"
         raise BlockError(
-            f"block={block!r} does not say which of its parameters are pinned; a block is an "
+            f"block={given} does not say which of its parameters are pinned; a block is an "
             "nn.Module with an attribute pinned = ('name of a parameter', ...)."
         )
     try:
@@ -171,6 +172,7 @@ def change(x: Tensor, y: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_zeros(())
     largest = x.abs().max()
-    allowed = 1e3 * torch.finfo(x.dtype).eps * largest.clamp(min=1.0)
+    eps = torch.finfo(x.dtype).eps
+    allowed = min(1e3 * eps, eps**0.5) * largest.clamp(min=1.0)  # 1e3 eps of bfloat16 are 8
     moved = (y - x).abs().max() / allowed
     return torch.where(largest.isfinite(), moved.nan_to_num(torch.inf), moved)

@@ -364,3 +364,14 @@ def test_every_rule_takes_shared_blocks() -> None:
         with nothing_left_behind(model):
             decision = solved(model, data, *found, rule=rule).decision
         assert decision.chosen
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pins_are_found_in_half_precision(dtype: torch.dtype) -> None:
+    """A thousand rounding errors of bfloat16 are larger than x: everything was the identity."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    expected = CopiedBlock(layer.float()).pinned
+    block = CopiedBlock(layer.to(dtype))
+    assert block.pinned == expected
+    x = torch.randn(2, 3, 8).to(dtype)
+    assert torch.equal(block(x), x)
