@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -141,6 +142,28 @@ def test_without_other_data_the_training_samples_judge_each_other() -> None:
         for y in (noise, signal)
     ]
     assert chosen == [(), ("1",)]
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_grower_asks_other_data_by_its_solver(noise: bool) -> None:
+    torch.manual_seed(0)
+    teacher, model = network(), network()
+    x, y = torch.randn(600, 3), torch.randint(3, (600,))
+    if not noise:
+        with torch.no_grad():
+            y = (5 * teacher(x)).argmax(1)
+    data, held_out = [(x[:300], y[:300])], [(x[300:], y[300:])]
+    grower = cg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        LOSS,
+        data,
+        candidates=candidates(),
+        solver=partial(cg.solve, validation=held_out),
+    )
+    grower.step(1.0)
+    grower.maybe_grow()
+    assert len(grower.record.insertions) == (0 if noise else 1)
 
 
 def test_weights_count() -> None:

@@ -83,7 +83,8 @@ class Grower:
             for learning rates and the like of the new layers, such as `training.NewLayers()`.
             None (default) trains them as their neighbours.
         solver: `solver(problem, rule) -> Solution`, which also chooses the norm, such as
-            `functools.partial(cg.solve, stationarity=False)`. None (default) for `solve`.
+            `functools.partial(cg.solve, validation=loader)`, to insert only what lowers the loss
+            on data that are not trained on. None (default) for `solve`.
         writer: Logs the sensitivities and the depth at each round by `add_scalar(tag, value,
             step)`, as TensorBoard's `SummaryWriter` does. None (default) for no log.
         wrapper: The DistributedDataParallel around the model, where `model` is the module inside
