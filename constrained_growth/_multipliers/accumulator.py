@@ -339,9 +339,16 @@ def _add_factor(
         more = [products] if shifts is None else [products, shifts]
         found = sum(t.square().sum(dtype=torch.float64) for t in more) if squares is not None else 0
     else:
-        matrix = total.flatten(2)
-        add_products(matrix.mT if factor.transposed else matrix, psi, phi, scale, span, offset)
-        found = squared_sizes(psi, phi, shifts) if squares is not None else 0
+        matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
+        if squares is not None and _forms_products(psi, phi):  # they serve both sums
+            products = psi.mT @ phi
+            add_sums(matrix, products, scale, span, offset)
+            more = [products] if shifts is None else [products, shifts]
+            norms = torch.cat([torch.linalg.vector_norm(t.flatten(1), dim=1) for t in more])
+            found = norms.double().square().sum()
+        else:
+            add_products(matrix, psi, phi, scale, span, offset)
+            found = squared_sizes(psi, phi, shifts) if squares is not None else 0
     if squares is not None:
         squares.add_(found, alpha=scale**2)
 
@@ -380,17 +387,18 @@ def _zeros(groups: int, pin: Tensor) -> Tensor:
 def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
     """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, and ‖Σ_t ψ_nt‖² with a bias.
 
-    ψ has the shape (samples, positions, out), φ (samples, positions, in). Products are formed only
-    where that is cheaper.
+    ψ has the shape (samples, positions, out), φ (samples, positions, in). No product is formed.
     """
-    positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
     has_bias = shifts is not None
-    if positions == 1:  # ‖ψ_n‖² (‖φ_n‖² + 1)
+    if psi.shape[1] == 1:  # ‖ψ_n‖² (‖φ_n‖² + 1)
         rows, columns = (
             torch.linalg.vector_norm(t.squeeze(1), dim=1).double().square_() for t in (psi, phi)
         )
         return torch.dot(rows, columns.add_(1.0) if has_bias else columns)
-    if positions * (out + width) <= out * width:  # Σ_st (ψ_s·ψ_t)(φ_s·φ_t + 1)
-        return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
-    squares = (psi.mT @ phi).square().sum(dtype=torch.float64)
-    return squares if shifts is None else squares + shifts.square().sum(dtype=torch.float64)
+    return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
+
+
+def _forms_products(psi: Tensor, phi: Tensor) -> bool:
+    """Whether ‖ψ_nᵀ φ_n‖² is cheaper from the product than as Σ_st (ψ_s·ψ_t)(φ_s·φ_t)."""
+    positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
+    return positions > 1 and positions * (out + width) > out * width

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from constrained_growth._multipliers.closed_form import at_pins
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks.convolution import patches_of
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _convolution(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
         every = (value,) * (x.dim() - 2) if isinstance(value, int) else tuple(value)
         return (in_front,) * (4 - x.dim()) + every
 
-    patches = F.unfold(
+    patches = patches_of(
         x.unsqueeze(2) if x.dim() == 3 else x,
         sizes(kernel.shape[2:], 1),
         sizes(given.get("dilation", 1), 1),

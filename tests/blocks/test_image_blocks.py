@@ -26,6 +26,7 @@ from constrained_growth.blocks import (
     has_factors,
     pinned_parameters,
 )
+from constrained_growth.blocks.convolution import patches_of
 
 NORMED: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm": lambda: ResidualConv2d(4, nn.ReLU()),
@@ -363,3 +364,13 @@ def test_a_site_used_at_two_sizes(kind: str, height: int) -> None:
         error = standard_error(model, data, one)
         found = solution.sensitivities["features"].variance ** 0.5
         assert found == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3)])
+@pytest.mark.parametrize("dilation", [(1, 1), (2, 1)])
+@pytest.mark.parametrize("padding", [(0, 0), (1, 2)])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 2)])
+def test_patches_are_those_of_unfold(kernel, padding, dilation, stride):
+    images = torch.randn(2, 3, 9, 8).transpose(2, 3)  # not contiguous
+    expected = nn.functional.unfold(images, kernel, dilation, padding, stride)
+    assert torch.equal(patches_of(images, kernel, dilation, padding, stride), expected)
