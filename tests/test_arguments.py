@@ -359,9 +359,14 @@ ROWS: dict[str, Row] = {
             "multiply_adds": "number",
             "per_site": "count",
             "gain": "function",
+            "constraints": "mapping",
         },
         optional=("multiply_adds", "per_site"),
-        more={"parameters": (-1,), "multiply_adds": (-1,)},
+        more={
+            "parameters": (-1,),
+            "multiply_adds": (-1,),
+            "constraints": (None, [({"a": 1},)], [({"a": "x"}, 1)], [({"a": 1}, NAN)]),
+        },
     ),
     "TrustRegion": Row(
         cg.TrustRegion,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from constrained_growth._arguments import function, number, positive_int
+from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere
 from constrained_growth._sites.context import takes_context
@@ -26,7 +26,7 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import stand
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.solution import Decision, Planned, Sensitivity, Solution
+from constrained_growth.solution import Decision, Planned, Sensitivity, Solution, listed
 
 Array = NDArray[np.float64]
 
@@ -46,7 +46,8 @@ class Budget:
         maximise Σ_c gain_c x_c   over   x_c ∈ {0, 1}
 
         subject to   Σ_c params_c x_c ≤ parameters,   Σ_c madds_c x_c ≤ multiply_adds,
-                     Σ_{c at a site} x_c ≤ per_site   for every site.
+                     Σ_{c at a site} x_c ≤ per_site   for every site,
+                     Σ_c a_c x_c ≤ b   for each of the `constraints` (a, b).
 
     Gains are summed, which is right to first order. The evidence holds the `gain`, a proven upper
     `bound` on it, the relative `gap` between them, and the `prices`: the multipliers of the limits
@@ -58,10 +59,14 @@ class Budget:
             counted by PyTorch's `FlopCounterMode` on the first batch, without elementwise ones.
         per_site: Upper limit on the insertions at one site; None for no limit.
         gain: From a sensitivity to what the insertion is worth, `half_square` (½‖λ‖²) by default.
-            Candidates without a positive gain are not taken.
+            Candidates without a positive gain are not taken, unless `constraints` ask for them.
+        constraints: Further limits (a, b), each a dict of coefficients by candidate and a bound:
+            `({"3": 1, "5": 1}, 1)` for not both, `({"5": 1, "3": -1}, 0)` for 5 only with 3,
+            `({"3": -1, "5": -1}, -1)` for at least one of them.
 
     Raises:
-        RuleError: A limit is negative or none is given; or a gain is not finite.
+        RuleError: A limit is negative or none is given; a gain is not finite; or `constraints`
+            name no candidate, or no choice satisfies them.
 
     Source:
         Kellerer, Pferschy and Pisinger, *Knapsack Problems*, 2004; solved by HiGHS through
@@ -82,10 +87,24 @@ class Budget:
     multiply_adds: float | None = None
     per_site: int | None = 1
     gain: Callable[[Sensitivity], float] = half_square
+    constraints: Sequence[tuple[Mapping[str, float], float]] = ()
 
     def __post_init__(self) -> None:
-        if self.parameters is None and self.multiply_adds is None:
-            raise RuleError("Budget needs parameters=… or multiply_adds=…, such as parameters=1e4.")
+        instance("constraints", self.constraints, Sequence, RuleError, "[({'3': 1, '5': 1}, 1)]")
+        if self.parameters is None and self.multiply_adds is None and not self.constraints:
+            raise RuleError(
+                "Budget needs parameters=…, multiply_adds=… or constraints=…, such as "
+                "parameters=1e4."
+            )
+        for given in self.constraints:
+            if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], Mapping):
+                raise RuleError(
+                    f"constraints: {given!r:.80} is no pair of coefficients and a bound, such as "
+                    "({'3': 1, '5': 1}, 1)."
+                )
+            number("constraints: the bound", given[1], RuleError, "(-inf, inf)")
+            for name, value in given[0].items():
+                number(f"constraints: the coefficient of {name!r}", value, RuleError, "(-inf, inf)")
         number("parameters", self.parameters, RuleError, "[0, inf)", optional=True)
         number("multiply_adds", self.multiply_adds, RuleError, "[0, inf)", optional=True)
         function("gain", self.gain, RuleError, "cg.rules.half_square")
@@ -98,7 +117,13 @@ class Budget:
         for name, gain in gains.items():
             if not math.isfinite(gain):
                 raise RuleError(f'gain of Budget gives {gain} for candidate "{name}".')
-        names = [name for name, gain in gains.items() if gain > 0]
+        unknown = {name for row, _ in self.constraints for name in row} - set(given)
+        if unknown:
+            raise RuleError(
+                f"constraints name {sorted(unknown)!r:.200}, which are no candidates; there are "
+                f"{listed(map(repr, given), 400)}."
+            )
+        names = [name for name, gain in gains.items() if gain > 0 or self.constraints]
         costs: dict[str, dict[str, float]] = {}
         if self.parameters is not None:
             costs["parameters"] = {name: given[name].num_new_parameters for name in names}
@@ -112,6 +137,9 @@ class Budget:
             for site in dict.fromkeys(given[name].site for name in names):
                 rows.append([float(given[name].site == site) for name in names])
                 bounds.append(float(self.per_site))
+        for row, bound in self.constraints:
+            rows.append([float(row.get(name, 0.0)) for name in names])
+            bounds.append(float(bound))
         taken, found = _knapsack(
             np.array([gains[name] for name in names]),
             np.array(rows, dtype=float).reshape(len(bounds), len(names)),
@@ -120,7 +148,7 @@ class Budget:
         chosen = tuple(sorted((names[i] for i in taken), key=lambda name: -gains[name]))
         spent = {key: sum(cost[name] for name in chosen) for key, cost in costs.items()}
         parts = (f"{spent[key]:g} of {limits[key]:g} {key.replace('_', '-')}" for key in limits)
-        best = f"the best {len(chosen)} for {' and '.join(parts)}"
+        best = f"the best {len(chosen)} for {' and '.join(parts) or 'the constraints'}"
         reason = best if chosen else "no candidate with a gain fits the budget"
         evidence = {
             **found,
@@ -135,14 +163,16 @@ class Budget:
 
 
 def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict[str, Any]]:
-    """Maximise gains·x over x ∈ {0, 1}ⁿ with rows x ≤ limits, where gains > 0 and rows ≥ 0."""
+    """Maximise gains·x over x ∈ {0, 1}ⁿ with rows x ≤ limits."""
     if len(gains) == 0:
         nothing = dict.fromkeys(("gain", "bound", "gap", "relaxed"), 0.0)
         return [], {**nothing, "prices": [0.0] * len(limits)}
     # HiGHS has absolute tolerances, so everything is scaled to about 1
-    scale, sizes = gains.max(), np.maximum(rows.max(axis=1), 1.0)
+    scale, sizes = np.abs(gains).max() or 1.0, np.maximum(np.abs(rows).max(axis=1), 1.0)
     objective, scaled, bounds = -gains / scale, rows / sizes[:, None], limits / sizes
     relaxed = linprog(objective, A_ub=scaled, b_ub=bounds, bounds=(0, 1), method="highs")
+    if relaxed.status == 2:
+        raise RuleError("Budget: no choice of candidates satisfies all constraints; loosen one.")
     if relaxed.status != 0:
         raise RuleError(f"Budget: the relaxation was not solved: {relaxed.message}")
     constraints = [LinearConstraint(scaled, -np.inf, bounds)]  # type: ignore[arg-type]
@@ -154,6 +184,10 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
             constraints=constraints,
             options={"mip_rel_gap": 0.0},
         )
+        if result.status == 2:
+            raise RuleError(
+                "Budget: no choice of candidates satisfies all constraints; loosen one."
+            )
         if result.status != 0 or result.x is None:
             raise RuleError(f"Budget: the knapsack was not solved: {result.message}")
         x = np.round(result.x)

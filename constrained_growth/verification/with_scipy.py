@@ -152,7 +152,7 @@ class _Objective:
             lowest, highest = np.linalg.eigvalsh(hessian(theta))[[0, -1]]
             if lowest < _FLAT * highest or np.linalg.norm(gradient) > gtol:
                 self.weight = _FLAT * abs(highest) + max(0.0, -lowest)
-                self.weight = self.weight or 1.0  # of a loss that does not depend on θ
+                self.weight = float(self.weight or 1.0)  # 1 for a loss that does not depend on θ
                 self.centre = theta + gradient / self.weight
 
     def value(self, z: Vector) -> float:

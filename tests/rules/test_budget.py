@@ -97,6 +97,58 @@ def test_the_optimum_is_that_of_all_subsets(knapsack: Knapsack, solved: Any) -> 
     assert evidence["relaxed"] >= best * (1 - 1e-9)
 
 
+def asked(solved: Any, gains: list[float], sites: list[int], rule: Budget) -> cg.Decision:
+    problem, solution = solved
+    some = {
+        str(i): cg.Sensitivity(gain, num_new_parameters=1, site=str(site))
+        for i, (gain, site) in enumerate(zip(gains, sites, strict=True))
+    }
+    return rule.decide(problem, replace(solution, sensitivities=some))
+
+
+@given(data=st.data(), number=st.integers(1, 8))
+def test_constraints_of_the_user_are_kept(data: st.DataObject, number: int, solved: Any) -> None:
+    """Against all subsets; constraints may exclude each other, require, and be impossible."""
+    gains = data.draw(st.lists(st.floats(-5, 5), min_size=number, max_size=number))
+    sizes = st.lists(st.integers(-2, 2), min_size=number, max_size=number)
+    rows = data.draw(st.lists(st.tuples(sizes, st.integers(-2, 3)), min_size=1, max_size=3))
+    constraints = [
+        ({str(i): a for i, a in enumerate(row) if a}, float(bound)) for row, bound in rows
+    ]
+    rule = Budget(3, per_site=None, gain=lambda s: s.value, constraints=constraints)
+    feasible = [
+        subset
+        for size in range(4)  # each has one parameter, of 3
+        for subset in itertools.combinations(range(number), size)
+        if all(sum(row[i] for i in subset) <= bound for row, bound in rows)
+    ]
+    if not feasible:
+        with refused(cg.RuleError, "no choice of candidates"):
+            asked(solved, gains, [0] * number, rule)
+        return
+    decision = asked(solved, gains, [0] * number, rule)
+    taken = sorted(map(int, decision.chosen))
+    assert tuple(taken) in feasible
+    best = max(sum(gains[i] for i in subset) for subset in feasible)
+    assert sum(gains[i] for i in taken) == pytest.approx(best, rel=1e-9, abs=1e-9)
+
+
+def test_neighbours_stages_and_precedence(solved: Any) -> None:
+    gains, sites = [5.0, 4.0, 3.0, 0.5], [0, 1, 2, 3]
+
+    def chosen(*constraints: Any) -> tuple[str, ...]:
+        rule = Budget(gain=lambda s: s.value, constraints=constraints)
+        return asked(solved, gains, sites, rule).chosen
+
+    neighbours = [({str(i): 1, str(i + 1): 1}, 1) for i in range(3)]
+    assert chosen(*neighbours) == ("0", "2")
+    assert chosen(({"0": 1, "1": 1}, 1), ({"2": 1, "3": 1}, 1)) == ("0", "2")  # one per stage
+    assert chosen(({"0": 1, "3": -1}, 0), ({"0": 1, "1": 1, "2": 1, "3": 1}, 2)) == ("1", "2")
+    assert chosen(({"3": -1}, -1), ({"0": 1, "1": 1, "2": 1, "3": 1}, 2)) == ("0", "3")
+    with refused(cg.RuleError, "['7'], which are no candidates"):
+        chosen(({"7": 1}, 1))
+
+
 @given(knapsack=knapsacks())
 def test_prices_prove_the_relaxation(knapsack: Knapsack, solved: Any) -> None:
     """LP duality: what is left of the limit is priced, and each site takes what pays the most.
