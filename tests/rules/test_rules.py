@@ -5,6 +5,8 @@ import random
 from collections.abc import Mapping
 from typing import Any
 
+import cvxpy as cp
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -22,6 +24,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import constrained_growth as cg
+from constrained_growth.blocks import ResidualMLP
 from constrained_growth.rules import Fixed, Random, otherwise, then
 
 
@@ -31,6 +34,55 @@ def sensitivities(**values: float) -> dict[str, cg.Sensitivity]:
 
 def counted(**values: tuple[float, int]) -> dict[str, cg.Sensitivity]:
     return {name: cg.Sensitivity(v, num_parameters=n) for name, (v, n) in values.items()}
+
+
+# --- optimality, by CVXPY -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_threshold_is_a_group_lasso_and_top_k_a_linear_program(seed: int) -> None:
+    """min −⟨λ, v⟩ + ½‖v‖² + τ Σ_c ‖v_c‖ leaves c at its pin exactly where ‖λ_c‖ ≤ τ.
+
+    And v_c ≠ 0 has the subgradient condition λ_c = v_c + τ v_c/‖v_c‖. The k largest maximise
+    Σ ‖λ_c‖ x_c over 0 ≤ x ≤ 1, Σ x_c ≤ k, whose price is that of the next one.
+    """
+    torch.manual_seed(seed)
+    model, data = feedforward(2, 4, 5, 4, 3), classified(30)
+    places = [
+        cg.Candidate(after, ResidualMLP(width, hidden, torch.tanh), f"{after}, {hidden}")
+        for after, width in (("1", 4), ("3", 5), ("5", 4))
+        for hidden in (2, 3)
+    ]
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, places)
+    solution = cg.solve(problem, cg.TopK(1), norm=cg.norms.Frobenius())
+    sizes = {name: s.value for name, s in solution.sensitivities.items()}
+    ordered = sorted(sizes.values(), reverse=True)
+    tau = (ordered[2] + ordered[3]) / 2
+
+    rule = cg.Threshold(absolute=tau)
+    chosen = cg.solve(problem, rule, norm=cg.norms.Frobenius()).decision.chosen
+    lambdas = {
+        name: np.concatenate([t.flatten().numpy() for t in pins.values()]) / tau
+        for name, pins in solution.multipliers.items()
+    }
+    moves = {name: cp.Variable(len(value)) for name, value in lambdas.items()}
+    terms = [cp.sum_squares(v) / 2 - lambdas[name] @ v + cp.norm(v) for name, v in moves.items()]
+    cp.Problem(cp.Minimize(cp.sum(cp.hstack(terms)))).solve(solver=cp.CLARABEL)
+    found = {name: np.asarray(v.value) for name, v in moves.items()}
+    assert {name for name, v in found.items() if np.linalg.norm(v) > 1e-4} == set(chosen)
+    for name in chosen:
+        v = found[name]
+        np.testing.assert_allclose(v + v / np.linalg.norm(v), lambdas[name], atol=1e-4)
+
+    top = cg.solve(problem, cg.TopK(3), norm=cg.norms.Frobenius()).decision.chosen
+    x, values = cp.Variable(len(sizes)), np.array(list(sizes.values())) / tau
+    limit: Any = cp.sum(x) <= 3
+    cp.Problem(cp.Maximize(values @ x), [limit, x >= 0, x <= 1]).solve(solver=cp.CLARABEL)
+    assert {n for n, share in zip(sizes, np.asarray(x.value), strict=True) if share > 0.5} == set(
+        top
+    )
+    price = float(np.asarray(limit.dual_value)) * tau
+    assert ordered[3] * (1 - 1e-4) <= price <= ordered[2] * (1 + 1e-4)
 
 
 # --- TopK -----------------------------------------------------------------------------------------
