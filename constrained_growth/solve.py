@@ -9,7 +9,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from constrained_growth._arguments import data_again, flag, function, instance, number
 from constrained_growth._data import batch_size, counted, undisturbed
@@ -80,8 +80,9 @@ def solve(
             `Threshold(relative=...)`). The source's choice is `cg.norms.Frobenius()`.
         validation: Batches that the model has not been trained on, to say of the step that `data`
             propose what it does to their loss: `sensitivity.held_out`. One more pass, over them.
-            With `rule=None` the best candidate is chosen only if that is significantly good, by
-            `then(TopK(1), Generalizes())`; otherwise nothing is.
+            With `rule=None` the best candidate is chosen only if that is clearly good, by
+            `then(TopK(1), Generalizes())`; otherwise nothing is. That rule is there without
+            other data too, by the groups of `data` (`sensitivity.cross_fitted`).
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
         gtol: θ counts as first-order stationary when ‖∇_θ L‖₂ max(1, ‖θ‖₂) ≤ gtol |L|, with all
@@ -149,8 +150,7 @@ def solve(
     sizes = [s.value for s in sensitivities.values()]
     moving = None
     if residual is not None:
-        theta = (p.detach() for p in problem.model.parameters() if p.requires_grad)
-        moving = residual * max(1.0, math.sqrt(squared_norm(theta)))
+        moving = residual * max(1.0, _size_of_theta(problem.model))
     status = _status([found.loss, residual or 0.0, *sizes], moving, gtol * abs(found.loss))
     if status is Status.NOT_FINITE and throw:
         raise DataError(
@@ -353,6 +353,13 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
     except KeyError:  # a norm of the user's own that asks for certain parameters
         return None
     return float(sum(sizes, 0.0) / len(layers))
+
+
+def _size_of_theta(model: nn.Module) -> float:
+    """‖θ‖₂ over the trainable parameters, without a copy of them."""
+    each = (p.detach() for p in model.parameters() if p.requires_grad)
+    dtypes = ((p, torch.promote_types(p.dtype, torch.float32)) for p in each)
+    return math.hypot(*(float(whole(torch.linalg.vector_norm(p, dtype=d))) for p, d in dtypes))
 
 
 def _status(values: Iterable[float], moving: float | None, tolerance: float) -> Status:
