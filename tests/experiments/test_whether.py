@@ -26,7 +26,7 @@ def test_the_score_test_is_a_regression_of_ones_on_the_scores(frozen: bool) -> N
     model.requires_grad_(not frozen)
     block = cg.blocks.ResidualMLP(4, 3, nn.Tanh())
     x, y = torch.randn(80, 3), torch.randn(80, 2)
-    grown = nn.Sequential(*model[:3], block, model[3])  # the second site is after the block
+    grown = nn.Sequential(*list(model)[:3], block, model[3])  # the second site is after the block
     old = [] if frozen else list(model.parameters())
     scores = []
     for a, b in zip(x, y, strict=True):
