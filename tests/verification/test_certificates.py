@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -47,14 +48,19 @@ def noisy(truth: nn.Module, *, classes: bool = False) -> tuple[Tensor, Tensor]:
     return x, y + 0.2 * torch.randn_like(y)
 
 
+def root_of_size(input: Tensor, _: Tensor) -> float:
+    return len(input) ** 0.5
+
+
 def trained_from_scratch(kind: str, seed: int) -> cg.GrowthProblem:
     torch.manual_seed(seed)
-    outputs, middle, weight = 2, nn.Tanh, None
+    outputs, weight = 2, None
+    middle: Callable[[], nn.Module] = nn.Tanh
     block: nn.Module = ResidualMLP(3, 2, torch.tanh)
     if kind == "residual":
-        middle = lambda: Residual(3)  # noqa: E731
+        middle = partial(Residual, 3)
     if kind == "shifted identity":
-        middle = lambda: TanhLU(0.1)  # noqa: E731
+        middle = partial(TanhLU, 0.1)
         block = IdentityLinear(3, TanhLU(0.1))
     x, y = noisy(network(outputs, middle), classes=kind == "classes")
     net = network(outputs, middle)
@@ -66,7 +72,7 @@ def trained_from_scratch(kind: str, seed: int) -> cg.GrowthProblem:
     batches = [(x, y)]
     if kind == "weighted, ragged":
         batches = list(zip(x.tensor_split([37]), y.tensor_split([37]), strict=True))
-        weight = lambda input, target: len(input) ** 0.5  # noqa: E731
+        weight = root_of_size
     places = [cg.Candidate("1", block)]
     return cg.GrowthProblem(net, loss, batches, places, weight=weight)
 
