@@ -20,7 +20,7 @@ from constrained_growth._multipliers.agreement import (
     closed_form_holds,
     refuse_other_networks,
 )
-from constrained_growth._multipliers.fit import check_fit
+from constrained_growth._multipliers.fit import check_fit, share_at_kinks
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
@@ -48,9 +48,6 @@ Places = Sequence[tuple[Site, Sequence[Candidate]]]
 
 _MOST_BATCHES = 64
 """In so many batches a site has to be passed once: in the first ones an expert may be idle."""
-
-_MOST_UNITS = 2**20
-"""Of a batch, of which the share at a kink is found."""
 
 _Facts = tuple[torch.dtype, bool]
 """Of a site: what a block there has to be in, and whether the model changes the tensor in place."""
@@ -373,18 +370,8 @@ def _filled(
         device=device,
         overwritten=overwritten,
         needs_context=any(takes_context(block) for block in blocks.values()),
-        kinks={name: _share_at_kinks(block, seen) for name, block in blocks.items()},
+        kinks={name: share_at_kinks(block, seen) for name, block in blocks.items()},
     )
-
-
-def _share_at_kinks(block: nn.Module, seen: Sequence[Use]) -> float:
-    kinks: Any = getattr(block, "kinks", None)
-    if not callable(kinks) or not seen:
-        return 0.0
-    with torch.no_grad():
-        some = [use.x[: max(1, _MOST_UNITS // max(1, use.x[0].numel()))] for use in seen]
-        masks = torch.cat([torch.as_tensor(kinks(x)).flatten() for x in some])
-    return float(masks.double().mean())
 
 
 def _parameter_dtype(model: nn.Module, default: torch.dtype) -> torch.dtype:

@@ -32,6 +32,8 @@ from constrained_growth._multipliers.groups import (
     accumulation_dtype,
     add_products,
     add_sums,
+    forms_products,
+    squared_sizes,
 )
 from constrained_growth._multipliers.moments import (
     Found,
@@ -340,7 +342,7 @@ def _add_factor(
         found = sum(t.square().sum(dtype=torch.float64) for t in more) if squares is not None else 0
     else:
         matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
-        if squares is not None and _forms_products(psi, phi):  # they serve both sums
+        if squares is not None and forms_products(psi, phi):  # they serve both sums
             products = psi.mT @ phi
             add_sums(matrix, products, scale, span, offset)
             more = [products] if shifts is None else [products, shifts]
@@ -382,23 +384,3 @@ def _parts(use: Use, each: int) -> Iterator[Tensor]:
 def _zeros(groups: int, pin: Tensor) -> Tensor:
     dtype = accumulation_dtype(pin.dtype)
     return torch.zeros((groups, *pin.shape), dtype=dtype, device=pin.device)
-
-
-def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
-    """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, and ‖Σ_t ψ_nt‖² with a bias.
-
-    ψ has the shape (samples, positions, out), φ (samples, positions, in). No product is formed.
-    """
-    has_bias = shifts is not None
-    if psi.shape[1] == 1:  # ‖ψ_n‖² (‖φ_n‖² + 1)
-        rows, columns = (
-            torch.linalg.vector_norm(t.squeeze(1), dim=1).double().square_() for t in (psi, phi)
-        )
-        return torch.dot(rows, columns.add_(1.0) if has_bias else columns)
-    return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
-
-
-def _forms_products(psi: Tensor, phi: Tensor) -> bool:
-    """Whether ‖ψ_nᵀ φ_n‖² is cheaper from the product than as Σ_st (ψ_s·ψ_t)(φ_s·φ_t)."""
-    positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
-    return positions > 1 and positions * (out + width) > out * width

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from constrained_growth._sites.context import Context
 from constrained_growth._sites.untouched import full_precision, untouched
 from constrained_growth.blocks import has_factors, moves, pinned_parameters
 from constrained_growth.errors import BlockError
+
+_MOST_UNITS = 2**20
+"""Of a batch, of which the share at a kink is found."""
 
 
 def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
@@ -73,3 +77,14 @@ def _check_factors(block: Any, x: Tensor, delta: Tensor, where: str) -> None:
             f"parameters are {pinned}; it has to give each of them, with cotangents in the first "
             "dimension and features in the second, or leave factors out."
         )
+
+
+def share_at_kinks(block: nn.Module, seen: Sequence[Use]) -> float:
+    """Share of the units, on the first batch, where the block's activation has a kink."""
+    kinks: Any = getattr(block, "kinks", None)
+    if not callable(kinks) or not seen:
+        return 0.0
+    with torch.no_grad():
+        some = [use.x[: max(1, _MOST_UNITS // max(1, use.x[0].numel()))] for use in seen]
+        masks = torch.cat([torch.as_tensor(kinks(x)).flatten() for x in some])
+    return float(masks.double().mean())

@@ -106,6 +106,26 @@ def add_sums(total: Tensor, values: Tensor, factor: float, span: Span, offset: i
             total[group].add_(values[start:stop].sum(0), alpha=factor)
 
 
+def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
+    """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, and ‖Σ_t ψ_nt‖² with a bias.
+
+    ψ has the shape (samples, positions, out), φ (samples, positions, in). No product is formed.
+    """
+    has_bias = shifts is not None
+    if psi.shape[1] == 1:  # ‖ψ_n‖² (‖φ_n‖² + 1)
+        rows, columns = (
+            torch.linalg.vector_norm(t.squeeze(1), dim=1).double().square_() for t in (psi, phi)
+        )
+        return torch.dot(rows, columns.add_(1.0) if has_bias else columns)
+    return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
+
+
+def forms_products(psi: Tensor, phi: Tensor) -> bool:
+    """Whether ‖ψ_nᵀ φ_n‖² is cheaper from the product than as Σ_st (ψ_s·ψ_t)(φ_s·φ_t)."""
+    positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
+    return positions > 1 and positions * (out + width) > out * width
+
+
 def _runs(samples: int, span: Span, offset: int) -> Iterator[tuple[int, int, int, int]]:
     """A first group, from which to which sample, and in how many groups these are."""
     start = 0
