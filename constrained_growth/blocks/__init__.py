@@ -13,6 +13,7 @@ Nothing else is required: λ then comes from differentiating the block alone. A 
 
     factors(x, delta)     its multipliers in closed form, an iterable of `AffineFactors` for all
                           pinned parameters; see `HasFactors`
+    kinks(x)              where its activation has a kink at the pins, a mask of the shape of x
     exact_after(module)   True if the block is the identity on everything that `module` can
                           return; otherwise this is checked on the data
     takes_context         true if the block is called as block(x, *args[1:], **kwargs), with all

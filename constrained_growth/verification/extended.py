@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from constrained_growth._sites.collector import replaced
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call
 from constrained_growth._sites.site import Site
+from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
@@ -42,11 +42,16 @@ class ExtendedNetwork(nn.Module):
             hook = functools.partial(_with_block, block, site)
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
+    @property
+    def loss_fn(self) -> Any:
+        """The copy of the loss."""
+        return self._loss_fn[0]
+
     def forward(self, input: object, target: object, output: object = None) -> tuple[Any, Any]:
         """The output of the model for one input of the data, if none is given; and the loss."""
         with eagerly():
             output = call(self.model, input) if output is None else output
-            return output, self._loss_fn[0](output, target)
+            return output, self.loss_fn(output, target)
 
 
 def _with_block(
@@ -104,15 +109,12 @@ class ExtendedProblem:
 
     def _refuse_random_or_closures(self) -> None:
         model = type(self.problem.model).__name__
-        originals = [p for p in self.problem.model.parameters() if p.requires_grad]
-        loss = self.loss(self.zero)
-        read: Sequence[Tensor | None] = []
-        if originals and loss.requires_grad:
-            read = torch.autograd.grad(loss, originals, allow_unused=True)
-        if any(gradient is not None for gradient in read):
+        originals = {id(m) for m in self.problem.model.modules()}
+        originals |= {id(p) for p in self.problem.model.parameters()}
+        if any(id(value) in originals for value in reached(self.network.loss_fn)):
             raise DataError(
-                f"loss_fn={self.problem.loss_fn!r} reads parameters of model={model} by closure, "
-                "and would go on reading them where a copy of the model is solved. Make it an "
+                f"loss_fn={self.problem.loss_fn!r:.80} reads model={model} by closure, "
+                "and would go on reading it where a copy is solved. Make it an "
                 "nn.Module that has the model as an attribute, so that both are copied together."
             )
         if not torch.equal(self.loss(self.zero), self.loss(self.zero)):
@@ -149,7 +151,7 @@ class ExtendedProblem:
         return torch.stack(losses).sum()
 
     def value(self, z: Vector) -> float:
-        """L(θ, v), written into the parameters: three times as fast as a functional call."""
+        """L(θ, v), with z written into the parameters, faster than by a functional call."""
         pieces = torch.from_numpy(z).split(list(self.parts.values()))
         with torch.no_grad():
             for (name, base), piece in zip(self._base.items(), pieces, strict=True):
@@ -211,7 +213,7 @@ def _hessian(loss: Callable[[Tensor], Tensor], point: Tensor) -> Vector:
 
 def copied(problem: GrowthProblem) -> tuple[nn.Module, Any]:
     """Model and loss, copied together, so that a loss that holds the model holds the copy."""
-    model, loss_fn = copy.deepcopy((problem.model, problem.loss_fn))
+    model, loss_fn = deepcopied((problem.model, problem.loss_fn))
     if isinstance(loss_fn, nn.Module):
         loss_fn = loss_fn.to("cpu", torch.float64)
     return model.to("cpu", torch.float64), loss_fn
@@ -220,7 +222,7 @@ def copied(problem: GrowthProblem) -> tuple[nn.Module, Any]:
 def doubled(value: Any) -> Any:
     """A copy on the CPU with floating-point numbers in float64; functions unchanged."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).to("cpu", torch.float64)
+        return deepcopied(value).to("cpu", torch.float64)
     if isinstance(value, Tensor):
         dtype = torch.float64 if value.is_floating_point() else value.dtype
         return value.detach().to("cpu", dtype, copy=True)

@@ -286,6 +286,12 @@ def _penalty(extended: ExtendedProblem, outputs: Sequence[Tensor]) -> tuple[Vect
                 f"loss_fn={extended.problem.loss_fn!r} reads parameters other than by a quadratic "
                 "penalty added to a function of the output; use check_with_scipy."
             )
+    lowest, highest = np.linalg.eigvalsh(square.numpy())[[0, -1]]
+    if lowest < -1e-9 * max(1.0, highest):
+        raise DataError(
+            f"loss_fn={extended.problem.loss_fn!r} adds a penalty on parameters that is not convex "
+            f"(curvature {lowest:.2g}); use check_with_scipy."
+        )
     return linear.numpy(), square.numpy()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -187,11 +188,43 @@ def test_a_loss_that_reads_the_model_by_closure_is_named(check):
         penalty = sum(p.square().sum() for p in model.parameters())
         return (output - target).square().mean() + 0.01 * penalty
 
-    closure = cg.GrowthProblem(model, decayed, problem.data, problem.candidates)
-    with pytest.raises(cg.DataError, match=r"loss_fn=.*decayed.* by closure.*nn\.Module"):
-        check(closure)
-    with pytest.raises(cg.DataError, match="by closure"):
-        kkt_residuals(closure, cg.solve(closure))
+    own = list(model.parameters())
+
+    def listed(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().mean() + 0.01 * own[2].detach().square().sum()
+
+    for loss in (decayed, listed):
+        closure = cg.GrowthProblem(model, loss, problem.data, problem.candidates)
+        with pytest.raises(cg.DataError, match=rf"{loss.__name__}.* by closure.*nn\.Module"):
+            check(closure)
+        with pytest.raises(cg.DataError, match="by closure"):
+            kkt_residuals(closure, cg.solve(closure))
+
+
+class Keeping(nn.Sequential):
+    """Keeps its last output, and has a loss that reads its parameters."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.kept = super().forward(input)
+        return self.kept
+
+    def penalised(self, output: Tensor, target: Tensor) -> Tensor:
+        head: Any = self[2]
+        return (output - target).square().mean() + 0.01 * head.weight.square().sum()
+
+
+def test_losses_that_are_copied_with_the_model_serve() -> None:
+    """Bound methods and partials; and a model that keeps an activation with its graph."""
+    plain = square_problem()
+    model = Keeping(*plain.model.children())
+    model(next(iter(plain.data))[0])
+    for loss in (model.penalised, partial(Keeping.penalised, model)):
+        problem = cg.GrowthProblem(model, loss, plain.data, plain.candidates)
+        report = check_with_scipy(problem)
+        assert report.passed, str(report)
+        solution = cg.solve(problem)
+        residuals = kkt_residuals(problem, solution)
+        assert residuals.stationarity == pytest.approx(solution.stationarity)
 
 
 def test_slopes_at_a_kink_are_to_one_side():

@@ -247,6 +247,14 @@ def test_a_penalty_that_is_not_quadratic():
         check_with_cvxpy(problem, cvxpy_loss=lambda y, t: cp.mean(cp.square(y - t.numpy())))
 
 
+def test_a_penalty_that_is_not_convex():
+    plain = convex_problem(nn.MSELoss(), "values", 2)
+    loss = Decayed(plain.model, decay=-0.01)
+    problem = cg.GrowthProblem(plain.model, loss, plain.data, plain.candidates)
+    with pytest.raises(cg.DataError, match=r"not convex \(curvature -0\.02\)"):
+        check_with_cvxpy(problem, cvxpy_loss=lambda y, t: cp.mean(cp.square(y - t.numpy())))
+
+
 def test_several_solvers_in_one_report():
     report = check_with_cvxpy(
         convex_problem(nn.MSELoss(), "values", 2), solver=[cp.CLARABEL, cp.OSQP, cp.SCS]

@@ -87,13 +87,14 @@ def _kinds() -> list[Kind]:
     found = []
     for name, optimizer in (("adam", Adam(0.003)), ("sgd", SGD(0.02, 0.9))):
         for size, epochs in ((150, 240), (2_000, 60)):
-            for student in ("teacher", "lacking"):
-                found.append(Kind(f"{student}-{size}-{name}", optimizer, size, student))
-            for shifted in (False, True):
-                label = "frozen-shifted" if shifted else "frozen"
-                kind = Kind(f"{label}-{size}-{name}", optimizer, size, "teacher", True, shifted)
-                found.append(kind)
-            found[-4:] = [replace(kind, epochs=epochs) for kind in found[-4:]]
+            for label, student, frozen, shifted in (
+                ("teacher", "teacher", False, False),
+                ("lacking", "lacking", False, False),
+                ("frozen", "teacher", True, False),
+                ("frozen-shifted", "teacher", True, True),
+            ):
+                named = f"{label}-{size}-{name}"
+                found.append(Kind(named, optimizer, size, student, frozen, shifted, epochs))
         found.append(Kind(f"underfitted-{name}", optimizer, 2_000, "fresh", begun=5))
     return found
 
@@ -122,7 +123,9 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
 
     def of(kind: Kind) -> dict[str, Any]:
-        key = digest(f"whether-{kind.name}", repr((kind, list(seeds), plan.runs)))
+        model, data = _seeded(kind, seeds[0])
+        tensors = [*model.parameters(), *(tensor for part in data for tensor in part)]
+        key = digest(f"whether-{kind.name}", repr((kind, list(seeds), plan.runs)), *tensors)
         with one_thread():
             return cached(cache, key, lambda: _outcomes(kind, seeds, plan.runs))
 
@@ -131,8 +134,7 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         found: Any = Parallel(n_jobs=min(plan.workers, len(plan.tasks)))(jobs)
         here = machine()
     details = {kind.name: one for kind, one in zip(plan.tasks, found, strict=True)}
-    groups = {"all": list(details)}
-    groups |= {name: [kind] for kind in details for name in [kind]}
+    groups = {"all": list(details)} | {kind: [kind] for kind in details}
     return {
         "kinds": {
             group: _rates([details[kind] for kind in some]) for group, some in groups.items()
@@ -183,11 +185,7 @@ def _truth(details: Mapping[str, Any]) -> tuple[Any, Any]:
 
 def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
     """Gains by inserting at each site, their standard errors, and the p-values of the tests."""
-    made = []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            made.append(_made(kind))
+    made = [_seeded(kind, seed) for seed in seeds]
     models, parts = (
         [model for model, _ in made],
         list(zip(*(data for _, data in made), strict=True)),
@@ -238,6 +236,12 @@ def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
         "tests": {test: [one[test] for one in found] for test in TESTS},
         "chosen": [one["chosen"] for one in found],
     }
+
+
+def _seeded(kind: Kind, seed: int) -> tuple[nn.Sequential, list[Data]]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _made(kind)
 
 
 def _made(kind: Kind) -> tuple[nn.Sequential, list[Data]]:
