@@ -42,7 +42,8 @@ class FactorsOf:
         self._dtype = dtype
         self._own = has_factors(block)
         self._layouts: list[Layout | None] | None = None  # of recorded maps
-        self._zeros: frozenset[str] = frozenset()
+        # asked now, as the loop over the data must not make a GPU wait
+        self._zeros = frozenset() if self._own else zeros_of(block)
 
     def __call__(self, uses: Sequence[Use], size: int) -> Factors | None:
         """The factors of a batch of `size` samples; None if a pin is in no affine map."""
@@ -71,8 +72,6 @@ class FactorsOf:
             first, alone = self._layouts is None, use.delta.clone()
             alone[1:] = 0.0
             more = (alone,) if first else ()
-            if first:
-                self._zeros = zeros_of(self._block)
             found = recorded_factors(self._block, use, use.delta, *more, zeros=self._zeros)
             if found is None:
                 return None
