@@ -344,11 +344,8 @@ for (f, name), (thetas, points) in stationary.items():
     )
 
 # Danskin: to the right the least of the slopes -lambda, to the left the greatest
-danskin = (
-    max(-lam for lam in prices["two minimisers"]),
-    min(-lam for lam in prices["two minimisers"]),
-)
-assert np.allclose(slopes["two minimisers"], danskin, atol=1e-2)
+each = [-price for price in prices["two minimisers"]]
+assert np.allclose(slopes["two minimisers"], [max(each), min(each)], atol=1e-2)
 assert slopes["two minimisers"][0] > 0 > slopes["two minimisers"][1]
 at_saddle, at_minimum = prices["a saddle"]
 assert np.allclose(slopes["a saddle"], -at_minimum, atol=1e-2)
