@@ -188,7 +188,7 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}.png")
             text = to_json(numbers) + "\n"
             (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
             write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
