@@ -90,7 +90,7 @@ def _tested(
 
 
 def _test(groups: Pairs, samples: int) -> HeldOut:
-    from scipy import stats
+    from scipy import stats  # seconds to import
 
     slope, count = math.fsum(part for part, _ in groups), len(groups)
     if count < 2:

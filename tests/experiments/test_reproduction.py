@@ -17,14 +17,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.experiments import commands as command
 from constrained_growth.experiments import figures, statistics
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.ensembles.growth import new_layer
 from constrained_growth.experiments.ensembles.networks import ensemble, samples
 from constrained_growth.experiments.ensembles.training import Shuffle
-from constrained_growth.experiments.reproduction import report
+from constrained_growth.experiments.reproduction import protocols, report
 from constrained_growth.experiments.reproduction import reproduce as reproduction
 from constrained_growth.experiments.reproduction import runs as referee
 from constrained_growth.experiments.reproduction.protocols import (
@@ -399,7 +398,7 @@ def small_protocols(monkeypatch):
         name: tiny(name, times=(3, 5), reference=reference, counts=counts)
         for name in ("Exp9", "Exp10")
     }
-    monkeypatch.setattr(command, "EXPERIMENTS", small)
+    monkeypatch.setattr(protocols, "EXPERIMENTS", small)
     return small
 
 
@@ -547,7 +546,7 @@ def test_images_are_reproduced_too(tmp_path, monkeypatch):
             for e in on_images(data, split)
         ]
 
-    monkeypatch.setattr(command, "on_images", small)
+    monkeypatch.setattr(protocols, "on_images", small)
     file = tmp_path / "numbers.json"
     ran = CliRunner().invoke(app, ["reproduce", "images", "--seeds", "2", "--json", str(file)])
     assert ran.exit_code == 0, ran.output
