@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from constrained_growth._sites.model import call
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import eagerly, untouched
+from constrained_growth._structure import mapped
 from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
@@ -35,7 +36,8 @@ class ExtendedNetwork(nn.Module):
         super().__init__()
         self.model, loss_fn = copied(problem)
         self._loss_fn = (loss_fn,)  # no submodule: it may hold the model, which has one name
-        self.blocks = nn.ModuleList(doubled(candidate.block) for candidate in problem.candidates)
+        self.blocks = nn.ModuleList(deepcopied(one.block) for one in problem.candidates)
+        self.blocks.to("cpu", torch.float64)
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
@@ -223,14 +225,10 @@ def copied(problem: GrowthProblem) -> tuple[nn.Module, Any]:
 
 
 def doubled(value: Any) -> Any:
-    """A copy on the CPU with floating-point numbers in float64; functions unchanged."""
-    if isinstance(value, nn.Module):
-        return deepcopied(value).to("cpu", torch.float64)
-    if isinstance(value, Tensor):
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return value.detach().to("cpu", dtype, copy=True)
-    if isinstance(value, Mapping):
-        return {key: doubled(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(doubled(item) for item in value)
-    return value
+    """A copy of an input or target on the CPU, with floating-point numbers in float64."""
+
+    def double(tensor: Tensor) -> Tensor:
+        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", dtype, copy=True)
+
+    return mapped(value, double)
