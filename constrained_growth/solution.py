@@ -269,7 +269,7 @@ class Planned:
 
 @dataclass(frozen=True, repr=False)
 class Solution(ReadLater):
-    """The answer of [`solve`][constrained_growth.solve.solve].
+    """The answer of [`solve`][constrained_growth.solve].
 
     Attributes:
         status: How `multipliers` are to be read.
