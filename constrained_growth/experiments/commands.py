@@ -1,17 +1,18 @@
-"""The command line: each command calls one function of `experiments` and shows what it returns."""
+"""The command line: each command calls one function of `experiments` and shows what it returns.
+
+A command imports what it runs itself: help has to come at once, without torch.
+"""
 
 from __future__ import annotations
 
 import functools
 import time
+from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
-import constrained_growth as cg
-from constrained_growth.experiments import demo_report, figures
 from constrained_growth.experiments.command_line import (
     Folder,
     Json,
@@ -24,25 +25,10 @@ from constrained_growth.experiments.command_line import (
     typed,
     write_tables,
 )
-from constrained_growth.experiments.data import digits, mnist1d
-from constrained_growth.experiments.decisions import expansions, shifts, whether
-from constrained_growth.experiments.decisions import study as decisions
-from constrained_growth.experiments.demo import run_demo
-from constrained_growth.experiments.growth import benchmark as growth
-from constrained_growth.experiments.reproduction import report
-from constrained_growth.experiments.reproduction.protocols import (
-    EXPERIMENTS,
-    Experiment,
-    on_images,
-)
-from constrained_growth.experiments.reproduction.reproduce import forget
-from constrained_growth.experiments.reproduction.reproduce import reproduce as run
-from constrained_growth.experiments.speed import monitoring, multipliers
 from constrained_growth.experiments.tables import to_json
-from constrained_growth.experiments.timing import one_thread
 
-IMAGES = {"digits": digits, "mnist1d": functools.cache(mnist1d)}  # a second for each seed
-"""Where `reproduce images` takes its images from."""
+if TYPE_CHECKING:
+    from constrained_growth.experiments.reproduction.protocols import Experiment
 
 app = typer.Typer(
     add_completion=False,
@@ -56,7 +42,7 @@ app.add_typer(bench, name="bench")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(cg.__version__)
+        typer.echo(installed("constrained-growth"))
         raise typer.Exit
 
 
@@ -80,6 +66,9 @@ def demo(
     json: Json = None,
 ) -> None:
     """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    from constrained_growth.experiments import demo_report
+    from constrained_growth.experiments.demo import run_demo
+
     begin, console = time.perf_counter(), terminal(width=0)
     result = run_demo(
         data,
@@ -102,6 +91,8 @@ def bench_multipliers(
     quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
 ) -> None:
     """Time multipliers against ordinary gradient passes, on one thread."""
+    from constrained_growth.experiments.speed import multipliers
+
     carry_out("multipliers", multipliers, quick=quick, seed=seed, out=out, json=json)
 
 
@@ -110,6 +101,8 @@ def bench_monitoring(
     quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
 ) -> None:
     """Time training steps that are watched against steps that are not, on one thread."""
+    from constrained_growth.experiments.speed import monitoring
+
     carry_out("monitoring", monitoring, quick=quick, seed=seed, out=out, json=json)
 
 
@@ -132,7 +125,9 @@ def bench_decisions(
 
     With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
     """
-    studies = {"tasks": decisions, "shifts": shifts, "expansions": expansions, "whether": whether}
+    from constrained_growth.experiments.decisions import expansions, shifts, study, whether
+
+    studies = {"tasks": study, "shifts": shifts, "expansions": expansions, "whether": whether}
     name = "decisions" if family == "tasks" else f"decisions-{family}"
     carry_out(name, studies[family], quick=quick, seed=seed, out=out, json=json, tasks=task)
 
@@ -145,7 +140,10 @@ def bench_growth(
 
     With --out, every run is kept there: an interrupted benchmark resumes.
     """
-    found = carry_out("growth", growth, quick=quick, seed=seed, out=out, json=json, tasks=task)
+    from constrained_growth.experiments import figures
+    from constrained_growth.experiments.growth import benchmark
+
+    found = carry_out("growth", benchmark, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
         figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
 
@@ -154,7 +152,7 @@ def bench_growth(
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(help=f"{', '.join(EXPERIMENTS)}, all, or images.", show_default=False),
+        typer.Argument(help="A name from --list, all, or images.", show_default=False),
     ] = None,
     show: Annotated[
         bool, typer.Option("--list", help="List the experiments and how long they take.")
@@ -172,6 +170,14 @@ def reproduce(
 
     With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers.
     """
+    import torch
+
+    from constrained_growth.experiments import figures
+    from constrained_growth.experiments.reproduction import report
+    from constrained_growth.experiments.reproduction.reproduce import forget
+    from constrained_growth.experiments.reproduction.reproduce import reproduce as run
+    from constrained_growth.experiments.timing import one_thread
+
     console = terminal()
     if show or name is None:
         console.print(report.overview())
@@ -188,7 +194,7 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}.png")
             text = to_json(numbers) + "\n"
             (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
             write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
@@ -207,8 +213,12 @@ def reproduce(
 
 def _named(name: str, data: str) -> list[Experiment]:
     """The experiments of a name, whatever its case."""
+    from constrained_growth.experiments.data import digits, mnist1d
+    from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, on_images
+
+    split = digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed
     known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
-    known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, IMAGES[data]))}
+    known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, split))}
     if name.lower() not in known:
         raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
     return known[name.lower()]

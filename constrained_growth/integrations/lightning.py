@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._distributed import everywhere, rank
+from constrained_growth._extras import extra_packages
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, TrainingError
@@ -20,6 +19,10 @@ from constrained_growth.insertion import GrowthRecord, replay
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History
 from constrained_growth.training.loop import evaluate
+
+with extra_packages():
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
 
 
 class GrowthCallback(Callback):
@@ -129,6 +132,7 @@ class GrowthCallback(Callback):
         model, optimizers = self._model(pl_module), trainer.optimizers
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
 
+        # the grower counts batches, Lightning the steps of optimizers, by which its plots go
         def log(tag: str, value: float, _: int) -> None:
             for logger in trainer.loggers:
                 logger.log_metrics({tag: value}, step=trainer.global_step)
@@ -139,6 +143,7 @@ class GrowthCallback(Callback):
         before, saved = self.grower, self._saved
         self.grower = Grower(model, optimizers, self._loss_fn, self._data, **options)
         if saved is not None:
+            # a run may go on with fewer or more processes than have saved it
             losses = saved["losses"][rank(None) % len(saved["losses"])]
             self.grower.load_state_dict({**saved["grower"], **losses})
             self._saved = None
@@ -163,6 +168,7 @@ class GrowthCallback(Callback):
             self.grower.step(found["loss"])
         self._has_losses = False
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # a layer inserted after the last epoch would never be trained
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self.grower.observe(metrics)
         else:
@@ -216,6 +222,7 @@ def load_from_checkpoint(
             _grow(self, model, checkpoint, blocks)
             super().on_load_checkpoint(checkpoint)
 
+    # a subclass, since nothing else comes between making the module and loading its weights
     module: Any = Growing.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
     module.__class__ = module_class
     return module

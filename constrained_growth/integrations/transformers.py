@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
 from constrained_growth._arguments import instance
+from constrained_growth._extras import extra_packages
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
 from constrained_growth.insertion.description import INTERNAL, LAYER_NUMBERS
+
+with extra_packages():
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 insert = insertion.insert
 replay = insertion.replay
@@ -135,6 +138,7 @@ class _Books:
                 longer = self._built(config)
             except Exception:  # it counts something else too, or must agree with another entry
                 continue
+            # of entries that lengthen several lists, which one a layer belongs to is not known
             built: dict[str, Any] = dict(longer.named_modules())
             lists = self._layers.items()
             grown = [n for n, old in lists if n in built and len(built[n]) == len(old) + 1]
@@ -291,6 +295,7 @@ def _stock_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
     """A model of the same class from a config, on the meta device."""
+    # no memory, and no random numbers; a class may write to the config that it is given
     with untouched(model), torch.device("meta"):
         return type(model)(copy.deepcopy(config))
 
