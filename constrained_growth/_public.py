@@ -7,7 +7,6 @@ import constrained_growth.norms as norms
 import constrained_growth.rules as rules
 import constrained_growth.statistics as statistics
 from constrained_growth._data import rebatch
-from constrained_growth._monitor import monitor
 from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.directional import directional_derivative
@@ -23,6 +22,7 @@ from constrained_growth.errors import (
     TrainingError,
 )
 from constrained_growth.insertion import GrowthRecord, insert, replay, rewrap
+from constrained_growth.monitoring import monitor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Budget, Fixed, Random, Threshold, TopK, TrustRegion
 from constrained_growth.solution import Constraint, Decision, Method, Sensitivity, Solution, Status

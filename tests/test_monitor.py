@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
-from constrained_growth._monitor import Monitor
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
+from constrained_growth.monitoring import Monitor
 
 Loss = Callable[[Any, Any], Tensor]
 KEEPS_GRAPH = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
