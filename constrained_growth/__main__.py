@@ -4,12 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; says what to install where its extra is missing."""
+    """Run the command line; says what to install where an extra is missing."""
     try:
         from constrained_growth.experiments.commands import app
+
+        app()
     except ModuleNotFoundError as error:
-        sys.exit(f"{error.name} is missing: pip install 'constrained-growth[demo]'")
-    app()
+        extra = "transformers" if error.name == "transformers" else "demo"
+        sys.exit(f"{error.name} is missing: pip install 'constrained-growth[{extra}]'")
 
 
 if __name__ == "__main__":
