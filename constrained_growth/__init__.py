@@ -26,15 +26,17 @@ else:
 
         So the command line can show its help without torch, which takes seconds to import.
         """
-        if name == "__version__":
-            return importlib.import_module("importlib.metadata").version("constrained-growth")
         module = f"{__name__}.{name}"
-        if name not in _FUNCTIONS and importlib.util.find_spec(module):
+        if name == "__version__":
+            value = importlib.import_module("importlib.metadata").version("constrained-growth")
+        elif name not in _FUNCTIONS and importlib.util.find_spec(module):
             return importlib.import_module(module)
-        public = importlib.import_module(f"{__name__}._public")
-        if name == "__all__" or name in public.__all__:
-            return getattr(public, name)
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        else:
+            public = importlib.import_module(f"{__name__}._public")
+            if name != "__all__" and name not in public.__all__:
+                raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            value = getattr(public, name)
+        return globals().setdefault(name, value)
 
     def __dir__() -> list[str]:
         """The public names alone, not the modules that hold them."""

@@ -2,16 +2,18 @@
 
 import sys
 
+from constrained_growth._extras import extra_packages
+
 
 def main() -> None:
-    """Run the command line; says what to install where an extra is missing."""
+    """Run the command line; where a package is missing it says what to install."""
     try:
-        from constrained_growth.experiments.commands import app
+        with extra_packages():
+            from constrained_growth.experiments.commands import app
 
-        app()
+            app()
     except ModuleNotFoundError as error:
-        extra = "transformers" if error.name == "transformers" else "demo"
-        sys.exit(f"{error.name} is missing: pip install 'constrained-growth[{extra}]'")
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

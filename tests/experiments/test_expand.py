@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +28,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth import experiments
-from constrained_growth.__main__ import main
 from constrained_growth.experiments import expand_benchmark
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.decisions.adaptation import Training, learn
@@ -212,19 +209,6 @@ def test_folders_and_files_that_are_not_what_they_should_be(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()
     assert "is there and not empty" in refusal(*files)
-
-
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "constrained_growth.experiments.expand"
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.delattr(experiments, "expand", raising=False)
-    monkeypatch.setattr(sys, "argv", ["", "expand", "a", "b", "c", "--layers=1", "--out=d"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == (
-        "transformers is missing: pip install 'constrained-growth[transformers]'"
-    )
 
 
 def test_pieces_are_of_the_text_and_do_not_overlap() -> None:
