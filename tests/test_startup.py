@@ -12,8 +12,11 @@ import constrained_growth as cg
 COMMANDS = [
     ["--version"],
     ["--help"],
-    *(["bench", name, "--help"] for name in ("multipliers", "monitoring", "decisions", "growth")),
-    *([name, "--help"] for name in ("demo", "bench", "reproduce")),
+    *(
+        ["bench", name, "--help"]
+        for name in ("multipliers", "monitoring", "decisions", "growth", "expansion")
+    ),
+    *([name, "--help"] for name in ("demo", "bench", "expand", "reproduce")),
 ]
 
 
