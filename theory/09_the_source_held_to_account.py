@@ -25,6 +25,7 @@ from matplotlib.patches import Patch, Rectangle
 from scipy import stats
 
 plt.style.use("style.mplstyle")
+plt.rcParams.update({"figure.dpi": 80, "font.size": 11})  # the same size, in a smaller file
 BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
 SPIRALS = ("Exp6", "Exp8", "Exp9", "Exp10", "Exp11", "Exp14", "Exp151", "Exp25")
 IMAGES = [
@@ -163,7 +164,7 @@ arms = {
     "N2fix": ("deeper from the start", GREEN, "--", "^"),
 }
 chosen = ("Exp6", "Exp9", "Exp11", "Exp14")
-fig, axes = plt.subplots(2, 2, figsize=(7.6, 5.2), sharex=True, sharey=True)
+fig, axes = plt.subplots(2, 2, figsize=(9, 4.6), sharex=True, sharey=True)
 for ax, name in zip(axes.flat, chosen, strict=True):
     protocol = found[name]["protocol"]
     for number, (arm, (label, colour, line, mark)) in enumerate(arms.items()):
@@ -221,31 +222,29 @@ def verdict(one):
     return "lower" if high < 0 else "higher" if low > 0 else "neither"
 
 
-fig, axes = plt.subplots(1, 5, figsize=(8, 3.7), sharey=True)
+fig, axes = plt.subplots(1, 5, figsize=(9, 3.9), sharex=True, sharey=True)
 for ax, (first, second, title) in zip(axes, compared, strict=True):
     for row, name in enumerate(SPIRALS):
         d, one = final(name, first) - final(name, second), pair(name, first, second)
         if one["equal"] == len(d):  # one site only
             continue
-        jitter = row + 0.5 * (stats.rankdata(d) * 0.618 % 1 - 0.5)
-        ax.plot(d, jitter, ".", color=GREY, markersize=2.5)
+        ax.plot(np.quantile(d, [0.05, 0.95]), [row, row], color=GREY, linewidth=5, linestyle="-")
         colour, mark = verdicts[verdict(one)]
         ax.plot(one["interval"], [row, row], color=colour, linewidth=2, linestyle="-")
         ax.plot(one["mean"], row, mark, color=colour, markersize=6, markeredgecolor="white")
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set_title(title, loc="left")
-    ax.set_xlim(-0.45, 0.45)
-    ax.set_xticks((-0.4, 0, 0.4), ("−0.4", "0", "0.4"))
+    ax.set_xticks((-0.5, 0, 0.5), ("−0.5", "0", "0.5"))
 axes[2].set_xlabel("difference of the final training losses (nats)")
 axes[0].set_yticks(range(len(SPIRALS)), SPIRALS)
 axes[0].invert_yaxis()
 handles = [Line2D([], [], color=c, marker=m, label=v) for v, (c, m) in verdicts.items()]
-handles += [Line2D([], [], color=GREY, marker=".", linestyle="none", label="a seed")]
+handles += [Line2D([], [], color=GREY, linewidth=5, linestyle="-", label="nine seeds of ten")]
 fig.legend(handles=handles, ncol=4, loc="upper center")
 fig.tight_layout(rect=(0, 0, 1, 0.94))
 
 # %% [markdown]
-# **Figure 2.** Final training loss, one arm minus another: every seed (grey; those beyond 0.45 nats are cut off), the mean with
+# **Figure 2.** Final training loss, one arm minus another: from the 5th to the 95th of a hundred seeds (grey), and the mean with
 # its 95 % bootstrap interval (triangle down: clearly lower, up: clearly higher, diamond: neither). Where there is one site, the largest
 # sensitivity is the smallest, and no row is drawn. "Same rates": the learning rate changes in both when the one gains a layer.
 #
@@ -319,7 +318,8 @@ clear = dict(
     )
 )
 
-fig, axes = plt.subplots(1, 2, figsize=(8, 0.32 * len(rows) + 1.4), sharey=True)
+SHADES = ("white", "#D0E3F1", "#9CC4E0", "#5A9BC9")  # by the share: up to 1/2, 3/4, 0.95 and above
+fig, axes = plt.subplots(1, 2, figsize=(9, 0.33 * len(rows) + 1.6), sharey=True)
 for ax, other in zip(axes, ("LImin", "random"), strict=True):
     for row, name in enumerate(rows):
         print(f"{name:22} against {other:6}", end="")
@@ -329,13 +329,14 @@ for ax, other in zip(axes, ("LImin", "random"), strict=True):
                 continue
             smaller, differ, _ = tested[name, other, after]
             lower, sure = 2 * smaller > differ, clear[name, other, after]
-            fill = plt.get_cmap("Blues")(0.1 + 0.6 * smaller / differ) if lower else "white"
+            fill = SHADES[np.searchsorted((0.5, 0.75, 0.95), smaller / differ)]
+            shown = f"{smaller}" if differ > 98 else f"{smaller}/{differ}"
             hatch = "///" if sure and not lower else None
             box = (column - 0.5, row - 0.5), 1, 1
             ax.add_patch(
                 Rectangle(*box, facecolor=fill, edgecolor=RED if hatch else "white", hatch=hatch)
             )
-            text = ax.text(column, row, f"{smaller}/{differ}", ha="center", va="center")
+            text = ax.text(column, row, shown, ha="center", va="center")
             text.set_fontweight("bold" if sure else "normal")
             if hatch:
                 text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
@@ -349,16 +350,16 @@ for ax, other in zip(axes, ("LImin", "random"), strict=True):
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
 axes[0].set_yticks(range(len(rows)), rows)
-blue = plt.get_cmap("Blues")(0.6)
-handles = [Patch(facecolor=blue, label="lower in more than half")]
+ranges = "up to 1/2", "to 3/4", "to 0.95", "above"
+handles = [Patch(facecolor=c, edgecolor=GREY, label=r) for c, r in zip(SHADES, ranges, strict=True)]
 handles += [Patch(facecolor="white", edgecolor=RED, hatch="///", label="clearly reversed")]
-fig.legend(handles=handles, ncol=2, loc="upper center")
+fig.legend(handles=handles, ncol=5, loc="upper center")
 fig.tight_layout(rect=(0, 0, 1, 0.95))
 
 # %% [markdown]
-# **Figure 3.** In how many runs the largest sensitivity gave the lower loss, of those in which the two arms differ (a random site is
-# often the same site); bold, and with a star in the list, where the sign test has an adjusted p below 0.05. The darker, the more;
-# white is half or fewer; hatched is clearly fewer. An epoch is one step on all data in the first four rows, and several steps elsewhere.
+# **Figure 3.** In how many runs the largest sensitivity gave the lower loss, of those in which the two arms differ (99 or 100 where nothing is
+# said; a random site is often the same site); bold, and with a star in the list, where the sign test has an adjusted p below 0.05. The shade is the
+# share; hatched is clearly fewer than half. An epoch is one step on all data in the first four rows, and several steps elsewhere.
 
 # %%
 ahead = [key for key, (smaller, differ, _) in tested.items() if clear[key] and 2 * smaller > differ]

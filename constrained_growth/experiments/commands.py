@@ -57,31 +57,25 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
+    change: Annotated[
+        Literal["inverted", "rotated", "mirrored"], typer.Option(help="What the digits become.")
+    ] = "inverted",
     seed: Seed = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
-    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many networks.")] = 10,
     out: Folder = Path(),
     json: Json = None,
 ) -> None:
-    """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    """Show a trained network other images; ask where a layer would help, insert it, and see."""
     from constrained_growth.experiments import demo_report
     from constrained_growth.experiments.demo import run_demo
 
     begin, console = time.perf_counter(), terminal(width=0)
-    result = run_demo(
-        data,
-        seed,
-        max_epochs=epochs,
-        epochs_after=epochs,
-        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
-    )
-    console.print(demo_report.ending(result))
-    picture = out / "constrained-growth-demo.png"
-    demo_report.picture(result).savefig(picture)
+    found = run_demo(change, seed, runs)
+    console.print(demo_report.report(found))
+    picture = out / f"constrained-growth-demo-{change}-{seed}.png"
+    demo_report.picture(found).savefig(picture)
     if json is not None:
-        json.write_text(to_json(result) + "\n", encoding="utf-8")
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -146,6 +140,73 @@ def bench_growth(
     found = carry_out("growth", benchmark, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
         figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
+
+
+@bench.command("expansion")
+def bench_expansion(
+    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Expand GPTs pretrained on English for program text: by rules, at random, and by LoRA.
+
+    With --out, what networks learnt is kept there: an interrupted benchmark resumes.
+    """
+    from constrained_growth.experiments import expand_benchmark
+
+    carry_out("expansion", expand_benchmark, quick=quick, seed=seed, out=out, json=json)
+
+
+@app.command()
+def expand(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.")],
+    old: Annotated[Path, typer.Argument(help="A text of the kind that it was trained on.")],
+    new: Annotated[Path, typer.Argument(help="The text to learn.")],
+    layers: Annotated[int, typer.Option(min=1, help="How many layers to add.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the grown model.", metavar="DIR")],
+    where: Annotated[
+        str,
+        typer.Option(
+            help="default (largest sensitivities), interleaved, upper, middle, first, last, "
+            "least-important, random, or numbers of layers such as 1,3."
+        ),
+    ] = "default",
+    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam on the new text.")] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam.")] = 0.001,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text in a step.")] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in a piece; by default 128, or what the model takes."),
+    ] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Add layers to a pretrained language model, and train them alone on another text.
+
+    Old weights stay as they are. The folder is one of model.save_pretrained, with the tokenizer or,
+    for models on bytes, without; the stock class loads the grown model. All in single precision.
+    """
+    import constrained_growth as cg
+    from constrained_growth.experiments import expand as study
+    from constrained_growth.experiments.decisions.adaptation import Training
+
+    console = terminal(width=0)
+    try:
+        found = study.expand(
+            study.Pretrained.read(model),
+            old,
+            new,
+            layers,
+            out,
+            where=where,
+            training=Training(steps, batch_size, learning_rate),
+            context=context,
+            seed=seed,
+            on_solved=lambda solved: console.print(study.question(solved)),
+        )
+    except cg.GrowthError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(study.answer(found))
+    if json is not None:
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
 
 
 @app.command()
