@@ -5,76 +5,33 @@ constraints. The Lagrange multipliers of these constraints are the answer, and c
 pass.
 """
 
-from constrained_growth import blocks, checkpoint, curvature, norms, rules, statistics
-from constrained_growth._data import rebatch
-from constrained_growth.candidates import Candidate, find_candidates
-from constrained_growth.directional import directional_derivative
-from constrained_growth.errors import (
-    BlockError,
-    CandidateError,
-    CheckpointError,
-    DataError,
-    GrowthError,
-    OptimizerError,
-    RecordError,
-    RuleError,
-    TrainingError,
-)
-from constrained_growth.insertion import GrowthRecord, insert, replay, rewrap
-from constrained_growth.monitor import monitor
-from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import Budget, Fixed, Random, Threshold, TopK, TrustRegion
-from constrained_growth.solution import Constraint, Decision, Method, Sensitivity, Solution, Status
-from constrained_growth.solve import solve
-from constrained_growth.training import Grower, History, grow
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from constrained_growth._public import *
+    from constrained_growth._public import __all__ as __all__
 
-__all__ = [
-    "BlockError",
-    "Budget",
-    "Candidate",
-    "CandidateError",
-    "CheckpointError",
-    "Constraint",
-    "DataError",
-    "Decision",
-    "Fixed",
-    "Grower",
-    "GrowthError",
-    "GrowthProblem",
-    "GrowthRecord",
-    "History",
-    "Method",
-    "OptimizerError",
-    "Random",
-    "RecordError",
-    "RuleError",
-    "Sensitivity",
-    "Solution",
-    "Status",
-    "Threshold",
-    "TopK",
-    "TrainingError",
-    "TrustRegion",
-    "blocks",
-    "checkpoint",
-    "curvature",
-    "directional_derivative",
-    "find_candidates",
-    "grow",
-    "insert",
-    "monitor",
-    "norms",
-    "rebatch",
-    "replay",
-    "rewrap",
-    "rules",
-    "solve",
-    "statistics",
-]
+    __version__: str
+else:
 
+    def __getattr__(name: str) -> Any:
+        """A module, or a public name: with the first of these all are imported.
 
-def __dir__() -> list[str]:
-    """The public names alone, not the modules that hold them."""
-    return [*__all__, "__version__"]
+        So the command line can show its help without torch, which takes seconds to import.
+        """
+        if name == "__version__":
+            return importlib.import_module("importlib.metadata").version("constrained-growth")
+        module = f"{__name__}.{name}"
+        if importlib.util.find_spec(module):
+            return importlib.import_module(module)  # which is set here, and not asked for again
+        public = importlib.import_module(f"{__name__}._public")
+        globals().update({known: getattr(public, known) for known in (*public.__all__, "__all__")})
+        if name in globals():
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        """The public names alone, not the modules that hold them."""
+        return [*__getattr__("__all__"), "__version__"]

@@ -2,14 +2,18 @@
 
 import sys
 
+from constrained_growth._extras import extra_packages
+
 
 def main() -> None:
-    """Run the command line; says what to install where its extra is missing."""
+    """Run the command line; where a package is missing it says what to install."""
     try:
-        from constrained_growth.experiments.commands import app
+        with extra_packages():
+            from constrained_growth.experiments.commands import app
+
+            app()
     except ModuleNotFoundError as error:
-        sys.exit(f"{error.name} is missing: pip install 'constrained-growth[demo]'")
-    app()
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

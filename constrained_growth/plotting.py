@@ -1,7 +1,8 @@
 """Pictures of solutions, insertions and training runs, readable in black and white.
 
 Functions with `ax` draw on these Axes, or else on those of a new figure, and return them
-(`ax.figure` can be saved). Nothing here touches pyplot or its global state. Needs matplotlib.
+(`ax.figure` can be saved). Nothing here touches pyplot or its global state. Needs the extra
+`plot`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-
 from constrained_growth._arguments import instance
+from constrained_growth._extras import extra_packages
 from constrained_growth.errors import GrowthError
 from constrained_growth.solution import Sensitivity, Solution
+
+with extra_packages():
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 __all__ = [
     "plot_architecture",

@@ -15,12 +15,24 @@ from torch import Tensor, nn
 from constrained_growth._arguments import instance
 from constrained_growth.errors import CandidateError, RuleError
 
+__all__ = [
+    "Constraint",
+    "Decision",
+    "HeldOut",
+    "Method",
+    "Norm",
+    "Planned",
+    "Sensitivity",
+    "Solution",
+    "Status",
+]
+
 Norm = Callable[[Mapping[str, Tensor]], Tensor | float]
 """Any function of a multiplier (pinned parameter → tensor) that says how large it is."""
 
 
 class Status(Enum):
-    """How the multipliers of a [`Solution`][] are to be read; each value is a sentence."""
+    """How the multipliers of a `Solution` are to be read; each value is a sentence."""
 
     KKT_MULTIPLIERS = (
         "θ is first-order stationary to the tolerance asked for: λ are KKT multipliers of the "
@@ -269,7 +281,7 @@ class Planned:
 
 @dataclass(frozen=True, repr=False)
 class Solution(ReadLater):
-    """The answer of [`solve`][constrained_growth.solve.solve].
+    """The answer of `cg.solve`.
 
     Attributes:
         status: How `multipliers` are to be read.

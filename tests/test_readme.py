@@ -1,13 +1,15 @@
-"""Every Python example of the README runs, in the order in which it is read."""
+"""Every Python example of the README and of the guides runs, in the order of reading."""
 
 import re
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
+GUIDES = sorted((README.parent / "theory" / "guides").glob("*.md"))
 
 
 def test_examples_run(capsys, tmp_path, monkeypatch):
@@ -31,3 +33,21 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     assert len(namespace["growth"].insertions) == 2
     assert namespace["gpt"].config.n_layer == len(namespace["gpt"].transformer.h) == 3
     assert "True\npassed\nCVXPY, CLARABEL: optimal" in printed  # both checks of the last example
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guides_run(guide, tmp_path, monkeypatch):
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
+    assert examples
+    namespace = {}
+    for example in examples:
+        exec(compile(example, str(guide), "exec"), namespace)
+    if guide.stem == "expansion":
+        solution, gpt = namespace["solution"], namespace["gpt"]
+        assert gpt.config.n_layer == len(gpt.transformer.h) == 6
+        assert len(solution.decision.chosen) == 2
+        with torch.no_grad():
+            held_out = [gpt(**input).loss for input, _ in namespace["held_out"]]
+        assert torch.stack(held_out).mean() < solution.loss - 0.1

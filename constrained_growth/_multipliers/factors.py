@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._multipliers.closed_form import by_sample
-from constrained_growth._multipliers.recorded import recorded_factors
+from constrained_growth._multipliers.recorded import recorded_factors, zeros_of
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, has_factors
 
@@ -43,6 +43,7 @@ class FactorsOf:
         self._dtype = dtype
         self._own = has_factors(block)
         self._layouts: list[Layout | None] | None = None  # of recorded maps
+        self._zeros: frozenset[str] = frozenset()
 
     def __call__(self, uses: Sequence[Use], size: int) -> Factors | None:
         """The factors of a batch of `size` samples; None if a pin is in no affine map."""
@@ -68,7 +69,9 @@ class FactorsOf:
             first, alone = self._layouts is None, use.delta.clone()
             alone[1:] = 0.0
             more = (alone,) if first else ()
-            found = recorded_factors(self._block, use, use.delta, *more)
+            if first:
+                self._zeros = zeros_of(self._block)
+            found = recorded_factors(self._block, use, use.delta, *more, zeros=self._zeros)
             if found is None:
                 return None
             y, (factors, *others) = found

@@ -1,17 +1,18 @@
-"""The command line: each command calls one function of `experiments` and shows what it returns."""
+"""The command line: each command calls one function of `experiments` and shows what it returns.
+
+A command imports what it runs itself: help has to come at once, without torch.
+"""
 
 from __future__ import annotations
 
 import functools
 import time
+from importlib.metadata import version as installed
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 import typer
 
-import constrained_growth as cg
-from constrained_growth.experiments import demo_report, figures
 from constrained_growth.experiments.command_line import (
     Folder,
     Json,
@@ -24,25 +25,10 @@ from constrained_growth.experiments.command_line import (
     typed,
     write_tables,
 )
-from constrained_growth.experiments.data import digits, mnist1d
-from constrained_growth.experiments.decisions import expansions, shifts, whether
-from constrained_growth.experiments.decisions import study as decisions
-from constrained_growth.experiments.demo import run_demo
-from constrained_growth.experiments.growth import benchmark as growth
-from constrained_growth.experiments.reproduction import report
-from constrained_growth.experiments.reproduction.protocols import (
-    EXPERIMENTS,
-    Experiment,
-    on_images,
-)
-from constrained_growth.experiments.reproduction.reproduce import forget
-from constrained_growth.experiments.reproduction.reproduce import reproduce as run
-from constrained_growth.experiments.speed import monitoring, multipliers
 from constrained_growth.experiments.tables import to_json
-from constrained_growth.experiments.timing import one_thread
 
-IMAGES = {"digits": digits, "mnist1d": functools.cache(mnist1d)}  # a second for each seed
-"""Where `reproduce images` takes its images from."""
+if TYPE_CHECKING:
+    from constrained_growth.experiments.reproduction.protocols import Experiment
 
 app = typer.Typer(
     add_completion=False,
@@ -56,7 +42,7 @@ app.add_typer(bench, name="bench")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(cg.__version__)
+        typer.echo(installed("constrained-growth"))
         raise typer.Exit
 
 
@@ -71,28 +57,25 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
+    change: Annotated[
+        Literal["inverted", "rotated", "mirrored"], typer.Option(help="What the digits become.")
+    ] = "inverted",
     seed: Seed = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
-    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many networks.")] = 10,
     out: Folder = Path(),
     json: Json = None,
 ) -> None:
-    """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    """Show a trained network other images; ask where a layer would help, insert it, and see."""
+    from constrained_growth.experiments import demo_report
+    from constrained_growth.experiments.demo import run_demo
+
     begin, console = time.perf_counter(), terminal(width=0)
-    result = run_demo(
-        data,
-        seed,
-        max_epochs=epochs,
-        epochs_after=epochs,
-        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
-    )
-    console.print(demo_report.ending(result))
-    picture = out / "constrained-growth-demo.png"
-    demo_report.picture(result).savefig(picture)
+    found = run_demo(change, seed, runs)
+    console.print(demo_report.report(found))
+    picture = out / f"constrained-growth-demo-{change}-{seed}.png"
+    demo_report.picture(found).savefig(picture)
     if json is not None:
-        json.write_text(to_json(result) + "\n", encoding="utf-8")
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -102,6 +85,8 @@ def bench_multipliers(
     quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
 ) -> None:
     """Time multipliers against ordinary gradient passes, on one thread."""
+    from constrained_growth.experiments.speed import multipliers
+
     carry_out("multipliers", multipliers, quick=quick, seed=seed, out=out, json=json)
 
 
@@ -110,6 +95,8 @@ def bench_monitoring(
     quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
 ) -> None:
     """Time training steps that are watched against steps that are not, on one thread."""
+    from constrained_growth.experiments.speed import monitoring
+
     carry_out("monitoring", monitoring, quick=quick, seed=seed, out=out, json=json)
 
 
@@ -132,7 +119,9 @@ def bench_decisions(
 
     With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
     """
-    studies = {"tasks": decisions, "shifts": shifts, "expansions": expansions, "whether": whether}
+    from constrained_growth.experiments.decisions import expansions, shifts, study, whether
+
+    studies = {"tasks": study, "shifts": shifts, "expansions": expansions, "whether": whether}
     name = "decisions" if family == "tasks" else f"decisions-{family}"
     carry_out(name, studies[family], quick=quick, seed=seed, out=out, json=json, tasks=task)
 
@@ -145,16 +134,86 @@ def bench_growth(
 
     With --out, every run is kept there: an interrupted benchmark resumes.
     """
-    found = carry_out("growth", growth, quick=quick, seed=seed, out=out, json=json, tasks=task)
+    from constrained_growth.experiments import figures
+    from constrained_growth.experiments.growth import benchmark
+
+    found = carry_out("growth", benchmark, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
         figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
+
+
+@bench.command("expansion")
+def bench_expansion(
+    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Expand GPTs pretrained on English for program text: by rules, at random, and by LoRA.
+
+    With --out, what networks learnt is kept there: an interrupted benchmark resumes.
+    """
+    from constrained_growth.experiments import expand_benchmark
+
+    carry_out("expansion", expand_benchmark, quick=quick, seed=seed, out=out, json=json)
+
+
+@app.command()
+def expand(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.")],
+    old: Annotated[Path, typer.Argument(help="A text of the kind that it was trained on.")],
+    new: Annotated[Path, typer.Argument(help="The text to learn.")],
+    layers: Annotated[int, typer.Option(min=1, help="How many layers to add.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the grown model.", metavar="DIR")],
+    where: Annotated[
+        str,
+        typer.Option(
+            help="default (largest sensitivities), interleaved, upper, middle, first, last, "
+            "least-important, random, or numbers of layers such as 1,3."
+        ),
+    ] = "default",
+    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam on the new text.")] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam.")] = 0.001,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text in a step.")] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in a piece; by default 128, or what the model takes."),
+    ] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Add layers to a pretrained language model, and train them alone on another text.
+
+    Old weights stay as they are. The folder is one of model.save_pretrained, with the tokenizer or,
+    for models on bytes, without; the stock class loads the grown model. All in single precision.
+    """
+    import constrained_growth as cg
+    from constrained_growth.experiments import expand as study
+    from constrained_growth.experiments.decisions.adaptation import Training
+
+    console = terminal(width=0)
+    try:
+        found = study.expand(
+            study.Pretrained.read(model),
+            old,
+            new,
+            layers,
+            out,
+            where=where,
+            training=Training(steps, batch_size, learning_rate),
+            context=context,
+            seed=seed,
+            on_solved=lambda solved: console.print(study.question(solved)),
+        )
+    except cg.GrowthError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(study.answer(found))
+    if json is not None:
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
 
 
 @app.command()
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(help=f"{', '.join(EXPERIMENTS)}, all, or images.", show_default=False),
+        typer.Argument(help="A name from --list, all, or images.", show_default=False),
     ] = None,
     show: Annotated[
         bool, typer.Option("--list", help="List the experiments and how long they take.")
@@ -172,6 +231,14 @@ def reproduce(
 
     With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers.
     """
+    import torch
+
+    from constrained_growth.experiments import figures
+    from constrained_growth.experiments.reproduction import report
+    from constrained_growth.experiments.reproduction.reproduce import forget
+    from constrained_growth.experiments.reproduction.reproduce import reproduce as run
+    from constrained_growth.experiments.timing import one_thread
+
     console = terminal()
     if show or name is None:
         console.print(report.overview())
@@ -188,7 +255,7 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}.png")
             text = to_json(numbers) + "\n"
             (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
             write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
@@ -207,8 +274,12 @@ def reproduce(
 
 def _named(name: str, data: str) -> list[Experiment]:
     """The experiments of a name, whatever its case."""
+    from constrained_growth.experiments.data import digits, mnist1d
+    from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, on_images
+
+    split = digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed
     known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
-    known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, IMAGES[data]))}
+    known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, split))}
     if name.lower() not in known:
         raise typer.BadParameter(f"{name} is none of {', '.join(EXPERIMENTS)}, all, images.")
     return known[name.lower()]

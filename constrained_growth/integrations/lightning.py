@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._distributed import everywhere, rank
+from constrained_growth._extras import extra_packages
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, TrainingError
@@ -20,6 +19,10 @@ from constrained_growth.insertion import GrowthRecord, replay
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History
 from constrained_growth.training.loop import evaluate
+
+with extra_packages():
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.strategies import DDPStrategy
 
 
 class GrowthCallback(Callback):

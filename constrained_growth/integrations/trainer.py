@@ -11,15 +11,18 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback
 
 from constrained_growth import checkpoint
+from constrained_growth._extras import extra_packages
 from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, measurements
+
+with extra_packages():
+    from transformers import TrainerCallback
 
 _FILE = "growth.safetensors"
 

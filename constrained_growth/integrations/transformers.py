@@ -16,16 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from constrained_growth import candidates, insertion
 from constrained_growth._arguments import instance
+from constrained_growth._extras import extra_packages
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.bookkeeping import register
 from constrained_growth.candidates.candidate import Proposals
 from constrained_growth.errors import CandidateError
 from constrained_growth.insertion.description import INTERNAL, LAYER_NUMBERS
+
+with extra_packages():
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 insert = insertion.insert
 replay = insertion.replay

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -163,6 +162,8 @@ class Budget:
 
 def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict[str, Any]]:
     """Maximise gains·x over x ∈ {0, 1}ⁿ with rows x ≤ limits."""
+    from scipy.optimize import Bounds, LinearConstraint, linprog, milp  # seconds to import
+
     if len(gains) == 0:
         nothing = dict.fromkeys(("gain", "bound", "gap", "relaxed"), 0.0)
         return [], {**nothing, "prices": [0.0] * len(limits)}

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from scipy.optimize import root_scalar
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # s ↦ B s
@@ -49,6 +48,8 @@ def _exact(multiplier: Tensor, product: Product) -> Steps:
     smallest eigenvalue is added. Moré and Sorensen, *Computing a trust region step*, 1983;
     Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, section 4.3.
     """
+    from scipy.optimize import root_scalar  # seconds to import
+
     eye = torch.eye(multiplier.numel(), dtype=multiplier.dtype, device=multiplier.device)
     matrix = torch.stack([product(column) for column in eye])
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)

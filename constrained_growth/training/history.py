@@ -130,8 +130,11 @@ class History:
         return frame.assign(layers=self.layers, seconds=self.seconds, inserted=names)
 
     def plot(self) -> Figure:
-        """`plotting.plot_run`: loss and insertions above the sensitivities; needs matplotlib."""
-        from constrained_growth.plotting import plot_run  # matplotlib is not always installed
+        """`plotting.plot_run`: loss and insertions above the sensitivities.
+
+        Needs the extra `plot`.
+        """
+        from constrained_growth.plotting import plot_run
 
         return plot_run(
             self.losses,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import instance
+from constrained_growth._solve import solve
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
-from constrained_growth.solve import solve
 from constrained_growth.verification.extended import ExtendedProblem, Vector
 
 TOLERANCE = 2e-3

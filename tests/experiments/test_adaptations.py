@@ -253,11 +253,11 @@ def test_copies_of_blocks_start_as_the_identity_and_keep_the_rest() -> None:
 
 def test_texts_are_what_they_say() -> None:
     (x, _), _ = expansions._adapted("alphabet", 4)
-    (plain, _), _ = expansions._pieces(expansions._text("english"), 4, len(x))
+    (plain, _), _ = expansions._pieces(expansions.text("english"), 4, len(x))
     pairs = set(zip(plain.flatten().tolist(), x.flatten().tolist(), strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) > 50
     shown = {
-        name: "".join(chr(32 + n) for n in expansions._text(name).tolist())
+        name: "".join(chr(32 + n) for n in expansions.text(name).tolist())
         for name in expansions.TEXTS
     }
     assert "def __init__(self" in shown["program"]

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import QuadMesh
 from rich.console import Console
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.experiments import commands as command
-from constrained_growth.experiments import statistics
+from constrained_growth.experiments import figures, statistics
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.ensembles.growth import new_layer
 from constrained_growth.experiments.ensembles.networks import ensemble, samples
 from constrained_growth.experiments.ensembles.training import Shuffle
-from constrained_growth.experiments.reproduction import report
+from constrained_growth.experiments.reproduction import protocols, report
 from constrained_growth.experiments.reproduction import reproduce as reproduction
 from constrained_growth.experiments.reproduction import runs as referee
 from constrained_growth.experiments.reproduction.protocols import (
@@ -398,7 +398,7 @@ def small_protocols(monkeypatch):
         name: tiny(name, times=(3, 5), reference=reference, counts=counts)
         for name in ("Exp9", "Exp10")
     }
-    monkeypatch.setattr(command, "EXPERIMENTS", small)
+    monkeypatch.setattr(protocols, "EXPERIMENTS", small)
     return small
 
 
@@ -488,6 +488,23 @@ def test_the_account_of_all_experiments_adjusts_for_their_number():
     assert "No counts to compare." in written(account([contents[0] | {"counts": []}]))
 
 
+@pytest.mark.parametrize("end", [60, 100, 130])
+def test_the_heat_map_is_of_the_run_and_ends_where_it_ends(end, small_protocols):
+    content = report.numbers(reproduce(small_protocols["Exp9"], range(2)))
+    traced = {"epochs": [0, 50, 100], "median": [[1.0, 10.0], [100.0, 1e3], [1e4, 1e5]]}
+    times = {"before": 20, "after": end - 20}
+    content |= {"trace": traced, "protocol": content["protocol"] | times}
+    drawn = figures.reproduction(json.loads(to_json(content)))
+    (ax,) = (ax for ax in drawn.axes if ax.get_title("left") == "the small network, kept")
+    (mesh,) = ax.collections
+    columns = [epoch for epoch in (0, 50, 100) if epoch < end]
+    assert isinstance(mesh, QuadMesh)
+    edges, colours = np.array(mesh.get_coordinates()), np.array(mesh.get_array())
+    assert edges[0, :, 0].tolist() == [*columns, end]
+    assert colours.T.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(len(columns))]
+    assert ax.get_xlim() == (0, end)
+
+
 def test_the_list_names_every_experiment():
     ran = CliRunner().invoke(app, ["reproduce", "--list"])
     assert ran.exit_code == 0
@@ -529,7 +546,7 @@ def test_images_are_reproduced_too(tmp_path, monkeypatch):
             for e in on_images(data, split)
         ]
 
-    monkeypatch.setattr(command, "on_images", small)
+    monkeypatch.setattr(protocols, "on_images", small)
     file = tmp_path / "numbers.json"
     ran = CliRunner().invoke(app, ["reproduce", "images", "--seeds", "2", "--json", str(file)])
     assert ran.exit_code == 0, ran.output
