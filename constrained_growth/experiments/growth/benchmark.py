@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from constrained_growth._progress import progress_bar
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.caching import cached
+from constrained_growth.experiments.caching import cached, digest
 from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, train
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask
 from constrained_growth.experiments.statistics import (
@@ -161,8 +160,7 @@ def _tuned(
 
 
 def _trace(task: GrowthTask, arm: Arm, seed: int, rate: float, cache: Path | None) -> Trace:
-    settings = json.dumps(task.settings | {"rate": rate}, sort_keys=True)
-    key = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    key = digest(task.name, json.dumps(task.settings | {"rate": rate}, sort_keys=True))
     with one_thread():
         return cached(cache, f"{key}-{arm.name}-{seed}", lambda: train(task, arm, seed, rate))
 
