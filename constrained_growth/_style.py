@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from constrained_growth._extras import extra_packages
@@ -13,6 +13,7 @@ with extra_packages():
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
+    from matplotlib.transforms import ScaledTranslation
 
 INK = "#333333"
 QUIET = "#9AA5B1"
@@ -52,9 +53,19 @@ def tidy(ax: Axes, grid: str) -> None:
     ax.yaxis.label.set(fontsize=11, color=INK)
 
 
+_LEGEND: dict[str, Any] = {"fontsize": 9, "labelcolor": INK, "edgecolor": "none"}
+
+
 def legend(ax: Axes) -> None:
     """The legend of a panel, where there is room in it."""
-    ax.legend(loc="best", fontsize=9, labelcolor=INK, framealpha=0.8, edgecolor="none")
+    ax.legend(loc="best", framealpha=0.8, **_LEGEND)
+
+
+def legend_below(ax: Axes, handles: Sequence[Any]) -> None:
+    """The legend of a panel that its content fills, below the name of its axis."""
+    lower = ScaledTranslation(0, -40 / 72, ax.figure.dpi_scale_trans)
+    where: dict[str, Any] = {"bbox_to_anchor": (0, 0), "bbox_transform": ax.transAxes + lower}
+    ax.legend(handles=handles, loc="upper left", ncols=2, borderaxespad=0, **where, **_LEGEND)
 
 
 def scale(ax: Axes, losses: Iterable[float]) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
@@ -16,10 +15,11 @@ from constrained_growth._arguments import data_again, flag, instance
 from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import collecting
-from constrained_growth._sites.context import Context, takes_context
+from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
@@ -35,22 +35,16 @@ JOINT_PRODUCT_PASSES = 3.0
 
 
 def stand(
-    module: nn.Module,
-    block: Callable[..., Tensor],
-    *,
-    takes_context: bool = False,
-    output: int | str | None = None,
+    model: nn.Module, planned: Planned, layer: Callable[..., Tensor]
 ) -> AbstractContextManager[None]:
-    """Let a layer act on the tensor that comes out of a module (`output` as in `Candidate`).
+    """Let a layer act on the tensor at the site of a candidate, called as its block would be."""
 
-    With `takes_context` it is called with the further arguments of the module too.
-    """
+    def see(x: Tensor, context: Context) -> Tensor:
+        args, kwargs = arguments(planned.block, x, context)
+        return layer(*args, **kwargs).clone()  # as the model may change it in place
 
-    def layer(x: Tensor, context: Context) -> Tensor:
-        y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
-        return y.clone()  # as the model may change it in place
-
-    return collecting([("", module, output, layer)])
+    module = model.get_submodule(planned.after)
+    return collecting([(planned.after, module, planned.output, see)])
 
 
 class VirtualLoss:
@@ -90,7 +84,6 @@ class VirtualLoss:
         self._problem = problem
         self._data = problem.data if data is None else data
         self._planned = planned
-        self._module = problem.model.get_submodule(planned.after)
         self._pins = pinned_parameters(planned.block)
         self._old = [p for p in problem.model.parameters() if p.requires_grad and joint]
         self.size = sum(pin.numel() for pin in self._pins.values())
@@ -230,19 +223,15 @@ class VirtualLoss:
         *old, v = vector.split([*(p.numel() for p in self._old), self.size])
         return [*(t.view_as(p).to(p.dtype) for t, p in zip(old, self._old, strict=True)), v]
 
-    @contextmanager
-    def _standing(self, v: Tensor) -> Iterator[None]:
+    def _standing(self, v: Tensor) -> AbstractContextManager[None]:
         """The block at its site, moved by v, also for what backward runs again (checkpointing)."""
         block = self._planned.block
         values = {n: self._pins[n].detach() + d for n, d in self.unflatten(v).items()}
 
         def moved(*args: Any, **kwargs: Any) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-            return functional_call(block, values | buffers, args, kwargs)
+            return called_with(block, values, args, kwargs)
 
-        context, output = takes_context(block), self._planned.output
-        with stand(self._module, moved, takes_context=context, output=output):
-            yield
+        return stand(self._problem.model, self._planned, moved)
 
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))

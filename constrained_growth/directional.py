@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from constrained_growth._activations import derivative
 from constrained_growth._arguments import instance
@@ -21,6 +20,7 @@ from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import CandidateError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Method
@@ -113,13 +113,11 @@ def _slope(
     block: nn.Module, pins: Mapping[str, Tensor], tangents: Mapping[str, Tensor], use: Use
 ) -> Tensor:
     """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
-    args, kwargs = arguments(block, use.x, use.context)
-    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     with forward_ad.dual_level(), warnings.catch_warnings():
         # PyTorch itself scripts a few rules when forward mode is first used
         warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
         moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
-        y = functional_call(block, moving | buffers, args, kwargs)
+        y = called_with(block, moving, *arguments(block, use.x, use.context))
         slope = forward_ad.unpack_dual(y).tangent
     zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
     return zero if slope is None else (use.delta * slope).sum(dtype=torch.float64)

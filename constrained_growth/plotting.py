@@ -26,6 +26,7 @@ from constrained_growth._style import (
     axes,
     figure,
     legend,
+    legend_below,
     note,
     plain,
     scale,
@@ -58,15 +59,6 @@ _CHOSEN: dict[str, Any] = {"facecolor": GROWN, "edgecolor": "white", "hatch": "/
 _OTHER: dict[str, Any] = {"facecolor": QUIET, "edgecolor": "white"}
 _WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 3}
 _KINDS = (("chosen", _CHOSEN), ("not chosen", _OTHER))
-_ABOVE: dict[str, Any] = {
-    "loc": "lower left",
-    "bbox_to_anchor": (0, 1),
-    "fontsize": 9,
-    "labelcolor": INK,
-    "ncols": 2,
-    "frameon": False,
-}
-"""Of legends above a panel that its content fills."""
 
 
 def plot_sensitivities(
@@ -121,7 +113,7 @@ def plot_sensitivities(
         handles.append(
             ax.axvline(baseline, **MARK, label="mean gradient norm of the layers in place")
         )
-    ax.legend(handles=handles, **_ABOVE)
+    legend_below(ax, handles)
     return ax
 
 
@@ -197,7 +189,7 @@ def plot_growth(
     plot_losses(before, after, losses, event=event)
     plot_sensitivities(sensitivities, bars, chosen=chosen)
     for panel, heading in ((losses, "What the insertion did"), (bars, "What decided it")):
-        panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=44)
+        panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=18)
     made.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
     made.text(0.015, 0.895, subtitle, fontsize=10.5, color=INK, va="top")
     return made
@@ -273,11 +265,11 @@ def plot_sensitivity_map(
             value = shown[row][column]
             dark = math.isfinite(value) and norm(value) > 0.5
             ax.plot(column, row, "X", color="white" if dark else INK, markersize=8)
-    handles = [Line2D([], [], marker="X", linestyle="none", color=INK, label="inserted")]
+    handles: list[Any] = [Line2D([], [], marker="X", linestyle="none", color=INK, label="inserted")]
     if any(math.isnan(value) for row in shown for value in row):
         empty = "no candidate, or no positive sensitivity"
         handles.append(Patch(facecolor="white", edgecolor=QUIET, hatch="////", label=empty))
-    ax.legend(handles=handles, **_ABOVE)
+    legend_below(ax, handles)
     ax.set_yticks(range(len(names)), names)
     ticks = range(0, len(rounds), max(1, math.ceil(len(rounds) / 15)))
     ax.set_xticks(list(ticks), [str(list(rounds)[tick]) for tick in ticks])
@@ -357,7 +349,7 @@ def plot_architecture(
         Patch(facecolor="#E3E7EB", edgecolor=INK, label="already there"),
         Patch(facecolor="white", edgecolor=INK, hatch="////", label="new"),
     ]
-    ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 0), ncols=2, frameon=False)
+    legend_below(ax, handles)
     return ax
 
 

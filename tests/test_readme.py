@@ -1,13 +1,17 @@
-"""Every Python example of the README runs, in the order in which it is read."""
+"""Every Python example of the README and of the guides runs, in the order of reading."""
 
 import re
 import sys
 import types
 from pathlib import Path
 
+import pytest
 import torch
 
+import constrained_growth as cg
+
 README = Path(__file__).parent.parent / "README.md"
+GUIDES = sorted((README.parent / "theory" / "guides").glob("*.md"))
 
 
 def test_examples_run(capsys, tmp_path, monkeypatch):
@@ -31,3 +35,32 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
     assert len(namespace["growth"].insertions) == 2
     assert namespace["gpt"].config.n_layer == len(namespace["gpt"].transformer.h) == 3
     assert "True\npassed\nCVXPY, CLARABEL: optimal" in printed  # both checks of the last example
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
+def test_guides_run(guide, tmp_path, monkeypatch):
+    """A text behind an example is the error that it raises; "…" stands for any words."""
+    torch.set_default_dtype(torch.float32)
+    monkeypatch.chdir(tmp_path)
+    module = types.ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", module)
+    namespace = vars(module)
+    pattern = r"```python\n(.*?)```(?:\n*```text\n(.*?)\n```)?"
+    examples = re.findall(pattern, guide.read_text(), flags=re.DOTALL)
+    assert examples
+    for example, error in examples:
+        code = compile(example, str(guide), "exec")
+        if not error:
+            exec(code, namespace)
+            continue
+        with pytest.raises(cg.GrowthError) as raised:
+            exec(code, namespace)
+        words = ".*".join(map(re.escape, error.split("…")))
+        assert re.fullmatch(words, f"{raised.type.__name__}: {raised.value}", flags=re.DOTALL)
+    if guide.stem == "expansion":
+        solution, gpt = namespace["solution"], namespace["gpt"]
+        assert gpt.config.n_layer == len(gpt.transformer.h) == 6
+        assert len(solution.decision.chosen) == 2
+        with torch.no_grad():
+            held_out = [gpt(**input).loss for input, _ in namespace["held_out"]]
+        assert torch.stack(held_out).mean() < solution.loss - 0.1

@@ -102,8 +102,7 @@ def test_ticks_are_plain_numbers_and_every_panel_is_readable_in_grey() -> None:
             assert not any("×" in text or "times" in text or "^" in text for text in ticks)
             assert ax.get_legend() or ax.get_label() == "<colorbar>"
             shown = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
-            looks = [
-                (line.get_linestyle(), line._dash_pattern, line.get_marker()) for line in shown
-            ]  # type: ignore[attr-defined]
+            dashes = [vars(line)["_dash_pattern"] for line in shown]
+            looks = [(d, line.get_marker()) for d, line in zip(dashes, shown, strict=True)]
             looks = looks[1:] if ax is several.axes[0] else looks  # the first ends where they begin
             assert len({str(look) for look in looks}) == len(looks)

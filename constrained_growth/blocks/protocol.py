@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments, takes_context
 from constrained_growth.errors import BlockError
@@ -150,11 +151,17 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         ) from error
 
 
+def called_with(
+    block: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """`block(*args, **kwargs)` with other values of some parameters; no buffer is written to."""
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    return functional_call(block, {**buffers, **values}, tuple(args), dict(kwargs))
+
+
 def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
     """How much a block changes x at its pins, by `change`; a BlockError if it changes the shape."""
-    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    args, kwargs = arguments(block, x.clone(), context)
-    y = torch.func.functional_call(block, buffers, args, kwargs)
+    y = called_with(block, {}, *arguments(block, x.clone(), context))
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise BlockError(

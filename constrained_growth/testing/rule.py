@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.untouched import untouched
+from constrained_growth._solve import solve
 from constrained_growth.blocks import IdentityLinear, ResidualMLP, pinned_parameters
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import RuleError
@@ -22,7 +23,6 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision, refuse_no_rule
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.solve import solve
 from constrained_growth.testing.block import listed, tried
 
 

@@ -20,13 +20,7 @@ from constrained_growth._multipliers.groups import Span, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
 from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.untouched import eagerly, is_untouched
-from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import MomentNorm
-from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.rules.rule import decide
-from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
-from constrained_growth.solve import (
+from constrained_growth._solve import (
     agreement_of,
     groups_of,
     norm_of,
@@ -34,6 +28,12 @@ from constrained_growth.solve import (
     solution_of,
     wanted_by,
 )
+from constrained_growth.errors import DataError, RuleError
+from constrained_growth.norms import MomentNorm
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.rules.rule import decide
+from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
 
 
 @contextmanager

@@ -257,7 +257,7 @@ def sensitivities_of(
         return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
 
     # by the process with the most groups, of which some moments are made
-    sizes = everywhere(values, problem.group) if shared else [values()]
+    sizes = everywhere(values, problem.group)
     # made when they are first read, or, of several processes, at once where λ is small enough
     every: list[dict[str, tuple[float, ...]]] = []
     if shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM:
