@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import constrained_growth as cg
+
 README = Path(__file__).parent.parent / "README.md"
 GUIDES = sorted((README.parent / "theory" / "guides").glob("*.md"))
 
@@ -37,13 +39,24 @@ def test_examples_run(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda guide: guide.stem)
 def test_guides_run(guide, tmp_path, monkeypatch):
+    """A text behind an example is the error that it raises; "…" stands for any words."""
     torch.set_default_dtype(torch.float32)
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"```python\n(.*?)```", guide.read_text(), flags=re.DOTALL)
+    module = types.ModuleType("guide")
+    monkeypatch.setitem(sys.modules, "guide", module)
+    namespace = vars(module)
+    pattern = r"```python\n(.*?)```(?:\n*```text\n(.*?)\n```)?"
+    examples = re.findall(pattern, guide.read_text(), flags=re.DOTALL)
     assert examples
-    namespace = {}
-    for example in examples:
-        exec(compile(example, str(guide), "exec"), namespace)
+    for example, error in examples:
+        code = compile(example, str(guide), "exec")
+        if not error:
+            exec(code, namespace)
+            continue
+        with pytest.raises(cg.GrowthError) as raised:
+            exec(code, namespace)
+        words = ".*".join(map(re.escape, error.split("…")))
+        assert re.fullmatch(words, f"{raised.type.__name__}: {raised.value}", flags=re.DOTALL)
     if guide.stem == "expansion":
         solution, gpt = namespace["solution"], namespace["gpt"]
         assert gpt.config.n_layer == len(gpt.transformer.h) == 6

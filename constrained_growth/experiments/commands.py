@@ -21,6 +21,7 @@ from constrained_growth.experiments.command_line import (
     Seed,
     Tasks,
     carry_out,
+    stem,
     terminal,
     typed,
     write_tables,
@@ -58,7 +59,8 @@ def main(
 @app.command()
 def demo(
     change: Annotated[
-        Literal["inverted", "rotated", "mirrored"], typer.Option(help="What the digits become.")
+        Literal["inverted", "rotated", "mirrored"],
+        typer.Option(help="What the digits become.", case_sensitive=False),
     ] = "inverted",
     seed: Seed = 0,
     runs: Annotated[int, typer.Option(min=1, help="How many networks.")] = 10,
@@ -106,7 +108,8 @@ def bench_decisions(
         Literal["tasks", "shifts", "expansions", "whether"],
         typer.Option(
             help="Networks that train on; image classifiers whose images or labels change; GPTs "
-            "that learn other texts; students that lack a layer, or do not."
+            "that learn other texts; students that lack a layer, or do not.",
+            case_sensitive=False,
         ),
     ] = "tasks",
     quick: Quick = False,
@@ -139,7 +142,8 @@ def bench_growth(
 
     found = carry_out("growth", benchmark, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
-        figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
+        picture = out / f"{stem('growth', quick, seed, task)}.png"
+        figures.growth(found).savefig(picture)
 
 
 @bench.command("expansion")
@@ -196,7 +200,7 @@ def expand(
             new,
             layers,
             out,
-            where=where,
+            where=where.lower(),
             training=Training(steps, batch_size, learning_rate),
             context=context,
             seed=seed,
@@ -220,7 +224,9 @@ def reproduce(
     ] = False,
     seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
     seed: Seed = 0,
-    data: Annotated[Literal["digits", "mnist1d"], typer.Option(help="What images.")] = "digits",
+    data: Annotated[
+        Literal["digits", "mnist1d"], typer.Option(help="What images.", case_sensitive=False)
+    ] = "digits",
     float32: Annotated[
         bool, typer.Option("--float32", help="In single precision, as the source's code.")
     ] = False,
@@ -229,7 +235,8 @@ def reproduce(
 ) -> None:
     """Run an experiment of the source: its protocol beside others, compared with its figures.
 
-    With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers.
+    With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers. The names of
+    the files say which seeds and which precision, where these are not the usual ones.
     """
     import torch
 
@@ -245,6 +252,8 @@ def reproduce(
         return
     results = dict[str, dict[str, Any]]()
     experiments = _named(name, data)
+    run_of = f"-{seeds}-seeds-from-{seed}" if (seeds, seed) != (100, 0) else ""
+    run_of += "-float32" if float32 else ""
     each, dtype = range(seed, seed + seeds), torch.float32 if float32 else torch.float64
     for experiment in experiments:
         begin, described = time.perf_counter(), report.describe(experiment)
@@ -255,15 +264,16 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(numbers).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}{run_of}.png")
             text = to_json(numbers) + "\n"
-            (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
-            write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
+            (out / f"{experiment.name}{run_of}.json").write_text(text, encoding="utf-8")
+            file = out / f"{experiment.name}{run_of}.txt"
+            write_tables(file, described, report.tables(numbers))
         console.print(f"{time.perf_counter() - begin:.0f} s.")
     if name.lower() == "all":
         console.print(report.account(list(results.values())))
         if out is not None:
-            write_tables(out / "all.txt", report.account(list(results.values())))
+            write_tables(out / f"all{run_of}.txt", report.account(list(results.values())))
     if json is not None:
         content = results if len(results) > 1 else next(iter(results.values()))
         json.write_text(to_json(content) + "\n", encoding="utf-8")

@@ -9,9 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 import constrained_growth as cg
+from constrained_growth._style import GROWN, INK, QUIET, legend, scale, tidy
 from constrained_growth.experiments.demo import KEPT, Numbers, gain
 from constrained_growth.experiments.tables import number
-from constrained_growth.plotting import GROWN, INK, QUIET, plot_sensitivities, scale, tidy
+from constrained_growth.plotting import plot_sensitivities
 
 
 def report(found: Numbers) -> RenderableType:
@@ -125,7 +126,7 @@ def _curves(ax: Axes, run: Numbers, every: int) -> None:
     scale(ax, [loss for values in losses.values() for loss in values])
     ax.set_xlabel("steps on the new images")
     ax.set_ylabel("loss on test images [nats]")
-    ax.legend(frameon=False, fontsize=10)
+    legend(ax)
     tidy(ax, grid="y")
 
 

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from constrained_growth._style import GROWN, INK, KEPT, QUIET, scale, tidy
 from constrained_growth.experiments.growth.runs import BIG
 from constrained_growth.experiments.statistics import Array, smoothed
-from constrained_growth.plotting import GROWN, INK, KEPT, QUIET, tidy
 
 Content = Mapping[str, Any]
 
@@ -170,20 +170,22 @@ def growth(found: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(4.8 * len(curves), 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for ax, task in zip(panels, curves, strict=True):
+        drawn = list[float]()
         for name, runs in curves[task].items():
             colour, line, width = _GROWTH_ARMS[name]
             spent, (low, median, high) = _quartiles(runs)
             ax.plot(spent, median, color=colour, linestyle=line, linewidth=width, label=name)
+            drawn += [*low, *high]
             if name in (next(iter(curves[task])), BIG):
                 ax.fill_between(spent, low, high, color=colour, alpha=0.13, linewidth=0)
-        ax.set_yscale("log")
-        ax.set_xlabel("multiply-adds spent, in 10⁹")
+        scale(ax, drawn)
+        ax.legend(fontsize=9, frameon=False)
+        ax.set_xlabel("multiply-adds spent [10⁹]")
         about = found["settings"][task]
         title = f"{task}, {about['small']} → {about['big']} blocks, {found['seeds']} seeds"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         tidy(ax, "y")
-    panels[0].set_ylabel("held-out loss in nats")
-    panels[0].legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("held-out loss [nats]")
     return figure
 
 

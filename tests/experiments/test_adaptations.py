@@ -160,13 +160,13 @@ def test_the_command_writes_numbers_and_resumes(
 ) -> None:
     monkeypatch.setattr(shifts, "QUICK", Plan([tiny()], 2, 2, workers=1))
     file = tmp_path / "shifts.json"
-    arguments = ["bench", "decisions", "--family", "shifts", "--quick"]
+    arguments = ["bench", "decisions", "--family", "Shifts", "--quick"]
     arguments += ["--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     first = json.loads(file.read_text())
     assert list(first["tasks"]["tiny"]) == [arm.name for arm in adaptation_study.ARMS]
-    table = (tmp_path / "constrained-growth-bench-decisions-shifts.txt").read_text()
+    table = (tmp_path / "constrained-growth-bench-decisions-shifts-quick-0.txt").read_text()
     assert "Means over tasks, old weights frozen" in table
     monkeypatch.setattr(adaptation_study, "outcomes", None)  # everything is there already
     ran = CliRunner().invoke(app, arguments)

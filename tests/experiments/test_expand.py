@@ -290,7 +290,7 @@ def test_the_benchmark_reports_what_plain_training_gives(
     del arms["LoRA"]
     assert again == json.loads(to_json(arms))
     new_files = {file.name for file in set(tmp_path.iterdir()) - files}
-    assert new_files == {"n", "constrained-growth-bench-expansion.txt"}
+    assert new_files == {"n", "constrained-growth-bench-expansion-quick-3.txt"}
 
 
 @pytest.mark.usefixtures("short")

@@ -243,7 +243,7 @@ def test_the_command_writes_numbers_tables_and_a_picture(
     assert ran.exit_code == 0, ran.output
     assert list(json.loads(file.read_text())["tasks"]) == [TINY[0].name]
     assert TINY[0].name in ran.output
-    assert (out / "constrained-growth-bench-growth.png").stat().st_size > 0
+    assert (out / "constrained-growth-bench-growth-quick-0.png").stat().st_size > 0
 
 
 def test_unknown_tasks_are_refused() -> None:

@@ -439,9 +439,10 @@ def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, s
         )
         assert content["arms"][name]["test_error"] == pytest.approx(runs.test_error[-1], abs=1e-6)
     assert set(content["inserted_at"]) == {"3", "5"}
-    assert {path.name for path in out.iterdir()} == {"Exp9.json", "Exp9.png", "Exp9.txt"}
-    assert json.loads((out / "Exp9.json").read_text()) == content
-    written = (out / "Exp9.txt").read_text()
+    name = "Exp9-6-seeds-from-2"
+    assert {path.name for path in out.iterdir()} == {f"{name}.{e}" for e in ("json", "png", "txt")}
+    assert json.loads((out / f"{name}.json").read_text()) == content
+    written = (out / f"{name}.txt").read_text()
     assert "constrained-growth reproduce Exp9 --seeds 6" in written
     assert "74/90" in written
     for mean in (np.mean(content["arms"][name]["final_loss"]) for name in ("N1", "LImax")):
@@ -457,7 +458,7 @@ def test_all_of_them_in_one_file(tmp_path):
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text())
     assert set(content) == {"Exp9", "Exp10"}
-    assert "Exp10 recommended" in (tmp_path / "all.txt").read_text()
+    assert "Exp10 recommended" in (tmp_path / "all-3-seeds-from-0-float32.txt").read_text()
 
 
 def written(account, width=150):
