@@ -20,8 +20,14 @@ import constrained_growth as cg
 from constrained_growth.blocks import TransformerBlock
 from constrained_growth.experiments import figures
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.data import python_help, random_windows, windows
-from constrained_growth.experiments.growth import benchmark
+from constrained_growth.experiments.data import (
+    digits,
+    mnist1d,
+    python_help,
+    random_windows,
+    windows,
+)
+from constrained_growth.experiments.growth import benchmark, tasks
 from constrained_growth.experiments.growth.benchmark import Plan, run, tables
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.runs import ARMS, train
@@ -35,9 +41,11 @@ GROWING = ("sensitivity", "random", "first", "middle", "last")
 
 
 @pytest.fixture(autouse=True)
-def _single_precision() -> None:
-    """As the benchmarks run."""
+def _single_precision_and_few_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the benchmarks run, but for the number of samples."""
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(tasks, "images", digits)
+    monkeypatch.setattr(tasks, "mnist1d", lambda seed, num_samples: mnist1d(seed, num_samples=500))
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -129,7 +137,8 @@ def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTa
     assert traces["small"].multiply_adds[0] == task.row * small
     for name, trace in traces.items():
         assert trace.multiply_adds[-2] < task.steps * big <= trace.multiply_adds[-1]
-        assert len(trace.sites) == (2 if name in GROWING else 0)  # no plateau in so few steps
+        if name != "… at plateaus":  # of which there are as many as there are
+            assert len(trace.sites) == (2 if name in GROWING else 0)
         assert (trace.decisions > 0) == bool(trace.sites)
         assert all(math.isfinite(loss) for loss in (*trace.loss, trace.training_loss))
         assert 0 <= trace.accuracy < 1
