@@ -200,7 +200,7 @@ fig.tight_layout()
 
 
 def falsified(solution, change):
-    """The solution with its first pin changed."""
+    """The solution with the pins of its first candidate changed."""
     first, *others = solution.multipliers
     own = {parameter: change(t) for parameter, t in solution.multipliers[first].items()}
     rest = {name: solution.multipliers[name] for name in others}
@@ -253,8 +253,8 @@ assert "not the identity at its pins" in refused
 # |---|---|---|---|
 # | in every `cg.solve`, on the first batch | autograd through the blocks | a loss for which $x$ and $\delta$ are not enough | a block with a wrong backward |
 # | `kkt_residuals` | the same, on all data | a wrong $\lambda$, an untrained $\theta$ | a block with a wrong backward |
-# | `check_with_cvxpy` | that the loss is convex, which it tests | both, by the duals of a *global* solution | anything about nonconvex training |
-# | `check_with_scipy` | values of the loss | both, in small networks of any kind | whether the minimum nearby is a global one |
+# | `check_with_cvxpy` | that the loss is convex, which it tests | a wrong $\lambda$ and a wrong backward, by the duals of a *global* solution | anything about nonconvex training |
+# | `check_with_scipy` | values of the loss | a wrong $\lambda$ and a wrong backward, in small networks of any kind | whether the minimum nearby is a global one |
 #
 # None of them says that a layer *helps*: they certify a derivative, on these data, at this $\theta$. We
 # falsify $\lambda$ in three ways, and then a block: its backward claims 1 % too much.
