@@ -35,7 +35,7 @@ MODULES = (
             "solution",
             "statistics",
             "curvature",
-            "monitor",
+            "monitoring",
             "insertion",
             "training",
             "checkpoint",

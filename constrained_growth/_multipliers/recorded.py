@@ -5,12 +5,16 @@ that is one of PyTorch's affine maps (a linear layer, a convolution, the scale a
 normalisation, a product with a scale), its input gives φ, and a probe e = 0 is added to its output:
 ψ is the derivative of ⟨block(x), δ⟩ by e. This is seen at the operations, not at the modules, since
 attention takes its output projection past the module that holds it.
+
+Most pins are zero. Then the output of their map is zero, and so is its derivative by φ, whatever
+the rest of the block: neither is computed. Of a pre-norm transformer block that leaves the forward
+pass without its output projections, and nothing of the backward pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from constrained_growth._multipliers.closed_form import at_pins
 from constrained_growth._sites.collector import Use
@@ -36,18 +40,24 @@ class _Map:
     rows: Callable[[Tensor], Tensor] = lambda y: y
     elementwise: bool = False
     transposed: bool = False
+    parameters: tuple[object, ...] = ()  # if it is zero as soon as these are (None: it has none)
+
+
+def zeros_of(block: nn.Module) -> frozenset[str]:
+    """The pins that are zero. It asks for numbers, which makes a GPU wait."""
+    return frozenset(n for n, p in pinned_parameters(block).items() if not bool(p.any()))
 
 
 def recorded_factors(
-    block: nn.Module, use: Use, *directions: Tensor
+    block: nn.Module, use: Use, *directions: Tensor, zeros: Collection[str] = ()
 ) -> tuple[Tensor, list[list[AffineFactors]]] | None:
     """The block's output, and for each direction δ there the factors of its pins.
 
     None if some pin is used in another way, or in maps of several kinds. The first dimension of φ
-    and ψ is that of the operation, which need not count samples.
+    and ψ is that of the operation, which need not count samples. `zeros` are pins known to be zero.
     """
     pins = {name: p.detach() for name, p in pinned_parameters(block).items()}
-    recorder = _Recorder(pins)
+    recorder = _Recorder(pins, zeros)
     with recorder:
         y = at_pins(block, pins, use.x, use.context)
     kinds = {(one.weight, one.bias, one.elementwise, one.transposed) for one, _ in recorder.maps}
@@ -80,9 +90,10 @@ def _factors(one: _Map, psi: Tensor) -> AffineFactors:
 class _Recorder(TorchFunctionMode):
     """Sees each operation that takes a pinned parameter."""
 
-    def __init__(self, pins: Mapping[str, Tensor]) -> None:
+    def __init__(self, pins: Mapping[str, Tensor], zeros: Collection[str]) -> None:
         super().__init__()
         self._names = {id(pin): name for name, pin in pins.items()}
+        self._zeros = zeros
         self.maps: list[tuple[_Map, Tensor]] = []  # with their probes
         self.unknown = False
 
@@ -96,20 +107,30 @@ class _Recorder(TorchFunctionMode):
             return self._attention(args, kwargs)
         find = _OPERATIONS.get(func)
         found = None if find is None else find(self.name, func, args, kwargs)
+        if found is not None:
+            return self._noted(found, func, *args, **kwargs)
         y = func(*args, **kwargs)
-        if found is None:  # unless it only asked for a shape, say
-            self.unknown |= isinstance(y, Tensor)
-            return y
-        return self._noted(found, y)
+        self.unknown |= isinstance(y, Tensor)  # unless it only asked for a shape, say
+        return y
 
     def name(self, value: object) -> str | None:
         """The pin that a value is."""
         return self._names.get(id(value))
 
-    def _noted(self, found: _Map, y: Tensor) -> Tensor:
-        probe = torch.zeros_like(y).requires_grad_()
+    def _noted(self, found: _Map, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of the operation, with a probe."""
+        if found.parameters and all(p is None or self._is_zero(p) for p in found.parameters):
+            y = None
+            shape = func(*_without_values(args), **_without_values(kwargs))
+        else:
+            y = shape = func(*args, **kwargs)
+        probe = torch.zeros_like(shape, device=found.features.device).requires_grad_()
         self.maps.append((found, probe))
-        return y + probe
+        # not the probe itself, which nothing may change in place
+        return probe.clone() if y is None else y + probe
+
+    def _is_zero(self, parameter: object) -> bool:
+        return self.name(parameter) in self._zeros
 
     def _attention(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """With 1 in the place of the output projection, whose input is φ."""
@@ -122,8 +143,14 @@ class _Recorder(TorchFunctionMode):
         one = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         given |= {"out_proj_weight": one, "out_proj_bias": None}
         features, attention = F.multi_head_attention_forward(**given)
-        found = _Map(self.name(weight) or "", self.name(bias), features.detach())
-        return self._noted(found, F.linear(features, weight, bias)), attention
+        found = _Map(
+            self.name(weight) or "", self.name(bias), features.detach(), parameters=(weight, bias)
+        )
+        return self._noted(found, F.linear, features, weight, bias), attention
+
+
+def _without_values(arguments: Any) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to("meta"), arguments)
 
 
 _ATTENTION = tuple(inspect.signature(F.multi_head_attention_forward).parameters)
@@ -135,7 +162,8 @@ def _linear(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
     given = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
     x, weight, bias = given["input"], name(given["weight"]), name(given.get("bias"))
     if weight is not None:
-        return _Map(weight, bias, x.detach())
+        parameters = given["weight"], given.get("bias")
+        return _Map(weight, bias, x.detach(), parameters=parameters)
     return None if bias is None else _shift(bias, func(x, given["weight"]))
 
 
@@ -147,7 +175,10 @@ def _shift(bias: str, y: Tensor, rows: Callable[[Tensor], Tensor] = lambda y: y)
 def _addmm(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
     if len(args) != 3 or kwargs or name(args[2]) is None:
         return None
-    return _Map(name(args[2]) or "", name(args[0]), args[1].detach(), transposed=True)
+    features, parameters = args[1].detach(), (args[2], args[0])
+    return _Map(
+        name(args[2]) or "", name(args[0]), features, transposed=True, parameters=parameters
+    )
 
 
 def _convolution(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
@@ -169,7 +200,13 @@ def _convolution(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
         sizes(padding, 0),
         sizes(given.get("stride", 1), 1),
     )
-    return _Map(name(kernel) or "", name(given.get("bias")), patches.mT, lambda y: y.flatten(2).mT)
+    return _Map(
+        name(kernel) or "",
+        name(given.get("bias")),
+        patches.mT,
+        lambda y: y.flatten(2).mT,
+        parameters=(kernel, given.get("bias")),
+    )
 
 
 def _normalisation(func: Any, *, channels: int) -> tuple[Any, Any]:
@@ -189,7 +226,8 @@ def _normalisation(func: Any, *, channels: int) -> tuple[Any, Any]:
             return y.movedim(1, -1) if channels == 1 else y.flatten(-ends)
 
         if weight is not None:
-            return _Map(weight, bias, rows(normal), rows, elementwise=True)
+            parameters = given["weight"], given.get("bias")
+            return _Map(weight, bias, rows(normal), rows, elementwise=True, parameters=parameters)
         return None if bias is None else _shift(bias, normal, rows)
 
     return func, found
@@ -208,7 +246,8 @@ def _product(name: Name, func: Any, args: Any, kwargs: Any) -> _Map | None:
         y = y.movedim(own, [*range(-len(own), 0)])
         return y.flatten(-len(own)) if own else y.unsqueeze(-1)
 
-    return _Map(name(scale) or "", None, rows(x.detach()), rows, elementwise=True)
+    features = rows(x.detach())
+    return _Map(name(scale) or "", None, features, rows, elementwise=True, parameters=(scale,))
 
 
 _OPERATIONS: dict[Any, Callable[[Name, Any, Any, Any], _Map | None]] = {

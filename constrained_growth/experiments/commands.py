@@ -57,31 +57,25 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
+    change: Annotated[
+        Literal["inverted", "rotated", "mirrored"], typer.Option(help="What the digits become.")
+    ] = "inverted",
     seed: Seed = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
-    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many networks.")] = 10,
     out: Folder = Path(),
     json: Json = None,
 ) -> None:
-    """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    """Show a trained network other images; ask where a layer would help, insert it, and see."""
     from constrained_growth.experiments import demo_report
     from constrained_growth.experiments.demo import run_demo
 
     begin, console = time.perf_counter(), terminal(width=0)
-    result = run_demo(
-        data,
-        seed,
-        max_epochs=epochs,
-        epochs_after=epochs,
-        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
-    )
-    console.print(demo_report.ending(result))
-    picture = out / "constrained-growth-demo.png"
-    demo_report.picture(result).savefig(picture)
+    found = run_demo(change, seed, runs)
+    console.print(demo_report.report(found))
+    picture = out / f"constrained-growth-demo-{change}-{seed}.png"
+    demo_report.picture(found).savefig(picture)
     if json is not None:
-        json.write_text(to_json(result) + "\n", encoding="utf-8")
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -261,7 +255,7 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}.png")
             text = to_json(numbers) + "\n"
             (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
             write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))

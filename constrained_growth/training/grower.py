@@ -22,6 +22,7 @@ from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
+from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import GrowthRecord, insert, rewrap
@@ -36,7 +37,6 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Later, Norm, Solution, with_fields
-from constrained_growth.solve import solve
 from constrained_growth.training.arguments import check_growing
 from constrained_growth.training.history import History, Round, count_layers, measurements
 

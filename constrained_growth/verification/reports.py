@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import instance
+from constrained_growth._solve import solve
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
-from constrained_growth.solve import solve
 from constrained_growth.verification.extended import ExtendedProblem, Vector
 
 TOLERANCE = 2e-3
@@ -112,10 +112,12 @@ class Answer:
     @property
     def scale(self) -> float:
         """‖dual‖₂ over all pins, and not less than 1e-4 L: what an error is compared with."""
+        # where all λ vanish, as in a network that lacks nothing, errors are compared with the loss
         sizes = [norm_of(dual) for dual in self.duals.values()]
         return max(math.hypot(*sizes), 1e-4 * abs(self.objective))
 
     def _checks(self) -> list[Check]:
+        # a pin whose λ is zero up to rounding has no error relative to itself: 1 % of all is enough
         gaps = [norm_of(d - self.solution.dual_value(pin)) for pin, d in self.duals.items()]
         own = [
             gap / max(norm_of(dual), 1e-2 * self.scale)

@@ -104,6 +104,26 @@ class Shift(nn.Linear):
         return super().forward(input) - F.linear(input, self.weight)
 
 
+class Bottom(nn.Module):
+    """Branches one after the other, each summed up in place; in front of it a pin that is not 0."""
+
+    def __init__(self, first: float) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((4,), first))
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.pinned = ("scale", "inner.weight", "inner.bias", "outer.weight", "outer.bias")
+        with torch.no_grad():
+            for name in self.pinned[1:]:
+                self.get_parameter(name).zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x.sin())
+        y += x * self.scale
+        z = self.outer(y.cos())
+        z += y
+        return z
+
+
 def folded(conv: nn.Module) -> nn.Module:
     """A convolution with a stride, and back to the old size."""
     return nn.Sequential(conv, nn.Upsample(scale_factor=2))
@@ -116,6 +136,7 @@ CASES: dict[str, tuple[Callable[[], Setting], Callable[[], nn.Module]]] = {
         sequences,
         lambda: CopiedBlock(Across(), args=[torch.randn(2, 5, 4)]),
     ),
+    "branches that are summed up in place": (sequences, lambda: Bottom(1.0)),
     "linear": (vectors, lambda: Branch(nn.Linear(4, 4))),
     "linear of positions": (sequences, lambda: Branch(nn.Linear(4, 4))),
     "bias alone": (sequences, lambda: Branch(Shift(4, 4), "bias")),
