@@ -278,7 +278,7 @@ def _refuse_kept_and_overwritten(
 
     That reader would not see the change to the output of a layer there: the function would move.
     """
-    # watched, what reads x does not see what the model writes to the alias, as with a layer there
+    # watched, as with a layer there, who reads x does not see what the model writes to the alias
     plain = first.loss_unwatched(model, loss_fn)
     if not first.is_same(plain, coarsest_epsilon(model.parameters())):
         raise CandidateError(

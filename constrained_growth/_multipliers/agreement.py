@@ -185,7 +185,7 @@ def _agree(found: Estimate, exact: Estimate, uses: Sequence[Use], epsilon: float
     pairs = [(found.multiplier[key], value) for key, value in exact.multiplier.items()]
     difference = math.hypot(*(_norm(one - other) for one, other in pairs))
     size = math.hypot(*(_norm(other) for _, other in pairs))
-    # "not >": where λ is NaN, the status of the solution says so, and no way to it is better
+    # "not >", so that NaN counts as agreement: the status of the solution reports it
     return not difference > math.sqrt(epsilon) / 3 * size + 3 * epsilon * summands
 
 

@@ -65,7 +65,7 @@ class FactorsOf:
     def _recorded(self, uses: Sequence[Use], in_front: bool) -> Factors | None:
         outputs, every = [], []
         for use in uses:
-            # where the samples of ψ are is seen once, at a δ of the first sample alone
+            # how the samples lie in ψ is found once, from a δ of the first sample alone
             first, alone = self._layouts is None, use.delta.clone()
             alone[1:] = 0.0
             more = (alone,) if first else ()

@@ -286,8 +286,8 @@ class Pass:
         found = everywhere(
             lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
         )
-        # a mean over several models would be the λ of none, and nothing else would show it; the
-        # same norm is rounded in another way on another device
+        # a mean over different models would be the λ of none of them, and nothing else would show
+        # it; not compared exactly, as devices round norms differently
         sizes = [process[3] for process in found]
         alike = all(len(here) == len(sizes[0]) for here in sizes)
         if not alike or not np.allclose(sizes, sizes[:1], rtol=1e-6, atol=0, equal_nan=True):

@@ -229,7 +229,7 @@ class Collector:
         with torch.no_grad(), full_precision(*{site.device for site in self._sites}):
             if inputs:
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
-            # those of the leaves come after them, and a hook has taken what has no `arrive`
+            # `grads` goes on with those of the leaves; without `arrive` a hook has taken δ
             for arrive, delta in zip(waiting, grads, strict=False):
                 if arrive is not None and delta is not None:
                     arrive(delta)

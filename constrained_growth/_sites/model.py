@@ -44,7 +44,7 @@ def _refuse_other_dtypes(model: Any, input: object, error: Exception) -> None:
     given, own = (
         {t.dtype for t in some if t.is_floating_point()} for some in (tensors_in(input), parameters)
     )
-    # PyTorch has no class for it: "Input type (float) and bias type (double) should be the same"
+    # a plain RuntimeError: "Input type (float) and bias type (double) should be the same"
     if given and own and not given & own and "type" in str(error):
         here, there = (" and ".join(sorted(map(str, some))) for some in (given, own))
         raise DataError(
@@ -136,7 +136,7 @@ def coarsest_epsilon(tensors: Iterable[Tensor]) -> float:
     kinds = {t.dtype for t in found}
     devices = {t.device.type for t in found}
     kinds |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
-    # TensorFloat-32 and bfloat16 keep so many bits of a factor
+    # TensorFloat-32 keeps 10 bits of the mantissa of each factor, bfloat16 keeps 7
     products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
     rough = products[torch.get_float32_matmul_precision()] if torch.float32 in kinds else 0.0
     return max([rough, *(torch.finfo(kind).eps for kind in kinds)])

@@ -21,7 +21,7 @@ from constrained_growth.errors import CandidateError
 
 def is_scripting() -> bool:
     """Whether torch.jit.script is at work."""
-    # False from its first module to its last; there is no public way to ask
+    # torch.jit.script sets this private flag to False while it runs; there is no public one
     return not vars(torch.jit._script).get("_TOPLEVEL", True)  # type: ignore[attr-defined]
 
 

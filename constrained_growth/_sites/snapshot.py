@@ -72,7 +72,7 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
         with writes if first and not watching else ExitStack():
             yield
     finally:
-        # first which objects hang where, then the memory of parameters, then the values in it
+        # in this order: which objects hang where, the memory of parameters, the values in it
         for container, before in containers:
             now, then = _held(container), _held(before)
             if len(now) != len(then) or not all(map(operator.is_, now, then)):
@@ -95,8 +95,8 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
             for tensor, before in (*values, *writes.before[writes.start :]):
                 if tensor.shape != before.shape:  # observers of a quantisation resize their buffers
                     tensor.resize_(before.shape)
-                # where nothing changed nothing is written, not even the same: a graph of the
-                # user's that has saved the tensor could not be differentiated any more
+                # writing even equal values raises the version counter, and a graph of the user's
+                # that has saved the tensor could no longer be differentiated
                 if tensor.layout is not torch.strided or not torch.equal(tensor, before):
                     tensor.copy_(before)
         del writes.before[writes.start :]
@@ -191,7 +191,7 @@ def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
 
 def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:
     """`copy.deepcopy`, also of a module that keeps tensors with a graph, such as activations."""
-    # which `copy.deepcopy` refuses; a copy needs their values alone
+    # `copy.deepcopy` refuses tensors with a graph; a copy needs only their values
     kept = [t for t in reached(value) if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(value, {**(memo or {}), **{id(t): t.detach().clone() for t in kept}})
 

@@ -138,7 +138,7 @@ class _Books:
                 longer = self._built(config)
             except Exception:  # it counts something else too, or must agree with another entry
                 continue
-            # of entries that lengthen several lists, which one a layer belongs to is not known
+            # an entry that lengthens several lists does not say to which a layer belongs
             built: dict[str, Any] = dict(longer.named_modules())
             lists = self._layers.items()
             grown = [n for n, old in lists if n in built and len(built[n]) == len(old) + 1]

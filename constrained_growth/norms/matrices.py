@@ -178,7 +178,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
     """The singular values of the block-diagonal matrix of all tensors; NaN if one is not finite."""
     matrices = [as_matrix(tensor) for tensor in multiplier.values()]
-    # LAPACK raises, or does not return, where a number is not finite
+    # LAPACK fails on NaN and Inf, or does not return
     if not all(matrix.isfinite().all() for matrix in matrices):
         return matrices[0].new_full((1,), math.nan)
     return torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])

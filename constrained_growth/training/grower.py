@@ -365,13 +365,16 @@ class Grower:
         return find_candidates(self.model, batch[0])
 
 
+OPTIONS = tuple(field.name for field in fields(Grower) if field.kw_only)
+"""What a `Grower` takes by name; `grow` and the callbacks hand it on."""
+
+
 def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a `Grower` that a callback was given for it; an unknown one is an error."""
-    known = [field.name for field in fields(Grower) if field.kw_only]
     for name, value in options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(known)}."
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(OPTIONS)}."
             raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
     return options
 
