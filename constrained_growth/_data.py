@@ -26,10 +26,12 @@ def moved(value: Any, device: torch.device | None) -> Any:
     """A batch of the same type on the model's device; what cannot be moved is as it is."""
 
     def by_itself(item: Any) -> Any:
+        # the `to` of some types of batches moves them in place, and the loader may yield them again
         return copy.copy(item).to(device) if callable(getattr(item, "to", None)) else item
 
     if device is None:
         return value
+    # which from pinned memory need not be waited for, and from other memory is waited for anyway
     return mapped(value, lambda tensor: tensor.to(device, non_blocking=True), by_itself)
 
 

@@ -58,6 +58,7 @@ def everywhere(
                 raise  # from within: the others have heard of it there
             error = caught
     kind = type(error) if isinstance(error, GrowthError) else GrowthError
+    # as text, since an error need not be picklable
     said = None if error is None else (kind, f"{type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (result, said), group=group)
@@ -105,7 +106,7 @@ def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T,
 def add_up(tensors: Iterable[Tensor], group: ProcessGroup | None) -> None:
     """Sum each of the tensors over the processes, in place."""
     for tensor in tensors if several(group) else ():
-        whole = tensor.contiguous()
+        whole = tensor.contiguous()  # the backends take no other
         dist.all_reduce(whole, group=group)
         if whole is not tensor:
             tensor.copy_(whole)

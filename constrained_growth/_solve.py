@@ -358,6 +358,7 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
 def _size_of_theta(model: nn.Module) -> float:
     """‖θ‖₂ over the trainable parameters, without a copy of them."""
     each = (p.detach() for p in model.parameters() if p.requires_grad)
+    # in bfloat16 a norm would have two digits
     dtypes = ((p, torch.promote_types(p.dtype, torch.float32)) for p in each)
     return math.hypot(*(float(whole(torch.linalg.vector_norm(p, dtype=d))) for p, d in dtypes))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from constrained_growth._arguments import data_again, flag, instance
 from constrained_growth._data import counted
@@ -18,6 +17,7 @@ from constrained_growth._sites.collector import collecting
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._structure import mapped, tensors_in
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import CandidateError, RuleError
@@ -140,7 +140,7 @@ class VirtualLoss:
                     loss, variables, create_graph=True, materialize_grads=True
                 )
                 pairs = zip(grads, self._split(vector), strict=True)
-                live = [(g, w) for g, w in pairs if g.requires_grad]
+                live = [(g, w) for g, w in pairs if g.requires_grad]  # not where L is linear
                 if not live:
                     return torch.zeros_like(vector)
                 outputs, weights = zip(*live, strict=True)
@@ -172,13 +172,12 @@ class VirtualLoss:
         self, output: Any, target: object, variables: Sequence[Tensor], vector: Tensor
     ) -> Tensor:
         """The Gauss–Newton product of one batch: J, the bend of the loss, Jᵀ."""
-        leaves, structure = pytree.tree_flatten(output)
-        outputs = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        outputs = [y for y in tensors_in(output) if y.requires_grad]
         if not outputs:
             raise RuleError(
                 f"curvature=gauss_newton: no tensor was found in the model's output, a "
-                f"{type(output).__name__}; register its class by "
-                "torch.utils._pytree.register_dataclass, or take curvature=hessian."
+                f"{type(output).__name__}; return a tensor, or a tuple, dict or dataclass of "
+                "tensors, or take curvature=cg.curvature.hessian."
             )
         probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
         # the derivative of ⟨probes, J vector⟩ by the probes is J vector
@@ -189,7 +188,7 @@ class VirtualLoss:
             grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
         )
         cut = {id(y): y.detach().requires_grad_() for y in outputs}
-        again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
+        again = mapped(output, lambda y: cut.get(id(y), y))
         points = list(cut.values())
         try:
             loss = self._loss(again, target)
@@ -223,7 +222,8 @@ class VirtualLoss:
         *old, v = vector.split([*(p.numel() for p in self._old), self.size])
         return [*(t.view_as(p).to(p.dtype) for t, p in zip(old, self._old, strict=True)), v]
 
-    def _standing(self, v: Tensor) -> AbstractContextManager[None]:
+    @contextmanager
+    def _standing(self, v: Tensor) -> Iterator[None]:
         """The block at its site, moved by v, also for what backward runs again (checkpointing)."""
         block = self._planned.block
         values = {n: self._pins[n].detach() + d for n, d in self.unflatten(v).items()}
@@ -231,31 +231,35 @@ class VirtualLoss:
         def moved(*args: Any, **kwargs: Any) -> Tensor:
             return called_with(block, values, args, kwargs)
 
-        return stand(self._problem.model, self._planned, moved)
+        # attention is differentiated twice only in its plain form
+        with stand(self._problem.model, self._planned, moved), sdpa_kernel(SDPBackend.MATH):
+            yield
 
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))
 
-    def _mean(self, one: Callable[[object, object], Tensor], like: Tensor) -> Tensor:
-        """The mean over all samples of something of a batch, in float64."""
-        total, count = torch.zeros_like(like), like.new_zeros(())
-        problem = self._problem
+    def _mean(self, one: Callable[[Any, Any], Tensor], like: Tensor) -> Tensor:
+        return mean_over(self._data, self._problem, one, like)
 
-        def read() -> None:
-            # attention is differentiated twice only in its plain form
-            with (
-                untouched(problem.model, problem.loss_fn, self._data),
-                differentiable(),
-                sdpa_kernel(SDPBackend.MATH),
-            ):
-                device = device_of(problem.model)
-                for input, target, weight in counted(self._data, device, problem.weight):
-                    total.add_(one(input, target).detach().to(total), alpha=weight)
-                    count.add_(weight)
 
-        everywhere(read, problem.group)
-        add_up([total, count], problem.group)
-        return total / count
+def mean_over(
+    data: Iterable[Any],
+    problem: GrowthProblem,
+    one: Callable[[Any, Any], Tensor],
+    like: Tensor,
+) -> Tensor:
+    """The mean over all samples of `one(input, target)` of a batch; `like` it, in float64."""
+    total, count = torch.zeros_like(like), like.new_zeros(())
+
+    def read() -> None:
+        with untouched(problem.model, problem.loss_fn, data), differentiable():
+            for input, target, weight in counted(data, device_of(problem.model), problem.weight):
+                total.add_(one(input, target).detach().to(total), alpha=weight)
+                count.add_(weight)
+
+    everywhere(read, problem.group)
+    add_up([total, count], problem.group)
+    return total / count
 
 
 Curvature = Callable[[VirtualLoss, Tensor], Tensor]
@@ -277,5 +281,6 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    # an embedding with sparse=True has sparse gradients
     dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
     return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in dense])

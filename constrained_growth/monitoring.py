@@ -242,6 +242,7 @@ class Monitor:
             self._settle()
             batch = _Batch(batch_size(args, kwargs), scale, self._window)
             forward = self._collector.begin(self._take, batch, keeps=True)
+            # weakly: it goes with the graph of a pass that is never differentiated (validation)
             batch.runs, self._latest = forward.seen, weakref.ref(forward)
         self._watch(watched)
 
@@ -260,6 +261,7 @@ class Monitor:
             forward.settle()
 
     def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
+        # only then, as asking makes the device wait
         if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
             return
         if batch.scale != 1.0:  # in a precision where what is small stays

@@ -116,12 +116,14 @@ assert torch.allclose(solution.multipliers["1"]["outer.weight"], by_autograd, rt
 jacobians = jacrev(lambda theta, v: v.flatten(), argnums=(0, 1))(theta_0, pin)
 A = np.hstack([J.reshape(9, -1) for J in jacobians])  # of the constraints v = 0, in (theta, v)
 twice = np.vstack([A, A])
-lam_0 = by_autograd.detach().flatten().numpy()
+lam_0 = solution.multipliers["1"]["outer.weight"].flatten().numpy()
+g_theta, g_v = grad(L, argnums=(0, 1))(theta_0, pin)
 pairs = [np.concatenate([share * lam_0, (1 - share) * lam_0]) for share in (1, 0.5, -3)]
 
 assert np.linalg.matrix_rank(A) == len(A)
 assert np.linalg.matrix_rank(twice) < len(twice)
-assert all(np.allclose(twice.T @ pair, A.T @ lam_0) for pair in pairs)
+for pair in pairs:  # each satisfies the second condition
+    assert np.allclose((twice.T @ pair)[len(theta_0) :], -g_v.detach().flatten())
 
 # %% [markdown]
 # ## Claim 2. Before training has finished, $\lambda$ is the least-squares estimate
@@ -137,7 +139,6 @@ assert all(np.allclose(twice.T @ pair, A.T @ lam_0) for pair in pairs)
 # solution reports as its `stationarity`.
 
 # %%
-g_theta, g_v = grad(L, argnums=(0, 1))(theta_0, pin)
 g = torch.cat([g_theta, g_v.flatten()]).detach().numpy()
 estimate, *_ = np.linalg.lstsq(A.T, -g, rcond=None)
 residual = np.linalg.norm(g + A.T @ estimate)

@@ -413,13 +413,13 @@ def check_2(decrease):
 
 def check_3(sign):
     i = int((x == 0).any(0).nonzero()[0])  # a unit with inactive samples
-    rows = x[:, i] == 0
-    for row in rows.nonzero().flatten().tolist():
-        if abs(delta[row, i]) > 1e-8:
-            woken = x.clone()
-            woken[row, i] = 1e-6
-            lowers = bool(tail(woken) < tail(x))
-            assert lowers == (torch.sign(delta[row, i]).item() == sign)
+    rows = ((x[:, i] == 0) & (delta[:, i].abs() > 1e-8)).nonzero().flatten().tolist()
+    assert len(rows) > 10
+    for row in rows:
+        woken = x.clone()
+        woken[row, i] = 1e-6
+        lowers = bool(tail(woken) < tail(x))
+        assert lowers == (torch.sign(delta[row, i]).item() == sign)
     print("3: right")
 
 

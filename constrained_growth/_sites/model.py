@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._distributed import unwrapped
-from constrained_growth._structure import mapped
+from constrained_growth._structure import tensors_in
 from constrained_growth.errors import CandidateError, DataError
 
 
@@ -41,8 +41,9 @@ def call(model: Callable[..., Any], input: object) -> Any:
 def _refuse_other_dtypes(model: Any, input: object, error: Exception) -> None:
     """Where a model failed as no number of the input has the precision of a parameter, say so."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    given, own = set[torch.dtype](), {p.dtype for p in parameters if p.is_floating_point()}
-    mapped(input, lambda t: (given.add(t.dtype) if t.is_floating_point() else None) or t)
+    given, own = (
+        {t.dtype for t in some if t.is_floating_point()} for some in (tensors_in(input), parameters)
+    )
     # PyTorch has no class for it: "Input type (float) and bias type (double) should be the same"
     if given and own and not given & own and "type" in str(error):
         here, there = (" and ".join(sorted(map(str, some))) for some in (given, own))

@@ -302,6 +302,7 @@ def _patch_factors(
     weight: str, bias: str, psi: Tensor, images: Tensor, size: int
 ) -> Iterator[AffineFactors]:
     """A convolution as an affine map of patches, for a few samples at a time."""
+    # the patches of a whole batch would be k² times the images
     each = max(1, _PATCHES // max(1, size**2 * images[:1].nbytes))
     for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
         patches = patches_of(some, (size, size), padding=(size // 2, size // 2))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments, takes_context
-from constrained_growth.errors import BlockError
+from constrained_growth.errors import BlockError, GrowthError
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,20 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         ) from error
 
 
+def check_deviations(
+    block: nn.Module, values: Mapping[str, Any], where: str, error: type[GrowthError]
+) -> None:
+    """Refuse what is no finite deviation of pinned parameters of a block, each in its shape."""
+    shapes = {name: tuple(p.shape) for name, p in pinned_parameters(block).items()}
+    for name, value in values.items():
+        got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+        if name not in shapes or got != shapes[name] or not bool(torch.isfinite(value).all()):
+            raise error(
+                f'{where}["{name}"]={got} is no finite deviation from a pin of that candidate, '
+                f"whose shapes are {shapes}."
+            )
+
+
 def called_with(
     block: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
@@ -178,6 +192,7 @@ def change(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_zeros(())
+    # relative to the largest entry: rounding in a sum x + branch is of the size of its terms
     largest = x.abs().max()
     eps = torch.finfo(x.dtype).eps
     allowed = min(1e3 * eps, eps**0.5) * largest.clamp(min=1.0)  # 1e3 eps of bfloat16 are 8

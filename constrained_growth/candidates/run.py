@@ -134,6 +134,7 @@ def is_same(y: Tensor, last: Tensor) -> bool:
         return True
     if y.numel() != last.numel() or y.layout is not last.layout or y.device != last.device:
         return False
+    # by values, whatever their order: a transposed copy has another storage
     ordered = [one.detach().flatten().sort().values for one in (y, last)]
     return torch.equal(ordered[0].to(last.dtype), ordered[1])
 

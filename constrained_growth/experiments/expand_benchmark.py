@@ -194,10 +194,11 @@ def _of_network(
             chosen[arm] = tuple(sorted(names.index(name) for name in decision.chosen))
         arms = {arm: sets[places] for arm, places in chosen.items()}
         arms[RANDOM] = np.mean(list(sets.values()), axis=0).tolist()
-        sizes = {LAYERS: _trainable(_grown(subject, tuple(range(k))))}
+        sizes = {LAYERS: k * subject.solution.sensitivities[names[0]].num_new_parameters}
         if LORA in training:
             arms[LORA] = outcome(subject, (), k, training[LORA], cache)
-            sizes[LORA] = _trainable(with_lora(subject.network, k, seed))
+            adapted = with_lora(subject.network, k, seed)
+            sizes[LORA] = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
         arms[NOTHING] = subject.losses(subject.network)
         found[k] = {"arms": arms, "sets": sets, "chosen": chosen, "parameters": sizes}
     return found
@@ -296,10 +297,6 @@ def with_lora(network: Logits, k: int, seed: int) -> Logits:
         torch.manual_seed(seed)
         warnings.simplefilter("ignore", FutureWarning)  # of Transformers, to peft
         return Logits(get_peft_model(model, config)).eval()
-
-
-def _trainable(network: Logits) -> int:
-    return sum(p.numel() for p in network.parameters() if p.requires_grad)
 
 
 def _row(arms: Mapping[str, Array], name: str) -> dict[str, Any]:

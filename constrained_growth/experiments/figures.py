@@ -154,15 +154,18 @@ def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 _GROWTH_ARMS = {
     "sensitivity": (GROWN, "-", 2.0),
+    "… at plateaus": (GROWN, ":", 2.0),
     "random": (PINK, "-.", 1.4),
-    "fixed": (GREEN, ":", 1.6),
+    "first": (GREEN, "-", 1.2),
+    "middle": (GREEN, "--", 1.2),
+    "last": (GREEN, ":", 1.6),
     BIG: (KEPT, "--", 2.0),
     "small": (QUIET, "-", 1.2),
 }
 
 
 def growth(found: Mapping[str, Any]) -> Figure:
-    """Training loss of every arm against multiply-adds, a panel for each task."""
+    """Held-out loss of every arm against multiply-adds, a panel for each task."""
     curves = found["curves"]
     figure = Figure(figsize=(4.8 * len(curves), 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
@@ -182,7 +185,7 @@ def growth(found: Mapping[str, Any]) -> Figure:
         title = f"{task}, {about['small']} → {about['big']} blocks, {found['seeds']} seeds"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         tidy(ax, "y")
-    panels[0].set_ylabel("training loss [nats]")
+    panels[0].set_ylabel("held-out loss [nats]")
     return figure
 
 

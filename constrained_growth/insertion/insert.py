@@ -22,7 +22,7 @@ from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.blocks.protocol import move_pins
+from constrained_growth.blocks.protocol import check_deviations, move_pins
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import preservation
@@ -321,14 +321,6 @@ def _check_values(solution: Solution, chosen: Collection[str]) -> None:
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
             raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
-        pins = pinned_parameters(solution.candidates[name].block)
-        for key, value in values.items() if name in chosen else ():
-            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
-            if key not in pins or got != pins[key].shape:
-                shapes = {k: tuple(p.shape) for k, p in pins.items()}
-                raise RuleError(
-                    f'decision.values["{name}"]["{key}"]={got} is no deviation from a pin of that '
-                    f"candidate, whose shapes are {shapes}."
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise RuleError(f'decision.values["{name}"]["{key}"] holds NaN or Inf.')
+        if name in chosen:
+            block = solution.candidates[name].block
+            check_deviations(block, values, f'decision.values["{name}"]', RuleError)

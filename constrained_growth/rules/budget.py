@@ -185,7 +185,7 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
             )
         if result.status != 0 or result.x is None:
             raise RuleError(f"Budget: the knapsack was not solved: {result.message}")
-        x = np.round(result.x)
+        x = np.round(result.x)  # whole numbers to the solver's tolerance only
         if bool((rows @ x <= limits).all()):
             break
         # over a limit, though within the solver's tolerance: exclude exactly this choice

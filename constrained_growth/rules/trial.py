@@ -122,6 +122,7 @@ class Trial:
                 left = sorted(left, key=lambda name: losses.get(name, 0.0))[:number]
                 steps = max(1, round(self.steps / self.eta ** (len(numbers) - 1 - rung)))
                 for batch in itertools.islice(stream, steps - done):
+                    # the same random numbers for all, as differences in luck would decide
                     for name in left:
                         with torch.random.fork_rng(devices=cuda):
                             copies[name].step(*batch)

@@ -286,7 +286,7 @@ class _Run:
             for number in range(self.done):
                 if next(iterator, None) is None:
                     raise _too_short(number, self.done)
-            self._set_random_state(now)
+            self._set_random_state(now)  # training has drawn numbers too since the epoch began
         yield from iterator
         if not self.done:
             raise DataError("loader is empty; give at least one (input, target) batch.")

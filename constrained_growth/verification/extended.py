@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from constrained_growth._data import counted
-from constrained_growth._sites.collector import replaced
+from constrained_growth._sites.collector import See, replaced
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call
-from constrained_growth._sites.site import Site
 from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth._structure import mapped
@@ -41,7 +40,7 @@ class ExtendedNetwork(nn.Module):
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
-            hook = functools.partial(_with_block, block, site)
+            hook = functools.partial(replaced, site.after, site.output, _called(block))
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     @property
@@ -56,16 +55,14 @@ class ExtendedNetwork(nn.Module):
             return output, self.loss_fn(output, target)
 
 
-def _with_block(
-    block: nn.Module, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object
-) -> Any:
-    """The output of a module with a block behind it."""
+def _called(block: nn.Module) -> See:
+    """What a block makes of the tensor at its site."""
 
     def layer(x: Tensor, context: Context) -> Tensor:
         args, kwargs = arguments(block, x, context)
         return block(*args, **kwargs).clone()  # the model may change its input in place
 
-    return replaced(site.after, site.output, layer, module, args, kwargs, output)
+    return layer
 
 
 class ExtendedProblem:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import json
 from dataclasses import replace
@@ -67,11 +68,11 @@ def gpt2(vocabulary: int = 256) -> GPT2LMHeadModel:
     ).eval()
 
 
-def llama() -> LlamaForCausalLM:
+def llama(vocabulary: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256,
+            vocab_size=vocabulary,
             hidden_size=8,
             intermediate_size=12,
             num_hidden_layers=2,
@@ -115,46 +116,38 @@ def test_a_model_that_learns_nothing_is_the_old_one_with_more_layers(
 
 
 def test_new_layers_alone_learn_where_they_were_asked_for(tmp_path: Path, files: list[str]) -> None:
-    old = llama()
-    old.save_pretrained(tmp_path / "model")
-    written = tmp_path / "numbers.json"
-    options = ["--layers", 1, "--where", "0", "--steps", 6, "--learning-rate", 0.03]
-    ran = invoke(tmp_path / "model", *files, *options, "--json", written)
-    assert ran.exit_code == 0, ran.output
-    before, after = json.loads(written.read_text())["losses"]["new"]
-    assert after < before - 0.01
-    grown = LlamaForCausalLM.from_pretrained(tmp_path / "out")
-    assert grown.config.num_hidden_layers == 3
-    new: Any = grown.model.layers.pop(1)
-    assert new.self_attn.o_proj.weight.any()
-    assert new.mlp.down_proj.weight.any()
-    found = grown.state_dict()
-    assert found.keys() == old.state_dict().keys()
-    assert all(torch.equal(found[name], value) for name, value in old.state_dict().items())
-
-
-def test_a_tokenizer_in_the_folder_is_used_and_saved_with_the_model(
-    tmp_path: Path, files: list[str]
-) -> None:
+    """And a tokenizer in the folder is used, and saved with the model."""
     words = sorted({*OLD.split(), *NEW.split(), "?"})
     plain = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
     plain.pre_tokenizer = Whitespace()  # type: ignore[assignment]  # as its documentation has it
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain)
     tokenizer.save_pretrained(tmp_path / "model")
-    gpt2(len(words)).save_pretrained(tmp_path / "model")
-    small = ["--context", 4, "--layers", 1, "--steps", 1, "--where", "least-important"]
-    ran = invoke(tmp_path / "model", *files, *small)
+    old = llama(len(words))
+    old.save_pretrained(tmp_path / "model")
+    written = tmp_path / "numbers.json"
+    options = ["--layers", 1, "--where", "0", "--steps", 6, "--learning-rate", 0.03, "--context", 4]
+    ran = invoke(tmp_path / "model", *files, *options, "--json", written)
     assert ran.exit_code == 0, ran.output
-    again = Pretrained.read(tmp_path / "out")
+    before, after = json.loads(written.read_text())["losses"]["new"]
+    assert after < before - 0.01
+    read = Pretrained.read(tmp_path / "out")
+    assert isinstance(read.model, LlamaForCausalLM)
+    assert read.model.config.num_hidden_layers == 3
+    new: Any = read.model.model.layers.pop(1)
+    assert new.self_attn.o_proj.weight.any()
+    assert new.mlp.down_proj.weight.any()
+    found = read.model.state_dict()
+    assert found.keys() == old.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in old.state_dict().items())
     expected = tokenizer(NEW, add_special_tokens=False)["input_ids"]
-    assert again.tokens(Path(files[1])).tolist() == expected
-    gpt2(len(words) - 1).save_pretrained(tmp_path / "model")
-    (tmp_path / "word").write_text(words[-1])
+    assert read.tokens(Path(files[1])).tolist() == expected
+    word = tmp_path / "word"
+    word.write_text(words[-1])
     with pytest.raises(cg.DataError, match="that of another model"):
-        Pretrained.read(tmp_path / "model").tokens(tmp_path / "word")
-    (tmp_path / "word").write_bytes(b"\xff")
+        Pretrained(tmp_path, gpt2(len(words) - 1), tokenizer).tokens(word)
+    word.write_bytes(b"\xff")
     with pytest.raises(cg.DataError, match="not in UTF-8"):
-        again.tokens(tmp_path / "word")
+        read.tokens(word)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +243,8 @@ def test_the_benchmark_reports_what_plain_training_gives(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_default_dtype(torch.float64)  # Adam's first steps magnify what rounding leaves
+    once = functools.cache(expand_benchmark.pretrained)
+    monkeypatch.setattr(expand_benchmark, "pretrained", once)
     found = expand_benchmark.run(PLAN, 3, cache=tmp_path)
     one = found["added"][1]
     subject = expand_benchmark.pretrained(PLAN, 7, tmp_path)  # the second of seed 3
@@ -280,6 +275,8 @@ def test_the_benchmark_reports_what_plain_training_gives(
             np.mean(chosen - sets.mean(0))
         )
     assert one["chosen"]["interleaved"] == one["chosen"]["upper"] == [(1,), (1,)]
+    for tuned in found["rates"].values():
+        assert tuned["chosen"] == PLAN.rates[int(np.argmin(tuned["losses"]))]
     sizes = one["parameters"]
     assert sizes["LoRA"] == pytest.approx(sizes["layers"], rel=0.15)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
