@@ -153,14 +153,14 @@ def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 _GROWTH_ARMS = {
-    "sensitivity": (GROWN, "-", 2.0),
-    "… at plateaus": (GROWN, ":", 2.0),
-    "random": (PINK, "-.", 1.4),
-    "first": (GREEN, "-", 1.2),
-    "middle": (GREEN, "--", 1.2),
-    "last": (GREEN, ":", 1.6),
-    BIG: (KEPT, "--", 2.0),
-    "small": (QUIET, "-", 1.2),
+    "sensitivity": (GROWN, "-", 2.0, "o"),
+    "… at plateaus": (GROWN, ":", 2.0, "P"),
+    "random": (PINK, "-.", 1.4, "D"),
+    "first": (GREEN, "-", 1.2, "^"),
+    "middle": (GREEN, "--", 1.2, ">"),
+    "last": (GREEN, ":", 1.6, "v"),
+    BIG: (KEPT, "--", 2.0, "s"),
+    "small": (QUIET, "-", 1.2, "X"),
 }
 
 
@@ -171,10 +171,12 @@ def growth(found: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for ax, task in zip(panels, curves, strict=True):
         drawn = list[float]()
-        for name, runs in curves[task].items():
-            colour, line, width = _GROWTH_ARMS[name]
+        for number, (name, runs) in enumerate(curves[task].items()):
+            colour, line, width, mark = _GROWTH_ARMS[name]
             spent, (low, median, high) = _quartiles(runs)
-            ax.plot(spent, median, color=colour, linestyle=line, linewidth=width, label=name)
+            style = {"color": colour, "linestyle": line, "linewidth": width}
+            marks = {"marker": mark, "markersize": 5, "markevery": (4 * number, 40)}
+            ax.plot(spent, median, label=name, **style, **marks)
             drawn += [*low, *high]
             if name in (next(iter(curves[task])), BIG):
                 ax.fill_between(spent, low, high, color=colour, alpha=0.13, linewidth=0)

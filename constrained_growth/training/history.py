@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from constrained_growth._extras import extra_packages
 from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.solution import ReadLater
 
@@ -156,7 +157,8 @@ class History:
         Columns: step, loss, the metrics, layers, seconds, and the names `inserted` at the end of
         the epoch, separated by commas (empty for nothing).
         """
-        import pandas
+        with extra_packages():
+            import pandas
 
         epochs = pandas.RangeIndex(1, len(self.losses) + 1, name="epoch")
         columns = {"step": self.steps, "loss": self.losses, **self.metrics}
