@@ -66,3 +66,16 @@ def test_guides_run(guide, tmp_path, monkeypatch):
         with torch.no_grad():
             held_out = [gpt(**input).loss for input, _ in namespace["held_out"]]
         assert torch.stack(held_out).mean() < solution.loss - 0.1
+
+
+def test_links_between_pages_lead_somewhere():
+    root = README.parent
+    pages = [*root.glob("*.md"), *(root / "theory").rglob("*.md")]
+    assert len(pages) > 10
+    missing = [
+        f"{page.relative_to(root)}: {link}"
+        for page in pages
+        for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+        if not (page.parent / link).exists()
+    ]
+    assert not missing
