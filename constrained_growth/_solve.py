@@ -34,6 +34,7 @@ from constrained_growth.norms import (
 )
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
+from constrained_growth.rules.composition import keeps_state
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
@@ -293,7 +294,7 @@ def sensitivities_of(
 
 def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
     """How often a rule would decide the same, once someone wants to know."""
-    if needs_model(rule) or hasattr(rule, "state_dict"):
+    if needs_model(rule) or keeps_state(rule):
         return math.nan
     return Later(lambda _: agreement(sensitivities, rule))
 
