@@ -248,12 +248,11 @@ def test_held_out_data_that_say_nothing_are_refused() -> None:
 
 def test_the_decision_with_validation_says_how_often_it_would_be_the_same() -> None:
     """By hand: bootstrap samples on which the same place is the largest, its test as it was."""
-    places = candidates()[:2]
     for clear in (True, False):
         train, held_out = ([(x, x.argmax(1)) for x, _ in batches(*[8] * n)] for n in (4, 20))
         if not clear:
             held_out = batches(8, 8)  # their labels are noise
-        problem = cg.GrowthProblem(network(), LOSS, train, places)
+        problem = cg.GrowthProblem(network(), LOSS, train, candidates()[:2])
         solution = cg.solve(problem, then(cg.TopK(1), Generalizes()), validation=held_out)
         assert bool(solution.decision.chosen) is clear
         found = solution.sensitivities.values()
