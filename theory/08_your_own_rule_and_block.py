@@ -185,7 +185,7 @@ ax.hist(
 ax.axvline(rule.needed(2), color=RED, linestyle="--", label="$z$, level 5 %")
 ax.set_xlabel(r"largest $\Vert\hat\lambda\Vert$ in standard errors (no unit)")
 ax.set_ylabel("density of samples")
-ax.legend()
+ax.legend(ncol=2, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 # %% [markdown]
 # **Figure 1.** The statistic of the rule, for 120 samples for which the network is right and 40 for which it is not. The bound is far
