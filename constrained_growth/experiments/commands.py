@@ -195,7 +195,7 @@ def expand(
     console = terminal(width=0)
     try:
         found = study.expand(
-            study.Pretrained.read(model),
+            model,
             old,
             new,
             layers,

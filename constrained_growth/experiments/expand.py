@@ -188,7 +188,7 @@ def problem_of(network: Logits, data: Data, batch: int) -> cg.GrowthProblem:
 
 
 def expand(
-    pretrained: Pretrained,
+    folder: Path,
     old: Path,
     new: Path,
     k: int,
@@ -203,7 +203,7 @@ def expand(
     """Insert k layers, train them alone on the new text, and save the grown model.
 
     Args:
-        pretrained: The model, which is changed.
+        folder: Of the model, as `save_pretrained` writes it.
         old: A text of the kind that the model was trained on, to see what it forgets.
         new: The text to learn, its last tenth held out.
         k: How many layers.
@@ -224,6 +224,7 @@ def expand(
     rule_of(where, k, (torch.empty(0), torch.empty(0)), 1, seed)  # refused before any work
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise cg.DataError(f"{out} is there and not empty; give a new folder for the grown model.")
+    pretrained = Pretrained.read(folder)
     model, device = pretrained.model, "cuda" if torch.cuda.is_available() else "cpu"
     network = Logits(model).to(device)
     texts = _texts(pretrained, old, new, training, context, seed, device)
@@ -236,6 +237,10 @@ def expand(
     rule = rule_of(where, k, texts.old, training.batch, seed)
     if isinstance(rule, cg.Fixed):  # a number that is too large is refused before the solve
         rule({one.name: cg.Sensitivity(0.0) for one in problem.candidates})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cg.DataError(f"{out} cannot be made: {error.strerror}.") from error
     validation = batches(texts.new_held_out, training.batch)
     solution = cg.solve(problem, rule, validation=validation)
     found = _described(model, solution)

@@ -199,6 +199,8 @@ def test_folders_and_files_that_are_not_what_they_should_be(
     assert "has no layers whose copies can start as the identity" in refusal(*files)
     gpt2().save_pretrained(tmp_path / "model")
     assert "cannot be read: No such file" in refusal(tmp_path / "none", *files[1:])
+    inside = [*files[:-1], str(tmp_path / "old" / "out")]
+    assert "cannot be made: Not a directory" in refusal(*inside)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()
     assert "is there and not empty" in refusal(*files)
