@@ -293,7 +293,7 @@ fig.tight_layout()
 # a gradient in the network with every candidate built in, over those of one gradient pass. Width 128, six
 # batches of 128, 64-bit numbers. Time exceeds operations: memory traffic, the fixed costs of a small network,
 # and `solve` sends the first batch, here a sixth of the data, through the candidates too, to compare the two ways
-# of computing $\lambda$. Over more data the ratio is smaller (the section on cost in the page of results).
+# of computing $\lambda$. Over more data the ratio is smaller ([cost](results/cost.md)).
 #
 # ## Claim 4. How far $\lambda$ may be off is nearly free to know
 #
