@@ -423,7 +423,7 @@ assert np.allclose(large / small, (1000, 1, 1000), rtol=1e-6)
 # **It was not confirmed.** In networks whose weights were all trained on, the product was no better than chance in a trial
 # with wide intervals, where the correlations were. And where old weights were frozen, a size that combines correlations and elasticity,
 # the best of many on the networks on which it was found, was much worse than the correlations alone on new ones
-# ([Decisions](README.md#where-the-old-weights-are-frozen)). What was found there:
+# ([Decisions](results/decisions.md#where-the-old-weights-are-frozen)). What was found there:
 #
 # * In both families of networks the Kronecker-Fisher norms decide better than chance and better than the Frobenius norm, whose choice is no
 #   better than a random site. `ord="nuc"` with damping $0.3$ is the recommended one for this reason only. Its damping was chosen

@@ -633,7 +633,7 @@ fig.tight_layout()
 # limit. *Right:* how often a held-out slope is significant at 5 % where nothing is to gain, with 99 % intervals.
 #
 # Both say "there is something to gain at this $\theta$", and that is not yet "a layer helps more than training on". How the two
-# compare in that, over 360 networks: [whether a layer helps at all](README.md#whether-a-layer-helps-at-all).
+# compare in that, over 360 networks: [whether a layer helps at all](results/decisions.md#whether-a-layer-helps-at-all).
 #
 # ## Claim 9. How well decisions turn out, measured
 #
