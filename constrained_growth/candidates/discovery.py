@@ -149,8 +149,7 @@ def _propose_after_stacks(search: _Search) -> None:
             if copies[name][0] is not None:
                 search.closed.add(name)
     kinds = {type(search.runs[name].module) for name in search.closed}
-    # stable; kinds with a copy somewhere come first, and close the stacks around them
-    inside_out.sort(key=lambda name: type(search.runs[name].module) not in kinds)
+    inside_out.sort(key=lambda name: type(search.runs[name].module) not in kinds)  # stable
     for name in inside_out:
         run = search.runs[name]
         if name not in search.closed and not search.is_open(name):
