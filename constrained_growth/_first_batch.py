@@ -4,8 +4,6 @@
    would make λ another network's than that of the inserted layer is refused here.
 2. The blocks are brought to the device, precision and mode of their sites, and tried on them.
 3. λ of these batches in closed form is compared with λ in the graph, which decides the way to take.
-
-Each step is done on all processes before the next one, so that an error on one is an error on all.
 """
 
 from __future__ import annotations
@@ -122,8 +120,7 @@ def look_at_sites(
         _filled(site, every, _known(site, some), model, seen.get(index, []))
         for index, ((site, every), *some) in enumerate(zip(places, *reports, strict=True))
     ]
-    # copies, since the blocks are the user's, and values drawn at random differ between processes
-    if several(group):
+    if several(group):  # copies, of the user's blocks, whose random values differ there
         sites = [
             replace(site, blocks={name: deepcopied(b) for name, b in site.blocks.items()})
             for site in sites
@@ -178,8 +175,7 @@ def _run(
         autocast = torch.is_autocast_enabled(x.device.type)
         dtypes[index] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
         seen[index].append(Use(x.detach(), x.detach(), detached(context)))
-        # version counters tell a write afterwards: to the alias, which the model goes on with, or
-        # to x itself, which a hook or an attribute holds
+        # version counters tell later writes, to the alias or to x itself, held by a hook, say
         aliases[index].append((alias, alias._version))
         originals.append((x.detach(), x._version))
 
@@ -239,9 +235,8 @@ def _run(
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)
     if changes:
-        names = [
-            s.after for s, flag in zip(sites, changed, strict=True) if flag or not any(changed)
-        ]
+        pairs = zip(sites, changed, strict=True)
+        names = [site.after for site, flag in pairs if flag or not any(changed)]
         _refuse_kept_and_overwritten(model, loss_fn, first, names)
     return first, facts
 

@@ -149,7 +149,6 @@ def _propose_after_stacks(search: _Search) -> None:
             if copies[name][0] is not None:
                 search.closed.add(name)
     kinds = {type(search.runs[name].module) for name in search.closed}
-    # kinds that have a copy somewhere come first: they close the stacks around and inside them
     inside_out.sort(key=lambda name: type(search.runs[name].module) not in kinds)  # stable
     for name in inside_out:
         run = search.runs[name]
@@ -220,8 +219,7 @@ def _fit(search: _Search, most: int) -> None:
             continue
         if _size(block) > most:
             search.proposed[name] = _narrowed(block, run, most)
-        # what was changed in place since is not what came out
-        elif isinstance(block, CopiedBlock) and run.y._version == run.version:
+        elif isinstance(block, CopiedBlock) and run.y._version == run.version:  # as it came out
             fits = False
             with suppress(Exception):
                 fits = bool(moves(block, run.y.detach(), run.context) <= 1)
