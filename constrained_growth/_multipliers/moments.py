@@ -136,10 +136,9 @@ class MomentSums:
         counts.rows[name] = before + samples * positions
         phi, psi = factor.features, factor.cotangent
         step = size * positions / together * self._batches / _ROWS
-        (phi, psi), span, offset = _thinned((phi, psi), before, step, size, span, offset)
+        wide = not kind.elementwise
+        (phi, psi), span, offset = _thinned((phi, psi), before, step, size, span, offset, wide)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
-        if not kind.elementwise:
-            phi, psi = _some(phi, 2), _some(psi, 2)
         self._wait(name, _Rows([phi.to(dtype)], [psi.to(dtype)], weight, span, offset))
 
     def _wait(self, name: str, rows: _Rows) -> None:
@@ -271,25 +270,54 @@ def moments_of_gradients(gradients: Mapping[str, Tensor]) -> dict[str, SecondMom
 
 
 def _thinned(
-    tensors: Sequence[Tensor], before: int, step: float, size: int, span: Span, offset: int
+    tensors: Sequence[Tensor],
+    before: int,
+    step: float,
+    size: int,
+    span: Span,
+    offset: int,
+    wide: bool,
 ) -> tuple[Sequence[Tensor], Span, int]:
     """About every `step`-th row of tensors (samples, positions, channels), and where they belong.
 
-    They are some of `size` samples, after `offset` others; `before` them came so many rows.
+    They are some of `size` samples, after `offset` others; `before` them came so many rows. If
+    there may be too many channels (`wide`), it is some of those.
     """
-    samples, positions = tensors[0].shape[:2]
+    positions = tensors[0].shape[1]
     if step < 2:
-        return tensors, span, offset
+        return [_some(t, 2) if wide else t for t in tensors], span, offset
     if positions > 1:  # an odd step does not keep to columns of an image
-        odd, device = min(int(step), positions) | 1, tensors[0].device
-        first = torch.arange(samples, device=device)[:, None]
-        # of each sample others, so that all positions have their turn
-        places = torch.arange(0, positions, odd, device=device) + before // positions
-        chosen = (first + places) % positions
-        return [t[first, chosen] for t in tensors], span, offset
+        odd = min(int(step) | 1, (positions - 1) | 1)
+        return [_some_positions(t, before // positions, odd, wide) for t in tensors], span, offset
     each = min(span.each, size)
     every = max(d for d in range(1, int(step) + 1) if each % d == 0 or each == size)
-    return [t[::every] for t in tensors], Span(span.first, math.ceil(each / every)), offset // every
+    some = [_some(t[::every], 2) if wide else t[::every] for t in tensors]
+    return some, Span(span.first, math.ceil(each / every)), offset // every
+
+
+def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
+    """Every `step`-th position of each sample: of each others, so that all have their turn.
+
+    From one sample to the next the first one moves on by one. Of channels that are `wide` only some
+    are read. Many samples are one view of `t`, copied with the positions at the end as in an image:
+    an index for each row costs eight times as much.
+    """
+    chosen = _chosen(t.shape[2], t.device) if wide else None
+    samples, positions, channels = t.shape
+    count = positions // step
+    over = positions - count * step + 1  # first positions, beside the `step` ones, that leave room
+    of_sample, of_position, of_channel = t.stride()
+    strides = (of_sample + of_position, of_channel, step * of_position)
+    found = []
+    done = 0
+    while done < samples:
+        turn, first = divmod(before + done, step)
+        many = min(step - first, samples - done)
+        begin = t.storage_offset() + done * of_sample + (first + turn % over) * of_position
+        rows = t.as_strided((many, channels, count), strides, begin)
+        found.append(rows if chosen is None else rows[:, chosen])
+        done += many
+    return torch.cat(found).mT
 
 
 def over_positions(values: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from constrained_growth._sites.collector import inputs_first, inputs_of
-from constrained_growth._sites.untouched import differentiable
+from constrained_growth._sites.untouched import differentiable, full_precision
 from constrained_growth.blocks.protocol import change
 from constrained_growth.errors import BlockError
 
@@ -41,7 +41,10 @@ def branch_ends(
     `kwargs` see `CopiedBlock`.
     """
     module.eval()  # Dropout would make no call the identity
-    with differentiable(), torch.random.fork_rng(devices=[]):
+    first = next(iter(module.parameters()), torch.empty(0))
+    if torch.is_autocast_enabled(first.device.type):  # the graph would be one of casts, and rough
+        args, kwargs = tree_map_only(Tensor, lambda t: _in_dtype_of(first, t), (args, dict(kwargs)))
+    with differentiable(), full_precision(first.device), torch.random.fork_rng(devices=[]):
         run, x = _example(block, module, args, kwargs)
         try:
             return _branch_ends(module, run, x)
@@ -100,6 +103,10 @@ def _branch_ends(
         if is_needed:
             needed.append(name)
     return tuple(needed), exact
+
+
+def _in_dtype_of(parameter: Tensor, t: Tensor) -> Tensor:
+    return t.to(parameter.dtype) if t.is_floating_point() else t
 
 
 def _is_identity(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:

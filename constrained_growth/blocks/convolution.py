@@ -295,7 +295,7 @@ class IdentityConv2d(nn.Module):
         }
 
 
-_PATCHES = 2**22  # bytes of patches made at a time; more is slower, as they leave the cache
+_PATCHES = 2**22  # about so many bytes of patches are made at a time; more leave the cache
 
 
 def _patch_factors(
@@ -303,7 +303,8 @@ def _patch_factors(
 ) -> Iterator[AffineFactors]:
     """A convolution as an affine map of patches, for a few samples at a time."""
     # the patches of a whole batch would be k² times the images
-    each = max(1, _PATCHES // max(1, size**2 * images[:1].nbytes))
+    most = 1.25 * _PATCHES / max(1, size**2 * images[:1].nbytes)
+    each = 2 ** max(0, int(math.log2(max(1.0, most))))  # groups of samples are mostly powers of 2
     for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
         patches = patches_of(some, (size, size), padding=(size // 2, size // 2))
         yield AffineFactors(weight, bias, cotangents.flatten(2).mT, patches.mT)

@@ -84,14 +84,17 @@ def carry_out(
     out: Path | None,
     json: Path | None,
     tasks: Sequence[str] | None = None,
+    device: str | None = None,
 ) -> dict[str, Any]:
     """Run a benchmark, show its tables, and write what was asked for; returns its numbers.
 
     A study has plans FULL and QUICK, `run(plan, seed, cache=)`, which returns plain numbers, and
-    `tables(numbers)`. Only the tasks of these names are run, or all.
+    `tables(numbers)`. Only the tasks of these names are run, or all. A `device` takes the place of
+    that of the plan.
     """
     begin, console = time.perf_counter(), terminal()
     plan = study.QUICK if quick else study.FULL
+    plan = plan if device is None else replace(plan, device=device)
     found = study.run(_only(plan, tasks) if tasks else plan, seed, cache=out) | {"command": typed()}
     console.print(study.tables(found))
     if out is not None:

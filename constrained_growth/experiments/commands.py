@@ -84,12 +84,48 @@ def demo(
 
 @bench.command("multipliers")
 def bench_multipliers(
-    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+    family: Annotated[
+        Literal["networks", "models"],
+        typer.Option(help="Perceptrons, a ConvNet and a GPT by size; stock models of real size."),
+    ] = "networks",
+    quick: Quick = False,
+    task: Tasks = None,
+    seed: Seed = 0,
+    out: Out = None,
+    json: Json = None,
 ) -> None:
-    """Time multipliers against ordinary gradient passes, on one thread."""
-    from constrained_growth.experiments.speed import multipliers
+    """Time decisions against ordinary gradient passes, on one thread; --task is for models."""
+    from constrained_growth.experiments.speed import models, multipliers
 
-    carry_out("multipliers", multipliers, quick=quick, seed=seed, out=out, json=json)
+    if task and family != "models":
+        raise typer.BadParameter("--task names a model: add --family models.")
+    study = {"networks": multipliers, "models": models}[family]
+    name = "multipliers" if family == "networks" else f"multipliers-{family}"
+    carry_out(name, study, quick=quick, seed=seed, out=out, json=json, tasks=task)
+
+
+@bench.command("device")
+def bench_device(
+    device: Annotated[str, typer.Option(help="Where: cuda, cuda:1, or cpu with --quick.")] = "cuda",
+    quick: Quick = False,
+    seed: Seed = 0,
+    out: Out = None,
+    json: Json = None,
+) -> None:
+    """Check and time decisions on a GPU: float32, bfloat16, AMP, torch.compile, the gpu tests."""
+    import torch
+
+    from constrained_growth.experiments.speed import device as study
+
+    kind = device.partition(":")[0]
+    if kind not in ("cuda", "cpu") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(
+            f"--device {device}: PyTorch {torch.__version__} sees no such device here. With a card "
+            "this takes less than six minutes; --device cpu --quick tries small models."
+        )
+    if kind == "cpu" and not quick:
+        raise typer.BadParameter("--device cpu takes hours with models of real size; add --quick.")
+    carry_out("device", study, quick=quick, seed=seed, out=out, json=json, device=device)
 
 
 @bench.command("monitoring")

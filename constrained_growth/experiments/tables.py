@@ -10,7 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-WIDTH = 150
+WIDTH = 176
 """Characters in a line of the widest table."""
 
 

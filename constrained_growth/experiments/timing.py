@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.benchmark import timer
+from torch.profiler import ProfilerActivity, profile
 
 from constrained_growth.experiments.statistics import Spread
 
@@ -61,18 +62,29 @@ class Comparison:
     rounds: int
 
 
-def compare(runs: Mapping[str, Callable[[], object]], effort: Effort) -> Comparison:
+timer = process_time
+"""On one thread, processor time is what a run takes on a machine that has nothing else to do."""
+
+
+def compare(
+    runs: Mapping[str, Callable[[], object]],
+    effort: Effort,
+    clock: Callable[[], float] | None = None,
+) -> Comparison:
     """Time some runs in turn, forwards and backwards, so that drifts of the machine cancel.
+
+    The `clock` is `timer` by default, which does not run while a GPU does.
 
     `torch.utils.benchmark.Timer` times one statement after the other; on a machine whose speed
     drifts, only ratios within a round can be compared. Nothing is run to warm up.
     """
-    names, rounds, begin = list(runs), list[dict[str, float]](), timer()
+    clock = timer if clock is None else clock
+    names, rounds, begin = list(runs), list[dict[str, float]](), clock()
     while len(rounds) < effort.fewest or (
-        len(rounds) < effort.most and timer() - begin < effort.seconds
+        len(rounds) < effort.most and clock() - begin < effort.seconds
     ):
         order = names if len(rounds) % 2 == 0 else names[::-1]
-        rounds.append({name: _seconds(runs[name]) for name in order})
+        rounds.append({name: _seconds(runs[name], clock) for name in order})
     first, *others = names
     return Comparison(
         seconds=float(np.median([times[first] for times in rounds])),
@@ -81,10 +93,23 @@ def compare(runs: Mapping[str, Callable[[], object]], effort: Effort) -> Compari
     )
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    begin = timer()
+def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    begin = clock()
     run()
-    return timer() - begin
+    return clock() - begin
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that is allocated at a time on the CPU, counted at PyTorch's allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    profiler: Any = profiled.profiler
+    changes = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for change in sorted(changes, key=lambda change: change.start_ns()):
+        held += change.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 @contextmanager

@@ -210,6 +210,22 @@ def test_transformers_copy_their_layers_where_they_can(norm_first: bool, block: 
     assert max(map(len, str(found).splitlines())) <= 100
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_proposals_under_autocast_are_those_without(biased: bool) -> None:
+    """Rounded sums are not the identity, and the graph would be one of casts."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.Sequential(nn.Linear(3, 8), nn.TransformerEncoder(layer, 2, None, False)).float()
+    if biased:
+        for parameter in model.parameters():
+            parameter.data += 0.1
+    x = torch.randn(4, 5, 3, dtype=torch.float32)
+    plain: list[Any] = [candidate.block for candidate in cg.find_candidates(model, x)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found: list[Any] = [candidate.block for candidate in cg.find_candidates(model, x)]
+    assert [type(block) for block in found] == [cg.blocks.CopiedBlock]
+    assert [block.pinned for block in found] == [block.pinned for block in plain]
+
+
 def test_the_table_shows_proposals_reasons_and_skipped_modules() -> None:
     model = nn.Sequential(*feedforward(2, 4, 4, 3), nn.Softmax(1), nn.Linear(3, 3))
     found = cg.find_candidates(model, torch.randn(7, 2))

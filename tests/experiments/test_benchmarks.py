@@ -1,9 +1,11 @@
 """Tiny benchmarks: what is counted and compared is right; no time is asserted."""
 
 import copy
+import importlib.util
 import io
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from constrained_growth.experiments import timing
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.speed import monitoring, multipliers
+from constrained_growth.experiments.speed import device, gromo, models, monitoring, multipliers
 from constrained_growth.experiments.speed.multipliers import (
     COLUMNS,
     FULL,
@@ -31,6 +33,7 @@ from constrained_growth.experiments.speed.networks import (
     transformer,
     with_all_built_in,
 )
+from constrained_growth.experiments.speed.stock import STOCK
 from constrained_growth.experiments.statistics import Spread
 from constrained_growth.experiments.tables import WIDTH
 from constrained_growth.experiments.timing import Effort, compare, one_thread
@@ -230,3 +233,76 @@ def test_monitoring_is_timed_and_its_operations_are_counted(monkeypatch, tmp_pat
     assert cell["operations"]["step"] == 3 * (6 * weights - 2 * 16 * 4)
     assert cell["operations"]["exact"] == 3 * 8 * 2 * 16
     assert (cell["width"], content["seed"]) == (4, 0)
+
+
+# --- stock models -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stock", STOCK, ids=lambda stock: stock.name)
+def test_stock_models_are_those_of_their_names(stock):
+    """Their sizes, counted without memory for them; the small ones run in test_stock_models."""
+    millions = {
+        "GPT-2 124M": 124.4,
+        "Llama-like 100M": 104.7,
+        "OPT-125M": 125.2,
+        "BERT-base": 109.5,
+        "T5-small": 60.5,
+        "ViT-B/16": 85.9,
+        "DINOv2-S/14": 22.1,
+        "ResNet-50": 23.7,
+        "ConvNeXt-T": 27.9,
+        "VGG-11": 9.3,
+    }
+    with torch.device("meta"):
+        model = stock.model(small=False)
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert size == pytest.approx(millions[stock.name], rel=0.02)
+
+
+def test_models_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "QUICK", replace(models.QUICK, tasks=(STOCK[0], STOCK[-1])))
+    file, state = tmp_path / "numbers.json", torch.get_rng_state()
+    arguments = ["bench", "multipliers", "--family", "models", "--quick", "--json", str(file)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    assert torch.equal(torch.get_rng_state(), state)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["name"], row["candidates"], row["block"]) for row in rows] == [
+        ("GPT-2 124M", 2, "CopiedBlock"),
+        ("VGG-11", 3, "IdentityConv2d"),
+    ]
+    # the output projections, and the three convolutions after a ReLU
+    assert rows[0]["pinned"] == 2 * (16 * 16 + 16 + 64 * 16 + 16)
+    assert rows[1]["pinned"] == 2 * (4 * 4 * 9 + 4) + 8 * 8 * 9 + 8
+    for row in rows:
+        for column in models.COLUMNS:
+            assert f"{row[column]:.2f} [" in ran.output
+        assert row["memory"] > 0
+
+
+# of PyTorch's own, as torch.compile is imported
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_device_is_checked(tmp_path, monkeypatch):
+    plan = replace(device.QUICK, tasks=device.QUICK.tasks[:1])
+    monkeypatch.setattr(device, "QUICK", plan)
+    file = tmp_path / "numbers.json"
+    arguments = ["bench", "device", "--device", "cpu", "--quick", "--json", str(file)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["dtype"] for row in found["rows"]] == ["float32", "bfloat16"]
+    checks = found["checks"]
+    assert checks["torch.compile"].startswith("holds")
+    assert checks["AMP with a GradScaler"].startswith("holds")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_without_a_card_it_says_so():
+    ran = CliRunner().invoke(app, ["bench", "device"])
+    assert ran.exit_code == 2
+    assert "--device cpu --quick" in " ".join(ran.output.replace("│", " ").split())
+
+
+def test_gromo_is_not_needed(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert gromo.gromo_decision(2, 4, [], torch.nn.CrossEntropyLoss()) is None

@@ -20,6 +20,7 @@ from torch import Tensor
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.experiments.speed.gromo import gromo_decision
 from constrained_growth.experiments.speed.networks import (
     Network,
     convolutional,
@@ -35,13 +36,14 @@ Multipliers = Mapping[str, Mapping[str, Tensor]]
 Rows = Sequence[Mapping[str, Any]]
 
 COLUMNS = {
-    "ratio": "λ",
+    "ratio": "decision",
+    "frobenius": "Frobenius",
     "with_stationarity": "… and ‖∇_θ L‖",
-    "rebatched": "λ, batches of 2,048",
+    "rebatched": "batches of 2,048",
     "all_built_in": "all built in",
 }
-"""What is timed: `solve` without and with ∇_θ L, `solve` on larger batches, and the network that
-contains all candidates."""
+"""What is timed: `solve` without and with ∇_θ L, in Frobenius' norm too, `solve` on larger batches,
+and the network that contains all candidates."""
 
 REBATCHED = 2048
 """Samples in a larger batch."""
@@ -140,10 +142,14 @@ def _measured(case: Case, effort: Effort, seed: int, dtype: torch.dtype) -> dict
     runs: dict[str, Callable[[], Any]] = {
         "plain": subject.plain_pass,
         "ratio": subject.solve,
+        "frobenius": partial(subject.solve, norm=cg.norms.Frobenius()),
         "with_stationarity": partial(subject.solve, stationarity=True),
         "rebatched": partial(subject.solve, size=REBATCHED),
         "all_built_in": subject.pass_with_all_built_in,
     }
+    if case.make is feedforward:
+        decide = gromo_decision(case.depth, case.width, subject.data, subject.network.loss_fn)
+        runs |= {"gromo": decide} if decide is not None else {}
     subject.plain_pass()  # to warm up, like the next two
     error = disagreement(subject.solve(), subject.pass_with_all_built_in())
     compared = compare(runs, effort)
@@ -186,10 +192,13 @@ class Subject:
             self.model.zero_grad()
             self.network.loss_fn(self.model(input), target).backward()
 
-    def solve(self, *, stationarity: bool = False, size: int | None = None) -> Multipliers:
+    def solve(
+        self, *, stationarity: bool = False, size: int | None = None, norm: Any = None
+    ) -> Multipliers:
         """Multipliers and their standard errors by `cg.solve`; re-batched, if a size is given."""
         problem = self._problem_on(cg.rebatch(self.data, size)) if size else self._problem
-        return cg.solve(problem, stationarity=stationarity, progress=False).multipliers
+        found = cg.solve(problem, norm=norm, stationarity=stationarity, progress=False)
+        return found.multipliers
 
     def pass_with_all_built_in(self) -> Multipliers:
         """Multipliers from the network that contains all candidates, without standard errors."""
@@ -226,12 +235,13 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
     return Group(
         Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
         Text(
-            "Times in ordinary gradient passes (zero_grad, forward, loss, backward of the same "
-            "model on the same batches): median [quartiles] over the pairs. λ is "
+            "Processor time in ordinary gradient passes (zero_grad, forward, loss, backward of the "
+            "same model on the same batches): median [quartiles] over the pairs. A decision is "
             "solve(problem, stationarity=False), with standard errors; re-batching and checking "
             "the problem anew are timed where batches are larger. “All built in” is a network that "
             "contains all candidates, with gradients of the pinned parameters alone (and no "
-            "standard errors); “λ differs” is ‖λ − λ′‖/‖λ′‖ against it, of the worst candidate.\n"
+            "standard errors); “λ differs” is ‖λ − λ′‖/‖λ′‖ against it, of the worst candidate. "
+            "GroMo, if it is installed, decides about new neurons in each hidden layer.\n"
         ),
         *(
             _table(name, rows, found["summary"]["tables"][name])
@@ -243,17 +253,19 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
 def _table(name: str, rows: Rows, summary: Mapping[str, Mapping[str, float]]) -> Table:
     samples = sorted({row["samples"] for row in rows})
     sizes = "depth", "width", "batch"
+    gromo = ["gromo"] if any("gromo" in row for row in rows) else []
     table = titled(
         f"{TITLES.get(name, name)}; {' to '.join(f'{n:,}' for n in samples)} samples",
         "network" if name == "others" else "",
-        *(*sizes, "plain/ms", *COLUMNS.values(), "pairs", "λ differs"),
+        *(*sizes, "plain/ms", *COLUMNS.values(), *(["GroMo"] if gromo else [])),
+        *("pairs", "λ differs"),
     )
     for row in rows:
         table.add_row(
             NETWORKS.get(row["network"], ""),
             *(str(row[size]) for size in sizes),
             f"{row['plain_ms']:.1f}",
-            *(interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in COLUMNS),
+            *(interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in [*COLUMNS, *gromo]),
             str(row["pairs"]),
             f"{row['lambda_error']:.0e}",
         )
