@@ -307,8 +307,7 @@ class Solution(ReadLater):
         agreement: How often the rule would decide the same on other samples of this size, as a
             share of the bootstrap samples of `Sensitivity.replicates` on which it does. NaN
             for a rule that also asks the model or has a state, and where no standard errors are
-            known. What was found about samples held out stays as it was. It is computed when it is
-            first read.
+            known. What was found about samples held out stays. It is computed when first read.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
         method: The way in which λ was computed, and why.
