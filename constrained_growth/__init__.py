@@ -7,12 +7,7 @@ pass.
 
 import importlib
 import importlib.util
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-_FUNCTIONS = ("monitor", "solve")
-"""Functions in modules of the same name."""
 
 if TYPE_CHECKING:
     from constrained_growth._public import *
@@ -22,30 +17,21 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """A module of the library, or a public name, imported when it is first used.
+        """A module, or a public name: with the first of these all are imported.
 
         So the command line can show its help without torch, which takes seconds to import.
         """
         if name == "__version__":
             return importlib.import_module("importlib.metadata").version("constrained-growth")
         module = f"{__name__}.{name}"
-        if name not in _FUNCTIONS and importlib.util.find_spec(module):
-            return importlib.import_module(module)
+        if importlib.util.find_spec(module):
+            return importlib.import_module(module)  # which is set here, and not asked for again
         public = importlib.import_module(f"{__name__}._public")
-        if name == "__all__" or name in public.__all__:
-            return getattr(public, name)
+        globals().update({known: getattr(public, known) for known in (*public.__all__, "__all__")})
+        if name in globals():
+            return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__() -> list[str]:
         """The public names alone, not the modules that hold them."""
         return [*__getattr__("__all__"), "__version__"]
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Python sets an imported module on its package, where it would hide the function.
-        if name not in _FUNCTIONS or not isinstance(value, ModuleType):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

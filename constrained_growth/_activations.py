@@ -63,7 +63,7 @@ def as_activation(activation: Any) -> Activation:
         )
     probe = torch.linspace(-2, 2, 8, dtype=torch.float64, device="cpu").view(2, 4)
     other = probe.clone()
-    other[0, 0] = 3.0
+    other[0, 0] = 3.0  # which only the first number of the result may show
     try:
         function: Any = activation() if is_class else activation
         value, changed = in_double(function)(probe), in_double(function)(other)

@@ -26,10 +26,12 @@ def moved(value: Any, device: torch.device | None) -> Any:
     """A batch of the same type on the model's device; what cannot be moved is as it is."""
 
     def by_itself(item: Any) -> Any:
+        # the `to` of some types of batches moves them in place, and the loader may yield them again
         return copy.copy(item).to(device) if callable(getattr(item, "to", None)) else item
 
     if device is None:
         return value
+    # which from pinned memory need not be waited for, and from other memory is waited for anyway
     return mapped(value, lambda tensor: tensor.to(device, non_blocking=True), by_itself)
 
 
@@ -84,26 +86,18 @@ Weight = Callable[[Any, Any], float | Tensor] | None
 """`(input, target) -> number`: how much a batch counts; None for its number of samples."""
 
 
-def batch_weight(weight: Weight, input: object, target: object) -> float:
-    """How much a batch counts in the mean over all of them."""
-    size = batch_size(input, target)
-    if weight is None:
-        return size
-    value = float(weight(input, target))
-    if not 0 <= value < math.inf:
-        raise DataError(
-            f"weight={weight!r} gives {value} for a batch of {size} samples; it is to say over how "
-            "many items, 0 or more, the loss of that batch is the mean."
-        )
-    return value
-
-
 def counted(
     data: Iterable[Any], device: torch.device | None, weight: Weight
 ) -> Iterator[tuple[Any, Any, float]]:
     """The batches that count, each `(input, target)` with how much: a mean over nothing is NaN."""
     for input, target in batches(data, device):
-        count = batch_weight(weight, input, target)
+        size = batch_size(input, target)
+        count = size if weight is None else float(weight(input, target))
+        if not 0 <= count < math.inf:
+            raise DataError(
+                f"weight={weight!r} gives {count} for a batch of {size} samples; it is to say over "
+                "how many items, 0 or more, the loss of that batch is the mean."
+            )
         if count > 0:
             yield input, target, count
 
@@ -120,7 +114,7 @@ def _sizes(value: object) -> Iterator[int]:
 
 
 def some_of(
-    items: Iterable[T], count: int, seed: int = 0, *, keep: Callable[[T], T] = lambda item: item
+    items: Iterable[T], count: int, *, keep: Callable[[T], T] = lambda item: item
 ) -> tuple[list[T], bool]:
     """At most `count` items, all equally likely, and whether there were no others.
 
@@ -131,7 +125,7 @@ def some_of(
         >>> some_of("abcdef", 3), some_of("ab", 3)
         ((['f', 'b', 'c'], False), (['a', 'b'], True))
     """
-    draw, taken, seen = random.Random(seed), list[T](), 0
+    draw, taken, seen = random.Random(0), list[T](), 0
     for item in items:
         seen += 1
         if len(taken) < count:

@@ -7,10 +7,9 @@ one process, they do nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -59,6 +58,7 @@ def everywhere(
                 raise  # from within: the others have heard of it there
             error = caught
     kind = type(error) if isinstance(error, GrowthError) else GrowthError
+    # as text, since an error need not be picklable
     said = None if error is None else (kind, f"{type(error).__name__}: {error}")
     outcomes: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(outcomes, (result, said), group=group)
@@ -103,21 +103,13 @@ def in_step(items: Iterable[T], group: ProcessGroup | None) -> Iterator[tuple[T,
         yield kept[0], bool(going[here])
 
 
-def add_up(tensors: Sequence[Tensor], group: ProcessGroup | None) -> None:
-    """Sum each of the tensors over the processes, in place.
-
-    Small ones travel together; large ones as they are, so that no second copy of them is made.
-    """
-    if not several(group):
-        return
-    for batch in _batched(tensors):
-        flat = torch.cat([tensor.reshape(-1) for tensor in batch]) if len(batch) > 1 else batch[0]
-        whole = flat.contiguous()
+def add_up(tensors: Iterable[Tensor], group: ProcessGroup | None) -> None:
+    """Sum each of the tensors over the processes, in place."""
+    for tensor in tensors if several(group) else ():
+        whole = tensor.contiguous()  # the backends take no other
         dist.all_reduce(whole, group=group)
-        parts = whole.split([tensor.numel() for tensor in batch]) if len(batch) > 1 else [whole]
-        for tensor, part in zip(batch, parts, strict=True):
-            if part is not tensor:
-                tensor.copy_(part.view_as(tensor))
+        if whole is not tensor:
+            tensor.copy_(whole)
 
 
 def take_from_first(tensors: Iterable[Tensor], group: ProcessGroup | None) -> None:
@@ -133,22 +125,3 @@ def unwrapped(model: Callable[..., Any]) -> Callable[..., Any]:
     It would wait in vain where one process has more batches than another.
     """
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-_SMALL = 2**20
-"""Bytes that travel together at most."""
-
-
-def _batched(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """The tensors in lists of one dtype and device, none of several over `_SMALL` bytes."""
-    batches: list[list[Tensor]] = []
-    latest: dict[Hashable, int] = {}
-    for tensor in tensors:
-        key = (tensor.dtype, tensor.device)
-        open_ = batches[latest[key]] if key in latest else []
-        if open_ and sum(t.nbytes for t in open_) + tensor.nbytes <= _SMALL:
-            open_.append(tensor)
-        else:
-            latest[key] = len(batches)
-            batches.append([tensor])
-    return batches

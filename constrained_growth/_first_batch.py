@@ -1,4 +1,10 @@
-"""What the first batch tells: what is at each site, and which blocks fit there."""
+"""What the first batch tells: what is at each site, and which blocks fit there.
+
+1. The model runs with its sites watched, on the first batches until each site has been passed. What
+   would make λ another network's than that of the inserted layer is refused here.
+2. The blocks are brought to the device, precision and mode of their sites, and tried on them.
+3. λ of these batches in closed form is compared with λ in the graph, which decides the way to take.
+"""
 
 from __future__ import annotations
 
@@ -79,17 +85,12 @@ def look_at_sites(
                     "the parameters of a layer there; remove it, or choose another submodule."
                 )
         layout = [
-            (
-                each.name,
-                site.after,
-                site.output,
-                each.wrapped,
-                [t.shape for t in tensors_of(each.block)],
-            )
-            for site, every in places
-            for each in every
+            (c.name, s.after, s.output, c.wrapped, [t.shape for t in tensors_of(c.block)])
+            for s, every in places
+            for c in every
         ]
         counting = ((x, y) for x, y, _ in counted(data, device_of(model), weight))
+        # a sharded model runs on all processes at once, those without more batches too
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         facts: list[_Facts | None] = [None] * len(places)
         for batch in itertools.islice(counting, 1 if sharded else _MOST_BATCHES):
@@ -119,7 +120,7 @@ def look_at_sites(
         _filled(site, every, _known(site, some), model, seen.get(index, []))
         for index, ((site, every), *some) in enumerate(zip(places, *reports, strict=True))
     ]
-    if several(group):
+    if several(group):  # copies, of the user's blocks, whose random values differ there
         sites = [
             replace(site, blocks={name: deepcopied(b) for name, b in site.blocks.items()})
             for site in sites
@@ -170,9 +171,11 @@ def _run(
             return
         if x.numel() == 0:  # as of an expert that is called with no samples
             return
+        # an inserted layer has the precision of its neighbours' parameters, not of what is cast
         autocast = torch.is_autocast_enabled(x.device.type)
         dtypes[index] = _parameter_dtype(model, x.dtype) if autocast else x.dtype
         seen[index].append(Use(x.detach(), x.detach(), detached(context)))
+        # version counters tell later writes, to the alias or to x itself, held by a hook, say
         aliases[index].append((alias, alias._version))
         originals.append((x.detach(), x._version))
 
@@ -227,14 +230,13 @@ def _run(
                     "loss.backward() fails too, try the other mode or clone the tensor; otherwise "
                     "choose other submodules."
                 ) from error
-            _refuse_carried_graph(model, loss_fn, batch)
+            _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)
     if changes:
-        names = [
-            s.after for s, flag in zip(sites, changed, strict=True) if flag or not any(changed)
-        ]
+        pairs = zip(sites, changed, strict=True)
+        names = [site.after for site, flag in pairs if flag or not any(changed)]
         _refuse_kept_and_overwritten(model, loss_fn, first, names)
     return first, facts
 
@@ -243,6 +245,7 @@ def _run(
 def _forward_calls(sites: Sequence[Site]) -> Iterator[Counter[nn.Module]]:
     """Count the runs of `forward` at the sites: hooks do not see `module.forward(x)`."""
     calls: Counter[nn.Module] = Counter()
+    # a `forward` that a library has set on a module stays there, and a script module takes none
     modules = {site.module for site in sites if "forward" not in vars(site.module)}
     modules = {module for module in modules if not isinstance(module, torch.jit.ScriptModule)}
 
@@ -270,6 +273,7 @@ def _refuse_kept_and_overwritten(
 
     That reader would not see the change to the output of a layer there: the function would move.
     """
+    # watched, as with a layer there, who reads x does not see what the model writes to the alias
     plain = first.loss_unwatched(model, loss_fn)
     if not first.is_same(plain, coarsest_epsilon(model.parameters())):
         raise CandidateError(
@@ -304,6 +308,7 @@ def _refuse_carried_graph(
     kept = [t for t in reached(model, loss_fn) if isinstance(t, Tensor) and not t.is_leaf]
     if not kept:
         return
+    # the second run would reach into the graph of the first one, here as in training
     try:
         loss = checked_loss(loss_fn(call(model, batch[0]), batch[1]))
         grads = torch.autograd.grad(loss, kept, allow_unused=True) if loss.requires_grad else ()

@@ -11,27 +11,13 @@ from constrained_growth._distributed import rank
 
 
 def progress_bar(
-    iterable: Iterable[Any] | None = None,
-    *,
-    desc: str,
-    unit: str,
-    total: int | None = None,
-    progress: bool | None = None,
-    initial: int = 0,
-    leave: bool = False,
+    iterable: Iterable[Any] | None = None, *, progress: bool | None = None, **options: Any
 ) -> tqdm:
-    """A tqdm bar over an iterable, or without one a bar to `update` by hand.
+    """A tqdm bar over an iterable, or without one a bar to `update` by hand, with tqdm's options.
 
     `progress` is True, False, or None (default) for a bar on a terminal, after one second. With
     `torch.distributed` only the first process shows it.
     """
-    return tqdm(
-        iterable,
-        desc=desc,
-        unit=unit,
-        total=total,
-        initial=initial,
-        leave=leave,
-        delay=0 if progress else 1,
-        disable=True if rank(None) > 0 else None if progress is None else not progress,
-    )
+    disable = True if rank(None) > 0 else None if progress is None else not progress
+    options = {"leave": False, "delay": 0 if progress else 1, "disable": disable, **options}
+    return tqdm(iterable, **options)

@@ -7,6 +7,7 @@ import constrained_growth.norms as norms
 import constrained_growth.rules as rules
 import constrained_growth.statistics as statistics
 from constrained_growth._data import rebatch
+from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.directional import directional_derivative
 from constrained_growth.errors import (
@@ -21,11 +22,10 @@ from constrained_growth.errors import (
     TrainingError,
 )
 from constrained_growth.insertion import GrowthRecord, insert, replay, rewrap
-from constrained_growth.monitor import monitor
+from constrained_growth.monitoring import monitor
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Budget, Fixed, Random, Threshold, TopK, TrustRegion
 from constrained_growth.solution import Constraint, Decision, Method, Sensitivity, Solution, Status
-from constrained_growth.solve import solve
 from constrained_growth.training import Grower, History, grow
 
 __all__ = [

@@ -56,7 +56,7 @@ def check_sharding(model: nn.Module, group: ProcessGroup | None) -> None:
             "parameters in one flat tensor, into which no layer can be inserted. Use "
             "torch.distributed.fsdp.fully_shard, or insert before the model is wrapped."
         )
-    reshard(model)
+    reshard(model)  # else parameters left whole by a pass are not DTensors
     managed = {id(p) for module in sharded_modules(model) for p in module.parameters()}
     ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
     for name, parameter in model.named_parameters():
@@ -107,6 +107,7 @@ def summed_like(tensor: Tensor, other: Any) -> Tensor:
     """The sum over the processes of a whole tensor of each, spread as `other`; all call this."""
     from torch.distributed.tensor import DTensor, Partial
 
+    # "partial" says that the whole is the sum: one reduce-scatter, and no process holds the sum
     parts = DTensor.from_local(tensor, other.device_mesh, [Partial()], run_check=False)
     return parts.redistribute(placements=other.placements)
 
@@ -135,7 +136,7 @@ class Leaves:
                 owner, key = self._places[name]
                 leaf = owner._parameters[key]
                 if leaf is None or (self._modules and is_spread(leaf)):
-                    continue
+                    continue  # of a module further in, which puts it together when it runs
                 self.values[name] = leaf
                 if (name, id(leaf)) not in known:
                     known.add((name, id(leaf)))

@@ -60,3 +60,15 @@ def mapped(
     new = {key: mapped(item, change, other) for key, item in found.items()}
     changed = {key: item for key, item in new.items() if item is not found[key]}
     return with_entries(value, changed) if changed else value
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors of a structure, in its order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(value, note)
+    return found

@@ -128,6 +128,7 @@ class Books:
 
 def open_books(model: nn.Module) -> Books:
     """Open the books of a model, or of the models inside it, before it changes."""
+    # importing Transformers takes seconds; where one of its models is here, it has been
     kinds = {cls for module in model.modules() for cls in type(module).__mro__}
     for library in {cls.__module__.partition(".")[0] for cls in kinds} & _INTEGRATIONS.keys():
         importlib.import_module(_INTEGRATIONS[library])

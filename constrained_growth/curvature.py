@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import _pytree as pytree
 
 from constrained_growth._arguments import data_again, flag, instance
 from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import collecting
-from constrained_growth._sites.context import Context, takes_context
+from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
+from constrained_growth._structure import mapped, tensors_in
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
@@ -35,22 +35,16 @@ JOINT_PRODUCT_PASSES = 3.0
 
 
 def stand(
-    module: nn.Module,
-    block: Callable[..., Tensor],
-    *,
-    takes_context: bool = False,
-    output: int | str | None = None,
+    model: nn.Module, planned: Planned, layer: Callable[..., Tensor]
 ) -> AbstractContextManager[None]:
-    """Let a layer act on the tensor that comes out of a module (`output` as in `Candidate`).
+    """Let a layer act on the tensor at the site of a candidate, called as its block would be."""
 
-    With `takes_context` it is called with the further arguments of the module too.
-    """
+    def see(x: Tensor, context: Context) -> Tensor:
+        args, kwargs = arguments(planned.block, x, context)
+        return layer(*args, **kwargs).clone()  # as the model may change it in place
 
-    def layer(x: Tensor, context: Context) -> Tensor:
-        y = block(x, *context.args, **context.kwargs) if takes_context else block(x)
-        return y.clone()  # as the model may change it in place
-
-    return collecting([("", module, output, layer)])
+    module = model.get_submodule(planned.after)
+    return collecting([(planned.after, module, planned.output, see)])
 
 
 class VirtualLoss:
@@ -90,7 +84,6 @@ class VirtualLoss:
         self._problem = problem
         self._data = problem.data if data is None else data
         self._planned = planned
-        self._module = problem.model.get_submodule(planned.after)
         self._pins = pinned_parameters(planned.block)
         self._old = [p for p in problem.model.parameters() if p.requires_grad and joint]
         self.size = sum(pin.numel() for pin in self._pins.values())
@@ -147,7 +140,7 @@ class VirtualLoss:
                     loss, variables, create_graph=True, materialize_grads=True
                 )
                 pairs = zip(grads, self._split(vector), strict=True)
-                live = [(g, w) for g, w in pairs if g.requires_grad]
+                live = [(g, w) for g, w in pairs if g.requires_grad]  # not where L is linear
                 if not live:
                     return torch.zeros_like(vector)
                 outputs, weights = zip(*live, strict=True)
@@ -179,13 +172,12 @@ class VirtualLoss:
         self, output: Any, target: object, variables: Sequence[Tensor], vector: Tensor
     ) -> Tensor:
         """The Gauss–Newton product of one batch: J, the bend of the loss, Jᵀ."""
-        leaves, structure = pytree.tree_flatten(output)
-        outputs = [y for y in leaves if isinstance(y, Tensor) and y.requires_grad]
+        outputs = [y for y in tensors_in(output) if y.requires_grad]
         if not outputs:
             raise RuleError(
                 f"curvature=gauss_newton: no tensor was found in the model's output, a "
-                f"{type(output).__name__}; register its class by "
-                "torch.utils._pytree.register_dataclass, or take curvature=hessian."
+                f"{type(output).__name__}; return a tensor, or a tuple, dict or dataclass of "
+                "tensors, or take curvature=cg.curvature.hessian."
             )
         probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
         # the derivative of ⟨probes, J vector⟩ by the probes is J vector
@@ -196,7 +188,7 @@ class VirtualLoss:
             grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
         )
         cut = {id(y): y.detach().requires_grad_() for y in outputs}
-        again = pytree.tree_unflatten([cut.get(id(y), y) for y in leaves], structure)
+        again = mapped(output, lambda y: cut.get(id(y), y))
         points = list(cut.values())
         try:
             loss = self._loss(again, target)
@@ -237,36 +229,37 @@ class VirtualLoss:
         values = {n: self._pins[n].detach() + d for n, d in self.unflatten(v).items()}
 
         def moved(*args: Any, **kwargs: Any) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-            return functional_call(block, values | buffers, args, kwargs)
+            return called_with(block, values, args, kwargs)
 
-        context, output = takes_context(block), self._planned.output
-        with stand(self._module, moved, takes_context=context, output=output):
+        # attention is differentiated twice only in its plain form
+        with stand(self._problem.model, self._planned, moved), sdpa_kernel(SDPBackend.MATH):
             yield
 
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))
 
-    def _mean(self, one: Callable[[object, object], Tensor], like: Tensor) -> Tensor:
-        """The mean over all samples of something of a batch, in float64."""
-        total, count = torch.zeros_like(like), like.new_zeros(())
-        problem = self._problem
+    def _mean(self, one: Callable[[Any, Any], Tensor], like: Tensor) -> Tensor:
+        return mean_over(self._data, self._problem, one, like)
 
-        def read() -> None:
-            # attention is differentiated twice only in its plain form
-            with (
-                untouched(problem.model, problem.loss_fn, self._data),
-                differentiable(),
-                sdpa_kernel(SDPBackend.MATH),
-            ):
-                device = device_of(problem.model)
-                for input, target, weight in counted(self._data, device, problem.weight):
-                    total.add_(one(input, target).detach().to(total), alpha=weight)
-                    count.add_(weight)
 
-        everywhere(read, problem.group)
-        add_up([total, count], problem.group)
-        return total / count
+def mean_over(
+    data: Iterable[Any],
+    problem: GrowthProblem,
+    one: Callable[[Any, Any], Tensor],
+    like: Tensor,
+) -> Tensor:
+    """The mean over all samples of `one(input, target)` of a batch; `like` it, in float64."""
+    total, count = torch.zeros_like(like), like.new_zeros(())
+
+    def read() -> None:
+        with untouched(problem.model, problem.loss_fn, data), differentiable():
+            for input, target, weight in counted(data, device_of(problem.model), problem.weight):
+                total.add_(one(input, target).detach().to(total), alpha=weight)
+                count.add_(weight)
+
+    everywhere(read, problem.group)
+    add_up([total, count], problem.group)
+    return total / count
 
 
 Curvature = Callable[[VirtualLoss, Tensor], Tensor]
@@ -288,5 +281,6 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    # an embedding with sparse=True has sparse gradients
     dense = (tensor.to_dense() if tensor.is_sparse else tensor for tensor in tensors)
     return torch.cat([tensor.reshape(-1).to(torch.float64) for tensor in dense])

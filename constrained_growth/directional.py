@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
 
 from constrained_growth._activations import derivative
 from constrained_growth._arguments import instance
-from constrained_growth._data import counted
-from constrained_growth._distributed import add_up, everywhere
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.context import arguments
-from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.model import call, checked_loss
 from constrained_growth._sites.snapshot import deepcopied
-from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import called_with, check_deviations
+from constrained_growth.curvature import mean_over
 from constrained_growth.errors import CandidateError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Method
@@ -78,48 +76,38 @@ def directional_derivative(
         )
     block = one_sided(site.blocks[candidate])
     pins = {name: pin.detach() for name, pin in pinned_parameters(block).items()}
-    _check(step, pins)
+    instance("step", step, Mapping, CandidateError, "pinned parameter → tensor")
+    check_deviations(block, step, "step", CandidateError)
     tangents = {
         n: step[n].to(pin) if n in step else torch.zeros_like(pin) for n, pin in pins.items()
     }
-    total = torch.zeros((), dtype=torch.float64, device=site.device)
-    count = torch.zeros_like(total)
-
-    def take(_: int, uses: list[Use], weight: float) -> None:
-        for use in uses:
-            total.add_(_slope(block, pins, tangents, use), alpha=weight)
-
+    zero = torch.zeros((), dtype=torch.float64, device=site.device)
     collector = Collector([site])
 
-    def read() -> None:
-        with (
-            untouched(problem.model, problem.loss_fn, problem.data),
-            differentiable(),
-            collector.watching(),
-        ):
-            device = device_of(problem.model)
-            for input, target, weight in counted(problem.data, device, problem.weight):
-                collector.begin(take, weight)
-                loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                collector.backward(loss)
-                count.add_(weight)
+    def one(input: Any, target: Any) -> Tensor:
+        slopes = [zero]
 
-    everywhere(read, problem.group)
-    add_up([total, count], problem.group)
-    return float(total / count)
+        def take(_: int, uses: list[Use], batch: object) -> None:
+            slopes.extend(_slope(block, pins, tangents, use) for use in uses)
+
+        with collector.watching():
+            collector.begin(take)
+            loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
+            collector.backward(loss)
+        return torch.stack(slopes).sum()
+
+    return float(mean_over(problem.data, problem, one, zero))
 
 
 def _slope(
     block: nn.Module, pins: Mapping[str, Tensor], tangents: Mapping[str, Tensor], use: Use
 ) -> Tensor:
     """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
-    args, kwargs = arguments(block, use.x, use.context)
-    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     with forward_ad.dual_level(), warnings.catch_warnings():
         # PyTorch itself scripts a few rules when forward mode is first used
         warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
         moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
-        y = functional_call(block, moving | buffers, args, kwargs)
+        y = called_with(block, moving, *arguments(block, use.x, use.context))
         slope = forward_ad.unpack_dual(y).tangent
     zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
     return zero if slope is None else (use.delta * slope).sum(dtype=torch.float64)
@@ -130,7 +118,7 @@ def one_sided(block: nn.Module) -> nn.Module:
 
     These are its attribute `activation`, if there is one, and PyTorch's activation modules in it.
     """
-    copied = deepcopied(block).requires_grad_(False)
+    copied = deepcopied(block).requires_grad_(False)  # forward mode needs no graph
     activation = getattr(copied, "activation", None)
     if callable(activation):
         if "activation" in copied._modules:
@@ -180,14 +168,3 @@ def _beside(x: Tensor, tangent: Tensor) -> Tensor:
         x == 0, torch.copysign(x.new_tensor(torch.finfo(x.dtype).tiny), tangent), x.nextafter(far)
     )
     return torch.where(tangent == 0, x, next_)
-
-
-def _check(step: Mapping[str, Tensor], pins: Mapping[str, Tensor]) -> None:
-    shapes = {name: tuple(pin.shape) for name, pin in pins.items()}
-    instance("step", step, Mapping, CandidateError, f"tensors of the shapes {shapes}")
-    for name, value in step.items():
-        if name not in pins or tuple(getattr(value, "shape", ("none",))) != shapes[name]:
-            raise CandidateError(
-                f'step["{name}"]={value!r:.80} is no step of a pin of this candidate, whose shapes '
-                f"are {shapes}."
-            )

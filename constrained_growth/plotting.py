@@ -1,4 +1,4 @@
-"""Pictures of solutions, insertions and training runs, readable in black and white.
+"""Pictures of solutions, insertions and training runs, readable in grey.
 
 Functions with `ax` draw on these Axes, or else on those of a new figure, and return them
 (`ax.figure` can be saved). Nothing here touches pyplot or its global state. Needs the extra
@@ -16,15 +16,32 @@ from typing import Any
 
 from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
+from constrained_growth._style import (
+    CURVES,
+    GROWN,
+    INK,
+    KEPT,
+    MARK,
+    QUIET,
+    axes,
+    figure,
+    legend,
+    legend_below,
+    note,
+    plain,
+    scale,
+    tidy,
+)
 from constrained_growth.errors import GrowthError
-from constrained_growth.solution import Sensitivity, Solution
+from constrained_growth.solution import Sensitivity, Solution, listed
 
 with extra_packages():
     from matplotlib.axes import Axes
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.ticker import MaxNLocator
 
 __all__ = [
     "plot_architecture",
@@ -34,16 +51,14 @@ __all__ = [
     "plot_run",
     "plot_sensitivities",
     "plot_sensitivity_map",
+    "plot_solution",
     "plot_training",
 ]
 
-INK = "#333333"
-QUIET = "#9AA5B1"
-KEPT = "#0072B2"  # blue and vermilion of Okabe and Ito, which colour-blind readers tell apart
-GROWN = "#D55E00"
-DASHED = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1}
-
-_COLOURS = (KEPT, GROWN, "#009E73", "#CC79A7", "#E69F00")
+_CHOSEN: dict[str, Any] = {"facecolor": GROWN, "edgecolor": "white", "hatch": "////"}
+_OTHER: dict[str, Any] = {"facecolor": QUIET, "edgecolor": "white"}
+_WHISKERS: dict[str, Any] = {"fmt": "none", "ecolor": INK, "elinewidth": 1, "capsize": 3}
+_KINDS = (("chosen", _CHOSEN), ("not chosen", _OTHER))
 
 
 def plot_sensitivities(
@@ -54,7 +69,8 @@ def plot_sensitivities(
 ) -> Axes:
     """A bar with its standard error for each candidate, in the problem's order from the top.
 
-    A dashed line marks the mean gradient norm of the existing layers, where it is known.
+    The bars of the chosen ones are hatched. A dashed line marks the mean gradient norm of the
+    existing layers, where it is known.
 
     Args:
         sensitivities: A solution, or its `sensitivities`.
@@ -74,9 +90,10 @@ def plot_sensitivities(
     places = list(itertools.accumulate(steps, initial=0.0))  # more room between sites
     values = [s.value for s in found]
     errors = [s.standard_error if math.isfinite(s.standard_error) else 0.0 for s in found]
-    colours = [GROWN if name in chosen else QUIET for name in sensitivities]
-    ax.barh(places, values, height=0.8, color=colours)
-    ax.errorbar(values, places, xerr=errors, fmt="none", ecolor="#6B7580", elinewidth=1, capsize=3)
+    styles = [_CHOSEN if name in chosen else _OTHER for name in sensitivities]
+    for place, value, style in zip(places, values, styles, strict=True):
+        ax.barh(place, value, height=0.8, **style)
+    bars = ax.errorbar(values, places, xerr=errors, label="± standard error", **_WHISKERS)
     ax.set_yticks(places, list(sensitivities), fontsize=11)
     for label, name in zip(ax.get_yticklabels(), sensitivities, strict=True):
         if name in chosen:
@@ -85,14 +102,29 @@ def plot_sensitivities(
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("sensitivity ‖λ‖ ± standard error")
+    norm = type(found[0].norm).__name__ if found[0].norm is not None else ""
+    ax.set_xlabel(f"sensitivity ‖λ‖{f' in the norm {norm}' if norm else ''}")
     ax.set_ylabel("depth →", rotation=270, labelpad=14)
     tidy(ax, grid="x")
+    handles: list[Any] = [Patch(**style, label=label) for label, style in _KINDS if style in styles]
+    handles += [bars] if any(errors) else []
     baseline = next((s.baseline for s in found if s.baseline is not None), None)
     if baseline is not None:
-        ax.axvline(baseline, **DASHED)
-        note(ax, "mean gradient norm of the layers in place", baseline, (-2, 3), fontsize=9)
+        handles.append(
+            ax.axvline(baseline, **MARK, label="mean gradient norm of the layers in place")
+        )
+    legend_below(ax, handles)
     return ax
+
+
+def plot_solution(solution: Solution) -> Figure:
+    """`plot_sensitivities` of a solution, with its decision as title."""
+    instance("solution", solution, Solution, GrowthError, "what cg.solve(problem) returns")
+    made = figure(height=1.6 + 0.45 * len(solution.sensitivities))
+    chosen = listed(solution.decision.chosen, most=60) or "nothing"
+    made.suptitle(f"insert {chosen}", fontsize=12, color=INK, x=0.02, ha="left")
+    plot_sensitivities(solution, made.subplots())
+    return made
 
 
 def plot_losses(
@@ -103,7 +135,7 @@ def plot_losses(
     event: str = "layer inserted",
     ylabel: str = "training loss [nats]",
 ) -> Axes:
-    """The loss up to an insertion and in several continuations, labelled at their ends.
+    """The loss up to an insertion and in several continuations.
 
     The vertical axis is logarithmic where the losses span a factor of five or more.
 
@@ -119,16 +151,17 @@ def plot_losses(
         _check_curve(name, losses)
     ax = ax or axes(height=4.2)
     start = len(before) - 1
-    ax.plot(range(len(before)), before, color=INK, linewidth=2)
-    for losses, colour in zip(after.values(), _COLOURS, strict=False):
-        ax.plot(range(start, start + len(losses)), losses, color=colour, linewidth=2)
-    ax.axvline(start, **DASHED)
-    box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-    note(ax, event, start, (-6, -4), ha="right", va="top", fontsize=11, bbox=box)
-    scale(ax, [*before, *(loss for losses in after.values() for loss in losses)])
+    ax.plot(range(len(before)), before, color=INK, linewidth=2, label="before")
+    for (name, losses), style in zip(after.items(), itertools.cycle(CURVES)):
+        end = f"{losses[-1]:.3g} at the end" if math.isfinite(losses[-1]) else "diverged"
+        ax.plot(
+            range(start, start + len(losses)), losses, **style, linewidth=2, label=f"{name}, {end}"
+        )
+    ax.axvline(start, **MARK, label=event)
+    scale(ax, [*before, *itertools.chain(*after.values())])
     ax.set_xlim(0, max(start + len(losses) - 1 for losses in (*after.values(), [0])))
-    _name_ends(ax, after)
-    ax.set_xlabel("epochs")
+    legend(ax)
+    ax.set_xlabel("epoch")
     ax.set_ylabel(ylabel)
     tidy(ax, grid="y")
     return ax
@@ -147,9 +180,9 @@ def plot_growth(
 
     The arguments are theirs, with a line each for the title and the subtitle.
     """
-    figure = Figure(figsize=(11, 5.4), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
-    losses, bars = figure.subplots(1, 2, width_ratios=(1.75, 1))
+    made = figure(11, 5.4)
+    made.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
+    losses, bars = made.subplots(1, 2, width_ratios=(1.75, 1))
     if chosen is None:
         chosen = sensitivities.decision.chosen if isinstance(sensitivities, Solution) else ()
     event = f"{', '.join(chosen)} inserted" if chosen else "nothing inserted"
@@ -157,9 +190,9 @@ def plot_growth(
     plot_sensitivities(sensitivities, bars, chosen=chosen)
     for panel, heading in ((losses, "What the insertion did"), (bars, "What decided it")):
         panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=18)
-    figure.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
-    figure.text(0.015, 0.895, subtitle, fontsize=10.5, color=INK, va="top")
-    return figure
+    made.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
+    made.text(0.015, 0.895, subtitle, fontsize=10.5, color=INK, va="top")
+    return made
 
 
 def plot_training(
@@ -180,10 +213,12 @@ def plot_training(
     _check_curve("losses", losses)
     instance("insertions", insertions, Mapping, GrowthError, "epoch → label")
     ax = ax or axes(height=4.2)
-    ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2)
-    for epoch, name in insertions.items():
-        ax.axvline(epoch, **DASHED)
-        ax.plot(epoch, losses[epoch - 1], "v", color=GROWN, markersize=9, markeredgecolor=INK)
+    ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2, label=ylabel)
+    marks = {"linestyle": "none", "color": GROWN, "markersize": 9, "markeredgecolor": INK}
+    for index, (epoch, name) in enumerate(insertions.items()):
+        label = None if index else "insertion"
+        ax.axvline(epoch, **MARK)
+        ax.plot(epoch, losses[epoch - 1], marker="v", **marks, label=label)
         # rotated, so that neighbours do not collide
         note(ax, f"+ {name}", epoch, (-3, 3), rotation=30, rotation_mode="anchor", fontsize=9)
     scale(ax, losses)
@@ -192,6 +227,7 @@ def plot_training(
     ax.set_xlabel("epoch")
     ax.set_ylabel(ylabel)
     tidy(ax, grid="y")
+    legend(ax)
     return ax
 
 
@@ -229,6 +265,11 @@ def plot_sensitivity_map(
             value = shown[row][column]
             dark = math.isfinite(value) and norm(value) > 0.5
             ax.plot(column, row, "X", color="white" if dark else INK, markersize=8)
+    handles: list[Any] = [Line2D([], [], marker="X", linestyle="none", color=INK, label="inserted")]
+    if any(math.isnan(value) for row in shown for value in row):
+        empty = "no candidate, or no positive sensitivity"
+        handles.append(Patch(facecolor="white", edgecolor=QUIET, hatch="////", label=empty))
+    legend_below(ax, handles)
     ax.set_yticks(range(len(names)), names)
     ticks = range(0, len(rounds), max(1, math.ceil(len(rounds) / 15)))
     ax.set_xticks(list(ticks), [str(list(rounds)[tick]) for tick in ticks])
@@ -236,7 +277,9 @@ def plot_sensitivity_map(
     ax.tick_params(labelsize=10, colors=INK, length=0)
     ax.xaxis.label.set(fontsize=11, color=INK)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.02)
-    bar.set_label("sensitivity ‖λ‖   (× inserted)", color=INK)
+    bar.set_label("sensitivity ‖λ‖", color=INK)
+    if isinstance(norm, LogNorm):
+        plain(bar.ax.yaxis)
     return ax
 
 
@@ -254,13 +297,14 @@ def plot_predictions(
     _check_curve("actual", actual)
     ax = ax or axes(height=5.5)
     ends = [min(0.0, *predicted, *actual), max(0.0, *predicted, *actual)]
-    ax.plot(ends, ends, **DASHED)
+    ax.plot(ends, ends, **MARK, label="as predicted")
     ax.axhline(0, color=QUIET, linewidth=0.8)
-    ax.plot(predicted, actual, "o", color=KEPT, markersize=7, markeredgecolor=INK)
-    note(ax, "as predicted", ends[1], (-8, 0), y=ends[1], ha="right", fontsize=10)
+    style = {"color": KEPT, "markersize": 7, "markeredgecolor": INK}
+    ax.plot(predicted, actual, "o", **style, label="a step that was tried")
     ax.set_xlabel("predicted decrease of the loss")
     ax.set_ylabel("actual decrease")
     tidy(ax, grid="both")
+    legend(ax)
     return ax
 
 
@@ -296,11 +340,16 @@ def plot_architecture(
             ax.text(x, place, text, ha="center", va="center", bbox=box, **style)
     ax.set_xlim(-0.55, 1.55)
     ax.set_ylim(rows - 0.4, -0.6)
-    ax.set_xticks([0, 1], ["before", "after   (hatched: new)"], fontsize=11, color=INK)
+    ax.set_xticks([0, 1], ["before", "after"], fontsize=11, color=INK)
     ax.xaxis.tick_top()
     ax.set_yticks([])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+    handles = [
+        Patch(facecolor="#E3E7EB", edgecolor=INK, label="already there"),
+        Patch(facecolor="white", edgecolor=INK, hatch="////", label="new"),
+    ]
+    legend_below(ax, handles)
     return ax
 
 
@@ -318,12 +367,12 @@ def plot_run(
     """`plot_training` above `plot_sensitivity_map`, which is left out without decisions."""
     names = {name for found in rounds.values() for name in found}
     heights = [4.2, 1.0 + 0.3 * len(names)] if rounds else [4.2]
-    figure = Figure(figsize=(8, sum(heights)), dpi=160, layout="constrained")
-    panels = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    made = figure(8, sum(heights))
+    panels = made.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
     plot_training(losses, insertions, panels[0])
     if rounds:
         plot_sensitivity_map(rounds, chosen, panels[1])
-    return figure
+    return made
 
 
 def _check_curve(name: str, values: object) -> None:
@@ -331,58 +380,3 @@ def _check_curve(name: str, values: object) -> None:
     numbers = isinstance(values, Sequence) and all(isinstance(v, Real) for v in values)
     if not numbers or not values:
         raise GrowthError(f"{name}={values!r:.80} is no curve; give a list of numbers.")
-
-
-def axes(height: float) -> Axes:
-    """The Axes of a new figure, `height` inches high."""
-    return Figure(figsize=(7, height), dpi=160, layout="constrained").subplots()
-
-
-def note(
-    ax: Axes,
-    text: str,
-    x: float,
-    offset: tuple[float, float],
-    y: float | None = None,
-    **style: Any,
-) -> None:
-    """Text at an offset in points from (x, y), or from x at the top of the Axes."""
-    where = ax.get_xaxis_transform() if y is None else "data"
-    style |= {"xytext": offset, "textcoords": "offset points", "color": INK}
-    ax.annotate(text, (x, 1 if y is None else y), xycoords=where, **style)
-
-
-def scale(ax: Axes, losses: Sequence[float]) -> None:
-    """Make the loss axis logarithmic where that shows more, with plain numbers at the ticks."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    if finite and min(finite) > 0 and max(finite) >= 5 * min(finite):
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        ax.set_ylim(bottom=0)
-
-
-def _name_ends(ax: Axes, after: Mapping[str, Sequence[float]]) -> None:
-    """Label the curves at their ends, and push labels apart where the ends are close."""
-    curves = zip(after.items(), _COLOURS, strict=False)
-    ends = [(losses[-1], name, colour) for (name, losses), colour in curves]
-    to_axes = ax.transData + ax.transAxes.inverted()
-    style: dict[str, Any] = {"fontsize": 11, "fontweight": "bold", "va": "center"}
-    lowest = -math.inf
-    for end, name, colour in sorted(end for end in ends if math.isfinite(end[0])):
-        height = max(to_axes.transform((0, end))[1], lowest)
-        lowest = height + 0.11
-        ax.text(1.01, height, f"{name}\n{end:.3g}", transform=ax.transAxes, color=colour, **style)
-
-
-def tidy(ax: Axes, grid: str) -> None:
-    """Apply the common style, with grid lines across the axis "x", "y" or "both"."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(QUIET)
-    ax.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.8)  # type: ignore[arg-type]
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=10, colors=INK)
-    ax.xaxis.label.set(fontsize=11, color=INK)
-    ax.yaxis.label.set(fontsize=11, color=INK)

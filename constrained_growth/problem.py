@@ -254,6 +254,7 @@ def places_of(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
                 f'after="{candidate.after}" lies inside an nn.TransformerEncoderLayer, which in '
                 "eval mode passes its submodules by; choose the encoder layer itself."
             )
+        # a shared module has several names and is one site, where λ is the sum over its uses
         module = modules[name]
         first = next(key for key, same in modules.items() if same is module)
         # taken to change the tensor in place and to need the context, until more is known

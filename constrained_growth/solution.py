@@ -8,19 +8,38 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
 from constrained_growth._arguments import instance
+from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.errors import CandidateError, RuleError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Constraint",
+    "Decision",
+    "HeldOut",
+    "Method",
+    "Norm",
+    "Planned",
+    "Sensitivity",
+    "Solution",
+    "Status",
+]
+
+_ROWS = 40
+"""How many candidates a printed solution shows, besides those chosen."""
 
 Norm = Callable[[Mapping[str, Tensor]], Tensor | float]
 """Any function of a multiplier (pinned parameter → tensor) that says how large it is."""
 
 
 class Status(Enum):
-    """How the multipliers of a [`Solution`][] are to be read; each value is a sentence."""
+    """How the multipliers of a `Solution` are to be read; each value is a sentence."""
 
     KKT_MULTIPLIERS = (
         "θ is first-order stationary to the tolerance asked for: λ are KKT multipliers of the "
@@ -176,10 +195,14 @@ class Sensitivity(ReadLater):
     def __repr__(self) -> str:
         after = f" after {self.site!r}" if self.site else ""
         pinned = f"{self.num_parameters:,} of {self.num_new_parameters:,} parameters pinned"
-        error = vars(self)["standard_error"]  # not computed to be printed
-        error = "" if isinstance(error, Later) or math.isnan(error) else f" ± {error:.2g}"
+        error = f" ± {self._error_read()}" if self._error_read() else ""
         kink = f", {self.kink:.0%} of the units at a kink" if self.kink else ""
         return f"Sensitivity({self.value:.4g}{error}{after}, {pinned}{kink})"
+
+    def _error_read(self) -> str:
+        """The standard error as text; nothing if it is not known, or was not computed yet."""
+        error = vars(self)["standard_error"]
+        return "" if isinstance(error, Later) or math.isnan(error) else f"{error:.2g}"
 
 
 def _deviation(sensitivity: Sensitivity) -> float:
@@ -269,7 +292,7 @@ class Planned:
 
 @dataclass(frozen=True, repr=False)
 class Solution(ReadLater):
-    """The answer of [`solve`][constrained_growth.solve.solve].
+    """The answer of `cg.solve`.
 
     Attributes:
         status: How `multipliers` are to be read.
@@ -284,7 +307,7 @@ class Solution(ReadLater):
         agreement: How often the rule would decide the same on other samples of this size, as a
             share of the bootstrap samples of `Sensitivity.replicates` on which it does. NaN
             for a rule that also asks the model or has a state, and where no standard errors are
-            known. It is computed when it is first read.
+            known. What was found about samples held out stays. It is computed when first read.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
         method: The way in which λ was computed, and why.
@@ -313,6 +336,43 @@ class Solution(ReadLater):
             f"Solution(insert {chosen} of {len(self.candidates)} candidates{why}; "
             f"loss {self.loss:.4g}, {self.status.name})"
         )
+
+    def __str__(self) -> str:
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        """Decision, status and a table of the candidates, with the standard errors read so far."""
+        chosen, found = self.decision.chosen, list(self.sensitivities.items())
+        kept = {n for n, _ in sorted(found, key=lambda item: -item[1].value)[:_ROWS]} | set(chosen)
+        shown = [(name, s) for name, s in found if name in kept]
+        rows = list[tuple[str, ...]]()
+        for name, s in shown:
+            mark, counts = "→" * (name in chosen), (s.num_parameters, s.num_new_parameters)
+            size = f"{s.value:.4g}", s._error_read()
+            rows.append((mark, name, s.site, *size, *(f"{count:,}" for count in counts)))
+        heads = ("", "candidate", "after", "sensitivity", "± s.e.", "pinned", "parameters")
+        bold = [index for index, (name, _) in enumerate(shown) if name in chosen]
+        why = f" ({self.decision.reason})" if self.decision.reason else ""
+        stationarity = f", ‖∇_θ L‖ {self.stationarity:.3g}" if self.stationarity is not None else ""
+        more = len(found) - len(shown)
+        return [
+            f"insert {listed(chosen) or 'nothing'}{why}",
+            f"loss {self.loss:.6g}{stationarity}, {self.num_samples:,} samples: {self.status.name}",
+            Table(rows, heads, numbers=(3, 4, 5, 6), bold=bold),
+            *([f"and {more} candidates of smaller sensitivity"] if more else []),
+        ]
+
+    def plot(self) -> Figure:
+        """`plotting.plot_solution`: the sensitivities by place, with their standard errors.
+
+        The chosen ones are highlighted. Needs the extra `plot`.
+        """
+        from constrained_growth.plotting import plot_solution
+
+        return plot_solution(self)
 
     def dual_value(self, constraint: Constraint) -> Tensor:
         """λ of one of `problem.constraints`, in CVXPY's word.

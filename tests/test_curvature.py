@@ -1,5 +1,6 @@
 """L(θ, v) of a candidate that stands at its site and is not inserted."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -229,6 +230,33 @@ def test_buffers_are_not_written_to() -> None:
     with nothing_left_behind(model):
         products = matrix(loss.hessian_product, loss)
     torch.testing.assert_close(products, products.mT, rtol=0, atol=1e-13)
+
+
+def test_gauss_newton_of_outputs_in_a_dataclass() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Output:
+        logits: Tensor
+
+    class Wrapped(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Output:
+            return Output(self.inner(x))
+
+    model, data = feedforward(2, 4, 3), classified(8)
+    _, plain = virtual(model, data, candidate())
+    _, wrapped = virtual(
+        Wrapped(model),
+        data,
+        candidate("inner.1"),
+        loss_fn=lambda y, target: CROSS_ENTROPY(y.logits, target),
+    )
+    vector = torch.randn(plain.size)
+    torch.testing.assert_close(
+        wrapped.gauss_newton_product(vector), plain.gauss_newton_product(vector)
+    )
 
 
 def test_a_loss_that_is_linear_in_the_outputs_has_no_gauss_newton_matrix() -> None:

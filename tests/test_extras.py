@@ -45,6 +45,9 @@ def test_pictures_name_their_extra(without):
     history.add(loss=0.7, step=10, layers=2, seconds=0.1, metrics={})
     with pytest.raises(ModuleNotFoundError, match=r"constrained-growth\[plot\]"):
         history.plot()
+    without("pandas")
+    with pytest.raises(ModuleNotFoundError, match=r"^pandas is missing: pip install pandas$"):
+        history.to_frame()
 
 
 @pytest.mark.parametrize(

@@ -244,3 +244,20 @@ def test_held_out_data_that_say_nothing_are_refused() -> None:
     found = cg.solve(problem, cg.TopK(1), validation=batches(1)).sensitivities["1"].held_out
     assert found is not None
     assert math.isnan(found.standard_error)
+
+
+def test_the_decision_with_validation_says_how_often_it_would_be_the_same() -> None:
+    """By hand: bootstrap samples on which the same place is the largest, its test as it was."""
+    for clear in (True, False):
+        train, held_out = ([(x, x.argmax(1)) for x, _ in batches(*[8] * n)] for n in (4, 20))
+        if not clear:
+            held_out = batches(8, 8)  # their labels are noise
+        problem = cg.GrowthProblem(network(), LOSS, train, candidates()[:2])
+        solution = cg.solve(problem, then(cg.TopK(1), Generalizes()), validation=held_out)
+        assert bool(solution.decision.chosen) is clear
+        found = solution.sensitivities.values()
+        draws = np.array([s.value + np.array(s.replicates) - np.mean(s.replicates) for s in found])
+        best = np.array([s.value for s in found]).argmax()
+        same = (draws.clip(min=0).argmax(0) == best).mean()
+        assert 0 < same < 1
+        assert solution.agreement == pytest.approx(same if clear else 1.0)

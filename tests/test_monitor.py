@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
-from constrained_growth.monitor import Monitor
+from constrained_growth.monitoring import Monitor
 
 Loss = Callable[[Any, Any], Tensor]
 KEEPS_GRAPH = pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")

@@ -21,6 +21,12 @@ def bars(ax: Axes) -> list[Rectangle]:
     return [patch for patch in ax.patches if isinstance(patch, Rectangle)]
 
 
+def labels(ax: Axes) -> list[str]:
+    legend = ax.get_legend()
+    assert legend is not None
+    return [text.get_text() for text in legend.get_texts()]
+
+
 def test_bars_show_the_sensitivities_and_highlight_the_chosen() -> None:
     ax = plots.plot_sensitivities(FOUND, chosen=("b",))
     assert [bar.get_width() for bar in bars(ax)] == [0.2, 0.4, 0.3]
@@ -29,7 +35,14 @@ def test_bars_show_the_sensitivities_and_highlight_the_chosen() -> None:
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
     assert np.diff(ax.get_yticks()).tolist() == [1.0, 1.5]  # more room before the next site
     assert ax.yaxis.get_inverted()
-    assert [text.get_text() for text in ax.texts] == ["mean gradient norm of the layers in place"]
+    assert [bool(bar.get_hatch()) for bar in bars(ax)] == [False, True, False]
+    kinds = [
+        "chosen",
+        "not chosen",
+        "± standard error",
+        "mean gradient norm of the layers in place",
+    ]
+    assert sorted(labels(ax)) == sorted(kinds)
 
 
 def test_bars_of_a_solution_highlight_its_decision() -> None:
@@ -40,6 +53,9 @@ def test_bars_of_a_solution_highlight_its_decision() -> None:
     assert [bar.get_width() for bar in bars(ax)] == widths
     bold = [t.get_text() for t in ax.get_yticklabels() if t.get_fontweight() == "bold"]
     assert tuple(bold) == solution.decision.chosen
+    figure = solution.plot()
+    assert [bar.get_width() for bar in bars(figure.axes[0])] == widths
+    assert figure.get_suptitle() == f"insert {', '.join(solution.decision.chosen)}"
 
 
 def test_curves_hold_the_losses_and_the_insertion() -> None:
@@ -53,19 +69,40 @@ def test_curves_hold_the_losses_and_the_insertion() -> None:
     assert plots.plot_losses([1.0, 0.9], {"kept": [0.9, 0.8]}).get_yscale() == "linear"
 
 
-def test_a_curve_that_diverges_has_no_label_and_leaves_the_others_theirs() -> None:
+def test_the_legend_says_where_curves_end() -> None:
     ax = plots.plot_losses([1.0, 0.5], {"grown": [0.5, math.nan], "kept": [0.5, 0.4]})
-    event, label = ax.texts
-    assert event.get_text() == "layer inserted"
-    assert label.get_text() == "kept\n0.4"
-    assert label.get_color() == ax.get_lines()[2].get_color()
+    assert labels(ax) == ["before", "grown, diverged", "kept, 0.4 at the end", "layer inserted"]
 
 
 def test_both_side_by_side() -> None:
     figure = plots.plot_growth([1.0, 0.5], {"grown": [0.5, 0.1]}, FOUND, chosen=("c",), title="T")
     losses, sensitivities = figure.axes
-    assert losses.texts[0].get_text() == "c inserted"
+    assert labels(losses)[-1] == "c inserted"
     assert len(bars(sensitivities)) == 3
     assert [text.get_text() for text in figure.texts] == ["T", ""]
     figure = plots.plot_growth([1.0, 0.5], {"kept": [0.5, 0.1]}, FOUND)
-    assert figure.axes[0].texts[0].get_text() == "nothing inserted"
+    assert labels(figure.axes[0])[-1] == "nothing inserted"
+
+
+def test_ticks_are_plain_numbers_and_every_panel_is_readable_in_grey() -> None:
+    """Also where an axis spans less than a decade; curves differ in more than their colours."""
+    curves = {f"curve {i}": [3.0, 0.5 + 0.1 * i] for i in range(5)}
+    several = plots.plot_growth([6.0, 3.0], curves, FOUND, chosen=("c",))
+    run = plots.plot_run(
+        [6.0, 0.9], {1: "a"}, {1: {"a": 0.3, "b": 3.4}, 2: {"a": 0.1}}, {1: ("a",)}
+    )
+    others = [
+        plots.plot_predictions([0.1], [0.2]).figure,
+        plots.plot_architecture({"0.weight": (4, 2)}, {"1.weight": (4, 2)}).figure,
+    ]
+    for figure in (several, run, *others):
+        figure.canvas.draw()
+        for ax in figure.axes:
+            ticks = [text.get_text() for text in (*ax.get_xticklabels(), *ax.get_yticklabels())]
+            assert not any("×" in text or "times" in text or "^" in text for text in ticks)
+            assert ax.get_legend() or ax.get_label() == "<colorbar>"
+            shown = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
+            dashes = [vars(line)["_dash_pattern"] for line in shown]
+            looks = [(d, line.get_marker()) for d, line in zip(dashes, shown, strict=True)]
+            looks = looks[1:] if ax is several.axes[0] else looks  # the first ends where they begin
+            assert len({str(look) for look in looks}) == len(looks)

@@ -8,12 +8,15 @@
 #
 # * which activations allow an *identity layer* $\sigma(Wx + b)$, and by how much the others fail;
 # * why a *residual* layer with a zero factor is the identity, bit for bit, for all of them;
-# * what BatchNorm does to both, and which kind of transformer block can be inserted.
+# * what BatchNorm does to both, and which kind of transformer block can be inserted;
+# * when copies stay copies in training, and why an identity layer does not need noise.
 #
 # Throughout, "fails by" means the relative change $\lVert \text{layer}(x) - x\rVert/\lVert x\rVert$ of
 # the input $x$ of the layer (no unit).
 
 # %%
+from itertools import combinations
+
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -22,13 +25,48 @@ import constrained_growth as cg
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
-BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
+plt.style.use("style.mplstyle")
+BLUE, RED = "#0072B2", "#D55E00"
 
 
 def change(layer, x):
     """The relative change that a layer makes to its input."""
     return ((layer(x) - x).norm() / x.norm()).item()
 
+
+# %% [markdown]
+# A layer that does nothing still has a gradient, and this is what $\lambda$ is: `cg.solve` says what
+# difference quotients of the loss say when the layer is really there and its parameters leave the pin.
+
+# %%
+net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+inputs, targets = torch.randn(30, 3), torch.randn(30, 1)
+
+
+def problem_of(block, model=net):
+    return cg.GrowthProblem(
+        model, nn.MSELoss(), [(inputs, targets)], [cg.Candidate(after="1", block=block)]
+    )
+
+
+def slope(block, parameter, direction, h=1e-5):
+    """Of the loss along a direction of a parameter, the block in place, from two losses."""
+    pin, losses = block.get_parameter(parameter), []
+    for t in (h, -h):
+        with torch.no_grad():
+            pin += t * direction
+            losses.append(nn.functional.mse_loss(net[2](block(net[:2](inputs))), targets).item())
+            pin -= t * direction
+    return (losses[0] - losses[1]) / (2 * h)
+
+
+block = cg.blocks.ResidualLinear(4, torch.tanh)
+lam = cg.solve(problem_of(block)).multipliers["1"]
+for parameter, own in lam.items():  # weight and bias
+    entries = torch.eye(own.numel()).view(-1, *own.shape)
+    slopes = torch.tensor([slope(block, parameter, entry) for entry in entries])
+    assert torch.allclose(own, -slopes.view(own.shape), rtol=1e-6)
+assert not torch.allclose(lam["weight"], lam["weight"].T, rtol=0.1)  # rows: outputs
 
 # %% [markdown]
 # ## Claim 1. An identity layer is exact if and only if $\sigma(x + s) = x + s$ on the range of $\sigma$
@@ -105,29 +143,33 @@ for name, sigma in activations.items():
 assert [name for name in identity if identity[name]] == ["ReLU", "Hardtanh", "TanhLU(0.01)"]
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.3), width_ratios=(1.2, 1))
+fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.4))
 grid = torch.linspace(-4, 4, 400)
 for name in ("ReLU", "GELU", "tanh", "SiLU", "sigmoid"):
     sigma = activations[name]
     left.plot(grid, sigma(sigma(grid)) - sigma(grid), label=name)
 left.set_xlabel(r"$z$")
 left.set_ylabel(r"$\sigma(\sigma(z)) - \sigma(z)$")
-left.legend(frameon=False, fontsize=8)
-colours = [BLUE if identity[name] else RED for name in errors]
-right.barh(list(errors), list(errors.values()), color=colours)
+left.legend()
+for built, colour, hatch, label in (
+    (True, BLUE, "", "identity layer built"),
+    (False, RED, "///", "refused"),
+):
+    kept = [name if identity[name] == built else "" for name in errors]
+    widths = [errors[name] if name else 0 for name in kept]
+    right.barh(list(errors), widths, color=colour, hatch=hatch, edgecolor="white", label=label)
 right.invert_yaxis()
+right.legend(loc="center right")
 right.set_xlabel("relative change by an unshifted layer")
 for name, error in errors.items():
     note = "exact" if error == 0 else f"{error:.2g}" + (", exact if shifted" * identity[name])
-    right.text(error + 0.01, name, note, va="center", fontsize=8)
-right.set_xlim(0, 0.5)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
+    right.text(error + 0.01, name, note, va="center")
+right.set_xlim(0, 0.75)
 fig.tight_layout()
 
 # %% [markdown]
 # **Figure 1.** Left: what a second application of $\sigma$ changes. Right: the same as a relative
-# change, for $z \sim N(0, 1)$; blue where the library builds an identity layer. No unit.
+# change, for $z \sim N(0, 1)$. No unit.
 #
 # ELU is an intermediate case: the shift $s = 1$ would make it exact, but moves the layer so far into
 # its straight part that it is a *linear* layer until its parameters have moved by about 1, and linear
@@ -236,17 +278,19 @@ assert train == 0
 assert evaluated == 0
 
 # %%
-fig, ax = plt.subplots(figsize=(6.4, 2.4))
+fig, ax = plt.subplots(figsize=(6.6, 2.6))
 floor = 1e-17
-ax.barh(list(cases), [max(v, floor) for v in cases.values()], color=[RED, BLUE, RED, BLUE, BLUE])
+for exact, colour, hatch, label in ((True, BLUE, "", "exact"), (False, RED, "///", "not exact")):
+    widths = [max(v, floor) if (v < 1e-12) == exact else floor for v in cases.values()]
+    ax.barh(list(cases), widths, color=colour, hatch=hatch, edgecolor="white", label=label)
 ax.set_xscale("log")
-ax.set_xlim(floor, 10)
+ax.set_xlim(floor, 1e3)
 ax.invert_yaxis()
+ax.legend(loc="lower right")
 for name, value in cases.items():
     note = f"{value:.2g}" if value else "0, exactly"
-    ax.text(max(value, floor) * 1.5, name, note, va="center", fontsize=8)
+    ax.text(max(value, floor) * 1.5, name, note, va="center")
 ax.set_xlabel("relative change of the features (no unit)")
-ax.spines[["top", "right"]].set_visible(False)
 
 # %% [markdown]
 # **Figure 2.** Convolution layers with BatchNorm, on 64 feature maps of 8 channels. The layer fitted
@@ -304,6 +348,7 @@ def growth(block):
     return cg.GrowthProblem(model, nn.MSELoss(), data, [cg.Candidate(after="1", block=block)])
 
 
+refused = False
 try:
     growth(post)
 except cg.BlockError as error:
@@ -316,6 +361,86 @@ solution = cg.solve(growth(pre))
 cg.insert(model, solution)
 assert torch.equal(model(data[0][0]), before)
 assert all(value.norm() > 0 for value in solution.multipliers["1"].values())
+
+# %% [markdown]
+# ## Claim 5. Copies stay copies, an identity layer does not need noise
+#
+# A function-preserving layer can be useless all the same: if two units have equal weights and equal
+# gradients, every gradient method keeps them equal, and two units do the work of one. Write
+# $u_j$ for the outgoing and $w_j$ for the incoming weights of hidden unit $j$, $h_j = \sigma(w_j^{\mathsf T}x
+# + b_j)$, and $g$ for the derivative of the loss with respect to the output. Then
+#
+# $$\nabla_{u_j}L = \sum g\,h_j, \qquad \nabla_{w_j}L = \sum (u_j^{\mathsf T}g)\,\sigma'(w_j^{\mathsf T}x + b_j)\,x .$$
+#
+# * **A wider layer** (Net2WiderNet) copies a unit and gives the copies the shares $\alpha$ and
+#   $1 - \alpha$ of its outgoing weight. Their incoming gradients are in the ratio
+#   $\alpha : 1 - \alpha$, the outgoing ones are equal. With $\alpha = 1/2$ the copies never part;
+#   Net2Net adds noise.
+# * **A zeroed block** $x + W_2\,\sigma(W_1x + b)$ whose hidden units have equal $W_1, b$ has equal columns of
+#   $\lambda_{W_2}$ and gains a single unit. The free factor has to break the symmetry; the library draws
+#   it at random.
+# * **A deeper layer** (Net2DeeperNet), $W = I$: unit $i$ reads $x_i$ and answers for $\delta_i$, so no two
+#   rows or columns of $\lambda_W$ are alike. The identity is no symmetric point.
+
+# %%
+unit = nn.Sequential(nn.Linear(3, 1), nn.Tanh(), nn.Linear(1, 1))
+
+
+def widened(alpha):
+    """The hidden unit twice, with shares of its outgoing weight."""
+    wide = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 1))
+    with torch.no_grad():
+        wide[0].weight.copy_(unit[0].weight.expand(2, 3))
+        wide[0].bias.copy_(unit[0].bias.expand(2))
+        wide[2].weight.copy_(unit[2].weight * torch.tensor([[alpha, 1 - alpha]]))
+        wide[2].bias.copy_(unit[2].bias)
+    return wide
+
+
+def train(model, parameters, steps=60):
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(inputs), targets).backward()
+        optimizer.step()
+
+
+def asymmetry(first, second):
+    return ((first - second).norm() / (first.norm() + second.norm())).item()
+
+
+for alpha in (0.5, 0.3):
+    wide = widened(alpha)
+    assert torch.allclose(wide(inputs), unit(inputs), rtol=1e-13)
+    nn.functional.mse_loss(wide(inputs), targets).backward()
+    incoming, outgoing = wide[0].weight.grad.clone(), wide[2].weight.grad.clone()
+    assert torch.allclose(incoming[0] * (1 - alpha), incoming[1] * alpha, rtol=1e-10)
+    assert torch.isclose(outgoing[0, 0], outgoing[0, 1], rtol=1e-10)
+    train(wide, wide.parameters())
+    apart = asymmetry(*wide[0].weight)
+    print(f"share {alpha}: after training the copies differ by {apart:.1e}")
+    assert (apart < 1e-8) == (alpha == 0.5)
+
+equal, drawn = (cg.blocks.ResidualMLP(4, 4, torch.tanh) for _ in range(2))
+with torch.no_grad():
+    equal.inner.weight.copy_(equal.inner.weight[:1].expand(4, 4))
+    equal.inner.bias.copy_(equal.inner.bias[:1].expand(4))
+for name, block in (("equal", equal), ("random", drawn)):
+    columns = cg.solve(problem_of(block)).multipliers["1"]["outer.weight"].T
+    train(nn.Sequential(*net[:2], block, net[2]), block.parameters())
+    for what, units in (("lambda", columns), ("W2 after training", block.outer.weight.T)):
+        apart = [asymmetry(*pair) for pair in combinations(units, 2)]
+        print(f"{name:6} hidden units: columns of {what} differ by {min(apart):.1e} or more")
+        assert max(apart) < 1e-8 if name == "equal" else min(apart) > 0.01
+
+relu_net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
+layer = cg.blocks.IdentityLinear(4, nn.ReLU())
+lam = cg.solve(problem_of(layer, relu_net)).multipliers["1"]["weight"]
+x = relu_net[:2](inputs).detach().requires_grad_()
+(delta,) = torch.autograd.grad(nn.functional.mse_loss(relu_net[2](x), targets), x)
+assert torch.allclose(lam, -(delta * (x > 0)).T @ x, rtol=1e-10)
+for units in (lam, lam.T):
+    assert min(asymmetry(*pair) for pair in combinations(units, 2)) > 0.05
 
 # %% [markdown]
 # ## Exercises
@@ -362,10 +487,7 @@ class ReZero(nn.Module):
 
 def check_2(multiplier):
     """A function (x, f, delta) -> number."""
-    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
-    inputs, targets = torch.randn(30, 3), torch.randn(30, 1)
-    candidate = cg.Candidate(after="1", block=ReZero(torch.sin))
-    found = cg.solve(cg.GrowthProblem(net, nn.MSELoss(), [(inputs, targets)], [candidate]))
+    found = cg.solve(problem_of(ReZero(torch.sin)))
     x = net[:2](inputs).detach().requires_grad_()
     (delta,) = torch.autograd.grad(nn.functional.mse_loss(net[2](x), targets), x)
     assert torch.allclose(multiplier(x, torch.sin, delta), found.multipliers["1"]["alpha"])
@@ -388,8 +510,8 @@ check_3(gelu=True, sigmoid=False)  # GELU(0) = 0 with slope 1/2; the sigmoid is 
 # ## References
 #
 # * T. Chen, I. Goodfellow and J. Shlens, *Net2Net: Accelerating Learning via Knowledge Transfer*,
-#   ICLR 2016, arXiv 1511.05641, the section on Net2DeeperNet: identity layers, and which activations allow
-#   them.
+#   ICLR 2016, arXiv 1511.05641: wider layers by copies, deeper ones by identity layers, and which
+#   activations allow them.
 # * E. Herberg et al., *Sensitivity-Based Layer Insertion for Residual and Feedforward Neural
 #   Networks*, arXiv 2311.15995, 2023: pinned identity and residual layers.
 # * H. Zhang, Y. N. Dauphin and T. Ma, *Fixup Initialization: Residual Learning Without

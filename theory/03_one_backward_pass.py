@@ -7,6 +7,7 @@
 # At the end you will be able to say
 #
 # * which two tensors determine $\lambda$, and the closed form for each block;
+# * what $\delta$ and $\lambda$ are in the language of optimal control;
 # * why the operations are those of one gradient pass, and how many a larger network would take;
 # * why a standard error costs next to nothing, and why the norm of a mean is not the mean of norms.
 #
@@ -27,7 +28,8 @@ import constrained_growth as cg
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
+plt.style.use("style.mplstyle")
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 
 # %% [markdown]
 # ## Claim 1. $x$ and $\delta$ at the site are enough
@@ -100,7 +102,60 @@ for (name, parameter), formula in formulas.items():
     assert torch.allclose(solution.multipliers[name][parameter], formula, atol=1e-14)
 
 # %% [markdown]
-# ## Claim 2. The operations are those of one gradient pass
+# ## Claim 2. $\delta$ is a costate, and $\lambda$ a derivative of the Hamiltonian
+#
+# Read depth as time: layer $k$ takes the state $x_k$ to $x_{k+1} = f_k(x_k, u_k)$, the parameters $u_k$ are
+# the controls, and the loss is a cost $\ell(x_K)$ of the final state. In optimal control the multipliers of
+# the *dynamics* are the **costates** $p_k$. With the Hamiltonian $H_k(x, p, u) = \langle p, f_k(x, u)\rangle$,
+#
+# $$p_K = \nabla\ell(x_K), \qquad p_k = \nabla_x H_k(x_k, p_{k+1}, u_k), \qquad
+# \nabla_{u_k}L = \sum_n\nabla_u H_k(x_k, p_{k+1}, u_k) .$$
+#
+# This is backpropagation (LeCun 1988), and $p_k = \delta$ at site $k$. A candidate is one more step in time,
+# whose control $v$ is held at $0$, where $f(x, 0) = x$ and $\nabla_x H = p$: it leaves state and costate
+# alone. Its multiplier is
+#
+# $$\lambda = -\sum_n\nabla_v H(x_n, \delta_n, 0), \qquad H(x, p, v) = \langle p, f(x, v)\rangle :$$
+#
+# a control that minimises the Hamiltonian would leave $0$ in the direction of $\lambda$ (for Pontryagin's
+# principle in networks see Li et al. 2018). We run the costates backwards by hand, and differentiate $H$ by
+# difference quotients.
+
+# %%
+state, states = inputs, []
+for layer in model:
+    states.append(state)
+    state = layer(state)
+costate = (state.softmax(1) - nn.functional.one_hot(targets, 3)) / 40  # the gradient of the cost
+costates = [costate]
+for layer, before in zip(reversed(model), reversed(states), strict=True):
+    linear = isinstance(layer, nn.Linear)
+    costate = costate @ layer.weight if linear else costate * (before > 0)
+    costates.insert(0, costate)
+assert torch.allclose(costates[2], d1, rtol=1e-10)  # after module "1" the state is number 2
+assert torch.allclose(costates[4], d3, rtol=1e-10)
+
+
+def hamiltonian(block, x, p):
+    return (p * block(x)).sum().item()
+
+
+for name, block, x, p in (("one", one, x1, costates[2]), ("inner", inner, x3, costates[4])):
+    for parameter, found in solution.multipliers[name].items():
+        control, h = block.get_parameter(parameter), 1e-5
+        slopes = torch.empty(control.numel())
+        with torch.no_grad():
+            for k, entry in enumerate(torch.eye(control.numel()).view(-1, *control.shape)):
+                ends = []
+                for t in (h, -h):
+                    control.copy_(t * entry)
+                    ends.append(hamiltonian(block, x, p))
+                slopes[k] = (ends[0] - ends[1]) / (2 * h)
+            control.zero_()
+        assert torch.allclose(found, -slopes.view(found.shape), atol=1e-8)
+
+# %% [markdown]
+# ## Claim 3. The operations are those of one gradient pass
 #
 # Take $D$ hidden layers of width $w$ with a ReLU after each, and an identity layer as a candidate at
 # every one of the $D$ sites. Products of $(n, a)$ by $(a, b)$ matrices cost $2nab$ operations and dominate.
@@ -188,11 +243,11 @@ print("ratios at depth 16, width 128:", [c / operations[16, 128][0] for c in ope
 
 # %% [markdown]
 # Operation counts are exact and the same everywhere; times are neither. The right half of the picture shows
-# times on this machine, the fastest of seven runs each. No claim about time is asserted.
+# times on this machine, the fastest of five runs each. No claim about time is asserted.
 
 
 # %%
-def seconds(runs, repeats=7):
+def seconds(runs, repeats=5):
     """Least time of each of some runs, taken in turn: other work on the machine only adds to it."""
     for run in runs:
         run()  # to warm up
@@ -211,7 +266,7 @@ timed = {depth: seconds(passes(depth, 128, num_batches=6)) for depth in depths}
 fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.3), sharey=True)
 styles = (
     (1, "multipliers of all candidates", BLUE, "o-"),
-    (2, "gradient, all built in", RED, "s-"),
+    (2, "gradient, all built in", RED, "s--"),
 )
 for k, label, colour, style in styles:
     left.plot(
@@ -223,24 +278,24 @@ for k, label, colour, style in styles:
     )
     right.plot(depths, [timed[D][k] / timed[D][0] for D in depths], style, color=colour)
 for ax, title in ((left, "operations"), (right, "measured time")):
-    ax.axhline(1, color=GREY, linewidth=1, linestyle="--")
+    ax.axhline(1, color=GREY, linestyle=":", label="one gradient pass")
     ax.set_xscale("log", base=2)
     ax.set_xticks(depths, [str(D) for D in depths])
     ax.set_xlabel("depth $D$ (hidden layers)")
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(title)
 left.set_ylim(0, None)
 left.set_ylabel("in units of one gradient pass")
-left.legend(frameon=False, fontsize=8)
+left.legend()
 fig.tight_layout()
 
 # %% [markdown]
 # **Figure 1.** Operations (counted) and time (on the machine that ran this notebook) of all multipliers, and of
 # a gradient in the network with every candidate built in, over those of one gradient pass. Width 128, six
-# batches of 128, 64-bit numbers. Time exceeds operations because of memory traffic and the fixed costs of a
-# small network.
+# batches of 128, 64-bit numbers. Time exceeds operations: memory traffic, the fixed costs of a small network,
+# and `solve` sends the first batch, here a sixth of the data, through the candidates too, to compare the two ways
+# of computing $\lambda$. Over more data the ratio is smaller ([cost](results/cost.md)).
 #
-# ## Claim 3. How far $\lambda$ may be off is nearly free to know
+# ## Claim 4. How far $\lambda$ may be off is nearly free to know
 #
 # Each sample has a multiplier of its own, $\lambda_n = -N\psi_n\varphi_n^{\mathsf T}$, and $\lambda$ is their
 # mean. To know how far it may be from the mean of the population, one needs $\sum\lVert\lambda_n\rVert^2$, and
@@ -272,7 +327,7 @@ assert found.standard_error < found.error_bound
 print(f"{found.value:.4f} +- {found.standard_error:.4f}, at most {found.error_bound:.4f}")
 
 # %% [markdown]
-# ## Claim 4. The norm of the mean is not the mean of the norms
+# ## Claim 5. The norm of the mean is not the mean of the norms
 #
 # For the mean $\lambda_B$ over a random batch,
 #
@@ -280,7 +335,7 @@ print(f"{found.value:.4f} +- {found.standard_error:.4f}, at most {found.error_bo
 #
 # (Write $\lambda_B = \lambda + e$ with $\mathbb E e = 0$ and expand the square.) Averaging norms over batches
 # measures noise as soon as $\lambda$ is small, which is when decisions are hard. Averaging the *tensors* does
-# not, and subtracting an estimate of the second term, `debiased_square`, leaves no bias. We draw 400 batches of
+# not, and subtracting an estimate of the second term, `debiased_square`, leaves no bias. We draw 200 batches of
 # 32 from a population of 20,000 samples.
 
 # %%
@@ -301,7 +356,7 @@ def identity_layer(batches):
 
 
 truth = identity_layer([(population, labels)])
-batches = [torch.randint(len(population), (32,)) for _ in range(400)]
+batches = [torch.randint(len(population), (32,)) for _ in range(200)]
 drawn = [identity_layer([(population[rows], labels[rows])]) for rows in batches]
 squares = np.array([s.value**2 for s in drawn])
 debiased = np.array([s.debiased_square for s in drawn])
@@ -318,8 +373,10 @@ assert squares.mean() > 2 * truth.value**2
 # %%
 fig, ax = plt.subplots(figsize=(6, 3.2))
 bins = np.linspace(min(debiased.min(), 0), np.quantile(squares, 0.99), 40)
-ax.hist(squares, bins, color=RED, alpha=0.55, label=r"$\Vert\lambda_B\Vert^2$ of a batch of 32")
-ax.hist(debiased, bins, color=BLUE, alpha=0.55, label="debiased")
+ax.hist(
+    squares, bins, color=RED, alpha=0.6, hatch="///", edgecolor="white", label="of batches of 32"
+)
+ax.hist(debiased, bins, color=BLUE, histtype="step", linewidth=1.8, label="debiased")
 ax.axvline(truth.value**2, color="black", label=r"$\Vert\lambda\Vert^2$ of all 20,000")
 ax.axvline(
     expected,
@@ -329,18 +386,17 @@ ax.axvline(
 )
 ax.set_xlabel("squared sensitivity (squared loss per squared unit of the pins)")
 ax.set_ylabel("number of batches")
-ax.legend(frameon=False, fontsize=8)
-ax.spines[["top", "right"]].set_visible(False)
+ax.legend()
 
 # %% [markdown]
-# **Figure 2.** Squared sensitivities of 400 random batches. The mean of the red histogram is the dashed line and
-# has little to do with the truth; the blue one is spread around the truth, and may be negative.
+# **Figure 2.** Squared sensitivities of 200 random batches. The mean of the hatched histogram is the dashed line
+# and has little to do with the truth; the debiased one is spread around the truth, and may be negative.
 #
 # ## Exercises
 #
 # 1. How many more operations than one gradient pass do the multipliers take for $D = 10$, $w = 100$, $d = 20$,
 #    $m = 10$, $n = 50$? In percent?
-# 2. Batches of 32 have the bias of Claim 4. How large must a batch be for the bias to be a tenth of
+# 2. Batches of 32 have the bias of Claim 5. How large must a batch be for the bias to be a tenth of
 #    $\lVert\lambda\rVert^2$? (`truth.variance` is that of a mean over 20,000.)
 # 3. `ResidualMLP` with the outer factor pinned has to compute $\varphi = \sigma(W_1x + b)$ at the site. With
 #    hidden width $w$, how many operations does such a candidate take in all, in units of $2nw^2$?
@@ -381,6 +437,10 @@ check_3(units=2)  # one product for W1 x, one for the outer product
 # %% [markdown]
 # ## References
 #
+# * Y. LeCun, *A Theoretical Framework for Back-Propagation*, Proceedings of the 1988 Connectionist Models
+#   Summer School, 21-28: costates as multipliers of the dynamics.
+# * Q. Li, L. Chen, C. Tai and W. E, *Maximum Principle Based Algorithms for Deep Learning*, Journal of Machine
+#   Learning Research 18(165), 2018.
 # * I. Goodfellow, Y. Bengio and A. Courville, *Deep Learning*, MIT Press, 2016, section 6.5: back-propagation.
 # * B. Efron and R. Tibshirani, *An Introduction to the Bootstrap*, Chapman and Hall, 1993, chapter 6.
 # * I. Goodfellow, *Efficient Per-Example Gradient Computations*, arXiv 1510.01799, 2015: norms of

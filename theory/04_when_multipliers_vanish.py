@@ -9,7 +9,8 @@
 # * why a layer with two zero factors has no price, and what to look at instead;
 # * why every *linear* insertion, and some that do not look linear, are worth nothing once the
 #   next layer is trained;
-# * what a derivative at a kink means, and what second-order information adds.
+# * what a derivative at a kink means, why the mean slope of a trained ReLU network there is *half* of what
+#   $\lambda$ says, and what second-order information adds.
 #
 # Notation: $x$ is the tensor at the site, one row per sample, $\delta = \partial L/\partial x$, and
 # $\sum$ runs over the samples. The layer after the site is $y = Ux + c$.
@@ -25,7 +26,8 @@ import constrained_growth as cg
 
 torch.set_default_dtype(torch.float64)
 torch.manual_seed(0)
-BLUE, RED, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#9AA5B1"
+plt.style.use("style.mplstyle")
+BLUE, RED, GREY = "#0072B2", "#D55E00", "#9AA5B1"
 
 inputs = torch.randn(200, 2)
 targets = torch.sin(2 * inputs[:, :1]) * inputs[:, 1:] + 0.1 * torch.randn(200, 1)
@@ -160,21 +162,12 @@ for k in range(13):
     for name in history:
         history[name].append(sensitivities[name].value)
 
-fig, ax = plt.subplots(figsize=(6.2, 3.6))
-for (name, values), colour in zip(
-    history.items(), ("black", RED, "#E69F00", BLUE, GREEN), strict=True
-):
-    ax.semilogy(
-        values,
-        "o-" if name != "residual tanh, one weight" else "x--",
-        color=colour,
-        label=name,
-        markersize=4,
-    )
+fig, ax = plt.subplots(figsize=(6.2, 3.8))
+for (name, values), marker in zip(history.items(), "osx^D", strict=True):
+    ax.semilogy(values, marker=marker, label=name)
 ax.set_xlabel(r"step (the error of $U, c$ falls by $\sqrt{10}$ in each)")
 ax.set_ylabel(r"$\Vert\lambda\Vert_F$ (loss per unit of the pins)")
-ax.legend(frameon=False, fontsize=8)
-ax.spines[["top", "right"]].set_visible(False)
+ax.legend()
 
 for name in list(history)[:3]:
     assert history[name][-1] < 1e-4 * history[name][0]
@@ -196,14 +189,33 @@ assert max(history, key=lambda name: history[name][0]) == "residual tanh, one we
 # $$L'(0; d) = \sum\Big(\sum_{x_i > 0}\delta_iu_i + \sum_{x_i = 0}\delta_i\max(u_i, 0)\Big),$$
 #
 # while automatic differentiation takes $\mathrm{ReLU}'(0) = 0$ and drops the second part: inactive units
-# that a step would wake count for nothing. Two-sided finite differences converge to the *mean* of two
-# different slopes, so they cannot certify $\lambda$ here; one-sided ones certify $L'(0; d)$. A
-# zero-outer residual block is smooth in its pin, and all agree.
+# that a step would wake count for nothing. From the left $\min(u_i, 0)$ takes the place of
+# $\max(u_i, 0)$. Since $\max(u_i, 0) + \min(u_i, 0) = u_i$, the two slopes add up to
+#
+# $$\underbrace{2\sum_{x_i > 0}\delta_iu_i + \sum_{x_i = 0}\delta_iu_i}_{\text{right} + \text{left}}
+# = \underbrace{\sum_{x_i > 0}\delta_iu_i}_{-\langle\lambda, d\rangle} + \underbrace{\sum\delta^{\mathsf T}u}_{-\langle\lambda_{\text{linear}}, d\rangle} .$$
+#
+# The last term is the slope of the *linear* layer, which is redundant (Claim 2). So where the next layer is
+# stationary
+#
+# $$L'_{\text{right}} + L'_{\text{left}} = -\langle\lambda, d\rangle \quad\text{for every } d,$$
+#
+# and a smooth function would have $-2\langle\lambda, d\rangle$: the mean slope is half of what $\lambda$ says.
+# Two-sided finite differences converge to this mean, so they cannot certify $\lambda$ here;
+# `cg.directional_derivative` is one-sided. A solution says which share of the units is at a kink,
+# `Sensitivity.kink`. A zero-outer residual block is smooth in its pin, and all agree.
 
 # %%
+with torch.no_grad():  # the next layer at its optimum
+    model[2].weight.copy_(best[:-1].T)
+    model[2].bias.copy_(best[-1])
 x, delta = at_site()
-lam = measure().multipliers
+solution = measure()
+lam = solution.multipliers
+identity = lam["identity layer, ReLU"]
+problem = cg.GrowthProblem(model, nn.MSELoss(), [(inputs, targets)], candidates)
 directions = [(torch.randn(6, 6), torch.randn(6)) for _ in range(30)]
+directions.append((identity["weight"], identity["bias"]))  # along lambda
 table = []
 for V, a in directions:
 
@@ -211,26 +223,37 @@ for V, a in directions:
         return tail(torch.relu(x + t * (x @ V.T + a))).item()
 
     u = x @ V.T + a
-    by_autograd = -(
-        (lam["identity layer, ReLU"]["weight"] * V).sum() + lam["identity layer, ReLU"]["bias"] @ a
-    )
+    by_autograd = -(identity["weight"] * V).sum() - identity["bias"] @ a
     one_sided = (delta * torch.where(x > 0, u, u.clamp(min=0))).sum()
     h = 1e-7
     forward, backward = (line(h) - line(0)) / h, (line(0) - line(-h)) / h
     table.append((by_autograd.item(), one_sided.item(), forward, backward))
 by_autograd, one_sided, forward, backward = np.array(table).T
 
-print(f"{(x == 0).double().mean():.0%} of the entries of x are on the kink")
+share = (x == 0).double().mean().item()
+print(f"{share:.0%} of the units are at the kink")
 off = np.abs(by_autograd - forward).mean() / np.abs(forward).mean()
 print(f"autograd differs from the slope by {off:.0%} on average")
-assert np.abs(one_sided - forward).max() < 1e-4 * np.abs(forward).max()
+print(
+    f"along lambda: right {forward[-1]:.5f}, left {backward[-1]:.5f}, autograd {by_autograd[-1]:.5f}"
+)
+assert np.isclose(solution.sensitivities["identity layer, ReLU"].kink, share)
+assert solution.sensitivities["residual ReLU, $W_1$ random"].kink == 0
+scale = np.abs(forward).max()
+for i in (0, 1, 2, -1):
+    step = dict(zip(("weight", "bias"), directions[i], strict=True))
+    ours = cg.directional_derivative(problem, "identity layer, ReLU", step)
+    assert np.isclose(ours, one_sided[i], rtol=1e-10)
+assert np.abs(one_sided - forward).max() < 1e-4 * scale
+assert np.abs(forward + backward - by_autograd).max() < 1e-4 * scale  # the identity
+assert np.abs(forward - backward).max() > 0.05 * scale
 assert off > 0.05
-assert np.abs(forward - backward).max() > 0.05 * np.abs(forward).max()
+assert by_autograd[-1] / 100 < forward[-1] < 0  # along lambda almost nothing is left
 
 smooth = blocks["residual ReLU, $W_1$ random"]
 with torch.no_grad():
     hidden = torch.relu(smooth.inner(x))
-for V, _ in directions:
+for V, _ in directions[:-1]:
     h = 1e-4
     central = (tail(x + h * hidden @ V.T) - tail(x - h * hidden @ V.T)).item() / (2 * h)
     expected = -(lam["residual ReLU, $W_1$ random"]["outer.weight"] * V).sum().item()
@@ -241,28 +264,29 @@ i = int(np.argmax(np.abs(forward - backward)))
 V, a = directions[i]
 ts = np.linspace(-0.004, 0.004, 101)
 losses = [tail(torch.relu(x + t * (x @ V.T + a))).item() for t in ts]
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.8, 3.4))
-left.plot(ts, np.array(losses) - losses[50], color=BLUE, label="loss")
+fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4))
+left.plot(ts, np.array(losses) - losses[50], "-", color=BLUE, label="loss")
 left.plot(ts, by_autograd[i] * ts, "--", color=RED, label="slope of autograd")
 left.plot(ts[50:], one_sided[i] * ts[50:], ":", color="black", label="one-sided slope")
 left.set_xlabel(r"step $t$ along $d$ (Frobenius units of the pins)")
-left.set_ylabel(r"$L(t\,d) - L(0)$")
-left.legend(frameon=False, fontsize=8)
-right.plot(forward, by_autograd, "o", color=RED, markersize=4, label="autograd")
-right.plot(forward, one_sided, "x", color="black", markersize=5, label="one-sided formula")
-ends = np.array(right.get_xlim())
-right.plot(ends, ends, color=GREY, linewidth=1, zorder=0)
-right.set_xlabel("slope measured on the right")
-right.set_ylabel("slope predicted")
-right.legend(frameon=False, fontsize=8)
-for ax in (left, right):
-    ax.spines[["top", "right"]].set_visible(False)
+left.set_ylabel(r"$L(t\,d) - L(0)$ (mean squared error)")
+left.legend()
+right.plot(by_autograd, forward, "o", color=BLUE, label="to the right")
+right.plot(by_autograd, (forward + backward) / 2, "x", color=RED, label="mean of both sides")
+ends = np.array([by_autograd.min(), by_autograd.max()])
+right.plot(ends, ends, "-", color=GREY, label=r"$-\langle\lambda, d\rangle$")
+right.plot(ends, ends / 2, ":", color="black", label="half of it")
+right.set_xlabel(r"slope of autograd, $-\langle\lambda, d\rangle$")
+right.set_ylabel("slope measured")
+right.legend()
 fig.tight_layout()
 
 # %% [markdown]
 # **Figure 2.** Left: the loss along one direction of the identity layer has a kink at the pin. Right: in 30
-# random directions the one-sided formula predicts what is measured (grey: equality), autograd does not.
-# Units: loss per unit of the pins.
+# random directions and along $\lambda$, the slope to the right has little to do with autograd, and the
+# mean of both sides is half of it. Along $\lambda$ itself the loss falls at a hundredth of the rate that
+# $\lambda$ says, or less: before you believe the price of a layer at a kink, ask for the one-sided slope.
+# Units: mean squared error per unit of the pins.
 #
 # ## Claim 4. The second derivative of the value function is a Schur complement
 #
@@ -333,21 +357,24 @@ for ax, (kind, d) in zip(axes, along.items(), strict=True):
     p = np.array([value_function(layer, t * d).item() for t in ts])
     slope = (value_function(layer, 1e-5 * d) - value_function(layer, -1e-5 * d)).item() / 2e-5
     model_of = [p[30] + slope * ts + 0.5 * curvature * ts**2 for curvature in results[kind][1:]]
-    ax.plot(ts, p, color=BLUE, label=r"$p(t\,d)$")
+    ax.plot(ts, p, "-", color=BLUE, label=r"$p(t\,d)$")
     ax.plot(ts, model_of[0], ":", color="black", label="with the Schur complement")
     ax.plot(ts, model_of[1], "--", color=RED, label=r"with $H_{vv}$")
-    ax.set_title(f"{kind} layer", fontsize=10)
+    ax.set_title(f"{kind} layer")
     ax.set_ylim(p[30] - 0.06, p[30] + 0.09)
     ax.set_xlabel(r"position $t$ of the pin along $d$")
-    ax.spines[["top", "right"]].set_visible(False)
 axes[0].set_ylabel("best loss (mean squared error)")
-axes[0].legend(frameon=False, fontsize=8)
+axes[0].legend()
 fig.tight_layout()
 
 # %% [markdown]
-# **Figure 3.** The value function (blue) and its two second-order models, along a random direction for the
-# linear layer and along $\lambda$ for the residual one. For the linear layer it is flat: the price and the curvature of the price are both zero, and only $H_{vv}$
-# on its own would suggest otherwise.
+# **Figure 3.** The value function (solid) and its two second-order models, along a random direction for the
+# linear layer and along $\lambda$ for the residual one. For the linear layer it is flat: price and curvature
+# are both zero, and only $H_{vv}$ on its own would suggest otherwise.
+#
+# Whether a $\lambda$ that is *not* zero differs from zero by more than chance is another question. Rao's score
+# test, which Silvey called the Lagrange multiplier test, has the Schur complement of the Fisher
+# information in the place of $H$: notebook 7.
 #
 # ## Exercises
 #
@@ -388,13 +415,13 @@ def check_2(decrease):
 
 def check_3(sign):
     i = int((x == 0).any(0).nonzero()[0])  # a unit with inactive samples
-    rows = x[:, i] == 0
-    for row in rows.nonzero().flatten().tolist():
-        if abs(delta[row, i]) > 1e-8:
-            woken = x.clone()
-            woken[row, i] = 1e-6
-            lowers = bool(tail(woken) < tail(x))
-            assert lowers == (torch.sign(delta[row, i]).item() == sign)
+    rows = ((x[:, i] == 0) & (delta[:, i].abs() > 1e-8)).nonzero().flatten().tolist()
+    assert len(rows) > 10
+    for row in rows:
+        woken = x.clone()
+        woken[row, i] = 1e-6
+        lowers = bool(tail(woken) < tail(x))
+        assert lowers == (torch.sign(delta[row, i]).item() == sign)
     print("3: right")
 
 

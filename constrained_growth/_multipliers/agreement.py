@@ -62,6 +62,8 @@ class FirstBatch:
 
     def is_same(self, loss: float, epsilon: float) -> bool:
         """Whether rounding at the sites, amplified by a deep model, explains the difference."""
+        # to first order, an x that is off by ε of its size moves the loss by ε‖δ‖‖x‖; √ε leaves
+        # room for the layers behind, and for a loss that is near zero itself
         slopes = [_norm(use.delta) * _norm(use.x) for here in self.uses for use in here]
         return abs(loss - self.loss) <= 10 * math.sqrt(epsilon) * max([abs(self.loss), *slopes])
 
@@ -80,7 +82,7 @@ def closed_form_holds(
     try:
         with untouched(model, loss_fn), in_graph.watching():
             loss = float(in_graph.add(first.input, first.target, 1.0))
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of a site
         raise
     except RuntimeError as error:  # the model alone has just been differentiated
         raise CandidateError(
@@ -91,6 +93,7 @@ def closed_form_holds(
     blocks = [block for site in sites for block in site.blocks.values()]
     epsilon = coarsest_epsilon(p for module in (model, *blocks) for p in module.parameters())
     if not first.is_same(loss, epsilon):
+        # whose fault is it? the model itself may give another loss each time that it runs
         if first.is_same(first.loss_unwatched(model, loss_fn), epsilon):
             raise BlockError(
                 f"candidates={names}: with their blocks standing at their pins the loss of the "
@@ -126,7 +129,8 @@ def refuse_other_networks(
     The pins are moved, as what the loss reads by its number may have the same value at them.
     """
     found = [(site, [name for name in site.blocks if name in listed]) for site in sites]
-    places = {names[0]: site for site, names in found if names}  # one for all at a place
+    # one for all at a place: what reads a list by its numbers does not look at the block
+    places = {names[0]: site for site, names in found if names}
 
     def fault(*names: str) -> str:
         blocks = {name: _with_own_pins(places[name].blocks[name]) for name in names}
@@ -181,6 +185,7 @@ def _agree(found: Estimate, exact: Estimate, uses: Sequence[Use], epsilon: float
     pairs = [(found.multiplier[key], value) for key, value in exact.multiplier.items()]
     difference = math.hypot(*(_norm(one - other) for one, other in pairs))
     size = math.hypot(*(_norm(other) for _, other in pairs))
+    # "not >", so that NaN counts as agreement: the status of the solution reports it
     return not difference > math.sqrt(epsilon) / 3 * size + 3 * epsilon * summands
 
 

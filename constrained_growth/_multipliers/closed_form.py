@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.protocol import called_with
 
 
 def by_sample(uses: Sequence[Use], size: int) -> bool:
@@ -38,7 +39,7 @@ def differentiated(
     leaves = {name: p.detach().requires_grad_() for name, p in pinned_parameters(block).items()}
     pins = list(leaves.values())
     y = at_pins(block, leaves, use.x, use.context)
-    if not y.requires_grad:
+    if not y.requires_grad:  # no pin is used, as by a mixture whose expert is idle
         return y, [{name: torch.zeros_like(leaf) for name, leaf in leaves.items()} for _ in deltas]
     found = []
     for delta in deltas:
@@ -59,8 +60,6 @@ def at_pins(
 ) -> Tensor:
     """`block(x)` with other tensors in the place of its pinned parameters, all else untouched."""
     free = {name: p.detach() for name, p in block.named_parameters() if name not in pinned}
-    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
     cuda = [x.device] if x.device.type == "cuda" else []
-    args, kwargs = arguments(block, x, context)
     with torch.enable_grad(), torch.random.fork_rng(cuda, enabled=block.training):
-        return torch.func.functional_call(block, {**free, **buffers, **pinned}, args, kwargs)
+        return called_with(block, free | pinned, *arguments(block, x, context))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._multipliers.closed_form import by_sample
 from constrained_growth._multipliers.recorded import recorded_factors, zeros_of
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, has_factors
@@ -48,7 +49,7 @@ class FactorsOf:
     def __call__(self, uses: Sequence[Use], size: int) -> Factors | None:
         """The factors of a batch of `size` samples; None if a pin is in no affine map."""
         cast = [replace(u, x=u.x.to(self._dtype), delta=u.delta.to(self._dtype)) for u in uses]
-        in_front = all(u.x.dim() > 1 and len(u.x) == size for u in uses)
+        in_front = by_sample(uses, size)
         return self._own_factors(cast, in_front) if self._own else self._recorded(cast, in_front)
 
     def _own_factors(self, uses: Sequence[Use], in_front: bool) -> Factors:
@@ -58,17 +59,14 @@ class FactorsOf:
         shaped = [(_shaped(factor, layout, 0) for factor in some) for some in found]
         if len(shaped) == 1:
             return Factors(shaped[0], in_front)
-        whole = []  # for each use one for each map, whose samples may come a few at a time
-        for some in shaped:
-            parts: dict[str, list[AffineFactors]] = {}
-            for factor in some:
-                parts.setdefault(factor.weight, []).append(factor)
-            whole.append([_joined(same, 0 if in_front else 1) for same in parts.values()])
+        # of each use one for each map, whose samples may come a few at a time
+        whole = [_merged(some, 0 if in_front else 1) for some in shaped]
         return Factors(_side_by_side(whole), in_front)
 
     def _recorded(self, uses: Sequence[Use], in_front: bool) -> Factors | None:
         outputs, every = [], []
         for use in uses:
+            # how the samples lie in ψ is found once, from a δ of the first sample alone
             first, alone = self._layouts is None, use.delta.clone()
             alone[1:] = 0.0
             more = (alone,) if first else ()
@@ -106,12 +104,12 @@ def _joined(factors: Sequence[AffineFactors], dim: int) -> AffineFactors:
     return replace(factors[0], cotangent=cotangent, features=features)
 
 
-def _merged(factors: Iterable[AffineFactors]) -> list[AffineFactors]:
-    """A map that is used several times has as many more positions."""
+def _merged(factors: Iterable[AffineFactors], dim: int = 1) -> list[AffineFactors]:
+    """One for each map; one that is used several times has as many more positions."""
     parts: dict[str, list[AffineFactors]] = {}
     for factor in factors:
         parts.setdefault(factor.weight, []).append(factor)
-    return [_joined(same, 1) for same in parts.values()]
+    return [_joined(same, dim) for same in parts.values()]
 
 
 def _side_by_side(uses: Sequence[Sequence[AffineFactors]]) -> Iterator[AffineFactors]:
@@ -144,6 +142,7 @@ def _rows_across(t: Tensor, n: int) -> Tensor:
 
 def _layout_of(alone: Tensor, n: int) -> Layout | None:
     """Where the n samples of ψ are, seen at ψ of a δ that is zero but for the first sample."""
+    # shapes alone do not tell: 8 rows may be 2 samples × 4 positions, or the other way round
     for layout in (_in_front, _second, _rows, _rows_across):
         if n == 0 or (layout is _in_front and len(alone) != n):
             continue

@@ -22,12 +22,12 @@ _MOST_UNITS = 2**20
 
 def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
     """Try a candidate's block on the tensor at its site, in the block's own precision."""
-    x = x.to(next(block.parameters()).dtype)
+    x = x.to(next(block.parameters()).dtype)  # under autocast x is in a lower one
     where = f'block={type(block).__name__} of candidate "{name}"'
     with full_precision(x.device), torch.no_grad():
         try:
             moved = float(moves(block, x, context))
-        except BlockError:
+        except BlockError:  # says it better
             raise
         except Exception as error:
             raise BlockError(
@@ -45,6 +45,7 @@ def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
 
 def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
     """Refuse a block whose multipliers are 0 whatever arrives."""
+    # not the data's own x and δ, which are zero where units are dead or the loss is stationary
     generator = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
     with untouched(block):

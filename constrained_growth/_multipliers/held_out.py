@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from constrained_growth._distributed import everywhere, several
+from constrained_growth._distributed import everywhere
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._sharding import whole
 from constrained_growth.solution import HeldOut
@@ -49,6 +49,7 @@ def _left_out(estimate: Estimate) -> Pairs:
         along += (rows @ total).cpu()
         squares += rows.square().sum(1).cpu()
         whole_square += float(total.square().sum())
+    # ‖T − S_g‖², below zero at most by rounding
     others = (whole_square - 2 * along + squares).clamp(min=0.0).sqrt()
     slopes = torch.where(others > 0, (squares - along) / others, 0.0) / estimate.weight
     return _pairs(slopes, estimate)
@@ -71,6 +72,7 @@ def _slopes(proposed: Estimate, judging: Estimate) -> Pairs:
 
 def _real(tensors: Tensor) -> Tensor:
     """Each as a real vector in double precision."""
+    # Re⟨a, b⟩ of complex parameters is the product of their real and imaginary parts
     tensors = whole(tensors)
     parts = torch.view_as_real(tensors) if tensors.is_complex() else tensors
     return parts.double().reshape(len(parts), -1)
@@ -82,7 +84,7 @@ def _tested(
     def here() -> dict[str, Pairs]:
         return {name: pairs(name) for name in judging}
 
-    every = everywhere(here, group) if several(group) else [here()]
+    every = everywhere(here, group)
     return {
         name: _test([pair for some in every for pair in some[name]], one.samples)
         for name, one in judging.items()
@@ -90,14 +92,14 @@ def _tested(
 
 
 def _test(groups: Pairs, samples: int) -> HeldOut:
-    from scipy import stats  # seconds to import
+    from scipy import stats  # takes half a second, and most solves are not asked this
 
     slope, count = math.fsum(part for part, _ in groups), len(groups)
     if count < 2:
         return HeldOut(slope, math.nan, math.nan, math.nan)
     deviations = math.fsum((part - weight * slope) ** 2 for part, weight in groups)
     error = math.sqrt(deviations * count / (count - 1))
-    if error == 0.0:
+    if error == 0.0:  # as where the same batch comes again and again
         return HeldOut(slope, 0.0, 0.0 if slope < 0 else 1.0, -math.copysign(math.inf, slope))
     pvalue = float(stats.t.cdf(slope / error, count - 1))
     return HeldOut(slope, error, pvalue, -slope / (error * math.sqrt(samples)))

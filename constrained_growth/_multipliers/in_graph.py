@@ -62,6 +62,7 @@ class Standing:
             if name in site.conditional and not transformed(x):
                 here = change(x.detach(), y.detach().to(x.dtype)).double()
                 self.moved[name] = here.maximum(self.moved.get(name, here))
+            # what the model then writes to y would destroy what y's own backward pass needs
             return y.clone() if site.overwritten else y
 
         return layer

@@ -1,4 +1,10 @@
-"""λ of all candidates: one forward and one backward pass over the data, two sums per pin."""
+"""λ of all candidates: one forward and one backward pass over the data, two sums per pin.
+
+For each batch the collector brings (x, δ) of every site, and the accumulators of its candidates
+take them in; or, in the graph, the blocks stand at their pins and autograd gives −∇_v L itself.
+∇_θ L is added up by hooks as backward delivers it, so that no second copy of all gradients is held.
+Several processes add up their sums once, at the end.
+"""
 
 from __future__ import annotations
 
@@ -78,6 +84,7 @@ class Pass:
         self._leaves = Leaves(model, self._parameters)
         self._with_gradients = gradients
         self._devices = {site.device for site in sites}
+        # in float64, and on the device: asking for each loss would wait for the device
         device = device_of(model) or torch.device("cpu")
         self._loss = torch.zeros((), dtype=torch.float64, device=device)
         self._samples, self._batches, self._weight = 0, 0, 0.0
@@ -95,7 +102,7 @@ class Pass:
         def stream(name: str, leaf: Tensor) -> Any:
             return leaf.register_hook(functools.partial(self._take, self._totals[name]))
 
-        with ExitStack() as stack:
+        with ExitStack() as stack:  # which lets go of the first if the second fails
             stack.enter_context(self._leaves.watching(stream))
             if not self._rounds:
                 stack.enter_context(self._collector.watching())
@@ -112,6 +119,7 @@ class Pass:
             total.add_(summed_like(gradient.to(total.dtype) * self._now, total))
         else:
             total.add_(gradient, alpha=self._now)
+        # autograd.grad would hold the gradients of all parameters at once; it gets a zero
         return gradient if gradient.is_sparse else gradient.new_zeros(()).expand_as(gradient)
 
     def add(self, input: Any, target: Any, weight: float, *, counts: bool = True) -> Tensor:
@@ -147,7 +155,9 @@ class Pass:
                 "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
                 "from the model's output without detach(), item() or torch.no_grad()."
             )
-        loss.register_hook(self._begin_backward)  # it is called first
+        # a loss or a model may run backward passes of its own: this hook is called in ours only,
+        # and before those of the parameters
+        loss.register_hook(self._begin_backward)
         return loss
 
     def _begin_backward(self, _: Tensor) -> None:
@@ -226,6 +236,8 @@ class Pass:
         self, input: Any, target: Any, size: int, weight: float, *, counts: bool
     ) -> Tensor:
         first: Tensor | None = None
+        # a round each for candidates that share a site: behind one another, one would be
+        # differentiated through the next, which at a kink is not by the identity
         for index, names in enumerate(self._rounds):
             standing = Standing(self._sites, names, keeps=self._wanted.moments)
             pins = [leaf for leaves in standing.leaves.values() for leaf in leaves.values()]
@@ -239,6 +251,7 @@ class Pass:
                 inputs = [*pins, *leaves, *outputs]
                 grads: Sequence[Tensor | None] = [None] * len(inputs)
                 if loss.requires_grad:
+                    # while the blocks stand: checkpointed parts run again within backward
                     with full_precision(*self._devices):
                         grads = torch.autograd.grad(loss, inputs, allow_unused=True)
             first = loss if first is None else first
@@ -273,6 +286,8 @@ class Pass:
         found = everywhere(
             lambda: (self._samples, self._batches, self._weight, self._sizes(), mine), group
         )
+        # a mean over different models would be the λ of none of them, and nothing else would show
+        # it; not compared exactly, as devices round norms differently
         sizes = [process[3] for process in found]
         alike = all(len(here) == len(sizes[0]) for here in sizes)
         if not alike or not np.allclose(sizes, sizes[:1], rtol=1e-6, atol=0, equal_nan=True):

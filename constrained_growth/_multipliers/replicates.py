@@ -47,10 +47,11 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
         return ()
     size = sum(t.numel() for t in estimate.multiplier.values())
     number = next(draws for most, draws in _DRAWS.items() if size <= most)
+    # one seed for all candidates: comparisons are between replicates of the same sample
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), number)
     shares = torch.from_numpy(drawn).double()
     shares = shares / (shares @ weights)[:, None] - 1 / local
-    shares *= math.sqrt(local)
+    shares *= math.sqrt(local)  # a deviation among a part of the samples is larger by 1/√part
     found = []
     parts = {} if estimate.found is None else estimate.found.parts
     with torch.no_grad():

@@ -67,6 +67,7 @@ def hooked(hooks: Iterable[tuple[nn.Module, Hook]]) -> Iterator[None]:
     try:
         for module, hook in hooks:
             handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # just before each run, since Transformers adds hooks in the first one
             handles.append(module.register_forward_pre_hook(last(handles[-1])))
         yield
     finally:
@@ -100,7 +101,7 @@ def replaced(
     x = output if which is None and isinstance(output, Tensor) else tensor_at(after, output, which)
     y = see(x, context_of(module, args, kwargs))
     if y is None or y is x:
-        return output
+        return output  # itself, as not every structure can be made again
     return y if x is output else with_tensor(output, which, y)
 
 
@@ -136,6 +137,8 @@ class Forward:
         if self.running:
             return
         waiting = self.waiting.setdefault(index, [])
+        # popped, since the hook that holds `here` lives as long as the graph; and with
+        # create_graph=True δ has a graph of its own, which would be kept too
         waiting.append(Use(here[0] if self.keeps else here.pop(), delta.detach(), context))
         if len(waiting) == self.seen[index]:
             self._pass_on(index)
@@ -150,6 +153,7 @@ class Forward:
         if not self.keeps:  # `backward` has seen to the modes
             self.take(index, uses, self.batch)
             return
+        # within the user's own backward pass, which may be under autocast or create a graph
         with torch.inference_mode(False), torch.no_grad(), full_precision(uses[0].x.device):
             self.take(index, uses, self.batch)
 
@@ -207,6 +211,8 @@ class Collector:
         self.end()
         forward = self._now
         assert forward is not None
+        # an alias that is a view loses its δ when it is written to, without an error; only where
+        # that was seen on the first batch is it a copy
         for index, alias, version in self._versions:
             site = self._sites[index]
             if alias._version != version and not site.overwritten:
@@ -223,6 +229,7 @@ class Collector:
         with torch.no_grad(), full_precision(*{site.device for site in self._sites}):
             if inputs:
                 grads = torch.autograd.grad(loss, inputs, allow_unused=True)
+            # `grads` goes on with those of the leaves; without `arrive` a hook has taken δ
             for arrive, delta in zip(waiting, grads, strict=False):
                 if arrive is not None and delta is not None:
                     arrive(delta)
@@ -240,6 +247,7 @@ class Collector:
             before = alias_of(x, overwritten=False)
             alias = alias_of(before, overwritten=site.overwritten)
             kept = detached(context) if site.needs_context else NO_CONTEXT
+            # without a graph x may be a buffer that is written over before δ arrives
             here = [x.detach() if x.requires_grad else x.detach().clone()]
             arrive = functools.partial(forward.arrive, index, kept, here)
             streams = forward.keeps or not running or x.nbytes > _SMALL

@@ -79,5 +79,6 @@ def alike(one: Context, other: Context) -> bool:
 
 def detached(context: Context) -> Context:
     """The same context without the graph its tensors belong to."""
+    # it waits for δ beside x: with its graph it would hold the activations of all layers before
     args, kwargs = mapped((context.args, dict(context.kwargs)), Tensor.detach)
     return Context(args, kwargs)

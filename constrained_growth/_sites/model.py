@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._distributed import unwrapped
-from constrained_growth._structure import mapped
+from constrained_growth._structure import tensors_in
 from constrained_growth.errors import CandidateError, DataError
 
 
@@ -22,7 +22,7 @@ def call(model: Callable[..., Any], input: object) -> Any:
     `forward` does not take; and a list, but where `forward` takes its items only: PyTorch's
     loaders make lists of tuples.
     """
-    model = unwrapped(model)
+    model = unwrapped(model)  # a DistributedDataParallel would wait for the other processes
     args: Any = (input,)
     kwargs: Mapping[str, Any] = {}
     if type(input) is tuple:
@@ -41,8 +41,10 @@ def call(model: Callable[..., Any], input: object) -> Any:
 def _refuse_other_dtypes(model: Any, input: object, error: Exception) -> None:
     """Where a model failed as no number of the input has the precision of a parameter, say so."""
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
-    given, own = set[torch.dtype](), {p.dtype for p in parameters if p.is_floating_point()}
-    mapped(input, lambda t: (given.add(t.dtype) if t.is_floating_point() else None) or t)
+    given, own = (
+        {t.dtype for t in some if t.is_floating_point()} for some in (tensors_in(input), parameters)
+    )
+    # a plain RuntimeError: "Input type (float) and bias type (double) should be the same"
     if given and own and not given & own and "type" in str(error):
         here, there = (" and ".join(sorted(map(str, some))) for some in (given, own))
         raise DataError(
@@ -95,12 +97,18 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     return itertools.chain(model.parameters(), model.buffers())
 
 
+def owners_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules that have a module as a child, each with the name that it has there."""
+    pairs = ((owner, pair) for owner in model.modules() for pair in owner._modules.items())
+    return [(owner, key) for owner, (key, child) in pairs if child is module]
+
+
 def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequential | None:
     """The only owner of a module, if it is a list that runs its elements by their numbers."""
-    owners = [o for o in model.modules() for child in o._modules.values() if child is module]
+    owners = owners_of(model, module)
     if len(owners) != 1:
         return None
-    (owner,) = owners
+    owner, _ = owners[0]
     if list(owner._modules) != [str(i) for i in range(len(owner._modules))]:
         return None
     if isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
@@ -128,6 +136,7 @@ def coarsest_epsilon(tensors: Iterable[Tensor]) -> float:
     kinds = {t.dtype for t in found}
     devices = {t.device.type for t in found}
     kinds |= {torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)}
+    # TensorFloat-32 keeps 10 bits of the mantissa of each factor, bfloat16 keeps 7
     products = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
     rough = products[torch.get_float32_matmul_precision()] if torch.float32 in kinds else 0.0
     return max([rough, *(torch.finfo(kind).eps for kind in kinds)])

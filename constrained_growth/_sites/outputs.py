@@ -95,6 +95,7 @@ def _key(output: object, which: int | str) -> int | str | None:
     if isinstance(output, Mapping) and which in output:
         return which
     if isinstance(output, tuple) and isinstance(which, str):
+        # torch.return_types (of torch.max, say) have no `_fields`, but `__match_args__`
         names = tuple(getattr(output, "_fields", getattr(output, "__match_args__", ())))
         return names.index(which) if which in names else None
     if isinstance(which, str):

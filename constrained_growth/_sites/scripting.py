@@ -21,6 +21,7 @@ from constrained_growth.errors import CandidateError
 
 def is_scripting() -> bool:
     """Whether torch.jit.script is at work."""
+    # torch.jit.script sets this private flag to False while it runs; there is no public one
     return not vars(torch.jit._script).get("_TOPLEVEL", True)  # type: ignore[attr-defined]
 
 
@@ -68,6 +69,7 @@ def scriptable_forward(
     context = SourceContext(text, "forward with inserted layers", 1, 0, True, "forward")
     tree: Any = ast.parse(text).body[0]
     written: Any = frontend.build_def(context, tree, None, "forward", "RecursiveScriptModule")
+    # the text above has no types; the user's declaration has
     written = torch._C._replace_overloaded_method_decl(stub.def_.decl(), written, "forward")
     return _recursive.ScriptMethodStub(stub.resolution_callback, written, original)
 

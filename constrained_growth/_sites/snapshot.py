@@ -1,4 +1,10 @@
-"""What a model and a loss keep from call to call, and putting it back."""
+"""What a model and a loss keep from call to call, and putting it back.
+
+`reached` walks from the model and the loss to all that they hold: modules, tensors, containers and
+generators, through attributes, hooks, closures and the globals that a function names. `restoring`
+notes what these are like, and makes the same objects so again. Parameters are too large to be
+copied each time: a dispatch mode sees in the first run which of them are written to.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +55,7 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
     """
     found = list(reached(*roots))
     tensors = [value for value in found if isinstance(value, Tensor)]
+    # of any other tensor `.grad` warns, and requires_grad cannot be set
     leaves = [(leaf, leaf.grad, leaf.requires_grad) for leaf in tensors if leaf.is_leaf]
     parameters = [t for t in tensors if type(t) is nn.Parameter and t.layout is torch.strided]
     memory = [(parameter, parameter.data) for parameter in parameters]
@@ -65,6 +72,7 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
         with writes if first and not watching else ExitStack():
             yield
     finally:
+        # in this order: which objects hang where, the memory of parameters, the values in it
         for container, before in containers:
             now, then = _held(container), _held(before)
             if len(now) != len(then) or not all(map(operator.is_, now, then)):
@@ -85,8 +93,10 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
                 parameter.data = data
         with torch.no_grad():
             for tensor, before in (*values, *writes.before[writes.start :]):
-                if tensor.shape != before.shape:
+                if tensor.shape != before.shape:  # observers of a quantisation resize their buffers
                     tensor.resize_(before.shape)
+                # writing even equal values raises the version counter, and a graph of the user's
+                # that has saved the tensor could no longer be differentiated
                 if tensor.layout is not torch.strided or not torch.equal(tensor, before):
                     tensor.copy_(before)
         del writes.before[writes.start :]
@@ -158,7 +168,7 @@ def reached(*roots: object) -> Iterator[Any]:
         elif isinstance(value, nn.Module):
             yield value
             hooks = _hooks_of(value)
-            known.update(map(id, hooks))
+            known.update(map(id, hooks))  # or they would be put back as containers of the module
             waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
             inside, owned = (vars(value), *value.buffers(recurse=False)), True
         elif isinstance(value, tuple):
@@ -181,6 +191,7 @@ def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
 
 def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:
     """`copy.deepcopy`, also of a module that keeps tensors with a graph, such as activations."""
+    # `copy.deepcopy` refuses tensors with a graph; a copy needs only their values
     kept = [t for t in reached(value) if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy(value, {**(memo or {}), **{id(t): t.detach().clone() for t in kept}})
 

@@ -25,7 +25,7 @@ def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterato
     data loader among them. Parameters too, if they are written to where the model runs for the
     `first` time, or were then.
     """
-    reshard(model)
+    reshard(model)  # whole parameters that a pass has left would be taken for the model's own
     state = random_state()
     token = _UNTOUCHED.set(True)
     generators = [generator for other in others for generator in generators_of(other)]
@@ -93,7 +93,7 @@ def generators_of(other: object) -> list[torch.Generator]:
 @contextmanager
 def drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
     """Make layers leave the random state as they found it, and note which of them run."""
-    states: list[Any] = []
+    states: list[Any] = []  # a stack: an inserted layer may run within another one
 
     def enter(module: nn.Module, _: Any) -> None:
         states.append(random_state())

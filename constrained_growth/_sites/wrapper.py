@@ -101,7 +101,7 @@ class WithInsertedLayer(nn.Module):
             vars(self)[kind] = _Found(self, kind)
 
     @property
-    def __class__(self) -> Any:
+    def __class__(self) -> Any:  # what isinstance and parametrizations ask, and type() does not
         if "_grown_base" not in vars(self):  # being copied
             return type(self)
         user = type(without_inserted(self))
@@ -163,7 +163,7 @@ class WithInsertedLayer(nn.Module):
         return method
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "training":
+        if name == "training":  # each has its own, and some set it without calling train()
             user_module(self).training = value
         bound_to = getattr(value, "__self__", None)
         if name == "forward" and bound_to is user_module(self):
@@ -240,6 +240,7 @@ class _Scriptable(WithInsertedLayer):
 
 def _pass_on(name: str, function: Callable[..., Any]) -> None:
     """Define a method that `__getattr__` does not catch, as it is there, or is the class's."""
+    # Python looks up len(x) and x[i] on the type, and nn.Module has register_buffer itself
 
     def method(self: WithInsertedLayer, *args: Any, **kwargs: Any) -> Any:
         return self._own(function(user_module(self), *args, **kwargs))

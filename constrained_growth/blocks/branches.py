@@ -40,7 +40,7 @@ def branch_ends(
     and returns its first tensor; parameters and modes of both are changed. For `args` and
     `kwargs` see `CopiedBlock`.
     """
-    module.eval()
+    module.eval()  # Dropout would make no call the identity
     first = next(iter(module.parameters()), torch.empty(0))
     if torch.is_autocast_enabled(first.device.type):  # the graph would be one of casts, and rough
         args, kwargs = tree_map_only(Tensor, lambda t: _in_dtype_of(first, t), (args, dict(kwargs)))
@@ -125,7 +125,7 @@ def _example(
             raise BlockError(f"args: the first is {first!r:.80}, not the tensor x of a call.")
 
         def run(x: Tensor, rest: Sequence[Any] = rest) -> Tensor:
-            return block(x.clone(), *rest, **options)
+            return block(x.clone(), *rest, **options)  # which may write to its input
 
         x = first.clone().requires_grad_()
         try:

@@ -302,6 +302,7 @@ def _patch_factors(
     weight: str, bias: str, psi: Tensor, images: Tensor, size: int
 ) -> Iterator[AffineFactors]:
     """A convolution as an affine map of patches, for a few samples at a time."""
+    # the patches of a whole batch would be k² times the images
     most = 1.25 * _PATCHES / max(1, size**2 * images[:1].nbytes)
     each = 2 ** max(0, int(math.log2(max(1.0, most))))  # groups of samples are mostly powers of 2
     for some, cotangents in zip(images.split(each), psi.split(each), strict=True):

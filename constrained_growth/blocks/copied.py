@@ -180,7 +180,7 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
         }
     copied = deepcopied(module, memo)
     for parameter in copied.parameters():
-        parameter.grad = None
+        parameter.grad = None  # deepcopy has copied the original's
         if parameter.is_floating_point():
             parameter.requires_grad_()
     return copied
@@ -193,7 +193,7 @@ def _without_cache(value: Any, x: Tensor) -> Any:
     length = 0
     with suppress(Exception):
         length = int(value.get_seq_length())
-    if x.dim() > 1 and length > x.shape[1]:
+    if x.dim() > 1 and length > x.shape[1]:  # without its past it would compute something else
         raise BlockError(
             f"a copied block was called with a cache of {length} positions for {x.shape[1]} new "
             "ones, and has no cache: call the model with use_cache=False, or insert the block "

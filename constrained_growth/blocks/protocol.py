@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from constrained_growth._sites.context import NO_CONTEXT, Context, arguments, takes_context
-from constrained_growth.errors import BlockError
+from constrained_growth.errors import BlockError, GrowthError
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,33 @@ def pinned_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
         ) from error
 
 
+def check_deviations(
+    block: nn.Module, values: Mapping[str, Any], where: str, error: type[GrowthError]
+) -> None:
+    """Refuse what is no finite deviation of pinned parameters of a block, each in its shape."""
+    shapes = {name: tuple(p.shape) for name, p in pinned_parameters(block).items()}
+    for name, value in values.items():
+        got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
+        if name not in shapes or got != shapes[name]:
+            raise error(
+                f'{where}["{name}"]={got} is no deviation from a pin of that candidate, whose '
+                f"shapes are {shapes}."
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise error(f'{where}["{name}"] holds NaN or Inf.')
+
+
+def called_with(
+    block: nn.Module, values: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """`block(*args, **kwargs)` with other values of some parameters; no buffer is written to."""
+    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    return functional_call(block, {**buffers, **values}, tuple(args), dict(kwargs))
+
+
 def moves(block: nn.Module, x: Tensor, context: Context = NO_CONTEXT) -> Tensor:
     """How much a block changes x at its pins, by `change`; a BlockError if it changes the shape."""
-    buffers = {name: buffer.clone() for name, buffer in block.named_buffers()}
-    args, kwargs = arguments(block, x.clone(), context)
-    y = torch.func.functional_call(block, buffers, args, kwargs)
+    y = called_with(block, {}, *arguments(block, x.clone(), context))
     if not isinstance(y, Tensor) or y.shape != x.shape:
         got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise BlockError(
@@ -171,6 +194,7 @@ def change(x: Tensor, y: Tensor) -> Tensor:
     """
     if x.numel() == 0:
         return x.new_zeros(())
+    # relative to the largest entry: rounding in a sum x + branch is of the size of its terms
     largest = x.abs().max()
     eps = torch.finfo(x.dtype).eps
     allowed = min(1e3 * eps, eps**0.5) * largest.clamp(min=1.0)  # 1e3 eps of bfloat16 are 8

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from constrained_growth._arguments import flag, instance
+from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, CandidateError
 
@@ -89,33 +89,20 @@ class Proposals(tuple[Candidate, ...]):
         return tuple(self), self.reasons, self.skipped
 
     def __str__(self) -> str:
-        rows = [("after", "block", "parameters", "pinned", "why")]
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        rows = list[tuple[str, ...]]()
         for candidate in self:
             new = sum(p.numel() for p in candidate.block.parameters())
             pinned = sum(p.numel() for p in pinned_parameters(candidate.block).values())
             kind, why = type(candidate.block).__name__, self.reasons.get(candidate.name, "")
             rows.append((candidate.after, kind, f"{new:,}", f"{pinned:,}", why))
-        wide = [max(len(row[column]) for row in rows) for column in range(4)]
-        starts = [
-            f"{after:{wide[0]}}  {kind:{wide[1]}}  {new:>{wide[2]}}  {pinned:>{wide[3]}}"
-            for after, kind, new, pinned, _ in rows
-        ]
-        lines = [*_with_reasons(starts, [row[4] for row in rows])]
+        heads = ("after", "block", "parameters", "pinned", "why")
+        found: list[str | Table] = [Table(rows, heads, numbers=(2, 3))]
         if self.skipped:
-            longest = max(map(len, self.skipped))
-            starts = [f"{name:{longest}}" for name in self.skipped]
-            lines += ["", "nothing proposed after"]
-            lines += _with_reasons(starts, list(self.skipped.values()))
-        return "\n".join(lines)
-
-
-def _with_reasons(starts: Iterable[str], reasons: list[str]) -> Iterator[str]:
-    """Lines with a last column of reasons; a long one is wrapped, and printed once."""
-    last = ""
-    for start, why in zip(starts, reasons, strict=True):
-        parts = textwrap.wrap(why, max(40, 98 - len(start))) or [""]
-        if len(parts) > 1 and why == last:
-            parts = ["as above"]
-        last = why
-        yield f"{start}  {parts[0]}".rstrip()
-        yield from (" " * (len(start) + 2) + part for part in parts[1:])
+            found += ["", "nothing proposed after", Table(list(self.skipped.items()))]
+        return found

@@ -219,7 +219,7 @@ def _fit(search: _Search, most: int) -> None:
             continue
         if _size(block) > most:
             search.proposed[name] = _narrowed(block, run, most)
-        elif isinstance(block, CopiedBlock) and run.y._version == run.version:
+        elif isinstance(block, CopiedBlock) and run.y._version == run.version:  # as it came out
             fits = False
             with suppress(Exception):
                 fits = bool(moves(block, run.y.detach(), run.context) <= 1)

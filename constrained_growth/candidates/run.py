@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from constrained_growth._data import moved
 from constrained_growth._sites.collector import hooked, transformed
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
-from constrained_growth._sites.model import call, device_of
+from constrained_growth._sites.model import call, device_of, owners_of
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import WithInsertedLayer
@@ -107,12 +107,7 @@ def unwrappable(
 
     def runs_as_before(some: Sequence[str]) -> bool:
         wrappers = {module: WithInsertedLayer(module) for module in map(model.get_submodule, some)}
-        places = [
-            (owner, key, child)
-            for owner in model.modules()
-            for key, child in owner._modules.items()
-            if child in wrappers
-        ]
+        places = [(*place, child) for child in wrappers for place in owners_of(model, child)]
         try:
             for owner, key, child in places:
                 owner._modules[key] = wrappers[child]
@@ -139,6 +134,7 @@ def is_same(y: Tensor, last: Tensor) -> bool:
         return True
     if y.numel() != last.numel() or y.layout is not last.layout or y.device != last.device:
         return False
+    # by values, whatever their order: a transposed copy has another storage
     ordered = [one.detach().flatten().sort().values for one in (y, last)]
     return torch.equal(ordered[0].to(last.dtype), ordered[1])
 

@@ -142,12 +142,13 @@ def save(
     def own() -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not here:
             data.update(_flattened({**common, "step": step}, "", tensors, seen))
+        # each process has a random state, a loader and a seed of its own
         states = {name: _state_of(thing) for name, thing in stateful.items()}
         content = {"states": states, "random": random_state(), "extra": extra}
         found = dict[str, Tensor]()
         return _flattened(content, f"process {here}/" if here else "", found, seen), found
 
-    parts = everywhere(own, None)
+    parts = everywhere(own, None)  # whatever cannot be kept is found before a file is touched
 
     def write_all() -> None:
         data.update(parts[0][0])
@@ -224,6 +225,7 @@ def restore(
     optimizers, copies = as_optimizers(optimizer), as_copies(averaged)
     states: Any = checkpoint.optimizer or []
     states = states if isinstance(states, list) else [states]
+    # everything that can fail comes before the weights: the model is the last to change
     now = random_state()
     try:
         _check_number("optimizer", optimizers or states, states)
@@ -233,7 +235,7 @@ def restore(
                 known = sorted(checkpoint.states)
                 raise CheckpointError(f"{name}: only {known} were saved; save(…, {name}=…).")
         pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
-        set_random_state(checkpoint.random)
+        set_random_state(checkpoint.random)  # tried, as the file may hold any; `finally` undoes it
         for one, weights in pairs:
             _check_weights(one, weights)
         for one, state in zip(optimizers, states, strict=False):

@@ -37,10 +37,11 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
     """Write a new file, then let it take the place of the old one, which is kept."""
     text = json.dumps(data)
     header = json.dumps({"version": _VERSION, "checksum": _checksum(text, tensors)})
+    # in the same folder, since a file is renamed in one step within one file system only
     unfinished, second = (path.with_name(path.name + end) for end in (".tmp", ".link"))
     try:
         safetensors.torch.save_file(tensors, unfinished, {_KEY: header, "content": text})
-        _flush_to_disk(unfinished)
+        _flush_to_disk(unfinished)  # or after a power cut the new name may lead to an empty file
         if path.exists():
             _keep(path, second)
         os.replace(unfinished, path)
@@ -111,6 +112,7 @@ def _flush_to_disk(path: Path) -> None:
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
     """CRC-32 of the text and of the names, dtypes, shapes and bytes of the tensors."""
+    # safetensors checks lengths, not content; against accidents, for which 32 bits do
     found = zlib.crc32(text.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -174,6 +176,7 @@ def unflattened(data: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 def _added(tensor: Tensor, path: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
     """Add a tensor to the table, once for each place in memory; returns its name there."""
+    # tied weights are written once, and read as one tensor
     place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
     if tensor.numel() and place in seen:
         return seen[place]

@@ -70,7 +70,7 @@ def load_named_state(
     numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
     state = {}
     for name, kept in content["state"].items():
-        own = copy.deepcopy(kept)
+        own = copy.deepcopy(kept)  # the optimizer writes to it, and a checkpoint may be used again
         own = state_like(own, parameters[name]) if name in parameters else own
         state[numbers.get(name, name)] = own
 

@@ -98,17 +98,23 @@ def carry_out(
     found = study.run(_only(plan, tasks) if tasks else plan, seed, cache=out) | {"command": typed()}
     console.print(study.tables(found))
     if out is not None:
-        write_tables(out / f"constrained-growth-bench-{name}.txt", study.tables(found))
+        write_tables(out / f"{stem(name, quick, seed, tasks)}.txt", study.tables(found))
     if json is not None:
         json.write_text(to_json(found) + "\n", encoding="utf-8")
     console.print(f"{time.perf_counter() - begin:.0f} s.")
     return found
 
 
+def stem(name: str, quick: bool, seed: int, tasks: Sequence[str] | None = None) -> str:
+    """The name of a benchmark's files, which tells one run from another."""
+    parts = ("constrained-growth-bench", name, *(tasks or ()), *(["quick"] * quick), str(seed))
+    return "-".join(parts)
+
+
 def _only(plan: Any, names: Sequence[str]) -> Any:
-    """The plan with the tasks of these names."""
-    known = [task.name for task in plan.tasks]
+    """The plan with the tasks of these names, whatever their case."""
+    known, wanted = [task.name for task in plan.tasks], {name.lower() for name in names}
     for name in names:
-        if name not in known:
+        if name.lower() not in map(str.lower, known):
             raise typer.BadParameter(f"--task {name} is none of {', '.join(known)}.")
-    return replace(plan, tasks=[task for task in plan.tasks if task.name in names])
+    return replace(plan, tasks=[task for task in plan.tasks if task.name.lower() in wanted])

@@ -21,6 +21,7 @@ from constrained_growth.experiments.command_line import (
     Seed,
     Tasks,
     carry_out,
+    stem,
     terminal,
     typed,
     write_tables,
@@ -57,31 +58,26 @@ def main(
 
 @app.command()
 def demo(
-    data: Annotated[Literal["digits", "spirals"], typer.Option(help="What to learn.")] = "digits",
+    change: Annotated[
+        Literal["inverted", "rotated", "mirrored"],
+        typer.Option(help="What the digits become.", case_sensitive=False),
+    ] = "inverted",
     seed: Seed = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Limit on the epochs before and after the insertion.")
-    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="How many networks.")] = 10,
     out: Folder = Path(),
     json: Json = None,
 ) -> None:
-    """Train to a plateau, ask where a layer would help, insert it, train on beside the old one."""
+    """Show a trained network other images; ask where a layer would help, insert it, and see."""
     from constrained_growth.experiments import demo_report
     from constrained_growth.experiments.demo import run_demo
 
     begin, console = time.perf_counter(), terminal(width=0)
-    result = run_demo(
-        data,
-        seed,
-        max_epochs=epochs,
-        epochs_after=epochs,
-        on_solved=lambda found, solved: console.print(demo_report.question(found, solved)),
-    )
-    console.print(demo_report.ending(result))
-    picture = out / "constrained-growth-demo.png"
-    demo_report.picture(result).savefig(picture)
+    found = run_demo(change, seed, runs)
+    console.print(demo_report.report(found))
+    picture = out / f"constrained-growth-demo-{change}-{seed}.png"
+    demo_report.picture(found).savefig(picture)
     if json is not None:
-        json.write_text(to_json(result) + "\n", encoding="utf-8")
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -148,7 +144,8 @@ def bench_decisions(
         Literal["tasks", "shifts", "expansions", "whether"],
         typer.Option(
             help="Networks that train on; image classifiers whose images or labels change; GPTs "
-            "that learn other texts; students that lack a layer, or do not."
+            "that learn other texts; students that lack a layer, or do not.",
+            case_sensitive=False,
         ),
     ] = "tasks",
     quick: Quick = False,
@@ -181,7 +178,75 @@ def bench_growth(
 
     found = carry_out("growth", benchmark, quick=quick, seed=seed, out=out, json=json, tasks=task)
     if out is not None:
-        figures.growth(found).savefig(out / "constrained-growth-bench-growth.png")
+        picture = out / f"{stem('growth', quick, seed, task)}.png"
+        figures.growth(found).savefig(picture)
+
+
+@bench.command("expansion")
+def bench_expansion(
+    quick: Quick = False, seed: Seed = 0, out: Out = None, json: Json = None
+) -> None:
+    """Expand GPTs pretrained on English for program text: by rules, at random, and by LoRA.
+
+    With --out, what networks learnt is kept there: an interrupted benchmark resumes.
+    """
+    from constrained_growth.experiments import expand_benchmark
+
+    carry_out("expansion", expand_benchmark, quick=quick, seed=seed, out=out, json=json)
+
+
+@app.command()
+def expand(
+    model: Annotated[Path, typer.Argument(help="Folder of a causal language model.")],
+    old: Annotated[Path, typer.Argument(help="A text of the kind that it was trained on.")],
+    new: Annotated[Path, typer.Argument(help="The text to learn.")],
+    layers: Annotated[int, typer.Option(min=1, help="How many layers to add.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the grown model.", metavar="DIR")],
+    where: Annotated[
+        str,
+        typer.Option(
+            help="default (largest sensitivities), interleaved, upper, middle, first, last, "
+            "least-important, random, or numbers of layers such as 1,3."
+        ),
+    ] = "default",
+    steps: Annotated[int, typer.Option(min=0, help="Steps of Adam on the new text.")] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of Adam.")] = 0.001,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pieces of text in a step.")] = 16,
+    context: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens in a piece; by default 128, or what the model takes."),
+    ] = None,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Add layers to a pretrained language model, and train them alone on another text.
+
+    Old weights stay as they are. The folder is one of model.save_pretrained, with the tokenizer or,
+    for models on bytes, without; the stock class loads the grown model. All in single precision.
+    """
+    import constrained_growth as cg
+    from constrained_growth.experiments import expand as study
+    from constrained_growth.experiments.decisions.adaptation import Training
+
+    console = terminal(width=0)
+    try:
+        found = study.expand(
+            model,
+            old,
+            new,
+            layers,
+            out,
+            where=where.lower(),
+            training=Training(steps, batch_size, learning_rate),
+            context=context,
+            seed=seed,
+            on_solved=lambda solved: console.print(study.question(solved)),
+        )
+    except cg.GrowthError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(study.answer(found))
+    if json is not None:
+        json.write_text(to_json(found) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -195,7 +260,9 @@ def reproduce(
     ] = False,
     seeds: Annotated[int, typer.Option(min=2, help="How many runs of every arm.")] = 100,
     seed: Seed = 0,
-    data: Annotated[Literal["digits", "mnist1d"], typer.Option(help="What images.")] = "digits",
+    data: Annotated[
+        Literal["digits", "mnist1d"], typer.Option(help="What images.", case_sensitive=False)
+    ] = "digits",
     float32: Annotated[
         bool, typer.Option("--float32", help="In single precision, as the source's code.")
     ] = False,
@@ -204,7 +271,8 @@ def reproduce(
 ) -> None:
     """Run an experiment of the source: its protocol beside others, compared with its figures.
 
-    With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers.
+    With --out DIR an interrupted run resumes; DIR then holds picture, tables, numbers. The names of
+    the files say which seeds and which precision, where these are not the usual ones.
     """
     import torch
 
@@ -220,6 +288,8 @@ def reproduce(
         return
     results = dict[str, dict[str, Any]]()
     experiments = _named(name, data)
+    run_of = f"-{seeds}-seeds-from-{seed}" if (seeds, seed) != (100, 0) else ""
+    run_of += "-float32" if float32 else ""
     each, dtype = range(seed, seed + seeds), torch.float32 if float32 else torch.float64
     for experiment in experiments:
         begin, described = time.perf_counter(), report.describe(experiment)
@@ -230,15 +300,16 @@ def reproduce(
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
-            figures.reproduction(found).savefig(out / f"{experiment.name}.png")
+            figures.reproduction(numbers).savefig(out / f"{experiment.name}{run_of}.png")
             text = to_json(numbers) + "\n"
-            (out / f"{experiment.name}.json").write_text(text, encoding="utf-8")
-            write_tables(out / f"{experiment.name}.txt", described, report.tables(numbers))
+            (out / f"{experiment.name}{run_of}.json").write_text(text, encoding="utf-8")
+            file = out / f"{experiment.name}{run_of}.txt"
+            write_tables(file, described, report.tables(numbers))
         console.print(f"{time.perf_counter() - begin:.0f} s.")
     if name.lower() == "all":
         console.print(report.account(list(results.values())))
         if out is not None:
-            write_tables(out / "all.txt", report.account(list(results.values())))
+            write_tables(out / f"all{run_of}.txt", report.account(list(results.values())))
     if json is not None:
         content = results if len(results) > 1 else next(iter(results.values()))
         json.write_text(to_json(content) + "\n", encoding="utf-8")

@@ -1,187 +1,233 @@
-"""The demonstration: train to a plateau, ask where a layer would help, insert it, train on."""
+"""The demonstration: a trained network meets other images, and is asked where a layer would help.
+
+A small residual network has learnt digits. Then the images change, say bright becomes dark, and few
+of them are at hand, so that of the old weights only those of the last layer train on. A layer is
+inserted where the default decision says, and for comparison at every other place and nowhere. The
+network is asked about images as it knows them too, where no layer is needed.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from joblib import Parallel, delayed
+from torch import Tensor, nn
 
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
-from constrained_growth.experiments.data import Split, digits, two_spirals
-from constrained_growth.experiments.networks import feedforward
+from constrained_growth.blocks import ResidualConv2d
+from constrained_growth.errors import DataError
+from constrained_growth.experiments.data import digits, epochs
+from constrained_growth.experiments.timing import one_thread
 
 LOSS = nn.CrossEntropyLoss()
 
-DATA: dict[str, Callable[..., Split]] = {"digits": digits, "spirals": two_spirals}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How a demonstration trains: full-batch gradient descent, the same before and after.
-
-    The plateau is reached when the best loss of the last `window` epochs is below the best before
-    them by no more than the fraction `tolerance`; `max_epochs` ends training in any case.
-    """
-
-    hidden: tuple[int, ...]
-    learning_rate: float
-    momentum: float = 0.0
-    he_init: bool = False
-    window: int = 200
-    tolerance: float = 0.05
-    max_epochs: int = 4000
-    epochs_after: int = 1500
-
-
-SETTINGS = {
-    "digits": Setting(hidden=(5, 5, 5), learning_rate=0.01, momentum=0.9, he_init=True),
-    "spirals": Setting(hidden=(4, 4), learning_rate=0.2),
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "inverted": lambda images: -images,
+    "rotated": lambda images: images.rot90(1, (1, 2)),
+    "mirrored": lambda images: images.flip(2),
 }
-"""The spirals are trained as in the source's Exp9, up to a plateau.
+"""What happens to images (samples, 8, 8), whose mean is 0."""
 
-The setting for the digits was chosen on eight seeds by the curves of the kept network: narrow
-enough for the loss to flatten out above 0, steps short enough for it to fall without jumps, and
-initial weights that leave no layer dead (learning rate 0.05 without momentum had large jumps).
-"""
+KEPT = "no layer"
+
+Batch = tuple[Tensor, Tensor]
 
 Numbers = dict[str, Any]
 """What `--json` writes."""
 
 
-def run_demo(
-    data: str = "digits",
-    seed: int = 0,
-    *,
-    rule: cg.rules.DecisionRule | None = None,
-    max_epochs: int | None = None,
-    epochs_after: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    on_solved: Callable[[Numbers, cg.Solution], None] = lambda found, solution: None,
-) -> Numbers:
-    """Train a small ReLU network to a plateau, insert the layer of largest sensitivity, train on.
+@dataclass(frozen=True)
+class Setting:
+    """The network, and how long it trains on the digits and on what they become, with Adam.
 
-    The candidates are an identity layer and a residual block after each ReLU; by default the
-    recommended decision is inserted. The network as it was trains on beside the grown one, with the
-    same optimizer and for the same number of epochs. `on_solved` is called before the insertion,
-    with what is known by then.
+    In the last third of all steps the learning rate falls linearly to zero.
+    """
+
+    channels: int = 8
+    blocks: int = 4
+    batch: int = 64
+    learning_rate: float = 0.005
+    steps_before: int = 300
+    steps_after: int = 150
+    every: int = 15
+    """Steps between two measurements of the loss on test images."""
+
+
+def run_demo(
+    change: str = "inverted",
+    seed: int = 0,
+    runs: int = 10,
+    *,
+    setting: Setting | None = None,
+    workers: int = 2,
+) -> Numbers:
+    """Show several networks, from seeds `seed`, `seed` + 1, …, what the images became.
 
     Returns:
-        Settings, the table of candidates, the decision, and for the network "kept" as it was and
-        the "grown" one training loss (nats), test accuracy and size "at_insertion" and "at_end",
-        and training losses after 0, 1, … epochs.
+        Under "runs", for every seed the table of places, the decision, and losses on test images,
+        in nats: of each way to go on after 0, `every`, 2 `every`, … steps, and those of the same
+        network that goes on with images as it knows them. Under "median" which of the runs to show:
+        the one whose gain by the layer is the median, of two the lower.
 
     Raises:
-        DataError: There are no data of that name.
+        DataError: There is no change of that name.
     """
-    if data not in DATA:
-        raise cg.DataError(f"data={data!r} is none of {', '.join(DATA)}.")
-    setting = SETTINGS[data]
-    limit = setting.max_epochs if max_epochs is None else max_epochs
-    further = setting.epochs_after if epochs_after is None else epochs_after
-    split = DATA[data](seed, dtype=dtype)
-    layers = (split.num_features, *setting.hidden, split.num_classes)
-    with torch.random.fork_rng(devices=[]):
+    if change not in CHANGES:
+        raise DataError(f"change={change!r} is none of {', '.join(CHANGES)}.")
+    setting = setting or Setting()
+    jobs = [delayed(_run)(change, one, setting) for one in range(seed, seed + runs)]
+    parallel: Any = Parallel(n_jobs=min(workers, runs), return_as="generator")(jobs)
+    found = list(progress_bar(parallel, desc="networks", unit="network", total=runs))
+    order = sorted(range(runs), key=lambda index: gain(found[index]))
+    return {
+        "change": change,
+        "setting": asdict(setting),
+        "runs": found,
+        "median": order[(runs - 1) // 2],
+    }
+
+
+def gain(run: Numbers) -> float:
+    """By how much the decision lowered the loss on test images, in nats, compared with no layer."""
+    at_end = {name: losses[-1] for name, losses in run["losses"].items()}
+    return at_end[KEPT] - at_end[run["chosen"] or KEPT]
+
+
+def _run(change: str, seed: int, setting: Setting) -> Numbers:
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        kept = feedforward(layers, he_init=setting.he_init, dtype=dtype)
-        candidates = proposals(setting.hidden, dtype=dtype)
-    kept_optimizer = torch.optim.SGD(
-        kept.parameters(), lr=setting.learning_rate, momentum=setting.momentum
+        split = digits(seed, dtype=torch.get_default_dtype())
+        known, fresh = len(split.x_train) // 2, len(split.x_train) * 5 // 6
+        learnt, asked, judging = (
+            (split.x_train[part], split.y_train[part])
+            for part in (slice(known), slice(known, fresh), slice(fresh, None))
+        )
+        test = split.x_test, split.y_test
+        model = network(setting)
+        _train(model, learnt, setting, setting.steps_before, seed)
+        model.requires_grad_(False)
+        model[-1].requires_grad_(True)
+        candidates = proposals(model, setting)
+        again = _grow(model, candidates, asked, judging, test, setting, seed)
+        x_asked, x_judging, x_test = (
+            CHANGES[change](x.unflatten(1, (8, 8))).flatten(1)
+            for x in (asked[0], judging[0], test[0])
+        )
+        others = (x_asked, asked[1]), (x_judging, judging[1]), (x_test, test[1])
+        found = _grow(model, candidates, *others, setting, seed, everywhere=True)
+        accuracy = (model(test[0]).argmax(1) == test[1]).double().mean().item()
+        return {"seed": seed, "accuracy": accuracy, **found, "known_images": again}
+
+
+def network(setting: Setting) -> nn.Sequential:
+    """Residual convolutions between a stem and a linear layer."""
+    width = setting.channels
+    body = [_block(setting) for _ in range(setting.blocks)]
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.ReLU()),
+        *body,
+        nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()),
+        nn.Linear(4 * width, 10),
     )
 
-    def enough(losses: Sequence[float]) -> bool:
-        return on_plateau(losses, setting.window, setting.tolerance)
 
-    before = _train(kept, kept_optimizer, split, limit, "to the plateau", enough)
-    problem = cg.GrowthProblem(kept, LOSS, [(split.x_train, split.y_train)], candidates)
-    solution = cg.solve(problem, rule=rule)
-    found: Numbers = {
-        "data": data,
-        "seed": seed,
-        "setting": asdict(setting),
-        "layers": layers,
-        "plateau_reached": enough(before[:-1]),  # the last answer of the loop
-        "stationarity": solution.stationarity,
-        "status": solution.status.name,
-        "candidates": [
+def proposals(model: nn.Sequential, setting: Setting) -> list[cg.Candidate]:
+    """One more residual block after the stem and after every block."""
+    sites = range(1, len(model) - 2)
+    return [
+        cg.Candidate(str(site), _block(setting), name=f"after block {k}" if k else "after the stem")
+        for k, site in enumerate(sites)
+    ]
+
+
+def _block(setting: Setting) -> ResidualConv2d:
+    block = ResidualConv2d(setting.channels, nn.ReLU, norm_layer=None)
+    nn.init.kaiming_normal_(block.get_parameter("convs.0.weight"), nonlinearity="relu")
+    return block
+
+
+def _grow(
+    model: nn.Sequential,
+    candidates: list[cg.Candidate],
+    data: Batch,
+    judging: Batch,
+    test: Batch,
+    setting: Setting,
+    seed: int,
+    *,
+    everywhere: bool = False,
+) -> Numbers:
+    """Ask where a layer would help, and really insert it at the first place or at every one."""
+    problem = cg.GrowthProblem(model, LOSS, [data], candidates)
+    solution = cg.solve(problem, validation=[judging])
+    sizes = {name: s.value for name, s in solution.sensitivities.items()}
+    best = max(sizes, key=sizes.__getitem__)
+    losses: dict[str, list[float]] = {}
+    for name in (KEPT, *(sizes if everywhere else [best])):
+        grown = copy.deepcopy(model)
+        if name != KEPT:
+            same = cg.GrowthProblem(grown, LOSS, [data], candidates)
+            cg.insert(grown, cg.solve(same, cg.Fixed(name)))
+        losses[name] = _train(grown, data, setting, setting.steps_after, seed, test)
+    held_out = solution.sensitivities[best].held_out
+    assert held_out is not None
+    return {
+        "places": [
             {
                 "name": name,
-                "site": s.site,
                 "sensitivity": s.value,
                 "standard_error": s.standard_error,
-                "pinned": s.num_parameters,
+                "site": s.site,
                 "added": s.num_new_parameters,
             }
             for name, s in solution.sensitivities.items()
         ],
-        "chosen": solution.decision.chosen,
+        "chosen": next(iter(solution.decision.chosen), None),
+        "best": best,
         "reason": solution.decision.reason,
-        "agreement": solution.agreement,
-        "losses_before": before,
-    }
-    on_solved(found, solution)
-    grown, grown_optimizer = copy.deepcopy((kept, kept_optimizer))
-    cg.insert(grown, solution, optimizer=grown_optimizer)
-    found |= {"kept_at_insertion": score(kept, split), "grown_at_insertion": score(grown, split)}
-    found["losses_kept"] = _train(kept, kept_optimizer, split, further, "kept as it was")
-    found["losses_grown"] = _train(grown, grown_optimizer, split, further, "grown")
-    return found | {"kept_at_end": score(kept, split), "grown_at_end": score(grown, split)}
-
-
-def proposals(
-    hidden: Sequence[int], *, dtype: torch.dtype | None = None
-) -> tuple[cg.Candidate, ...]:
-    """An identity layer and a residual block after each hidden ReLU."""
-    found: list[cg.Candidate] = []
-    for depth, width in enumerate(hidden, start=1):
-        after = str(2 * depth - 1)
-        identity = cg.blocks.IdentityLinear(width, nn.ReLU(), dtype=dtype)
-        residual = cg.blocks.ResidualMLP(width, width, nn.ReLU(), pinned="outer", dtype=dtype)
-        found.append(cg.Candidate(after, identity, name=f"identity {depth}"))
-        found.append(cg.Candidate(after, residual, name=f"residual {depth}"))
-    return tuple(found)
-
-
-def on_plateau(losses: Sequence[float], window: int, tolerance: float) -> bool:
-    """Whether the best of the last `window` losses is hardly better than the best before them."""
-    if len(losses) <= window:
-        return False
-    earlier, lately = min(losses[:-window]), min(losses[-window:])
-    return earlier - lately <= tolerance * earlier
-
-
-@torch.no_grad()
-def score(model: nn.Module, split: Split) -> Numbers:
-    """Training loss, test accuracy and size of a network."""
-    right = model(split.x_test).argmax(dim=1) == split.y_test
-    return {
-        "train_loss": LOSS(model(split.x_train), split.y_train).item(),
-        "test_accuracy": right.double().mean().item(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "agreement": cg.statistics.agreement(solution.sensitivities, cg.TopK(1)),
+        "pvalue": held_out.pvalue,
+        "effect_size": held_out.effect_size,
+        "losses": losses,
     }
 
 
 def _train(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    split: Split,
-    epochs: int,
-    name: str,
-    stop: Callable[[Sequence[float]], bool] = lambda losses: False,
+    data: Batch,
+    setting: Setting,
+    steps: int,
+    seed: int,
+    test: Batch | None = None,
 ) -> list[float]:
-    """Training losses after 0, 1, … epochs; before each, `stop` says whether to stop."""
-    losses: list[float] = []
-    with progress_bar(total=epochs, desc=name, unit=" epochs") as bar:
-        while len(losses) < epochs and not stop(losses):
-            optimizer.zero_grad()
-            loss = LOSS(model(split.x_train), split.y_train)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-            bar.update()
-    with torch.no_grad():
-        return [*losses, LOSS(model(split.x_train), split.y_train).item()]
+    """Losses on the test images after 0, `every`, … steps of what requires gradients."""
+    moving = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(moving, lr=setting.learning_rate)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, 3 * (steps - step) / steps)
+    )
+    losses = [] if test is None else [_loss(model, test)]
+    for step, (x, y) in enumerate(_batches(data, setting.batch, steps, seed), start=1):
+        optimizer.zero_grad()
+        LOSS(model(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+        if test is not None and step % setting.every == 0:
+            losses.append(_loss(model, test))
+    return losses
+
+
+def _batches(data: Batch, size: int, steps: int, seed: int) -> Iterator[Batch]:
+    stream = epochs(*data, size, seed)
+    return (next(stream) for _ in range(steps))
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, data: Batch) -> float:
+    return LOSS(model(data[0]), data[1]).item()

@@ -2,135 +2,163 @@
 
 from __future__ import annotations
 
-import math
-
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 import constrained_growth as cg
-from constrained_growth.experiments.demo import Numbers
+from constrained_growth._style import GROWN, INK, QUIET, legend, scale, tidy
+from constrained_growth.experiments.demo import KEPT, Numbers, gain
 from constrained_growth.experiments.tables import number
-from constrained_growth.plotting import plot_growth
-
-_CAUTION = "This is one run with one seed; others can end differently (try --seed)."
+from constrained_growth.plotting import plot_sensitivities
 
 
-def question(found: Numbers, solution: cg.Solution) -> RenderableType:
-    """Where training stands, the table of candidates and the decision."""
-    state = "Plateau" if found["plateau_reached"] else "No plateau yet, but the limit of epochs"
-    epochs, chosen = len(found["losses_before"]) - 1, found["chosen"]
-    choice = f"insert {', '.join(chosen)}" if chosen else "insert nothing"
-    sure = number(found["agreement"], ".0%", "?")
-    return Group(
-        Text(f"{state} after {epochs} epochs, training loss {solution.loss:.5f} nats."),
-        Text(f"‖∇_θ L‖ = {solution.stationarity:.3g}. {solution.status.value}\n"),
-        _candidates(found),
-        Text(f"Decision: {choice} ({found['reason']}).", style="bold"),
-        Text(f"{sure} of bootstrap samples of these data lead to the same decision.\n"),
-    )
-
-
-def ending(found: Numbers) -> RenderableType:
-    """By how much the insertion moved the loss, the table of both networks, and the verdict."""
-    before, after = (found[f"{name}_at_insertion"]["train_loss"] for name in ("kept", "grown"))
+def report(found: Numbers) -> RenderableType:
+    """The run with the median gain in full, and what all runs say."""
+    run, setting = found["runs"][found["median"]], found["setting"]
+    again = run["known_images"]
     return Group(
         Text(
-            f"Training loss before the insertion {before:.9f}, after it {after:.9f}, "
-            f"moved by {abs(after - before):.1e}.\n"
+            f"A network of {setting['blocks']} residual blocks reads {run['accuracy']:.1%} of "
+            f"digits that it has not seen. Now they are {found['change']}. Would another layer "
+            "help, and where? Of its old weights only those of the last layer train on.\n"
         ),
-        _scores(found),
-        Text(verdict(found), style="bold"),
+        _places(run),
+        Text(f"Decision: {_decision(run)}", style="bold"),
+        Text(
+            f"{number(run['agreement'], '.0%', '?')} of bootstrap samples of these data put the "
+            f"same place first; the step there lowers the loss of images set aside (p = "
+            f"{run['pvalue']:.1g}, {run['effect_size']:.2f} standard deviations).\n"
+        ),
+        Text(verdict(run), style="bold"),
+        Text(
+            f"\nAsked about digits as it knows them: {_decision(again)} "
+            f"(p = {again['pvalue']:.1g}, {again['effect_size']:.2f} standard deviations, of at "
+            f"least 0.30). Trained on with them, it ends at {_ends(again)[KEPT]:.3f} nats without "
+            f"a layer, and at {_ends(again)[again['best']]:.3f} with one {again['best']}.\n"
+        ),
+        Text(account(found), style="bold"),
     )
 
 
-def verdict(found: Numbers) -> str:
-    """What the numbers of this run say, however they turned out."""
-    if not found["chosen"]:
-        return "Nothing was inserted, so both networks are the same. " + _CAUTION
-    kept, grown = found["kept_at_end"], found["grown_at_end"]
-    peak = max(found["losses_grown"])
-    jump = (
-        f" On the way the loss jumped to {peak:.3g}: the steps were long for the grown network."
-        if peak > 2 * found["losses_grown"][0]
-        else ""
-    )
+def verdict(run: Numbers) -> str:
+    """How one run ended, however that was."""
+    ends = _ends(run)
+    if run["chosen"] is None:
+        return f"Nothing was inserted: {ends[KEPT]:.3f} nats on test images."
+    others = {name: end for name, end in ends.items() if name not in (KEPT, run["chosen"])}
     return (
-        f"Training loss {grown['train_loss']:.3g} nats with the inserted layer and its "
-        f"{grown['parameters'] - kept['parameters']} parameters, {kept['train_loss']:.3g} without: "
-        f"{_comparison(grown['train_loss'], kept['train_loss'])}.{jump} Test accuracy "
-        f"{grown['test_accuracy']:.1%} against {kept['test_accuracy']:.1%}. {_CAUTION}"
+        f"Loss on test images: {ends[KEPT]:.3f} nats without a layer, {ends[run['chosen']]:.3f} "
+        f"with one {run['chosen']}, {min(others.values()):.3f} to {max(others.values()):.3f} with "
+        "one at the other places."
     )
 
 
-def _comparison(grown: float, kept: float) -> str:
-    if not math.isfinite(grown) or not math.isfinite(kept):
-        return "training diverged"
-    if abs(grown - kept) <= 0.01 * kept:
-        return "next to no difference"
-    if grown < 2 * kept:
-        return f"{abs(grown / kept - 1):.0%} {'lower' if grown < kept else 'higher'}"
-    return f"{grown / kept:.3g} times as high" if kept > 0 else "higher"
+def account(found: Numbers) -> str:
+    """On how many of the runs the decision was right, in each of its parts."""
+    runs = found["runs"]
+    asked = [run for run in runs if run["chosen"]]
+    helped = sum(gain(run) > 0 for run in asked)
+    means = [_ends(run)[run["chosen"]] < _mean_of_others(run) for run in asked]
+    worst = [_ends(run)[run["chosen"]] < max(_others(run)) for run in asked]
+    again = [run["known_images"] for run in runs]
+    nothing = [run for run in again if run["chosen"] is None]
+    lost = [_ends(run)[KEPT] - _ends(run)[run["best"]] for run in nothing]
+    return (
+        f"Of {len(runs)} networks (seeds {runs[0]['seed']} to {runs[-1]['seed']}; shown is that "
+        f"with the median gain) {len(asked)} got a layer, which helped {helped}. It ended lower "
+        f"than the mean of the other places in {sum(means)}, than the worst of them in "
+        f"{sum(worst)}. For images as they know them {len(nothing)} got none"
+        + (f", where one would have gained {sum(lost) / len(lost):.3f} nats." if lost else ".")
+    )
 
 
 def picture(found: Numbers) -> Figure:
-    """The losses around the insertion beside the sensitivities that decided it."""
-    kept, grown = found["kept_at_end"], found["grown_at_end"]
-    momentum = f" with momentum {m:g}" if (m := found["setting"]["momentum"]) else ""
-    return plot_growth(
-        found["losses_before"],
-        {"kept": found["losses_kept"], "grown": found["losses_grown"]},
+    """Losses on test images with the layer at each place, beside the sizes that decided."""
+    run = found["runs"][found["median"]]
+    figure = Figure(figsize=(11, 5.4), dpi=160, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
+    _curves(left, run, found["setting"]["every"])
+    plot_sensitivities(
         {
-            row["name"]: cg.Sensitivity(
-                row["sensitivity"],
-                row["standard_error"],
-                site=row["site"],
+            place["name"]: cg.Sensitivity(
+                place["sensitivity"], place["standard_error"], site=place["site"]
             )
-            for row in found["candidates"]
+            for place in run["places"]
         },
-        chosen=found["chosen"],
-        title=(
-            f"Training loss {grown['train_loss']:.3g} nats with the inserted layer, "
-            f"{kept['train_loss']:.3g} without"
-            if found["chosen"]
-            else "Nothing was inserted"
-        ),
-        subtitle=(
-            f"{found['data']}, ReLU network {'–'.join(map(str, found['layers']))}, full-batch "
-            f"gradient descent{momentum}; one run, seed {found['seed']}. Test accuracy "
-            f"{grown['test_accuracy']:.1%} grown, {kept['test_accuracy']:.1%} kept."
-        ),
+        right,
+        chosen=[run["chosen"]] if run["chosen"] else [],
     )
+    for panel, heading in ((left, "What the layer does"), (right, "What decided where")):
+        panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=12)
+    ends = _ends(run)
+    title = (
+        f"Loss on test images {ends[run['chosen']]:.3g} nats with the layer, {ends[KEPT]:.3g} "
+        "without"
+        if run["chosen"]
+        else "Nothing was inserted"
+    )
+    figure.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
+    subtitle = (
+        f"A network that has learnt 8 × 8 digits meets {found['change']} ones; residual "
+        f"convolutions, old weights frozen but for the last layer. Seed {run['seed']}, the median "
+        f"of {len(found['runs'])}."
+    )
+    figure.text(0.015, 0.905, subtitle, fontsize=10.5, color=INK, va="top")
+    return figure
 
 
-def _candidates(found: Numbers) -> Table:
-    table = Table("candidate", "after module", title="Candidates, in order of depth")
-    for heading in ("sensitivity ± s.e.", "pinned", "added"):
+def _curves(ax: Axes, run: Numbers, every: int) -> None:
+    styles = {
+        KEPT: {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 2},
+        run["chosen"]: {"color": GROWN, "linewidth": 3, "zorder": 3},
+    }
+    markers = iter("osv^DP*")
+    losses = run["losses"]
+    for name, values in losses.items():
+        other = {"color": QUIET, "marker": next(markers), "markevery": 3, "linewidth": 1.2}
+        label = f"{name}, chosen" if name == run["chosen"] else name
+        steps = range(0, every * len(values), every)
+        ax.plot(steps, values, label=f"{label}: {values[-1]:.3f}", **styles.get(name, other))
+    scale(ax, [loss for values in losses.values() for loss in values])
+    ax.set_xlabel("steps on the new images")
+    ax.set_ylabel("loss on test images [nats]")
+    legend(ax)
+    tidy(ax, grid="y")
+
+
+def _places(run: Numbers) -> Table:
+    table = Table("place", title="Where a residual block could go, in order of depth")
+    for heading in ("sensitivity ± s.e.", "new parameters", "loss on test images [nats]"):
         table.add_column(heading, justify="right")
-    for row in found["candidates"]:
+    for place in run["places"]:
+        error = number(place["standard_error"], ".3f", "?")
         table.add_row(
-            row["name"],
-            row["site"],
-            f"{row['sensitivity']:.4f} ± {number(row['standard_error'], '.4f', '?')}",
-            *(str(row[column]) for column in ("pinned", "added")),
-            style="bold" if row["name"] in found["chosen"] else None,
+            place["name"],
+            f"{place['sensitivity']:.3f} ± {error}",
+            str(place["added"]),
+            f"{run['losses'][place['name']][-1]:.3f}",
+            style="bold" if place["name"] == run["chosen"] else None,
         )
-    table.caption = (
-        "± is the standard error, the data being a sample; for the loss on these data λ is exact."
-    )
+    table.add_row(KEPT, "", "0", f"{run['losses'][KEPT][-1]:.3f}")
+    table.caption = "The last column is the truth: a layer was really trained at every place."
     return table
 
 
-def _scores(found: Numbers) -> Table:
-    table = Table("", "network", title=f"{found['data']}, seed {found['seed']}")
-    for heading in ("train loss [nats]", "test accuracy", "parameters"):
-        table.add_column(heading, justify="right")
-    later = f"{len(found['losses_kept']) - 1} epochs later"
-    for moment, when in (("at_insertion", "at insertion"), ("at_end", later)):
-        for name in ("kept", "grown"):
-            score = found[f"{name}_{moment}"]
-            numbers = f"{score['train_loss']:.5f}", f"{score['test_accuracy']:.1%}"
-            table.add_row(when if name == "kept" else "", name, *numbers, str(score["parameters"]))
-        table.add_section()
-    return table
+def _decision(run: Numbers) -> str:
+    return f"a layer {run['chosen']}" if run["chosen"] else "insert nothing"
+
+
+def _ends(run: Numbers) -> dict[str, float]:
+    return {name: losses[-1] for name, losses in run["losses"].items()}
+
+
+def _others(run: Numbers) -> list[float]:
+    return [end for name, end in _ends(run).items() if name not in (KEPT, run["chosen"])]
+
+
+def _mean_of_others(run: Numbers) -> float:
+    return sum(_others(run)) / len(_others(run))

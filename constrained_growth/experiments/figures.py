@@ -9,76 +9,94 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from constrained_growth._style import GROWN, INK, KEPT, QUIET, scale, tidy
 from constrained_growth.experiments.growth.runs import BIG
-from constrained_growth.experiments.reproduction.runs import TRACE, Reproduction, final_loss
 from constrained_growth.experiments.statistics import Array, smoothed
-from constrained_growth.plotting import GROWN, INK, KEPT, QUIET, tidy
+
+Content = Mapping[str, Any]
 
 GREEN, PINK, SKY = "#009E73", "#CC79A7", "#56B4E9"
+QUARTILES = (0.25, 0.5, 0.75)
+FEW = 5
 
 _ARMS = {
-    "N1": ("small network kept (N1)", KEPT, "-"),
-    "N2fix": ("deeper one from the start (N2fix)", GREEN, "--"),
-    "N1lr": ("small network, learning rate as grown (N1lr)", SKY, ":"),
-    "LImin": ("smallest sensitivity (LImin)", PINK, "-."),
-    "LImax": ("largest sensitivity (LImax)", GROWN, "-"),
+    "N1": ("small network kept (N1)", KEPT, (0, (6, 1.5)), "s"),
+    "N2fix": ("deeper one from the start (N2fix)", GREEN, "--", "^"),
+    "N1lr": ("small one, learning rate as grown (N1lr)", SKY, ":", "v"),
+    "LImin": ("smallest sensitivity (LImin)", PINK, "-.", "D"),
+    "LImax": ("largest sensitivity (LImax)", GROWN, "-", "o"),
 }
 
 
-def reproduction(found: Reproduction) -> Figure:
-    """All pictures of one of the source's experiments on one sheet."""
-    several = found.sensitivities.shape[1] > 1
-    panels: list[Callable[[Axes, Reproduction], None]] = [losses]
+def reproduction(found: Content) -> Figure:
+    """All pictures of one of the source's experiments on one sheet, from what `--out` writes."""
+    several = _several(found)
+    panels: list[Callable[[Axes, Content], None]] = [losses]
     panels += [largest_against_smallest] if several else []
-    panels += [when] if found.inserted_at else []
+    panels += [when] if found["inserted_at"] else []
     panels += [sensitivities]
-    width = 4.6 * len(panels) + 1.4
-    figure = Figure(figsize=(width, 4.8), dpi=110, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, rect=(0, 0, 1, 0.9))  # type: ignore[union-attr]
-    places = figure.subplots(
-        1, len(panels), squeeze=False, width_ratios=[1.25, *[1.0] * (len(panels) - 1)]
-    )[0]
-    for ax, draw in zip(places, panels, strict=True):
-        draw(ax, found)
-    experiment = found.experiment
-    figure.text(
-        0.01,
-        0.965,
-        f"{experiment.name}: {experiment.family} {list(experiment.widths)}, "
-        f"{len(found.seeds)} seeds from {found.seeds[0]} on",
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(10, 3.9 * rows + 0.6), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.12)  # type: ignore[union-attr]
+    protocol = found["protocol"]
+    figure.suptitle(
+        f"{protocol['name']}: {protocol['family']} {list(protocol['widths'])}, "
+        f"{found['seeds']} seeds from {found['first_seed']} on",
         fontsize=13,
         fontweight="bold",
         color=INK,
-        va="top",
     )
+    grid = figure.add_gridspec(rows, 2)
+    for index, draw in enumerate(panels):
+        row, column = divmod(index, 2)
+        alone = index == len(panels) - 1 and column == 0
+        draw(figure.add_subplot(grid[row, :] if alone else grid[row, column]), found)
     return figure
 
 
-def losses(ax: Axes, found: Reproduction) -> None:
+def _several(found: Content) -> bool:
+    """Whether there is more than one site."""
+    return len(found["sensitivities"][0]) > 1
+
+
+def _epochs(found: Content) -> int:
+    return found["protocol"]["before"] + found["protocol"]["after"]
+
+
+def losses(ax: Axes, found: Content) -> None:
     """Training loss with and without insertion: medians, and bands from quartile to quartile."""
-    several = found.sensitivities.shape[1] > 1
-    for name, (label, colour, line) in _ARMS.items():
-        same = {"LImin": not several, "N1lr": found.experiment.factor == 1}
+    every = found["arms"]["N1"]["curve"]["every"]
+    for number, (name, (label, colour, line, mark)) in enumerate(_ARMS.items()):
+        same = {"LImin": not _several(found), "N1lr": found["protocol"]["factor"] == 1}
         if same.get(name):
             continue
-        low, median, high = np.quantile(found.arms[name].loss, [0.25, 0.5, 0.75], axis=1)
-        epochs = np.arange(len(median))
-        ax.fill_between(epochs, low, high, color=colour, alpha=0.13, linewidth=0)
-        ax.plot(epochs, median, color=colour, linestyle=line, linewidth=1.8, label=label)
-    ax.axvline(found.experiment.before, color=INK, linestyle=(0, (4, 3)), linewidth=1)
-    ax.set_xlim(0, found.experiment.epochs)
-    ax.set_ylim(0, 1.1 * float(np.median(found.arms["N1"].loss[0])))
-    ax.legend(fontsize=8, frameon=False)
-    _named(ax, "median and quartiles", "epochs", "training loss [nats]")
+        curve = found["arms"][name]["curve"]
+        median, epochs = curve["median"], every * np.arange(len(curve["median"]))
+        if len(median) > FEW:
+            band = {"color": colour, "alpha": 0.13, "linewidth": 0}
+            ax.fill_between(epochs, curve["low"], curve["high"], **band)
+        else:  # of which no line shows the way from one to the next
+            line = "none"
+            ax.vlines(epochs, curve["low"], curve["high"], color=colour)
+        apart = max(1, len(median) // 8)  # marks tell the lines apart in grey
+        marks = {"marker": mark, "markersize": 5, "markevery": (number % apart, apart)}
+        ax.plot(epochs, median, color=colour, linestyle=line, linewidth=1.8, label=label, **marks)
+    ax.axvline(found["protocol"]["before"], color=INK, linestyle=(0, (4, 3)), linewidth=1)
+    ax.set_xlim(0, _epochs(found))
+    ax.set_ylim(0, 1.1 * found["arms"]["N1"]["curve"]["median"][0])
+    ax.legend(fontsize=9, frameon=False)
+    shown = "each epoch" if every == 1 else f"every {every} epochs"
+    _named(ax, f"median and quartiles, {shown}", "epochs", "training loss [nats]")
 
 
-def largest_against_smallest(ax: Axes, found: Reproduction) -> None:
+def largest_against_smallest(ax: Axes, found: Content) -> None:
     """Final losses of each seed, the layer with the largest against that with the smallest λ."""
-    large, small = (final_loss(found.arms[name]) for name in ("LImax", "LImin"))
+    large, small = (np.array(found["arms"][name]["final_loss"]) for name in ("LImax", "LImin"))
     top = 1.05 * float(max(large.max(), small.max()))
-    ax.plot([0, top], [0, top], color=QUIET, linewidth=1)
-    ax.scatter(small, large, s=14, color=GROWN, alpha=0.6, linewidths=0)
+    ax.plot([0, top], [0, top], color=QUIET, linewidth=1, label="equal")
+    ax.scatter(small, large, s=14, color=GROWN, alpha=0.6, linewidths=0, label="one seed")
     ax.set(xlim=(0, top), ylim=(0, top))
+    ax.legend(fontsize=9, frameon=False)
     below = int((large < small).sum())
     _named(
         ax,
@@ -88,30 +106,39 @@ def largest_against_smallest(ax: Axes, found: Reproduction) -> None:
     )
 
 
-def when(ax: Axes, found: Reproduction) -> None:
+def when(ax: Axes, found: Content) -> None:
     """Final loss against the epoch of the insertion."""
-    epochs = list(found.inserted_at)
-    values = np.stack([final_loss(runs) for runs in found.inserted_at.values()])
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75], axis=1)
+    epochs = [int(epoch) for epoch in found["inserted_at"]]
+    values = np.array([arm["final_loss"] for arm in found["inserted_at"].values()])
+    low, median, high = np.quantile(values, QUARTILES, axis=1)
     errors = np.stack([median - low, high - median])
     ax.errorbar(epochs, median, errors, color=GROWN, marker="o", capsize=3, label="inserted")
-    kept = np.quantile(final_loss(found.arms["N1"]), [0.25, 0.5, 0.75])
+    kept = np.quantile(found["arms"]["N1"]["final_loss"], QUARTILES)
     ax.axhspan(kept[0], kept[2], color=KEPT, alpha=0.13, linewidth=0)
-    ax.axhline(kept[1], color=KEPT, label="kept")
+    ax.axhline(kept[1], color=KEPT, linestyle="--", label="kept")
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
     _named(
         ax, "when to insert: median and quartiles", "epoch of the insertion", "final loss [nats]"
     )
 
 
-def sensitivities(ax: Axes, found: Reproduction) -> None:
-    """Heat map of the median ‖λ_W‖ over site and time, as the small network trains."""
-    median = np.median(found.trace, axis=1).T
-    edge = np.append(found.trace_epochs, found.trace_epochs[-1] + TRACE)
+def sensitivities(ax: Axes, found: Content) -> None:
+    """Heat map of the median ‖λ_W‖ over site and time, as the small network trains.
+
+    Each column holds from the epoch it was measured at to the next, and the last one to the end.
+    """
+    trace, end = found["trace"], _epochs(found)
+    before_end = [epoch for epoch in trace["epochs"] if epoch < end]
+    median = np.array(trace["median"])[: len(before_end)].T
     sites = np.arange(len(median) + 1) + 0.5
-    mesh = ax.pcolormesh(edge, sites, np.log10(np.maximum(median, 1e-12)), cmap="viridis")
-    ax.axvline(found.experiment.before, color="white", linestyle=(0, (4, 3)), linewidth=1)
+    values = np.log10(np.maximum(median, 1e-12))
+    mesh = ax.pcolormesh([*before_end, end], sites, values, cmap="viridis")
+    moment = found["protocol"]["before"]
+    ax.axvline(moment, color="black", linewidth=3)
+    ax.axvline(moment, color="white", linestyle=(0, (4, 3)), label="the insertion")
+    ax.legend(fontsize=9, loc="lower right", facecolor=INK, labelcolor="white", framealpha=0.9)
+    ax.set_xlim(0, end)
     ax.invert_yaxis()
     ax.set_yticks(range(1, len(median) + 1))
     ax.figure.colorbar(mesh, ax=ax, label="log₁₀ of the median ‖λ_W‖")
@@ -126,34 +153,41 @@ def _named(ax: Axes, title: str, xlabel: str, ylabel: str) -> None:
 
 
 _GROWTH_ARMS = {
-    "sensitivity": (GROWN, "-", 2.0),
-    "random": (PINK, "-.", 1.4),
-    "fixed": (GREEN, ":", 1.6),
-    BIG: (KEPT, "--", 2.0),
-    "small": (QUIET, "-", 1.2),
+    "sensitivity": (GROWN, "-", 2.0, "o"),
+    "… at plateaus": (GROWN, ":", 2.0, "P"),
+    "random": (PINK, "-.", 1.4, "D"),
+    "first": (GREEN, "-", 1.2, "^"),
+    "middle": (GREEN, "--", 1.2, ">"),
+    "last": (GREEN, ":", 1.6, "v"),
+    BIG: (KEPT, "--", 2.0, "s"),
+    "small": (QUIET, "-", 1.2, "X"),
 }
 
 
 def growth(found: Mapping[str, Any]) -> Figure:
-    """Training loss of every arm against multiply-adds, a panel for each task."""
+    """Held-out loss of every arm against multiply-adds, a panel for each task."""
     curves = found["curves"]
     figure = Figure(figsize=(4.8 * len(curves), 4.2), dpi=110, layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for ax, task in zip(panels, curves, strict=True):
-        for name, runs in curves[task].items():
-            colour, line, width = _GROWTH_ARMS[name]
+        drawn = list[float]()
+        for number, (name, runs) in enumerate(curves[task].items()):
+            colour, line, width, mark = _GROWTH_ARMS[name]
             spent, (low, median, high) = _quartiles(runs)
-            ax.plot(spent, median, color=colour, linestyle=line, linewidth=width, label=name)
+            style = {"color": colour, "linestyle": line, "linewidth": width}
+            marks = {"marker": mark, "markersize": 5, "markevery": (4 * number, 40)}
+            ax.plot(spent, median, label=name, **style, **marks)
+            drawn += [*low, *high]
             if name in (next(iter(curves[task])), BIG):
                 ax.fill_between(spent, low, high, color=colour, alpha=0.13, linewidth=0)
-        ax.set_yscale("log")
-        ax.set_xlabel("multiply-adds spent, in 10⁹")
+        scale(ax, drawn)
+        ax.legend(fontsize=9, frameon=False)
+        ax.set_xlabel("multiply-adds spent [10⁹]")
         about = found["settings"][task]
         title = f"{task}, {about['small']} → {about['big']} blocks, {found['seeds']} seeds"
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         tidy(ax, "y")
-    panels[0].set_ylabel("training loss in nats")
-    panels[0].legend(frameon=False, fontsize=9)
+    panels[0].set_ylabel("held-out loss [nats]")
     return figure
 
 

@@ -57,12 +57,12 @@ def estimate(resampled: Array) -> Estimate:
     return Estimate(float(resampled[0]), float(low), float(high))
 
 
-def mean_difference(loss: Array, other: Array, seed: int = 0, draws: int = DRAWS) -> Estimate:
+def mean_difference(loss: Array, other: Array) -> Estimate:
     """Mean of loss − other over the same networks, with its interval over networks."""
-    return estimate((loss - other)[_rows(len(loss), seed, draws)].mean(1))
+    return estimate((loss - other)[_rows(len(loss), 0)].mean(1))
 
 
-def _rows(count: int, seed: int, draws: int) -> NDArray[np.int64]:
+def _rows(count: int, seed: int, draws: int = DRAWS) -> NDArray[np.int64]:
     """All rows once, then rows drawn with replacement; shape (1 + draws, count)."""
     drawn = np.random.default_rng(seed).integers(count, size=(draws, count))
     return np.concatenate([np.arange(count)[None], drawn])
@@ -170,7 +170,7 @@ def saving(costs: Sequence[float | None], others: Sequence[float | None]) -> Est
     """
     pairs = zip(costs, others, strict=True)
     ratios = np.array([np.inf if a is None or b is None else a / b for a, b in pairs])
-    drawn = ratios[_rows(len(ratios), 0, DRAWS)]
+    drawn = ratios[_rows(len(ratios), 0)]
     return estimate(1 - np.quantile(drawn, 0.5, axis=1, method="higher"))
 
 

@@ -41,9 +41,9 @@ def interval(value: float, low: float, high: float, form: str = ".2f") -> str:
     return f"{value:{form}} [{low:{form}} {high:{form}}]"
 
 
-def to_json(content: Any, indent: int | None = None) -> str:
+def to_json(content: Any) -> str:
     """JSON text; numbers that are not finite become null."""
-    return json.dumps(_finite(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(content), ensure_ascii=False, allow_nan=False)
 
 
 def _finite(content: Any) -> Any:

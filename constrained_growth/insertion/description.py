@@ -39,6 +39,7 @@ def described_block(block: nn.Module, site: nn.Module, model: nn.Module) -> dict
             raise TypeError("it has hooks")
         arguments = {name: _encoded(value) for name, value in block.config().items()}  # type: ignore[operator]
         like = next(block.parameters())
+        # tried here, where the block is: a record that cannot be replayed is found out too late
         rebuilt = built_block(kind, arguments, parameter_shapes(block)).to(like.device, like.dtype)
         differing = first_difference(settings(block, deep=True), settings(rebuilt, deep=True))
         if differing:
@@ -61,6 +62,7 @@ def _described_copy(block: CopiedBlock, site: nn.Module, model: nn.Module) -> di
             and not first_difference(settings(copied, deep), settings(module, deep))
         )
 
+    # what was copied itself, if it is still what it was; two layers may look alike and differ
     original = block.original.module
     if original is None or original not in names or not is_alike(original, deep=False):
         original = next((m for m in (site, *names) if is_alike(m, deep=True)), None)
@@ -271,7 +273,7 @@ def _text(value: Any, deep: bool, inside: tuple[object, ...]) -> str:
         return repr(value)
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{shown(k)}: {shown(v)}' for k, v in value.items())}}}"
-    if isinstance(value, Set):
+    if isinstance(value, Set):  # whose order differs from process to process
         return f"{{{', '.join(sorted(map(shown, value)))}}}"
     if isinstance(value, list | tuple):
         return f"{'[' if isinstance(value, list) else '('}{', '.join(map(shown, value))}]"

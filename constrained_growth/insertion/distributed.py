@@ -68,6 +68,7 @@ def _reinitialise(wrapper: DistributedDataParallel) -> None:
     module, training, syncs_buffers = wrapper.module, wrapper.training, given.broadcast_buffers
     hooks = {key: vars(wrapper)[key] for key in vars(nn.Module()) if "hooks" in key}
     reductions = list(given._comm_hooks)
+    # its reducer holds the list of parameters, and can only be made anew
     wrapper.__init__(module, **settings)
     given.broadcast_buffers = syncs_buffers
     wrapper.training = training
@@ -80,6 +81,7 @@ def _shard(layer: nn.Module, mesh: Any, optimizers: Sequence[Optimizer]) -> None
     """Shard one layer, and replace its parameters in the optimizers."""
     from torch.distributed.fsdp import fully_shard
 
+    # each process has drawn values of its own, and would keep a part of its own
     take_from_first((tensor.detach() for tensor in tensors_of(layer)), mesh.get_group())
     before = dict(layer.named_parameters())
     fully_shard(layer, mesh=mesh)

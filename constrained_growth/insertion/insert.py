@@ -1,4 +1,9 @@
-"""Insert the chosen layers into a model without changing its function."""
+"""Insert the chosen layers into a model without changing its function.
+
+Everything that can be refused is refused first; the outputs on one batch are noted; then, inside a
+context that undoes everything after an error, the layers go in, the books of the model follow, the
+outputs are compared, and the optimizers take the new parameters.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +22,7 @@ from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
-from constrained_growth.blocks.protocol import move_pins
+from constrained_growth.blocks.protocol import check_deviations, move_pins
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import preservation
@@ -128,6 +133,7 @@ def insert(
     new = [_new_layers(one, model, planned, siblings) for one in models]
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
+    # the books come before the check: what a layer does may depend on its number
     with restoring(models, optimizers):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
@@ -140,6 +146,7 @@ def insert(
         ]
         added = [p for p in model.parameters() if id(p) not in old]
         add_parameters(optimizers, model, added, _counterparts(new[0]))
+        # after the check, at the pins; averages stay there
         with torch.no_grad():
             for layer in new[0]:
                 pins = pinned_parameters(layer.planned.block)
@@ -217,10 +224,12 @@ def _siblings(
                 "Candidate(wrapped=True), which its class could not load."
             )
         alone = frozenset(name for name in listed if not faults[name])
+        # together they may differ all the same, as where a loop picks every second element
         return alone if not fault(*alone) else frozenset()
 
     if not listed:
         return frozenset()
+    # processes look at other batches, and have to build the same model
     return frozenset.intersection(*everywhere(look, None, collective=is_sharded(model)))
 
 
@@ -230,10 +239,11 @@ def _new_layers(
     """The layers for the original model or a copy of it, which may have another precision."""
     found = []
     for name, given in planned.items():
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # or it could never be trained
             one = replace(given, block=deepcopied(given.block))
         site = model.get_submodule(one.after)
         one.block.train(site.training)
+        # an average may be kept in another precision than the model, and on another device
         here = first_parameter(site, model)
         there = first_parameter(original.get_submodule(one.after), original)
         if here is not None:
@@ -261,7 +271,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             overwritten=planned.overwritten,
             output=planned.output,
             placement="sibling" if new.is_sibling else alone,
-            pristine=deepcopied(new.module),
+            pristine=deepcopied(new.module),  # at the pins; the module itself is trained
         )
         ends[new.site] = put_into(model, end, new.module, record)
         done.append(record)
@@ -311,14 +321,6 @@ def _check_values(solution: Solution, chosen: Collection[str]) -> None:
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
             raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
-        pins = pinned_parameters(solution.candidates[name].block)
-        for key, value in values.items() if name in chosen else ():
-            got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
-            if key not in pins or got != pins[key].shape:
-                shapes = {k: tuple(p.shape) for k, p in pins.items()}
-                raise RuleError(
-                    f'decision.values["{name}"]["{key}"]={got} is no deviation from a pin of that '
-                    f"candidate, whose shapes are {shapes}."
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise RuleError(f'decision.values["{name}"]["{key}"] holds NaN or Inf.')
+        if name in chosen:
+            block = solution.candidates[name].block
+            check_deviations(block, values, f'decision.values["{name}"]', RuleError)

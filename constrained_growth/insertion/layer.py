@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.context import takes_context
-from constrained_growth._sites.model import list_of
+from constrained_growth._sites.model import list_of, owners_of
 from constrained_growth._sites.wrapper import (
     WithInsertedLayer,
     add_layer,
@@ -56,9 +56,8 @@ def wrapper_for(model: nn.Module, site: nn.Module) -> WithInsertedLayer | None:
     """The wrapper that holds a site, or is the site; None where a new one is needed."""
     if isinstance(site, WithInsertedLayer):
         return site
-    owners = [o for o in model.modules() for child in o._modules.values() if child is site]
-    (owner,) = owners if len(owners) == 1 else (None,)
-    return owner if isinstance(owner, WithInsertedLayer) else None
+    owners = [owner for owner, _ in owners_of(model, site)]
+    return owners[0] if len(owners) == 1 and isinstance(owners[0], WithInsertedLayer) else None
 
 
 def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
@@ -77,6 +76,7 @@ def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
 
 def standalone_form(block: nn.Module) -> nn.Module:
     """The module `block.standalone()`, made without drawing random numbers."""
+    # a user's may build a fresh module, whose initial values would cost the run random numbers
     with torch.random.fork_rng(devices=[]):
         layer = block.standalone()  # type: ignore[operator]
     pins = {id(p) for p in pinned_parameters(block).values()}
@@ -119,8 +119,6 @@ def put_into(
     wrapper = WithInsertedLayer(site)
     take_hooks(wrapper)
     add_layer(wrapper, wrapper, layer, record.output, record.overwritten)
-    for owner in list(model.modules()):
-        for key, child in owner._modules.items():
-            if child is site and owner is not wrapper:  # under every name that it has
-                owner._modules[key] = wrapper
+    for owner, key in owners_of(model, site):  # under every name that it has
+        owner._modules[key] = wrapper
     return wrapper

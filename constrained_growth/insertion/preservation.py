@@ -1,4 +1,8 @@
-"""Check on one input, in train and in eval mode, that an insertion preserves the function."""
+"""Check on one input, in train and in eval mode, that an insertion preserves the function.
+
+The same outputs are computed before and after, from the same random state and with the inserted
+layers drawing apart, and compared entry by entry up to rounding.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +82,7 @@ def check_preserved(
         found = _differences(model, {mode: output}, grown)
         if found:
             differences[mode] = max(difference for difference, _ in found.values())
-        beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}
+        beyond = {key: pair for key, pair in found.items() if not pair[0] <= pair[1]}  # or NaN
         if beyond and mode == next(iter(before)):
             difference, allowed = max(beyond.values())
             raise BlockError(
@@ -137,8 +141,9 @@ def _output(model: nn.Module, example: object, training: bool) -> dict[tuple[Any
     # a model may differentiate in its forward pass
     with untouched(model, first=True), differentiable():
         try:
-            if training != model.training:
+            if training != model.training:  # else single modules may be in the other mode
                 model.train(training)
+            # a copy, as the model may write to its input, and it runs on it several times
             return _tensors(call(model, moved(copied(example), device_of(model))))
         finally:
             torch.clear_autocast_cache()  # the values of the new layers may change next
@@ -169,4 +174,4 @@ def _allowed(before: Tensor, epsilon: float) -> float:
     sizes = before.abs()
     largest = float(sizes.masked_fill(~sizes.isfinite(), 0.0).max())
     scale = max(largest, 1.0) if before.numel() == 1 else largest  # a loss may be near zero
-    return min(1e3 * epsilon, 1 / 16) * scale
+    return min(1e3 * epsilon, 1 / 16) * scale  # 1000 ε of bfloat16 would be 8 times the output

@@ -258,6 +258,7 @@ def _check_size(record: GrowthRecord, model: nn.Module, given: Mapping[str, nn.M
         if one.pristine is None and one.name not in given
         if one.block.get("type") != CopiedBlock.__qualname__
     }
+    # a record from elsewhere may name any width, which would be allocated
     own = sum(parameter.numel() for parameter in model.parameters())
     most = max(2**24, 16 * own)
     if sum(sizes.values()) > most:

@@ -119,6 +119,7 @@ def restoring(
 ) -> Iterator[None]:
     """After an error, or always, restore submodules and attributes, and groups and states."""
     containers: list[Any] = []
+    # pre-hooks too: those that prune weights are moved to the wrapper
     for module in (module for model in models for module in model.modules()):
         containers += [vars(module), module._modules, module._forward_pre_hooks]
     for optimizer in optimizers:
@@ -140,6 +141,7 @@ def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
     """Whether an optimizer can train such a parameter."""
     if isinstance(optimizer, torch.optim.SparseAdam):
         return False
+    # by name, as Muon came to PyTorch late, and before that everyone had one of their own
     return parameter.dim() == 2 or type(optimizer).__name__ != "Muon"
 
 
@@ -152,6 +154,7 @@ def _warn_of_common_count(optimizer: Optimizer, group: Mapping[str, Any]) -> Non
     """Warn where Adam's bias correction, say, is over for parameters that join now."""
     if any(name in _COUNTS for p in group["params"] for name in optimizer.state.get(p, ())):
         return
+    # some keep it beside the states of parameters, under a name
     common = {name: value for name, value in optimizer.state.items() if isinstance(name, str)}
     for name, value in {**group, **common}.items():
         start, named = optimizer.defaults.get(name, 0), name in _COUNTS

@@ -132,6 +132,7 @@ class GrowthCallback(Callback):
         model, optimizers = self._model(pl_module), trainer.optimizers
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
 
+        # the grower counts batches, Lightning the steps of optimizers, by which its plots go
         def log(tag: str, value: float, _: int) -> None:
             for logger in trainer.loggers:
                 logger.log_metrics({tag: value}, step=trainer.global_step)
@@ -142,6 +143,7 @@ class GrowthCallback(Callback):
         before, saved = self.grower, self._saved
         self.grower = Grower(model, optimizers, self._loss_fn, self._data, **options)
         if saved is not None:
+            # a run may go on with fewer or more processes than have saved it
             losses = saved["losses"][rank(None) % len(saved["losses"])]
             self.grower.load_state_dict({**saved["grower"], **losses})
             self._saved = None
@@ -166,6 +168,7 @@ class GrowthCallback(Callback):
             self.grower.step(found["loss"])
         self._has_losses = False
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # a layer inserted after the last epoch would never be trained
         if trainer.current_epoch + 1 == trainer.max_epochs:
             self.grower.observe(metrics)
         else:
@@ -219,6 +222,7 @@ def load_from_checkpoint(
             _grow(self, model, checkpoint, blocks)
             super().on_load_checkpoint(checkpoint)
 
+    # a subclass, since nothing else comes between making the module and loading its weights
     module: Any = Growing.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
     module.__class__ = module_class
     return module

@@ -159,6 +159,7 @@ class GrowthCallback(TrainerCallback):
                 f"GrowthCallback: the Trainer uses {args.world_size} processes and no "
                 "DistributedDataParallel; train without fsdp and deepspeed, or on one process."
             )
+        # the logged loss is a mean over many steps, and a row of the history
         self.grower.step(logs["loss"])
         self.grower.num_steps = state.global_step
         if state.global_step >= state.max_steps:

@@ -138,6 +138,7 @@ class _Books:
                 longer = self._built(config)
             except Exception:  # it counts something else too, or must agree with another entry
                 continue
+            # an entry that lengthens several lists does not say to which a layer belongs
             built: dict[str, Any] = dict(longer.named_modules())
             lists = self._layers.items()
             grown = [n for n, old in lists if n in built and len(built[n]) == len(old) + 1]
@@ -294,6 +295,7 @@ def _stock_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.
 
 def _skeleton(model: PreTrainedModel, config: PreTrainedConfig) -> nn.Module:
     """A model of the same class from a config, on the meta device."""
+    # no memory, and no random numbers; a class may write to the config that it is given
     with untouched(model), torch.device("meta"):
         return type(model)(copy.deepcopy(config))
 

@@ -26,6 +26,7 @@ class Frobenius:
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of the multiplier of one candidate."""
+        # the squares of float32 overflow at 2e19 and vanish at 1e-23
         sizes = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in multiplier.values()]
         return torch.linalg.vector_norm(torch.stack(sizes)).to(next(iter(multiplier.values())))
 
@@ -177,6 +178,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
     """The singular values of the block-diagonal matrix of all tensors; NaN if one is not finite."""
     matrices = [as_matrix(tensor) for tensor in multiplier.values()]
+    # LAPACK fails on NaN and Inf, or does not return
     if not all(matrix.isfinite().all() for matrix in matrices):
         return matrices[0].new_full((1,), math.nan)
     return torch.cat([torch.linalg.svdvals(matrix) for matrix in matrices])

@@ -108,6 +108,7 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         return float(constant(multiplier))
     if needs_moments(norm):
         return math.nan
+    # a clone, as λ may have been made in inference mode
     leaves = {name: value.detach().clone().requires_grad_() for name, value in multiplier.items()}
     with torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a function may turn its result into a float
@@ -211,6 +212,8 @@ class KroneckerFisher:
             bias = bias if moments.rows is None else bias[moments.rows]
         if not are_finite(matrix, features, cotangents, *([] if bias is None else [bias])):
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
+        # undamped, the norm does not depend on units; with a damping relative to the mean of the
+        # diagonal, one large unit would damp the others away
         if moments.same_units and self.damping and _aligned(moments):
             inputs, outputs = _units(moments)
             matrix = matrix * inputs / outputs[:, None]
@@ -245,6 +248,7 @@ def _units(moments: SecondMoments) -> tuple[Tensor, Tensor]:
     outputs, inputs = moments.cotangents.diagonal(), moments.features.diagonal()
     channels = inputs.view(len(outputs), -1).mean(1)
     alive = (channels > 0) & (outputs > 0)
+    # φ in units 1/s, ψ in units s: s² E φ² = E ψ²/s²
     scale = torch.where(alive, outputs / torch.where(alive, channels, 1.0), 1.0) ** 0.25
     return scale.repeat_interleave(len(inputs) // len(scale)), scale
 
@@ -314,7 +318,7 @@ def whitened(matrix: Tensor, moment: Tensor, damping: float, *, constant: bool =
     is of a 1, which is damped in its own units: beside it, the others would depend on theirs.
     """
     size = moment.shape[-1]
-    rounding = size * torch.finfo(moment.dtype).eps
+    rounding = size * torch.finfo(moment.dtype).eps  # of eigenvalues, relative to the largest
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
     sizes = diagonal[..., : size - constant].mean(-1, keepdim=True).expand_as(diagonal)
     if constant:
@@ -324,7 +328,7 @@ def whitened(matrix: Tensor, moment: Tensor, damping: float, *, constant: bool =
         if not failed.any():  # 3 to 14 times faster than eigenvectors
             return torch.linalg.solve_triangular(root, matrix.to(root), upper=False)
     units = torch.ones_like(sizes, dtype=torch.float64)
-    if damping:
+    if damping:  # then damping the eigenvalues by d is to add d times each unit to the diagonal
         units = torch.where(sizes > 0, sizes.double(), 1.0).sqrt()
     values, vectors = torch.linalg.eigh(moment.double() / (units[..., None] * units[..., None, :]))
     damped = values.clamp(min=0) + damping

@@ -13,15 +13,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from constrained_growth._arguments import function, instance, number, positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere
-from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import untouched
+from constrained_growth.blocks.protocol import called_with
 from constrained_growth.curvature import stand
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.problem import GrowthProblem
@@ -171,11 +170,6 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
     # HiGHS has absolute tolerances, so everything is scaled to about 1
     scale, sizes = np.abs(gains).max() or 1.0, np.maximum(np.abs(rows).max(axis=1), 1.0)
     objective, scaled, bounds = -gains / scale, rows / sizes[:, None], limits / sizes
-    relaxed = linprog(objective, A_ub=scaled, b_ub=bounds, bounds=(0, 1), method="highs")
-    if relaxed.status == 2:
-        raise RuleError("Budget: no choice of candidates satisfies all constraints; loosen one.")
-    if relaxed.status != 0:
-        raise RuleError(f"Budget: the relaxation was not solved: {relaxed.message}")
     constraints = [LinearConstraint(scaled, -np.inf, bounds)]  # type: ignore[arg-type]
     while True:
         result = milp(
@@ -191,11 +185,14 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
             )
         if result.status != 0 or result.x is None:
             raise RuleError(f"Budget: the knapsack was not solved: {result.message}")
-        x = np.round(result.x)
+        x = np.round(result.x)  # whole numbers to the solver's tolerance only
         if bool((rows @ x <= limits).all()):
             break
         # over a limit, though within the solver's tolerance: exclude exactly this choice
         constraints.append(LinearConstraint(2 * x - 1, -np.inf, x.sum() - 1))  # type: ignore[arg-type]
+    relaxed = linprog(objective, A_ub=scaled, b_ub=bounds, bounds=(0, 1), method="highs")
+    if relaxed.status != 0:
+        raise RuleError(f"Budget: the relaxation was not solved: {relaxed.message}")
     gain = float(gains @ x)
     bound = max(-scale * float(result.mip_dual_bound), gain)
     return np.flatnonzero(x).tolist(), {
@@ -213,9 +210,8 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
     totals = dict.fromkeys(candidates, 0.0)
 
     def counted(name: str, block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        buffers = {key: buffer.clone() for key, buffer in block.named_buffers()}
         with FlopCounterMode(display=False) as counter:
-            functional_call(block, buffers, (x, *args), kwargs)
+            called_with(block, {}, (x, *args), kwargs)
         totals[name] += counter.get_total_flops() / 2  # one multiply-add is two operations
         return x
 
@@ -227,12 +223,8 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
         ):
             for first in batches(problem.data, device_of(problem.model)):
                 for name, planned in candidates.items():
-                    site = problem.model.get_submodule(planned.after)
-                    takes = takes_context(planned.block)
                     layer = partial(counted, name, planned.block)
-                    stack.enter_context(
-                        stand(site, layer, takes_context=takes, output=planned.output)
-                    )
+                    stack.enter_context(stand(problem.model, planned, layer))
                 call(problem.model, first[0])
                 return {name: total / batch_size(*first) for name, total in totals.items()}
         return None

@@ -135,6 +135,13 @@ class _ModelRules(_Rules):
         return self._decision(solution.sensitivities, ask)
 
 
+def keeps_state(rule: object) -> bool:
+    """Whether asking a rule may change what it says the next time."""
+    if isinstance(rule, _Rules):
+        return any(map(keeps_state, rule.rules))
+    return hasattr(rule, "state_dict")
+
+
 def _composed(rules: tuple[Rule, ...], word: str) -> Any:
     for rule in rules:
         refuse_no_rule(f"{word}: rule", rule)

@@ -46,6 +46,7 @@ class Random:
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The draw."""
         names = list(sensitivities)
+        # by its text: the hash of a tuple of strings differs from process to process
         generator = random.Random(repr((self.seed, names)))
         chosen = tuple(generator.sample(names, min(self.k, len(names))))
         return Decision(chosen, f"drawn at random of {len(names)}")

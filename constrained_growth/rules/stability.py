@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._arguments import flag, function, number, positive_int
-from constrained_growth._data import batch_size, batch_weight, batches, copied, some_of
+from constrained_growth._data import batch_size, copied, counted, some_of
 from constrained_growth._distributed import everywhere, num_processes
 from constrained_growth._progress import progress_bar
 from constrained_growth._sites.untouched import untouched
@@ -119,9 +119,8 @@ class Stable:
 
         def draw() -> tuple[int, bool]:
             with untouched(problem.model, problem.loss_fn, problem.data):
-                read = batches(problem.data, None)
-                weighted = (pair for pair in read if batch_weight(problem.weight, *pair) > 0)
-                drawn[:], is_all = some_of(weighted, number, keep=copied)
+                pairs = ((x, y) for x, y, _ in counted(problem.data, None, problem.weight))
+                drawn[:], is_all = some_of(pairs, number, keep=copied)
             return sum(batch_size(*pair) for pair in drawn), is_all
 
         sizes, whole = zip(*everywhere(draw, problem.group), strict=True)

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._arguments import data_again, flag, instance, number, positive_int
-from constrained_growth._data import batch_size, batch_weight, batches
+from constrained_growth._data import batch_size, counted
 from constrained_growth._distributed import several
 from constrained_growth._progress import progress_bar
-from constrained_growth._sites.context import takes_context
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -123,6 +122,7 @@ class Trial:
                 left = sorted(left, key=lambda name: losses.get(name, 0.0))[:number]
                 steps = max(1, round(self.steps / self.eta ** (len(numbers) - 1 - rung)))
                 for batch in itertools.islice(stream, steps - done):
+                    # the same random numbers for all candidates, or luck would decide
                     for name in left:
                         with torch.random.fork_rng(devices=cuda):
                             copies[name].step(*batch)
@@ -153,8 +153,7 @@ class _Copy:
         if planned is not None:
             block = deepcopied(planned.block)
             self.parts.append(block)
-            site, takes = self.model.get_submodule(planned.after), takes_context(block)
-            standing.enter_context(stand(site, block, takes_context=takes, output=planned.output))
+            standing.enter_context(stand(self.model, planned, block))
         if optimizer is None:
             trained = [p for p in self.parts.parameters() if p.requires_grad]
             optimizer = rule.optimizer(trained)  # type: ignore[operator]
@@ -187,20 +186,14 @@ class _Copy:
         """The mean loss; infinite if it is not a number."""
         total, weights = 0.0, 0.0
         with untouched(self.model, self.problem.loss_fn, data), torch.no_grad():
-            for input, target, weight in _weighted(self.problem, data):
+            device = device_of(self.model)
+            for input, target, weight in counted(data, device, self.problem.weight):
                 loss = checked_loss(self.problem.loss_fn(call(self.model, input), target))
                 total, weights = total + weight * float(loss), weights + weight
                 self.samples += FORWARD_PASSES * batch_size(input, target)
         if weights == 0:
             raise DataError("data of Trial yields no batches; give some (input, target) pairs.")
         return total / weights if math.isfinite(total) else math.inf
-
-
-def _weighted(problem: GrowthProblem, data: Iterable[Any]) -> Iterator[tuple[Any, Any, float]]:
-    """The batches and their weights, without those of weight 0, which have no mean loss."""
-    for input, target in batches(data, device_of(problem.model)):
-        if (weight := batch_weight(problem.weight, input, target)) > 0:
-            yield input, target, weight
 
 
 def _endless(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
@@ -210,5 +203,5 @@ def _endless(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:
         read: Iterable[Any] = data
         if isinstance(data, Sequence):
             read = [data[i] for i in torch.randperm(len(data), generator=generator).tolist()]
-        for input, target, _ in _weighted(problem, read):
+        for input, target, _ in counted(read, device_of(problem.model), problem.weight):
             yield input, target

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.untouched import untouched
-from constrained_growth.blocks import IdentityLinear, ResidualMLP, pinned_parameters
+from constrained_growth._solve import solve
+from constrained_growth.blocks import IdentityLinear, ResidualMLP
+from constrained_growth.blocks.protocol import check_deviations
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Rule, needs_model
 from constrained_growth.rules.rule import checked_decision, refuse_no_rule
 from constrained_growth.solution import Decision, Solution
-from constrained_growth.solve import solve
 from constrained_growth.testing.block import listed, tried
 
 
@@ -77,6 +78,7 @@ class _Case:
     def ask(self, rule: Rule | None = None) -> Decision | None:
         """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
         rule = copy.deepcopy(self.rule) if rule is None else rule
+        # which raises where a rule writes to it
         shown = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.loss_fn, self.problem.data):
             torch.manual_seed(0)
@@ -108,14 +110,8 @@ def _decides_about_candidates(case: _Case) -> Iterator[str]:
     if not isinstance(decision.reason, str):
         yield f"reason={decision.reason!r} is not a sentence ({case.what})."
     for name, values in decision.values.items():
-        pins = pinned_parameters(case.solution.candidates[name].block)
-        for key, value in values.items():
-            fits = key in pins and isinstance(value, Tensor) and value.shape == pins[key].shape
-            if not fits or not bool(value.isfinite().all()):
-                yield (
-                    f'values["{name}"]["{key}"] is no finite tensor in the shape of a pinned '
-                    f"parameter ({ {k: tuple(p.shape) for k, p in pins.items()} })."
-                )
+        block = case.solution.candidates[name].block
+        check_deviations(block, values, f'values["{name}"]', RuleError)
 
 
 def _decides_the_same_twice(case: _Case) -> Iterator[str]:

@@ -22,6 +22,7 @@ from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import untouched
+from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import GrowthRecord, insert, rewrap
@@ -36,7 +37,6 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Later, Norm, Solution, with_fields
-from constrained_growth.solve import solve
 from constrained_growth.training.arguments import check_growing
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
@@ -365,13 +365,16 @@ class Grower:
         return find_candidates(self.model, batch[0])
 
 
+OPTIONS = tuple(field.name for field in fields(Grower) if field.kw_only)
+"""What a `Grower` takes by name; `grow` and the callbacks hand it on."""
+
+
 def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
     """Options of a `Grower` that a callback was given for it; an unknown one is an error."""
-    known = [field.name for field in fields(Grower) if field.kw_only]
     for name, value in options.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(known)}."
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, 1)
+            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(OPTIONS)}."
             raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
     return options
 

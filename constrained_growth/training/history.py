@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from constrained_growth._extras import extra_packages
+from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.solution import ReadLater
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+
+_ROWS = 20
+"""How many rows a printed history shows, besides those with an insertion."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +98,35 @@ class History:
         loss = f", loss {' to '.join(losses)}" if losses else ""
         return f"History(rows: {len(self.losses)}{loss}; inserted: {', '.join(said) or 'nothing'})"
 
+    def __str__(self) -> str:
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        """A summary and a table: all rows, or some between those with an insertion."""
+        count, inserted = len(self.losses), self._inserted()
+        step = max(1, math.ceil(count / _ROWS))
+        shown = sorted({*range(1, count + 1, step), *inserted, count} & {*range(1, count + 1)})
+        columns = {"step": self.steps, "loss": self.losses, **self.metrics}
+        columns |= {"layers": self.layers, "seconds": self.seconds}
+        rows = [
+            (
+                str(row),
+                *(f"{values[row - 1]:.4g}" for values in columns.values()),
+                f"+ {inserted[row]}" if row in inserted else "",
+            )
+            for row in shown
+        ]
+        heads = ("epoch", *columns, "inserted at its end")
+        bold = [index for index, row in enumerate(shown) if row in inserted]
+        decisions = f"{len(self.rounds)} decision{'s' if len(self.rounds) != 1 else ''}"
+        summary = f"{count} epochs, {decisions}, {len(inserted)} with an insertion"
+        summary += f"; {len(shown)} epochs shown" if len(shown) < count else ""
+        table = Table(rows, heads, numbers=range(len(columns) + 1), bold=bold)
+        return [summary, table] if rows else [summary]
+
     @property
     def insertions(self) -> list[Round]:
         """The rounds in which something was inserted."""
@@ -121,7 +157,8 @@ class History:
         Columns: step, loss, the metrics, layers, seconds, and the names `inserted` at the end of
         the epoch, separated by commas (empty for nothing).
         """
-        import pandas
+        with extra_packages():
+            import pandas
 
         epochs = pandas.RangeIndex(1, len(self.losses) + 1, name="epoch")
         columns = {"step": self.steps, "loss": self.losses, **self.metrics}

@@ -32,6 +32,7 @@ from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Norm, Solution
 from constrained_growth.training.arguments import check_growing, check_training
 from constrained_growth.training.grower import (
+    OPTIONS,
     AfterInsertion,
     Candidates,
     Grower,
@@ -163,22 +164,8 @@ def grow(
             loader=loader,
         )
         optimizer, scheduler = resumed.optimizer, resumed.scheduler
-    grower = Grower(
-        model,
-        optimizer,
-        loss_fn,
-        loader if data is None else data,
-        rule=rule,
-        norm=norm,
-        when=when,
-        confirm=confirm,
-        candidates=candidates,
-        max_insertions=max_insertions,
-        after_insertion=after_insertion,
-        solver=solver,
-        writer=writer,
-        averaged=averaged,
-    )
+    options = {name: getattr(given, name) for name in OPTIONS if hasattr(given, name)}
+    grower = Grower(model, optimizer, loss_fn, given.data, **options)
     run = _Run(grower, loader, scheduler, path)
     if saved is not None:
         grower.load_state_dict(saved.states["grower"])
@@ -286,7 +273,7 @@ class _Run:
             for number in range(self.done):
                 if next(iterator, None) is None:
                     raise _too_short(number, self.done)
-            self._set_random_state(now)
+            self._set_random_state(now)  # training has drawn numbers too since the epoch began
         yield from iterator
         if not self.done:
             raise DataError("loader is empty; give at least one (input, target) batch.")

@@ -104,6 +104,7 @@ class NewLayers:
             share = self.scale * min(1.0, (age + 1) / (self.warmup + 1))
             if share != 1:
                 self._before.append((parameter, parameter.clone(), share))
+        # a closure runs the model, which must not see deviations
         args = tuple(self._unshifted(value) for value in args)
         return args, {name: self._unshifted(value) for name, value in kwargs.items()}
 

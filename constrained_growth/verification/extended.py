@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from constrained_growth._data import batch_weight, batches
-from constrained_growth._sites.collector import replaced
+from constrained_growth._data import counted
+from constrained_growth._sites.collector import See, replaced
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call
-from constrained_growth._sites.site import Site
 from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import eagerly, untouched
+from constrained_growth._structure import mapped
+from constrained_growth.blocks.protocol import called_with
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 
@@ -35,11 +35,12 @@ class ExtendedNetwork(nn.Module):
         super().__init__()
         self.model, loss_fn = copied(problem)
         self._loss_fn = (loss_fn,)  # no submodule: it may hold the model, which has one name
-        self.blocks = nn.ModuleList(doubled(candidate.block) for candidate in problem.candidates)
+        self.blocks = nn.ModuleList(deepcopied(one.block) for one in problem.candidates)
+        self.blocks.to("cpu", torch.float64)
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
-            hook = functools.partial(_with_block, block, site)
+            hook = functools.partial(replaced, site.after, site.output, _called(block))
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     @property
@@ -54,16 +55,14 @@ class ExtendedNetwork(nn.Module):
             return output, self.loss_fn(output, target)
 
 
-def _with_block(
-    block: nn.Module, site: Site, module: nn.Module, args: Any, kwargs: Any, output: object
-) -> Any:
-    """The output of a module with a block behind it."""
+def _called(block: nn.Module) -> See:
+    """What a block makes of the tensor at its site."""
 
     def layer(x: Tensor, context: Context) -> Tensor:
         args, kwargs = arguments(block, x, context)
         return block(*args, **kwargs).clone()  # the model may change its input in place
 
-    return replaced(site.after, site.output, layer, module, args, kwargs, output)
+    return layer
 
 
 class ExtendedProblem:
@@ -92,8 +91,9 @@ class ExtendedProblem:
         with untouched(problem.model, problem.loss_fn, problem.data):
             self.batches = [
                 (doubled(input), doubled(target), weight)
-                for input, target in batches(problem.data, torch.device("cpu"))
-                if (weight := batch_weight(problem.weight, input, target)) > 0
+                for input, target, weight in counted(
+                    problem.data, torch.device("cpu"), problem.weight
+                )
             ]
             self.total_weight = sum(weight for _, _, weight in self.batches)
             self._refuse_random_or_closures()
@@ -111,6 +111,7 @@ class ExtendedProblem:
         model = type(self.problem.model).__name__
         originals = {id(m) for m in self.problem.model.modules()}
         originals |= {id(p) for p in self.problem.model.parameters()}
+        # deepcopy does not look into closures: such a loss would read the θ of the original
         if any(id(value) in originals for value in reached(self.network.loss_fn)):
             raise DataError(
                 f"loss_fn={self.problem.loss_fn!r:.80} reads model={model} by closure, "
@@ -134,8 +135,7 @@ class ExtendedProblem:
             }
         given = [None] * len(self.batches) if outputs is None else outputs
         for (input, target, _), output in zip(self.batches, given, strict=True):
-            buffers = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
-            yield functional_call(self.network, values | buffers, (input, target, output))
+            yield called_with(self.network, values, (input, target, output), {})
 
     def outputs(self, z: Tensor) -> list[Any]:
         """The outputs of the extended network on each batch, without a graph."""
@@ -152,12 +152,14 @@ class ExtendedProblem:
 
     def value(self, z: Vector) -> float:
         """L(θ, v), with z written into the parameters, faster than by a functional call."""
+        # without a graph, and so without the autograd whose λ is to be checked
         pieces = torch.from_numpy(z).split(list(self.parts.values()))
         with torch.no_grad():
             for (name, base), piece in zip(self._base.items(), pieces, strict=True):
                 self.network.get_parameter(name).copy_(base + piece.view_as(base))
         total = 0.0
         for input, target, weight in self.batches:
+            # every batch from the same running statistics, or L would depend on their order
             buffers = {buffer: buffer.clone() for buffer in self.network.buffers()}
             total += self.network(input, target)[1].item() * weight / self.total_weight
             for buffer, before in buffers.items():
@@ -220,14 +222,10 @@ def copied(problem: GrowthProblem) -> tuple[nn.Module, Any]:
 
 
 def doubled(value: Any) -> Any:
-    """A copy on the CPU with floating-point numbers in float64; functions unchanged."""
-    if isinstance(value, nn.Module):
-        return deepcopied(value).to("cpu", torch.float64)
-    if isinstance(value, Tensor):
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return value.detach().to("cpu", dtype, copy=True)
-    if isinstance(value, Mapping):
-        return {key: doubled(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return tuple(doubled(item) for item in value)
-    return value
+    """A copy of an input or target on the CPU, with floating-point numbers in float64."""
+
+    def double(tensor: Tensor) -> Tensor:
+        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to("cpu", dtype, copy=True)
+
+    return mapped(value, double)

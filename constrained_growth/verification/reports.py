@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from constrained_growth._arguments import instance
+from constrained_growth._solve import solve
+from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Constraint, Solution
-from constrained_growth.solve import solve
 from constrained_growth.verification.extended import ExtendedProblem, Vector
 
 TOLERANCE = 2e-3
@@ -112,10 +113,12 @@ class Answer:
     @property
     def scale(self) -> float:
         """‖dual‖₂ over all pins, and not less than 1e-4 L: what an error is compared with."""
+        # where all λ vanish, as in a network that lacks nothing, errors are compared with the loss
         sizes = [norm_of(dual) for dual in self.duals.values()]
         return max(math.hypot(*sizes), 1e-4 * abs(self.objective))
 
     def _checks(self) -> list[Check]:
+        # a pin whose λ is zero up to rounding has no error relative to itself: 1 % of all is enough
         gaps = [norm_of(d - self.solution.dual_value(pin)) for pin, d in self.duals.items()]
         own = [
             gap / max(norm_of(dual), 1e-2 * self.scale)
@@ -194,27 +197,39 @@ class VerificationReport(Answer):
         return json.dumps(content, ensure_ascii=False)
 
     def __str__(self) -> str:
-        solvers = [f"{one.solver}: {one.status}" for one in (self, *self.others)]
-        names = {pin: f"{pin.candidate}: {pin.parameter}" for pin in self.duals}
-        checks = self.checks
-        width = max(map(len, [*names.values(), *(check.name for check in checks)]))
-        lines = [f"{'passed' if self.passed else 'NOT PASSED'}", *solvers]
+        return as_text(self._parts())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._parts())
+
+    def _parts(self) -> list[str | Table]:
+        lines = ["passed" if self.passed else "NOT PASSED"]
+        lines += [f"{one.solver}: {one.status}" for one in (self, *self.others)]
         if self.kinks:
             lines.append(f"{self.kinks} entries of the pins are at a kink: slopes are to one side")
         if self.proximal:
             lines.append(
                 f"no strict minimum over theta: L + mu |theta - c|^2 / 2, mu = {self.proximal:.1e}"
             )
-        lines += [
-            f"{check.name:{width}}  {check.error:8.1e} {'≤' if check.passed else '>'} "
-            f"{check.tolerance:.0e}"
-            for check in checks
+        checks = [
+            (c.name, f"{c.error:.1e}", "≤" if c.passed else ">", f"{c.tolerance:.0e}")
+            for c in self.checks
         ]
-        lines.append(f"{'pin':{width}}  {'|dual|':>13}  {'|lambda|':>13}  rel. err")
-        for pin, error in self.dual_errors.items():
-            sizes = [norm_of(t) for t in (self.duals[pin], self.solution.dual_value(pin))]
-            lines.append(f"{names[pin]:{width}}  {sizes[0]:13.6e}  {sizes[1]:13.6e}  {error:8.1e}")
-        return "\n".join(lines)
+        pins = [
+            (
+                f"{pin.candidate}: {pin.parameter}",
+                *(f"{norm_of(t):.6e}" for t in (self.duals[pin], self.solution.dual_value(pin))),
+                f"{error:.1e}",
+            )
+            for pin, error in self.dual_errors.items()
+        ]
+        failed = [index for index, check in enumerate(self.checks) if not check.passed]
+        return [
+            *lines,
+            Table(checks, ("check", "error", "", "at most"), numbers=(1, 3), bold=failed),
+            "",
+            Table(pins, ("pin", "|dual|", "|lambda|", "rel. error"), numbers=(1, 2, 3)),
+        ]
 
 
 def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:

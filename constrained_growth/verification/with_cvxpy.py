@@ -139,6 +139,7 @@ class _Convex:
         # Clarabel's default accuracy, 1e-8, does for where the outputs are first taken apart
         rough = {} if options is None and solver == cp.CLARABEL else own
         theta = self._solved(solver, rough, self.offsets, self.slopes)[1]
+        # again from there: J_v is that of a point, and the first one was rough
         theta = self._solved(solver, own, *self._taken_apart(theta), theta)[1][: self.count]
         status, z, duals, objective = self._solved(solver, own, *self._taken_apart(theta), theta)
         z[: self.count] = theta  # the minimum may be flat, and the duals are of this θ
@@ -161,6 +162,7 @@ class _Convex:
         """
         columns: list[list[Tensor]] = [[] for _ in offsets]
         for i in entries:
+            # at a kink the second difference grows with h, elsewhere with h²: twice as far tells
             move = torch.zeros_like(at)
             move[i] = step
             outputs = self.extended.outputs
@@ -189,6 +191,7 @@ class _Convex:
         """Status, z, duals and L: over θ; or over θ near one, and v with its pins."""
         extended, free = self.extended, slopes[0].shape[1]
         z, start = cp.Variable(free), np.zeros(free)
+        # the variable is a step from here, so that the solver's tolerance is one of the step
         start[: self.count] = 0.0 if theta is None else theta
         terms = []
         for offset, slope, (_, target, weight) in zip(
@@ -200,6 +203,7 @@ class _Convex:
         if self.penalty is not None:
             linear, square = self.penalty[0][:free], self.penalty[1][:free, :free]
             moved = z + start
+            # wrapped, as CVXPY would refuse eigenvalues that rounding has put below zero
             terms.append(linear @ moved + 0.5 * cp.quad_form(moved, cp.psd_wrap(square)))
         constraints: list[cp.Constraint] = [] if theta is None else [z[self.count :] == 0]
         convex = cp.Problem(cp.Minimize(cp.sum(cp.hstack(terms))), constraints)
@@ -273,6 +277,7 @@ def _penalty(extended: ExtendedProblem, outputs: Sequence[Tensor]) -> tuple[Vect
     if not value.requires_grad:
         return None
     (linear,) = torch.autograd.grad(value, point, allow_unused=True, materialize_grads=True)
+    # with the outputs held fixed: what the loss makes of them has an expression of its own
     square = torch.autograd.functional.hessian(penalty, extended.zero)
     assert isinstance(square, Tensor)
     for _ in range(2):
@@ -339,6 +344,7 @@ def _checked_constant(
                     f"shape {tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the "
                     "targets."
                 ) from error
+            # a penalty may have any value at θ₀, which is no part of the expression
             constants.append(ours - theirs)
             constant = 0.0 if penalty is None else constants[0]
             if not math.isclose(ours, theirs + constant, rel_tol=1e-9, abs_tol=1e-12):

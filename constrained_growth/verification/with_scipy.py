@@ -129,7 +129,7 @@ def _near(extended: ExtendedProblem, gtol: float, maxiter: int) -> Vector:
     if not np.isfinite(first.fun):
         return start
     lowest, highest = np.linalg.eigvalsh(hessian(first.x))[[0, -1]]
-    if lowest < 1e-6 * highest:
+    if lowest < 1e-6 * highest:  # in a valley Newton steps lead far away, and not to a minimum
         return first.x
     options = {"gtol": gtol, "maxiter": min(maxiter, 100)}
     options |= {"initial_trust_radius": 0.1, "max_trust_radius": 1.0}
@@ -148,6 +148,8 @@ class _Objective:
         self.weight, self.centre = 0.0, theta
         if self.count:
             loss, hessian = extended.of_theta(np.zeros(sum(extended.sizes[1:])))
+            # ∇L + μ(θ − c) = 0 at θ, and ∇² + μI is positive definite: θ is made the minimiser, and
+            # as the penalty does not read v, ∇_v stays what it is
             gradient = loss(theta)[1]
             lowest, highest = np.linalg.eigvalsh(hessian(theta))[[0, -1]]
             if lowest < _FLAT * highest or np.linalg.norm(gradient) > gtol:
@@ -234,6 +236,7 @@ def _solved(
     """Name, message, L, z and multipliers of each solver that gets to the pins."""
     objective = quotients.objective
     extended, count = objective.extended, objective.count
+    # started at the pins, a solver could stop where it starts and report any multiplier
     off = np.random.default_rng(0).normal(scale=_OFF_THE_PINS, size=sum(extended.sizes[1:]))
     start = np.concatenate([objective.theta, off])
     pins = np.eye(len(start))[count:]
@@ -299,6 +302,7 @@ def _slope(quotients: _Quotients, z: Vector, steepest: Vector, begin: int, end: 
     def value(step: float) -> float:
         return objective.smallest(step * direction)
 
+    # ever smaller, until two steps agree: p bends, and has errors of the solves in it
     slope, here = np.nan, value(0.0)
     for h in (0.02, 0.005, 0.00125):
         if kinked:

@@ -160,13 +160,13 @@ def test_the_command_writes_numbers_and_resumes(
 ) -> None:
     monkeypatch.setattr(shifts, "QUICK", Plan([tiny()], 2, 2, workers=1))
     file = tmp_path / "shifts.json"
-    arguments = ["bench", "decisions", "--family", "shifts", "--quick"]
+    arguments = ["bench", "decisions", "--family", "Shifts", "--quick"]
     arguments += ["--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     first = json.loads(file.read_text())
     assert list(first["tasks"]["tiny"]) == [arm.name for arm in adaptation_study.ARMS]
-    table = (tmp_path / "constrained-growth-bench-decisions-shifts.txt").read_text()
+    table = (tmp_path / "constrained-growth-bench-decisions-shifts-quick-0.txt").read_text()
     assert "Means over tasks, old weights frozen" in table
     monkeypatch.setattr(adaptation_study, "outcomes", None)  # everything is there already
     ran = CliRunner().invoke(app, arguments)
@@ -253,11 +253,11 @@ def test_copies_of_blocks_start_as_the_identity_and_keep_the_rest() -> None:
 
 def test_texts_are_what_they_say() -> None:
     (x, _), _ = expansions._adapted("alphabet", 4)
-    (plain, _), _ = expansions._pieces(expansions._text("english"), 4, len(x))
+    (plain, _), _ = expansions._pieces(expansions.text("english"), 4, len(x))
     pairs = set(zip(plain.flatten().tolist(), x.flatten().tolist(), strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) > 50
     shown = {
-        name: "".join(chr(32 + n) for n in expansions._text(name).tolist())
+        name: "".join(chr(32 + n) for n in expansions.text(name).tolist())
         for name in expansions.TEXTS
     }
     assert "def __init__(self" in shown["program"]

@@ -209,7 +209,9 @@ def test_the_command_prints_and_writes(tmp_path, monkeypatch):
     assert content["seed"] == 4
     errors = [row["lambda_error"] for rows in content["tables"].values() for row in rows]
     assert max(errors) < 1e-5  # float32
-    written = (folder / "constrained-growth-bench-multipliers.txt").read_text(encoding="utf-8")
+    written = (folder / "constrained-growth-bench-multipliers-quick-4.txt").read_text(
+        encoding="utf-8"
+    )
     assert written.strip()
     command, _, *lines = written.splitlines()
     assert command.startswith("$ constrained-growth")

@@ -378,7 +378,7 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
     equal = first["equal_cost"]
     assert equal["tasks"]["tiny"].keys() >= equal["mean"].keys() >= {"first site", "nothing"}
     assert "full training of each" not in equal["mean"]
-    table = (tmp_path / "constrained-growth-bench-decisions.txt").read_text()
+    table = (tmp_path / "constrained-growth-bench-decisions-quick-0.txt").read_text()
     assert "Kronecker-Fisher 0.1" in table
     assert "Mean regret over tasks" in table
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -8,153 +9,139 @@ from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.experiments import demo_report as report
+from constrained_growth.experiments import demo, demo_report
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.data import two_spirals
-from constrained_growth.experiments.demo import DATA, SETTINGS, on_plateau, run_demo
+from constrained_growth.experiments.data import digits
+from constrained_growth.experiments.demo import CHANGES, KEPT, Setting, gain, run_demo
 from constrained_growth.experiments.tables import to_json
 
-
-def tiny(seed=0, data="spirals", **kwargs):
-    options = {
-        "rule": cg.TopK(1),
-        "max_epochs": 12,
-        "epochs_after": 7,
-        "dtype": torch.float64,
-    } | kwargs
-    return run_demo(data, seed, **options)
+TINY = Setting(channels=2, blocks=2, batch=32, steps_before=6, steps_after=6, every=3)
 
 
 @pytest.fixture(scope="module")
 def result():
-    return tiny()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # the tests' own, which a module's fixture precedes
+    try:
+        return run_demo(runs=2, setting=TINY, workers=1)
+    finally:
+        torch.set_default_dtype(before)
 
 
-def test_the_network_that_is_kept_is_trained_by_plain_gradient_descent(result):
-    """The same 19 steps written out by hand, without interruption."""
-    split, setting = two_spirals(0, dtype=torch.float64), SETTINGS["spirals"]
+def test_the_network_without_a_layer_trains_its_last_layer_alone(result):
+    """The same steps written out by hand: training, freezing, Adam on inverted images."""
+    split = digits(0, dtype=torch.float64)
+    known, fresh = len(split.x_train) // 2, len(split.x_train) * 5 // 6
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # PyTorch's own initialisation, in the default float64
-        model = nn.Sequential(
-            nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
-        )
-    losses = []
-    for _ in range(20):
-        loss = nn.functional.cross_entropy(model(split.x_train), split.y_train)
-        losses.append(loss.item())
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        torch.manual_seed(0)
+        model = demo.network(TINY)
+
+    def steps(x, y, parameters):
+        optimizer = torch.optim.Adam(parameters, lr=TINY.learning_rate)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+        for step in range(6):
+            for group in optimizer.param_groups:
+                group["lr"] = TINY.learning_rate * min(1.0, (6 - step) / 2)
+            rows = order[32 * step : 32 * step + 32]
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+
+    steps(split.x_train[:known], split.y_train[:known], model.parameters())
+    body = copy.deepcopy(model[:-1].state_dict())
+
+    def loss():
         with torch.no_grad():
-            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
-                parameter -= setting.learning_rate * gradient
-    assert result["losses_before"] == pytest.approx(losses[:13], rel=1e-12)
-    assert result["losses_kept"] == pytest.approx(losses[12:], rel=1e-12)
-    assert result["kept_at_end"]["train_loss"] == pytest.approx(losses[-1], rel=1e-12)
+            return nn.functional.cross_entropy(model(-split.x_test), split.y_test).item()
+
+    begin = loss()
+    steps(-split.x_train[known:fresh], split.y_train[known:fresh], model[-1].parameters())
+    found = result["runs"][0]["losses"][KEPT]
+    assert (found[0], found[-1]) == pytest.approx((begin, loss()), rel=1e-12)
+    assert all(torch.equal(value, body[name]) for name, value in model[:-1].state_dict().items())
 
 
-@pytest.mark.parametrize("data", list(DATA))
-def test_the_insertion_does_not_move_the_loss(data):
-    found = tiny(data=data)
-    assert found["chosen"]
-    before, after = found["kept_at_insertion"], found["grown_at_insertion"]
-    assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-12)
-    assert after["test_accuracy"] == before["test_accuracy"]
-    assert found["losses_grown"][0] == pytest.approx(found["losses_before"][-1], rel=1e-12)
-    added = sum(row["added"] for row in found["candidates"] if row["name"] in found["chosen"])
-    assert after["parameters"] == before["parameters"] + added
-    assert found["grown_at_end"]["train_loss"] != found["kept_at_end"]["train_loss"]
+def test_a_layer_is_trained_at_every_place_and_inserting_moves_nothing(result):
+    for run in result["runs"]:
+        places = [place["name"] for place in run["places"]]
+        assert places == ["after the stem", "after block 1", "after block 2"]
+        assert list(run["losses"]) == [KEPT, *places]
+        assert all(len(losses) == 3 for losses in run["losses"].values())
+        begins = [losses[0] for losses in run["losses"].values()]
+        assert begins == pytest.approx([begins[0]] * 4, rel=1e-12)
+        assert len({losses[-1] for losses in run["losses"].values()}) == 4
+        assert run["chosen"] in (None, run["best"])
+        sizes = {place["name"]: place["sensitivity"] for place in run["places"]}
+        assert sizes[run["best"]] == max(sizes.values())
+        assert list(run["known_images"]["losses"]) == [KEPT, run["known_images"]["best"]]
 
 
-def test_the_largest_sensitivity_is_chosen(result):
-    largest = max(result["candidates"], key=lambda row: row["sensitivity"])
-    assert result["chosen"] == (largest["name"],)
-    assert [row["site"] for row in result["candidates"]] == ["1", "1", "3", "3"]
+def test_the_run_with_the_median_gain_is_shown(result):
+    gains = [gain(run) for run in result["runs"]]
+    assert gains[result["median"]] == min(gains)
 
 
-@pytest.mark.parametrize("data", list(DATA))
-def test_without_an_insertion_both_networks_go_the_same_way(data):
-    """Also with momentum: the copy of the optimizer has the memory of the first."""
-    found = tiny(data=data, rule=cg.Threshold(absolute=1e3))
-    assert found["chosen"] == ()
-    assert found["losses_grown"] == found["losses_kept"]
-    assert found["losses_kept"] == tiny(data=data)["losses_kept"]
-
-
-def test_same_seed_same_result(result):
-    assert tiny() == result
-    assert tiny(seed=1)["losses_before"] != result["losses_before"]
-
-
-def test_random_state_is_left_alone():
+def test_the_same_seed_gives_the_same_run_and_random_state_is_left_alone(result):
     before = torch.get_rng_state()
-    tiny()
+    assert run_demo(runs=1, setting=TINY)["runs"] == result["runs"][:1]
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_training_stops_on_a_plateau():
-    assert on_plateau([1.0, 0.5, 0.49, 0.48], window=2, tolerance=0.05)
-    assert not on_plateau([1.0, 0.5, 0.4, 0.3], window=2, tolerance=0.05)
-    assert not on_plateau([1.0, 1.0], window=2, tolerance=0.05)
-    assert on_plateau([1.0, 0.5, 5.0, 5.0], window=2, tolerance=0.05)
+def test_changes_keep_the_pixels_and_differ():
+    image = torch.arange(64.0).view(1, 8, 8)
+    changed = {name: change(image) for name, change in CHANGES.items()}
+    assert torch.equal(changed["inverted"], -image)
+    assert changed["rotated"][0, 0].tolist() == list(range(7, 64, 8))
+    assert changed["mirrored"][0, 0].tolist() == list(range(7, -1, -1))
+    with pytest.raises(cg.DataError, match="change='faded' is none of inverted, rotated"):
+        run_demo("faded")
 
 
-def test_unknown_data_are_refused():
-    with pytest.raises(cg.DataError, match="data='moons' is none of digits, spirals"):
-        run_demo("moons")
+def described(chosen, ends, known=None):
+    """A run with these losses at the end, as far as the account reads it."""
+    losses = {name: [9.0, end] for name, end in ends.items()}
+    again = {"chosen": known, "best": "a", "losses": {KEPT: [1.0, 0.5], "a": [1.0, 0.4]}}
+    return {"seed": 0, "chosen": chosen, "best": "a", "losses": losses, "known_images": again}
+
+
+def test_the_account_counts_what_happened():
+    runs = [
+        described("a", {KEPT: 1.0, "a": 0.2, "b": 0.1, "c": 0.5}),  # below the mean of the others
+        described("a", {KEPT: 1.0, "a": 0.4, "b": 0.1, "c": 0.5}),  # below the worst alone
+        described("a", {KEPT: 1.0, "a": 2.0, "b": 0.1, "c": 0.5}, known="a"),  # it did not help
+        described(None, {KEPT: 1.0, "a": 0.2, "b": 0.1, "c": 0.5}),
+    ]
+    text = demo_report.account({"runs": runs})
+    assert "Of 4 networks (seeds 0 to 0" in text
+    assert "3 got a layer, which helped 2" in text
+    assert "mean of the other places in 1, than the worst of them in 2" in text
+    assert "3 got none, where one would have gained 0.100 nats" in text
+    assert gain(runs[2]) == -1.0
+    assert gain(runs[3]) == 0.0
+    assert demo_report.verdict(runs[3]) == "Nothing was inserted: 1.000 nats on test images."
+    assert "0.200 with one a, 0.100 to 0.500" in demo_report.verdict(runs[0])
 
 
 def test_json_holds_the_result_and_no_nan(result):
-    content = json.loads(to_json(result | {"stationarity": math.nan}), parse_constant=pytest.fail)
-    assert content["stationarity"] is None
-    assert content["losses_grown"] == result["losses_grown"]
-    assert content["candidates"][0]["name"] == "identity 1"
+    run = result["runs"][0] | {"agreement": math.nan}
+    content = json.loads(to_json(result | {"runs": [run]}), parse_constant=pytest.fail)
+    assert content["runs"][0]["agreement"] is None
+    assert content["runs"][0]["losses"] == result["runs"][0]["losses"]
 
 
-@pytest.mark.parametrize(
-    ("grown", "kept", "words"),
-    [
-        (0.05, 0.1, "50% lower"),
-        (0.12, 0.1, "20% higher"),
-        (0.4, 0.1, "4 times as high"),
-        (0.1, 0.1, "next to no difference"),
-        (0.0, 0.0, "next to no difference"),
-        (0.1, 0.0, "higher"),
-        (math.nan, 0.1, "training diverged"),
-    ],
-)
-def test_the_verdict_says_what_the_numbers_say(result, grown, kept, words):
-    changed = result | {
-        "grown_at_end": result["grown_at_end"] | {"train_loss": grown},
-        "kept_at_end": result["kept_at_end"] | {"train_loss": kept},
-    }
-    assert f"without: {words}." in report.verdict(changed)
-    assert "one run with one seed" in report.verdict(changed)
-
-
-def test_the_verdict_when_nothing_is_inserted(result):
-    nothing = result | {"chosen": ()}
-    assert report.verdict(nothing).startswith("Nothing was inserted")
-    assert report.picture(nothing).texts[0].get_text().startswith("Nothing was inserted")
-
-
-def test_the_verdict_mentions_a_jump(result):
-    jumped = result | {"losses_grown": [0.5, 3.0, 0.4]}
-    assert "jumped to 3:" in report.verdict(jumped)
-    assert "jumped" not in report.verdict(result)
-
-
-def test_the_command_writes_picture_and_numbers(tmp_path):
+def test_the_command_writes_picture_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "Setting", lambda: TINY)
     out, file = tmp_path / "new" / "folder", tmp_path / "numbers.json"
-    arguments = ["demo", "--data", "spirals", "--epochs", "15", "--seed", "3"]
+    arguments = ["demo", "--change", "rotated", "--runs", "1", "--seed", "3"]
     ran = CliRunner().invoke(app, [*arguments, "--out", str(out), "--json", str(file)])
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text())
-    expected = run_demo("spirals", 3, max_epochs=15, epochs_after=15)
-    assert content == json.loads(to_json(expected))
-    decision = ", ".join(content["chosen"]) or "nothing"
-    assert f"Decision: insert {decision}" in ran.output
-    assert "This is one run with one seed" in " ".join(ran.output.split())
-    assert f"The picture is {out / 'constrained-growth-demo.png'}" in ran.output
-    image = imread(out / "constrained-growth-demo.png")
+    assert [run["seed"] for run in content["runs"]] == [3]
+    shown = " ".join(ran.output.split())
+    assert demo_report.account(content) in shown
+    assert demo_report.verdict(content["runs"][content["median"]]) in shown
+    assert f"The picture is {out / 'constrained-growth-demo-rotated-3.png'}" in ran.output
+    image = imread(out / "constrained-growth-demo-rotated-3.png")
     assert image.shape[:2] == (864, 1760)
     assert image[..., :3].std() > 0.05
 
@@ -162,7 +149,7 @@ def test_the_command_writes_picture_and_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "moons"], "moons"),
+        (["--change", "faded"], "faded"),
         (["--out", "{file}/folder"], "cannot write into"),
         (["--json", "{folder}"], "is a folder; give the name of a file"),
         (["--seed", "-1"], "--seed"),
@@ -176,7 +163,3 @@ def test_the_command_refuses_what_it_cannot_use(tmp_path, arguments, message):
     assert ran.exit_code == 2
     assert message in ran.stderr
     assert ran.stdout == ""
-
-
-def test_every_data_set_has_a_setting():
-    assert list(DATA) == list(SETTINGS)

@@ -20,8 +20,14 @@ import constrained_growth as cg
 from constrained_growth.blocks import TransformerBlock
 from constrained_growth.experiments import figures
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.data import python_help, random_windows, windows
-from constrained_growth.experiments.growth import benchmark
+from constrained_growth.experiments.data import (
+    digits,
+    mnist1d,
+    python_help,
+    random_windows,
+    windows,
+)
+from constrained_growth.experiments.growth import benchmark, tasks
 from constrained_growth.experiments.growth.benchmark import Plan, run, tables
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.runs import ARMS, train
@@ -31,12 +37,15 @@ from constrained_growth.testing import check_block
 
 TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
+GROWING = ("sensitivity", "random", "first", "middle", "last")
 
 
 @pytest.fixture(autouse=True)
-def _single_precision() -> None:
-    """As the benchmarks run."""
+def _single_precision_and_few_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the benchmarks run, but for the number of samples."""
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(tasks, "images", digits)
+    monkeypatch.setattr(tasks, "mnist1d", lambda seed, num_samples: mnist1d(seed, num_samples=500))
 
 
 def counted(work: Callable[[], object]) -> int:
@@ -115,8 +124,8 @@ def test_a_grown_network_is_as_large_as_the_big_one(task: GrowthTask) -> None:
 
 @pytest.mark.parametrize("task", TINY, ids=lambda task: task.name)
 def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTask) -> None:
-    traces = {name: train(task, arm, 3) for name, arm in ARM.items()}
-    again = train(task, ARM["sensitivity"], 3)
+    traces = {name: train(task, arm, 3, 0.003) for name, arm in ARM.items()}
+    again = train(task, ARM["sensitivity"], 3, 0.003)
     assert replace(again, seconds=()) == replace(traces["sensitivity"], seconds=())
     example = next(task.material(3).stream(3))
     small, big = (
@@ -128,25 +137,27 @@ def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTa
     assert traces["small"].multiply_adds[0] == task.row * small
     for name, trace in traces.items():
         assert trace.multiply_adds[-2] < task.steps * big <= trace.multiply_adds[-1]
-        assert len(trace.sites) == (2 if name in ("sensitivity", "random", "fixed") else 0)
+        if name != "… at plateaus":  # of which there are as many as there are
+            assert len(trace.sites) == (2 if name in GROWING else 0)
         assert (trace.decisions > 0) == bool(trace.sites)
-        assert all(math.isfinite(loss) for loss in (*trace.loss, trace.held_out))
+        assert all(math.isfinite(loss) for loss in (*trace.loss, trace.training_loss))
+        assert 0 <= trace.accuracy < 1
     # the first row is the same everywhere but in the big network, and inserting does not move it
-    firsts = {traces[name].loss[0] for name in ("sensitivity", "random", "fixed", "small")}
+    firsts = {traces[name].loss[0] for name in (*GROWING, "small")}
     assert max(firsts) - min(firsts) < 1e-5
     assert traces["random"].decisions < traces["sensitivity"].decisions
 
 
 def test_charged_for_the_decision_is_the_pass_and_the_look_at_the_output() -> None:
     """The pass over the data that decide, counted apart; and four forward passes of a batch."""
-    task = replace(TINY[0], big=2, lr=0.0, steps=3)
-    found = {name: train(task, ARM[name], 0) for name in ("sensitivity", "fixed")}
+    task = replace(TINY[0], big=2, steps=3)
+    found = {name: train(task, ARM[name], 0, 0.0) for name in ("sensitivity", "last")}
     material, loss_fn = task.material(0), nn.CrossEntropyLoss()
     torch.manual_seed(0)
     small = task.network(1)
     inputs, _ = material.deciding[0]
     looks = 2 * sum(counted(lambda n=n: task.network(n)(inputs)) for n in (1, 2))
-    assert found["fixed"].decisions == looks
+    assert found["last"].decisions == looks
 
     def decide() -> cg.Solution:
         problem = cg.GrowthProblem(small, loss_fn, material.deciding, task.candidates(small))
@@ -175,7 +186,7 @@ def test_the_saving_is_a_median_and_what_is_not_reached_costs_more_than_anything
 
 
 def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_missed() -> None:
-    plan = Plan(TINY[:1], seeds=3, workers=1)
+    plan = Plan(TINY[:1], seeds=3, rates=[0.01], workers=1)
     found = run(plan, 5)
     (arms,) = found["tasks"].values()
     assert set(arms) == set(ARM)
@@ -184,14 +195,14 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
             assert len(entry[key]) == 3
         assert all(math.isfinite(loss) for loss in entry["final_loss"])
         for index in range(3):
-            trace = found["curves"]["digits"][name][index]
+            trace = found["curves"]["images"][name][index]
             target = arms["big"]["final_loss"][index]
             row = first_at_most(trace["loss"], target)
             expected = None if row is None else trace["multiply_adds"][row]
             assert entry["multiply_adds"][index] == expected
             assert (entry["seconds"][index] is None) == (row is None)
     assert None not in arms["big"]["multiply_adds"]
-    assert found["against_big"]["digits"]["big"]["saved"]["value"] == 0
+    assert found["against_big"]["images"]["big"]["saved"]["value"] == 0
     assert tables(found) is not None
     drawn = {str(line.get_label()): line for line in figures.growth(found).axes[0].get_lines()}
     assert list(drawn) == list(arms)
@@ -201,15 +212,27 @@ def test_the_file_has_an_entry_for_each_seed_and_null_where_the_target_was_misse
 
 
 def test_runs_are_kept_in_a_folder_and_not_made_again(tmp_path: Any) -> None:
-    plan = Plan(TINY[:1], seeds=1, workers=1)
+    plan = Plan(TINY[:1], seeds=1, rates=[0.01], workers=1)
     arms = [ARM["big"], ARM["small"]]
     first = run(plan, arms=arms, cache=tmp_path)
     kept = sorted(tmp_path.iterdir())
     assert len(kept) == 2
     assert run(plan, arms=arms, cache=tmp_path) == first
-    other = replace(plan, tasks=[replace(TINY[0], lr=2 * TINY[0].lr)])
+    other = replace(plan, rates=[0.02])
     run(other, arms=arms, cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_rate_of_an_arm_is_the_one_with_which_it_ends_lowest_on_other_seeds(
+    tmp_path: Path,
+) -> None:
+    rates, arms = (1e-5, 0.01), [ARM["big"]]
+    found = run(Plan(TINY[1:2], 1, rates, workers=1), arms=arms, cache=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    ends = [smoothed(train(TINY[1], ARM["big"], 1000, rate).loss)[-1] for rate in rates]
+    assert found["learning_rates"] == {"mnist1d": {"big": rates[int(np.argmin(ends))]}}
+    (kept,) = found["curves"]["mnist1d"]["big"]
+    assert kept["loss"] == train(TINY[1], ARM["big"], 0, rates[int(np.argmin(ends))]).loss
 
 
 def test_plans_without_seeds_or_without_the_big_network_are_refused() -> None:
@@ -222,14 +245,14 @@ def test_plans_without_seeds_or_without_the_big_network_are_refused() -> None:
 def test_the_command_writes_numbers_tables_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(benchmark, "QUICK", Plan(TINY[:1], seeds=2))
+    monkeypatch.setattr(benchmark, "QUICK", Plan(TINY[:1], seeds=2, rates=[0.01], workers=1))
     out, file = tmp_path / "out", tmp_path / "growth.json"
     arguments = ["bench", "growth", "--quick", "--json", str(file), "--out", str(out)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     assert list(json.loads(file.read_text())["tasks"]) == [TINY[0].name]
     assert TINY[0].name in ran.output
-    assert (out / "constrained-growth-bench-growth.png").stat().st_size > 0
+    assert (out / "constrained-growth-bench-growth-quick-0.png").stat().st_size > 0
 
 
 def test_unknown_tasks_are_refused() -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import QuadMesh
 from rich.console import Console
 from scipy import stats
 from torch import nn
 from typer.testing import CliRunner
 
 import constrained_growth as cg
-from constrained_growth.experiments import statistics
+from constrained_growth.experiments import figures, statistics
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
 from constrained_growth.experiments.ensembles.growth import new_layer
@@ -438,9 +439,10 @@ def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, s
         )
         assert content["arms"][name]["test_error"] == pytest.approx(runs.test_error[-1], abs=1e-6)
     assert set(content["inserted_at"]) == {"3", "5"}
-    assert {path.name for path in out.iterdir()} == {"Exp9.json", "Exp9.png", "Exp9.txt"}
-    assert json.loads((out / "Exp9.json").read_text()) == content
-    written = (out / "Exp9.txt").read_text()
+    name = "Exp9-6-seeds-from-2"
+    assert {path.name for path in out.iterdir()} == {f"{name}.{e}" for e in ("json", "png", "txt")}
+    assert json.loads((out / f"{name}.json").read_text()) == content
+    written = (out / f"{name}.txt").read_text()
     assert "constrained-growth reproduce Exp9 --seeds 6" in written
     assert "74/90" in written
     for mean in (np.mean(content["arms"][name]["final_loss"]) for name in ("N1", "LImax")):
@@ -456,7 +458,7 @@ def test_all_of_them_in_one_file(tmp_path):
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text())
     assert set(content) == {"Exp9", "Exp10"}
-    assert "Exp10 recommended" in (tmp_path / "all.txt").read_text()
+    assert "Exp10 recommended" in (tmp_path / "all-3-seeds-from-0-float32.txt").read_text()
 
 
 def written(account, width=150):
@@ -485,6 +487,23 @@ def test_the_account_of_all_experiments_adjusts_for_their_number():
     assert text.count("0.300") == 6 + 2  # our means, and two of their medians
     assert text.count("0.200") == 6  # our medians
     assert "No counts to compare." in written(account([contents[0] | {"counts": []}]))
+
+
+@pytest.mark.parametrize("end", [60, 100, 130])
+def test_the_heat_map_is_of_the_run_and_ends_where_it_ends(end, small_protocols):
+    content = report.numbers(reproduce(small_protocols["Exp9"], range(2)))
+    traced = {"epochs": [0, 50, 100], "median": [[1.0, 10.0], [100.0, 1e3], [1e4, 1e5]]}
+    times = {"before": 20, "after": end - 20}
+    content |= {"trace": traced, "protocol": content["protocol"] | times}
+    drawn = figures.reproduction(json.loads(to_json(content)))
+    (ax,) = (ax for ax in drawn.axes if ax.get_title("left") == "the small network, kept")
+    (mesh,) = ax.collections
+    columns = [epoch for epoch in (0, 50, 100) if epoch < end]
+    assert isinstance(mesh, QuadMesh)
+    edges, colours = np.array(mesh.get_coordinates()), np.array(mesh.get_array())
+    assert edges[0, :, 0].tolist() == [*columns, end]
+    assert colours.T.tolist() == [[2.0 * i, 2.0 * i + 1] for i in range(len(columns))]
+    assert ax.get_xlim() == (0, end)
 
 
 def test_the_list_names_every_experiment():

@@ -85,4 +85,4 @@ def test_the_command_writes_its_numbers(tmp_path, monkeypatch) -> None:
     assert numbers["kinds"]["all"]["networks"] == 4
     assert set(numbers["kinds"]) == {"all", *(kind.name for kind in short)}
     assert len(list(tmp_path.glob("whether-*.joblib"))) == 2
-    assert (tmp_path / "constrained-growth-bench-decisions-whether.txt").exists()
+    assert (tmp_path / "constrained-growth-bench-decisions-whether-quick-0.txt").exists()

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import cvxpy as cp
 import numpy as np
@@ -535,6 +536,26 @@ def test_inputs_of_other_forms_and_values_changed_in_place():
     assert kkt_residuals(problem, cg.solve(problem)).dual < 1e-14
     with pytest.raises(cg.DataError, match="the output of model=Net is dict"):
         check_with_cvxpy(problem)
+
+
+def test_a_named_tuple_stays_one_argument():
+    class Pair(NamedTuple):
+        x: Tensor
+        scale: Tensor
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4, dtype=F64), nn.Linear(4, 2, dtype=F64)
+
+        def forward(self, pair: Pair) -> Tensor:
+            return self.last(torch.tanh(self.first(pair.x) * pair.scale))
+
+    torch.manual_seed(0)
+    pair = Pair(torch.randn(5, 3, dtype=F64), torch.rand(5, 1, dtype=F64))
+    data = [(pair, torch.randint(2, (5,)))]
+    problem = cg.GrowthProblem(Net(), F.cross_entropy, data, [cg.Candidate("first", outer(4))])
+    assert kkt_residuals(problem, cg.solve(problem)).dual < 1e-14
 
 
 # --- left unchanged, and printed ---------------------------------------------------------------

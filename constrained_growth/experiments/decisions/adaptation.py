@@ -109,8 +109,14 @@ def outcomes(
     return found
 
 
-def learn(network: nn.Module, data: Data, training: Training, seed: int) -> None:
-    """Train what requires gradients."""
+def learn(
+    network: nn.Module,
+    data: Data,
+    training: Training,
+    seed: int,
+    on_step: Callable[[], object] = lambda: None,
+) -> None:
+    """Train what requires gradients; `on_step` is called after each step."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     if not parameters:
         return
@@ -121,12 +127,13 @@ def learn(network: nn.Module, data: Data, training: Training, seed: int) -> None
         optimizer.zero_grad()
         F.cross_entropy(network(x), y).backward()
         optimizer.step()
+        on_step()
 
 
 @torch.no_grad()
-def mean_loss(network: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Mean cross-entropy."""
-    pieces = zip(x.split(256), y.split(256), strict=True)
+def mean_loss(network: nn.Module, x: Tensor, y: Tensor, size: int = 256) -> float:
+    """Mean cross-entropy, from batches of this size."""
+    pieces = zip(x.split(size), y.split(size), strict=True)
     return sum(len(b) * float(F.cross_entropy(network(a), b)) for a, b in pieces) / len(y)
 
 

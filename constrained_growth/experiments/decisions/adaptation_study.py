@@ -117,7 +117,10 @@ def _of_network(
 ) -> list[tuple[Array, dict[str, int]]]:
     """For each task of one network the losses, and name of an arm → the site it chose, or −1."""
     found = []
-    with one_thread(), tqdm(desc=f"network {seed}", unit=" runs", position=line, total=0) as bar:
+    with (
+        one_thread(),
+        tqdm(desc=f"network {seed}", unit=" runs", position=line, total=0, disable=None) as bar,
+    ):
         for task in plan.tasks:
             moment = at_the_moment(task, seed, cache)
             bar.total += (len(moment.blocks) + 1) * plan.runs

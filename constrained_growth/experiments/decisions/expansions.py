@@ -19,7 +19,7 @@ from constrained_growth.experiments.networks import Embed
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
 
-_CHARACTERS, _LENGTH, _WIDTH, _HEADS = 96, 64, 64, 4
+CHARACTERS, _LENGTH, _WIDTH, _HEADS = 96, 64, 64, 4
 _FIRST, _LEARNT, _HELD_OUT = 6_000, 768, 128
 """Pieces of text."""
 
@@ -32,8 +32,11 @@ class _Logits(nn.Sequential):
 
 
 @cache
-def _text(name: str) -> Tensor:
-    """A text as numbers of its characters: those of ASCII that are printed, and ends of lines."""
+def text(name: str) -> Tensor:
+    """A text as numbers of its characters: those of ASCII that are printed, and ends of lines.
+
+    "english" is Python's help, "program" its own modules; any other is PyTorch's documentation.
+    """
     if name == "english":
         help_ = python_help()
         whole = "".join(
@@ -48,21 +51,21 @@ def _text(name: str) -> Tensor:
     return torch.where(codes == 10, 95, (codes - 32).clamp(0, 94))
 
 
-def _pieces(text: Tensor, seed: int, learnt: int) -> tuple[Data, Data]:
+def _pieces(whole: Tensor, seed: int, learnt: int) -> tuple[Data, Data]:
     """Pieces from random places of nine tenths of a text, and held-out ones from the rest."""
-    cut = len(text) * 9 // 10
+    cut = len(whole) * 9 // 10
     train, held_out = (
         next(random_windows(part, count, _LENGTH, seed))
-        for part, count in ((text[:cut], learnt), (text[cut:], _HELD_OUT))
+        for part, count in ((whole[:cut], learnt), (whole[cut:], _HELD_OUT))
     )
     return train, held_out
 
 
 def _adapted(name: str, seed: int) -> tuple[Data, Data]:
     if name != "alphabet":
-        return _pieces(_text(name), seed, _LEARNT)
-    order = torch.randperm(_CHARACTERS, generator=torch.Generator().manual_seed(seed))
-    return _pieces(order[_text("english")], seed, _LEARNT)
+        return _pieces(text(name), seed, _LEARNT)
+    order = torch.randperm(CHARACTERS, generator=torch.Generator().manual_seed(seed))
+    return _pieces(order[text("english")], seed, _LEARNT)
 
 
 def _begin(blocks: int, seed: int) -> tuple[nn.Sequential, Data, Data]:
@@ -71,9 +74,9 @@ def _begin(blocks: int, seed: int) -> tuple[nn.Sequential, Data, Data]:
         for linear in (block.qkv, block.fc1, block.proj, block.fc2):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-    head = _Logits(nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, _CHARACTERS, bias=False))
-    embed = Embed(_CHARACTERS, _LENGTH, _WIDTH)
-    return nn.Sequential(embed, *body, head), *_pieces(_text("english"), seed, _FIRST)
+    head = _Logits(nn.LayerNorm(_WIDTH), nn.Linear(_WIDTH, CHARACTERS, bias=False))
+    embed = Embed(CHARACTERS, _LENGTH, _WIDTH)
+    return nn.Sequential(embed, *body, head), *_pieces(text("english"), seed, _FIRST)
 
 
 def _copies(model: nn.Sequential) -> list[nn.Module]:

@@ -50,7 +50,7 @@ CLEAR = 2.0
 class Plan:
     """How many networks of which tasks, and orders of the data after each insertion, are run."""
 
-    tasks: Sequence[Task]
+    tasks: Sequence[Any]
     networks: int
     runs: int
     workers: int = 2

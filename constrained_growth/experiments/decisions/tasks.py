@@ -111,6 +111,15 @@ def trained_block(width: int, scale: float) -> ResidualMLP:
     return block
 
 
+def deep_teacher(width: int, depth: int) -> nn.Sequential:
+    """From 6 inputs to 3 outputs, each of its residual blocks far from the identity."""
+    blocks = [trained_block(width, scale=3.0) for _ in range(depth)]
+    first, last = nn.Linear(6, width), nn.Linear(width, 3)
+    with torch.no_grad():
+        first.weight.mul_(3)
+    return nn.Sequential(first, nn.Tanh(), *blocks, last)
+
+
 def _relu_layer(width: int) -> nn.Module:
     return IdentityLinear(width, nn.ReLU())
 
@@ -154,19 +163,15 @@ def _planted(seed: int) -> tuple[nn.Sequential, Data, int]:
 
     The missing block comes after site k, the output of the tanh layer (0) or of a block.
     """
-    width, depth = 6, 4
-    blocks = [trained_block(width, scale=3.0) for _ in range(depth)]
-    first, last = nn.Linear(6, width), nn.Linear(width, 3)
-    with torch.no_grad():
-        first.weight.mul_(3)
-    missing = seed % depth
-    teacher = nn.Sequential(first, nn.Tanh(), *blocks, last)
+    teacher = deep_teacher(width=6, depth=4)
+    first, tanh, *blocks, last = teacher
+    missing = seed % len(blocks)
     x = torch.randn(500, 6)
     with torch.no_grad():
         y = teacher(x)
         y = (y - y.mean(0)) / y.std(0)
     kept = [block for index, block in enumerate(blocks) if index != missing]
-    return nn.Sequential(first, nn.Tanh(), *kept, last), (x, y), missing
+    return nn.Sequential(first, tanh, *kept, last), (x, y), missing
 
 
 def _spirals(

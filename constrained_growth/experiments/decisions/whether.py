@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 import constrained_growth as cg
 from constrained_growth.experiments.caching import cached, digest
-from constrained_growth.experiments.decisions.tasks import residual, trained_block
+from constrained_growth.experiments.decisions.study import Plan
+from constrained_growth.experiments.decisions.tasks import deep_teacher, residual
 from constrained_growth.experiments.ensembles.growth import insert_layer, new_layer
 from constrained_growth.experiments.ensembles.networks import (
     Ensemble,
@@ -71,16 +72,6 @@ class Kind:
     shifted: bool = False
     epochs: int = 60  # before the decision, and as many after it
     begun: int | None = None  # epochs before the decision, where they are others
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How many networks of each kind, and orders of the data after each insertion, are run."""
-
-    tasks: Sequence[Kind]
-    networks: int
-    runs: int
-    workers: int = 2
 
 
 def _kinds() -> list[Kind]:
@@ -246,16 +237,14 @@ def _seeded(kind: Kind, seed: int) -> tuple[nn.Sequential, list[Data]]:
 
 def _made(kind: Kind) -> tuple[nn.Sequential, list[Data]]:
     """The untrained student; data of before and after the decision, to judge, and to test."""
-    blocks = [trained_block(_WIDTH, scale=3.0) for _ in range(_DEPTH)]
-    first, last = nn.Linear(6, _WIDTH), nn.Linear(_WIDTH, 3)
-    with torch.no_grad():
-        first.weight.mul_(3)
-    teacher = nn.Sequential(first, nn.Tanh(), *blocks, last)
+    teacher = deep_teacher(_WIDTH, _DEPTH)
+    first, tanh, *blocks, last = teacher
     turned = torch.linalg.qr(torch.randn(6, 6))[0] if kind.shifted else torch.eye(6)
     with torch.no_grad():
         scale = teacher(torch.randn(10_000, 6)).std(0)
-        last.weight.div_(scale[:, None])
-        last.bias.div_(scale)
+        weight, bias = last.parameters()
+        weight.div_(scale[:, None])
+        bias.div_(scale)
 
         def data(count: int, turned: Tensor) -> Data:
             x = torch.randn(count, 6)
@@ -270,7 +259,7 @@ def _made(kind: Kind) -> tuple[nn.Sequential, list[Data]]:
         del blocks[missing]
     if kind.student == "fresh":
         return residual(6, _WIDTH, _DEPTH, 3), parts
-    return nn.Sequential(first, nn.Tanh(), *blocks, last), parts
+    return nn.Sequential(first, tanh, *blocks, last), parts
 
 
 def _blocks(model: nn.Sequential, seed: int) -> list[nn.Module]:

@@ -1,11 +1,10 @@
-"""`bench growth`: multiply-adds and seconds to the loss that the big network ends with."""
+"""`bench growth`: multiply-adds and seconds to the held-out loss that the big network ends with."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
@@ -19,7 +18,7 @@ from rich.text import Text
 
 from constrained_growth._progress import progress_bar
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.caching import cached
+from constrained_growth.experiments.caching import cached, digest
 from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, train
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask
 from constrained_growth.experiments.statistics import (
@@ -37,18 +36,29 @@ Content = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Plan:
-    """Which tasks are run, from how many seeds (data, initial values, order of the batches)."""
+    """Which tasks are run, from how many seeds (data, initial values, order of the batches).
+
+    Every arm gets the one of the learning `rates` with which it ends lowest on `tuned_on` other
+    seeds.
+    """
 
     tasks: Sequence[GrowthTask]
     seeds: int
+    rates: Sequence[float] = (0.003, 0.01, 0.03)
+    tuned_on: int = 1
     workers: int = 2
 
 
 FULL = Plan(TASKS, seeds=10)
 
 QUICK = Plan(
-    [replace(task, big=task.small + 2, steps=24, row=4, wait=1) for task in TASKS], seeds=2
+    [replace(task, big=task.small + 2, steps=24, row=4, wait=1) for task in TASKS],
+    seeds=2,
+    rates=(0.003, 0.01),
 )
+
+_TUNING = 1000
+"""First of the seeds on which learning rates are chosen."""
 
 
 def run(
@@ -58,7 +68,7 @@ def run(
     arms: Sequence[Arm] = ARMS,
     cache: Path | None = None,
 ) -> dict[str, Any]:
-    """Train every arm on every task and seed, and compare.
+    """Train every arm on every task and seed, and compare their losses on held-out data.
 
     The target of a seed is the loss that its big network ends with, the mean over the last rows;
     an arm has reached it at the first row at which its loss, smoothed alike, is not above it.
@@ -68,7 +78,8 @@ def run(
 
     Returns:
         The numbers that `--json` writes: seed by seed, multiply-adds and seconds to the target
-        (None if not reached) and final losses; comparisons of the arms; and the curves.
+        (None if not reached) and final losses; comparisons of the arms; learning rates; and the
+        curves.
 
     Raises:
         DataError: There is no seed, or no arm that begins big.
@@ -80,15 +91,35 @@ def run(
             f"arms are {names}."
         )
     seeds = range(seed, seed + plan.seeds)
-    jobs = [delayed(_traces)(task, arms, one, cache) for task in plan.tasks for one in seeds]
-    with one_thread():
-        parallel: Any = Parallel(n_jobs=plan.workers, return_as="generator")(jobs)
-        found = list(progress_bar(parallel, desc="growth", unit="seed", total=len(jobs)))
+    trials = len(plan.rates) * plan.tuned_on if len(plan.rates) > 1 else 0
+    with (
+        one_thread(),
+        progress_bar(
+            desc="growth", unit="run", total=len(plan.tasks) * len(arms) * (plan.seeds + trials)
+        ) as bar,
+    ):
+
+        def carried_out(jobs: Sequence[tuple[GrowthTask, Arm, int, float]]) -> list[Trace]:
+            each = (delayed(_trace)(*job, cache) for job in jobs)
+            parallel: Any = Parallel(n_jobs=plan.workers, return_as="generator")(each)
+            found = list[Trace]()
+            for trace in parallel:
+                found.append(trace)
+                bar.update()
+            return found
+
+        pairs = [(task, arm) for task in plan.tasks for arm in arms]
+        rates = _tuned(plan, pairs, carried_out) if trials else [plan.rates[0]] * len(pairs)
+        jobs = [
+            (task, arm, one, rate)
+            for (task, arm), rate in zip(pairs, rates, strict=True)
+            for one in seeds
+        ]
+        found = carried_out(jobs)
         here = machine()
-    traces = {
-        task.name: {name: [each[name] for each in found[i : i + plan.seeds]] for name in names}
-        for task, i in zip(plan.tasks, range(0, len(found), plan.seeds), strict=True)
-    }
+    by_pair = iter(found[i : i + plan.seeds] for i in range(0, len(found), plan.seeds))
+    traces = {task.name: {name: next(by_pair) for name in names} for task in plan.tasks}
+    chosen = iter(rates)
     outcomes = {
         task: {name: _outcome(mine, of[BIG]) for name, mine in of.items()}
         for task, of in traces.items()
@@ -106,6 +137,7 @@ def run(
             }
             for task, of in traces.items()
         },
+        "learning_rates": {t.name: {name: next(chosen) for name in names} for t in plan.tasks},
         "settings": {task.name: task.settings for task in plan.tasks},
         "machine": here,
         "seed": seed,
@@ -113,17 +145,24 @@ def run(
     }
 
 
-def _traces(
-    task: GrowthTask, arms: Sequence[Arm], seed: int, cache: Path | None
-) -> dict[str, Trace]:
-    """All arms one after the other in one process, so that their times are comparable."""
-    settings = json.dumps(task.settings, sort_keys=True)
-    key = f"{task.name}-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+def _tuned(
+    plan: Plan,
+    pairs: Sequence[tuple[GrowthTask, Arm]],
+    carried_out: Callable[[Sequence[tuple[GrowthTask, Arm, int, float]]], list[Trace]],
+) -> list[float]:
+    """The learning rate of each arm on each task."""
+    seeds = range(_TUNING, _TUNING + plan.tuned_on)
+    jobs = [(task, arm, s, rate) for task, arm in pairs for rate in plan.rates for s in seeds]
+    ends = [float(smoothed(trace.loss)[-1]) for trace in carried_out(jobs)]
+    means = np.reshape(ends, (len(pairs), len(plan.rates), plan.tuned_on)).mean(2)
+    means = np.where(np.isfinite(means), means, np.inf)  # a run may have diverged
+    return [plan.rates[best] for best in means.argmin(1)]
+
+
+def _trace(task: GrowthTask, arm: Arm, seed: int, rate: float, cache: Path | None) -> Trace:
+    key = digest(task.name, json.dumps(task.settings | {"rate": rate}, sort_keys=True))
     with one_thread():
-        return {
-            arm.name: cached(cache, f"{key}-{arm.name}-{seed}", lambda a=arm: train(task, a, seed))
-            for arm in arms
-        }
+        return cached(cache, f"{key}-{arm.name}-{seed}", lambda: train(task, arm, seed, rate))
 
 
 def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> dict[str, Any]:
@@ -137,7 +176,8 @@ def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> dict[str, Any]:
         "multiply_adds": [None if r is None else t.multiply_adds[r] for t, r in reached],
         "seconds": [None if r is None else t.seconds[r] for t, r in reached],
         "final_loss": [float(smoothed(trace.loss)[-1]) for trace in traces],
-        "held_out_loss": [trace.held_out for trace in traces],
+        "training_loss": [trace.training_loss for trace in traces],
+        "accuracy": [trace.accuracy for trace in traces],
     }
 
 
@@ -162,12 +202,12 @@ def tables(found: Content) -> RenderableType:
         ),
         Text(
             "Multiply-adds (in units of 10⁹, counted, decisions included) and seconds until the "
-            "training loss is the one that the big network trained from the start ends with: "
-            "medians over seeds, and how much less than the big network needs, with the "
+            "loss on held-out data is the one that the big network trained from the start ends "
+            "with: medians over seeds, and how much less than the big network needs, with the "
             f"{LEVEL:.0%} bootstrap interval. Final loss: after as many multiply-adds as in the "
             "whole run of the big network; the mean over seeds, and that minus the big network's "
             "and minus the first arm's, with intervals. The cost is infinite where the target is "
-            "not reached.\n"
+            "not reached. The learning rate of each arm was chosen on other seeds.\n"
         ),
         *(_table(task, found) for task in found["tasks"]),
     )
@@ -180,7 +220,7 @@ def _table(task: str, found: Content) -> Table:
         f"{about['steps']} steps",
         "arm",
         *("multiply-adds", "saved", "seconds", "saved", "reached", "final loss"),
-        *(f"− {BIG}", f"− {next(iter(arms))}", "held out"),
+        *(f"− {BIG}", f"− {next(iter(arms))}", "accuracy", "training loss", "rate"),
     )
     for arm, outcome in arms.items():
         verdict = found["against_big"][task][arm]
@@ -194,7 +234,9 @@ def _table(task: str, found: Content) -> Table:
             f"{mean(outcome['final_loss']):.3g}",
             interval(**verdict["difference"], form=".2g"),
             interval(**verdict["behind"], form=".2g"),
-            f"{mean(outcome['held_out_loss']):.3g}",
+            f"{mean(outcome['accuracy']):.1%}",
+            f"{mean(outcome['training_loss']):.3g}",
+            f"{found['learning_rates'][task][arm]:g}",
         )
     return table
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import constrained_growth as cg
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
 from constrained_growth.experiments.growth.tasks import Batch, GrowthTask
-from constrained_growth.rules import Rule
+from constrained_growth.rules import Plateau, Rule
 from constrained_growth.training import evaluate
 
 
@@ -23,13 +23,15 @@ class Arm:
     """A way to a big network.
 
     `rule` maps a seed to the rule for the next layer, None for a network that does not grow. If
-    the rule does not use sensitivities (`looks`), the pass that computes them is free.
+    the rule does not use sensitivities (`looks`), the pass that computes them is free. Layers come
+    after fixed times, or where the training loss has stopped falling (`at_plateaus`).
     """
 
     name: str
     rule: Callable[[int], Rule] | None
     begins_big: bool = False
     looks: bool = False
+    at_plateaus: bool = False
 
 
 LOSS = nn.CrossEntropyLoss()
@@ -42,30 +44,37 @@ BIG = "big"
 
 ARMS = (
     Arm("sensitivity", lambda seed: cg.TopK(1), looks=True),
+    Arm("… at plateaus", lambda seed: cg.TopK(1), looks=True, at_plateaus=True),
     Arm("random", lambda seed: cg.Random(seed=seed)),
-    Arm("fixed", lambda seed: cg.Fixed(-1)),
+    Arm("first", lambda seed: cg.Fixed(0)),
+    Arm("middle", lambda seed: cg.rules.Placed("middle", 1)),
+    Arm("last", lambda seed: cg.Fixed(-1)),
     Arm(BIG, None, begins_big=True),
     Arm("small", None),
 )
+"""As all blocks are alike, grown networks end with the architecture of the big one; and with one
+block at the start there is no place between old blocks to interleave."""
 
 
 @dataclass(frozen=True)
 class Trace:
     """What a run recorded, row by row: what was spent until then, and the loss.
 
-    The loss is that on training data set aside for measuring, `held_out` that at the end on data
-    not trained on. `decisions` are the multiply-adds of deciding and inserting, at `sites`.
+    The loss is that on data not trained on, `training_loss` that at the end on training data,
+    `accuracy` the share of classes (characters) that are right then, on data not trained on.
+    `decisions` are the multiply-adds of deciding and inserting, at `sites`.
     """
 
     multiply_adds: tuple[int, ...]
     seconds: tuple[float, ...]
     loss: tuple[float, ...]
-    held_out: float
+    training_loss: float
+    accuracy: float
     sites: tuple[str, ...]
     decisions: int
 
 
-def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
+def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
     """Train until as much is spent as in the whole run of the big network.
 
     Initial values, data and the order of the batches are those of the seed, in every arm.
@@ -75,7 +84,7 @@ def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
     example = next(material.stream(seed))
     model = _network(task, seed, task.big if arm.begins_big else task.small)
     budget = task.steps * of_training_step(_network(task, seed, task.big), LOSS, example)
-    optimizer = torch.optim.Adam(model.parameters(), lr=task.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (task.warmup + 1)))
     meter = _Meter()
     grower = cg.Grower(
@@ -84,7 +93,7 @@ def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
         LOSS,
         material.deciding,
         rule=arm.rule(seed) if arm.rule else None,
-        when=lambda losses: len(losses) >= task.wait,
+        when=Plateau() if arm.at_plateaus else lambda losses: len(losses) >= task.wait,
         candidates=task.candidates,
         max_insertions=task.big - task.small if arm.rule else 0,
         solver=meter.solve,
@@ -104,10 +113,12 @@ def train(task: GrowthTask, arm: Arm, seed: int) -> Trace:
             cost, seconds = meter.of_asking(grower, pays_for_looking=arm.looks)
             spent, took, decisions = spent + cost, took + seconds, decisions + cost
             each = of_training_step(model, LOSS, example)
-        rows.append((spent, took, _loss(model, material.looking)))
+        rows.append((spent, took, _measured(model, material.held_out)["loss"]))
     multiply_adds, seconds, losses = zip(*rows, strict=True)
     sites = tuple(layer.name for layer in grower.record.insertions)
-    return Trace(multiply_adds, seconds, losses, _loss(model, material.held_out), sites, decisions)
+    training = _measured(model, material.training)["loss"]
+    accuracy = _measured(model, material.held_out)["accuracy"]
+    return Trace(multiply_adds, seconds, losses, training, accuracy, sites, decisions)
 
 
 class _Meter:
@@ -149,5 +160,9 @@ def _network(task: GrowthTask, seed: int, blocks: int) -> nn.Module:
     return task.network(blocks)
 
 
-def _loss(model: nn.Module, data: Sequence[Batch]) -> float:
-    return evaluate(model, {"loss": LOSS}, data)["loss"]
+def _measured(model: nn.Module, data: Sequence[Batch]) -> dict[str, float]:
+    return evaluate(model, {"loss": LOSS, "accuracy": _accuracy}, data)
+
+
+def _accuracy(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(1) == target).to(output.dtype).mean()

@@ -53,7 +53,7 @@ LEVELS = (0.5, 0.4, 0.3, 0.2, 0.1)
 """Training losses, in nats, to reach."""
 
 EVERY = 25
-"""Median curves are written every 25 epochs."""
+"""Median curves are written every 25 epochs, and those of up to 100 epochs at each epoch."""
 
 SIGNIFICANT = 0.05
 
@@ -117,8 +117,9 @@ def numbers(found: Reproduction) -> dict[str, Any]:
 
 
 def _arm(runs: Runs) -> dict[str, Any]:
-    low, median, high = np.quantile(runs.loss[::EVERY], [0.25, 0.5, 0.75], axis=1)
-    curve = {"every": EVERY, "median": _list(median), "low": _list(low), "high": _list(high)}
+    every = EVERY if len(runs.loss) > 100 else 1
+    low, median, high = np.quantile(runs.loss[::every], [0.25, 0.5, 0.75], axis=1)
+    curve = {"every": every, "median": _list(median), "low": _list(low), "high": _list(high)}
     return {
         "final_loss": _list(final_loss(runs)),
         "test_error": _list(runs.test_error[-1]),

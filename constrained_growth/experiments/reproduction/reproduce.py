@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from constrained_growth._progress import progress_bar
-from constrained_growth.experiments.caching import cache_file, cached
+from constrained_growth.experiments.caching import cache_file, cached, digest
 from constrained_growth.experiments.ensembles.growth import (
     NewLayer,
     frobenius,
@@ -87,7 +86,7 @@ def reproduce(
 def _key(experiment: Experiment, seeds: Sequence[int], dtype: torch.dtype) -> str:
     """Of the cache; changes with protocol, seeds and precision."""
     described = repr((experiment, tuple(seeds), dtype)).replace(hex(id(experiment.data)), "")
-    return f"{experiment.name}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+    return digest(experiment.name, described)
 
 
 def forget(

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from constrained_growth.experiments.reproduction.protocols import Experiment
+from constrained_growth.experiments.statistics import Array
 
-Array = NDArray[np.floating]
 Integers = NDArray[np.integer]
 
 LAST = 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from rich.text import Text
 from torch import Tensor
 
 import constrained_growth as cg
+from constrained_growth._progress import progress_bar
 from constrained_growth.experiments.speed.networks import CLASSES, INPUTS, Network, feedforward
 from constrained_growth.experiments.tables import interval, titled
 from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
@@ -48,8 +50,10 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         in steps, and the operations in matrix products of a "step" (forward, backward and the
         gradient of θ: 6 for each weight and sample) and of the multipliers, "exact".
     """
+    sizes = list(itertools.product(plan.widths, plan.batches))
     with one_thread():
-        cells = [_cell(w, b, plan, seed) for w in plan.widths for b in plan.batches]
+        bar = progress_bar(sizes, desc="monitoring", unit="cell")
+        cells = [_cell(width, batch, plan, seed) for width, batch in bar]
         here = machine()
     return {"machine": here, "seed": seed, "cells": cells}
 

@@ -34,6 +34,7 @@ from constrained_growth.norms import (
 )
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
+from constrained_growth.rules.composition import keeps_state
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
@@ -257,7 +258,7 @@ def sensitivities_of(
         return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
 
     # by the process with the most groups, of which some moments are made
-    sizes = everywhere(values, problem.group) if shared else [values()]
+    sizes = everywhere(values, problem.group)
     # made when they are first read, or, of several processes, at once where λ is small enough
     every: list[dict[str, tuple[float, ...]]] = []
     if shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM:
@@ -293,7 +294,7 @@ def sensitivities_of(
 
 def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
     """How often a rule would decide the same, once someone wants to know."""
-    if needs_model(rule) or hasattr(rule, "state_dict"):
+    if needs_model(rule) or keeps_state(rule):
         return math.nan
     return Later(lambda _: agreement(sensitivities, rule))
 
@@ -358,6 +359,7 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
 def _size_of_theta(model: nn.Module) -> float:
     """‖θ‖₂ over the trainable parameters, without a copy of them."""
     each = (p.detach() for p in model.parameters() if p.requires_grad)
+    # in bfloat16 a norm would have two digits
     dtypes = ((p, torch.promote_types(p.dtype, torch.float32)) for p in each)
     return math.hypot(*(float(whole(torch.linalg.vector_norm(p, dtype=d))) for p, d in dtypes))
 

@@ -20,13 +20,7 @@ from constrained_growth._multipliers.groups import Span, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
 from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.untouched import eagerly, is_untouched
-from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import MomentNorm
-from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.rules.rule import decide
-from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
-from constrained_growth.solve import (
+from constrained_growth._solve import (
     agreement_of,
     groups_of,
     norm_of,
@@ -34,6 +28,12 @@ from constrained_growth.solve import (
     solution_of,
     wanted_by,
 )
+from constrained_growth.errors import DataError, RuleError
+from constrained_growth.norms import MomentNorm
+from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules import DecisionRule, TopK
+from constrained_growth.rules.rule import decide
+from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
 
 
 @contextmanager
@@ -242,6 +242,7 @@ class Monitor:
             self._settle()
             batch = _Batch(batch_size(args, kwargs), scale, self._window)
             forward = self._collector.begin(self._take, batch, keeps=True)
+            # weakly: it goes with the graph of a pass that is never differentiated (validation)
             batch.runs, self._latest = forward.seen, weakref.ref(forward)
         self._watch(watched)
 
@@ -260,6 +261,7 @@ class Monitor:
             forward.settle()
 
     def _take(self, index: int, uses: list[Use], batch: _Batch) -> None:
+        # only then, as asking makes the device wait
         if callable(self._scale) and not all(bool(use.delta.isfinite().all()) for use in uses):
             return
         if batch.scale != 1.0:  # in a precision where what is small stays
