@@ -14,7 +14,7 @@ COMMANDS = [
     ["--help"],
     *(
         ["bench", name, "--help"]
-        for name in ("multipliers", "monitoring", "decisions", "growth", "expansion")
+        for name in ("multipliers", "monitoring", "device", "decisions", "growth", "expansion")
     ),
     *([name, "--help"] for name in ("demo", "bench", "expand", "reproduce")),
 ]
