@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -78,8 +79,8 @@ def account(found: Numbers) -> str:
 def picture(found: Numbers) -> Figure:
     """Losses on test images with the layer at each place, beside the sizes that decided."""
     run = found["runs"][found["median"]]
-    figure = Figure(figsize=(11, 5.4), dpi=160, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))
+    figure = Figure(figsize=(11, 5.4), dpi=160, layout=layout)
     left, right = figure.subplots(1, 2, width_ratios=(1.6, 1))
     _curves(left, run, found["setting"]["every"])
     plot_sensitivities(

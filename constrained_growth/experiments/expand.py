@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from rich.console import Group, RenderableType
@@ -149,7 +149,7 @@ def rule_of(where: str, k: int, old: Data, batch: int, seed: int) -> Rule:
     if where == "random":
         return cg.Random(k, seed)
     if where in get_args(Where):
-        return cg.rules.Placed(where, k)  # type: ignore[arg-type]
+        return cg.rules.Placed(cast(Where, where), k)
     try:
         places = dict.fromkeys(int(place) for place in where.split(","))
     except ValueError:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from constrained_growth._style import GROWN, INK, KEPT, QUIET, scale, tidy
 from constrained_growth.experiments.growth.runs import BIG
@@ -36,8 +37,8 @@ def reproduction(found: Content) -> Figure:
     panels += [when] if found["inserted_at"] else []
     panels += [sensitivities]
     rows = (len(panels) + 1) // 2
-    figure = Figure(figsize=(10, 3.9 * rows + 0.6), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.1, w_pad=0.12)  # type: ignore[union-attr]
+    layout = ConstrainedLayoutEngine(h_pad=0.1, w_pad=0.12)
+    figure = Figure(figsize=(10, 3.9 * rows + 0.6), dpi=100, layout=layout)
     protocol = found["protocol"]
     figure.suptitle(
         f"{protocol['name']}: {protocol['family']} {list(protocol['widths'])}, "
