@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from constrained_growth._extras import extra_packages
 
@@ -22,15 +22,6 @@ GROWN = "#D55E00"
 MARK: dict[str, Any] = {"color": INK, "linestyle": (0, (4, 3)), "linewidth": 1}
 """A moment or a limit, across the panel."""
 
-CURVES: tuple[dict[str, Any], ...] = (
-    {"color": KEPT, "linestyle": "--"},
-    {"color": GROWN, "linestyle": "-"},
-    {"color": "#009E73", "linestyle": "-."},
-    {"color": "#CC79A7", "linestyle": ":"},
-    {"color": "#56B4E9", "linestyle": (0, (6, 1, 1, 1, 1, 1))},
-)
-"""Curves of one panel: each differs from the others in its line too, not only in its colour."""
-
 
 def figure(width: float = 7, height: float = 4.2) -> Figure:
     """A new figure, of so many inches."""
@@ -42,11 +33,11 @@ def axes(height: float) -> Axes:
     return figure(height=height).subplots()
 
 
-def tidy(ax: Axes, grid: str) -> None:
+def tidy(ax: Axes, grid: Literal["x", "y", "both"]) -> None:
     """Apply the common style, with grid lines across the axis "x", "y" or "both"."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(QUIET)
-    ax.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.8)  # type: ignore[arg-type]
+    ax.grid(axis=grid, color=QUIET, alpha=0.3, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=10, colors=INK)
     ax.xaxis.label.set(fontsize=11, color=INK)

@@ -17,7 +17,6 @@ from typing import Any
 from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
 from constrained_growth._style import (
-    CURVES,
     GROWN,
     INK,
     KEPT,
@@ -45,8 +44,6 @@ with extra_packages():
 
 __all__ = [
     "plot_architecture",
-    "plot_growth",
-    "plot_losses",
     "plot_predictions",
     "plot_run",
     "plot_sensitivities",
@@ -124,74 +121,6 @@ def plot_solution(solution: Solution) -> Figure:
     chosen = listed(solution.decision.chosen, most=60) or "nothing"
     made.suptitle(f"insert {chosen}", fontsize=12, color=INK, x=0.02, ha="left")
     plot_sensitivities(solution, made.subplots())
-    return made
-
-
-def plot_losses(
-    before: Sequence[float],
-    after: Mapping[str, Sequence[float]],
-    ax: Axes | None = None,
-    *,
-    event: str = "layer inserted",
-    ylabel: str = "training loss [nats]",
-) -> Axes:
-    """The loss up to an insertion and in several continuations.
-
-    The vertical axis is logarithmic where the losses span a factor of five or more.
-
-    Args:
-        before: Loss after 0, 1, … epochs, up to the insertion.
-        after: Name → loss 0, 1, … epochs after the insertion.
-        ax: Where to draw; None for a new figure.
-        event: Label of the insertion.
-        ylabel: Name and unit of the loss.
-    """
-    instance("after", after, Mapping, GrowthError, "name → losses")
-    for name, losses in {"before": before, **after}.items():
-        _check_curve(name, losses)
-    ax = ax or axes(height=4.2)
-    start = len(before) - 1
-    ax.plot(range(len(before)), before, color=INK, linewidth=2, label="before")
-    for (name, losses), style in zip(after.items(), itertools.cycle(CURVES)):
-        end = f"{losses[-1]:.3g} at the end" if math.isfinite(losses[-1]) else "diverged"
-        ax.plot(
-            range(start, start + len(losses)), losses, **style, linewidth=2, label=f"{name}, {end}"
-        )
-    ax.axvline(start, **MARK, label=event)
-    scale(ax, [*before, *itertools.chain(*after.values())])
-    ax.set_xlim(0, max(start + len(losses) - 1 for losses in (*after.values(), [0])))
-    legend(ax)
-    ax.set_xlabel("epoch")
-    ax.set_ylabel(ylabel)
-    tidy(ax, grid="y")
-    return ax
-
-
-def plot_growth(
-    before: Sequence[float],
-    after: Mapping[str, Sequence[float]],
-    sensitivities: Solution | Mapping[str, Sensitivity],
-    *,
-    chosen: Collection[str] | None = None,
-    title: str = "",
-    subtitle: str = "",
-) -> Figure:
-    """`plot_losses` around an insertion beside the `plot_sensitivities` that decided it.
-
-    The arguments are theirs, with a line each for the title and the subtitle.
-    """
-    made = figure(11, 5.4)
-    made.get_layout_engine().set(w_pad=0.15, h_pad=0.1, rect=(0, 0, 1, 0.86))  # type: ignore[union-attr]
-    losses, bars = made.subplots(1, 2, width_ratios=(1.75, 1))
-    if chosen is None:
-        chosen = sensitivities.decision.chosen if isinstance(sensitivities, Solution) else ()
-    event = f"{', '.join(chosen)} inserted" if chosen else "nothing inserted"
-    plot_losses(before, after, losses, event=event)
-    plot_sensitivities(sensitivities, bars, chosen=chosen)
-    for panel, heading in ((losses, "What the insertion did"), (bars, "What decided it")):
-        panel.set_title(heading, loc="left", fontsize=12, color=INK, pad=18)
-    made.text(0.015, 0.965, title, fontsize=15, fontweight="bold", color=INK, va="top")
-    made.text(0.015, 0.895, subtitle, fontsize=10.5, color=INK, va="top")
     return made
 
 

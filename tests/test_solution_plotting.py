@@ -58,44 +58,17 @@ def test_bars_of_a_solution_highlight_its_decision() -> None:
     assert figure.get_suptitle() == f"insert {', '.join(solution.decision.chosen)}"
 
 
-def test_curves_hold_the_losses_and_the_insertion() -> None:
-    ax = plots.plot_losses([1.0, 0.5], {"kept": [0.5, 0.4], "grown": [0.5, 0.05]})
-    before, kept, grown, insertion = ax.get_lines()
-    assert before.get_xydata().tolist() == [[0, 1.0], [1, 0.5]]  # type: ignore[union-attr]
-    assert kept.get_xydata().tolist() == [[1, 0.5], [2, 0.4]]  # type: ignore[union-attr]
-    assert grown.get_xydata().tolist() == [[1, 0.5], [2, 0.05]]  # type: ignore[union-attr]
-    assert np.unique(insertion.get_xdata()).tolist() == [1]
-    assert (ax.get_yscale(), ax.get_ylabel()) == ("log", "training loss [nats]")
-    assert plots.plot_losses([1.0, 0.9], {"kept": [0.9, 0.8]}).get_yscale() == "linear"
-
-
-def test_the_legend_says_where_curves_end() -> None:
-    ax = plots.plot_losses([1.0, 0.5], {"grown": [0.5, math.nan], "kept": [0.5, 0.4]})
-    assert labels(ax) == ["before", "grown, diverged", "kept, 0.4 at the end", "layer inserted"]
-
-
-def test_both_side_by_side() -> None:
-    figure = plots.plot_growth([1.0, 0.5], {"grown": [0.5, 0.1]}, FOUND, chosen=("c",), title="T")
-    losses, sensitivities = figure.axes
-    assert labels(losses)[-1] == "c inserted"
-    assert len(bars(sensitivities)) == 3
-    assert [text.get_text() for text in figure.texts] == ["T", ""]
-    figure = plots.plot_growth([1.0, 0.5], {"kept": [0.5, 0.1]}, FOUND)
-    assert labels(figure.axes[0])[-1] == "nothing inserted"
-
-
 def test_ticks_are_plain_numbers_and_every_panel_is_readable_in_grey() -> None:
     """Also where an axis spans less than a decade; curves differ in more than their colours."""
-    curves = {f"curve {i}": [3.0, 0.5 + 0.1 * i] for i in range(5)}
-    several = plots.plot_growth([6.0, 3.0], curves, FOUND, chosen=("c",))
     run = plots.plot_run(
         [6.0, 0.9], {1: "a"}, {1: {"a": 0.3, "b": 3.4}, 2: {"a": 0.1}}, {1: ("a",)}
     )
     others = [
+        plots.plot_sensitivities(FOUND, chosen=("c",)).figure,
         plots.plot_predictions([0.1], [0.2]).figure,
         plots.plot_architecture({"0.weight": (4, 2)}, {"1.weight": (4, 2)}).figure,
     ]
-    for figure in (several, run, *others):
+    for figure in (run, *others):
         figure.canvas.draw()
         for ax in figure.axes:
             ticks = [text.get_text() for text in (*ax.get_xticklabels(), *ax.get_yticklabels())]
@@ -104,5 +77,4 @@ def test_ticks_are_plain_numbers_and_every_panel_is_readable_in_grey() -> None:
             shown = [line for line in ax.get_lines() if not str(line.get_label()).startswith("_")]
             dashes = [vars(line)["_dash_pattern"] for line in shown]
             looks = [(d, line.get_marker()) for d, line in zip(dashes, shown, strict=True)]
-            looks = looks[1:] if ax is several.axes[0] else looks  # the first ends where they begin
             assert len({str(look) for look in looks}) == len(looks)
