@@ -152,14 +152,15 @@ def test_a_run_spends_what_the_big_one_does_and_is_the_same_again(task: GrowthTa
 
 
 def test_charged_for_the_decision_is_the_pass_and_the_look_at_the_output() -> None:
-    """The pass over the data that decide, counted apart; and four forward passes of a batch."""
+    """The pass over the data that decide, counted apart; and of the model and its average four
+    forward passes of a batch each."""
     task = replace(TINY[0], big=2, steps=3)
     found = {name: train(task, ARM[name], 0, 0.0) for name in ("sensitivity", "last")}
     material, loss_fn = task.material(0), nn.CrossEntropyLoss()
     torch.manual_seed(0)
     small = task.network(1)
     inputs, _ = material.deciding[0]
-    looks = 2 * sum(counted(lambda n=n: task.network(n)(inputs)) for n in (1, 2))
+    looks = 4 * sum(counted(lambda n=n: task.network(n)(inputs)) for n in (1, 2))
     assert found["last"].decisions == looks
 
     def decide() -> cg.Solution:

@@ -44,7 +44,7 @@ class Plan:
 
     tasks: Sequence[GrowthTask]
     seeds: int
-    rates: Sequence[float] = (0.003, 0.01, 0.03)
+    rates: Sequence[float] = (0.005, 0.01)
     tuned_on: int = 1
     workers: int = 2
 

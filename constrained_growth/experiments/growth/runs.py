@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import constrained_growth as cg
 from constrained_growth.experiments.growth.counting import MultiplyAdds, of_training_step
@@ -38,6 +39,9 @@ LOSS = nn.CrossEntropyLoss()
 
 CLIP = 1.0
 """Gradients are clipped to this norm in every arm; without, big networks sometimes diverge."""
+
+AVERAGE = 0.99
+"""How much of the moving average of the weights stays in a step, in every arm."""
 
 BIG = "big"
 """The arm with which the others are compared."""
@@ -78,7 +82,9 @@ def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
     """Train until as much is spent as in the whole run of the big network.
 
     Initial values, data and the order of the batches are those of the seed, in every arm.
-    Measuring the loss counts neither as multiply-adds nor as seconds.
+    The learning rate rises linearly over the first `warmup` steps. The loss is that of a moving
+    average of the weights, so that no schedule has to know when a run ends. Measuring it counts
+    neither as multiply-adds nor as seconds.
     """
     material = task.material(seed)
     example = next(material.stream(seed))
@@ -86,6 +92,7 @@ def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
     budget = task.steps * of_training_step(_network(task, seed, task.big), LOSS, example)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scheduler = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (task.warmup + 1)))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE))
     meter = _Meter()
     grower = cg.Grower(
         model,
@@ -97,6 +104,7 @@ def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
         candidates=task.candidates,
         max_insertions=task.big - task.small if arm.rule else 0,
         solver=meter.solve,
+        averaged=averaged,
     )
     stream = material.stream(seed)
     each = of_training_step(model, LOSS, example)
@@ -106,6 +114,7 @@ def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
         began = time.perf_counter()
         for batch in itertools.islice(stream, task.row):
             _step(grower, batch)
+            averaged.update_parameters(model)
             scheduler.step()
         due = grower.observe()
         spent, took = spent + task.row * each, took + time.perf_counter() - began
@@ -113,11 +122,11 @@ def train(task: GrowthTask, arm: Arm, seed: int, lr: float) -> Trace:
             cost, seconds = meter.of_asking(grower, pays_for_looking=arm.looks)
             spent, took, decisions = spent + cost, took + seconds, decisions + cost
             each = of_training_step(model, LOSS, example)
-        rows.append((spent, took, _measured(model, material.held_out)["loss"]))
+        rows.append((spent, took, _measured(averaged, material.held_out)["loss"]))
     multiply_adds, seconds, losses = zip(*rows, strict=True)
     sites = tuple(layer.name for layer in grower.record.insertions)
-    training = _measured(model, material.training)["loss"]
-    accuracy = _measured(model, material.held_out)["accuracy"]
+    training = _measured(averaged, material.training)["loss"]
+    accuracy = _measured(averaged, material.held_out)["accuracy"]
     return Trace(multiply_adds, seconds, losses, training, accuracy, sites, decisions)
 
 

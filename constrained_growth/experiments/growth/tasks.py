@@ -54,9 +54,9 @@ class GrowthTask:
     warmup: int = 50  # steps over which the learning rate rises linearly from 0
     small: int = 1  # blocks at the start of the runs that grow
     big: int = 8  # and at their end
-    steps: int = 800  # of the big network; all arms may spend as many multiply-adds
-    row: int = 40  # steps between two measurements of the loss
-    wait: int = 3  # rows before each insertion
+    steps: int = 2000  # of the big network; all arms may spend as many multiply-adds
+    row: int = 50  # steps between two measurements of the loss
+    wait: int = 5  # rows before each insertion
 
     @property
     def settings(self) -> dict[str, int | float | str]:
@@ -221,6 +221,8 @@ MNIST1D = GrowthTask(
     _curves_network,
     partial(ResidualConv1d, _CURVE_CHANNELS, 3),
     (Stem, ResidualConv1d),
+    steps=1500,
+    wait=4,
 )
 
 GPT_TEXT = GrowthTask(
@@ -232,7 +234,6 @@ GPT_TEXT = GrowthTask(
     (Embed, TransformerBlock),
     warmup=100,
     big=4,
-    steps=2000,
     row=40,
     wait=17,
 )
