@@ -209,6 +209,11 @@ def _in_slots(value: object) -> list[tuple[Any, Any]]:
     return [(slot, getattr(value, slot.__name__, _UNSET)) for slot in slots]
 
 
+def has_slots(value: object) -> bool:
+    """Whether `__slots__` declare attributes of it."""
+    return bool(_in_slots(value))
+
+
 def _slot_values(value: object) -> list[Any]:
     return [inside for _, inside in _in_slots(value)]
 
@@ -246,7 +251,7 @@ def _is_state(value: object) -> bool:
     kinds = [kind for kind in type(value).__mro__ if kind.__module__ not in ("builtins", "typing")]
     return (
         not isinstance(value, type)
-        and (hasattr(value, "__dict__") or bool(_in_slots(value)))
+        and (hasattr(value, "__dict__") or has_slots(value))
         and not _is_of_others(type(value).__module__)
         and not any(kind.__module__.partition(".")[0] == "torch" for kind in kinds)
     )
