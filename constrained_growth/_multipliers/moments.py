@@ -7,6 +7,7 @@ of the samples tells enough.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,7 +180,7 @@ class MomentSums:
             add_products(cotangents, psi, psi, weight**2, span, offset)
         add_sums(self._means[name], over_positions(phi), 1.0, span, offset)
         if len(features) == 1:
-            sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
+            sizes = torch.linalg.vector_norm(psi, dim=(1, 2)).square()
             add_sums(self._traces[name], sizes, weight**2, span, offset)
 
     def close(self) -> None:
@@ -346,12 +347,14 @@ def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
     return torch.cat(found).mT
 
 
+@functools.cache
 def _chosen(size: int, device: torch.device) -> Tensor | None:
     """The same random part each time, in order; None for all."""
     if size <= _MOST:
         return None
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    return order[:_MOST].sort().values.to(device)
+    with torch.inference_mode(False):  # as it is kept
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+        return order[:_MOST].sort().values.to(device)
 
 
 def _some(values: Tensor, dim: int) -> Tensor:
