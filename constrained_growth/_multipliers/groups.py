@@ -129,10 +129,9 @@ def add_factor(
         found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
     else:
         matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
-        if squares is not None and _forms_products(
-            *psi.shape[1:], phi.shape[2]
-        ):  # they serve both sums
-            products = psi.mT @ phi
+        _, positions, out = psi.shape
+        if squares is not None and _forms_products(positions, out, phi.shape[2]):
+            products = psi.mT @ phi  # they serve both sums
             add_sums(matrix, products, scale, span, offset)
             found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
         else:
