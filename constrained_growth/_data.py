@@ -58,12 +58,22 @@ def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[
 def undisturbed(data: Iterable[T]) -> Iterable[T]:
     """The data, to be iterated while its user may be in the middle of them.
 
-    A DataLoader with persistent workers has one iterator, which a second `iter(loader)` resets.
+    A DataLoader with persistent workers has one iterator, which a second `iter(loader)` resets. It
+    may be an attribute of an object that makes pairs of what it yields.
     """
-    if not (isinstance(data, DataLoader) and data.persistent_workers):
+    if isinstance(data, DataLoader):
+        changed = {"persistent_workers": False, "_iterator": None}
+        changed = changed if data.persistent_workers else {}
+    else:
+        inside = {
+            k: v for k, v in getattr(data, "__dict__", {}).items() if isinstance(v, DataLoader)
+        }
+        new = {name: undisturbed(loader) for name, loader in inside.items()}
+        changed = {name: loader for name, loader in new.items() if loader is not inside[name]}
+    if not changed:
         return data
     other = copy.copy(data)
-    vars(other).update(persistent_workers=False, _iterator=None)  # it refuses to be assigned to
+    vars(other).update(changed)  # a loader refuses to be assigned to
     return other
 
 

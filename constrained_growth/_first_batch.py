@@ -8,11 +8,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +27,7 @@ from constrained_growth._multipliers.agreement import (
 )
 from constrained_growth._multipliers.fit import check_fit, share_at_kinks
 from constrained_growth._sharding import is_sharded, is_spread
+from constrained_growth._sites.calls import watched_calls
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import (
@@ -187,16 +187,12 @@ def _run(
     with (
         untouched(model, loss_fn, first=True),
         collector.watching(),
-        _forward_calls(sites) as calls,
+        watched_calls(model, () if is_sharded(model) else sites) as calls,
     ):
         collector.begin(take)
         loss = checked_loss(loss_fn(call(model, input), target))
         for index, site in enumerate(sites):
-            if calls[site.module] > runs[index] > 0:
-                raise CandidateError(
-                    f'after="{site.after}": its forward() is called directly too, past all hooks; '
-                    "call the module itself, module(x), or choose another submodule."
-                )
+            calls.refuse(site, runs[index])
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
@@ -231,6 +227,13 @@ def _run(
                     "choose other submodules."
                 ) from error
             _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
+    if calls.listed:
+        warnings.warn(
+            "loss_fn, or the model, goes through the parameters of the model: λ is that of the "
+            "loss over those there are now, without what it will make of the parameters of a new "
+            "layer (a penalty on them, a step of an optimizer inside the loss).",
+            stacklevel=2,
+        )
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)
@@ -239,31 +242,6 @@ def _run(
         names = [site.after for site, flag in pairs if flag or not any(changed)]
         _refuse_kept_and_overwritten(model, loss_fn, first, names)
     return first, facts
-
-
-@contextmanager
-def _forward_calls(sites: Sequence[Site]) -> Iterator[Counter[nn.Module]]:
-    """Count the runs of `forward` at the sites: hooks do not see `module.forward(x)`."""
-    calls: Counter[nn.Module] = Counter()
-    # a `forward` that a library has set on a module stays there, and a script module takes none
-    modules = {site.module for site in sites if "forward" not in vars(site.module)}
-    modules = {module for module in modules if not isinstance(module, torch.jit.ScriptModule)}
-
-    def counted(module: nn.Module) -> Callable[..., Any]:
-        @functools.wraps(module.forward)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            calls[module] += 1
-            return type(module).forward(module, *args, **kwargs)
-
-        return forward
-
-    try:
-        for module in modules:
-            vars(module)["forward"] = counted(module)
-        yield calls
-    finally:
-        for module in modules:
-            vars(module).pop("forward", None)
 
 
 def _refuse_kept_and_overwritten(

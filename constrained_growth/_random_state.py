@@ -1,4 +1,4 @@
-"""A snapshot of all global random states: Python, NumPy, torch, CUDA."""
+"""Snapshots of random states: the global ones of Python, NumPy, torch and CUDA, and generators."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
+
+GENERATORS: Any = torch.Generator | random.Random | np.random.Generator | np.random.RandomState
+
+
+def state_of(generator: Any) -> Any:
+    """The state of a generator of one of these types."""
+    if isinstance(generator, np.random.Generator):
+        return generator.bit_generator.state
+    python = isinstance(generator, random.Random)
+    return generator.getstate() if python else generator.get_state()
+
+
+def set_state(generator: Any, state: Any) -> None:
+    """Put a generator back into a state of its own."""
+    if isinstance(generator, np.random.Generator):
+        generator.bit_generator.state = state
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.set_state(state)
 
 
 def random_state() -> dict[str, Any]:

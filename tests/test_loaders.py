@@ -1,13 +1,15 @@
 """A loader is read while its user may be in the middle of it."""
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import CROSS_ENTROPY, candidate, feedforward
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.rules import Trial
@@ -77,6 +79,62 @@ def test_epoch_under_way_goes_on(read: Callable[[nn.Module, Any], None], at: int
                 read(model, loader)
                 model = feedforward(2, 4, 4, 3)
         assert torch.equal(torch.cat(seen), loader.dataset.tensors[0])  # type: ignore[attr-defined]
+
+
+class Augmented(Dataset[Any]):
+    """Noise from generators of its own and from global ones."""
+
+    def __init__(self) -> None:
+        self.own = [np.random.default_rng(0), random.Random(0), np.random.RandomState(0)]
+        self.torch = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        one, two, three = self.own
+        noise = torch.rand(2, generator=self.torch) + torch.rand(2) + random.random()
+        noise += one.random() + two.random() + three.rand()
+        return noise, index % 3
+
+
+class Pairs:
+    """As people write it around a loader of something else."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {
+    "as it is": lambda loader: loader,
+    "wrapped": Pairs,
+    "rebatched": lambda loader: cg.rebatch(loader, 4),
+}
+
+
+@pytest.mark.parametrize(("way", "workers"), [*((way, 0) for way in WAYS), ("wrapped", 1)])
+def test_the_users_epochs_draw_what_they_would(way: str, workers: int) -> None:
+    model = feedforward(2, 4, 3)
+
+    def epochs(looks: bool) -> Tensor:
+        for seed in (torch.manual_seed, random.seed):
+            seed(0)
+        generator = torch.Generator().manual_seed(1)
+        options: Any = {"generator": generator, "persistent_workers": workers > 0}
+        loader = DataLoader(Augmented(), 4, True, num_workers=workers, **options)
+        seen = []
+        for _ in range(2):
+            for number, (inputs, _) in enumerate(data := WAYS[way](loader)):
+                seen.append(inputs)
+                if looks and number == 0:
+                    with torch.random.fork_rng():
+                        solve(model, data)
+        return torch.cat(seen)
+
+    assert torch.equal(epochs(True), epochs(False))
 
 
 def test_workers_that_persist_serve_the_training_itself() -> None:

@@ -18,11 +18,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from constrained_growth._random_state import GENERATORS, set_state, state_of
 
 T = TypeVar("T")
 
@@ -33,6 +36,8 @@ holds everything, as a trainer does, would lead to the data set."""
 _PLAIN = {type(None), bool, int, float, str}
 _CONTAINERS = {dict, OrderedDict, defaultdict, Counter, list, set, deque}
 _OTHERS = {*sys.stdlib_module_names, "torch", "numpy", "constrained_growth"}
+
+_UNSET: Any = object()
 
 _HOOKS = [name for name in vars(nn.Module()) if "_hooks" in name]
 """A module's dicts of hooks. What runs adds some, as Transformers does in a first pass, which are
@@ -61,13 +66,15 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
     memory = [(parameter, parameter.data) for parameter in parameters]
     changing = (t for t in tensors if not isinstance(t, nn.Parameter) or t in _WRITTEN)
     values = [(t, t.detach().clone()) for t in changing]
+    arrays = [(a, a.copy()) for a in found if type(a) is np.ndarray and a.flags.writeable]
     watching = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, _Writes)]
     writes = watching[0] if watching else _Writes(parameters if first else ())
     outer, writes.start = writes.start, len(writes.before)
     containers = [(value, value.copy()) for value in found if type(value) in _CONTAINERS]
+    slots = [(value, *pair) for value in found for pair in _in_slots(value)]
     modes = [(value, value.training) for value in found if isinstance(value, nn.Module)]
     hooks = [(some, set(some)) for module, _ in modes for some in _hooks_of(module)]
-    generators = [(g, g.get_state()) for g in found if isinstance(g, torch.Generator)]
+    generators = [(g, state_of(g)) for g in found if isinstance(g, GENERATORS)]
     try:
         with writes if first and not watching else ExitStack():
             yield
@@ -79,6 +86,11 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
                 fill = container.extend if hasattr(container, "extend") else container.update
                 container.clear()
                 fill(before)
+        for value, slot, before in slots:
+            if before is not _UNSET:
+                slot.__set__(value, before)
+            elif hasattr(value, slot.__name__):
+                slot.__delete__(value)
         for some, keys in hooks:
             for key in some.keys() - keys:
                 if not _is_of_others(getattr(some[key], "__module__", "torch")):
@@ -87,10 +99,12 @@ def restoring(*roots: object, first: bool = False) -> Iterator[None]:
             if module.training != training:
                 module.training = training
         for generator, state in generators:
-            generator.set_state(state)
+            set_state(generator, state)
         for parameter, data in memory:  # `parameter.data = …`, where a constraint renews it
             if parameter.data_ptr() != data.data_ptr():
                 parameter.data = data
+        for array, before in arrays:
+            array[...] = before
         with torch.no_grad():
             for tensor, before in (*values, *writes.before[writes.start :]):
                 if tensor.shape != before.shape:  # observers of a quantisation resize their buffers
@@ -146,7 +160,7 @@ class _Writes(TorchDispatchMode):
 
 
 def reached(*roots: object) -> Iterator[Any]:
-    """The modules, tensors, containers and generators that are reached from some objects.
+    """The modules, tensors, arrays, containers, generators and objects reached from some objects.
 
     A container counts as an attribute of an object. One that a function or a hook writes to is a
     note that the user takes, and only what is in it counts.
@@ -163,14 +177,15 @@ def reached(*roots: object) -> Iterator[Any]:
             if owned:
                 yield value
             inside = value.values() if isinstance(value, dict) else value
-        elif isinstance(value, Tensor | torch.Generator):
+        elif isinstance(value, Tensor | GENERATORS) or type(value) is np.ndarray:
             yield value
         elif isinstance(value, nn.Module):
             yield value
             hooks = _hooks_of(value)
             known.update(map(id, hooks))  # or they would be put back as containers of the module
             waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
-            inside, owned = (vars(value), *value.buffers(recurse=False)), True
+            inside = (vars(value), *value.buffers(recurse=False), *_slot_values(value))
+            owned = True
         elif isinstance(value, tuple):
             inside = value
         elif isinstance(value, types.MethodType):
@@ -180,8 +195,27 @@ def reached(*roots: object) -> Iterator[Any]:
         elif isinstance(value, types.FunctionType) and depth > 0:
             inside, depth, owned = _names_in(value), depth - 1, False
         elif depth > 0 and _is_state(value):
-            inside, depth, owned = (vars(value),), depth - 1, True
+            yield value  # for its slots
+            inside = (getattr(value, "__dict__", None), *_slot_values(value))
+            depth, owned = depth - 1, True
         waiting += [(item, depth, owned) for item in inside if type(item) not in _PLAIN]
+
+
+def _in_slots(value: object) -> list[tuple[Any, Any]]:
+    """The attributes that `__slots__` declare: descriptor and value, or `_UNSET`."""
+    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
+    found = [slot for kind in kinds for slot in vars(kind).values()]
+    slots: list[Any] = [slot for slot in found if isinstance(slot, types.MemberDescriptorType)]
+    return [(slot, getattr(value, slot.__name__, _UNSET)) for slot in slots]
+
+
+def has_slots(value: object) -> bool:
+    """Whether `__slots__` declare attributes of it."""
+    return bool(_in_slots(value))
+
+
+def _slot_values(value: object) -> list[Any]:
+    return [inside for _, inside in _in_slots(value)]
 
 
 def _hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
@@ -217,7 +251,7 @@ def _is_state(value: object) -> bool:
     kinds = [kind for kind in type(value).__mro__ if kind.__module__ not in ("builtins", "typing")]
     return (
         not isinstance(value, type)
-        and hasattr(value, "__dict__")
+        and (hasattr(value, "__dict__") or has_slots(value))
         and not _is_of_others(type(value).__module__)
         and not any(kind.__module__.partition(".")[0] == "torch" for kind in kinds)
     )

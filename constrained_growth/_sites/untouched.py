@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from constrained_growth._random_state import random_state, set_random_state
+from constrained_growth._random_state import GENERATORS, random_state, set_random_state
 from constrained_growth._sharding import reshard
 from constrained_growth._sites.snapshot import restoring
 
@@ -21,14 +21,14 @@ def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterato
     """Restore what running a model may change.
 
     That is buffers, other tensors, attributes, train and eval modes and `.grad` of the model and
-    of what a loss among the `others` leads to; the global random states; and the generators of a
-    data loader among them. Parameters too, if they are written to where the model runs for the
+    of what a loss among the `others` leads to; the global random states; and the generators that
+    data among them draw from. Parameters too, if they are written to where the model runs for the
     `first` time, or were then.
     """
     reshard(model)  # whole parameters that a pass has left would be taken for the model's own
     state = random_state()
     token = _UNTOUCHED.set(True)
-    generators = [generator for other in others for generator in generators_of(other)]
+    generators = [generator for other in others for generator in _drawn_from(other)]
     with restoring(model, *filter(callable, others), *generators, first=first):
         try:
             yield
@@ -88,6 +88,33 @@ def generators_of(other: object) -> list[torch.Generator]:
         within = (getattr(holder, name, None) for name in ("batch_sampler", "sampler"))
         holders += [sampler for sampler in within if sampler is not None]
     return list(found.values())
+
+
+def _drawn_from(data: object) -> Iterator[Any]:
+    """The generators that data draw from: those of a loader and its samplers, and of a data set.
+
+    They are looked for in the attributes of objects and in short lists: one of transforms, say.
+    """
+    waiting, known = [(data, _DEPTH)], set[int]()
+    while waiting:
+        value, depth = waiting.pop()
+        if id(value) in known or depth == 0 or isinstance(value, torch.Tensor | nn.Module | type):
+            continue
+        known.add(id(value))
+        if isinstance(value, GENERATORS):
+            yield value
+        elif type(value) in (list, tuple):  # a user's own may read a file for each item
+            waiting += [(item, depth) for item in (value if len(value) < _SHORT else ())]
+        else:
+            state = getattr(value, "__dict__", {})
+            # workers have generators of their own
+            waiting += [(item, depth - 1) for key, item in state.items() if key != "_iterator"]
+
+
+_DEPTH = 6
+"""How many objects lie on the way to a generator: a loader, its data set, its transforms, …"""
+
+_SHORT = 100
 
 
 @contextmanager

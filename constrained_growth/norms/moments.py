@@ -227,9 +227,9 @@ class KroneckerFisher:
             matrix, features = _with_bias(matrix, features, bias, mean)
         left = whitened(matrix, cotangents, self.damping)
         constant = bias is not None
-        both = whitened(left.mT, features, self.damping, constant=constant).double()
+        both = whitened(left.mT, features, self.damping, constant=constant)
         if self.ord == "fro":
-            return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
+            return torch.linalg.vector_norm(both.double(), dim=(-2, -1)).reshape(-1)
         return singular_values_of(both)
 
 
@@ -303,11 +303,12 @@ _SMALL = 128
 
 
 def singular_values_of(matrices: Tensor) -> Tensor:
-    """The singular values of matrices, in one row."""
-    if min(matrices.shape[-2:]) <= _SMALL:
-        return torch.linalg.svdvals(matrices).flatten()
-    # in a third of the time, to half of the digits
-    flat = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    """The singular values of matrices, in one row and in float64."""
+    flat = matrices.double()
+    if matrices.dtype == torch.float64 and min(matrices.shape[-2:]) <= _SMALL:
+        return torch.linalg.svdvals(flat).flatten()
+    # in a third to half of the time, to half of the digits: those that single precision has
+    flat = flat if flat.shape[-2] <= flat.shape[-1] else flat.mT
     return torch.linalg.eigvalsh(flat @ flat.mT).clamp(min=0).sqrt()
 
 

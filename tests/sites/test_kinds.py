@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CROSS_ENTROPY, Gain, classified, nothing_left_behind, refused
+from helpers import CROSS_ENTROPY, Gain, nothing_left_behind, refused
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
@@ -527,15 +527,3 @@ def test_plain_models_have_a_closed_form() -> None:
     batch = (torch.randn(6, 3), torch.randint(3, (6,)))
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, [batch], [cg.Candidate("1", residual())])
     assert problem.method is cg.Method.CLOSED_FORM
-
-
-def test_a_module_whose_forward_is_called_directly_too() -> None:
-    class Twice(nn.Sequential):
-        def forward(self, input: Tensor) -> Tensor:
-            x = self[0](input)
-            return self[3](self[1](x) + self[1].forward(self[2](x)))
-
-    model, data = Twice(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)), classified(8)
-    one = cg.Candidate("1", cg.blocks.ResidualMLP(4, 3, torch.tanh))
-    with nothing_left_behind(model), refused(cg.CandidateError, 'after="1"', "module(x)"):
-        cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -45,6 +47,7 @@ class Centre(nn.Module):
         self.register_buffer("centre", torch.full((3,), 0.5, dtype=torch.float64))
         self.plain = torch.ones(3, dtype=torch.float64)
         self.count, self.latest = 0, [0.0]
+        self.array, self.random = np.zeros(3), np.random.default_rng(0)
         self.norm = nn.BatchNorm1d(3, dtype=torch.float64)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
@@ -52,12 +55,14 @@ class Centre(nn.Module):
         self.plain = 0.9 * self.plain + 0.1 * self.centre
         self.count += 1
         self.latest.append(float(output.detach().sum()))
+        self.array += self.random.random(3)
         shifted = self.norm(output) - self.centre - self.plain
         return cross_entropy(shifted, target)
 
     def state(self) -> list[Any]:
         tensors = [self.centre, self.plain, *self.norm.buffers()]
-        return [self.count, list(self.latest), *(tensor.tolist() for tensor in tensors)]
+        own = [self.array.tolist(), self.random.bit_generator.state]
+        return [self.count, list(self.latest), *own, *(tensor.tolist() for tensor in tensors)]
 
 
 class Meter:
@@ -85,6 +90,20 @@ class Trainer:
         return self.loss(output, target)
 
 
+@dataclass(slots=True)
+class Slots:
+    """A loss whose attributes are in slots, of which one is filled by its first call."""
+
+    centre: Centre
+    meter: Meter
+    last: Tensor = field(init=False)
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.meter.update(output)
+        self.centre, self.last = copy.deepcopy(self.centre), output.detach()
+        return self.centre(output, target)
+
+
 def closure(centre: Centre, meter: Meter) -> Callable[..., Tensor]:
     def loss(output: Tensor, target: Tensor) -> Tensor:
         meter.update(output)
@@ -109,6 +128,7 @@ LOSSES: dict[str, Callable[[Centre, Meter], Any]] = {
     "module": lambda centre, meter: centre,
     "bound method": lambda centre, meter: Trainer(centre, meter).loss,
     "object": Trainer,
+    "slots": Slots,
     "partial": lambda centre, meter: partial(with_two, centre, meter=meter),
     "closure": closure,
     "globals": lambda centre, meter: with_globals,
@@ -132,6 +152,9 @@ def test_what_a_loss_keeps_is_put_back(kind: str, fails: bool) -> None:
     else:
         cg.solve(problem)
     assert (centre.state(), meter.sums.tolist(), meter.count) == before
+    if isinstance(loss_fn, Slots):
+        assert loss_fn.centre is centre
+        assert not hasattr(loss_fn, "last")
 
 
 def test_a_generator_and_gradients_of_the_loss_are_put_back() -> None:

@@ -1,0 +1,154 @@
+"""Who runs a module without having got it from the model passes by the layer that stands there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    CROSS_ENTROPY,
+    assert_multipliers,
+    classified,
+    nothing_left_behind,
+    refused,
+    solved,
+)
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+import constrained_growth as cg
+
+
+def residual() -> cg.Candidate:
+    return cg.Candidate("b", cg.blocks.ResidualMLP(4, 3, torch.tanh))
+
+
+class Net(nn.Module):
+    """What `hold` makes of its second layer is kept where the model does not look for modules."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any] = lambda b: None) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.held = hold(self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        return self.c(self.b(h) + self.other(h.sin()))
+
+    def other(self, h: Tensor) -> Tensor:
+        return h if self.held is None else self.held(h)
+
+
+class InList(Net):
+    def other(self, h: Tensor) -> Tensor:
+        for layer in self.held:
+            h = layer(h)
+        return h
+
+
+class OnlyInList(InList):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.other(self.a(x).tanh()))
+
+
+KEPT: dict[str, Callable[[], Net]] = {
+    "a bound method": lambda: Net(lambda b: b.__call__),
+    "a plain list": lambda: InList(lambda b: [b, torch.tanh]),
+    "a plain list alone": lambda: OnlyInList(lambda b: [b, torch.tanh]),
+    "a function": lambda: Net(lambda b: lambda x: b(x).sin()),
+    "the loss": Net,
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_a_module_that_someone_holds_is_refused(kind: str) -> None:
+    model = KEPT[kind]()
+    part = model.b
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        more = part(output[:, :1].expand(-1, 4)).sin().mean() if kind == "the loss" else 0.0
+        return cross_entropy(output, target) + more
+
+    data, one = classified(8), residual()
+    with nothing_left_behind(model), refused(cg.CandidateError, '"b"', "not got it from", "loss"):
+        solved(model, data, one, loss_fn=loss_fn)
+    assert model.b is part
+    solved(model, data, cg.Candidate("a", one.block), loss_fn=loss_fn)
+
+
+def test_a_part_that_the_loss_gets_from_the_model_has_the_layer() -> None:
+    """And one that is held but runs without gradients is the same at the pins."""
+    torch.manual_seed(0)
+    model, data = Net(), classified(8)
+
+    def loss_of(model: Net, held: nn.Module) -> Callable[..., Tensor]:
+        def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+            with torch.no_grad():
+                scale = held(torch.ones(4)).mean()
+            again = model.b(output[:, :1].expand(-1, 4))
+            return cross_entropy(output, target) + scale * again.sin().mean()
+
+        return loss_fn
+
+    solution = solved(model, data, residual(), loss_fn=loss_of(model, model.b))
+    grown, held = copy.deepcopy(model), model.b
+    chosen = cg.Solution(**{**vars(solution), "decision": cg.Decision(("b",))})
+    pins = dict(cg.insert(grown, chosen).new_parameters(grown))
+    names = {key: pins[f"b.inserted.{key}"] for key in solution.multipliers["b"]}
+    loss = loss_of(grown, held)(grown(data[0][0]), data[0][1])
+    grads = torch.autograd.grad(loss, list(names.values()))
+    expected = {key: -grad for key, grad in zip(names, grads, strict=True)}
+    assert_multipliers(solution, "b", expected, 1e-12)
+
+
+def penalty(model: nn.Module, *_: Any) -> Tensor:
+    return sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
+
+
+def inner_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """One step of meta-learning."""
+    names, values = zip(*model.named_parameters(), strict=True)
+    grads = torch.autograd.grad(cross_entropy(model(x), y), values, create_graph=True)
+    stepped = {n: p - 0.1 * g for n, p, g in zip(names, values, grads, strict=True)}
+    return cross_entropy(functional_call(model, stepped, (x,)), y)
+
+
+def average(model: nn.Module, *_: Any) -> Tensor:
+    """As a teacher takes it: nothing of it has a gradient."""
+    with torch.no_grad():
+        return penalty(model)
+
+
+def first_dtype(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
+    return x.sum().to(next(model.parameters()).dtype)
+
+
+@pytest.mark.parametrize("of", [penalty, inner_step, average, first_dtype])
+def test_a_loss_of_all_parameters_is_told_what_is_left_out(of: Callable[..., Tensor]) -> None:
+    model, data = Net(), [(x, (x, y)) for x, y in classified(8)]
+
+    def loss_fn(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(output, target[1]) + of(model, *target)
+
+    told = of in (penalty, inner_step)
+    with pytest.warns(UserWarning, match="parameters of a new layer") if told else nullcontext():
+        problem = cg.GrowthProblem(model, loss_fn, data, [residual()])
+    assert "named_parameters" not in vars(model)
+    cg.solve(problem)
+
+
+def test_a_module_whose_forward_is_called_directly_too() -> None:
+    class Twice(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            x = self[0](input)
+            return self[3](self[1](x) + self[1].forward(self[2](x)))
+
+    model, data = Twice(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)), classified(8)
+    one = cg.Candidate("1", residual().block)
+    with nothing_left_behind(model), refused(cg.CandidateError, 'after="1"', "module(x)"):
+        cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
