@@ -62,8 +62,8 @@ def solve(
 ) -> Solution:
     """The multipliers of all pins, how large they are, and the decision of a rule about them.
 
-    One forward and one backward pass over the data; nothing about the model, its gradients,
-    buffers, modes or the random state is changed.
+    One forward and one backward pass over the data, in the mode (train or eval) in which the model
+    is; nothing about the model, its gradients, buffers, modes or the random state is changed.
 
         λ_c = −∇_{v_c} L(θ, 0),   sensitivity = ‖λ_c‖ in `norm`
 

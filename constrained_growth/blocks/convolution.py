@@ -61,7 +61,7 @@ class ResidualConv2d(nn.Module):
         pinned: "gamma" or "weight"; by default the first if there is a normalisation.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         convs.0.weight (hidden, channels, k, k), convs.1.weight (channels, hidden, k, k), their
         biases where no normalisation follows, norms.0 and norms.1: weight and bias.
 
@@ -218,7 +218,7 @@ class IdentityConv2d(nn.Module):
         shift: s. None (default) takes the smallest one, up to 0.1, as in `IdentityLinear`.
         device, dtype: Of the parameters. A shift is exact in its first dtype, and in lower ones.
 
-    Parameters:
+    Weights:
         weight (channels, channels, k, k), bias (channels,): both pinned.
 
     Raises:
