@@ -52,9 +52,9 @@ class Setting:
     blocks: int = 4
     batch: int = 64
     learning_rate: float = 0.005
-    steps_before: int = 300
-    steps_after: int = 150
-    every: int = 15
+    steps_before: int = 250
+    steps_after: int = 100
+    every: int = 10
     """Steps between two measurements of the loss on test images."""
 
 
@@ -164,8 +164,8 @@ def _grow(
     everywhere: bool = False,
 ) -> Numbers:
     """Ask where a layer would help, and really insert it at the first place or at every one."""
-    problem = cg.GrowthProblem(model, LOSS, _split(data, setting), candidates)
-    solution = cg.solve(problem, validation=_split(judging, setting))
+    problem = cg.GrowthProblem(model, LOSS, [data], candidates)
+    solution = cg.solve(problem, validation=[judging])
     sizes = {name: s.value for name, s in solution.sensitivities.items()}
     best = max(sizes, key=sizes.__getitem__)
     losses: dict[str, list[float]] = {}
@@ -233,10 +233,6 @@ def _at_first_trainable(model: nn.Sequential) -> tuple[nn.Sequential, nn.Sequent
     children = list(model)
     first = [any(p.requires_grad for p in child.parameters()) for child in children].index(True)
     return nn.Sequential(*children[:first]), nn.Sequential(*children[first:])
-
-
-def _split(data: Batch, setting: Setting) -> list[Batch]:
-    return list(zip(*(tensor.split(setting.batch) for tensor in data), strict=True))
 
 
 def _batches(data: Batch, size: int, steps: int, seed: int) -> Iterator[Batch]:
