@@ -136,10 +136,10 @@ def look_at_sites(
 
     def compare() -> bool:
         here = [([sites[index] for index in some], first) for some, first in looks if some]
-        holds = all(closed_form_holds(model, loss_fn, *each) for each in here)
+        holds = [closed_form_holds(model, loss_fn, *each) for each in here]
         for some, first in here:
             refuse_other_networks(model, loss_fn, some, first, books, listed)
-        return holds
+        return all(holds)
 
     everywhere(check, group)
     holds = all(everywhere(compare, group, collective=sharded))

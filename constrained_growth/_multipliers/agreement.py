@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.fit import refuse_dead
 from constrained_growth._multipliers.in_graph import Standing
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sites.collector import Use
@@ -74,7 +75,10 @@ def closed_form_holds(
     sites: Sequence[Site],
     first: FirstBatch,
 ) -> bool:
-    """Whether λ of the first batch in closed form is what autograd gives through the blocks."""
+    """Whether λ of the first batch in closed form is what autograd gives through the blocks.
+
+    Where that is zero, a block whose λ would be zero on any other batch is refused.
+    """
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
@@ -101,6 +105,7 @@ def closed_form_holds(
                 "identity as it is called there, or something else than the model reads the "
                 "tensor at its site; make a problem with each alone to see which."
             )
+        _refuse_dead(sites, first, ())
         return False  # the model is not a function of its input: nothing can be compared
     found, exact = closed.estimates(), in_graph.estimates()
     for site, uses in zip(sites, first.uses, strict=True):
@@ -109,11 +114,21 @@ def closed_form_holds(
                 f'after="{site.after}": the loss does not depend on the output of this module, '
                 "so no layer there could change it; choose another submodule."
             )
+    alive = [n for n, e in exact.items() if any(bool(t.any()) for t in e.multiplier.values())]
+    _refuse_dead(sites, first, alive)
     return all(
         _agree(found[name], exact[name], uses, epsilon)
         for site, uses in zip(sites, first.uses, strict=True)
         for name in site.blocks
     )
+
+
+def _refuse_dead(sites: Sequence[Site], first: FirstBatch, alive: Collection[str]) -> None:
+    """Refuse blocks, but for the ones `alive`, whose λ is zero whatever is at their sites."""
+    for site, seen in zip(sites, first.seen, strict=True):
+        for name in (name for name in site.blocks if name not in alive):
+            for use in seen:
+                refuse_dead(name, site.blocks[name], use.x, use.context)
 
 
 def refuse_other_networks(
