@@ -219,7 +219,8 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     return everywhere(ask, problem.group)[0]
 
 
-def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
+def check_unchanged(problem: GrowthProblem) -> None:
+    """Refuse a problem whose model has grown at a site since it was made."""
     modules = dict(problem.model.named_modules(remove_duplicate=False))
     for site in problem.sites:
         if modules.get(site.after) is not site.module:
@@ -227,6 +228,10 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
                 f'problem: the module "{site.after}" of its model is not the one it was made with '
                 "(a layer was inserted there, say); make a new cg.GrowthProblem."
             )
+
+
+def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
+    check_unchanged(problem)
     refuse_no_rule("rule", rule)
     if needs_model(rule) and is_sharded(problem.model):
         raise RuleError(

@@ -154,7 +154,7 @@ def refuse_other_networks(
             expected = first.loss_of(model, loss_fn)
         layers = {name: listed_form(block) for name, block in blocks.items()}
         try:
-            with untouched(model, loss_fn), drawing_apart(layers, set()):
+            with untouched(model, loss_fn), drawing_apart(layers.values()):
                 for name, layer in layers.items():
                     elements: Any = list_of(model, places[name].module)
                     elements.insert([*elements].index(places[name].module) + 1, layer)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -118,19 +119,20 @@ _SHORT = 100
 
 
 @contextmanager
-def drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
-    """Make layers leave the random state as they found it, and note which of them run."""
+def drawing_apart(layers: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Make layers leave the random state as they found it, and count how often each runs."""
+    runs: Counter[nn.Module] = Counter()
     states: list[Any] = []  # a stack: an inserted layer may run within another one
 
     def enter(module: nn.Module, _: Any) -> None:
         states.append(random_state())
-        reached.update(name for name, layer in layers.items() if layer is module)
+        runs[module] += 1
 
     def leave(*_: Any) -> None:
         set_random_state(states.pop())
 
     with ExitStack() as hooks:
-        for layer in layers.values():
+        for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(enter))
             hooks.enter_context(layer.register_forward_hook(leave))
-        yield
+        yield runs
