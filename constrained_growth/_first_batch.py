@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from constrained_growth._distributed import everywhere, in_step, several, take_f
 from constrained_growth._multipliers.agreement import (
     FirstBatch,
     closed_form_holds,
-    refuse_other_networks,
+    other_networks,
 )
 from constrained_growth._multipliers.fit import check_fit, share_at_kinks
 from constrained_growth._sharding import is_sharded, is_spread
@@ -67,12 +67,12 @@ def look_at_sites(
     group: ProcessGroup | None,
     weight: Weight,
     books: Books,
-    listed: Collection[str],
+    listed: Mapping[str, bool],
 ) -> tuple[tuple[Site, ...], object, Method]:
     """The sites with the blocks that fit there, the first input, and the way to λ.
 
     They are the same on all processes, but for the input: None without data here. The `listed`
-    candidates go in as next elements of lists that the books count.
+    candidates could go in as next elements of their lists, which the books may count.
     """
     sharded = is_sharded(model)
     looks: list[tuple[list[int], FirstBatch]] = []  # the sites seen first on it, by index
@@ -134,16 +134,17 @@ def look_at_sites(
                 for use in uses:
                     check_fit(name, block, use.x, use.context)
 
-    def compare() -> bool:
+    def compare() -> tuple[bool, set[str]]:
         here = [([sites[index] for index in some], first) for some, first in looks if some]
         holds = [closed_form_holds(model, loss_fn, *each) for each in here]
-        for some, first in here:
-            refuse_other_networks(model, loss_fn, some, first, books, listed)
-        return all(holds)
+        others = (other_networks(model, loss_fn, *each, books, listed) for each in here)
+        return all(holds), set().union(*others)
 
     everywhere(check, group)
-    holds = all(everywhere(compare, group, collective=sharded))
-    method = Method.CLOSED_FORM if holds else Method.IN_GRAPH
+    outcomes = everywhere(compare, group, collective=sharded)
+    method = Method.CLOSED_FORM if all(holds for holds, _ in outcomes) else Method.IN_GRAPH
+    around = set[str]().union(*(others for _, others in outcomes))
+    sites = [replace(site, around=around & site.blocks.keys()) for site in sites]
     return tuple(sites), looks[0][1].input if looks else None, method
 
 
@@ -190,7 +191,10 @@ def _run(
         watched_calls(model, () if is_sharded(model) else sites) as calls,
     ):
         collector.begin(take)
-        loss = checked_loss(loss_fn(call(model, input), target))
+        output = call(model, input)
+        calls.in_loss = True
+        loss = checked_loss(loss_fn(output, target))
+        calls.in_loss = False
         for index, site in enumerate(sites):
             calls.refuse(site, runs[index])
         if not bool(torch.isfinite(loss)):
@@ -229,9 +233,9 @@ def _run(
             _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
     if calls.listed:
         warnings.warn(
-            "loss_fn, or the model, goes through the parameters of the model: λ is that of the "
-            "loss over those there are now, without what it will make of the parameters of a new "
-            "layer (a penalty on them, a step of an optimizer inside the loss).",
+            "loss_fn goes through the modules or parameters of the model: λ is that of the loss "
+            "over those there are now, without what it will make of a new layer's own (a penalty, "
+            "a loss that each module keeps, a step of an optimizer inside the loss).",
             stacklevel=2,
         )
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}

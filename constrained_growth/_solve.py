@@ -330,9 +330,12 @@ def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:
     """What was found about a problem, with what `insert` needs to know of it."""
-    wrapped = {candidate.name: candidate.wrapped for candidate in problem.candidates}
+    wrapped = {candidate.name for candidate in problem.candidates if candidate.wrapped}
+    wrapped = wrapped.union(*(site.around for site in problem.sites))
     planned = {
-        name: Planned(site.after, block, site.overwritten, site.output, wrapped[name])
+        name: Planned(
+            site.after, block, site.overwritten, site.output, name in wrapped | site.around
+        )
         for site in problem.sites
         for name, block in site.blocks.items()
     }

@@ -47,9 +47,10 @@ class GrowthProblem:
         loss_fn: `loss_fn(output, target)`, a scalar tensor that is the mean over the samples of
             a batch (a sum is taken for a mean, and gives λ times the batch size). Over what a
             loss averages inside a batch is its own affair: samples, tokens, those that a mask
-            leaves. L is the mean of these means, each counted with its `weight`. A penalty over
-            `model.parameters()` inside it is one of the parameters that the model has now, without
-            those of a layer to come. For a model that returns its own loss, take it from the
+            leaves. L is the mean of these means, each counted with its `weight`. What it
+            makes of all of `model.parameters()` or `model.modules()` (a penalty, a term that each
+            module keeps) it makes of those that there are now, without those of a layer to come
+            (a warning says so). For a model that returns its own loss, take it from the
             output: `lambda output, target: output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
             a list of batches. An input may be a tensor, a tuple (spread as arguments) or a dict
@@ -127,7 +128,7 @@ class GrowthProblem:
         places = places_of(model, self.candidates)
         with untouched(model, loss_fn, data), differentiable():
             books = open_books(model)  # of which proposals were asked already
-            listed = _counted_elements(books, places, known=isinstance(candidates, Proposals))
+            listed = _listed_elements(books, places, known=isinstance(candidates, Proposals))
             self.sites, self.example, self.method = look_at_sites(
                 model, loss_fn, data, places, group, weight, books, listed
             )
@@ -143,18 +144,20 @@ class GrowthProblem:
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
-def _counted_elements(books: Books, places: Places, *, known: bool) -> set[str]:
-    """The candidates that go in as next elements of lists that the books count.
+def _listed_elements(books: Books, places: Places, *, known: bool) -> dict[str, bool]:
+    """The candidates that could be next elements of their lists, and whether the books count them.
 
     Those that the books cannot keep are refused, unless they are `known` to be kept.
     """
-    found = set[str]()
+    found = dict[str, bool]()
     for site, every in places:
-        for each in every if books.counts(site.after) else ():
+        counted = bool(books.counts(site.after))
+        for each in every:
             if not books.can_list(site.after, each.block, each.output, wrapped=each.wrapped):
                 continue
-            found.add(each.name)
-            refusal = None if known else books.refusal(site.after, listed_form(each.block))
+            found[each.name] = counted
+            ask = counted and not known
+            refusal = books.refusal(site.after, listed_form(each.block)) if ask else None
             if refusal is not None:
                 raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
     return found

@@ -11,7 +11,7 @@ have an output more for it (hidden states, losses of routers), which the loss ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.fit import refuse_dead
-from constrained_growth._multipliers.in_graph import Standing
+from constrained_growth._multipliers.in_graph import Standing, rounds
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.model import (
@@ -57,8 +57,12 @@ class FirstBatch:
         with untouched(model, loss_fn):
             return self.loss_of(model, loss_fn)
 
-    def loss_of(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
-        """The loss of the model as it is now."""
+    def loss_of(
+        self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], draw: int | None = None
+    ) -> float:
+        """The loss of the model as it is now; `draw` is a seed for other random numbers."""
+        if draw is not None:
+            torch.manual_seed(draw)
         return float(checked_loss(loss_fn(call(model, self.input), self.target)).detach())
 
     def is_same(self, loss: float, epsilon: float) -> bool:
@@ -131,27 +135,28 @@ def _refuse_dead(sites: Sequence[Site], first: FirstBatch, alive: Collection[str
                 refuse_dead(name, site.blocks[name], use.x, use.context)
 
 
-def refuse_other_networks(
+def other_networks(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     sites: Sequence[Site],
     first: FirstBatch,
     books: Books,
-    listed: Collection[str],
-) -> None:
-    """Refuse candidates (of the `listed`) that have another loss as next elements of their lists.
+    listed: Mapping[str, bool],
+) -> set[str]:
+    """The `listed` candidates that have another loss as next elements of their lists.
 
-    The pins are moved, as what the loss reads by its number may have the same value at them.
+    The pins are moved, as what the loss reads by its number may have the same value at them. Those
+    of lists that are counted, where they have to stand, are refused.
     """
-    found = [(site, [name for name in site.blocks if name in listed]) for site in sites]
-    # one for all at a place: what reads a list by its numbers does not look at the block
-    places = {names[0]: site for site, names in found if names}
+    places = {name: site for site in sites for name in site.blocks if name in listed}
 
-    def fault(*names: str) -> str:
+    def losses(names: Sequence[str], draw: int | None) -> tuple[float, float, str, bool]:
+        """Around the sites and in the lists, what failed there, and whether both drew alike."""
         blocks = {name: _with_own_pins(places[name].blocks[name]) for name in names}
         around = [replace(places[name], blocks={name: block}) for name, block in blocks.items()]
         with untouched(model, loss_fn), Standing(around, names).in_model():
-            expected = first.loss_of(model, loss_fn)
+            expected = first.loss_of(model, loss_fn, draw)
+            drawn = torch.get_rng_state()
         layers = {name: listed_form(block) for name, block in blocks.items()}
         try:
             with untouched(model, loss_fn), drawing_apart(layers.values()):
@@ -159,27 +164,48 @@ def refuse_other_networks(
                     elements: Any = list_of(model, places[name].module)
                     elements.insert([*elements].index(places[name].module) + 1, layer)
                 books.update()
-                loss = first.loss_of(model, loss_fn)
+                loss = first.loss_of(model, loss_fn, draw)
+                return expected, loss, "", torch.equal(drawn, torch.get_rng_state())
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        # the operations are the same: rounding differs at most where a cache changes strides
-        allowed = min(4 * coarsest_epsilon(model.parameters()), 0.01) * abs(expected)
-        same = abs(loss - expected) <= allowed or not math.isfinite(expected)
-        return "" if same else f"a loss of {loss:.9g} instead of {expected:.9g}"
+            return expected, math.nan, f"{type(error).__name__}: {error}", True
 
-    if not places or not fault(*places):
-        return
-    faults = {name: why for name in places if (why := fault(name))}
-    if faults:
+    def fault(*names: str) -> str:
+        # who draws a number for each element may leave some out, but not in each run
+        for draw in (None, *range(_DRAWS)):
+            expected, loss, error, alike = losses(names, draw)
+            # the operations are the same: rounding differs at most where a cache changes strides
+            allowed = min(4 * coarsest_epsilon(model.parameters()), 0.01) * abs(expected)
+            same = abs(loss - expected) <= allowed or not (error or math.isfinite(expected))
+            if not same:
+                return error or f"a loss of {loss:.9g} instead of {expected:.9g}"
+            if alike:
+                break
+        return ""
+
+    # one at each place at a time; what a loss reads of a layer may be another thing for each block
+    together = [[name for name in names if name in places] for names in rounds(sites)]
+    # a mean over the list may be the same with a copy of each
+    suspects = [n for names in together if any(fault(*s) for s in _parts(names)) for n in names]
+    faults = {name: why for name in suspects if (why := fault(name))}
+    counted = [name for name in faults if listed[name]]
+    if counted:
         raise CandidateError(
-            f"candidates={list(faults)}: as the next element of its list a layer there makes "
-            f"another network than the one λ is for ({next(iter(faults.values()))}, with its pins "
+            f"candidates={counted}: as the next element of its list a layer there makes "
+            f"another network than the one λ is for ({faults[counted[0]]}, with its pins "
             "moved). The loss may read something of each layer (hidden states, a loss of "
             "routers). Choose other sites, let the loss read the entries it needs, or ask for "
             "Candidate(wrapped=True): a layer around its site, which its class could not load."
         )
+    return set(faults)
+
+
+_DRAWS = 8
+
+
+def _parts(names: Sequence[str]) -> list[Sequence[str]]:
+    return [part for part in (names, names[1::2]) if part]
 
 
 def _with_own_pins(block: nn.Module) -> nn.Module:

@@ -34,11 +34,14 @@ class Calls:
     Attributes:
         forward: How often `forward` ran at each site: hooks do not see `module.forward(x)`.
         past: Modules at sites that were run, with gradients, but not as children of the model's.
-        listed: Whether, with gradients, someone went through all parameters at a site.
+        in_loss: Whether the loss is being computed. A model that goes through its own modules
+            shows in its output, which is compared when a layer is inserted.
+        listed: Whether the loss has gone through all modules, or parameters, around a site.
     """
 
     forward: Counter[nn.Module] = field(default_factory=Counter)
     past: set[nn.Module] = field(default_factory=set)
+    in_loss: bool = False
     listed: bool = False
 
     def refuse(self, site: Site, runs: int) -> None:
@@ -68,7 +71,7 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
     # a library may have set methods on a module; a twin has no slots; what is compiled in place
     # runs the module itself
     running = {module for module in modules if "forward" not in vars(module)}
-    listing = {module for module in (*modules, *above) if "named_parameters" not in vars(module)}
+    listing = {module for module in (*modules, *above) if "named_modules" not in vars(module)}
     alike = [m for m in modules if m._compiled_call_impl is None and not has_slots(m)]
     twins = {module: _twin(module) for module in alike}
     places = [
@@ -90,11 +93,11 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
 
         return counted
 
-    def named_parameters(module: nn.Module) -> Callable[..., Any]:
-        @functools.wraps(module.named_parameters)
-        def listed(prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:
-            yield from type(module).named_parameters(module, prefix, recurse, remove_duplicate)
-            calls.listed |= recurse and torch.is_grad_enabled()
+    def named_modules(module: nn.Module) -> Callable[..., Any]:
+        @functools.wraps(module.named_modules)  # which parameters() and modules() ask too
+        def listed(*args: Any, **kwargs: Any) -> Any:
+            yield from type(module).named_modules(module, *args, **kwargs)
+            calls.listed |= calls.in_loss and torch.is_grad_enabled()
 
         return listed
 
@@ -102,7 +105,7 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
         for module in running:
             vars(module)["forward"] = forward(module)
         for module in listing:
-            vars(module)["named_parameters"] = named_parameters(module)
+            vars(module)["named_modules"] = named_modules(module)
         for children, key, module in places:
             children[key] = twins[module]
         with hooked((module, see) for module in twins):
@@ -113,7 +116,7 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
         for module in running:
             vars(module).pop("forward", None)
         for module in listing:
-            vars(module).pop("named_parameters", None)
+            vars(module).pop("named_modules", None)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -25,6 +25,20 @@ def is_scripting() -> bool:
     return not vars(torch.jit._script).get("_TOPLEVEL", True)  # type: ignore[attr-defined]
 
 
+def unreadable() -> None:
+    """In the place of an attribute, which no scripted module can read then."""
+
+
+def _refuse() -> None:
+    raise CandidateError(
+        "a layer was inserted after this module, and TorchScript can read nothing of it then but "
+        "its parameters and constants; use torch.jit.trace or torch.export."
+    )
+
+
+vars(unreadable)["__prepare_scriptable__"] = _refuse  # PyTorch asks it, and shows the error
+
+
 def scriptable_forward(
     base: Any, base_name: str, layers: Sequence[tuple[str, nn.Module, Which, bool]]
 ) -> Any:

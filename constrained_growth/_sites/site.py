@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -26,6 +26,7 @@ class Site:
         device: Where the tensor is.
         overwritten: Whether the model changes the tensor in place afterwards.
         needs_context: Whether a block takes what else the module was called with.
+        around: Candidates that stand around the site, as the loss sees what is in its list.
         kinks: Candidate name → share of the units of the first batch at a kink of its activation.
     """
 
@@ -37,4 +38,5 @@ class Site:
     device: torch.device
     overwritten: bool
     needs_context: bool
+    around: Set[str] = frozenset()
     kinks: Mapping[str, float] = field(default_factory=dict)

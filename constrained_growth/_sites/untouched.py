@@ -96,7 +96,8 @@ def _drawn_from(data: object) -> Iterator[Any]:
 
     They are looked for in the attributes of objects and in short lists: one of transforms, say.
     """
-    waiting, known = [(data, _DEPTH)], set[int]()
+    waiting: list[tuple[Any, int]] = [(data, _DEPTH)]
+    known = set[int]()
     while waiting:
         value, depth = waiting.pop()
         if id(value) in known or depth == 0 or isinstance(value, torch.Tensor | nn.Module | type):

@@ -13,7 +13,7 @@ from torch import nn
 
 from constrained_growth._sites.context import NO_CONTEXT, arguments, context_of, takes_context
 from constrained_growth._sites.outputs import Which, tensor_at, with_tensor
-from constrained_growth._sites.scripting import is_scripting, scriptable_forward
+from constrained_growth._sites.scripting import is_scripting, scriptable_forward, unreadable
 
 # a trace by torch.fx calls them, whatever it is that comes out
 torch.fx.wrap("tensor_at")
@@ -206,7 +206,8 @@ def _called(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any
 class _Attributes(dict[str, Any]):
     """The attributes of a wrapper, for torch.jit.script with those that the parent may read.
 
-    They are what does not change: the parameters and constants of the user's module.
+    They are what does not change: the parameters and constants of the user's module. If it reads
+    another one, PyTorch's error says why.
     """
 
     def items(self) -> Any:
@@ -215,7 +216,9 @@ class _Attributes(dict[str, Any]):
         base = without_inserted(self["_modules"][self["_grown_base"]])
         names = [name for name in getattr(base, "__constants__", ()) if hasattr(base, name)]
         theirs = {name: getattr(base, name) for name in (*names, *base._parameters)}
-        return {**theirs, **dict(super().items())}.items()
+        public = {name for name in dir(base) if not name.startswith("_")} - _MACHINERY
+        others = dict.fromkeys(public, unreadable)
+        return {**others, **theirs, **dict(super().items())}.items()
 
 
 class _Forward:

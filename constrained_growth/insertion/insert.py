@@ -62,8 +62,9 @@ def insert(
     block with a method `standalone()`) whose site is an element of an `nn.ModuleList` or
     `nn.Sequential` becomes the next element of that list, as a plain module, and later elements are
     renumbered: if on the batch of the check that is the same network as the layer around its site,
-    also with the pins moved. It is another one where the model collects the outputs of a list,
-    runs it in step with a second list, or picks elements by their numbers.
+    also with the pins moved, and had the same loss on the first batch of the problem. It is another
+    one where the model collects the outputs of a list, runs it in step with a second list, or picks
+    elements by their numbers, or where the loss reads something of each element.
     `Candidate(wrapped=True)` asks for the layer around its site.
 
     What else depends on the depth follows (`constrained_growth.bookkeeping`): a model of

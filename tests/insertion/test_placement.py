@@ -1,6 +1,7 @@
 """A copied block becomes the next element of its list only where that is the same network."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import programs
@@ -74,6 +75,90 @@ def test_several_copies_at_once() -> None:
     places = {layer.name: layer.placement for layer in record.insertions}
     assert places["lists.1.0"] == "wrapped"
     assert record.difference == {"train": 0.0, "eval": 0.0}
+
+
+class Keeping(Residual):
+    """Keeps a term of the loss."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.term = x.square().mean()
+        return super().forward(x)
+
+
+class Dropped(Stack):
+    """Leaves each block out now and then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x) if torch.rand(()) < 0.8 else x
+        return self.head(x)
+
+
+def stack(make: type[Stack], *blocks: nn.Module) -> Stack:
+    model = make(0)
+    model.blocks.extend(blocks)
+    return model
+
+
+LOSSES: dict[str, Callable[[Any], Any]] = {
+    "terms that blocks keep": lambda blocks: sum(
+        getattr(b, "term", torch.zeros(())) for b in blocks
+    ),
+    "a mean over the list": lambda blocks: torch.stack(
+        [b.inner.weight.norm() for b in blocks]
+    ).mean(),
+    "the depth": lambda blocks: torch.tensor(float(len(blocks))),
+    "the second of the list": lambda blocks: blocks[1](torch.ones(1, 4)).sin().sum(),
+    "nothing": lambda blocks: torch.zeros(()),
+}
+NEXT: dict[str, list[str]] = {  # the candidates that are the next element all the same
+    "terms that blocks keep": ["a plain one"],
+    "the second of the list": ["a plain one", "a keeping one"],
+    "nothing": ["a plain one", "a keeping one"],
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_loss_that_reads_the_list_sees_the_same_list(kind: str) -> None:
+    """For each candidate of a site: blocks differ in what a loss reads of them."""
+    torch.manual_seed(0)
+    model, data = stack(Stack, Residual(), Keeping(), Residual()), classified(12)
+
+    def loss_of(model: Stack) -> Callable[..., Tensor]:
+        def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+            return last(output, target) + 0.1 * LOSSES[kind](model.blocks)
+
+        return loss_fn
+
+    blocks = {"a plain one": model.blocks[0], "a keeping one": model.blocks[1]}
+    candidates = [
+        cg.Candidate("blocks.1", cg.blocks.CopiedBlock(block), name=name)
+        for name, block in blocks.items()
+    ]
+    solution = solved(model, data, *candidates, loss_fn=loss_of(model))
+    for name in blocks:
+        grown = copy.deepcopy(model)
+        chosen = cg.Solution(**{**vars(solution), "decision": cg.Decision((name,))})
+        record = cg.insert(grown, chosen)
+        (layer,) = record.insertions
+        assert layer.placement == ("sibling" if name in NEXT.get(kind, ()) else "wrapped")
+        new = dict(record.new_parameters(grown))
+        prefix = "blocks.2" if layer.placement == "sibling" else "blocks.1.inserted.module"
+        pins = [new[f"{prefix}.outer.{key}"] for key in ("weight", "bias")]
+        loss = loss_of(grown)(grown(data[0][0]), data[0][1])
+        torch.testing.assert_close(loss.item(), solution.loss)
+        for key, grad in zip(("weight", "bias"), torch.autograd.grad(loss, pins), strict=True):
+            found = solution.multipliers[name][f"module.outer.{key}"]
+            torch.testing.assert_close(found, -grad, rtol=1e-9, atol=1e-12)
+
+
+def test_a_list_of_which_elements_are_left_out_at_random() -> None:
+    """Around its site the copy is left out with it; one pass may show no difference."""
+    torch.manual_seed(0)  # with which no block is left out
+    model = stack(Dropped, *(Residual() for _ in range(2)))
+    solution = plan(model, classified(12), copied(model, "blocks.0"))
+    assert solution.candidates["blocks.0"].wrapped
 
 
 def test_a_candidate_asks_for_the_layer_around_its_site() -> None:

@@ -118,6 +118,11 @@ def inner_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(functional_call(model, stepped, (x,)), y)
 
 
+def kept(model: nn.Module, *_: Any) -> Tensor:
+    """What each module of a kind has kept, as mixtures of experts do."""
+    return torch.stack([m.weight.sum() for m in model.modules() if type(m) is nn.Linear]).sum()
+
+
 def average(model: nn.Module, *_: Any) -> Tensor:
     """As a teacher takes it: nothing of it has a gradient."""
     with torch.no_grad():
@@ -128,17 +133,17 @@ def first_dtype(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
     return x.sum().to(next(model.parameters()).dtype)
 
 
-@pytest.mark.parametrize("of", [penalty, inner_step, average, first_dtype])
+@pytest.mark.parametrize("of", [penalty, inner_step, kept, average, first_dtype])
 def test_a_loss_of_all_parameters_is_told_what_is_left_out(of: Callable[..., Tensor]) -> None:
     model, data = Net(), [(x, (x, y)) for x, y in classified(8)]
 
     def loss_fn(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(output, target[1]) + of(model, *target)
 
-    told = of in (penalty, inner_step)
-    with pytest.warns(UserWarning, match="parameters of a new layer") if told else nullcontext():
+    told = of in (penalty, inner_step, kept)
+    with pytest.warns(UserWarning, match="a new layer's own") if told else nullcontext():
         problem = cg.GrowthProblem(model, loss_fn, data, [residual()])
-    assert "named_parameters" not in vars(model)
+    assert "named_modules" not in vars(model)
     cg.solve(problem)
 
 

@@ -213,3 +213,55 @@ def test_an_index_before_the_tensor_is_no_site_in_torchscript() -> None:
     scripted = torch.jit.script(grown(UsesTwo(Two()), x, ("part", None)))
     with pytest.raises(torch.jit.Error, match="a layer after this expects that"):
         scripted(x)
+
+
+class Inner(nn.Module):
+    buffer: Tensor
+    scale: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 4), 2.0
+        self.register_buffer("buffer", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    @torch.jit.export
+    def method(self, x: Tensor) -> Tensor:
+        return x.sin()
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: Any = Inner()
+        self.head = nn.Linear(4, 3)
+
+
+class ReadsBuffer(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x) + self.part.buffer)
+
+
+class ReadsAttribute(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x) * self.part.scale)
+
+
+class ReadsSubmodule(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x) + self.part.linear(x))
+
+
+class ReadsMethod(Reads):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x) + self.part.method(x))
+
+
+@pytest.mark.parametrize("make", [ReadsBuffer, ReadsAttribute, ReadsSubmodule, ReadsMethod])
+def test_what_a_scripted_parent_cannot_read_is_said(make: Callable[[], nn.Module]) -> None:
+    x = torch.randn(6, 4)
+    torch.jit.script(make())
+    with pytest.raises(RuntimeError, match="a layer was inserted after this module"):
+        torch.jit.script(grown(make(), x, ("part", None)))
