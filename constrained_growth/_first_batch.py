@@ -35,6 +35,7 @@ from constrained_growth._sites.model import (
     checked_loss,
     coarsest_epsilon,
     device_of,
+    loss_of,
     tensors_of,
 )
 from constrained_growth._sites.site import Site
@@ -190,7 +191,7 @@ def _run(
         watched_calls(model, () if is_sharded(model) else sites) as calls,
     ):
         collector.begin(take)
-        loss = checked_loss(loss_fn(call(model, input), target))
+        loss = loss_of(loss_fn, call(model, input), target)
         for index, site in enumerate(sites):
             calls.refuse(site, runs[index])
         if not bool(torch.isfinite(loss)):
