@@ -35,6 +35,7 @@ from constrained_growth._sites.model import (
     checked_loss,
     coarsest_epsilon,
     device_of,
+    loss_of,
     tensors_of,
 )
 from constrained_growth._sites.site import Site
@@ -193,7 +194,7 @@ def _run(
         collector.begin(take)
         output = call(model, input)
         calls.in_loss = True
-        loss = checked_loss(loss_fn(output, target))
+        loss = loss_of(loss_fn, output, target)
         calls.in_loss = False
         for index, site in enumerate(sites):
             calls.refuse(site, runs[index])

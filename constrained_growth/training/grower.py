@@ -101,7 +101,7 @@ class Grower:
             `confirm` has said NEVER.
 
     Raises:
-        TrainingError: An argument makes no sense.
+        TrainingError, DataError: An argument makes no sense.
         OptimizerError: An optimizer is none, trains another model, or cannot take new parameters.
         CandidateError: `averaged` is no copy of the model.
 
