@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -14,15 +16,19 @@ from torch.utils.hooks import RemovableHandle
 
 from constrained_growth import checkpoint
 from constrained_growth._extras import extra_packages
-from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
+from constrained_growth.checkpoint.optimizer_state import (
+    arrange_groups,
+    parameter_names,
+    reassign_state,
+)
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
-from constrained_growth.training.history import History, measurements
+from constrained_growth.training.history import History, Round, measurements
 
 with extra_packages():
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
 _FILE = "growth.safetensors"
 
@@ -95,6 +101,9 @@ class GrowthCallback(TrainerCallback):
     ) -> nn.Module:
         """Grow a fresh model, in place, to the architecture in a checkpoint folder.
 
+        The weights are loaded by the Trainer, except those of new layers that are not in the
+        model's own file there, as where a model of PEFT saves only its adapters.
+
         Raises:
             CheckpointError: The folder was not written with this callback.
             RecordError: The record does not fit the model, or a block of your own is not in
@@ -106,6 +115,7 @@ class GrowthCallback(TrainerCallback):
             raise CheckpointError(f"averaged: {len(copies)} given, {len(saved.averaged)} saved.")
         for one in (model, *map(grown_in, copies)):
             replay(one, saved.record, blocks=blocks)
+        model.load_state_dict(saved.weights, strict=False)  # part of them
         self._saved = saved
         return model
 
@@ -131,11 +141,16 @@ class GrowthCallback(TrainerCallback):
                 "by from_pretrained or with callback.resume."
             )
         grown = any("growth/layers" in row for row in state.log_history)
-        if grown and self._saved is None and self.grower is None:
+        before, saved = self.grower, self._saved
+        if saved is None and (grown or (before is not None and state.global_step)):
             raise TrainingError(_NOT_RESUMED)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-        before, saved = self.grower, self._saved
+        if saved is None and before is not None and before.model is not model:
+            raise TrainingError(
+                "GrowthCallback: this one has the record and the history of another model; make a "
+                "new GrowthCallback for each model (and for each train() with model_init=)."
+            )
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
         if saved is not None:
             reassign_state(optimizer, model, saved.extra)
@@ -167,7 +182,7 @@ class GrowthCallback(TrainerCallback):
             return
         one = self.grower.maybe_grow()
         if one is not None:
-            state.log_history.append({**measurements(one), "step": state.global_step})
+            self._note(one, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave no hook behind."""
@@ -176,15 +191,23 @@ class GrowthCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the growth to the checkpoint folder."""
         if self.grower is not None:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            left_out = _left_out(self.grower, folder) if state.is_world_process_zero else {}
             checkpoint.save(
-                Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / _FILE,
-                nn.Identity(),  # the weights are in the Trainer's own file
+                folder / _FILE,
+                _Weights(left_out),
                 averaged=self.grower.averaged,
                 record=self.grower.record,
                 step=state.global_step,
                 extra=parameter_names(self.grower.optimizer, self.grower.model),
                 grower=self.grower,
             )
+
+    def _note(self, one: Round, state: Any) -> None:
+        """Log a round; the groups of the optimizer are those that a Trainer would make again."""
+        assert self.grower is not None
+        _group_as_trainer(self.grower.optimizers[0], self.grower.model, one.new_parameters)
+        state.log_history.append({**measurements(one), "step": state.global_step})
 
     def _find_wrapper(self, module: nn.Module, args: Any) -> None:
         grower = self.grower if isinstance(module, DistributedDataParallel) else None
@@ -195,6 +218,58 @@ class GrowthCallback(TrainerCallback):
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+
+class _Weights(nn.Module):
+    """Some weights of a model, by their names there."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.weights
+
+
+def _left_out(grower: Grower, folder: Path) -> dict[str, Tensor]:
+    """Weights of new layers that are in no file of the Trainer's, as where it saves adapters."""
+    model, saved = grower.model, set[str]()
+    for file in folder.glob("*.safetensors"):
+        if file.name != _FILE:
+            with safe_open(file, "pt") as content:
+                saved.update(content.keys())
+    new = {id(parameter) for _, parameter in grower.record.new_parameters(model)}
+    modules = [
+        f"{name}."  # with their buffers
+        for name, module in model.named_modules()
+        if new.issuperset(own := [id(p) for p in module.parameters()]) and own
+    ]
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in saved and name.startswith(tuple(modules))
+    }
+
+
+def _group_as_trainer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, new: Iterable[str]
+) -> None:
+    """Let new parameters decay or not as the Trainer decides, where it has made the groups."""
+    groups, decayed = parameter_names(optimizer, model), _decayed(model)
+    kinds = [{name in decayed for name in set(group).difference(new)} for group in groups]
+    if len(kinds) == 2 and kinds[0] <= {True} and kinds[1] <= {False}:
+        trained = {name for group in groups for name in group}
+        names = [name for name, _ in model.named_parameters() if name in trained]
+        arrange_groups(
+            optimizer,
+            model,
+            [[n for n in names if (n in decayed) is kind] for kind in (True, False)],
+        )
+
+
+def _decayed(model: nn.Module) -> set[str]:
+    trainer: Any = Trainer  # whose method does not look at the instance
+    return set(trainer.get_decay_parameter_names(None, model))
 
 
 _NOT_RESUMED = (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, refused
+from peft import LoraConfig, get_peft_model
 from processes import together
 from torch import Tensor, nn
 from torch.nn.modules import module
@@ -155,6 +156,50 @@ def test_averages_grow_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert_same(run("part", str(tmp_path / "whole" / "checkpoint-12")), whole)
     with refused(cg.CheckpointError, "averaged: 0 given, 1 saved"):
         callback().resume(gpt(), tmp_path / "whole" / "checkpoint-12")
+
+
+def adapters() -> nn.Module:
+    """Saved by their own weights alone."""
+    config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    return get_peft_model(gpt(), config)  # type: ignore[arg-type]
+
+
+def embeddings() -> nn.Module:
+    """Of which no vector is trained, so that a group of the Trainer's optimizer is empty."""
+    model: Any = gpt().requires_grad_(False)
+    model.transformer.wte.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("make", [adapters, embeddings])
+def test_what_is_trained_in_part_goes_on_from_a_checkpoint(make: Any, tmp_path: Path) -> None:
+    batch = next(iter(DataLoader(Counting(), batch_size=32)))
+
+    def run(name: str, start: str = "") -> nn.Module:
+        growth, model = GrowthCallback([(batch, None)], max_insertions=1), make()
+        options: Any = {"resume_from_checkpoint": start} if start else {}
+        if start:
+            growth.resume(model, start)
+        trainer = train(tmp_path / name, growth, model, arguments={"weight_decay": 0.1}, **options)
+        assert len(growth.history.insertions) == 1
+        groups = trainer.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert [{p.dim() for p in group["params"]} for group in groups] == [{2}, {1}]
+        return model
+
+    expected = dict(run("whole").state_dict())
+    assert_same(dict(run("part", str(tmp_path / "whole" / "checkpoint-12")).state_dict()), expected)
+
+
+def test_a_callback_is_for_one_model(tmp_path: Path) -> None:
+    growth, model = callback(), gpt()
+    train(tmp_path, growth, model)
+    history = growth.history
+    with refused(cg.TrainingError, "another model", "make a new GrowthCallback"):
+        train(tmp_path, growth, gpt())
+    with refused(cg.TrainingError, "callback.resume(model, folder)"):
+        train(tmp_path, growth, model, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert growth.history is history
 
 
 def test_a_folder_without_growth_is_refused(tmp_path: Path) -> None:
