@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -48,9 +48,12 @@ def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[
     """The `(input, target)` pairs of the data, on the model's device."""
     for index, batch in enumerate(undisturbed(data)):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
+            fix = "an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)"
+            if isinstance(batch, Mapping):  # as of Transformers
+                fix = "[(batch, None) for batch in loader], with a loss_fn that takes the output"
             raise DataError(
                 f"data: batch {index} is a {type(batch).__name__}, not an (input, target) pair; "
-                "give an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)."
+                f"give {fix}."
             )
         yield moved(batch[0], device), moved(batch[1], device)
 

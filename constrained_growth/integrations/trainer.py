@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from constrained_growth.checkpoint.optimizer_state import (
     parameter_names,
     reassign_state,
 )
-from constrained_growth.errors import CheckpointError, TrainingError
+from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
@@ -34,21 +35,38 @@ _FILE = "growth.safetensors"
 
 
 def own_loss(output: Any, target: object) -> Tensor:
-    """The loss that a model of Transformers returns when its inputs have labels."""
-    return output["loss"]
+    """The loss that a model of Transformers returns when its inputs have labels.
+
+    Raises:
+        DataError: It returned none.
+    """
+    try:
+        return output["loss"]
+    except (KeyError, IndexError, TypeError):
+        raise DataError(
+            "data: the model returned no loss; give inputs with labels, as it is trained with, or "
+            "a loss_fn(output, target)."
+        ) from None
 
 
 class GrowthCallback(TrainerCallback):
     """Insert layers when the Trainer logs its loss, and keep the growth in its checkpoints.
 
-    A row of the history is one entry that the Trainer logs (`logging_steps`); the measurements are
-    appended to `trainer.state.log_history`. To resume, grow a fresh model before the Trainer loads
-    into it:
+    A row of the history is one entry that the Trainer logs (`logging_steps`), and after each but
+    the last the model may grow; the measurements are appended to `trainer.state.log_history`. A
+    model of which nothing is trained, as all is frozen, grows before the first step, whatever
+    `when` says, and its new layers are trained. To resume, grow a fresh model before the Trainer
+    loads into it:
 
         model = make_model()
         callback.resume(model, "out/checkpoint-500")
         trainer = Trainer(model, arguments, callbacks=[callback], …)
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
+
+    To load a checkpoint, such as `trainer.state.best_model_checkpoint`, do the same, and load the
+    weights: `safetensors.torch.load_model(model, "out/checkpoint-500/model.safetensors")`. The
+    class's `from_pretrained` is enough only where the config counts each new layer, as in GPT-2 or
+    Llama and not in BERT, and where the folder does not hold adapters alone.
 
     With several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
     DistributedDataParallel is initialised again in place; other wrappers are refused.
@@ -66,7 +84,8 @@ class GrowthCallback(TrainerCallback):
     Raises:
         TrainingError: An option is unknown; or, when training starts, there are several processes
             and no DistributedDataParallel, the best model is to be loaded at the end, which may be
-            one from before an insertion, or a model goes on that `resume` has not grown.
+            one from before an insertion, a model goes on that `resume` has not grown, the
+            callback has grown another model, or all is frozen and no layer was inserted.
 
     Example:
         >>> callback = GrowthCallback([], max_insertions=2)
@@ -137,8 +156,10 @@ class GrowthCallback(TrainerCallback):
             raise TrainingError(
                 "load_best_model_at_end=True: the best checkpoint may be older than an insertion, "
                 "and its weights do not fit the grown model. Set it to False, keep "
-                "metric_for_best_model, and load trainer.state.best_model_checkpoint afterwards, "
-                "by from_pretrained or with callback.resume."
+                "metric_for_best_model, and afterwards load trainer.state.best_model_checkpoint, "
+                "folder, into a fresh model: GrowthCallback([]).resume(model, folder), then "
+                'safetensors.torch.load_model(model, f"{folder}/model.safetensors"). Its class\'s '
+                "from_pretrained(folder) does so only if the config counts all new layers."
             )
         grown = any("growth/layers" in row for row in state.log_history)
         before, saved = self.grower, self._saved
@@ -160,6 +181,22 @@ class GrowthCallback(TrainerCallback):
             self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._grow_frozen(args, state)
+        never = {
+            "no": True,
+            "steps": state.logging_steps >= state.max_steps and not args.logging_first_step,
+            "epoch": state.num_train_epochs <= 1,
+        }
+        strategy = args.logging_strategy.value
+        if never.get(strategy, False) and not self.grower.is_over:
+            warnings.warn(
+                "GrowthCallback: the model grows where the Trainer logs its loss, except after the "
+                f'last step, and with logging_strategy="{strategy}", '
+                f"logging_steps={state.logging_steps} and max_steps={state.max_steps} that is "
+                "never; log more often.",
+                stacklevel=2,
+            )
         if args.world_size > 1:
             # A callback is given the model without the wrapper around it.
             self._hook = register_module_forward_pre_hook(self._find_wrapper)
@@ -202,6 +239,25 @@ class GrowthCallback(TrainerCallback):
                 extra=parameter_names(self.grower.optimizer, self.grower.model),
                 grower=self.grower,
             )
+
+    def _grow_frozen(self, args: Any, state: Any) -> None:
+        """Insert layers before the first step, which would have no gradients."""
+        assert self.grower is not None
+        if args.world_size > 1:
+            raise TrainingError(
+                "GrowthCallback: all parameters are frozen, and such a model can grow on one "
+                "process alone; let some be trained, or insert a layer before Trainer(model, …)."
+            )
+        self.grower.model.train()  # as in the steps
+        one = None if self.grower.is_over else self.grower.ask()
+        if one is None or not one.chosen:
+            why = "max_insertions=0" if one is None else one.reason
+            raise TrainingError(
+                f"GrowthCallback: all parameters are frozen and no layer was inserted ({why}), so "
+                "that there is nothing to train; let some be trained, as by "
+                "model.lm_head.requires_grad_(True)."
+            )
+        self._note(one, state)
 
     def _note(self, one: Round, state: Any) -> None:
         """Log a round; the groups of the optimizer are those that a Trainer would make again."""
