@@ -60,7 +60,7 @@ def check_pair(batch: object, index: int) -> None:
         fault += f" of {len(batch)}"
         fix = "and make one of (x, y, w) into (x, (y, w)), which loss_fn takes apart"
     elif isinstance(batch, Mapping):
-        fix = "and make a batch into (batch, None) where the model returns its loss"
+        fix = "such as [(batch, None) for batch in loader] where the model returns its loss"
     raise DataError(
         f"data: batch {index} is a {fault}, not an (input, target) pair; give an iterable of "
         f"pairs, {fix}."

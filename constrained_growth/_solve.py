@@ -361,7 +361,10 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
         sizes = [norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values()]
     except KeyError:  # a norm of the user's own that asks for certain parameters
         return None
-    return float(sum(sizes, 0.0) / len(layers))
+    try:
+        return float(sum(sizes, 0.0) / len(layers))
+    except (TypeError, ValueError, RuntimeError):  # no numbers: of λ they are refused
+        return None
 
 
 def _size_of_theta(model: nn.Module) -> float:

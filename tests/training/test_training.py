@@ -424,6 +424,12 @@ def test_predictions_of_a_rule_that_tries_its_steps() -> None:
     assert actual > 0.1 * predicted > 0  # or it would not have been accepted
 
 
+def test_a_metric_that_returns_no_number_is_named() -> None:
+    metrics: Any = {"hits": lambda output, target: output.argmax(1) == target}
+    with refused(cg.TrainingError, "metrics: 'hits'", "Tensor of shape (16,)", "the mean"):
+        evaluate(feedforward(2, 4, 3), metrics, classified(16))
+
+
 def test_history_as_a_table() -> None:
     metrics = {"accuracy": lambda output, target: (output.argmax(1) == target).double().mean()}
     data = classified(16)
