@@ -22,6 +22,7 @@ Activation = Callable[[Tensor], Tensor]
 _MAX_AUTOMATIC_SHIFT = 0.1
 _TOLERANCE = 1e-12
 _FAR = 1e4
+_STEP = 1e-7  # to the left and to the right of a kink
 
 
 class TanhLU(nn.Module):
@@ -109,10 +110,16 @@ def derivative(activation: Activation, x: Tensor) -> Tensor:
     return vector_jacobian(activation, x, torch.ones_like(x))
 
 
+def _is_relu(activation: Activation) -> bool:
+    return isinstance(activation, nn.ReLU) or activation in (torch.relu, F.relu)
+
+
 def at_kink(activation: Activation, x: Tensor) -> Tensor:
     """Where σ′ jumps at x, elementwise: by its values a little to the left and to the right."""
+    if _is_relu(activation):
+        return (x > -_STEP) & (x <= _STEP)
     point = x.detach().double().cpu()
-    step = 1e-7 * point.abs().clamp(min=1.0)
+    step = _STEP * point.abs().clamp(min=1.0)
     left, right = (derivative(in_double(activation), point + s) for s in (-step, step))
     return ((right - left).abs() > 0.01).to(x.device)  # a smooth σ bends by 1e-7 times σ″
 
@@ -125,7 +132,7 @@ def value_at_zero(activation: Activation) -> float:
 
 def vector_jacobian(activation: Activation, x: Tensor, cotangent: Tensor) -> Tensor:
     """The elementwise product of a cotangent and σ′(x), by autograd; all of one shape."""
-    if isinstance(activation, nn.ReLU) or activation in (torch.relu, F.relu):
+    if _is_relu(activation):
         # autograd's own kernel for ReLU: one pass over the data instead of three
         return torch.ops.aten.threshold_backward.default(cotangent, x, 0)
     with torch.enable_grad():

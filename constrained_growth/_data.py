@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,12 +47,24 @@ def copied(value: Any) -> Any:
 def batches(data: Iterable[Any], device: torch.device | None) -> Iterator[tuple[Any, Any]]:
     """The `(input, target)` pairs of the data, on the model's device."""
     for index, batch in enumerate(undisturbed(data)):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            raise DataError(
-                f"data: batch {index} is a {type(batch).__name__}, not an (input, target) pair; "
-                "give an iterable of pairs, such as a DataLoader over a TensorDataset(x, y)."
-            )
+        check_pair(batch, index)
         yield moved(batch[0], device), moved(batch[1], device)
+
+
+def check_pair(batch: object, index: int) -> None:
+    """Refuse a batch that is no `(input, target)` pair."""
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return
+    fault, fix = type(batch).__name__, "such as a DataLoader over a TensorDataset(x, y)"
+    if isinstance(batch, tuple | list):
+        fault += f" of {len(batch)}"
+        fix = "and make one of (x, y, w) into (x, (y, w)), which loss_fn takes apart"
+    elif isinstance(batch, Mapping):
+        fix = "such as [(batch, None) for batch in loader] where the model returns its loss"
+    raise DataError(
+        f"data: batch {index} is a {fault}, not an (input, target) pair; give an iterable of "
+        f"pairs, {fix}."
+    )
 
 
 def undisturbed(data: Iterable[T]) -> Iterable[T]:

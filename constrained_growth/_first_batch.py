@@ -35,6 +35,7 @@ from constrained_growth._sites.model import (
     checked_loss,
     coarsest_epsilon,
     device_of,
+    loss_of,
     tensors_of,
 )
 from constrained_growth._sites.site import Site
@@ -136,9 +137,9 @@ def look_at_sites(
 
     def compare() -> tuple[bool, set[str]]:
         here = [([sites[index] for index in some], first) for some, first in looks if some]
-        holds = all(closed_form_holds(model, loss_fn, *each) for each in here)
+        holds = [closed_form_holds(model, loss_fn, *each) for each in here]
         others = (other_networks(model, loss_fn, *each, books, listed) for each in here)
-        return holds, set().union(*others)
+        return all(holds), set().union(*others)
 
     everywhere(check, group)
     outcomes = everywhere(compare, group, collective=sharded)
@@ -193,7 +194,7 @@ def _run(
         collector.begin(take)
         output = call(model, input)
         calls.in_loss = True
-        loss = checked_loss(loss_fn(output, target))
+        loss = loss_of(loss_fn, output, target)
         calls.in_loss = False
         for index, site in enumerate(sites):
             calls.refuse(site, runs[index])

@@ -62,8 +62,8 @@ def solve(
 ) -> Solution:
     """The multipliers of all pins, how large they are, and the decision of a rule about them.
 
-    One forward and one backward pass over the data; nothing about the model, its gradients,
-    buffers, modes or the random state is changed.
+    One forward and one backward pass over the data, in the mode (train or eval) in which the model
+    is; nothing about the model, its gradients, buffers, modes or the random state is changed.
 
         λ_c = −∇_{v_c} L(θ, 0),   sensitivity = ‖λ_c‖ in `norm`
 
@@ -219,7 +219,8 @@ def _agreed(rule: Rule, problem: GrowthProblem, solution: Solution) -> Decision:
     return everywhere(ask, problem.group)[0]
 
 
-def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
+def check_unchanged(problem: GrowthProblem) -> None:
+    """Refuse a problem whose model has grown at a site since it was made."""
     modules = dict(problem.model.named_modules(remove_duplicate=False))
     for site in problem.sites:
         if modules.get(site.after) is not site.module:
@@ -227,6 +228,10 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
                 f'problem: the module "{site.after}" of its model is not the one it was made with '
                 "(a layer was inserted there, say); make a new cg.GrowthProblem."
             )
+
+
+def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None:
+    check_unchanged(problem)
     refuse_no_rule("rule", rule)
     if needs_model(rule) and is_sharded(problem.model):
         raise RuleError(
@@ -356,7 +361,10 @@ def _baseline(gradients: Mapping[str, Tensor] | None, norm: Norm | MomentNorm) -
         sizes = [norm({key: whole(g) for key, g in layer.items()}) for layer in layers.values()]
     except KeyError:  # a norm of the user's own that asks for certain parameters
         return None
-    return float(sum(sizes, 0.0) / len(layers))
+    try:
+        return float(sum(sizes, 0.0) / len(layers))
+    except (TypeError, ValueError, RuntimeError):  # no numbers: of λ they are refused
+        return None
 
 
 def _size_of_theta(model: nn.Module) -> float:

@@ -22,6 +22,7 @@ from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth._solve import (
     agreement_of,
+    check_unchanged,
     groups_of,
     norm_of,
     sensitivities_of,
@@ -87,6 +88,7 @@ def monitor(
 
     Raises:
         RuleError: `norm`, `every` or `scale` make no sense.
+        CandidateError: The model has changed at a site since the problem was made.
         DataError: `problem` is not a `GrowthProblem`, has `weight=`, or has no closed form of λ; or
             (while training) a batch has no size.
 
@@ -320,6 +322,7 @@ class _Window:
 
 def _check(problem: object, norm: object, every: int, scale: object) -> None:
     problem = instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
+    check_unchanged(problem)
     if problem.weight is not None:
         raise DataError(
             "problem: its weight= asks for targets, which a monitor does not see; monitor a "

@@ -1,5 +1,6 @@
 """Several processes for a test: they meet in a file, and all end when one of them fails."""
 
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
@@ -10,10 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 PATIENCE = timedelta(minutes=10)
 """How long a process waits for the others: longer than any busy machine takes, unless it hangs."""
+
+
+# torch is imported once, by a server from which the processes are forked before anything runs
+multiprocessing.get_context("forkserver").set_forkserver_preload(
+    ["torch._dynamo", "torch.distributed.fsdp", "constrained_growth.training"]
+)
 
 
 def together(work: Callable[..., None], folder: Path, *args: Any, processes: int = 2) -> None:
@@ -25,7 +32,8 @@ def together(work: Callable[..., None], folder: Path, *args: Any, processes: int
         *args: Can be pickled.
         processes: How many.
     """
-    spawn(_begin, (work, str(folder / "meeting"), processes, args), nprocs=processes)
+    arguments = work, str(folder / "meeting"), processes, args
+    start_processes(_begin, arguments, processes, start_method="forkserver")
 
 
 def _begin(

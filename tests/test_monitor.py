@@ -494,6 +494,15 @@ def test_other_refusals() -> None:
         monitor.solution(1)  # type: ignore[arg-type]
 
 
+def test_a_model_that_has_grown_since_is_refused() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(8)
+    problem = problem_of(model, data, candidate("1"), candidate("3"))
+    cg.insert(model, cg.solve(problem))
+    words = ["not the one it was made with", "new cg.GrowthProblem"]
+    with refused(cg.CandidateError, *words), cg.monitor(problem):
+        pass
+
+
 def test_a_site_that_becomes_no_tensor_is_refused() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     problem = problem_of(model, data, candidate("1"))

@@ -351,6 +351,17 @@ def test_arguments_of_the_wrong_kind() -> None:
         cg.GrowthProblem(feedforward(2, 4, 3), "x", classified(5), [candidate()])  # type: ignore[arg-type]
 
 
+def test_a_loss_of_one_argument() -> None:
+    with refused(cg.DataError, "loss_fn=<function", "called as loss_fn(output, target)"):
+        solved(feedforward(2, 4, 3), classified(5), candidate(), loss_fn=lambda y: y.sum())
+
+    def broken(output: Tensor, target: Tensor) -> Tensor:
+        raise TypeError("of its own")
+
+    with pytest.raises(TypeError, match="of its own"):
+        solved(feedforward(2, 4, 3), classified(5), candidate(), loss_fn=broken)
+
+
 def test_a_loss_that_does_not_depend_on_the_model() -> None:
     model, data = used(feedforward(2, 4, 3)), classified(12, batch=5)
     other = torch.ones((), requires_grad=True)

@@ -30,20 +30,19 @@ from constrained_growth._multipliers.groups import (
     ALL,
     Span,
     accumulation_dtype,
-    add_products,
-    add_sums,
-    forms_products,
-    squared_sizes,
+    add_convolved,
+    add_factor,
+    gives_products,
 )
 from constrained_growth._multipliers.moments import (
     Found,
     MomentCounts,
     MomentSums,
     moments_of_gradients,
-    over_positions,
 )
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
+from constrained_growth.blocks.convolved import Convolved
 from constrained_growth.blocks.protocol import change, moves
 from constrained_growth.norms import SecondMoments
 
@@ -211,7 +210,7 @@ class Accumulator:
         """−∇_v of one batch, whose samples are not told apart."""
         total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
         for factor in factors:
-            _add_factor(factor, total, -1.0, ALL)
+            add_factor(factor, total, -1.0, ALL)
             if self._moments is not None:
                 self._moments.add(factor, size, weight, Span(span.first, size))
         return {name: t[0] for name, t in total.items()}
@@ -255,11 +254,16 @@ class Accumulator:
         together: int,
     ) -> None:
         """Take in the factors of samples that are told apart."""
+        if isinstance(factors, Convolved) and gives_products(factors):
+            add_convolved(factors, self._sums, -weight, span, self._squares)
+            if self._moments is not None:
+                self._moments.add(factors, size, weight, span, together=together)
+            return
         offsets: dict[str, int] = {}
         for factor in factors:
             offset = offsets.get(factor.weight, 0)
             offsets[factor.weight] = offset + len(factor.cotangent)
-            _add_factor(factor, self._sums, -weight, span, offset, self._squares)
+            add_factor(factor, self._sums, -weight, span, offset, self._squares)
             if self._moments is not None:
                 self._moments.add(factor, size, weight, span, offset, together)
 
@@ -319,40 +323,6 @@ class Accumulator:
 
 _MOST_PARTS = 8
 """Of a batch that a block is differentiated for, one by one."""
-
-
-def _add_factor(
-    factor: AffineFactors,
-    sums: Mapping[str, Tensor],
-    scale: float,
-    span: Span,
-    offset: int = 0,
-    squares: Tensor | None = None,
-) -> None:
-    """Add `scale` times what a map brings to sums by group, and Σ_n ‖that of sample n‖²."""
-    total = sums[factor.weight]
-    psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
-    shifts = None if factor.bias is None else over_positions(psi)
-    if factor.bias is not None and shifts is not None:
-        add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
-    if factor.elementwise:
-        products = over_positions(psi * phi)
-        add_sums(total.view(len(total), -1), products, scale, span, offset)
-        more = [products] if shifts is None else [products, shifts]
-        found = sum(t.square().sum(dtype=torch.float64) for t in more) if squares is not None else 0
-    else:
-        matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
-        if squares is not None and forms_products(psi, phi):  # they serve both sums
-            products = psi.mT @ phi
-            add_sums(matrix, products, scale, span, offset)
-            more = [products] if shifts is None else [products, shifts]
-            norms = torch.cat([torch.linalg.vector_norm(t.flatten(1), dim=1) for t in more])
-            found = norms.double().square().sum()
-        else:
-            add_products(matrix, psi, phi, scale, span, offset)
-            found = squared_sizes(psi, phi, shifts) if squares is not None else 0
-    if squares is not None:
-        squares.add_(found, alpha=scale**2)
 
 
 def _gradients(estimate: Estimate, samples: int) -> dict[str, Tensor]:

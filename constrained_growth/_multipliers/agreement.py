@@ -11,7 +11,7 @@ have an output more for it (hidden states, losses of routers), which the loss ma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.fit import refuse_dead
 from constrained_growth._multipliers.in_graph import Standing, rounds
 from constrained_growth._multipliers.measure import Pass
 from constrained_growth._sites.collector import Use
@@ -78,7 +79,10 @@ def closed_form_holds(
     sites: Sequence[Site],
     first: FirstBatch,
 ) -> bool:
-    """Whether λ of the first batch in closed form is what autograd gives through the blocks."""
+    """Whether λ of the first batch in closed form is what autograd gives through the blocks.
+
+    Where that is zero, a block whose λ would be zero on any other batch is refused.
+    """
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     in_graph = Pass(model, loss_fn, sites, Method.IN_GRAPH, gradients=False)
     closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
@@ -105,6 +109,7 @@ def closed_form_holds(
                 "identity as it is called there, or something else than the model reads the "
                 "tensor at its site; make a problem with each alone to see which."
             )
+        _refuse_dead(sites, first, ())
         return False  # the model is not a function of its input: nothing can be compared
     found, exact = closed.estimates(), in_graph.estimates()
     for site, uses in zip(sites, first.uses, strict=True):
@@ -113,11 +118,21 @@ def closed_form_holds(
                 f'after="{site.after}": the loss does not depend on the output of this module, '
                 "so no layer there could change it; choose another submodule."
             )
+    alive = [n for n, e in exact.items() if any(bool(t.any()) for t in e.multiplier.values())]
+    _refuse_dead(sites, first, alive)
     return all(
         _agree(found[name], exact[name], uses, epsilon)
         for site, uses in zip(sites, first.uses, strict=True)
         for name in site.blocks
     )
+
+
+def _refuse_dead(sites: Sequence[Site], first: FirstBatch, alive: Collection[str]) -> None:
+    """Refuse blocks, but for the ones `alive`, whose λ is zero whatever is at their sites."""
+    for site, seen in zip(sites, first.seen, strict=True):
+        for name in (name for name in site.blocks if name not in alive):
+            for use in seen:
+                refuse_dead(name, site.blocks[name], use.x, use.context)
 
 
 def other_networks(
@@ -144,7 +159,7 @@ def other_networks(
             drawn = torch.get_rng_state()
         layers = {name: listed_form(block) for name, block in blocks.items()}
         try:
-            with untouched(model, loss_fn), drawing_apart(layers, set()):
+            with untouched(model, loss_fn), drawing_apart(layers.values()):
                 for name, layer in layers.items():
                     elements: Any = list_of(model, places[name].module)
                     elements.insert([*elements].index(places[name].module) + 1, layer)

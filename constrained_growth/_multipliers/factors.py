@@ -13,6 +13,7 @@ from constrained_growth._multipliers.closed_form import by_sample
 from constrained_growth._multipliers.recorded import recorded_factors, zeros_of
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, has_factors
+from constrained_growth.blocks.convolved import Convolved
 
 Layout = Callable[[Tensor, int], Tensor]
 """`layout(t, n)`: t as (n samples, positions, channels)."""
@@ -54,6 +55,8 @@ class FactorsOf:
 
     def _own_factors(self, uses: Sequence[Use], in_front: bool) -> Factors:
         found = [self._block.factors(use.x, use.delta) for use in uses]
+        if in_front and len(found) == 1 and isinstance(found[0], Convolved):
+            return Factors(found[0], True)
         layout = _in_front if in_front else _as_one
         # neither layout asks for the number of samples
         shaped = [(_shaped(factor, layout, 0) for factor in some) for some in found]

@@ -40,19 +40,22 @@ def check_fit(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
                 f"site by {moved:.2g} times what rounding may do. An identity layer stands right "
                 "after its own activation; elsewhere use ResidualMLP(width, hidden, activation)."
             )
-        _refuse_dead(block, x, context, where)
+        if has_factors(block):
+            some = x[:2] if x.dim() > 1 else x  # which have the shapes of all
+            with untouched(block):
+                _check_factors(block, some, some, where)
 
 
-def _refuse_dead(block: nn.Module, x: Tensor, context: Context, where: str) -> None:
-    """Refuse a block whose multipliers are 0 whatever arrives."""
+def refuse_dead(name: str, block: nn.Module, x: Tensor, context: Context) -> None:
+    """Refuse a candidate's block whose multipliers are 0 whatever arrives."""
+    x = x.to(next(block.parameters()).dtype)
     # not the data's own x and δ, which are zero where units are dead or the loss is stationary
     generator = torch.Generator().manual_seed(0)
     x, delta = torch.randn(2, *x.shape, generator=generator, dtype=torch.float64).to(x)
-    with untouched(block):
+    with full_precision(x.device), torch.no_grad(), untouched(block):
         _, (multipliers,) = differentiated(block, Use(x, delta, context), [delta])
-        if has_factors(block):
-            _check_factors(block, x, delta, where)
     if not any(bool(value.any()) for value in multipliers.values()):
+        where = f'block={type(block).__name__} of candidate "{name}"'
         raise BlockError(
             f"{where} has multipliers that vanish identically (both factors of a product are zero, "
             "or σ′(0) = 0 by autograd's convention): it could never be chosen. Give its free "

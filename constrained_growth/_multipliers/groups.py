@@ -8,12 +8,15 @@ them serves every number that is made of λ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from constrained_growth.blocks import AffineFactors
+from constrained_growth.blocks.convolved import Convolved
 
 MOST = 128
 """Groups: a standard error from G of them is itself known to about 1/√(2 G), here 6 %."""
@@ -106,7 +109,61 @@ def add_sums(total: Tensor, values: Tensor, factor: float, span: Span, offset: i
             total[group].add_(values[start:stop].sum(0), alpha=factor)
 
 
-def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
+def add_factor(
+    factor: AffineFactors,
+    sums: Mapping[str, Tensor],
+    scale: float,
+    span: Span,
+    offset: int = 0,
+    squares: Tensor | None = None,
+) -> None:
+    """Add `scale` times what a map brings to sums by group, and Σ_n ‖that of sample n‖²."""
+    total = sums[factor.weight]
+    psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
+    shifts = None if factor.bias is None else over_positions(psi)
+    if factor.bias is not None and shifts is not None:
+        add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
+    if factor.elementwise:
+        products = over_positions(psi * phi)
+        add_sums(total.view(len(total), -1), products, scale, span, offset)
+        found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
+    else:
+        matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
+        _, positions, out = psi.shape
+        if squares is not None and _forms_products(positions, out, phi.shape[2]):
+            products = psi.mT @ phi  # they serve both sums
+            add_sums(matrix, products, scale, span, offset)
+            found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
+        else:
+            add_products(matrix, psi, phi, scale, span, offset)
+            found = _squared_sizes(psi, phi, shifts) if squares is not None else 0
+    if squares is not None:
+        squares.add_(found, alpha=scale**2)
+
+
+def gives_products(factors: Convolved) -> bool:
+    """Whether `add_convolved` is cheaper than `add_factor` with patches."""
+    _, positions, out, width = factors.shape
+    return factors.is_grouped and _forms_products(positions, out, width)
+
+
+def add_convolved(
+    factors: Convolved, sums: Mapping[str, Tensor], scale: float, span: Span, squares: Tensor
+) -> None:
+    """Add `scale` times what a convolution brings to sums by group, and Σ_n ‖that of sample n‖²."""
+    found, done = torch.zeros_like(squares), 0
+    for products in factors.products():
+        add_sums(sums[factors.weight].flatten(2), products, scale, span, done)
+        found += _squares(products)
+        done += len(products)
+    if factors.bias is not None:
+        shifts = factors.cotangent.sum((2, 3))
+        add_sums(sums[factors.bias], shifts, scale, span)
+        found += _squares(shifts)
+    squares.add_(found, alpha=scale**2)
+
+
+def _squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
     """Σ_n ‖ψ_nᵀ φ_n‖² over the samples, and ‖Σ_t ψ_nt‖² with a bias.
 
     ψ has the shape (samples, positions, out), φ (samples, positions, in). No product is formed.
@@ -120,10 +177,19 @@ def squared_sizes(psi: Tensor, phi: Tensor, shifts: Tensor | None) -> Tensor:
     return ((psi @ psi.mT) * (phi @ phi.mT + float(has_bias))).sum(dtype=torch.float64)
 
 
-def forms_products(psi: Tensor, phi: Tensor) -> bool:
+def _forms_products(positions: int, out: int, width: int) -> bool:
     """Whether ‖ψ_nᵀ φ_n‖² is cheaper from the product than as Σ_st (ψ_s·ψ_t)(φ_s·φ_t)."""
-    positions, out, width = psi.shape[1], psi.shape[2], phi.shape[2]
     return positions > 1 and positions * (out + width) > out * width
+
+
+def _squares(values: Tensor) -> Tensor:
+    """The sum of the squares of all entries, those of each sample added up apart."""
+    return torch.linalg.vector_norm(values.flatten(1), dim=1).double().square_().sum()
+
+
+def over_positions(values: Tensor) -> Tensor:
+    """The sum over the positions of each sample."""
+    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
 
 
 def _runs(samples: int, span: Span, offset: int) -> Iterator[tuple[int, int, int, int]]:

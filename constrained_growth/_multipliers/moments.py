@@ -7,6 +7,7 @@ of the samples tells enough.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from constrained_growth._multipliers.groups import Span, add_products, add_sums
+from constrained_growth._multipliers.groups import Span, add_products, add_sums, over_positions
 from constrained_growth.blocks import AffineFactors
+from constrained_growth.blocks.convolved import Convolved
 from constrained_growth.norms import SecondMoments
 
 _MOST = 256
@@ -119,7 +121,7 @@ class MomentSums:
 
     def add(
         self,
-        factor: AffineFactors,
+        factor: AffineFactors | Convolved,
         size: int,
         weight: float,
         span: Span,
@@ -128,16 +130,24 @@ class MomentSums:
     ) -> None:
         """Take in some of `size` samples, after `offset` others; they are so many batches."""
         counts, name = self.counts, factor.weight
+        convolved = isinstance(factor, Convolved)
+        samples, positions = factor.shape[:2] if convolved else factor.features.shape[:2]
+        step = size * positions / together * self._batches / _ROWS
+        if convolved and step < 2:
+            for part in factor:
+                self.add(part, size, weight, span, offset, together)
+                offset += len(part.cotangent)
+            return
         kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
         self._make(name, counts.maps.setdefault(name, kind))
         dtype = self._features[name].dtype
-        samples, positions = factor.features.shape[:2]
         before = counts.rows.get(name, 0)
         counts.rows[name] = before + samples * positions
-        phi, psi = factor.features, factor.cotangent
-        step = size * positions / together * self._batches / _ROWS
-        wide = not kind.elementwise
-        (phi, psi), span, offset = _thinned((phi, psi), before, step, size, span, offset, wide)
+        if convolved:
+            phi, psi = _some_patches(factor, before, step)
+        else:
+            every, wide = (factor.features, factor.cotangent), not kind.elementwise
+            (phi, psi), span, offset = _thinned(every, before, step, size, span, offset, wide)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
         self._wait(name, _Rows([phi.to(dtype)], [psi.to(dtype)], weight, span, offset))
 
@@ -170,7 +180,7 @@ class MomentSums:
             add_products(cotangents, psi, psi, weight**2, span, offset)
         add_sums(self._means[name], over_positions(phi), 1.0, span, offset)
         if len(features) == 1:
-            sizes = torch.linalg.vector_norm(psi.reshape(len(psi), -1), dim=1).square()
+            sizes = torch.linalg.vector_norm(psi, dim=(1, 2)).square()
             add_sums(self._traces[name], sizes, weight**2, span, offset)
 
     def close(self) -> None:
@@ -286,13 +296,30 @@ def _thinned(
     positions = tensors[0].shape[1]
     if step < 2:
         return [_some(t, 2) if wide else t for t in tensors], span, offset
-    if positions > 1:  # an odd step does not keep to columns of an image
-        odd = min(int(step) | 1, (positions - 1) | 1)
+    if positions > 1:
+        odd = _odd(step, positions)
         return [_some_positions(t, before // positions, odd, wide) for t in tensors], span, offset
     each = min(span.each, size)
     every = max(d for d in range(1, int(step) + 1) if each % d == 0 or each == size)
     some = [_some(t[::every], 2) if wide else t[::every] for t in tensors]
     return some, Span(span.first, math.ceil(each / every)), offset // every
+
+
+def _odd(step: float, positions: int) -> int:
+    """An odd step does not keep to columns of an image."""
+    return min(int(step) | 1, (positions - 1) | 1)
+
+
+def _some_patches(factor: Convolved, before: int, step: float) -> tuple[Tensor, Tensor]:
+    """φ and ψ of a convolution at the positions of `_some_positions`, no other patches made."""
+    samples, positions, _, width = factor.shape
+    step, psi = _odd(step, positions), factor.cotangent.flatten(2).mT
+    count = positions // step
+    number = torch.arange(before // positions, before // positions + samples, device=psi.device)
+    first = number % step + number // step % (positions - count * step + 1)
+    chosen = first[:, None] + step * torch.arange(count, device=psi.device)
+    phi = factor.rows(chosen, _chosen(width, psi.device))
+    return phi, _some_positions(psi, before // positions, step, wide=True)
 
 
 def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
@@ -320,17 +347,14 @@ def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
     return torch.cat(found).mT
 
 
-def over_positions(values: Tensor) -> Tensor:
-    """The sum over the positions of each sample."""
-    return values.squeeze(1) if values.shape[1] == 1 else values.sum(1)
-
-
+@functools.cache
 def _chosen(size: int, device: torch.device) -> Tensor | None:
     """The same random part each time, in order; None for all."""
     if size <= _MOST:
         return None
-    order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-    return order[:_MOST].sort().values.to(device)
+    with torch.inference_mode(False):  # as it is kept
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
+        return order[:_MOST].sort().values.to(device)
 
 
 def _some(values: Tensor, dim: int) -> Tensor:

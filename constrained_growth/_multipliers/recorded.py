@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from constrained_growth._multipliers.closed_form import at_pins
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
-from constrained_growth.blocks.convolution import patches_of
+from constrained_growth.blocks.convolved import patches_of
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.moments import Parts
+from constrained_growth.errors import RuleError
 from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
 from constrained_growth.solution import Norm
 
@@ -29,9 +30,18 @@ _TOGETHER = 10
 
 
 def value_of(norm: Norm | MomentNorm, estimate: Estimate) -> float:
-    """The norm of λ."""
+    """The norm of λ; a RuleError where it is no number, or negative."""
     with torch.no_grad():
-        return float(_applied(norm, estimate.multiplier, estimate.moments))
+        value = _applied(norm, estimate.multiplier, estimate.moments)
+    try:
+        size = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        size = -1.0
+    if size < 0:
+        raise RuleError(
+            f"norm={norm!r:.80} returned {value!r:.80}; a norm returns one number, 0 or more."
+        )
+    return size
 
 
 def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, ...]:

@@ -66,6 +66,18 @@ def _takes(
     return True
 
 
+def loss_of(loss_fn: Callable[..., Any], output: object, target: object) -> Tensor:
+    """The checked loss of an output; an error that says how a loss is called."""
+    try:
+        return checked_loss(loss_fn(output, target))
+    except TypeError as error:
+        if _takes(loss_fn, (output, target)):
+            raise
+        raise DataError(
+            f"loss_fn={loss_fn!r:.80} fails ({error}); it is called as loss_fn(output, target)."
+        ) from error
+
+
 def checked_loss(loss: object) -> Tensor:
     """The loss, if it is a scalar tensor; a DataError if not."""
     if not isinstance(loss, Tensor):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -104,7 +105,10 @@ def _drawn_from(data: object) -> Iterator[Any]:
         known.add(id(value))
         if isinstance(value, GENERATORS):
             yield value
-        elif type(value) in (list, tuple):  # a user's own may read a file for each item
+        elif isinstance(value, list | tuple) and type(value) in (
+            list,
+            tuple,
+        ):  # a user's own may read a file for each item
             waiting += [(item, depth) for item in (value if len(value) < _SHORT else ())]
         else:
             state = getattr(value, "__dict__", {})
@@ -119,19 +123,20 @@ _SHORT = 100
 
 
 @contextmanager
-def drawing_apart(layers: Mapping[str, nn.Module], reached: set[str]) -> Iterator[None]:
-    """Make layers leave the random state as they found it, and note which of them run."""
+def drawing_apart(layers: Iterable[nn.Module]) -> Iterator[Counter[nn.Module]]:
+    """Make layers leave the random state as they found it, and count how often each runs."""
+    runs: Counter[nn.Module] = Counter()
     states: list[Any] = []  # a stack: an inserted layer may run within another one
 
     def enter(module: nn.Module, _: Any) -> None:
         states.append(random_state())
-        reached.update(name for name, layer in layers.items() if layer is module)
+        runs[module] += 1
 
     def leave(*_: Any) -> None:
         set_random_state(states.pop())
 
     with ExitStack() as hooks:
-        for layer in layers.values():
+        for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(enter))
             hooks.enter_context(layer.register_forward_hook(leave))
-        yield
+        yield runs

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -21,6 +19,7 @@ from constrained_growth._activations import (
     vector_jacobian,
 )
 from constrained_growth._arguments import function, positive_int
+from constrained_growth.blocks.convolved import Convolved
 from constrained_growth.blocks.protocol import (
     AffineFactors,
     exact_everywhere,
@@ -62,7 +61,7 @@ class ResidualConv2d(nn.Module):
         pinned: "gamma" or "weight"; by default the first if there is a normalisation.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         convs.0.weight (hidden, channels, k, k), convs.1.weight (channels, hidden, k, k), their
         biases where no normalisation follows, norms.0 and norms.1: weight and bias.
 
@@ -152,14 +151,14 @@ class ResidualConv2d(nn.Module):
         return x
 
     @property
-    def factors(self) -> Callable[[Tensor, Tensor], Iterator[AffineFactors]] | None:
+    def factors(self) -> Callable[[Tensor, Tensor], Iterable[AffineFactors]] | None:
         """`factors(x, delta)`: ψ = δ, φ = patches of the features; None with normalisation."""
         return self._factors if self._norm_layer is None else None
 
-    def _factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
+    def _factors(self, x: Tensor, delta: Tensor) -> Convolved:
         weight, bias = self.pinned
         size = self._kernel_sizes(self.kernel_size)[-1]
-        return _patch_factors(weight, bias, delta, self._features(x), size)
+        return Convolved(weight, bias, delta, self._features(x), size)
 
     def config(self) -> dict[str, Any]:
         """The arguments that build the same architecture again."""
@@ -219,7 +218,7 @@ class IdentityConv2d(nn.Module):
         shift: s. None (default) takes the smallest one, up to 0.1, as in `IdentityLinear`.
         device, dtype: Of the parameters. A shift is exact in its first dtype, and in lower ones.
 
-    Parameters:
+    Weights:
         weight (channels, channels, k, k), bias (channels,): both pinned.
 
     Raises:
@@ -270,12 +269,11 @@ class IdentityConv2d(nn.Module):
         y = self.activation(x + moved)
         return y - self.shift if self.shift else y
 
-    def factors(self, x: Tensor, delta: Tensor) -> Iterator[AffineFactors]:
+    def factors(self, x: Tensor, delta: Tensor) -> Convolved:
         """ψ = δ ⊙ σ′(x + s), φ = the patches of x."""
         _check_images(self, x, len(self.bias))
         psi = vector_jacobian(self.activation, x + self.shift if self.shift else x, delta)
-        found = _patch_factors("weight", "bias", psi, x, self.weight.shape[-1])
-        return (replace(factors, same_units=True) for factors in found)
+        return Convolved("weight", "bias", psi, x, self.weight.shape[-1], same_units=True)
 
     def kinks(self, x: Tensor) -> Tensor:
         """Where the layer stands at a kink of σ at its pins, of the shape of x."""
@@ -293,41 +291,6 @@ class IdentityConv2d(nn.Module):
             "kernel_size": self.weight.shape[-1],
             "shift": self.shift,
         }
-
-
-_PATCHES = 2**22  # about so many bytes of patches are made at a time; more leave the cache
-
-
-def _patch_factors(
-    weight: str, bias: str, psi: Tensor, images: Tensor, size: int
-) -> Iterator[AffineFactors]:
-    """A convolution as an affine map of patches, for a few samples at a time."""
-    # the patches of a whole batch would be k² times the images
-    most = 1.25 * _PATCHES / max(1, size**2 * images[:1].nbytes)
-    each = 2 ** max(0, int(math.log2(max(1.0, most))))  # groups of samples are mostly powers of 2
-    for some, cotangents in zip(images.split(each), psi.split(each), strict=True):
-        patches = patches_of(some, (size, size), padding=(size // 2, size // 2))
-        yield AffineFactors(weight, bias, cotangents.flatten(2).mT, patches.mT)
-
-
-def patches_of(
-    images: Tensor,
-    kernel: Sequence[int],
-    dilation: Sequence[int] = (1, 1),
-    padding: Sequence[int] = (0, 0),
-    stride: Sequence[int] = (1, 1),
-) -> Tensor:
-    """As `F.unfold`, (samples, channels · kernel, positions): a view's copy, 4 times as fast."""
-    images = F.pad(images, (padding[1], padding[1], padding[0], padding[0]))
-    samples, channels, *size = images.shape
-    *outer, down, right = images.stride()
-    counts = [
-        (n - d * (k - 1) - 1) // s + 1
-        for n, k, d, s in zip(size, kernel, dilation, stride, strict=True)
-    ]
-    steps = (down * dilation[0], right * dilation[1], down * stride[0], right * stride[1])
-    seen = images.as_strided((samples, channels, *kernel, *counts), (*outer, *steps))
-    return seen.reshape(samples, -1, math.prod(counts))
 
 
 def _check_images(block: nn.Module, x: Tensor, channels: int) -> None:

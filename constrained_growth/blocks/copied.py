@@ -48,7 +48,7 @@ class CopiedBlock(nn.Module):
             inserted: it then gets their values of that moment. So candidates take no memory,
             as those of `find_candidates`. Such a block is there to be measured: do not train it.
 
-    Parameters:
+    Weights:
         Those of `module`, as `module.…`; the pinned ones are in `pinned`.
 
     Raises:

@@ -49,7 +49,7 @@ class IdentityLinear(nn.Module):
             given, as the layer is linear, and so redundant, until it has moved by about s.
         device, dtype: Of the parameters. A shift is exact in its first dtype, and in lower ones.
 
-    Parameters:
+    Weights:
         weight (width, width), bias (width,): both pinned.
 
     Raises:
@@ -118,7 +118,7 @@ class ResidualLinear(nn.Module):
         activation: σ, a module or an elementwise function.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         weight (width, width), bias (width,): both pinned.
 
     Raises:
@@ -185,7 +185,7 @@ class ResidualMLP(nn.Module):
             (b = 0), whose dtype is kept unless `dtype` is given.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         inner.weight (hidden, width), inner.bias (hidden,), outer.weight (width, hidden).
 
     Raises:

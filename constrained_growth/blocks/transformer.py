@@ -44,7 +44,7 @@ class TransformerBlock(nn.Module):
         causal: Whether a position attends only to itself and to earlier ones.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         norm1.weight, norm1.bias, norm2.weight, norm2.bias (width,); qkv.weight (3 width, width),
         qkv.bias; proj.weight (width, width), proj.bias (width,): pinned; fc1.weight (hidden,
         width), fc1.bias; fc2.weight (width, hidden), fc2.bias (width,): pinned.
@@ -149,7 +149,7 @@ class GatedMLP(nn.Module):
         eps: Added to the mean square in the normalisation.
         device, dtype: Of the parameters.
 
-    Parameters:
+    Weights:
         norm.weight (width,), gate_proj.weight and up_proj.weight (hidden, width),
         down_proj.weight (width, hidden): pinned.
 

@@ -89,10 +89,12 @@ def runs_of(model: nn.Module, example_input: object) -> dict[str, Run]:
         except GrowthError:
             raise
         except Exception as error:
+            of_batch = isinstance(example_input, tuple | list) and len(example_input) == 2
+            batch = ", or batch[0] where this is a batch (input, target)" if of_batch else ""
             raise CandidateError(
                 f"example_input={type(example_input).__name__}: {type(model).__name__} fails on it "
                 f"({type(error).__name__}: {error}); give one input as in the data: a tensor, a "
-                "tuple, or a dict of keyword arguments."
+                f"tuple, or a dict of keyword arguments{batch}."
             ) from error
     return runs
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,9 @@ class Setting:
     blocks: int = 4
     batch: int = 64
     learning_rate: float = 0.005
-    steps_before: int = 300
-    steps_after: int = 150
-    every: int = 15
+    steps_before: int = 250
+    steps_after: int = 100
+    every: int = 10
     """Steps between two measurements of the loss on test images."""
 
 
@@ -172,13 +172,20 @@ def _grow(
     for name in (KEPT, *(sizes if everywhere else [best])):
         grown = copy.deepcopy(model)
         if name != KEPT:
-            same = cg.GrowthProblem(grown, LOSS, [data], candidates)
-            cg.insert(grown, cg.solve(same, cg.Fixed(name)))
+            cg.insert(grown, replace(solution, decision=cg.Decision((name,), "to compare")))
         losses[name] = _train(grown, data, setting, setting.steps_after, seed, test)
     held_out = solution.sensitivities[best].held_out
     assert held_out is not None
-    return {
-        "places": [
+    found = {
+        "chosen": next(iter(solution.decision.chosen), None),
+        "best": best,
+        "reason": solution.decision.reason,
+        "pvalue": held_out.pvalue,
+        "effect_size": held_out.effect_size,
+        "losses": losses,
+    }
+    if everywhere:
+        found["places"] = [
             {
                 "name": name,
                 "sensitivity": s.value,
@@ -187,19 +194,13 @@ def _grow(
                 "added": s.num_new_parameters,
             }
             for name, s in solution.sensitivities.items()
-        ],
-        "chosen": next(iter(solution.decision.chosen), None),
-        "best": best,
-        "reason": solution.decision.reason,
-        "agreement": cg.statistics.agreement(solution.sensitivities, cg.TopK(1)),
-        "pvalue": held_out.pvalue,
-        "effect_size": held_out.effect_size,
-        "losses": losses,
-    }
+        ]
+        found["agreement"] = cg.statistics.agreement(solution.sensitivities, cg.TopK(1))
+    return found
 
 
 def _train(
-    model: nn.Module,
+    model: nn.Sequential,
     data: Batch,
     setting: Setting,
     steps: int,
@@ -207,6 +208,10 @@ def _train(
     test: Batch | None = None,
 ) -> list[float]:
     """Losses on the test images after 0, `every`, … steps of what requires gradients."""
+    frozen, model = _at_first_trainable(model)
+    with torch.no_grad():  # what is frozen need not be computed in every step
+        data = frozen(data[0]), data[1]
+        test = None if test is None else (frozen(test[0]), test[1])
     moving = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(moving, lr=setting.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -221,6 +226,13 @@ def _train(
         if test is not None and step % setting.every == 0:
             losses.append(_loss(model, test))
     return losses
+
+
+def _at_first_trainable(model: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
+    """What comes before the first child that trains, and the rest."""
+    children = list(model)
+    first = [any(p.requires_grad for p in child.parameters()) for child in children].index(True)
+    return nn.Sequential(*children[:first]), nn.Sequential(*children[first:])
 
 
 def _batches(data: Batch, size: int, steps: int, seed: int) -> Iterator[Batch]:

@@ -101,10 +101,11 @@ class Pretrained:
         embedding: Any = self.model.get_input_embeddings()
         known = len(embedding.weight)
         if self.tokenizer is None:
-            if known < 256:
+            if known != 256:
                 raise cg.DataError(
-                    f"{self.folder} has no tokenizer, so that texts are read as bytes, and the "
-                    f"model knows {known} tokens, not 256; save its tokenizer there."
+                    f"{self.folder} has no tokenizer, so that texts would be read as bytes, and "
+                    f"the model knows {known} tokens, not 256; save its tokenizer there: "
+                    "tokenizer.save_pretrained(folder)."
                 )
             return torch.tensor(list(content))
         try:
@@ -227,23 +228,23 @@ def expand(
     pretrained = Pretrained.read(folder)
     model, device = pretrained.model, "cuda" if torch.cuda.is_available() else "cpu"
     network = Logits(model).to(device)
-    texts = _texts(pretrained, old, new, training, context, seed, device)
+    texts, read = _texts(pretrained, old, new, training, context, seed, device)
     problem = problem_of(network, texts.new, training.batch)
     if k > len(problem.candidates):
         raise cg.CandidateError(
             f"{k} layers are too many: there are {len(problem.candidates)} places in this "
             f"{type(model).__name__}, for one layer each."
         )
-    rule = rule_of(where, k, texts.old, training.batch, seed)
-    if isinstance(rule, cg.Fixed):  # a number that is too large is refused before the solve
-        rule({one.name: cg.Sensitivity(0.0) for one in problem.candidates})
+    rule, last = rule_of(where, k, texts.old, training.batch, seed), len(problem.candidates) - 1
+    if isinstance(rule, cg.Fixed) and not {*rule.candidates} <= {*range(last + 1)}:
+        raise cg.RuleError(f"where={where!r}: places are numbered from 0 to {last}.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cg.DataError(f"{out} cannot be made: {error.strerror}.") from error
     validation = batches(texts.new_held_out, training.batch)
     solution = cg.solve(problem, rule, validation=validation)
-    found = _described(model, solution)
+    found = {"read": read} | _described(model, solution)
     on_solved(found)
     if len(found["chosen"]) < k:
         raise cg.RuleError(f"{len(found['chosen'])} places for {k} layers: {found['reason']}.")
@@ -275,15 +276,18 @@ def _texts(
     context: int | None,
     seed: int,
     device: str,
-) -> Texts:
+) -> tuple[Texts, str]:
+    """The pieces, and in words what was read."""
     limit = getattr(pretrained.model.config.get_text_config(), "max_position_embeddings", None)
     length = min(128, limit or 128) if context is None else context
     if limit is not None and length > limit:
         raise cg.DataError(f"a context of {length} is too long: the model takes {limit} tokens.")
     needed = 1 + max(10 * (2 * length + 1), (training.batch * length + 1) * 10 // 9 + 1)
-    found = list[Data]()
+    found, read = list[Data](), "Read:"
+    kind = "tokens" if pretrained.tokenizer is not None else "bytes (there is no tokenizer)"
     for name, file in (("old", old), ("new", new)):
         text = pretrained.tokens(file)
+        read += f" {len(text):,} {kind} of the {name} text,"
         if len(text) < needed:
             raise cg.DataError(
                 f"the {name} text {file} is too short: it has {len(text):,} tokens, and "
@@ -292,7 +296,7 @@ def _texts(
             )
         learnt = max(ASKED, training.steps * training.batch) if name == "new" else ASKED
         found += pieces(text, length, learnt, seed)
-    return Texts(*((x.to(device), y.to(device)) for x, y in found))
+    return Texts(*((x.to(device), y.to(device)) for x, y in found)), f"{read[:-1]}."
 
 
 def first(data: Data, count: int) -> Data:
@@ -344,6 +348,8 @@ def question(found: dict[str, Any]) -> RenderableType:
     """The table of places, the decision, and how sure it is."""
     headings = ("after", "sensitivity", "effect on held-out text", "parameters", "")
     table = titled(f"Places in {found['model']}", "place", *headings)
+    for column in table.columns:  # folded where the terminal is narrow, and never cut off
+        column.no_wrap, column.overflow = False, "fold"
     for place, row in enumerate(found["places"]):
         table.add_row(
             str(place),
@@ -361,6 +367,7 @@ def question(found: dict[str, Any]) -> RenderableType:
     chosen, agreement = found["chosen"], found["agreement"]
     sure = f"{agreement:.0%} of bootstrap samples of the new text lead to the same places; "
     return Group(
+        Text(found["read"]),
         table,
         Text(
             f"Decision: {len(chosen)} more, after {', '.join(chosen)} ({found['reason']}).",
@@ -378,14 +385,16 @@ def answer(found: dict[str, Any]) -> RenderableType:
     table = titled("Held-out loss, nats a token", "text", "before", "after")
     for name, (before, after) in found["losses"].items():
         table.add_row(name, f"{before:.4f}", f"{after:.4f}")
+    one, count = "A copy of one layer was inserted after it", len(found["chosen"])
+    added = one if count == 1 else f"{count} copies of layers were inserted after their originals"
     return Group(
         table,
         Text(
-            f"{len(found['chosen'])} copies of layers were put after their originals, with output "
-            "projections of zero, so that the model did at first what it had done before. These "
-            f"{found['new_parameters']:,} of now {found['parameters']:,} parameters learnt the new "
-            f"text in {found['steps']} steps; all others stayed as they were. "
-            f"{found['model']}.from_pretrained({found['out']!r}) loads the grown model, as was "
-            "tried."
+            f"{added}. Output projections of new layers started at zero, so that at first the "
+            "model computed what it had computed before. "
+            f"Of {found['parameters']:,} parameters, the {found['new_parameters']:,} new ones were "
+            f"trained on the new text for {found['steps']} step{'s' * (found['steps'] != 1)}; all "
+            f"others are unchanged. {found['model']}.from_pretrained({found['out']!r}) loads the "
+            "grown model (this was checked)."
         ),
     )

@@ -72,8 +72,8 @@ def insert(
 
     Residual blocks pinned at zero leave the output unchanged to the last bit, identity layers up
     to rounding. This is checked: the model runs on one batch before and after, in train and in
-    eval mode. Then the layers take the values of the decision, if it has any. After any error
-    everything is as it was.
+    eval mode, and each layer has to run where its site does. Then the layers take the values of the
+    decision, if it has any. After any error everything is as it was.
 
     Args:
         model: The model of the problem, or a copy of it; changed in place. Inside a
@@ -90,7 +90,9 @@ def insert(
             (`torch.optim.swa_utils.AveragedModel`). They get the layers at the pins: the average
             of a network that has always had them there. Those that run on the batch are checked.
         data: `(input, target)` batches; the function is checked on the first one. None (default)
-            takes the first batch of the problem; `()` skips the check.
+            takes the first batch of the problem; `()` skips the check, and with it whether the
+            model reaches the layers: one that calls a site by a reference of its own, such as a
+            plain list of modules, does not.
 
     Returns:
         The record, which `replay` can repeat on a fresh model. `record.difference` is the largest
@@ -102,7 +104,7 @@ def insert(
         OptimizerError: The optimizer cannot take the new parameters.
         RuleError: The values of the decision do not fit the blocks.
         BlockError: The output changed by more than rounding in the model's own mode, a layer is
-            never reached, or the grown model fails.
+            not reached where its site is, or the grown model fails.
         DataError: The model does not run on the batch.
 
     Example:
@@ -141,7 +143,11 @@ def insert(
             one.update()
         differences = [
             preservation.check_preserved(
-                one, example, outputs, {n.name: n.module for n in here}, siblings
+                one,
+                example,
+                outputs,
+                {new.name: new.module for new in here},
+                {new.name: new.site for new in here if not new.is_sibling},
             )
             for one, outputs, here in zip(models, before, new, strict=True)
         ]

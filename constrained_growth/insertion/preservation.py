@@ -7,7 +7,9 @@ layers drawing apart, and compared entry by entry up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,21 +61,30 @@ def check_preserved(
     example: object,
     before: Outputs,
     inserted: Mapping[str, nn.Module],
-    siblings: Collection[str] = (),
+    sites: Mapping[str, nn.Module],
 ) -> dict[str, float]:
     """The largest difference of the outputs in each mode; an error if it exceeds rounding.
 
     That is 1000 ε (at most 1/16) of the largest entry, where ε is the coarsest machine precision
     among parameters, outputs, autocast and float32 products. Only the mode the model is in decides,
     since some blocks are exact in one mode. Random numbers that the inserted layers (name → layer)
-    draw do not count. `siblings` must be reached; the others may stand at sites that are idle here.
+    draw do not count. A layer around one of the `sites` (of the same names) must run as often as
+    that, which may be idle here; the others, elements of lists, must run.
     """
     differences: dict[str, float] = {}
-    reached: set[str] = set()
+    runs: Counter[nn.Module] = Counter()
+
+    def count(site: nn.Module, *_: Any) -> None:
+        runs[site] += 1
+
     for mode, output in before.items():
         try:
-            with drawing_apart(inserted, reached):
+            with ExitStack() as hooks:
+                for site in {*sites.values()}:
+                    hooks.enter_context(site.register_forward_hook(count))
+                of_layers = hooks.enter_context(drawing_apart(inserted.values()))
                 grown = {mode: _output(model, example, mode == "train")}
+            runs.update(of_layers)
         except Exception as error:
             raise BlockError(
                 f"the model fails in {mode} mode with the layers {tuple(inserted)} inserted: "
@@ -92,8 +103,17 @@ def check_preserved(
                 "something of each layer (a loss of routers). Nothing was changed; "
                 "insert(..., data=()) skips this check."
             )
-    missing = [name for name in siblings if name not in reached] if before else []
-    if missing:
+    bypassed = [name for name, site in sites.items() if runs[site] > runs[inserted[name]]]
+    if bypassed:
+        raise BlockError(
+            f"the layers {bypassed} would not run where their sites do: the model calls the module "
+            "at the site by a reference of its own, such as a plain list, tuple or dict of "
+            "modules, and the layer stands under the name that the module has in the model. "
+            "Nothing was changed. Call it by that name, self.name(x), or keep modules in an "
+            "nn.ModuleList or nn.ModuleDict alone."
+        )
+    missing = [name for name in inserted if name not in sites and not runs[inserted[name]]]
+    if missing and before:
         raise BlockError(
             f"the layers {missing} would never be reached in the forward pass (the model may index "
             "a list by fixed numbers). Nothing was changed. Choose another site or block."

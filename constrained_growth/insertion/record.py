@@ -100,6 +100,7 @@ class GrowthRecord:
         old = set(record.model)
         for layer in record.insertions:
             old = _names_afterwards(old, layer)
+        new = [(name, p) for name, p in model.named_parameters() if name not in old]
         missing = sorted(old - dict(model.named_parameters()).keys())
         if missing:
             raise RecordError(
@@ -107,7 +108,15 @@ class GrowthRecord:
                 "insertions of the record; give the model as it was then, or the sum of the "
                 "records of all rounds."
             )
-        return [(name, p) for name, p in model.named_parameters() if name not in old]
+        # names of old parameters stay where a later layer goes in after one without any
+        expected = [shape for layer in record.insertions for shape in layer.parameters.values()]
+        if sorted(tuple(p.shape) for _, p in new) != sorted(expected):
+            raise RecordError(
+                f"model={type(model).__name__} has {len(new)} parameters beside the old ones, and "
+                f"the record inserted {len(expected)}; give the model as it was then, or the sum "
+                "of the records of all rounds."
+            )
+        return new
 
     def to_json(self) -> str:
         """The record as JSON text.

@@ -60,7 +60,8 @@ def check_optimizers(
                 "optimizer=LBFGS has one flat state for all parameters, which cannot grow; train "
                 "with another one, or insert with optimizer=None and make a new LBFGS."
             )
-        if not any(id(p) in ours for group in optimizer.param_groups for p in group["params"]):
+        trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if trained and ours.isdisjoint(trained):
             raise OptimizerError(
                 f"optimizer={type(optimizer).__name__} trains none of the model's parameters."
             )
@@ -85,8 +86,9 @@ def add_parameters(
 
     A parameter that copies an old one (`counterparts`: its `id` → the old one) joins the group of
     that. Otherwise a matrix joins the group of the nearest matrix, best one before it, and a vector
-    that of a vector: weight decay is often off for those. A group in the model's order stays so:
-    an optimizer made for a replayed model can load its state dict.
+    that of a vector: weight decay is often off for those. Where nothing is trained yet they join
+    the first group. A group in the model's order stays so: an optimizer made for a replayed model
+    can load its state dict.
     """
     if not optimizers:
         return
@@ -96,10 +98,13 @@ def add_parameters(
     for parameter in new:
         fit = {key: home for key, home in homes.items() if _takes(home[0], parameter)}
         like = counterparts.get(id(parameter))
-        if like is None or id(like) not in fit:
-            trained = [other for other in named.values() if id(other) in fit]
-            like = _neighbour(parameter, order, trained)
-        optimizer, group = fit[id(like)]
+        trained = [other for other in named.values() if id(other) in fit]
+        if trained:
+            known = like is not None and id(like) in fit
+            optimizer, group = fit[id(like if known else _neighbour(parameter, order, trained))]
+        else:
+            optimizer = next(one for one in optimizers if _takes(one, parameter))
+            group = optimizer.param_groups[0]
         _warn_of_common_count(optimizer, group)
         _add_in_order(group["params"], parameter, order)
         if isinstance(optimizer, torch.optim.Adagrad):

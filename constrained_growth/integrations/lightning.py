@@ -31,8 +31,13 @@ class GrowthCallback(Callback):
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on; so do
     `validate`, `test` and `predict`, which also take the module that has just been trained. Without
-    a trainer, `load_from_checkpoint` below does it. The sensitivities, decisions and depth go to
-    the loggers of the trainer.
+    a trainer, `load_from_checkpoint` below does it, also from the files of
+    `ModelCheckpoint(save_weights_only=True)`. The sensitivities, decisions and depth go to the
+    loggers of the trainer.
+
+    The losses of the history are those that `training_step` returned, whatever
+    `accumulate_grad_batches` is, and its steps are those of the optimizer: where several are
+    stepped by manual optimization, the mean over them.
 
     The averages of Lightning's `EMAWeightAveraging`, `WeightAveraging` and
     `StochasticWeightAveraging` grow with the module. With manual optimization, return the loss from
@@ -57,8 +62,8 @@ class GrowthCallback(Callback):
         grower: The `Grower`, once training has started; None before.
 
     Raises:
-        TrainingError: An option is unknown; or, when training starts, there are several processes
-            in another way than by `strategy="ddp"`.
+        TrainingError: An option is unknown; or, when training starts, what grows has no `forward`,
+            or there are several processes in another way than by `strategy="ddp"`.
         CheckpointError: The checkpoint to resume from was saved without this callback, or before
             the module grew to what it is now.
 
@@ -84,6 +89,7 @@ class GrowthCallback(Callback):
         self._model, self._blocks = model, blocks
         self._saved: dict[str, Any] | None = None
         self._has_losses = False  # whether training_step has returned one in this epoch
+        self._steps_before = 0  # by earlier trainers
 
     @property
     def history(self) -> History:
@@ -108,14 +114,30 @@ class GrowthCallback(Callback):
             own(checkpoint)
 
         pl_module.on_load_checkpoint = grow_first  # the one hook before the weights are loaded
+        save = pl_module.on_save_checkpoint
+
+        def save_growth(checkpoint: dict[str, Any]) -> None:
+            if self.grower is not None and "callbacks" not in checkpoint:
+                checkpoint[_RECORD] = self.grower.record.to_json()
+            save(checkpoint)
+
+        pl_module.on_save_checkpoint = save_growth  # the one hook where weights alone are saved
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing on the module, nor on copies of it."""
         for module in (pl_module, *_averages(trainer)):
             vars(module).pop("on_load_checkpoint", None)
+            vars(module).pop("on_save_checkpoint", None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have the optimizers train what they trained, before PyTorch loads states by number."""
+        whole: Any = self._model(pl_module)
+        if getattr(whole.forward, "__func__", None) is LightningModule.forward:
+            raise TrainingError(
+                f"GrowthCallback: {type(whole).__name__} has no forward(), by which λ is measured; "
+                "say which of its modules grows, GrowthCallback(model=lambda m: m.net), or define "
+                "forward."
+            )
         if self._saved is not None:
             model, names = self._model(pl_module), self._saved["names"]
             if len(names) != len(trainer.optimizers):
@@ -132,7 +154,6 @@ class GrowthCallback(Callback):
         model, optimizers = self._model(pl_module), trainer.optimizers
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
 
-        # the grower counts batches, Lightning the steps of optimizers, by which its plots go
         def log(tag: str, value: float, _: int) -> None:
             for logger in trainer.loggers:
                 logger.log_metrics({tag: value}, step=trainer.global_step)
@@ -149,6 +170,7 @@ class GrowthCallback(Callback):
             self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
+        self._steps_before = self.grower.num_steps - _steps_of(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -156,7 +178,10 @@ class GrowthCallback(Callback):
         """Note the loss."""
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self.grower is not None and loss is not None:
-            self.grower.step(loss)
+            # Lightning has divided it, for the sum of the gradients to be their mean
+            automatic = pl_module.automatic_optimization
+            self.grower.step(loss * trainer.accumulate_grad_batches if automatic else loss)
+            self.grower.num_steps = self._steps_before + _steps_of(trainer)
             self._has_losses = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,6 +191,7 @@ class GrowthCallback(Callback):
         if not self._has_losses:
             found = evaluate(self.grower.model, {"loss": self._loss_fn}, self._data)
             self.grower.step(found["loss"])
+            self.grower.num_steps = self._steps_before + _steps_of(trainer)
         self._has_losses = False
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         # a layer inserted after the last epoch would never be trained
@@ -213,7 +239,8 @@ def load_from_checkpoint(
         The grown module, with the weights of the checkpoint.
 
     Raises:
-        CheckpointError: It was saved without a `GrowthCallback`.
+        CheckpointError: It was saved without a `GrowthCallback`, or, with the weights alone, when
+            training was over.
         RecordError: The record does not fit the module that the class makes.
     """
 
@@ -240,8 +267,12 @@ def _grow(
         for state in checkpoint.get("callbacks", {}).values()
         if isinstance(state, Mapping) and isinstance(state.get("grower"), Mapping)
     ]
+    found += [checkpoint[_RECORD]] if _RECORD in checkpoint else []
     if not found:
-        raise CheckpointError("the checkpoint was saved without a GrowthCallback.")
+        raise CheckpointError(
+            "the checkpoint was saved without a GrowthCallback, or holds the weights alone and was "
+            "saved when training was over: trainer.save_checkpoint(path) without weights_only."
+        )
     record, grown = GrowthRecord.from_json(found[0]), model(module)
     if parameter_shapes(grown) == dict(record.model):
         replay(grown, record, blocks=blocks)
@@ -252,6 +283,15 @@ def _grow(
             "in all: one has grown otherwise. Load it into a fresh module, by "
             "constrained_growth.integrations.lightning.load_from_checkpoint or a trainer."
         )
+
+
+_RECORD = "constrained_growth"
+"""Where a checkpoint of weights alone has the record."""
+
+
+def _steps_of(trainer: Trainer) -> int:
+    """Steps of the optimizer so far; of several, which Lightning adds up, the mean."""
+    return trainer.global_step // max(len(trainer.optimizers), 1)
 
 
 def _averages(trainer: Trainer) -> list[Any]:

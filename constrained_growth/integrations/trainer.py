@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -14,35 +17,56 @@ from torch.utils.hooks import RemovableHandle
 
 from constrained_growth import checkpoint
 from constrained_growth._extras import extra_packages
-from constrained_growth.checkpoint.optimizer_state import parameter_names, reassign_state
-from constrained_growth.errors import CheckpointError, TrainingError
+from constrained_growth.checkpoint.optimizer_state import (
+    arrange_groups,
+    parameter_names,
+    reassign_state,
+)
+from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.grower import Grower, checked_options
-from constrained_growth.training.history import History, measurements
+from constrained_growth.training.history import History, Round, measurements
 
 with extra_packages():
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
 
 _FILE = "growth.safetensors"
 
 
 def own_loss(output: Any, target: object) -> Tensor:
-    """The loss that a model of Transformers returns when its inputs have labels."""
-    return output["loss"]
+    """The loss that a model of Transformers returns when its inputs have labels.
+
+    Raises:
+        DataError: It returned none.
+    """
+    try:
+        return output["loss"]
+    except (KeyError, IndexError, TypeError):
+        raise DataError(
+            "data: the model returned no loss; give inputs with labels, as it is trained with, or "
+            "a loss_fn(output, target)."
+        ) from None
 
 
 class GrowthCallback(TrainerCallback):
     """Insert layers when the Trainer logs its loss, and keep the growth in its checkpoints.
 
-    A row of the history is one entry that the Trainer logs (`logging_steps`); the measurements are
-    appended to `trainer.state.log_history`. To resume, grow a fresh model before the Trainer loads
-    into it:
+    A row of the history is one entry that the Trainer logs (`logging_steps`), and after each but
+    the last the model may grow; the measurements are appended to `trainer.state.log_history`. A
+    model of which nothing is trained, as all is frozen, grows before the first step, whatever
+    `when` says, and its new layers are trained. To resume, grow a fresh model before the Trainer
+    loads into it:
 
         model = make_model()
         callback.resume(model, "out/checkpoint-500")
         trainer = Trainer(model, arguments, callbacks=[callback], …)
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
+
+    To load a checkpoint, such as `trainer.state.best_model_checkpoint`, do the same, and load the
+    weights: `safetensors.torch.load_model(model, "out/checkpoint-500/model.safetensors")`. The
+    class's `from_pretrained` is enough only where the config counts each new layer, as in GPT-2 or
+    Llama and not in BERT, and where the folder does not hold adapters alone.
 
     With several processes (`torchrun`, `accelerate launch`) all insert the same layer, and the
     DistributedDataParallel is initialised again in place; other wrappers are refused.
@@ -60,7 +84,8 @@ class GrowthCallback(TrainerCallback):
     Raises:
         TrainingError: An option is unknown; or, when training starts, there are several processes
             and no DistributedDataParallel, the best model is to be loaded at the end, which may be
-            one from before an insertion, or a model goes on that `resume` has not grown.
+            one from before an insertion, a model goes on that `resume` has not grown, the
+            callback has grown another model, or all is frozen and no layer was inserted.
 
     Example:
         >>> callback = GrowthCallback([], max_insertions=2)
@@ -95,6 +120,9 @@ class GrowthCallback(TrainerCallback):
     ) -> nn.Module:
         """Grow a fresh model, in place, to the architecture in a checkpoint folder.
 
+        The weights are loaded by the Trainer, except those of new layers that are not in the
+        model's own file there, as where a model of PEFT saves only its adapters.
+
         Raises:
             CheckpointError: The folder was not written with this callback.
             RecordError: The record does not fit the model, or a block of your own is not in
@@ -106,6 +134,7 @@ class GrowthCallback(TrainerCallback):
             raise CheckpointError(f"averaged: {len(copies)} given, {len(saved.averaged)} saved.")
         for one in (model, *map(grown_in, copies)):
             replay(one, saved.record, blocks=blocks)
+        model.load_state_dict(saved.weights, strict=False)  # part of them
         self._saved = saved
         return model
 
@@ -127,15 +156,22 @@ class GrowthCallback(TrainerCallback):
             raise TrainingError(
                 "load_best_model_at_end=True: the best checkpoint may be older than an insertion, "
                 "and its weights do not fit the grown model. Set it to False, keep "
-                "metric_for_best_model, and load trainer.state.best_model_checkpoint afterwards, "
-                "by from_pretrained or with callback.resume."
+                "metric_for_best_model, and afterwards load trainer.state.best_model_checkpoint, "
+                "folder, into a fresh model: GrowthCallback([]).resume(model, folder), then "
+                'safetensors.torch.load_model(model, f"{folder}/model.safetensors"). Its class\'s '
+                "from_pretrained(folder) does so only if the config counts all new layers."
             )
         grown = any("growth/layers" in row for row in state.log_history)
-        if grown and self._saved is None and self.grower is None:
+        before, saved = self.grower, self._saved
+        if saved is None and (grown or (before is not None and state.global_step)):
             raise TrainingError(_NOT_RESUMED)
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         optimizer = getattr(optimizer, "optimizer", optimizer)  # inside Accelerate's
-        before, saved = self.grower, self._saved
+        if saved is None and before is not None and before.model is not model:
+            raise TrainingError(
+                "GrowthCallback: this one has the record and the history of another model; make a "
+                "new GrowthCallback for each model (and for each train() with model_init=)."
+            )
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
         if saved is not None:
             reassign_state(optimizer, model, saved.extra)
@@ -145,6 +181,22 @@ class GrowthCallback(TrainerCallback):
             self._saved = None
         elif before is not None:
             self.grower.load_state_dict(before.state_dict())
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            self._grow_frozen(args, state)
+        never = {
+            "no": True,
+            "steps": state.logging_steps >= state.max_steps and not args.logging_first_step,
+            "epoch": state.num_train_epochs <= 1,
+        }
+        strategy = args.logging_strategy.value
+        if never.get(strategy, False) and not self.grower.is_over:
+            warnings.warn(
+                "GrowthCallback: the model grows where the Trainer logs its loss, except after the "
+                f'last step, and with logging_strategy="{strategy}", '
+                f"logging_steps={state.logging_steps} and max_steps={state.max_steps} that is "
+                "never; log more often.",
+                stacklevel=2,
+            )
         if args.world_size > 1:
             # A callback is given the model without the wrapper around it.
             self._hook = register_module_forward_pre_hook(self._find_wrapper)
@@ -167,7 +219,7 @@ class GrowthCallback(TrainerCallback):
             return
         one = self.grower.maybe_grow()
         if one is not None:
-            state.log_history.append({**measurements(one), "step": state.global_step})
+            self._note(one, state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave no hook behind."""
@@ -176,15 +228,42 @@ class GrowthCallback(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the growth to the checkpoint folder."""
         if self.grower is not None:
+            folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+            left_out = _left_out(self.grower, folder) if state.is_world_process_zero else {}
             checkpoint.save(
-                Path(args.output_dir or ".") / f"checkpoint-{state.global_step}" / _FILE,
-                nn.Identity(),  # the weights are in the Trainer's own file
+                folder / _FILE,
+                _Weights(left_out),
                 averaged=self.grower.averaged,
                 record=self.grower.record,
                 step=state.global_step,
                 extra=parameter_names(self.grower.optimizer, self.grower.model),
                 grower=self.grower,
             )
+
+    def _grow_frozen(self, args: Any, state: Any) -> None:
+        """Insert layers before the first step, which would have no gradients."""
+        assert self.grower is not None
+        if args.world_size > 1:
+            raise TrainingError(
+                "GrowthCallback: all parameters are frozen, and such a model can grow on one "
+                "process alone; let some be trained, or insert a layer before Trainer(model, …)."
+            )
+        self.grower.model.train()  # as in the steps
+        one = None if self.grower.is_over else self.grower.ask()
+        if one is None or not one.chosen:
+            why = "max_insertions=0" if one is None else one.reason
+            raise TrainingError(
+                f"GrowthCallback: all parameters are frozen and no layer was inserted ({why}), so "
+                "that there is nothing to train; let some be trained, as by "
+                "model.lm_head.requires_grad_(True)."
+            )
+        self._note(one, state)
+
+    def _note(self, one: Round, state: Any) -> None:
+        """Log a round; the groups of the optimizer are those that a Trainer would make again."""
+        assert self.grower is not None
+        _group_as_trainer(self.grower.optimizers[0], self.grower.model, one.new_parameters)
+        state.log_history.append({**measurements(one), "step": state.global_step})
 
     def _find_wrapper(self, module: nn.Module, args: Any) -> None:
         grower = self.grower if isinstance(module, DistributedDataParallel) else None
@@ -195,6 +274,58 @@ class GrowthCallback(TrainerCallback):
     def _unhook(self) -> None:
         if self._hook is not None:
             self._hook.remove()
+
+
+class _Weights(nn.Module):
+    """Some weights of a model, by their names there."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self.weights
+
+
+def _left_out(grower: Grower, folder: Path) -> dict[str, Tensor]:
+    """Weights of new layers that are in no file of the Trainer's, as where it saves adapters."""
+    model, saved = grower.model, set[str]()
+    for file in folder.glob("*.safetensors"):
+        if file.name != _FILE:
+            with safe_open(file, "pt") as content:
+                saved.update(content.keys())
+    new = {id(parameter) for _, parameter in grower.record.new_parameters(model)}
+    modules = [
+        f"{name}."  # with their buffers
+        for name, module in model.named_modules()
+        if new.issuperset(own := [id(p) for p in module.parameters()]) and own
+    ]
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if name not in saved and name.startswith(tuple(modules))
+    }
+
+
+def _group_as_trainer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, new: Iterable[str]
+) -> None:
+    """Let new parameters decay or not as the Trainer decides, where it has made the groups."""
+    groups, decayed = parameter_names(optimizer, model), _decayed(model)
+    kinds = [{name in decayed for name in set(group).difference(new)} for group in groups]
+    if len(kinds) == 2 and kinds[0] <= {True} and kinds[1] <= {False}:
+        trained = {name for group in groups for name in group}
+        names = [name for name, _ in model.named_parameters() if name in trained]
+        arrange_groups(
+            optimizer,
+            model,
+            [[n for n in names if (n in decayed) is kind] for kind in (True, False)],
+        )
+
+
+def _decayed(model: nn.Module) -> set[str]:
+    trainer: Any = Trainer  # whose method does not look at the instance
+    return set(trainer.get_decay_parameter_names(None, model))
 
 
 _NOT_RESUMED = (

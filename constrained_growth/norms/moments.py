@@ -133,8 +133,8 @@ class KroneckerFisher:
     * "fro": √(Σ σ_i²) = √tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ), the dual of the ball ⟨v, (A ⊗ G) v⟩ ≤ 1, the norm of
       natural-gradient descent and of K-FAC.
     * "nuc": Σ σ_i, the dual of the ball in which no singular value of v̂ exceeds 1. It counts in
-      how many directions the layer could help, and decides a little better on average (README,
-      "Which rule when?").
+      how many directions the layer could help, and decides a little better on average
+      (`constrained-growth bench decisions`).
 
     With `damping=0` the norm is invariant under all invertible affine changes of the features
     (linear ones without a bias) and of the outputs. Singular moments, as caused by dead units, are
@@ -227,9 +227,9 @@ class KroneckerFisher:
             matrix, features = _with_bias(matrix, features, bias, mean)
         left = whitened(matrix, cotangents, self.damping)
         constant = bias is not None
-        both = whitened(left.mT, features, self.damping, constant=constant).double()
+        both = whitened(left.mT, features, self.damping, constant=constant)
         if self.ord == "fro":
-            return torch.linalg.vector_norm(both, dim=(-2, -1)).reshape(-1)
+            return torch.linalg.vector_norm(both.double(), dim=(-2, -1)).reshape(-1)
         return singular_values_of(both)
 
 
@@ -303,11 +303,12 @@ _SMALL = 128
 
 
 def singular_values_of(matrices: Tensor) -> Tensor:
-    """The singular values of matrices, in one row."""
-    if min(matrices.shape[-2:]) <= _SMALL:
-        return torch.linalg.svdvals(matrices).flatten()
-    # in a third of the time, to half of the digits
-    flat = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    """The singular values of matrices, in one row and in float64."""
+    flat = matrices.double()
+    if matrices.dtype == torch.float64 and min(matrices.shape[-2:]) <= _SMALL:
+        return torch.linalg.svdvals(flat).flatten()
+    # in a third to half of the time, to half of the digits: those that single precision has
+    flat = flat if flat.shape[-2] <= flat.shape[-1] else flat.mT
     return torch.linalg.eigvalsh(flat @ flat.mT).clamp(min=0).sqrt()
 
 
@@ -343,7 +344,7 @@ def recommended() -> KroneckerFisher:
     By one criterion: of the sizes that do not depend on the units of a site, the one with the
     lowest mean regret over the families of networks of `constrained-growth bench decisions`, with
     old weights frozen and trained on, that is worse than chance in none of them
-    (theory/README.md has the tables).
+    (theory/results/decisions.md has the tables).
 
     Example:
         >>> recommended()

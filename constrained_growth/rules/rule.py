@@ -94,7 +94,12 @@ def check_optimizer(optimizer: object, owner: str) -> None:
 
 def refuse_no_rule(name: str, rule: object) -> None:
     """Raise a RuleError unless an argument is a rule."""
-    if isinstance(rule, type) or not (callable(rule) or needs_model(rule)):
+    if isinstance(rule, type):
+        raise RuleError(
+            f"{name}={rule.__name__} is a class: give an instance, such as cg.TopK(1), or a "
+            "function of the sensitivities that returns a cg.Decision."
+        )
+    if not (callable(rule) or needs_model(rule)):
         raise RuleError(
             f"{name}={rule!r:.80} can neither be called nor has decide(problem, solution); give "
             "cg.TopK(1), or a function of the sensitivities that returns a cg.Decision."

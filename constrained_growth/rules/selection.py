@@ -182,8 +182,8 @@ class Generalizes:
         )
         least, most = min(values.values(), default=1.0), max(sizes.values(), default=0.0)
         reason = (
-            f"{len(chosen)} of {len(values)} lower the loss on other samples clearly (least p = "
-            f"{least:.2g}, level {self.level:g}; largest effect {most:.2g} standard deviations of "
-            f"a sample, of at least {self.effect_size:g})"
+            f"{len(chosen)} of {len(values)} lower the loss on other samples clearly: least p = "
+            f"{least:.2g}, where less than {self.level:g} is asked, and largest effect {most:.4g} "
+            f"standard deviations of a sample, where at least {self.effect_size:g} is asked"
         )
         return Decision(chosen, reason, evidence={"pvalues": values, "effect_sizes": sizes})

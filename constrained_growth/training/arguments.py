@@ -20,6 +20,7 @@ from constrained_growth._arguments import (
     number,
     positive_int,
 )
+from constrained_growth._data import check_pair
 from constrained_growth.errors import DataError, TrainingError
 from constrained_growth.insertion.training_state import checked_copies
 from constrained_growth.problem import checked_candidates
@@ -32,7 +33,14 @@ def check_growing(given: Any) -> None:
     instance("model", given.model, nn.Module, TrainingError, "the network")
     checked_copies(given.model, given.averaged)
     function("loss_fn", given.loss_fn, TrainingError, "nn.CrossEntropyLoss()")
+    if (
+        type(given.loss_fn).__module__ == nn.MSELoss.__module__
+        and given.loss_fn.reduction == "none"
+    ):
+        raise DataError('loss_fn has reduction="none" and gives no scalar; use reduction="mean".')
     data_again("data", given.data)
+    if isinstance(given.data, list | tuple) and given.data:  # any other may be slow, or draw
+        check_pair(given.data[0], 0)
     if given.rule is not None:
         refuse_no_rule("rule", given.rule)
     function("norm", given.norm, TrainingError, "cg.norms.Frobenius()", optional=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from constrained_growth._arguments import instance
-from constrained_growth._data import undisturbed
+from constrained_growth._data import batches
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
@@ -101,7 +101,7 @@ class Grower:
             `confirm` has said NEVER.
 
     Raises:
-        TrainingError: An argument makes no sense.
+        TrainingError, DataError: An argument makes no sense.
         OptimizerError: An optimizer is none, trains another model, or cannot take new parameters.
         CandidateError: `averaged` is no copy of the model.
 
@@ -359,7 +359,7 @@ class Grower:
         if self.candidates is not None:
             return self.candidates
         with untouched(self.model, self.data):
-            batch = next(iter(undisturbed(self.data)), None)
+            batch = next(batches(self.data, None), None)
         if batch is None:
             raise DataError("data is empty; give at least one (input, target) batch.")
         return find_candidates(self.model, batch[0])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from constrained_growth._extras import extra_packages
 from constrained_growth._tables import Table, as_html, as_text
-from constrained_growth.solution import ReadLater
+from constrained_growth.solution import Later, ReadLater
 
 if TYPE_CHECKING:
     import pandas
@@ -35,7 +35,8 @@ class Round(ReadLater):
         status: Name of the solution's status.
         sensitivities: Candidate → ‖λ‖.
         standard_errors: Candidate → its standard error, NaN where unknown. They are computed when
-            they are first read.
+            they are first read, which may take seconds: a checkpoint holds those that had been
+            read by then, and NaN for others.
         sites: Candidate → qualified name of the module it would follow.
         chosen: Names of the candidates inserted, maybe none.
         reason: The decision's reason.
@@ -181,8 +182,9 @@ class History:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as plain data."""
-        return asdict(self)
+        """Everything as plain data; standard errors that were never read are NaN in it."""
+        rounds = [asdict(_without_unread(one)) for one in self.rounds]
+        return {**asdict(replace(self, rounds=[])), "rounds": rounds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned."""
@@ -192,6 +194,15 @@ class History:
 
     def _inserted(self) -> dict[int, str]:
         return {round.epoch: ", ".join(round.chosen) for round in self.insertions}
+
+
+def _without_unread(round: Round) -> Round:
+    unknown = dict.fromkeys(round.sensitivities, math.nan)
+    # the attributes as they are: reading a field would compute it
+    known: dict[str, Any] = {
+        name: unknown if isinstance(v, Later) else v for name, v in vars(round).items()
+    }
+    return Round(**known)
 
 
 def measurements(round: Round) -> dict[str, float]:

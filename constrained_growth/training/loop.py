@@ -352,7 +352,7 @@ def evaluate(
                 size = batch_size(input, target)
                 samples += size
                 for name, metric in metrics.items():
-                    sums[name] += size * float(metric(output, target))
+                    sums[name] += size * _number(name, metric(output, target))
         return sums, samples
 
     sharded = is_sharded(model)
@@ -363,3 +363,14 @@ def evaluate(
     if not samples:
         raise DataError("validation is empty; give at least one (input, target) batch.")
     return {name: sum(sums[name] for sums, _ in found) / samples for name in metrics}
+
+
+def _number(name: str, value: Tensor | float) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        shape = f" of shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+        raise TrainingError(
+            f"metrics: {name!r} returned a {type(value).__name__}{shape}, not a number; let it "
+            "return the mean over the samples of the batch."
+        ) from None

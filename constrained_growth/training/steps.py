@@ -31,9 +31,9 @@ class NewLayers:
     identity, not towards zero. Outside a `Grower` call `attach(model, optimizer, names)` after
     `insert`.
 
-    In `constrained-growth bench steps` (seven tasks) a warm-up over 20 steps left the final loss
-    as it was and made large jumps of the loss three to seven times smaller; decay towards the
-    initial values ended with the same loss as decay to zero, or a lower one.
+    On seven tasks (theory/results/growth.md) a warm-up over 20 steps left the final loss as it was
+    and made large jumps of the loss three to seven times smaller; decay towards the initial values
+    ended with the same loss as decay to zero, or a lower one.
 
     Args:
         scale: Learning rate of new layers relative to that of the others.

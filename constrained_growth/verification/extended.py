@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.func import vmap
 
 from constrained_growth._data import counted
 from constrained_growth._sites.collector import See, replaced
@@ -26,6 +27,9 @@ from constrained_growth.problem import GrowthProblem
 Vector = NDArray[np.float64]
 LossAndGradient = Callable[[Vector], tuple[float, Vector]]
 Hessian = Callable[[Vector], Vector]
+
+_TOGETHER = 64
+"""Points at which L is computed in one call: small instances, and few of them fill the memory."""
 
 
 class ExtendedNetwork(nn.Module):
@@ -88,6 +92,7 @@ class ExtendedProblem:
         # lengths of the parts of z: θ as a whole, then each pin
         self.sizes = [sum(self.parts[key] for key in trained), *map(self.parts.__getitem__, pinned)]
         self.zero = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        self._batched = True
         with untouched(problem.model, problem.loss_fn, problem.data):
             self.batches = [
                 (doubled(input), doubled(target), weight)
@@ -126,8 +131,11 @@ class ExtendedProblem:
 
     def each(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Iterator[tuple[Any, Tensor]]:
         """The output of the extended network on each batch, or a given one, and its mean loss."""
-        with torch.enable_grad():  # a loss may pick the parameters that require gradients
-            z = z if z.requires_grad else z.detach().requires_grad_()
+        # a loss may pick the parameters that require gradients
+        return self._each(z if z.requires_grad else z.detach().requires_grad_(), outputs)
+
+    def _each(self, z: Tensor, outputs: Sequence[Any] | None) -> Iterator[tuple[Any, Tensor]]:
+        with torch.enable_grad():
             pieces = z.split(list(self.parts.values()))
             values = {
                 name: base + piece.view_as(base)
@@ -144,9 +152,12 @@ class ExtendedProblem:
 
     def loss(self, z: Tensor, outputs: Sequence[Any] | None = None) -> Tensor:
         """L(θ, v), the mean over all samples; or with these outputs in place of the network's."""
+        return self._mean(self.each(z, outputs))
+
+    def _mean(self, each: Iterator[tuple[Any, Tensor]]) -> Tensor:
         losses = [
             loss * (weight / self.total_weight)
-            for (_, loss), (_, _, weight) in zip(self.each(z, outputs), self.batches, strict=True)
+            for (_, loss), (_, _, weight) in zip(each, self.batches, strict=True)
         ]
         return torch.stack(losses).sum()
 
@@ -165,6 +176,20 @@ class ExtendedProblem:
             for buffer, before in buffers.items():
                 buffer.copy_(before)
         return total
+
+    def values(self, points: Vector) -> Vector:
+        """L at several points (points, variables), in one call if the network can be batched."""
+        if self._batched:
+            try:
+                with warnings.catch_warnings(action="ignore"):  # that an operation is not batched
+                    of_each = vmap(lambda z: self._mean(self._each(z, None)), chunk_size=_TOGETHER)
+                    found = of_each(torch.from_numpy(points)).detach().numpy()
+                self._batched = bool(np.isclose(found[0], self.value(points[0]), rtol=1e-12))
+                if self._batched:
+                    return found
+            except (RuntimeError, ValueError, TypeError):
+                self._batched = False  # it writes in place, branches on values, …
+        return np.array([self.value(z) for z in points])
 
     def of_theta(self, v: Vector) -> tuple[LossAndGradient, Hessian]:
         """L(·, v) as a function of θ alone: with its gradient, and its Hessian, by autograd."""

@@ -64,7 +64,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether it is no larger; NaN is."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 

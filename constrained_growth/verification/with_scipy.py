@@ -159,8 +159,15 @@ class _Objective:
 
     def value(self, z: Vector) -> float:
         """From values alone."""
-        away = z[: self.count] - self.centre
-        return self.extended.value(z) + self.weight * float(away @ away) / 2
+        return self.extended.value(z) + float(self._penalty(z))
+
+    def values(self, points: Vector) -> Vector:
+        """At several points (points, variables)."""
+        return self.extended.values(points) + self._penalty(points)
+
+    def _penalty(self, z: Vector) -> Vector:
+        away = z[..., : self.count] - self.centre
+        return self.weight * (away * away).sum(-1) / 2
 
     def gradient(self, z: Vector) -> Vector:
         """By autograd."""
@@ -204,29 +211,27 @@ class _Quotients:
 
     def gradient(self, z: Vector) -> Vector:
         """∇ at z."""
-        here = self.objective.value(z) if self.at_kinks.any() else 0.0
-        return np.array([self._entry(z, i, here) for i in range(len(z))])
-
-    def _entry(self, z: Vector, i: int, here: float) -> float:
-        step = np.zeros_like(z)
-        step[i] = _STEP
-        value = self.objective.value
-        if self.at_kinks[i]:  # to second order
-            return (3 * here - 4 * value(z - step) + value(z - 2 * step)) / (2 * _STEP)
-        return (value(z + step) - value(z - step)) / (2 * _STEP)
+        steps = _STEP * np.eye(len(z))
+        one, other = np.where(self.at_kinks, -1, 1), np.where(self.at_kinks, -2, -1)
+        ahead, behind = (self.objective.values(z + side[:, None] * steps) for side in (one, other))
+        central = ahead - behind
+        if not self.at_kinks.any():
+            return central / (2 * _STEP)
+        to_left = 3 * self.objective.value(z) - 4 * ahead + behind  # to second order
+        return np.where(self.at_kinks, to_left, central) / (2 * _STEP)
 
     def kinks(self, z: Vector) -> Vector:
         """In which pins the slopes to both sides differ by more than their errors, shape of z."""
-        value, found = self.objective.value, np.zeros(len(z), bool)
-        here = value(z)
-        for i in range(self.objective.count, len(z)):
-            bends = []
-            for step in (_STEP, 2 * _STEP):  # of a smooth function they grow by 4, at a kink by 2
-                moved = np.zeros_like(z)
-                moved[i] = step
-                bends.append(abs(value(z + moved) - 2 * here + value(z - moved)))
-            noise = 1e-12 * abs(here)  # of the values themselves
-            found[i] = bends[1] > noise and bends[1] < 3 * bends[0]
+        here = self.objective.value(z)
+        pins = np.eye(len(z))[self.objective.count :]
+        small, large = (  # of a smooth function they grow by 4, at a kink by 2
+            np.abs(
+                self.objective.values(z + h * pins) - 2 * here + self.objective.values(z - h * pins)
+            )
+            for h in (_STEP, 2 * _STEP)
+        )
+        found, noise = np.zeros(len(z), bool), 1e-12 * abs(here)  # of the values themselves
+        found[self.objective.count :] = (large > noise) & (large < 3 * small)
         return found
 
 

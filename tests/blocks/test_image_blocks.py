@@ -26,7 +26,7 @@ from constrained_growth.blocks import (
     has_factors,
     pinned_parameters,
 )
-from constrained_growth.blocks.convolution import patches_of
+from constrained_growth.blocks.convolved import patches_of
 
 NORMED: dict[str, Callable[[], nn.Module]] = {
     "BatchNorm": lambda: ResidualConv2d(4, nn.ReLU()),

@@ -18,6 +18,12 @@ def test_name_is_that_of_the_site_unless_given() -> None:
     assert cg.Candidate(after="1", block=Gain(4), name="gain").name == "gain"
 
 
+def test_a_batch_in_place_of_an_input() -> None:
+    batch = list(classified(4)[0])
+    with refused(cg.CandidateError, "example_input=list", "batch[0]"):
+        cg.find_candidates(feedforward(2, 4, 3), batch)
+
+
 @pytest.mark.parametrize(
     ("activation", "kind"),
     [

@@ -113,6 +113,9 @@ def test_a_model_that_learns_nothing_is_the_old_one_with_more_layers(
     assert found["new_parameters"] == 2 * sum(p.numel() for p in old.transformer.h[0].parameters())
     for words in ("Decision: 2 more", "How sure:", "Held-out loss", "from_pretrained("):
         assert words in ran.output
+    read = "Read: 1,320 bytes (there is no tokenizer) of the old text,"
+    assert read in " ".join(ran.output.split())
+    assert "…" not in ran.output  # 80 columns fold the cells
 
 
 def test_new_layers_alone_learn_where_they_were_asked_for(tmp_path: Path, files: list[str]) -> None:
@@ -156,7 +159,7 @@ def test_new_layers_alone_learn_where_they_were_asked_for(tmp_path: Path, files:
         (["--layers", 4], "4 layers are too many: there are 3 places"),
         (["--layers", 2, "--where", "1"], "names 1 places for 2 layers"),
         (["--layers", 1, "--where", "top"], "none of default, least-important, random, first"),
-        (["--layers", 1, "--where", "3"], "no such candidate"),
+        (["--layers", 1, "--where", "3"], "places are numbered from 0 to 2"),
         (["--layers", 1, "--context", 17], "the model takes 16 tokens"),
         (["--layers", 1, "--batch-size", 500], "is too short: it has 1,320 tokens"),
     ],
@@ -184,8 +187,9 @@ def test_folders_and_files_that_are_not_what_they_should_be(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "abacus"}')
     assert "cannot be read as a causal language model" in refusal(*files)
-    gpt2(255).save_pretrained(tmp_path / "model")
-    assert "the model knows 255 tokens, not 256" in refusal(*files)
+    for size in (255, 257):
+        gpt2(size).save_pretrained(tmp_path / "model")
+        assert f"the model knows {size} tokens, not 256" in refusal(*files)
     config = BertConfig(
         vocab_size=256,
         hidden_size=8,

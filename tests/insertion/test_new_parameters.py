@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import classified, nothing_left_behind, refused
+from helpers import candidate, classified, feedforward, nothing_left_behind, refused, solved
 from stacks import Stack, both, copied, mlp, plan, steps
 from torch import nn
 
@@ -66,6 +66,22 @@ def test_model_of_another_time() -> None:
     insert(model, data, "around an element of the list")
     with nothing_left_behind(model), refused(cg.RecordError, "sum of the records"):
         one.new_parameters(model)
+
+
+def test_a_later_layer_that_renames_nothing() -> None:
+    """After modules without parameters, the old names stay as they were."""
+    model, data = feedforward(2, 4, 4, 3), classified(9)
+    one = cg.insert(model, solved(model, data, candidate("1")))
+    two = cg.insert(model, solved(model, data, candidate("3")))
+    with refused(cg.RecordError, "has 4 parameters", "inserted 2", "sum of the records"):
+        one.new_parameters(model)
+    assert {name for name, _ in two.new_parameters(model)} == {
+        "3.inserted.weight",
+        "3.inserted.bias",
+    }
+    both = (one + two).new_parameters(model)
+    assert {name.split(".")[0] for name, _ in both} == {"1", "3"}
+    assert len(both) == 4
 
 
 def test_record_says_shortly_what_was_inserted() -> None:

@@ -152,6 +152,36 @@ def test_bookkeeping_is_found_and_undone_by_every_road() -> None:
     assert outer[0].count == cg.replay(fresh, record).count == 7
 
 
+class Keeps(nn.Sequential):
+    """Runs its elements, or some of them once by what it has kept of them."""
+
+    kept: Any = ()
+
+    def forward(self, input: Tensor) -> Tensor:
+        own = list(self)
+        for index, module in enumerate(own):
+            input = self.kept[index](input) if index in self.kept else module(input)
+            if index == 1 and -1 in self.kept:
+                self.kept[-1](input)
+        return input
+
+
+@pytest.mark.parametrize("places", [range(5), [1], [-1]], ids=["all", "site", "site once more"])
+def test_a_layer_that_the_model_passes_by_is_refused(places: Any) -> None:
+    model, data = Keeps(*feedforward(2, 4, 4, 3)), classified(9)
+    optimizer = trained(model, data)
+    before = everything(optimizer)
+    solution = solved(model, data, candidate())
+    model.kept = {place: model[max(place, 1) if place == -1 else place] for place in places}
+    words = ["['1']", "reference of its own", "nn.ModuleList"]
+    with nothing_left_behind(model), refused(cg.BlockError, *words):
+        cg.insert(model, solution, optimizer=optimizer)
+    assert_same(everything(optimizer), before)
+    assert type(model[1]) is nn.ReLU
+    model.kept = ()
+    assert cg.insert(model, solution, optimizer=optimizer).difference["train"] < 1e-12
+
+
 def test_a_model_that_is_no_function_of_its_input_is_refused() -> None:
     class Counts(nn.Sequential):
         number = 0

@@ -74,6 +74,7 @@ def fit(
     module: Any = None,
     processes: int = 1,
     more: Any = (),
+    accumulate: int = 1,
     **options: Any,
 ) -> tuple[Classifier, Trainer]:
     module = module or Classifier()
@@ -83,6 +84,7 @@ def fit(
         use_distributed_sampler=False,
         accelerator="cpu",
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
         callbacks=[growth, *more, ModelCheckpoint(folder, save_top_k=-1, filename="{epoch}")],
         logger=CSVLogger(folder, version=str(epochs)),
         log_every_n_steps=1,
@@ -189,11 +191,32 @@ def test_manual_optimization_by_several_optimizers(tmp_path: Path) -> None:
         whole = [torch.cat(part) for part in zip(*data, strict=True)]
         now = nn.functional.cross_entropy(module.net(whole[0]), whole[1])
     assert growth.history.losses[-1] == pytest.approx(float(now), rel=1e-6)
+    assert growth.history.steps == [len(data) * epoch for epoch in range(1, 7)]
     again, fresh = callback(data), ByHand()
     path = tmp_path / "whole" / "epoch=2.ckpt"
     fit(tmp_path / "part", again, data, 6, fresh, ckpt_path=path, weights_only=True)
     assert_same(dict(fresh.state_dict()), dict(module.state_dict()))
     assert again.history.losses == growth.history.losses
+
+
+class Silent(Classifier):
+    """Steps of size 0, so that losses are those of the data."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_losses_and_steps_where_gradients_are_accumulated(every: int, tmp_path: Path) -> None:
+    data = classified(48, batch=8)
+    growth, module = callback(data, max_insertions=0), Silent()
+    for epochs in (2, 1):  # the second trainer begins to count again
+        fit(tmp_path, growth, data, epochs, module, accumulate=every)
+    with torch.no_grad():
+        losses = [float(nn.functional.cross_entropy(module.net(x), y)) for x, y in data]
+    assert growth.history.losses == pytest.approx([sum(losses) / 6] * 3, rel=1e-6)
+    per_epoch = -(-6 // every)  # Lightning steps on the last batch
+    assert growth.history.steps == [per_epoch, 2 * per_epoch, 3 * per_epoch]
 
 
 class Evaluated(Classifier):
@@ -260,6 +283,35 @@ def test_load_from_checkpoint(tmp_path: Path) -> None:
         saved = torch.load(tmp_path / "epoch=3.ckpt", weights_only=True)
         torch.save({**saved, "callbacks": {}}, tmp_path / "plain.ckpt")
         load_from_checkpoint(Classifier, tmp_path / "plain.ckpt", weights_only=True)
+
+
+def test_weights_alone_hold_the_growth(tmp_path: Path) -> None:
+    data = classified(40, batch=8)
+    weights = ModelCheckpoint(
+        tmp_path, filename="weights", save_weights_only=True, every_n_epochs=4
+    )
+    module, trainer = fit(tmp_path, callback(data), data, 4, Evaluated(), more=[weights])
+    assert "on_save_checkpoint" not in vars(module)
+    path = tmp_path / "weights.ckpt"
+    assert "callbacks" not in torch.load(path, weights_only=True)
+    grows: Any = {"model": lambda module: module.get_submodule("net"), "weights_only": True}
+    found = load_from_checkpoint(Evaluated, path, **grows)
+    assert_same(dict(found.state_dict()), dict(module.state_dict()))
+    trainer.validate(Evaluated(), batched(data), ckpt_path=path, weights_only=True, verbose=False)
+    trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
+    with refused(cg.CheckpointError, "without a GrowthCallback", "weights alone", "was over"):
+        load_from_checkpoint(Evaluated, tmp_path / "late.ckpt", **grows)
+
+
+def test_a_module_without_forward_is_refused_before_training(tmp_path: Path) -> None:
+    data = classified(16, batch=8)
+    growth = GrowthCallback(nn.CrossEntropyLoss(), data)
+    module = Classifier()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    words = ["Classifier has no forward()", "GrowthCallback(model=lambda m: m.net)"]
+    with refused(cg.TrainingError, *words):
+        fit(tmp_path, growth, data, 1, module)
+    assert_same(dict(module.state_dict()), before)
 
 
 @pytest.mark.parametrize(

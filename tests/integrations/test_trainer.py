@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_same, refused
+from peft import LoraConfig, get_peft_model
 from processes import together
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torch.nn.modules import module
 from torch.optim.swa_utils import AveragedModel
@@ -18,11 +20,15 @@ from transformers import (
     GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import IntervalStrategy
 
 import constrained_growth as cg
 from constrained_growth.integrations.trainer import GrowthCallback
+from constrained_growth.integrations.trainer import own_loss as trainer_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -119,6 +125,10 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     logged = [row for row in trainer.state.log_history if "growth/layers" in row]
     assert [row["step"] for row in logged] == [8, 16]
 
+    last = GrowthCallback([]).resume(gpt(), tmp_path / "whole" / "checkpoint-24")
+    load_model(last, tmp_path / "whole" / "checkpoint-24" / "model.safetensors")
+    assert_same(dict(last.state_dict()), dict(model.state_dict()))
+
     again = callback()
     folder = tmp_path / "whole" / "checkpoint-12"  # between the insertions
     fresh = again.resume(gpt(), folder)
@@ -157,6 +167,103 @@ def test_averages_grow_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
         callback().resume(gpt(), tmp_path / "whole" / "checkpoint-12")
 
 
+def adapters() -> nn.Module:
+    """Saved by their own weights alone."""
+    model: Any = gpt()
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+
+
+def embeddings() -> nn.Module:
+    """Of which no vector is trained, so that a group of the Trainer's optimizer is empty."""
+    model: Any = gpt().requires_grad_(False)
+    model.transformer.wte.requires_grad_(True)
+    return model
+
+
+@pytest.mark.parametrize("make", [adapters, embeddings])
+def test_what_is_trained_in_part_goes_on_from_a_checkpoint(make: Any, tmp_path: Path) -> None:
+    batch = next(iter(DataLoader(Counting(), batch_size=32)))
+
+    def run(name: str, start: str = "") -> nn.Module:
+        growth, model = GrowthCallback([(batch, None)], max_insertions=1), make()
+        options: Any = {"resume_from_checkpoint": start} if start else {}
+        if start:
+            growth.resume(model, start)
+        trainer = train(tmp_path / name, growth, model, arguments={"weight_decay": 0.1}, **options)
+        assert len(growth.history.insertions) == 1
+        groups = trainer.optimizer.param_groups
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert [{p.dim() for p in group["params"]} for group in groups] == [{2}, {1}]
+        return model
+
+    expected = dict(run("whole").state_dict())
+    assert_same(dict(run("part", str(tmp_path / "whole" / "checkpoint-12")).state_dict()), expected)
+
+
+def test_a_frozen_model_grows_before_the_first_step(tmp_path: Path) -> None:
+    growth, model = callback(), gpt().requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = train(tmp_path, growth, model, arguments={"weight_decay": 0.1})
+    assert [one.step for one in growth.history.insertions] == [0, 8]
+    new = dict(growth.grower.record.new_parameters(model)) if growth.grower else {}
+    trained = [group["params"] for group in trainer.optimizer.param_groups]
+    assert [{p.dim() for p in group} for group in trained] == [{2}, {1}]
+    assert {id(p) for group in trained for p in group} == {id(p) for p in new.values()}
+    old = [p for name, p in model.named_parameters() if name not in new]
+    assert all(torch.equal(p, value) for p, value in zip(old, before.values(), strict=True))
+    assert growth.history.losses[-1] < growth.history.losses[0]
+    for options, why in (({"max_insertions": 0}, "max_insertions=0"), ({"rule": cg.Fixed()}, "")):
+        frozen, data = gpt().requires_grad_(False), [(next(iter(DataLoader(Counting(), 32))), None)]
+        with refused(cg.TrainingError, "all parameters are frozen", why, "requires_grad_(True)"):
+            train(tmp_path, GrowthCallback(data, **options), frozen)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"logging_steps": 24},
+        {"logging_strategy": "no"},
+        {"logging_strategy": "epoch", "max_steps": 4},
+    ],
+)
+def test_a_log_after_which_nothing_can_grow_is_warned_of(arguments: Any, tmp_path: Path) -> None:
+    short = {"max_steps": 24, "logging_steps": 4, **arguments}
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, **short)
+    state = TrainerState(max_steps=args.max_steps, num_train_epochs=args.max_steps // 4)
+    state.compute_steps(args, args.max_steps)
+    model, control = gpt(), TrainerControl()
+    given: Any = {"model": model, "optimizer": torch.optim.SGD(model.parameters())}
+    with pytest.warns(UserWarning, match="that is never; log more often"):
+        callback().on_train_begin(args, state, control, **given)
+    for name, value in {"logging_strategy": IntervalStrategy.STEPS, "logging_steps": 1}.items():
+        setattr(args, name, value)
+    state.compute_steps(args, args.max_steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback().on_train_begin(args, state, control, **given)
+
+
+def test_data_without_pairs_or_labels_are_refused() -> None:
+    model = gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loader: Any = DataLoader(Counting(), batch_size=32)
+    ids = [({"input_ids": batch["input_ids"]}, None) for batch in loader]
+    for data, words in ((loader, "[(batch, None) for batch in loader]"), (ids, "labels")):
+        with refused(cg.DataError, "data", words):
+            cg.Grower(model, optimizer, trainer_loss, data).ask()
+
+
+def test_a_callback_is_for_one_model(tmp_path: Path) -> None:
+    growth, model = callback(), gpt()
+    train(tmp_path, growth, model)
+    history = growth.history
+    with refused(cg.TrainingError, "another model", "make a new GrowthCallback"):
+        train(tmp_path, growth, gpt())
+    with refused(cg.TrainingError, "callback.resume(model, folder)"):
+        train(tmp_path, growth, model, resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert growth.history is history
+
+
 def test_a_folder_without_growth_is_refused(tmp_path: Path) -> None:
     with refused(cg.CheckpointError, "growth.safetensors", "does not exist"):
         callback().resume(gpt(), tmp_path)
@@ -179,7 +286,7 @@ def test_a_model_that_has_not_grown_again_is_refused_before_the_first_step(tmp_p
 
 def test_the_best_model_at_the_end_is_refused_before_the_first_step(tmp_path: Path) -> None:
     model = gpt()
-    with refused(cg.TrainingError, "load_best_model_at_end=True", "from_pretrained"):
+    with refused(cg.TrainingError, "load_best_model_at_end=True", "load_model(model"):
         train(tmp_path, callback(), model, arguments={"load_best_model_at_end": True})
     assert_same(dict(model.state_dict()), dict(gpt().state_dict()))
 
@@ -253,8 +360,15 @@ def train_with_another(number: int, folder: Path) -> None:
 def test_other_wrappers_are_refused_and_no_hook_is_left() -> None:
     growth, model = callback(), gpt()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    args: Any = SimpleNamespace(world_size=2, load_best_model_at_end=False)
-    state: Any = SimpleNamespace(global_step=1, max_steps=2, log_history=[])
+    args: Any = SimpleNamespace(
+        world_size=2,
+        load_best_model_at_end=False,
+        logging_strategy=IntervalStrategy.STEPS,
+        logging_first_step=False,
+    )
+    state: Any = SimpleNamespace(
+        global_step=0, max_steps=2, logging_steps=1, num_train_epochs=1, log_history=[]
+    )
     control: Any = None
     growth.on_train_begin(args, state, control, model=model, optimizer=optimizer)
     model(torch.zeros(1, 2, dtype=torch.long))

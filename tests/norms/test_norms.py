@@ -618,6 +618,15 @@ def test_a_users_own_norm() -> None:
     assert solution.decision.chosen == ("1",)
 
 
+@pytest.mark.parametrize("value", [torch.ones(2), None, -1.0], ids=["vector", "None", "negative"])
+def test_a_norm_that_returns_no_size_is_named(value: Any) -> None:
+    def mine(multiplier: Mapping[str, Tensor]) -> Any:
+        return value
+
+    with pytest.raises(cg.RuleError, match=r"norm=<function .*mine.* returned .*one number"):
+        cg.solve(small_problem(), norm=mine)
+
+
 @pytest.mark.parametrize(
     "norm", [Frobenius(), PerParameter(), Entrywise1(), Spectral(), Nuclear()], ids=repr
 )

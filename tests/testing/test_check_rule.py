@@ -183,7 +183,7 @@ class Unpicklable:
         (InTurn(), "it has no state_dict"),
         (Unpicklable(), "It can be pickled"),
         (3, "can neither be called"),
-        (cg.TopK, "can neither be called"),
+        (cg.TopK, "rule=TopK is a class: give an instance"),
     ],
     ids=lambda value: type(value).__name__,
 )

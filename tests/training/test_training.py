@@ -271,6 +271,41 @@ def test_two_calls_in_a_plain_loop_do_the_same() -> None:
     assert len(grower.record.insertions) == 2
 
 
+def test_a_checkpoint_does_not_compute_what_nobody_has_read() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(40, batch=8)
+    grower = cg.Grower(model, SGD(model.parameters()), LOSS, data, candidates=SITES)
+    solution = cg.solve(cg.GrowthProblem(model, LOSS, data, SITES))
+    one = grower.ask()
+    unread = vars(one)["standard_errors"]
+    (saved,) = grower.state_dict()["history"]["rounds"]
+    assert vars(one)["standard_errors"] is unread
+    assert list(saved["standard_errors"]) == ["1", "3"]
+    assert all(np.isnan(value) for value in saved["standard_errors"].values())
+    expected = {name: s.standard_error for name, s in solution.sensitivities.items()}
+    assert one.standard_errors == expected
+    state = grower.state_dict()["history"]
+    state["rounds"][0]["evidence"]["mine"] = 1  # the state is a copy
+    assert "mine" not in one.evidence
+    again = cg.History()
+    again.load_state_dict(state)
+    assert again.rounds[0].standard_errors == expected
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "batch", "words"),
+    [
+        (LOSS, (1, 2, 3), ["batch 0 is a tuple of 3", "(x, (y, w))"]),
+        (LOSS, {"x": 1}, ["batch 0 is a dict", "(batch, None)"]),
+        (nn.MSELoss(reduction="none"), (1, 2), ['reduction="none"', 'reduction="mean"']),
+    ],
+    ids=["triple", "dict", "no scalar"],
+)
+def test_data_and_losses_that_can_never_work(loss_fn: Any, batch: Any, words: list[str]) -> None:
+    model = feedforward(2, 4, 3)
+    with nothing_left_behind(model), refused(cg.DataError, *words):
+        cg.Grower(model, SGD(model.parameters()), loss_fn, [batch])
+
+
 def test_a_row_without_a_step_is_refused() -> None:
     model = feedforward(2, 4, 3)
     grower = cg.Grower(model, SGD(model.parameters()), LOSS, classified(8))
@@ -387,6 +422,12 @@ def test_predictions_of_a_rule_that_tries_its_steps() -> None:
     (predicted,), (actual,) = history.predictions()
     assert (predicted, actual) == (one.evidence["predicted"], one.evidence["actual"])
     assert actual > 0.1 * predicted > 0  # or it would not have been accepted
+
+
+def test_a_metric_that_returns_no_number_is_named() -> None:
+    metrics: Any = {"hits": lambda output, target: output.argmax(1) == target}
+    with refused(cg.TrainingError, "metrics: 'hits'", "Tensor of shape (16,)", "the mean"):
+        evaluate(feedforward(2, 4, 3), metrics, classified(16))
 
 
 def test_history_as_a_table() -> None:

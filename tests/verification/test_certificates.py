@@ -241,3 +241,29 @@ def test_slopes_at_a_kink_are_to_one_side():
         report = check(problem)
         assert report.passed, str(report)
     assert check_with_scipy(problem).kinks > 0
+
+
+class Branching(nn.Module):
+    """tanh, after a look at the values, which no call for several points at once allows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.tanh() if bool((x.detach() < 1e6).all()) else x
+
+
+def test_networks_that_look_at_values_are_solved_alike():
+    reports = []
+    for middle in (nn.Tanh, Branching):
+        torch.manual_seed(3)
+        model = network(1, middle)
+        model[0].requires_grad_(False)
+        data = [noisy(network(1, nn.Tanh))]
+        candidate = cg.Candidate("1", ResidualMLP(3, 2, torch.tanh))
+        reports.append(check_with_scipy(cg.GrowthProblem(model, nn.MSELoss(), data, [candidate])))
+    one, other = reports
+    assert one.passed
+    assert other.passed
+    assert one.gradient_error == pytest.approx(other.gradient_error, abs=1e-8)
+    both = zip((one, *one.others), (other, *other.others), strict=True)
+    for mine, theirs in both:
+        found, expected = (list(answer.duals.values()) for answer in (mine, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
