@@ -532,7 +532,10 @@ def test_a_model_inside_a_users_module_and_one_that_shares_its_config() -> None:
 
 @pytest.mark.parametrize("error", [cg.BlockError, cg.CandidateError])
 def test_the_losses_of_routers_are_named(error: type[cg.GrowthError]) -> None:
-    """Also where the model has not run before, and has no hooks yet that collect the losses."""
+    """Also where the model has not run before, and has no hooks yet that collect the losses.
+
+    A loss that has them in it, as a mean over the layers, is refused before it is measured.
+    """
     name, options = GROWN["Mixtral"]
     model = made("Mixtral", name, {**options, "output_router_logits": True})
     batch = batch_for(model)
@@ -540,7 +543,13 @@ def test_the_losses_of_routers_are_named(error: type[cg.GrowthError]) -> None:
         model(**batch)
     with nothing_left_behind(model):
         found = cg.find_candidates(model, batch)
-        problem = cg.GrowthProblem(model, own_loss, [(batch, None)], found)
+        with refused(cg.CandidateError, "a loss of", "routers"):
+            cg.GrowthProblem(model, own_loss, [(batch, None)], found)
+
+        def of_logits(output: Any, _: None) -> Tensor:
+            return output.logits.square().mean()
+
+        problem = cg.GrowthProblem(model, of_logits, [(batch, None)], found)
         solution = cg.solve(problem, cg.Fixed("model.layers.0"), stationarity=False)
     with nothing_left_behind(model), refused(error, '"aux_loss"', "routers"):
         cg.insert(model, solution)
