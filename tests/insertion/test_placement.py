@@ -114,7 +114,7 @@ LOSSES: dict[str, Callable[[Any], Any]] = {
 }
 NEXT: dict[str, list[str]] = {  # the candidates that are the next element all the same
     "terms that blocks keep": ["a plain one"],
-    "the second of the list": ["a plain one", "a keeping one"],
+    # none where the loss runs the second of the list: around its site the layer is in that too
     "nothing": ["a plain one", "a keeping one"],
 }
 
@@ -177,12 +177,15 @@ def test_looking_for_the_place_leaves_no_trace() -> None:
     class Failing(Stack):
         """It runs with three blocks or four, until it is to be grown."""
 
+        to_be_grown = False
+
         def forward(self, x: Tensor) -> Tensor:
-            if len(self.blocks) > 3 or type(self.blocks[0]) is not Residual:
+            if self.to_be_grown and (len(self.blocks) > 3 or type(self.blocks[0]) is not Residual):
                 raise KeyboardInterrupt
             return super().forward(x)
 
     model = Failing(3)
     solution = plan(model, classified(12), copied(model, "blocks.0"))
+    model.to_be_grown = True
     with nothing_left_behind(model), pytest.raises(KeyboardInterrupt):
         cg.insert(model, solution)
