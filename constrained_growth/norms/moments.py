@@ -133,8 +133,8 @@ class KroneckerFisher:
     * "fro": √(Σ σ_i²) = √tr(G⁻¹ λ̃ A⁻¹ λ̃ᵀ), the dual of the ball ⟨v, (A ⊗ G) v⟩ ≤ 1, the norm of
       natural-gradient descent and of K-FAC.
     * "nuc": Σ σ_i, the dual of the ball in which no singular value of v̂ exceeds 1. It counts in
-      how many directions the layer could help, and decides a little better on average (`constrained-growth
-      bench decisions`).
+      how many directions the layer could help, and decides a little better on average
+      (`constrained-growth bench decisions`).
 
     With `damping=0` the norm is invariant under all invertible affine changes of the features
     (linear ones without a bias) and of the outputs. Singular moments, as caused by dead units, are
