@@ -307,9 +307,7 @@ class Solution(ReadLater):
         agreement: How often the rule would decide the same on other samples of this size as
             `data`, as a share of the bootstrap samples of `Sensitivity.replicates` on which it
             does. NaN for a rule that also asks the model or has a state, and where no standard
-            errors are known. What `validation` found is not drawn anew: see its p-value. It is
-            computed when first read, like standard errors, which takes longer than the pass where
-            networks are small.
+            errors are known. What `validation` found is not drawn anew. Computed when first read.
         num_samples: How many samples were read.
         num_batches: How many batches were read.
         method: The way in which λ was computed, and why.

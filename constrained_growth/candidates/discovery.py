@@ -62,9 +62,8 @@ def find_candidates(
 
     Returns:
         The candidates, in the order of the forward pass, named after their sites: a tuple that
-        prints as a table, with the reasons. Its `skipped` says why nothing is proposed after the
-        other modules that were considered, and after layers with parameters from which no
-        normalisation or activation leads to a site either.
+        prints as a table, with the reasons. Its `skipped` says why nothing is proposed after
+        others that were considered, and after layers from which no activation leads to a site.
 
     Raises:
         CandidateError: Nothing was found, or an argument is wrong.
