@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -192,10 +191,7 @@ def _run(
         watched_calls(model, () if is_sharded(model) else sites) as calls,
     ):
         collector.begin(take)
-        output = call(model, input)
-        calls.in_loss = True
-        loss = loss_of(loss_fn, output, target)
-        calls.in_loss = False
+        loss = loss_of(loss_fn, call(model, input), target)
         for index, site in enumerate(sites):
             calls.refuse(site, runs[index])
         if not bool(torch.isfinite(loss)):
@@ -232,13 +228,6 @@ def _run(
                     "choose other submodules."
                 ) from error
             _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
-    if calls.listed:
-        warnings.warn(
-            "loss_fn goes through the modules or parameters of the model: λ is that of the loss "
-            "over those there are now, without what it will make of a new layer's own (a penalty, "
-            "a loss that each module keeps, a step of an optimizer inside the loss).",
-            stacklevel=2,
-        )
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
     first = FirstBatch(input, target, float(loss.detach()), uses, seen)

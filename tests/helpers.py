@@ -208,7 +208,8 @@ def assert_same(found: Any, expected: Any, where: str = "state") -> None:
         for index, (one, other) in enumerate(zip(found, expected, strict=True)):
             assert_same(one, other, f"{where}[{index}]")
     else:
-        assert found == expected, where
+        both_nan = found != found and expected != expected
+        assert both_nan or found == expected, where
 
 
 @contextmanager

@@ -29,7 +29,6 @@ from constrained_growth._sites.model import (
     checked_loss,
     coarsest_epsilon,
     list_of,
-    tensors_of,
 )
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.snapshot import deepcopied
@@ -209,9 +208,9 @@ def _parts(names: Sequence[str]) -> list[Sequence[str]]:
 
 
 def _with_own_pins(block: nn.Module) -> nn.Module:
-    """A copy with its pins moved, and the tensors of the block itself otherwise."""
+    """A copy with its pins moved and buffers of its own, but the block's other parameters."""
     pins = {id(pin) for pin in pinned_parameters(block).values()}
-    block = deepcopied(block, {id(t): t for t in tensors_of(block) if id(t) not in pins})
+    block = deepcopied(block, {id(p): p for p in block.parameters() if id(p) not in pins})
     move_pins(block)
     return block
 

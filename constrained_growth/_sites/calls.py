@@ -1,4 +1,4 @@
-"""Uses of a module that a layer around it would not see, or whose loss its parameters would change.
+"""Uses of a module that a layer around it would not see.
 
 A layer takes the place of its site in the modules that have it as a child. Whoever holds the module
 itself (a list of Python's, a bound method, a variable of the loss) goes on without the layer. A
@@ -34,15 +34,10 @@ class Calls:
     Attributes:
         forward: How often `forward` ran at each site: hooks do not see `module.forward(x)`.
         past: Modules at sites that were run, with gradients, but not as children of the model's.
-        in_loss: Whether the loss is being computed. A model that goes through its own modules
-            shows in its output, which is compared when a layer is inserted.
-        listed: Whether the loss has gone through all modules, or parameters, around a site.
     """
 
     forward: Counter[nn.Module] = field(default_factory=Counter)
     past: set[nn.Module] = field(default_factory=set)
-    in_loss: bool = False
-    listed: bool = False
 
     def refuse(self, site: Site, runs: int) -> None:
         """Refuse a site, whose hooks have run so many times, if a layer there is passed by."""
@@ -66,12 +61,9 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
     """Watch how the modules at some sites are run, for a while."""
     calls = Calls()
     modules = {site.module for site in sites if not isinstance(site.module, _Script)}
-    parts = [site.after.split(".") for site in sites if site.module in modules]
-    above = {model.get_submodule(".".join(p[:n])) for p in parts for n in range(len(p))}
     # a library may have set methods on a module; a twin has no slots; what is compiled in place
     # runs the module itself
     running = {module for module in modules if "forward" not in vars(module)}
-    listing = {module for module in (*modules, *above) if "named_modules" not in vars(module)}
     alike = [m for m in modules if m._compiled_call_impl is None and not has_slots(m)]
     twins = {module: _twin(module) for module in alike}
     places = [
@@ -93,19 +85,9 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
 
         return counted
 
-    def named_modules(module: nn.Module) -> Callable[..., Any]:
-        @functools.wraps(module.named_modules)  # which parameters() and modules() ask too
-        def listed(*args: Any, **kwargs: Any) -> Any:
-            yield from type(module).named_modules(module, *args, **kwargs)
-            calls.listed |= calls.in_loss and torch.is_grad_enabled()
-
-        return listed
-
     try:
         for module in running:
             vars(module)["forward"] = forward(module)
-        for module in listing:
-            vars(module)["named_modules"] = named_modules(module)
         for children, key, module in places:
             children[key] = twins[module]
         with hooked((module, see) for module in twins):
@@ -115,8 +97,6 @@ def watched_calls(model: nn.Module, sites: Sequence[Site]) -> Iterator[Calls]:
             children[key] = module
         for module in running:
             vars(module).pop("forward", None)
-        for module in listing:
-            vars(module).pop("named_modules", None)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -128,7 +128,21 @@ class CopiedBlock(nn.Module):
 
 def listed_form(block: Any) -> nn.Module:
     """What `standalone` of a block gives, only to be looked at: a copy shares its tensors."""
-    return block.module if isinstance(block, CopiedBlock) else deepcopied(block).standalone()
+    return block.module if isinstance(block, CopiedBlock) else standalone_form(deepcopied(block))
+
+
+def standalone_form(block: Any) -> nn.Module:
+    """The module `block.standalone()`, made without drawing random numbers."""
+    # a user's may build a fresh module, whose initial values would cost the run random numbers
+    with torch.random.fork_rng(devices=[]):
+        layer = block.standalone()
+    pins = {id(p) for p in pinned_parameters(block).values()}
+    if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
+        raise BlockError(
+            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__} that "
+            "does not hold the pinned parameters of the block themselves."
+        )
+    return layer
 
 
 REGISTERED[CopiedBlock.__qualname__] = CopiedBlock

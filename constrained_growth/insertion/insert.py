@@ -22,6 +22,7 @@ from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
+from constrained_growth.blocks.copied import standalone_form
 from constrained_growth.blocks.protocol import check_deviations, move_pins
 from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
@@ -33,7 +34,6 @@ from constrained_growth.insertion.layer import (
     can_join,
     first_parameter,
     put_into,
-    standalone_form,
 )
 from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.insertion.training_state import (

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from constrained_growth._sites.context import takes_context
@@ -18,8 +17,7 @@ from constrained_growth._sites.wrapper import (
     take_hooks,
     user_module,
 )
-from constrained_growth.blocks import pinned_parameters
-from constrained_growth.errors import BlockError, RecordError
+from constrained_growth.errors import RecordError
 
 Placement = Literal["wrapped", "joined", "sibling"]
 
@@ -72,20 +70,6 @@ def can_join(model: nn.Module, site: nn.Module, layer: nn.Module) -> bool:
         return not (wrapper._forward_hooks or changes)
     is_base = site is user_module(wrapper)
     return is_base or takes_context(site) or not takes_context(layer)
-
-
-def standalone_form(block: nn.Module) -> nn.Module:
-    """The module `block.standalone()`, made without drawing random numbers."""
-    # a user's may build a fresh module, whose initial values would cost the run random numbers
-    with torch.random.fork_rng(devices=[]):
-        layer = block.standalone()  # type: ignore[operator]
-    pins = {id(p) for p in pinned_parameters(block).values()}
-    if not isinstance(layer, nn.Module) or not pins <= {id(p) for p in layer.parameters()}:
-        raise BlockError(
-            f"block={type(block).__name__}: standalone() returned a {type(layer).__name__} that "
-            "does not hold the pinned parameters of the block themselves."
-        )
-    return layer
 
 
 def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:

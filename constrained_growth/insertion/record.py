@@ -15,6 +15,7 @@ from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
+from constrained_growth.blocks.copied import standalone_form
 from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import RecordError
@@ -24,7 +25,6 @@ from constrained_growth.insertion.layer import (
     Placement,
     first_parameter,
     put_into,
-    standalone_form,
 )
 from constrained_growth.insertion.training_state import restoring
 from constrained_growth.solution import listed

@@ -35,7 +35,7 @@ from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask, Resid
 from constrained_growth.experiments.statistics import first_at_most, saving, smoothed
 from constrained_growth.testing import check_block
 
-TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
+TINY = [replace(task, big=3, small=1, steps=12, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
 GROWING = ("sensitivity", "random", "first", "middle", "last")
 

@@ -203,8 +203,8 @@ def test_standalone_form_with_other_parameters_is_refused() -> None:
 
     model = Stack(3)
     one = cg.Candidate("blocks.0", Detached(4, torch.tanh))
-    solution = solved(model, classified(12), one)
     with nothing_left_behind(model), refused(cg.BlockError, "standalone()", "pinned"):
+        solution = solved(model, classified(12), one)
         cg.insert(model, solution)
 
 

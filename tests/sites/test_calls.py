@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from helpers import (
     solved,
 )
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 import constrained_growth as cg
@@ -104,47 +102,6 @@ def test_a_part_that_the_loss_gets_from_the_model_has_the_layer() -> None:
     grads = torch.autograd.grad(loss, list(names.values()))
     expected = {key: -grad for key, grad in zip(names, grads, strict=True)}
     assert_multipliers(solution, "b", expected, 1e-12)
-
-
-def penalty(model: nn.Module, *_: Any) -> Tensor:
-    return sum((p.square().sum() for p in model.parameters()), torch.zeros(()))
-
-
-def inner_step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """One step of meta-learning."""
-    names, values = zip(*model.named_parameters(), strict=True)
-    grads = torch.autograd.grad(cross_entropy(model(x), y), values, create_graph=True)
-    stepped = {n: p - 0.1 * g for n, p, g in zip(names, values, grads, strict=True)}
-    return cross_entropy(functional_call(model, stepped, (x,)), y)
-
-
-def kept(model: nn.Module, *_: Any) -> Tensor:
-    """What each module of a kind has kept, as mixtures of experts do."""
-    return torch.stack([m.weight.sum() for m in model.modules() if type(m) is nn.Linear]).sum()
-
-
-def average(model: nn.Module, *_: Any) -> Tensor:
-    """As a teacher takes it: nothing of it has a gradient."""
-    with torch.no_grad():
-        return penalty(model)
-
-
-def first_dtype(model: nn.Module, x: Tensor, _: Tensor) -> Tensor:
-    return x.sum().to(next(model.parameters()).dtype)
-
-
-@pytest.mark.parametrize("of", [penalty, inner_step, kept, average, first_dtype])
-def test_a_loss_of_all_parameters_is_told_what_is_left_out(of: Callable[..., Tensor]) -> None:
-    model, data = Net(), [(x, (x, y)) for x, y in classified(8)]
-
-    def loss_fn(output: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(output, target[1]) + of(model, *target)
-
-    told = of in (penalty, inner_step, kept)
-    with pytest.warns(UserWarning, match="a new layer's own") if told else nullcontext():
-        problem = cg.GrowthProblem(model, loss_fn, data, [residual()])
-    assert "named_modules" not in vars(model)
-    cg.solve(problem)
 
 
 def test_a_module_whose_forward_is_called_directly_too() -> None:
