@@ -309,7 +309,7 @@ def singular_values_of(matrices: Tensor) -> Tensor:
         return torch.linalg.svdvals(flat).flatten()
     # in a third to half of the time, to half of the digits: those that single precision has
     flat = flat if flat.shape[-2] <= flat.shape[-1] else flat.mT
-    return torch.linalg.eigvalsh(flat @ flat.mT).clamp(min=0).sqrt()
+    return torch.linalg.eigvalsh(flat @ flat.mT).clamp(min=0).sqrt().flatten()
 
 
 def whitened(matrix: Tensor, moment: Tensor, damping: float, *, constant: bool = False) -> Tensor:
