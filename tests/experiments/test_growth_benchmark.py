@@ -35,7 +35,7 @@ from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask, Resid
 from constrained_growth.experiments.statistics import first_at_most, saving, smoothed
 from constrained_growth.testing import check_block
 
-TINY = [replace(task, big=3, small=1, steps=12, row=1, wait=1) for task in TASKS]
+TINY = [replace(task, big=3, small=1, steps=6, row=1, wait=1) for task in TASKS]
 ARM = {arm.name: arm for arm in ARMS}
 GROWING = ("sensitivity", "random", "first", "middle", "last")
 
@@ -64,6 +64,15 @@ def test_products_convolutions_and_decompositions_are_counted() -> None:
     assert counted(lambda: torch.linalg.eigh(torch.eye(6))) == 9 * 6**3 // 2
     assert counted(lambda: torch.linalg.svd(torch.eye(4))) == (4 + 8 + 9) * 4**3 // 2
     assert counted(lambda: a.relu() + 1) == 0
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gradients_of_convolutions_cost_as_much_as_the_convolution_each(groups: int) -> None:
+    layer = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+    x = torch.randn(2, 8, 5, 5, requires_grad=True)
+    products = 2 * 8 * 25 * (8 // groups) * 9  # samples, channels, positions, inputs of each
+    assert counted(lambda: layer(x)) == products
+    assert counted(lambda: layer(x).sum().backward()) == 3 * products
 
 
 def test_attention_is_counted_forwards_and_backwards() -> None:

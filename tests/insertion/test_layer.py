@@ -202,10 +202,9 @@ def test_standalone_form_with_other_parameters_is_refused() -> None:
             return nn.Linear(4, 4)
 
     model = Stack(3)
-    one = cg.Candidate("blocks.0", Detached(4, torch.tanh))
+    one, data = cg.Candidate("blocks.0", Detached(4, torch.tanh)), classified(12)
     with nothing_left_behind(model), refused(cg.BlockError, "standalone()", "pinned"):
-        solution = solved(model, classified(12), one)
-        cg.insert(model, solution)
+        solved(model, data, one)
 
 
 def test_new_elements_join_the_groups_of_their_counterparts() -> None:

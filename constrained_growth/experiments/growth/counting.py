@@ -63,10 +63,18 @@ def _singular_values(a: Shape, *_: Any, **__: Any) -> int:
     return math.prod(a[:-2]) * (4 * m * m * n + 8 * m * n * n + 9 * n**3)
 
 
+def _convolution_backward(grad: Shape, x: Shape, weight: Shape, *rest: Any, **__: Any) -> int:
+    """As the forward pass, for each gradient asked for; PyTorch's formula does not know groups."""
+    _, _, _, _, transposed, _, _, (of_input, of_weight, _) = rest
+    positions = x if transposed else grad
+    return 2 * math.prod(positions) * math.prod(weight[1:]) * (of_input + of_weight)
+
+
 _aten = torch.ops.aten
 _FORMULAS = {
     _aten.mv: _product,
     _aten.dot: _product,
+    _aten.convolution_backward: _convolution_backward,
     _aten._linalg_eigh: _eigenvalues,
     _aten._linalg_svd: _singular_values,
     _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
