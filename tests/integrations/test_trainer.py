@@ -191,7 +191,8 @@ def test_what_is_trained_in_part_goes_on_from_a_checkpoint(make: Any, tmp_path: 
             growth.resume(model, start)
         trainer = train(tmp_path / name, growth, model, arguments={"weight_decay": 0.1}, **options)
         assert len(growth.history.insertions) == 1
-        groups = trainer.optimizer.param_groups
+        optimizer: Any = trainer.optimizer
+        groups = optimizer.param_groups
         assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
         assert [{p.dim() for p in group["params"]} for group in groups] == [{2}, {1}]
         return model
@@ -206,13 +207,15 @@ def test_a_frozen_model_grows_before_the_first_step(tmp_path: Path) -> None:
     trainer = train(tmp_path, growth, model, arguments={"weight_decay": 0.1})
     assert [one.step for one in growth.history.insertions] == [0, 8]
     new = dict(growth.grower.record.new_parameters(model)) if growth.grower else {}
-    trained = [group["params"] for group in trainer.optimizer.param_groups]
+    optimizer: Any = trainer.optimizer
+    trained = [group["params"] for group in optimizer.param_groups]
     assert [{p.dim() for p in group} for group in trained] == [{2}, {1}]
     assert {id(p) for group in trained for p in group} == {id(p) for p in new.values()}
     old = [p for name, p in model.named_parameters() if name not in new]
     assert all(torch.equal(p, value) for p, value in zip(old, before.values(), strict=True))
     assert growth.history.losses[-1] < growth.history.losses[0]
-    for options, why in (({"max_insertions": 0}, "max_insertions=0"), ({"rule": cg.Fixed()}, "")):
+    cases: Any = ({"max_insertions": 0}, "max_insertions=0"), ({"rule": cg.Fixed()}, "")
+    for options, why in cases:
         frozen, data = gpt().requires_grad_(False), [(next(iter(DataLoader(Counting(), 32))), None)]
         with refused(cg.TrainingError, "all parameters are frozen", why, "requires_grad_(True)"):
             train(tmp_path, GrowthCallback(data, **options), frozen)
