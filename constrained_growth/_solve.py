@@ -333,9 +333,7 @@ def solution_of(problem: GrowthProblem, **found: Any) -> Solution:
     wrapped = {candidate.name for candidate in problem.candidates if candidate.wrapped}
     wrapped = wrapped.union(*(site.around for site in problem.sites))
     planned = {
-        name: Planned(
-            site.after, block, site.overwritten, site.output, name in wrapped | site.around
-        )
+        name: Planned(site.after, block, site.overwritten, site.output, name in wrapped)
         for site in problem.sites
         for name, block in site.blocks.items()
     }

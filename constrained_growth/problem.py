@@ -49,9 +49,9 @@ class GrowthProblem:
             loss averages inside a batch is its own affair: samples, tokens, those that a mask
             leaves. L is the mean of these means, each counted with its `weight`. What it
             makes of all of `model.parameters()` or `model.modules()` (a penalty, a term that each
-            module keeps) it makes of those that there are now, without those of a layer to come
-            (a warning says so). For a model that returns its own loss, take it from the
-            output: `lambda output, target: output.loss`.
+            module keeps) it makes of those that there are now, without those of a layer to come.
+            For a model that returns its own loss, take it from the output:
+            `lambda output, target: output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
             a list of batches. An input may be a tensor, a tuple (spread as arguments) or a dict
             (spread as keyword arguments; where a loader yields dicts with the target in them,

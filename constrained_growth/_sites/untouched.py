@@ -105,10 +105,7 @@ def _drawn_from(data: object) -> Iterator[Any]:
         known.add(id(value))
         if isinstance(value, GENERATORS):
             yield value
-        elif isinstance(value, list | tuple) and type(value) in (
-            list,
-            tuple,
-        ):  # a user's own may read a file for each item
+        elif type(value) in (list, tuple):  # a user's own may read a file for each item
             waiting += [(item, depth) for item in (value if len(value) < _SHORT else ())]
         else:
             state = getattr(value, "__dict__", {})

@@ -70,7 +70,6 @@ class Convolved:
             and x.device.type == "cpu"
             and x.dtype == torch.float32
             and torch.backends.mkldnn.is_available()
-            and torch.backends.mkldnn.enabled  # type: ignore[attr-defined]
             and x.shape[1] % _LANES == self.cotangent.shape[1] % _LANES == 0
         )
 
