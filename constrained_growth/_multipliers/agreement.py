@@ -216,7 +216,8 @@ def settle(
     """
     look = _Look(model, loss_fn, first, sites, books, listed)
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
-    closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
+    with first.again(model):  # blocks may draw, as the layers that are put in do
+        closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
     found = {name: estimate.multiplier for name, estimate in closed.estimates().items()}
     # all sites are passed, or in the graph it is seen whether the loss depends on them
     inserted = _as_inserted(look, found) if look.can_grow and all(first.uses) else None
