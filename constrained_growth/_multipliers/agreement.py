@@ -164,11 +164,19 @@ class _Look:
         }
         return _Grown(float(loss.detach()), multipliers, drawn)
 
-    def agree(self, name: str, found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:
+    def agree(
+        self,
+        name: str,
+        found: Mapping[str, Tensor],
+        exact: Mapping[str, Tensor],
+        *,
+        both_in_graph: bool = True,
+    ) -> bool:
         """Whether two multipliers are the same up to rounding; one may lack pins, where it is 0.
 
-        Both rest on a δ that was rounded, and their sums are in different orders, which costs ε of
-        the summands. A difference that is larger by chance makes λ dearer, not wrong.
+        Both rest on a δ that was rounded, and their sums may be in different orders, which costs ε
+        of the summands; by autograd both are of the same operations. A difference to the closed
+        form that is larger by chance makes λ dearer, not wrong.
         """
         uses = self.first.uses[self.sites.index(self.site_of[name])]
         summands = sum(_norm(u.delta) * (_norm(u.x) + math.sqrt(u.x.numel())) for u in uses)
@@ -178,7 +186,8 @@ class _Look:
         ]
         size = math.hypot(*(_norm(value) for value in exact.values()))
         # "not >", so that NaN counts as agreement: the status of the solution reports it
-        allowed = math.sqrt(self.epsilon) / 3 * size + 3 * self.epsilon * summands
+        relative = self.epsilon**0.75 if both_in_graph else math.sqrt(self.epsilon) / 3
+        allowed = relative * size + 3 * self.epsilon * summands
         return not math.hypot(*differences) > allowed
 
     def alike(self, one: _Grown, other: _Grown) -> bool:
@@ -186,16 +195,18 @@ class _Look:
         a, b = one.drawn, other.drawn
         return a is not None and b is not None and torch.equal(a, b)
 
-    def is_same(self, one: _Grown, other: _Grown) -> bool:
-        """Whether the same layers, put in in two ways, make the same network."""
-        # the operations are the same: rounding differs at most where a cache changes strides
-        allowed = min(4 * coarsest_epsilon(self.model.parameters()), 0.01) * abs(other.loss)
-        return not one.error and all(
-            (
-                abs(one.loss - other.loss) <= allowed or not math.isfinite(other.loss),
-                *(self.agree(n, m, other.multipliers[n]) for n, m in one.multipliers.items()),
-            )
+    def agrees(self, grown: _Grown, exact: Multipliers, *, both_in_graph: bool = True) -> bool:
+        """Whether the layers that were put in have these multipliers."""
+        return not grown.error and all(
+            self.agree(name, found, exact[name], both_in_graph=both_in_graph)
+            for name, found in grown.multipliers.items()
         )
+
+    def same_loss(self, one: _Grown, other: _Grown) -> bool:
+        """Whether two networks of the same operations have the same loss."""
+        # rounding differs at most where a cache changes strides
+        allowed = min(4 * coarsest_epsilon(self.model.parameters()), 0.01) * abs(other.loss)
+        return abs(one.loss - other.loss) <= allowed or not math.isfinite(other.loss)
 
 
 def settle(
@@ -230,7 +241,8 @@ def settle(
         return False, set()
     _refuse_dead(sites, first, exact)
     around = _around(look, exact) if look.can_grow else set()
-    return all(look.agree(name, found[name], value) for name, value in exact.items()), around
+    pairs = ((name, found[name], value) for name, value in exact.items())
+    return all(look.agree(*each, both_in_graph=False) for each in pairs), around
 
 
 def _as_inserted(look: _Look, found: Multipliers) -> Multipliers | None:
@@ -242,11 +254,10 @@ def _as_inserted(look: _Look, found: Multipliers) -> Multipliers | None:
         for part in _parts(names, elements):
             grown = look.grown(part, {*part}.intersection(elements))
             if elements:  # what copies compute at their pins is the same to the last bit
-                same = look.is_same(grown, expected) and look.alike(grown, expected)
+                same = look.same_loss(grown, expected) and look.alike(grown, expected)
             else:
                 same = look.first.is_same(grown.loss, look.epsilon)
-            agreeing = (look.agree(n, m, found[n]) for n, m in grown.multipliers.items())
-            if not same or not all(agreeing):
+            if not same or not look.agrees(grown, found, both_in_graph=False):
                 return None
             inserted |= grown.multipliers
     return inserted
@@ -295,23 +306,19 @@ def _in_graph(look: _Look) -> Multipliers | None:
 def _around(look: _Look, exact: Multipliers) -> set[str]:
     """The `listed` candidates that make another network as next elements of their lists.
 
-    Refused are layers that have another λ than the exact one around their sites, and those of lists
-    that are counted, where they have to stand.
+    Refused are layers that have another λ than the exact one, and those of lists that are counted,
+    where they have to stand.
     """
     suspects: list[str] = []
+    around: list[str] = []
     for names in rounds(look.sites):
-        around = look.grown(names, ())
-        for name in names if around.error else around.multipliers:
-            if around.error or not look.agree(name, around.multipliers[name], exact[name]):
-                _refuse_other(look, name, exact[name])
         elements = [name for name in names if name in look.listed]
+        around += [name for name in names if name not in elements]
         for part in _parts(elements, elements):
-            # what the loss makes of all parameters, it makes of those of the layers in both
-            one, other = look.grown(part, part), look.grown(part, ())
-            if not look.is_same(one, other) or not look.alike(one, other):
+            if _fault(look, part, exact):
                 suspects += elements
                 break
-    faults = {name: why for name in suspects if (why := _fault(look, name))}
+    faults = {name: why for name in suspects if (why := _fault(look, [name], exact))}
     counted = [name for name in faults if look.listed[name]]
     if counted:
         raise CandidateError(
@@ -321,43 +328,51 @@ def _around(look: _Look, exact: Multipliers) -> set[str]:
             "the loss read the entries it needs, or ask for Candidate(wrapped=True): a layer "
             "around its site, which its class could not load."
         )
+    for names in rounds(look.sites):
+        _refuse_others(look, [name for name in names if name in faults or name in around], exact)
     return set(faults)
 
 
-def _refuse_other(look: _Look, name: str, exact: Mapping[str, Tensor]) -> None:
-    """Refuse a candidate whose layer, put in alone around its site, has another λ."""
-    grown, after = look.grown([name], ()), look.site_of[name].after
-    if not grown.error and look.agree(name, grown.multipliers[name], exact):
-        return
-    found = math.hypot(*(_norm(value) for value in grown.multipliers.get(name, {}).values()))
-    expected = math.hypot(*(_norm(value) for value in exact.values()))
-    what = grown.error or f"‖λ‖ = {found:.3g}, and by the tensor at its site {expected:.3g}"
-    raise CandidateError(
-        f'after="{after}": with a layer really put in there the loss of the first batch has '
-        f"another derivative by its pins than it should ({what}). Either this module is also run "
-        "by someone who has not got it from the model: a plain list or attribute beside the "
-        "model's own, a bound method that was kept, module.forward(x), a variable of the loss. "
-        "Then keep modules in nn.ModuleList, call module(x), and let the loss call "
-        f"model.{after}(x). Or the loss reads all of model.parameters() or model.modules(), which "
-        "a new layer adds to. Then let it take those that it is meant for once, before. Or choose "
-        "another submodule."
-    )
-
-
-def _fault(look: _Look, name: str) -> str:
-    """What is different with a candidate in its list instead of around its site; "" if nothing."""
+def _fault(look: _Look, names: Sequence[str], exact: Multipliers) -> str:
+    """What is different with candidates in their lists, not around their sites; "" if nothing."""
     # who draws a number for each element may leave some out, but not in each run
     for draw in (None, *range(_DRAWS)):
-        one, other = look.grown([name], [name], draw), look.grown([name], (), draw)
-        if not look.is_same(one, other):
-            return one.error or (
-                f"a loss of {one.loss:.9g} instead of {other.loss:.9g}"
-                if one.loss != other.loss
-                else "the same loss, with another derivative by its pins"
-            )
-        if look.alike(one, other):
+        one = look.grown(names, names, draw)
+        if draw is None and not look.agrees(one, exact):
+            return one.error or f"a loss of {one.loss:.9g}, with another derivative by its pins"
+        # what the loss makes of all parameters, it makes of those of the layers in both
+        other = look.grown(names, (), draw)
+        same = other.error or (look.same_loss(one, other) and look.agrees(one, other.multipliers))
+        if not same:
+            return one.error or f"a loss of {one.loss:.9g} instead of {other.loss:.9g}"
+        if other.error or look.alike(one, other):
             break
     return ""
+
+
+def _refuse_others(look: _Look, names: Sequence[str], exact: Multipliers) -> None:
+    """Refuse candidates whose layers, put in around their sites, have another λ."""
+    if not names or look.agrees(look.grown(names, ()), exact):
+        return
+    for name in names:
+        grown, after = look.grown([name], ()), look.site_of[name].after
+        if look.agrees(grown, exact):
+            continue
+        found, expected = (
+            math.hypot(*(_norm(value) for value in some.get(name, {}).values()))
+            for some in (grown.multipliers, exact)
+        )
+        what = grown.error or f"‖λ‖ = {found:.4g}, and by the tensor at its site {expected:.4g}"
+        raise CandidateError(
+            f'after="{after}": with a layer really put in there the loss of the first batch has '
+            f"another derivative by its pins than it should ({what}). Either this module is also "
+            "run by someone who has not got it from the model: a plain list or attribute beside "
+            "the model's own, a bound method that was kept, module.forward(x), a variable of the "
+            "loss. Then keep modules in nn.ModuleList, call module(x), and let the loss call "
+            f"model.{after}(x). Or the loss reads something of all of model.parameters() or "
+            "model.modules(), to which a new layer adds: let it take those that it is meant for "
+            "once, before. Or choose another submodule."
+        )
 
 
 _DRAWS = 8
