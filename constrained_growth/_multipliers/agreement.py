@@ -122,7 +122,12 @@ class _Look:
         return not (is_sharded(self.model) or unchangeable(self.model))
 
     def grown(
-        self, names: Collection[str], elements: Collection[str], draw: int | None = None
+        self,
+        names: Collection[str],
+        elements: Collection[str],
+        draw: int | None = None,
+        *,
+        derivatives: bool = True,
     ) -> _Grown:
         """Put layers in, the `elements` into their lists and the others around their sites."""
         forms = {
@@ -150,7 +155,7 @@ class _Look:
                 loss = loss_of(self.loss_fn, call(model, self.first.input), self.first.target)
                 drawn = torch.get_rng_state()
                 grads: Sequence[Tensor | None] = [None] * len(pins)
-                if loss.requires_grad:
+                if loss.requires_grad and derivatives:
                     with full_precision(*{site.device for site in self.sites}):
                         grads = torch.autograd.grad(loss, pins, allow_unused=True)
             except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of a layer
@@ -252,14 +257,15 @@ def _as_inserted(look: _Look, found: Multipliers) -> Multipliers | None:
     for names in rounds(look.sites):
         elements = [name for name in names if name in look.listed]
         for part in _parts(names, elements):
-            grown = look.grown(part, {*part}.intersection(elements))
+            # the loss alone tells that it is made of each element, which the copies of all hide
+            grown = look.grown(part, {*part} & {*elements}, derivatives=part is names)
             if elements:  # what copies compute at their pins is the same to the last bit
                 same = look.same_loss(grown, expected) and look.alike(grown, expected)
             else:
                 same = look.first.is_same(grown.loss, look.epsilon)
             if not same or not look.agrees(grown, found, both_in_graph=False):
                 return None
-            inserted |= grown.multipliers
+            inserted |= grown.multipliers if part is names else {}
     return inserted
 
 
