@@ -119,10 +119,8 @@ def add_parameters(
 
 
 @contextmanager
-def restoring(
-    models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = (), *, always: bool = False
-) -> Iterator[None]:
-    """After an error, or always, restore submodules and attributes, and groups and states."""
+def restoring(models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = ()) -> Iterator[None]:
+    """After an error, restore submodules and attributes, and groups and states."""
     containers: list[Any] = []
     # pre-hooks too: those that prune weights are moved to the wrapper
     for module in (module for model in models for module in model.modules()):
@@ -132,14 +130,13 @@ def restoring(
         containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
     # the modules of a ScriptModule are in neither, and stay
     kept = [(one, one.copy()) for one in containers if isinstance(one, dict | list)]
-    stays = False
     try:
         yield
-        stays = not always
-    finally:
-        for container, before in kept if not stays else ():
+    except BaseException:
+        for container, before in kept:
             container.clear()
             (container.extend if isinstance(container, list) else container.update)(before)
+        raise
 
 
 def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:
