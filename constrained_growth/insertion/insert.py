@@ -121,7 +121,6 @@ def insert(
     planned = {name: solution.candidates[name] for name in names}
     optimizers = as_optimizers(optimizer)
     check_optimizers(model, optimizers, [one.block for one in planned.values()])
-    _check_values(solution, names)
     if not names:
         return GrowthRecord((), shapes)
     books = [open_books(one) for one in models]
@@ -313,14 +312,10 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             "model that was solved; after an insertion, solve a new problem."
         )
     check_can_change(model)
-    return tuple(name for name in solution.candidates if name in chosen)
-
-
-def _check_values(solution: Solution, chosen: Collection[str]) -> None:
-    """Refuse values of the decision that do not fit the chosen blocks."""
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
             raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
         if name in chosen:
             block = solution.candidates[name].block
             check_deviations(block, values, f'decision.values["{name}"]', RuleError)
+    return tuple(name for name in solution.candidates if name in chosen)
