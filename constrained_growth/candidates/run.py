@@ -14,7 +14,7 @@ from constrained_growth._sites.collector import hooked, transformed
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
 from constrained_growth._sites.model import call, device_of, owners_of
 from constrained_growth._sites.outputs import tensor_in
-from constrained_growth._sites.placement import rebuilding
+from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import WithInsertedLayer
 from constrained_growth.blocks.protocol import change
@@ -111,7 +111,7 @@ def unwrappable(
     def runs_as_before(some: Sequence[str]) -> bool:
         modules = [model.get_submodule(name) for name in some]
         try:
-            with rebuilding(model), untouched(model):
+            with undoing([model], always=True), untouched(model):
                 for module in modules:
                     wrapper = WithInsertedLayer(module)
                     for owner, key in owners_of(model, module):

@@ -20,7 +20,7 @@ from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
-from constrained_growth._sites.placement import place, placement_around, rebuilding
+from constrained_growth._sites.placement import place, placement_around, undoing
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.copied import standalone_form
@@ -35,7 +35,7 @@ from constrained_growth.insertion.training_state import (
     as_optimizers,
     check_optimizers,
     checked_copies,
-    restoring,
+    groups_and_states,
 )
 from constrained_growth.solution import Planned, Solution
 
@@ -130,7 +130,7 @@ def insert(
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     # the books come before the check: what a layer does may depend on its number
-    with restoring(models, optimizers):
+    with undoing(models, *groups_and_states(optimizers)):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
             one.update()
@@ -200,7 +200,7 @@ def _siblings(
         new = _new_layers(model, model, listed, siblings)
         for one in new:
             move_pins(one.planned.block)
-        with rebuilding(model):
+        with undoing([model], always=True):
             _put_into(model, new)
             books.update()
             return preservation.outputs_of(model, example, optional=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import list_of, parameter_shapes
-from constrained_growth._sites.placement import Placement, place, wrapper_for
+from constrained_growth._sites.placement import Placement, place, undoing, wrapper_for
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
@@ -22,7 +22,6 @@ from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import RecordError
 from constrained_growth.insertion.description import built_block, built_copy, first_difference
-from constrained_growth.insertion.training_state import restoring
 from constrained_growth.solution import listed
 
 _VERSION = 3
@@ -267,7 +266,7 @@ def replay(
         )
     _check_size(record, model, given)
     books = open_books(model)
-    with restoring([model]):
+    with undoing([model]):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
