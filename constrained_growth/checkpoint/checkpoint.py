@@ -17,6 +17,7 @@ from constrained_growth._distributed import everywhere, num_processes, rank
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_spread, reshard, spread_like, whole
 from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import generators_of
 from constrained_growth.checkpoint.file import flattened, previous, read, unflattened, write
 from constrained_growth.checkpoint.optimizer_state import (
@@ -33,7 +34,6 @@ from constrained_growth.insertion.training_state import (
     as_copies,
     as_optimizers,
     grown_in,
-    restoring,
 )
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -303,7 +303,7 @@ def resume(
     copies = as_copies(averaged)
     _check_number("averaged", copies, checkpoint.averaged)
     models = [model, *map(grown_in, copies)]
-    with restoring(models):
+    with undoing(models):
         for one in models:
             replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)

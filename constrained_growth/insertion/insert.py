@@ -20,6 +20,7 @@ from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
+from constrained_growth._sites.placement import place, placement_around, undoing
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.copied import standalone_form
@@ -28,20 +29,14 @@ from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import preservation
 from constrained_growth.insertion.description import described_block
-from constrained_growth.insertion.layer import (
-    InsertedLayer,
-    Placement,
-    can_join,
-    first_parameter,
-    put_into,
-)
+from constrained_growth.insertion.layer import InsertedLayer, first_parameter
 from constrained_growth.insertion.record import GrowthRecord
 from constrained_growth.insertion.training_state import (
     add_parameters,
     as_optimizers,
     check_optimizers,
     checked_copies,
-    restoring,
+    groups_and_states,
 )
 from constrained_growth.solution import Planned, Solution
 
@@ -137,7 +132,7 @@ def insert(
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     # the books come before the check: what a layer does may depend on its number
-    with restoring(models, optimizers):
+    with undoing(models, *groups_and_states(optimizers)):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
             one.update()
@@ -207,7 +202,7 @@ def _siblings(
         new = _new_layers(model, model, listed, siblings)
         for one in new:
             move_pins(one.planned.block)
-        with restoring([model], always=True):
+        with undoing([model], always=True):
             _put_into(model, new)
             books.update()
             return preservation.outputs_of(model, example, optional=True)
@@ -269,7 +264,7 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
     # Outer sites come first: a copied block is a copy of its neighbour as it was.
     for new in sorted(new_layers, key=lambda new: new.planned.after.count(".")):
         end, planned = ends.get(new.site, new.site), new.planned
-        alone: Placement = "joined" if can_join(model, end, new.module) else "wrapped"
+        placement = "sibling" if new.is_sibling else placement_around(model, end, new.module)
         record = InsertedLayer(
             name=new.name,
             after=next(name for name, module in model.named_modules() if module is end),
@@ -277,10 +272,11 @@ def _put_into(model: nn.Module, new_layers: Iterable[_NewLayer]) -> list[Inserte
             parameters=parameter_shapes(new.module),
             overwritten=planned.overwritten,
             output=planned.output,
-            placement="sibling" if new.is_sibling else alone,
+            placement=placement,
             pristine=deepcopied(new.module),  # at the pins; the module itself is trained
         )
-        ends[new.site] = put_into(model, end, new.module, record)
+        where = placement, planned.output, planned.overwritten
+        ends[new.site] = place(model, end, new.module, *where)
         done.append(record)
     return done
 

@@ -11,7 +11,8 @@ from typing import Any, get_args
 from torch import nn
 
 from constrained_growth._arguments import flag, instance
-from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.model import list_of, parameter_shapes
+from constrained_growth._sites.placement import Placement, place, undoing, wrapper_for
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
@@ -20,13 +21,7 @@ from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import RecordError
 from constrained_growth.insertion.description import built_block, built_copy
-from constrained_growth.insertion.layer import (
-    InsertedLayer,
-    Placement,
-    first_parameter,
-    put_into,
-)
-from constrained_growth.insertion.training_state import restoring
+from constrained_growth.insertion.layer import InsertedLayer, first_parameter
 from constrained_growth.solution import listed
 
 _VERSION = 3
@@ -252,7 +247,7 @@ def replay(
         )
     _check_size(record, model, given)
     books = open_books(model)
-    with restoring([model]):
+    with undoing([model]):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
@@ -313,7 +308,17 @@ def _insert_again(model: nn.Module, layer: InsertedLayer, given: nn.Module | Non
     if like is not None:
         block = block.to(device=like.device, dtype=like.dtype)
     block.train(site.training)
-    put_into(model, site, block, layer)
+    if layer.placement == "sibling" and list_of(model, site) is None:
+        raise RecordError(
+            f'model: "{layer.after}", the site of the layer "{layer.name}" in the record, is '
+            "no element of an nn.ModuleList or nn.Sequential."
+        )
+    if layer.placement == "joined" and wrapper_for(model, site) is None:
+        raise RecordError(
+            f'model: at "{layer.after}", the site of the layer "{layer.name}" in the record, '
+            "joined others that are not there; replay the records of all rounds in their order."
+        )
+    place(model, site, block, layer.placement, layer.output, layer.overwritten)
 
 
 def _rebuilt(

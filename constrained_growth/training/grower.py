@@ -21,6 +21,7 @@ from constrained_growth._data import batches
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
@@ -31,7 +32,7 @@ from constrained_growth.insertion.training_state import (
     as_optimizers,
     check_optimizers,
     checked_copies,
-    restoring,
+    groups_and_states,
 )
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
@@ -216,7 +217,7 @@ class Grower:
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
         models = [self.model, *checked_copies(self.model, self.averaged)]
-        with restoring(models, self.optimizers):
+        with undoing(models, *groups_and_states(self.optimizers)):
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
         sensitivities = solution.sensitivities
