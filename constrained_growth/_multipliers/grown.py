@@ -66,7 +66,7 @@ class FirstBatch:
 class Grown:
     """The first batch with some layers put in.
 
-    λ has pins on which the loss depends. `drawn` is the random state afterwards; `error` says why
+    λ, if asked for, has pins on which the loss depends. `drawn` is the random state afterwards; `error` says why
     the model fails, if it does.
     """
 
@@ -136,8 +136,10 @@ class FirstLook:
                     pin.requires_grad_()
                 loss = loss_of(self.loss_fn, call(model, self.first.input), self.first.target)
                 drawn = torch.get_rng_state()
+                if not derivatives:
+                    return Grown(float(loss.detach()), {}, drawn)
                 grads: Sequence[Tensor | None] = [None] * len(pins)
-                if loss.requires_grad and derivatives:
+                if loss.requires_grad:
                     with full_precision(*{site.device for site in self.sites}):
                         grads = torch.autograd.grad(loss, pins, allow_unused=True)
             except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of a layer
