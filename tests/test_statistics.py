@@ -231,7 +231,7 @@ def test_interval_covers_whatever_the_covariance(
 
 def test_interval_covers_on_a_network() -> None:
     """Samples drawn with replacement from a population whose λ is known."""
-    model, trials = feedforward(2, 4, 3), 150
+    model, trials = feedforward(2, 4, 3), 80
     (x, y), *_ = classified(500)
     truth = solved(model, [(x, y)], candidate()).sensitivities["1"].value
     misses = 0
