@@ -552,12 +552,6 @@ ROWS: dict[str, Row] = {
         {"sensitivity": "mapping", "confidence": "fraction"},
         more={"confidence": (0.0, 1.0), "sensitivity": (1.0,)},
     ),
-    "squared_norm_interval": Row(
-        statistics.squared_norm_interval,
-        lambda s: {"sensitivity": s.solution.sensitivities["body.1"]},
-        {"sensitivity": "mapping", "confidence": "fraction"},
-        more={"confidence": (0.0, 1.0), "sensitivity": (1.0,)},
-    ),
     "VirtualLoss": Row(
         curvature.VirtualLoss,
         lambda s: {"problem": s.problem, "planned": s.solution.candidates["body.1"]},

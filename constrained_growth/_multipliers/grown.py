@@ -66,8 +66,8 @@ class FirstBatch:
 class Grown:
     """The first batch with some layers put in.
 
-    λ, if asked for, has pins on which the loss depends. `drawn` is the random state afterwards; `error` says why
-    the model fails, if it does.
+    λ, if asked for, has pins on which the loss depends. `drawn` is the random state afterwards;
+    `error` says why the model fails, if it does.
     """
 
     loss: float
