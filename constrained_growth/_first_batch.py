@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,14 +18,11 @@ from torch import Tensor, nn
 
 from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
-from constrained_growth._multipliers.agreement import (
-    FirstBatch,
-    closed_form_holds,
-    other_networks,
-)
+from constrained_growth._multipliers.agreement import settle
 from constrained_growth._multipliers.fit import check_fit, share_at_kinks
+from constrained_growth._multipliers.grown import FirstBatch
+from constrained_growth._random_state import random_state
 from constrained_growth._sharding import is_sharded, is_spread
-from constrained_growth._sites.calls import watched_calls
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import (
@@ -136,9 +132,8 @@ def look_at_sites(
 
     def compare() -> tuple[bool, set[str]]:
         here = [([sites[index] for index in some], first) for some, first in looks if some]
-        holds = [closed_form_holds(model, loss_fn, *each) for each in here]
-        others = (other_networks(model, loss_fn, *each, books, listed) for each in here)
-        return all(holds), set().union(*others)
+        found = [settle(model, loss_fn, *each, books, listed) for each in here]
+        return all(holds for holds, _ in found), set().union(*(others for _, others in found))
 
     everywhere(check, group)
     outcomes = everywhere(compare, group, collective=sharded)
@@ -160,11 +155,9 @@ def _run(
     uses: list[list[Use]] = [[] for _ in sites]
     aliases: list[list[tuple[Tensor, int]]] = [[] for _ in sites]  # and their version counters
     originals: list[tuple[Tensor, int]] = []
-    runs: Counter[int] = Counter()
     hidden: set[int] = set()  # sites without gradients
 
     def inspect(index: int, x: Tensor, context: Context, alias: Tensor | None) -> None:
-        runs[index] += 1
         if not transformed(x):
             _check_tensor(sites[index].after, x.detach())
         if transformed(x) or alias is None:
@@ -185,15 +178,11 @@ def _run(
 
     collector = Collector(sites, inspect)
     input, target = batch
-    with (
-        untouched(model, loss_fn, first=True),
-        collector.watching(),
-        watched_calls(model, () if is_sharded(model) else sites) as calls,
-    ):
+    random = random_state()
+    with untouched(model, loss_fn, first=True), collector.watching():
         collector.begin(take)
         loss = loss_of(loss_fn, call(model, input), target)
-        for index, site in enumerate(sites):
-            calls.refuse(site, runs[index])
+        drawn = torch.get_rng_state()
         if not bool(torch.isfinite(loss)):
             raise DataError(
                 f"loss_fn gives {loss.item()} on the first batch; look for NaN or Inf in the "
@@ -230,7 +219,7 @@ def _run(
             _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
-    first = FirstBatch(input, target, float(loss.detach()), uses, seen)
+    first = FirstBatch(input, target, float(loss.detach()), random, drawn, uses, seen)
     if changes:
         pairs = zip(sites, changed, strict=True)
         names = [site.after for site, flag in pairs if flag or not any(changed)]

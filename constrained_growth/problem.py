@@ -47,9 +47,9 @@ class GrowthProblem:
         loss_fn: `loss_fn(output, target)`, a scalar tensor that is the mean over the samples of
             a batch (a sum is taken for a mean, and gives λ times the batch size). Over what a
             loss averages inside a batch is its own affair: samples, tokens, those that a mask
-            leaves. L is the mean of these means, each counted with its `weight`. What it
-            makes of all of `model.parameters()` or `model.modules()` (a penalty, a term that each
-            module keeps) it makes of those that there are now, without those of a layer to come.
+            leaves. L is the mean of these means, each counted with its `weight`. It may be made
+            of all of `model.parameters()` (weight decay): then it is made of those of a new layer
+            too, and where that changes λ it is refused.
             For a model that returns its own loss, take it from the output:
             `lambda output, target: output.loss`.
         data: An iterable of `(input, target)` that can be iterated more than once: a DataLoader,
@@ -157,7 +157,7 @@ def _listed_elements(books: Books, places: Places, *, known: bool) -> dict[str, 
                 continue
             found[each.name] = counted
             ask = counted and not known
-            refusal = books.refusal(site.after, listed_form(each.block)) if ask else None
+            refusal = books.refusal(site.after, listed_form(each.block)[0]) if ask else None
             if refusal is not None:
                 raise CandidateError(f'"{each.name}" cannot follow "{site.after}": {refusal}')
     return found

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import constrained_growth as cg
 from constrained_growth import checkpoint as checkpoints
 
-STEPS = 60
+STEPS = 40
 
 
 def train(path: Path | None, log: Path) -> nn.Module:
@@ -61,9 +61,9 @@ def train(path: Path | None, log: Path) -> nn.Module:
         os.write(file, f"{step} {loss.item().hex()}\n".encode())
         return loss
 
-    def third(losses: Sequence[float]) -> bool:
+    def second(losses: Sequence[float]) -> bool:
         nonlocal deciding
-        deciding = len(losses) >= 3
+        deciding = len(losses) >= 2
         return deciding
 
     def decided(grower: cg.Grower) -> None:
@@ -76,7 +76,7 @@ def train(path: Path | None, log: Path) -> nn.Module:
         loss_fn,
         loader,
         epochs=STEPS // 5,
-        when=third,
+        when=second,
         max_insertions=3,
         scheduler_factory=lambda o: torch.optim.lr_scheduler.StepLR(o, 4, 0.9),
         callbacks=[decided],

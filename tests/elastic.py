@@ -1,10 +1,10 @@
 """Training on two processes that torchrun starts, and starts again when one of them has died.
 
-    torchrun --standalone --nproc-per-node 2 --max-restarts 2 elastic.py FOLDER
+    torchrun --standalone --nproc-per-node 2 --max-restarts 1 elastic.py FOLDER
 
-For a model in DistributedDataParallel, then for one sharded by `fully_shard`: a run in which the
-second process kills itself once, to be taken up by those that come next, and one in which it does
-not. In the end the loss of the second process fails within a decision.
+For a model sharded by `fully_shard`: a run in which the second process kills itself once, to be
+taken up by those that come next, and one in which it does not. In the end the loss of the second
+process fails within a decision.
 """
 
 import functools
@@ -21,7 +21,6 @@ import torch.distributed as dist
 from processes import shard
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import constrained_growth as cg
@@ -30,27 +29,17 @@ DEATH = 11
 """The step before which the process dies; there is a checkpoint at every fourth."""
 
 
-def wrapped(model: nn.Sequential, wrap: str) -> nn.Module:
-    if wrap == "ddp":
-        return DistributedDataParallel(model)
-    shard(model[2], model)
-    return model
-
-
-def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[str, Any]:
+def train(path: Path | None, disturb: Callable[[int], None]) -> dict[str, Any]:
     """A run with two insertions; `disturb(step)` is called before each loss, 0 in a decision."""
     torch.manual_seed(1)
-    model = wrapped(
-        nn.Sequential(
-            nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 2)
-        ),
-        wrap,
+    model = nn.Sequential(
+        nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Dropout(0.1), nn.Linear(6, 2)
     )
+    shard(model[2], model)
     x = torch.randn(72, 2)
     data = TensorDataset(x, (x.norm(dim=1) > 1.1).long())
     torch.manual_seed(dist.get_rank())
     loader = DataLoader(data, batch_size=6, sampler=DistributedSampler(data, seed=3))
-    before = "module." if wrap == "ddp" else ""
     steps, deciding = 0, False
 
     def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -63,7 +52,7 @@ def train(wrap: str, path: Path | None, disturb: Callable[[int], None]) -> dict[
         nonlocal deciding
         deciding = True
         mlp = functools.partial(cg.blocks.ResidualMLP, 6, 4, nn.Tanh())
-        return [cg.Candidate(before + site, mlp()) for site in ("1", "3")]
+        return [cg.Candidate(site, mlp()) for site in ("1", "3")]
 
     def decided(_: cg.Grower) -> None:
         nonlocal deciding
@@ -101,7 +90,7 @@ def main(folder: Path) -> None:
         dist.barrier()
 
     def die(step: int) -> None:
-        died = folder / f"{wrap} died"
+        died = folder / "died"
         if second and step == DEATH and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -110,11 +99,9 @@ def main(folder: Path) -> None:
         if second and step == 0:
             raise OSError("disk full")
 
-    for wrap in ("ddp", "fsdp"):
-        if not (folder / f"{wrap} whole").exists():
-            keep(f"{wrap} taken up", train(wrap, folder / f"{wrap}.safetensors", die))
-            keep(f"{wrap} whole", train(wrap, None, lambda step: None))
-    train("fsdp", None, fail)
+    keep("taken up", train(folder / "run.safetensors", die))
+    keep("whole", train(None, lambda step: None))
+    train(None, fail)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,12 @@ def together(work: Callable[..., None], folder: Path, *args: Any, processes: int
         processes: How many.
     """
     arguments = work, str(folder / "meeting"), processes, args
-    start_processes(_begin, arguments, processes, start_method="forkserver")
+    start_processes(_fork, arguments, 1, start_method="forkserver")
+
+
+def _fork(_: int, *arguments: Any) -> None:
+    """In a process that has imported what the work needs, before anything runs."""
+    start_processes(_begin, arguments, arguments[2], start_method="fork")
 
 
 def _begin(

@@ -128,15 +128,22 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequentia
     return owner if isinstance(owner, nn.ModuleList) else None
 
 
-def check_can_change(model: nn.Module) -> None:
-    """Refuse a model in which no module can be replaced."""
+def unchangeable(model: nn.Module) -> str:
+    """A module of the model in which none can be replaced, in words; "" if there is none."""
     for name, module in model.named_modules():
         kinds = {cls.__name__ for cls in type(module).__mro__}
         if kinds & {"ScriptModule", "FullyShardedDataParallel"}:
-            raise CandidateError(
-                f'model={type(model).__name__}: its module "{name}" is a {type(module).__name__}, '
-                "in which no module can be exchanged; insert into the model before it is wrapped."
-            )
+            return f'"{name}" is a {type(module).__name__}'
+    return ""
+
+
+def check_can_change(model: nn.Module) -> None:
+    """Refuse a model in which no module can be replaced."""
+    if why := unchangeable(model):
+        raise CandidateError(
+            f"model={type(model).__name__}: its module {why}, in which no module can be "
+            "exchanged; insert into the model before it is wrapped."
+        )
 
 
 def coarsest_epsilon(tensors: Iterable[Tensor]) -> float:

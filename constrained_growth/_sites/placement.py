@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -80,19 +80,19 @@ def place(
 
 
 @contextmanager
-def rebuilding(model: nn.Module) -> Iterator[None]:
-    """Take out again what was inserted meanwhile."""
+def undoing(models: Iterable[nn.Module], *others: Any, always: bool = False) -> Iterator[None]:
+    """After an error, or always, put submodules, attributes and pre-hooks back, and `others`."""
+    containers: list[Any] = [*others]
     # pre-hooks too: those that prune weights are moved to the wrapper
-    containers = [
-        container
-        for module in model.modules()
-        for container in (vars(module), module._modules, module._forward_pre_hooks)
-        if isinstance(container, dict)  # the modules of a ScriptModule are in none, and stay
-    ]
-    before = [container.copy() for container in containers]
+    for module in (module for model in models for module in model.modules()):
+        containers += [vars(module), module._modules, module._forward_pre_hooks]
+    # the modules of a ScriptModule are in neither, and stay
+    kept = [(one, one.copy()) for one in containers if isinstance(one, dict | list)]
+    stays = False
     try:
         yield
+        stays = not always
     finally:
-        for container, then in zip(containers, before, strict=True):
+        for container, before in kept if not stays else ():
             container.clear()
-            container.update(then)
+            (container.extend if isinstance(container, list) else container.update)(before)

@@ -126,9 +126,15 @@ class CopiedBlock(nn.Module):
         return self.module
 
 
-def listed_form(block: Any) -> nn.Module:
-    """What `standalone` of a block gives, only to be looked at: a copy shares its tensors."""
-    return block.module if isinstance(block, CopiedBlock) else standalone_form(deepcopied(block))
+def listed_form(block: Any) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """What `standalone` of a block gives, and its pins, only to be looked at.
+
+    A copy shares its tensors.
+    """
+    if isinstance(block, CopiedBlock):
+        return block.module, pinned_parameters(block)
+    block = deepcopied(block)
+    return standalone_form(block), pinned_parameters(block)
 
 
 def standalone_form(block: Any) -> nn.Module:

@@ -14,6 +14,7 @@ from constrained_growth._sites.collector import hooked, transformed
 from constrained_growth._sites.context import NO_CONTEXT, Context, context_of, detached
 from constrained_growth._sites.model import call, device_of, owners_of
 from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._sites.wrapper import WithInsertedLayer
 from constrained_growth.blocks.protocol import change
@@ -108,19 +109,17 @@ def unwrappable(
     """
 
     def runs_as_before(some: Sequence[str]) -> bool:
-        wrappers = {module: WithInsertedLayer(module) for module in map(model.get_submodule, some)}
-        places = [(*place, child) for child in wrappers for place in owners_of(model, child)]
+        modules = [model.get_submodule(name) for name in some]
         try:
-            for owner, key, child in places:
-                owner._modules[key] = wrappers[child]
-            with untouched(model):
+            with undoing([model], always=True), untouched(model):
+                for module in modules:
+                    wrapper = WithInsertedLayer(module)
+                    for owner, key in owners_of(model, module):
+                        owner._modules[key] = wrapper
                 output = call(model, moved(example_input, device_of(model)))
                 y = None if last is None else tensor_in(output)
         except Exception:
             return False
-        finally:
-            for owner, key, child in places:
-                owner._modules[key] = child
         if last is None or y is None or not bool(last.isfinite().all()):
             return True
         return y.shape == last.shape and bool(change(last.detach(), y.detach()) <= 1)

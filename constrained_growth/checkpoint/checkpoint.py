@@ -17,6 +17,7 @@ from constrained_growth._distributed import everywhere, num_processes, rank
 from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_spread, reshard, spread_like, whole
 from constrained_growth._sites.model import parameter_shapes
+from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import generators_of
 from constrained_growth.checkpoint.file import flattened, previous, read, unflattened, write
 from constrained_growth.checkpoint.optimizer_state import (
@@ -26,6 +27,7 @@ from constrained_growth.checkpoint.optimizer_state import (
     parameter_names,
 )
 from constrained_growth.errors import CheckpointError, GrowthError
+from constrained_growth.insertion.description import first_difference
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.record import GrowthRecord, replay
 from constrained_growth.insertion.training_state import (
@@ -33,7 +35,6 @@ from constrained_growth.insertion.training_state import (
     as_copies,
     as_optimizers,
     grown_in,
-    restoring,
 )
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
@@ -303,7 +304,7 @@ def resume(
     copies = as_copies(averaged)
     _check_number("averaged", copies, checkpoint.averaged)
     models = [model, *map(grown_in, copies)]
-    with restoring(models):
+    with undoing(models):
         for one in models:
             replay(one, checkpoint.record, blocks=blocks)
         rewrap(model)
@@ -333,15 +334,15 @@ def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -
 
 
 def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    have = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
-    want = {name: getattr(value, "shape", None) for name, value in weights.items()}
-    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    shapes = [
+        {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
+        for state in (model.state_dict(), weights)
+    ]
+    differing = first_difference(*shapes)
     if differing:
-        first = differing[0]
         raise CheckpointError(
-            f"model={type(model).__name__} does not fit the checkpoint: {len(differing)} entries "
-            f'of the state dict differ, first "{first}" with shape {have.get(first)} for '
-            f"{want.get(first)}. Give cg.replay(fresh_model, checkpoint.record)."
+            f"model={type(model).__name__} does not fit the checkpoint: {differing} there. Give "
+            "cg.replay(fresh_model, checkpoint.record)."
         )
 
 

@@ -89,22 +89,6 @@ def load_named_state(
         )
 
 
-def reassign_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
-) -> None:
-    """Give each parameter its own state, after PyTorch loaded by number that of other `names`."""
-    own = parameter_names(optimizer, model)
-    if own == [list(group) for group in names]:
-        return
-    have, want = [len(group) for group in own], [len(group) for group in names]
-    if have != want:
-        raise CheckpointError(
-            f"optimizer has groups of {have} parameters, the checkpoint {want}; make it as it was "
-            "made in the run that was saved."
-        )
-    load_named_state(optimizer, model, named_state(optimizer, names))
-
-
 def arrange_groups(
     optimizer: torch.optim.Optimizer, model: nn.Module, names: Sequence[Sequence[str]]
 ) -> None:

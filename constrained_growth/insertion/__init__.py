@@ -2,8 +2,7 @@
 
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.insert import insert
-from constrained_growth.insertion.layer import InsertedLayer
-from constrained_growth.insertion.record import GrowthRecord, replay
+from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, replay
 
 __all__ = [
     "GrowthRecord",

@@ -178,39 +178,31 @@ _NO_ARGUMENTS = {"device", "dtype"}
 _MOST_IN_ACTIVATION = 2**16
 """Parameters of an activation; PReLU has one, or one for each channel."""
 
+_ACTIVATIONS = (
+    "CELU ELU GELU Hardshrink Hardsigmoid Hardswish Hardtanh Identity LeakyReLU LogSigmoid Mish "
+    "PReLU ReLU ReLU6 RReLU SELU SiLU Sigmoid Softplus Softshrink Softsign Tanh Tanhshrink "
+    "Threshold"
+)
+_NORMALIZATIONS = (
+    "BatchNorm1d BatchNorm2d BatchNorm3d SyncBatchNorm GroupNorm "
+    "InstanceNorm1d InstanceNorm2d InstanceNorm3d LayerNorm RMSNorm"
+)
 _MODULES: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (
-        *(nn.CELU, nn.ELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh),
-        *(nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.RReLU, nn.SELU),
-        *(nn.SiLU, nn.Sigmoid, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanh, nn.Tanhshrink),
-        *(nn.Threshold, nn.Identity, TanhLU),
-    )
+    "TanhLU": TanhLU,
+    **{name: getattr(nn, name) for name in _ACTIVATIONS.split()},
 }
-_CLASSES: dict[str, type[nn.Module]] = _MODULES | {
-    kind.__name__: kind
-    for kind in (
-        *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm),
-        *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LayerNorm, nn.RMSNorm),
-    )
-}
+_CLASSES = {**_MODULES, **{name: getattr(nn, name) for name in _NORMALIZATIONS.split()}}
 _FUNCTIONS = {
-    f"{home}.{name}": getattr(space, name)
-    for home, space, names in (
-        (
-            "torch",
-            torch,
-            "abs acos acosh asin asinh atan atanh celu cos cosh erf erfc exp exp2 expm1 hardshrink "
-            "log log1p neg relu relu_ rrelu selu sigmoid sign sin sinc sinh sqrt square tan tanh",
-        ),
-        (
-            "torch.nn.functional",
-            nn.functional,
-            "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish "
-            "relu relu6 relu_ rrelu selu sigmoid silu softplus softshrink softsign tanh tanhshrink",
-        ),
-        ("torch.special", torch.special, "erf erfc exp2 expit expm1 log1p ndtr sinc"),
-    )
+    f"{space.__name__}.{name}": getattr(space, name)
+    for space, names in {
+        torch: "abs acos acosh asin asinh atan atanh celu cos cosh erf erfc exp exp2 expm1 "
+        "hardshrink log log1p neg relu relu_ rrelu selu sigmoid sign sin sinc sinh sqrt square "
+        "tan tanh",
+        nn.functional: "celu elu gelu hardshrink hardsigmoid hardswish hardtanh leaky_relu "
+        "logsigmoid mish relu relu6 relu_ rrelu selu sigmoid silu softplus softshrink softsign "
+        "tanh tanhshrink",
+        torch.special: "erf erfc exp2 expit expm1 log1p ndtr sinc",
+    }.items()
     for name in names.split()
 }
 """Functions of one tensor, which do nothing else than to return another one."""
@@ -241,8 +233,8 @@ def settings(
     return {name: _short(text) for name, text in found.items()}
 
 
-def first_difference(one: Mapping[str, str], other: Mapping[str, str]) -> str:
-    """The first entry in which two settings differ, in words; "" if there is none."""
+def first_difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """The first entry in which two tables differ, in words; "" if there is none."""
     for name in sorted(one.keys() | other.keys()):
         if one.get(name) != other.get(name):
             return f"{name} is {one.get(name)} and {other.get(name)}"

@@ -20,7 +20,7 @@ from constrained_growth._arguments import data_again, instance
 from constrained_growth._distributed import everywhere
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import check_can_change, parameter_shapes
-from constrained_growth._sites.placement import place, placement_around
+from constrained_growth._sites.placement import place, placement_around, undoing
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.copied import standalone_form
@@ -29,14 +29,13 @@ from constrained_growth.bookkeeping import Books, open_books
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.insertion import preservation
 from constrained_growth.insertion.description import described_block
-from constrained_growth.insertion.layer import InsertedLayer, first_parameter
-from constrained_growth.insertion.record import GrowthRecord
+from constrained_growth.insertion.record import GrowthRecord, InsertedLayer, first_parameter
 from constrained_growth.insertion.training_state import (
     add_parameters,
     as_optimizers,
     check_optimizers,
     checked_copies,
-    restoring,
+    groups_and_states,
 )
 from constrained_growth.solution import Planned, Solution
 
@@ -122,7 +121,6 @@ def insert(
     planned = {name: solution.candidates[name] for name in names}
     optimizers = as_optimizers(optimizer)
     check_optimizers(model, optimizers, [one.block for one in planned.values()])
-    _check_values(solution, names)
     if not names:
         return GrowthRecord((), shapes)
     books = [open_books(one) for one in models]
@@ -132,7 +130,7 @@ def insert(
     before = [preservation.outputs_of(m, example, optional=m is not model) for m in models]
     old = {id(parameter) for parameter in model.parameters()}
     # the books come before the check: what a layer does may depend on its number
-    with restoring(models, optimizers):
+    with undoing(models, *groups_and_states(optimizers)):
         inserted = [_put_into(*pair) for pair in zip(models, new, strict=True)]
         for one in books:
             one.update()
@@ -191,7 +189,7 @@ def _siblings(
         for name, one in planned.items()
         if books.can_list(one.after, one.block, one.output, wrapped=one.wrapped)
     }
-    counted = [name for name, one in listed.items() if books.counts(one.after)]
+    counted = frozenset(name for name, one in listed.items() if books.counts(one.after))
     for name in counted:
         layer = standalone_form(deepcopied(listed[name].block))
         refusal = books.refusal(listed[name].after, layer)
@@ -202,32 +200,30 @@ def _siblings(
         new = _new_layers(model, model, listed, siblings)
         for one in new:
             move_pins(one.planned.block)
-        with restoring([model], always=True):
+        with undoing([model], always=True):
             _put_into(model, new)
             books.update()
             return preservation.outputs_of(model, example, optional=True)
 
     def look() -> frozenset[str]:
         around = outputs(()) if example is not None else {}
-
-        def fault(*siblings: str) -> str:
-            # a library that counts its layers may return an entry for each
-            growing = any(name in counted for name in siblings)
-            return preservation.disagreement(model, around, outputs(siblings), growing=growing)
-
-        if not around or not fault(*listed):
+        if not around:
             return frozenset(listed)
-        faults = {name: fault(name) for name in listed}
-        for name in [name for name in counted if faults[name]]:
-            raise CandidateError(
-                f'"{name}" as the next element of its list makes another network than the one λ is '
-                f"for: {faults[name]}. The model may return something of each layer (a loss of "
-                "routers), or call it with other arguments there. Choose another site, or ask for "
-                "Candidate(wrapped=True), which its class could not load."
-            )
-        alone = frozenset(name for name in listed if not faults[name])
-        # together they may differ all the same, as where a loop picks every second element
-        return alone if not fault(*alone) else frozenset()
+        fault = ""
+        # the problem has compared each alone, and together they may differ all the same
+        for siblings in dict.fromkeys((frozenset(listed), counted)):
+            # a library that counts its layers may return an entry for each
+            growing = not counted.isdisjoint(siblings)
+            if siblings:
+                fault = preservation.disagreement(model, around, outputs(siblings), growing=growing)
+            if not (siblings and fault):
+                return siblings
+        raise CandidateError(
+            f"{sorted(counted)} as next elements of their lists make another network than the one "
+            f"λ is for: {fault}. The model may return something of each layer (a loss of routers), "
+            "or call it with other arguments there. Choose another site, or ask for "
+            "Candidate(wrapped=True), which its class could not load."
+        )
 
     if not listed:
         return frozenset()
@@ -316,14 +312,10 @@ def _checked_choice(model: nn.Module, solution: Solution) -> tuple[str, ...]:
             "model that was solved; after an insertion, solve a new problem."
         )
     check_can_change(model)
-    return tuple(name for name in solution.candidates if name in chosen)
-
-
-def _check_values(solution: Solution, chosen: Collection[str]) -> None:
-    """Refuse values of the decision that do not fit the chosen blocks."""
     for name, values in solution.decision.values.items():
         if name not in solution.candidates:
             raise RuleError(f'decision.values: "{name}" is none of {tuple(solution.candidates)}.')
         if name in chosen:
             block = solution.candidates[name].block
             check_deviations(block, values, f'decision.values["{name}"]', RuleError)
+    return tuple(name for name in solution.candidates if name in chosen)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.model import list_of, parameter_shapes
-from constrained_growth._sites.placement import Placement, place, wrapper_for
+from constrained_growth._sites.placement import Placement, place, undoing, wrapper_for
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.wrapper import without_inserted
 from constrained_growth.blocks import CopiedBlock
@@ -20,13 +21,39 @@ from constrained_growth.blocks.copied import standalone_form
 from constrained_growth.blocks.protocol import REGISTERED
 from constrained_growth.bookkeeping import open_books
 from constrained_growth.errors import RecordError
-from constrained_growth.insertion.description import built_block, built_copy
-from constrained_growth.insertion.layer import InsertedLayer, first_parameter
-from constrained_growth.insertion.training_state import restoring
+from constrained_growth.insertion.description import built_block, built_copy, first_difference
 from constrained_growth.solution import listed
 
 _VERSION = 3
 """1 had no `placement` and `output`; 2 neither "joined" nor the `settings` of a copy."""
+
+
+@dataclass(frozen=True)
+class InsertedLayer:
+    """One inserted layer.
+
+    Attributes:
+        name: Name of its candidate.
+        after: Qualified name of the module it follows, at the moment of its insertion.
+        block: How to rebuild the block: its `type`, and `arguments` that JSON can hold; for a copy
+            also `of` which module, and the `settings` that it had. Where `arguments` is None, for
+            the `reason` given, pass the block to `replay`.
+        parameters: Name → shape of the block's parameters.
+        overwritten: Whether the model changes the output in place afterwards.
+        output: Which tensor of the module's output the layer works on, as in `Candidate`.
+        placement: "wrapped" around the module, "joined" to the wrapper that stood there already,
+            or "sibling", the next element of its list.
+        pristine: A copy of the block as inserted; not part of the JSON text.
+    """
+
+    name: str
+    after: str
+    block: Mapping[str, Any]
+    parameters: Mapping[str, tuple[int, ...]]
+    overwritten: bool = False
+    output: int | str | None = None
+    placement: Placement = "wrapped"
+    pristine: nn.Module | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,16 +124,10 @@ class GrowthRecord:
         for layer in record.insertions:
             old = _names_afterwards(old, layer)
         new = [(name, p) for name, p in model.named_parameters() if name not in old]
-        missing = sorted(old - dict(model.named_parameters()).keys())
-        if missing:
-            raise RecordError(
-                f'model={type(model).__name__} has no parameter "{missing[0]}", as after the '
-                "insertions of the record; give the model as it was then, or the sum of the "
-                "records of all rounds."
-            )
-        # names of old parameters stay where a later layer goes in after one without any
         expected = [shape for layer in record.insertions for shape in layer.parameters.values()]
-        if sorted(tuple(p.shape) for _, p in new) != sorted(expected):
+        # names of old parameters stay where a later layer goes in after one without any
+        as_recorded = sorted(tuple(p.shape) for _, p in new) == sorted(expected)
+        if not as_recorded or not old <= dict(model.named_parameters()).keys():
             raise RecordError(
                 f"model={type(model).__name__} has {len(new)} parameters beside the old ones, and "
                 f"the record inserted {len(expected)}; give the model as it was then, or the sum "
@@ -237,18 +258,15 @@ def replay(
         instance(f"blocks[{name!r}]", block, nn.Module, RecordError, "the block of that layer")
     flag("strict", strict, RecordError)
     record = _without_wrappers(record, model)
-    have, want = parameter_shapes(model), dict(record.model)
-    differing = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+    differing = first_difference(parameter_shapes(model), record.model)
     if strict and differing:
-        first = differing[0]
         raise RecordError(
-            f"model={type(model).__name__} does not fit the record: {len(differing)} parameters "
-            f'differ, first "{first}" with shape {have.get(first)} for {want.get(first)}. Give '
-            "the model as it was before it was grown, or strict=False."
+            f"model={type(model).__name__} does not fit the record: its parameter {differing} in "
+            "the record. Give the model as it was before it was grown, or strict=False."
         )
     _check_size(record, model, given)
     books = open_books(model)
-    with restoring([model]):
+    with undoing([model]):
         for layer in record.insertions:
             _insert_again(model, layer, given.get(layer.name))
         books.update()
@@ -257,20 +275,17 @@ def replay(
 
 def _check_size(record: GrowthRecord, model: nn.Module, given: Mapping[str, nn.Module]) -> None:
     """Refuse a record that builds blocks of another order of size than the model."""
-    sizes = {
-        one.name: sum(map(math.prod, one.parameters.values()))
-        for one in record.insertions
-        if one.pristine is None and one.name not in given
-        if one.block.get("type") != CopiedBlock.__qualname__
-    }
+    described = [one for one in record.insertions if not (one.pristine or one.name in given)]
+    described = [one for one in described if one.block.get("type") != CopiedBlock.__qualname__]
+    new = sum(math.prod(shape) for one in described for shape in one.parameters.values())
     # a record from elsewhere may name any width, which would be allocated
     own = sum(parameter.numel() for parameter in model.parameters())
     most = max(2**24, 16 * own)
-    if sum(sizes.values()) > most:
+    if new > most:
         raise RecordError(
             f"record: its layers have more than {most:,} parameters, and "
             f"model={type(model).__name__} has {own:,}. If that is meant, pass the blocks: "
-            f"blocks={{{next(iter(sizes))!r}: block, …}}."
+            f"blocks={{{described[0].name!r}: block, …}}."
         )
 
 
@@ -289,6 +304,11 @@ def _without_wrappers(record: GrowthRecord, model: nn.Module) -> GrowthRecord:
             shapes = {name.removeprefix(prefix): shape for name, shape in record.model.items()}
             record = replace(record, insertions=tuple(layers), model=shapes)
     return record
+
+
+def first_parameter(site: nn.Module, model: nn.Module) -> Tensor | None:
+    """The first parameter of a module, or else of the model; None if there is none."""
+    return next(itertools.chain(site.parameters(), model.parameters()), None)
 
 
 def _insert_again(model: nn.Module, layer: InsertedLayer, given: nn.Module | None) -> None:

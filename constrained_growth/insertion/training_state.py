@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -118,28 +117,13 @@ def add_parameters(
             group["param_names"] = [names.get(id(p), "") for p in group["params"]]
 
 
-@contextmanager
-def restoring(
-    models: Iterable[nn.Module], optimizers: Iterable[Optimizer] = (), *, always: bool = False
-) -> Iterator[None]:
-    """After an error, or always, restore submodules and attributes, and groups and states."""
-    containers: list[Any] = []
-    # pre-hooks too: those that prune weights are moved to the wrapper
-    for module in (module for model in models for module in model.modules()):
-        containers += [vars(module), module._modules, module._forward_pre_hooks]
+def groups_and_states(optimizers: Iterable[Optimizer]) -> list[Any]:
+    """The containers of optimizers in which something changes as they take new parameters."""
+    found: list[Any] = []
     for optimizer in optimizers:
         groups = optimizer.param_groups
-        containers += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
-    # the modules of a ScriptModule are in neither, and stay
-    kept = [(one, one.copy()) for one in containers if isinstance(one, dict | list)]
-    stays = False
-    try:
-        yield
-        stays = not always
-    finally:
-        for container, before in kept if not stays else ():
-            container.clear()
-            (container.extend if isinstance(container, list) else container.update)(before)
+        found += [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
+    return found
 
 
 def _takes(optimizer: Optimizer, parameter: Tensor) -> bool:

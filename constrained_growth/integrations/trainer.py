@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -17,11 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from constrained_growth import checkpoint
 from constrained_growth._extras import extra_packages
-from constrained_growth.checkpoint.optimizer_state import (
-    arrange_groups,
-    parameter_names,
-    reassign_state,
-)
+from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
@@ -120,8 +115,8 @@ class GrowthCallback(TrainerCallback):
     ) -> nn.Module:
         """Grow a fresh model, in place, to the architecture in a checkpoint folder.
 
-        The weights are loaded by the Trainer, except those of new layers that are not in the
-        model's own file there, as where a model of PEFT saves only its adapters.
+        The weights are loaded by the Trainer, and here those of new layers, which a model of PEFT
+        does not save with its adapters.
 
         Raises:
             CheckpointError: The folder was not written with this callback.
@@ -174,7 +169,11 @@ class GrowthCallback(TrainerCallback):
             )
         self.grower = Grower(model, optimizer, self._loss_fn, self._data, **self._options)
         if saved is not None:
-            reassign_state(optimizer, model, saved.extra)
+            if parameter_names(optimizer, model) != saved.extra:  # PyTorch goes by their numbers
+                raise CheckpointError(
+                    "optimizer: its groups have other parameters than in the checkpoint, or in "
+                    "another order; make it as it was made in the run that was saved."
+                )
             self.grower.load_state_dict(saved.states["grower"])
             for one, weights in zip(as_copies(self.grower.averaged), saved.averaged, strict=True):
                 one.load_state_dict(weights)
@@ -229,10 +228,9 @@ class GrowthCallback(TrainerCallback):
         """Write the growth to the checkpoint folder."""
         if self.grower is not None:
             folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-            left_out = _left_out(self.grower, folder) if state.is_world_process_zero else {}
             checkpoint.save(
                 folder / _FILE,
-                _Weights(left_out),
+                _NewLayers(self.grower),
                 averaged=self.grower.averaged,
                 record=self.grower.record,
                 step=state.global_step,
@@ -276,35 +274,22 @@ class GrowthCallback(TrainerCallback):
             self._hook.remove()
 
 
-class _Weights(nn.Module):
-    """Some weights of a model, by their names there."""
+class _NewLayers(nn.Module):
+    """The layers inserted into a model, to be saved under their names there."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, grower: Grower) -> None:
         super().__init__()
-        self.weights = weights
+        new = {id(parameter) for _, parameter in grower.record.new_parameters(grower.model)}
+        names = [
+            f"{name}."  # with their buffers
+            for name, module in grower.model.named_modules()
+            if new.issuperset(own := [id(p) for p in module.parameters()]) and own
+        ]
+        weights = grower.model.state_dict().items()
+        self.weights = {name: value for name, value in weights if name.startswith(tuple(names))}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return self.weights
-
-
-def _left_out(grower: Grower, folder: Path) -> dict[str, Tensor]:
-    """Weights of new layers that are in no file of the Trainer's, as where it saves adapters."""
-    model, saved = grower.model, set[str]()
-    for file in folder.glob("*.safetensors"):
-        if file.name != _FILE:
-            with safe_open(file, "pt") as content:
-                saved.update(content.keys())
-    new = {id(parameter) for _, parameter in grower.record.new_parameters(model)}
-    modules = [
-        f"{name}."  # with their buffers
-        for name, module in model.named_modules()
-        if new.issuperset(own := [id(p) for p in module.parameters()]) and own
-    ]
-    return {
-        name: value
-        for name, value in model.state_dict().items()
-        if name not in saved and name.startswith(tuple(modules))
-    }
 
 
 def _group_as_trainer(

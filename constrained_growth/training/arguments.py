@@ -43,13 +43,17 @@ def check_growing(given: Any) -> None:
         check_pair(given.data[0], 0)
     if given.rule is not None:
         refuse_no_rule("rule", given.rule)
-    function("norm", given.norm, TrainingError, "cg.norms.Frobenius()", optional=True)
-    if not isinstance(given.when, Plateau):
-        function("when", given.when, TrainingError, "cg.rules.Plateau()", optional=True)
-    function("confirm", given.confirm, TrainingError, "cg.rules.Exhausted()", optional=True)
-    example = "cg.training.NewLayers()"
-    function("after_insertion", given.after_insertion, TrainingError, example, optional=True)
-    function("solver", given.solver, TrainingError, "cg.solve", optional=True)
+    examples = {
+        "norm": "cg.norms.Frobenius()",
+        "when": "cg.rules.Plateau()",
+        "confirm": "cg.rules.Exhausted()",
+        "after_insertion": "cg.training.NewLayers()",
+        "solver": "cg.solve",
+        "candidates": "model -> [cg.Candidate(…)], or such a list",
+    }
+    for name, example in examples.items():
+        if not isinstance(getattr(given, name), Plateau | Sequence):
+            function(name, getattr(given, name), TrainingError, example, optional=True)
     if given.solver is not None and given.norm is not None:
         raise TrainingError(
             f"norm={given.norm!r:.80} would not be used: solver= chooses the norm. Give one of "
@@ -58,9 +62,6 @@ def check_growing(given: Any) -> None:
     integer("max_insertions", given.max_insertions, TrainingError, 0, optional=True)
     if isinstance(given.candidates, Sequence):
         checked_candidates(given.candidates)
-    else:
-        example = "model -> [cg.Candidate(…)], or such a list"
-        function("candidates", given.candidates, TrainingError, example, optional=True)
     if not callable(getattr(given.writer, "add_scalar", None)) and given.writer is not None:
         raise TrainingError(f"writer={given.writer!r:.80} has no add_scalar; give a SummaryWriter.")
 

@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from constrained_growth._arguments import instance
-from constrained_growth._data import batches
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
-from constrained_growth._sites.untouched import untouched
+from constrained_growth._sites.placement import undoing
 from constrained_growth._solve import solve
 from constrained_growth.candidates import Candidate, find_candidates
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import GrowthRecord, insert, rewrap
+from constrained_growth.insertion.preservation import first_input
 from constrained_growth.insertion.training_state import (
     Copies,
     as_optimizers,
     check_optimizers,
     checked_copies,
-    restoring,
+    groups_and_states,
 )
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
@@ -216,7 +216,7 @@ class Grower:
         reshard(self.model)
         old = {id(parameter) for parameter in self.model.parameters()}
         models = [self.model, *checked_copies(self.model, self.averaged)]
-        with restoring(models, self.optimizers):
+        with undoing(models, *groups_and_states(self.optimizers)):
             solution, answer, record = self._everywhere(self._decide_and_insert)
         self.record = self.record + record
         sensitivities = solution.sensitivities
@@ -358,11 +358,10 @@ class Grower:
             return self.candidates(self.model)
         if self.candidates is not None:
             return self.candidates
-        with untouched(self.model, self.data):
-            batch = next(batches(self.data, None), None)
-        if batch is None:
+        example = first_input(self.data, self.model)
+        if example is None:
             raise DataError("data is empty; give at least one (input, target) batch.")
-        return find_candidates(self.model, batch[0])
+        return find_candidates(self.model, example)
 
 
 OPTIONS = tuple(field.name for field in fields(Grower) if field.kw_only)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from constrained_growth._arguments import integer, number, positive_int
 from constrained_growth._data import batch_size, batches
-from constrained_growth._distributed import add_up, everywhere
+from constrained_growth._distributed import several
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth.errors import TrainingError
@@ -146,15 +146,15 @@ class LineSearch:
 
     A step s from θ is halved, t = 1, ½, ¼, …, until the loss L on the data that decided is low
     enough, L(θ + t s) ≤ L(θ) + 10⁻⁴ t min(⟨∇L(θ), s⟩, 0), and undone after 20 trials. The state
-    of the optimizer is that of whole steps. In `constrained-growth bench steps` it changed the
-    final loss on one of seven tasks, by 0.1 %.
+    of the optimizer is that of whole steps. It changed the final loss on one of seven tasks, by
+    0.1 % (theory/results/growth.md).
 
     Args:
         steps: Number of steps. Each costs a gradient pass over the data, and a forward pass per
             trial.
 
     Raises:
-        TrainingError: `steps` is out of range; or, when called, the model is sharded.
+        TrainingError: `steps` is out of range; or, when called, there are several processes.
 
     Source:
         Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, algorithm 3.1.
@@ -167,8 +167,8 @@ class LineSearch:
 
     def __call__(self, grower: Grower, round: Round | None = None) -> list[float]:
         """Make the steps, and return the share t taken of each, 0 for one that was undone."""
-        if is_sharded(grower.model):
-            raise TrainingError("LineSearch takes no model sharded by fully_shard; leave it out.")
+        if several(None) or is_sharded(grower.model):
+            raise TrainingError("LineSearch works on one process alone; leave it out.")
         return [self._step(grower) for _ in range(self.steps)]
 
     def _step(self, grower: Grower) -> float:
@@ -185,9 +185,7 @@ class LineSearch:
         with torch.no_grad():
             step = [p - b for p, b in zip(trained, before, strict=True)]
             pairs = zip(gradients, step, strict=True)
-            slope = sum(float((g * s).sum()) for g, s in pairs if g is not None)
-            # rounding may differ between processes, and all have to take the same share
-            slope = everywhere(lambda: min(slope, 0.0), None)[0]
+            slope = min(sum(float((g * s).sum()) for g, s in pairs if g is not None), 0.0)
             for share in (0.5**halvings for halvings in range(20)):
                 if _mean_loss(grower) <= start + 1e-4 * share * slope:  # False for NaN
                     return share
@@ -198,25 +196,15 @@ class LineSearch:
         return 0.0
 
 
-def _mean_loss(grower: Grower, trained: Iterable[Tensor] = ()) -> float:
-    """The mean over the samples of all processes; puts its gradient into `.grad` of `trained`."""
-    trained = list(trained)
-
-    def read() -> tuple[float, int, list[bool]]:
-        total, samples = 0.0, 0
-        for input, target in batches(grower.data, device_of(grower.model)):
-            size = batch_size(input, target)
-            loss = size * grower.loss_fn(call(grower.model, input), target)
-            if trained:
-                loss.backward()
-            total, samples = total + loss.item(), samples + size
-        return total, samples, [p.grad is not None for p in trained]
-
-    totals, counts, reached = zip(*everywhere(read, None), strict=True)
-    # a parameter has a gradient where it has one on any process
-    used = [p for p, on in zip(trained, zip(*reached, strict=True), strict=True) if any(on)]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in used]
-    add_up(gradients, None)
-    for p, gradient in zip(used, gradients, strict=True):
-        p.grad = gradient / sum(counts)
-    return sum(totals) / sum(counts)
+def _mean_loss(grower: Grower, trained: Sequence[Tensor] = ()) -> float:
+    """The mean over the samples; puts its gradient into `.grad` of `trained`."""
+    total, samples = 0.0, 0
+    for input, target in batches(grower.data, device_of(grower.model)):
+        size = batch_size(input, target)
+        loss = size * grower.loss_fn(call(grower.model, input), target)
+        if trained:
+            loss.backward()
+        total, samples = total + loss.item(), samples + size
+    for p in trained:
+        p.grad = None if p.grad is None else p.grad / samples
+    return total / samples

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import programs
@@ -54,12 +55,12 @@ def test_every_proposal_can_be_inserted(make: Any, input: Any) -> None:
         found = cg.find_candidates(model, x)
     data = [(x, torch.zeros(len(x)))]
     torch.manual_seed(0)
-    problem = cg.GrowthProblem(model, loss_of, data, found)
+    solved = cg.solve(cg.GrowthProblem(model, loss_of, data, found), choose())
     for one in found:
         assert sum(p.numel() for p in one.block.parameters()) <= sum(
             p.numel() for p in model.parameters()
         )
-        solution = cg.solve(problem, choose(one.name))
+        solution = replace(solved, decision=cg.Decision((one.name,)))
         grown = copy.deepcopy(model)
         old = {id(p) for p in grown.parameters()}
         record = cg.insert(grown, solution)

@@ -111,8 +111,9 @@ def same_function(one: nn.Module, other: nn.Module, x: Tensor) -> bool:
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
-        *((kind, way) for kind in PAIRS for way in ("same model", "a copy of it")),
-        *((kind, "pickled solution") for kind in ("number", "module", "function", "tensor")),
+        *((kind, "a copy of it") for kind in PAIRS),
+        *((kind, "same model") for kind in ("number", "tensor")),
+        ("number", "pickled solution"),
     ],
 )
 def test_a_copy_is_rebuilt_from_what_was_copied(kind: str, way: str) -> None:

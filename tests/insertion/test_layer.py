@@ -310,8 +310,8 @@ def test_one_more_layer_renames_nothing(after: str) -> None:
 
 
 def test_many_rounds_at_one_site() -> None:
-    """Deeper than Python recurses; the state dict of a replay fits in each round."""
-    model, data, depth = Stack(1), classified(6), 400
+    """Four calls deep each, Python could not recurse; the state dict of a replay fits."""
+    model, data, depth = Stack(1), classified(6), 250
     fresh, x = copy.deepcopy(model), data[0][0]
     block, record = ResidualLinear(4, torch.tanh), cg.GrowthRecord()
     for sites in (["stem"] * depth, ["stem", "stem.base", "stem.inserted"]):
@@ -326,8 +326,8 @@ def test_many_rounds_at_one_site() -> None:
     again.load_state_dict(copy.deepcopy(model).state_dict())
     assert torch.equal(again(x), model(x))
     names = [name for name, _ in model.stem.named_children()]
-    assert names[:4] == ["base", "inserted402", "inserted", "inserted403"]
-    assert names[-1] == "inserted401"
+    assert names[:4] == ["base", "inserted252", "inserted", "inserted253"]
+    assert names[-1] == "inserted251"
 
 
 def test_a_layer_stays_behind_a_hook_on_the_grown_site() -> None:

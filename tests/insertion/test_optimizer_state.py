@@ -61,25 +61,6 @@ def group_of(optimizer: Optimizer, parameter: torch.Tensor) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_memory_of_old_parameters_is_kept_and_steps_go_on(name: str) -> None:
-    torch.manual_seed(3)
-    model, data = feedforward(2, 4, 3), classified(20, batch=8)
-    optimizer = OPTIMIZERS[name](model.parameters())
-    steps(model, optimizer, data)
-    old = dict(model.named_parameters())
-    before = {key: copy.deepcopy(dict(optimizer.state[p])) for key, p in old.items()}
-    grown(model, optimizer, data, IdentityLinear(4, nn.ReLU()), ResidualMLP(4, 3, nn.GELU()))
-    for key, parameter in old.items():
-        assert_same(dict(optimizer.state[parameter]), before[key])
-    listed = [p for group in optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in listed] == [id(p) for p in model.parameters()]
-    values = {key: p.detach().clone() for key, p in model.named_parameters()}
-    steps(model, optimizer, data, count=2)
-    for key, parameter in model.named_parameters():
-        assert not torch.equal(parameter, values[key]), key
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_first_step_of_new_parameters_is_that_of_a_fresh_optimizer(name: str) -> None:
     model, data = feedforward(2, 4, 3), classified(20)
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -96,7 +77,7 @@ def test_first_step_of_new_parameters_is_that_of_a_fresh_optimizer(name: str) ->
         torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-16)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["SGD with momentum", "Adam", "RMSprop", "Adagrad"])
 def test_state_loads_into_an_optimizer_of_a_replayed_model(name: str) -> None:
     torch.manual_seed(3)
     model, data = feedforward(2, 4, 3), classified(20, batch=8)

@@ -21,20 +21,16 @@ from helpers import (
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP, TanhLU
+from constrained_growth.blocks import IdentityLinear, ResidualLinear, ResidualMLP
 from constrained_growth.insertion import InsertedLayer
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "ReLU": lambda: IdentityLinear(4, nn.ReLU()),
     "ReLU in place": lambda: IdentityLinear(4, nn.ReLU(inplace=True)),
     "torch.relu": lambda: IdentityLinear(4, torch.relu),
-    "Hardtanh": lambda: IdentityLinear(4, nn.Hardtanh(0.0, 64.0)),
-    "one weight": lambda: ResidualLinear(4, torch.tanh),
     "one weight, ELU": lambda: ResidualLinear(4, nn.ELU(alpha=0.5)),
     "outer": lambda: ResidualMLP(4, 7, nn.GELU("tanh")),
     "outer, 0.8": lambda: ResidualMLP(4, 4, F.silu, inner_init=0.8),
-    "outer, TanhLU": lambda: ResidualMLP(4, 3, TanhLU(0.02)),
-    "outer, PReLU": lambda: ResidualMLP(4, 3, nn.PReLU()),
     "inner": lambda: ResidualMLP(4, 2, nn.LeakyReLU(0.2), "inner"),
 }
 
@@ -170,7 +166,7 @@ def test_a_block_of_another_shape_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fresh", "words"),
     [
-        (lambda: feedforward(2, 5, 4, 3), ["3 parameters differ", '"0.bias"', "(5,)", "(4,)"]),
+        (lambda: feedforward(2, 5, 4, 3), ["0.bias is (5,) and (4,)"]),
         (lambda: feedforward(2, 4, 3), ["does not fit", "as it was before it was grown"]),
         (lambda: grown(BLOCKS["outer"]())[0], ["does not fit", "as it was before it was grown"]),
         (lambda: nn.Identity(), ["does not fit", "None"]),

@@ -71,8 +71,7 @@ def two_schedulers(optimizers: Any) -> list[Any]:
     return [ExponentialLR(optimizers[0], 0.5), ReduceLROnPlateau(optimizers[1], patience=0)]
 
 
-@pytest.mark.parametrize("at", [2, 5, 9, 11])
-@pytest.mark.parametrize("policy", [False, True])
+@pytest.mark.parametrize(("at", "policy"), [(2, False), (5, True), (9, False), (11, True)])
 def test_several_optimizers_and_averages_go_on_bit_for_bit(
     at: int, policy: bool, tmp_path: Path
 ) -> None:

@@ -114,3 +114,55 @@ def test_a_module_whose_forward_is_called_directly_too() -> None:
     one = cg.Candidate("1", residual().block)
     with nothing_left_behind(model), refused(cg.CandidateError, 'after="1"', "module(x)"):
         cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.inner(x).tanh())
+
+
+def penalty(model: nn.Module, kind: str) -> Tensor:
+    """What losses make of all there is in a model."""
+    if kind == "linear maps":
+        maps = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+        return torch.stack([(weight @ weight.mT).trace() for weight in maps]).mean()
+    centre = 1.0 if kind == "distances to 1" else 0.0
+    return sum((((p - centre) ** 2).sum() for p in model.parameters()), torch.zeros(()))
+
+
+@pytest.mark.parametrize("form", ["own", "copy"])
+@pytest.mark.parametrize("kind", ["squares", "linear maps", "distances to 1"])
+def test_a_loss_of_all_parameters(kind: str, form: str) -> None:
+    """It is that of the grown model too: λ is its derivative, or refused."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 4), Branch(), Branch(), nn.Linear(4, 3))
+    data = classified(8)
+    block = residual().block if form == "own" else cg.blocks.CopiedBlock(model[1])
+    one = cg.Candidate("1", block)
+
+    def loss_of(net: nn.Module) -> Tensor:
+        return cross_entropy(net(data[0][0]), data[0][1]) + 0.1 * penalty(net, kind)
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(output, target) + 0.1 * penalty(model, kind)
+
+    if kind == "distances to 1":  # has a derivative by a parameter that is pinned at 0
+        with nothing_left_behind(model), refused(cg.CandidateError, '"1"', "model.parameters()"):
+            solved(model, data, one, loss_fn=loss_fn)
+        return
+    solution = solved(model, data, one, loss_fn=loss_fn)
+    grown = copy.deepcopy(model)
+    record = cg.insert(grown, solution)
+    new = dict(record.new_parameters(grown))
+    found = solution.multipliers["1"]
+    pins = {
+        key: next(p for n, p in new.items() if n.endswith(key.removeprefix("module.")))
+        for key in found
+    }
+    grads = torch.autograd.grad(loss_of(grown), list(pins.values()))
+    expected = {key: -grad for key, grad in zip(pins, grads, strict=True)}
+    assert_multipliers(solution, "1", expected, 1e-12)
