@@ -52,7 +52,7 @@ def test_pictures_name_their_extra(without):
 
 @pytest.mark.parametrize(
     ("hidden", "importers"),
-    [("typer", ["commands"]), ("joblib", ["caching", "reproduction.reproduce"])],
+    [("typer", ["commands"]), ("joblib", ["jobs", "reproduction.reproduce"])],
 )
 def test_the_command_line_names_its_extra(without, monkeypatch, hidden, importers):
     """Also if the package is only needed by what a command runs."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console, RenderableType
 
-from constrained_growth.experiments.tables import WIDTH, to_json
+from constrained_growth.experiments.tables import WIDTH, described, to_json
 
 
 def _writable_folder(folder: Path | None) -> Path | None:
@@ -75,6 +75,11 @@ def write_tables(file: Path, *tables: RenderableType) -> None:
     file.write_text("\n".join([f"$ {typed()}", "", *lines, ""]), encoding="utf-8")
 
 
+def write_numbers(file: Path, numbers: Any) -> None:
+    """Numbers as JSON."""
+    file.write_text(to_json(numbers) + "\n", encoding="utf-8")
+
+
 def carry_out(
     name: str,
     study: Any,
@@ -89,18 +94,24 @@ def carry_out(
     """Run a benchmark, show its tables, and write what was asked for; returns its numbers.
 
     A study has plans FULL and QUICK, `run(plan, seed, cache=)`, which returns plain numbers, and
-    `tables(numbers)`. Only the tasks of these names are run, or all. A `device` takes the place of
-    that of the plan.
+    `tables(numbers)`. It runs on one thread. Only the tasks of these names are run, or all. A
+    `device` takes the place of that of the plan.
     """
+    from constrained_growth.experiments.timing import machine, one_thread
+
     begin, console = time.perf_counter(), terminal()
     plan = study.QUICK if quick else study.FULL
     plan = plan if device is None else replace(plan, device=device)
-    found = study.run(_only(plan, tasks) if tasks else plan, seed, cache=out) | {"command": typed()}
-    console.print(study.tables(found))
+    with one_thread():
+        found = study.run(_only(plan, tasks) if tasks else plan, seed, cache=out)
+        found |= {"machine": machine(), "seed": seed, "command": typed()}
+    shown = f"{described(found['machine'])}; seed {seed}.\n", study.tables(found)
+    for part in shown:
+        console.print(part)
     if out is not None:
-        write_tables(out / f"{stem(name, quick, seed, tasks)}.txt", study.tables(found))
+        write_tables(out / f"{stem(name, quick, seed, tasks)}.txt", *shown)
     if json is not None:
-        json.write_text(to_json(found) + "\n", encoding="utf-8")
+        write_numbers(json, found)
     console.print(f"{time.perf_counter() - begin:.0f} s.")
     return found
 

@@ -5,7 +5,6 @@ A command imports what it runs itself: help has to come at once, without torch.
 
 from __future__ import annotations
 
-import functools
 import time
 from importlib.metadata import version as installed
 from pathlib import Path
@@ -24,9 +23,9 @@ from constrained_growth.experiments.command_line import (
     stem,
     terminal,
     typed,
+    write_numbers,
     write_tables,
 )
-from constrained_growth.experiments.tables import to_json
 
 if TYPE_CHECKING:
     from constrained_growth.experiments.reproduction.protocols import Experiment
@@ -77,7 +76,7 @@ def demo(
     picture = out / f"constrained-growth-demo-{change}-{seed}.png"
     demo_report.picture(found).savefig(picture)
     if json is not None:
-        json.write_text(to_json(found) + "\n", encoding="utf-8")
+        write_numbers(json, found)
     took = time.perf_counter() - begin
     console.print(f"{took:.0f} s. The picture is {picture}", soft_wrap=True)
 
@@ -158,9 +157,9 @@ def bench_decisions(
 
     With --out, the outcomes of each task's networks are kept there: an interrupted run resumes.
     """
-    from constrained_growth.experiments.decisions import expansions, shifts, study, whether
+    from constrained_growth.experiments.decisions import expansions, shifts, tasks, whether
 
-    studies = {"tasks": study, "shifts": shifts, "expansions": expansions, "whether": whether}
+    studies = {"tasks": tasks, "shifts": shifts, "expansions": expansions, "whether": whether}
     name = "decisions" if family == "tasks" else f"decisions-{family}"
     carry_out(name, studies[family], quick=quick, seed=seed, out=out, json=json, tasks=task)
 
@@ -226,7 +225,7 @@ def expand(
     """
     import constrained_growth as cg
     from constrained_growth.experiments import expand as study
-    from constrained_growth.experiments.decisions.adaptation import Training
+    from constrained_growth.experiments.training import Training
 
     console = terminal(width=0)
     try:
@@ -246,7 +245,7 @@ def expand(
         raise typer.BadParameter(str(error)) from error
     console.print(study.answer(found))
     if json is not None:
-        json.write_text(to_json(found) + "\n", encoding="utf-8")
+        write_numbers(json, found)
 
 
 @app.command()
@@ -280,7 +279,6 @@ def reproduce(
     from constrained_growth.experiments.reproduction import report
     from constrained_growth.experiments.reproduction.reproduce import forget
     from constrained_growth.experiments.reproduction.reproduce import reproduce as run
-    from constrained_growth.experiments.timing import one_thread
 
     console = terminal()
     if show or name is None:
@@ -294,15 +292,13 @@ def reproduce(
     for experiment in experiments:
         begin, described = time.perf_counter(), report.describe(experiment)
         console.print(described)
-        with one_thread():
-            found = run(experiment, each, cache=out, dtype=dtype)
+        found = run(experiment, each, cache=out, dtype=dtype)
         numbers = report.numbers(found) | {"command": typed()}
         results[experiment.name] = numbers
         console.print(report.tables(numbers))
         if out is not None:
             figures.reproduction(numbers).savefig(out / f"{experiment.name}{run_of}.png")
-            text = to_json(numbers) + "\n"
-            (out / f"{experiment.name}{run_of}.json").write_text(text, encoding="utf-8")
+            write_numbers(out / f"{experiment.name}{run_of}.json", numbers)
             file = out / f"{experiment.name}{run_of}.txt"
             write_tables(file, described, report.tables(numbers))
         console.print(f"{time.perf_counter() - begin:.0f} s.")
@@ -311,8 +307,7 @@ def reproduce(
         if out is not None:
             write_tables(out / f"all{run_of}.txt", report.account(list(results.values())))
     if json is not None:
-        content = results if len(results) > 1 else next(iter(results.values()))
-        json.write_text(to_json(content) + "\n", encoding="utf-8")
+        write_numbers(json, results if len(results) > 1 else next(iter(results.values())))
     if out is not None:  # not earlier: an interrupted command resumes
         for experiment in experiments:
             forget(experiment, each, out, dtype)
@@ -323,7 +318,7 @@ def _named(name: str, data: str) -> list[Experiment]:
     from constrained_growth.experiments.data import digits, mnist1d
     from constrained_growth.experiments.reproduction.protocols import EXPERIMENTS, on_images
 
-    split = digits if data == "digits" else functools.cache(mnist1d)  # a second for each seed
+    split = digits if data == "digits" else mnist1d
     known = {key.lower(): [experiment] for key, experiment in EXPERIMENTS.items()}
     known |= {"all": list(EXPERIMENTS.values()), "images": list(on_images(data, split))}
     if name.lower() not in known:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import inspect
 import math
 import random
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ def _fashion() -> tuple[Tensor, Tensor]:
     return (x - x.mean()) / x.std(), read("train-labels-idx1-ubyte.gz", 8)[:24_000].long()
 
 
+@lru_cache(maxsize=128)  # it takes a second
 def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torch.float32) -> Split:
     """MNIST-1D: ten templates of digits as curves of 40 numbers, shifted, stretched and noisy.
 
@@ -143,25 +146,34 @@ def mnist1d(seed: int = 0, *, num_samples: int = 5000, dtype: torch.dtype = torc
     return Split(x_train, y_train, x_test, y_test)
 
 
-@dataclass(frozen=True)
-class Text:
-    """A text as numbers of its characters, int64, nine tenths to train on; and its alphabet."""
-
-    train: Tensor
-    held_out: Tensor
-    alphabet: str
+CHARACTERS = 96
+"""How many characters texts have: those of ASCII that are printed, and ends of lines."""
 
 
-def python_help() -> Text:
-    """The topics of Python's own help, some 460 kB; they differ a little between its versions."""
-    from pydoc_data.topics import topics
+@cache
+def text(name: str) -> Tensor:
+    """A text as numbers of its characters.
 
-    whole = "\n\n".join(topics[name] for name in sorted(topics))
-    alphabet = "".join(sorted(set(whole)))
-    number = {character: index for index, character in enumerate(alphabet)}
-    values = torch.tensor([number[character] for character in whole])
-    cut = len(values) * 9 // 10
-    return Text(values[:cut], values[cut:], alphabet)
+    "english" is Python's own help, some 460 kB, which differ a little between its versions;
+    "program" are its modules; any other name is PyTorch's documentation.
+    """
+    if name == "english":
+        from pydoc_data.topics import topics
+
+        whole = "\n\n".join(topics[topic] for topic in sorted(topics))
+    elif name == "program":
+        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]
+        whole = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    else:
+        whole = "\n\n".join(inspect.getdoc(getattr(torch, n)) or "" for n in sorted(dir(torch)))
+    codes = torch.frombuffer(bytearray(whole.encode("ascii", "replace")), dtype=torch.uint8).long()
+    return torch.where(codes == 10, 95, (codes - 32).clamp(0, 94))
+
+
+def parted(text: Tensor) -> tuple[Tensor, Tensor]:
+    """The first nine tenths, to train on, and the rest, held out."""
+    cut = len(text) * 9 // 10
+    return text[:cut], text[cut:]
 
 
 def windows(text: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -9,22 +9,27 @@ network is asked about images as it knows them too, where no layer is needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from joblib import Parallel, delayed
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import ResidualConv2d
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.data import digits, epochs
-from constrained_growth.experiments.timing import one_thread
-
-LOSS = nn.CrossEntropyLoss()
+from constrained_growth.experiments.data import digits
+from constrained_growth.experiments.jobs import in_parallel
+from constrained_growth.experiments.training import (
+    Data,
+    Training,
+    frozen_part,
+    learn,
+    mean_loss,
+    passed_through,
+)
 
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "inverted": lambda images: -images,
@@ -34,8 +39,6 @@ CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
 """What happens to images (samples, 8, 8), whose mean is 0."""
 
 KEPT = "no layer"
-
-Batch = tuple[Tensor, Tensor]
 
 Numbers = dict[str, Any]
 """What `--json` writes."""
@@ -80,9 +83,8 @@ def run_demo(
     if change not in CHANGES:
         raise DataError(f"change={change!r} is none of {', '.join(CHANGES)}.")
     setting = setting or Setting()
-    jobs = [delayed(_run)(change, one, setting) for one in range(seed, seed + runs)]
-    parallel: Any = Parallel(n_jobs=min(workers, runs), return_as="generator")(jobs)
-    found = list(progress_bar(parallel, desc="networks", unit="network", total=runs))
+    jobs = [(change, one, setting) for one in range(seed, seed + runs)]
+    found = in_parallel(_run, jobs, workers, desc="networks", unit="network")
     order = sorted(range(runs), key=lambda index: gain(found[index]))
     return {
         "change": change,
@@ -99,7 +101,7 @@ def gain(run: Numbers) -> float:
 
 
 def _run(change: str, seed: int, setting: Setting) -> Numbers:
-    with one_thread(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         split = digits(seed, dtype=torch.get_default_dtype())
         known, fresh = len(split.x_train) // 2, len(split.x_train) * 5 // 6
@@ -155,16 +157,16 @@ def _block(setting: Setting) -> ResidualConv2d:
 def _grow(
     model: nn.Sequential,
     candidates: list[cg.Candidate],
-    data: Batch,
-    judging: Batch,
-    test: Batch,
+    data: Data,
+    judging: Data,
+    test: Data,
     setting: Setting,
     seed: int,
     *,
     everywhere: bool = False,
 ) -> Numbers:
     """Ask where a layer would help, and really insert it at the first place or at every one."""
-    problem = cg.GrowthProblem(model, LOSS, [data], candidates)
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [data], candidates)
     solution = cg.solve(problem, validation=[judging])
     sizes = {name: s.value for name, s in solution.sensitivities.items()}
     best = max(sizes, key=sizes.__getitem__)
@@ -201,45 +203,22 @@ def _grow(
 
 def _train(
     model: nn.Sequential,
-    data: Batch,
+    data: Data,
     setting: Setting,
     steps: int,
     seed: int,
-    test: Batch | None = None,
+    test: Data | None = None,
 ) -> list[float]:
     """Losses on the test images after 0, `every`, … steps of what requires gradients."""
-    frozen, model = _at_first_trainable(model)
-    with torch.no_grad():  # what is frozen need not be computed in every step
-        data = frozen(data[0]), data[1]
-        test = None if test is None else (frozen(test[0]), test[1])
-    moving = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(moving, lr=setting.learning_rate)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, 3 * (steps - step) / steps)
-    )
-    losses = [] if test is None else [_loss(model, test)]
-    for step, (x, y) in enumerate(_batches(data, setting.batch, steps, seed), start=1):
-        optimizer.zero_grad()
-        LOSS(model(x), y).backward()
-        optimizer.step()
-        scheduler.step()
-        if test is not None and step % setting.every == 0:
-            losses.append(_loss(model, test))
+    frozen, model = frozen_part(model)
+    data, test = passed_through(frozen, data), test and passed_through(frozen, test)
+    losses, step = [], itertools.count()
+
+    def measure() -> None:
+        if test is not None and next(step) % setting.every == 0:
+            losses.append(mean_loss(model, *test))
+
+    measure()
+    training = Training(steps, setting.batch, setting.learning_rate)
+    learn(model, data, training, seed, measure, lambda done: min(1.0, 3 * (steps - done) / steps))
     return losses
-
-
-def _at_first_trainable(model: nn.Sequential) -> tuple[nn.Sequential, nn.Sequential]:
-    """What comes before the first child that trains, and the rest."""
-    children = list(model)
-    first = [any(p.requires_grad for p in child.parameters()) for child in children].index(True)
-    return nn.Sequential(*children[:first]), nn.Sequential(*children[first:])
-
-
-def _batches(data: Batch, size: int, steps: int, seed: int) -> Iterator[Batch]:
-    stream = epochs(*data, size, seed)
-    return (next(stream) for _ in range(steps))
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, data: Batch) -> float:
-    return LOSS(model(data[0]), data[1]).item()

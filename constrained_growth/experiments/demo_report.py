@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -62,7 +64,7 @@ def account(found: Numbers) -> str:
     runs = found["runs"]
     asked = [run for run in runs if run["chosen"]]
     helped = sum(gain(run) > 0 for run in asked)
-    means = [_ends(run)[run["chosen"]] < _mean_of_others(run) for run in asked]
+    means = [_ends(run)[run["chosen"]] < mean(_others(run)) for run in asked]
     worst = [_ends(run)[run["chosen"]] < max(_others(run)) for run in asked]
     again = [run["known_images"] for run in runs]
     nothing = [run for run in again if run["chosen"] is None]
@@ -72,7 +74,7 @@ def account(found: Numbers) -> str:
         f"with the median gain) {len(asked)} got a layer, which helped {helped}. It ended lower "
         f"than the mean of the other places in {sum(means)}, than the worst of them in "
         f"{sum(worst)}. For images as they know them {len(nothing)} got none"
-        + (f", where one would have gained {sum(lost) / len(lost):.3f} nats." if lost else ".")
+        + (f", where one would have gained {mean(lost):.3f} nats." if lost else ".")
     )
 
 
@@ -159,7 +161,3 @@ def _ends(run: Numbers) -> dict[str, float]:
 
 def _others(run: Numbers) -> list[float]:
     return [end for name, end in _ends(run).items() if name not in (KEPT, run["chosen"])]
-
-
-def _mean_of_others(run: Numbers) -> float:
-    return sum(_others(run)) / len(_others(run))

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import CopiedBlock
-from constrained_growth.experiments.data import windows
-from constrained_growth.experiments.decisions.adaptation import Data, Training, learn, mean_loss
+from constrained_growth.experiments.data import parted, windows
 from constrained_growth.experiments.tables import number, titled
+from constrained_growth.experiments.training import Data, Training, learn, mean_loss
 from constrained_growth.rules import Rule
 from constrained_growth.rules.controls import Where
 
@@ -127,10 +127,9 @@ def pieces(text: Tensor, length: int, learnt: int, seed: int) -> tuple[Data, Dat
 
     At most `learnt` and `HELD_OUT` of them, in random order.
     """
-    cut = len(text) * 9 // 10
     generator = torch.Generator().manual_seed(seed)
     found = list[Data]()
-    for part, most in ((text[:cut], learnt), (text[cut:], HELD_OUT)):
+    for part, most in zip(parted(text), (learnt, HELD_OUT), strict=True):
         starts = torch.arange(0, len(part) - length, length)
         order = torch.randperm(len(starts), generator=generator)[:most]
         found.append(windows(part, starts[order], length))

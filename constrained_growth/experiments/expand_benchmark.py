@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, cpu_count, delayed
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,11 +26,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import constrained_growth as cg
-from constrained_growth._progress import progress_bar
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.caching import cached, digest
-from constrained_growth.experiments.decisions.adaptation import Training, learn, mean_loss
-from constrained_growth.experiments.decisions.expansions import CHARACTERS, text
+from constrained_growth.experiments.data import CHARACTERS, text
 from constrained_growth.experiments.expand import (
     ASKED,
     Logits,
@@ -41,9 +37,10 @@ from constrained_growth.experiments.expand import (
     problem_of,
     rule_of,
 )
+from constrained_growth.experiments.jobs import cached, digest, in_parallel
 from constrained_growth.experiments.statistics import Array, paired
-from constrained_growth.experiments.tables import interval, titled
-from constrained_growth.experiments.timing import described, machine, one_thread
+from constrained_growth.experiments.tables import interval, tabled
+from constrained_growth.experiments.training import Training, learn, mean_loss
 from constrained_growth.rules.rule import decide_about
 from constrained_growth.solution import with_fields
 
@@ -111,12 +108,15 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         raise DataError(f"networks={plan.networks} of plan: two at least are compared.")
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
     others = range(1_000_000 + seed * plan.tuned, 1_000_000 + (seed + 1) * plan.tuned)
-    with one_thread():
-        tried = _in_turn(_tuning, plan, others, cache)
-        mean = {kind: np.mean([one[kind] for one in tried], axis=0) for kind in tried[0]}
-        rates = {kind: plan.rates[int(losses.argmin())] for kind, losses in mean.items()}
-        found = _in_turn(_of_network, plan, seeds, cache, rates)
-        here = machine()
+
+    def of_each(function: Any, some: Sequence[int], *arguments: Any) -> list[Any]:
+        jobs = [(plan, one, cache, *arguments) for one in some]
+        return in_parallel(function, jobs, plan.workers, desc="expansion", unit="network")
+
+    tried = of_each(_tuning, others)
+    mean = {kind: np.mean([one[kind] for one in tried], axis=0) for kind in tried[0]}
+    rates = {kind: plan.rates[int(losses.argmin())] for kind, losses in mean.items()}
+    found = of_each(_of_network, seeds, rates)
     added = {}
     for k in plan.added:
         arms = {
@@ -137,17 +137,7 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
             kind: {"losses": mean[kind].tolist(), "chosen": rate} for kind, rate in rates.items()
         },
         "settings": asdict(plan),
-        "machine": here,
-        "seed": seed,
     }
-
-
-def _in_turn(function: Any, plan: Plan, seeds: range, *arguments: Any) -> list[Any]:
-    """A function of each seed, on the cores there are."""
-    jobs = [delayed(function)(plan, one, *arguments) for one in seeds]
-    workers = max(1, min(plan.workers, len(jobs), cpu_count()))
-    parallel: Any = Parallel(n_jobs=workers, return_as="generator")(jobs)
-    return list(progress_bar(parallel, desc=function.__name__[1:], unit="network", total=len(jobs)))
 
 
 def _kinds() -> tuple[str, ...]:
@@ -156,7 +146,6 @@ def _kinds() -> tuple[str, ...]:
 
 def _tuning(plan: Plan, seed: int, cache: Path | None) -> dict[str, list[float]]:
     """For each kind the held-out loss of the new text at each learning rate."""
-    torch.set_num_threads(1)
     subject, k = pretrained(plan, seed, cache), plan.added[0]
     interleaved = tuple((i + 1) * plan.depth // k - 1 for i in range(k))
     return {
@@ -178,7 +167,6 @@ def _of_network(
     plan: Plan, seed: int, cache: Path | None, rates: Mapping[str, float]
 ) -> dict[int, dict[str, Any]]:
     """For each number of layers: the losses of every set of places and of every arm."""
-    torch.set_num_threads(1)
     subject = pretrained(plan, seed, cache)
     names, found = list(subject.solution.sensitivities), dict[int, dict[str, Any]]()
     for k in plan.added:
@@ -310,24 +298,19 @@ def _row(arms: Mapping[str, Array], name: str) -> dict[str, Any]:
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:
-    """The machine, how to read it, the arms, the places, and the learning rates."""
-    plan, shown = found["settings"], list[RenderableType]()
-    for k, one in found["added"].items():
-        sizes = ", ".join(f"{kind} {size:,}" for kind, size in one["parameters"].items())
-        shown.append(_of_arms(f"{k} more of {plan['depth']} layers; parameters: {sizes}", one))
-    for k, one in found["added"].items():
-        shown.append(_of_places(k, one))
-    tuned = titled("Tuning: new held-out loss", "", *(f"lr {rate:g}" for rate in plan["rates"]))
-    for name, row in found["rates"].items():
-        tuned.add_row(name, *(f"{loss:.4f}" for loss in row["losses"]))
+    """How to read it, the arms, the places, and the learning rates."""
+    plan, added = found["settings"], found["added"]
     first, then = plan["first"], plan["then"]
+    tuned = [
+        (kind, {f"lr {r:g}": f"{x:.4f}" for r, x in zip(plan["rates"], row["losses"], strict=True)})
+        for kind, row in found["rates"].items()
+    ]
     return Group(
         Text(
-            f"{described(found['machine'])}; seed {found['seed']}. {plan['networks']} GPT-2 of "
-            f"width {plan['width']} and context {plan['context']}, on characters; "
-            f"{first['steps']} steps of {first['batch']} pieces of English (Python's help), then "
-            f"{then['steps']} of {then['batch']} pieces of program text (Python's modules) with "
-            "old weights frozen.\n"
+            f"{plan['networks']} GPT-2 of width {plan['width']} and context {plan['context']}, on "
+            f"characters; {first['steps']} steps of {first['batch']} pieces of English (Python's "
+            f"help), then {then['steps']} of {then['batch']} pieces of program text (Python's "
+            "modules) with old weights frozen.\n"
         ),
         Text(
             "Held-out losses in nats a character, of the new text and of the old one (forgetting); "
@@ -336,35 +319,37 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
             "“random” is the mean over all sets of places.\n"
         ),
         *([] if LORA in found["rates"] else [Text(_NO_LORA)]),
-        *shown,
-        tuned,
+        *(_of_arms(k, plan["depth"], one) for k, one in added.items()),
+        *(_of_places(k, one) for k, one in added.items()),
+        tabled("Tuning: new held-out loss", "", tuned),
     )
 
 
 _NO_LORA = "No LoRA: peft is not installed. pip install 'constrained-growth[peft]'\n"
 
 
-def _of_arms(title: str, one: Mapping[str, Any]) -> Table:
-    table = titled(
-        title, "arm", "new loss", f"{ARMS[0]} −", "p", "old loss", f"{ARMS[0]} −", "p", "places"
-    )
+def _of_arms(k: int | str, depth: int, one: Mapping[str, Any]) -> Table:
+    rows = []
     for arm, row in one["arms"].items():
-        cells = list[str]()
+        cells = dict[str, str]()
         for measure in MEASURES:
             of = row[f"{measure}_difference"]
-            cells += [
-                f"{np.mean(row[measure]):.4f}",
-                interval(of["mean"], *of["interval"], form=".4f"),
-                f"{of['p']:.2g}",
-            ]
+            cells |= {
+                f"{measure} loss": f"{np.mean(row[measure]):.4f}",
+                f"{ARMS[0]} − it, {measure}": interval(of["mean"], *of["interval"], form=".4f"),
+                f"p, {measure}": f"{of['p']:.2g}",
+            }
         sets = [" ".join(map(str, places)) for places in one["chosen"].get(arm, ())]
         often = [f"{sets.count(places)}× {places}" for places in sorted(set(sets))]
-        table.add_row(arm, *cells, ", ".join(often))
-    return table
+        rows.append((arm, cells | {"places": ", ".join(often)}))
+    sizes = ", ".join(f"{kind} {size:,}" for kind, size in one["parameters"].items())
+    return tabled(f"{k} more of {depth} layers; parameters: {sizes}", "arm", rows)
 
 
-def _of_places(k: int, one: Mapping[str, Any]) -> Table:
-    table = titled(f"{k} more: mean losses by place", "after layers", *MEASURES)
-    for places, losses in one["sets"].items():
-        table.add_row(places, *(f"{loss:.4f}" for loss in np.mean(losses, axis=0)))
-    return table
+def _of_places(k: int | str, one: Mapping[str, Any]) -> Table:
+    means = {places: np.mean(losses, axis=0) for places, losses in one["sets"].items()}
+    rows = [
+        (places, {m: f"{loss:.4f}" for m, loss in zip(MEASURES, mean, strict=True)})
+        for places, mean in means.items()
+    ]
+    return tabled(f"{k} more: mean losses by place", "after layers", rows)

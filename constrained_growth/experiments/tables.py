@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -29,6 +29,36 @@ def titled(title: str, first: str, *headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     return table
+
+
+def tabled(
+    title: str, first: str, rows: Iterable[tuple[str, Mapping[str, str]]], *, sections: bool = False
+) -> Table:
+    """A table of rows (name, heading → cell); headings without any cell are left out.
+
+    With `sections` there is a line between rows of different names.
+    """
+    rows = list(rows)
+    headings = dict.fromkeys(heading for _, row in rows for heading, cell in row.items() if cell)
+    table = titled(title, first, *headings)
+    for index, (name, row) in enumerate(rows):
+        ends = sections and index + 1 < len(rows) and rows[index + 1][0] != name
+        table.add_row(name, *(row.get(heading, "") for heading in headings), end_section=ends)
+    return table
+
+
+def described(here: Mapping[str, Any]) -> str:
+    """A machine in one line."""
+    return (
+        f"{here['processor']} ({here['instructions']}), {here['cores']} cores, {here['threads']} "
+        f"thread{'s' if here['threads'] > 1 else ''}; torch {here['torch']}, Python "
+        f"{here['python']}, {here['system']}"
+    )
+
+
+def spread(row: Mapping[str, float], name: str) -> str:
+    """A column of `timing.Comparison.row`."""
+    return interval(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def number(value: float | None, form: str = ".3g", missing: str = "–") -> str:

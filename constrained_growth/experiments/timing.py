@@ -35,15 +35,6 @@ def machine() -> dict[str, Any]:
     }
 
 
-def described(here: Mapping[str, Any]) -> str:
-    """A machine in one line."""
-    return (
-        f"{here['processor']} ({here['instructions']}), {here['cores']} cores, {here['threads']} "
-        f"thread{'s' if here['threads'] > 1 else ''}; torch {here['torch']}, Python "
-        f"{here['python']}, {here['system']}"
-    )
-
-
 @dataclass(frozen=True)
 class Effort:
     """How many rounds: at least `fewest`, then until `seconds` have passed or there are `most`."""
@@ -60,6 +51,13 @@ class Comparison:
     seconds: float
     ratios: Mapping[str, Spread]
     rounds: int
+
+    def row(self) -> dict[str, float]:
+        """Ratios and number of rounds ("pairs"), flat as a row of a table."""
+        row: dict[str, float] = {"pairs": self.rounds}
+        for name, ratio in self.ratios.items():
+            row |= {name: ratio.median, f"{name}_low": ratio.low, f"{name}_high": ratio.high}
+        return row
 
 
 timer = process_time

@@ -18,21 +18,19 @@ import constrained_growth as cg
 from constrained_growth.blocks import ResidualMLP
 from constrained_growth.experiments import data
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decisions import adaptation_study, expansions, shifts
+from constrained_growth.experiments.decisions import adaptation, expansions, shifts
 from constrained_growth.experiments.decisions.adaptation import (
     Adaptation,
-    Data,
     Moment,
     Origin,
-    Training,
     at_the_moment,
     key,
     outcomes,
+    trained_on_first,
 )
-from constrained_growth.experiments.decisions.adaptation_study import Plan, run
+from constrained_growth.experiments.decisions.study import Plan, run
 from constrained_growth.experiments.statistics import Yardstick, estimate, resampled_regret
-
-ARMS = [arm for arm in adaptation_study.ARMS if arm.name in ("Frobenius", "first site", "nothing")]
+from constrained_growth.experiments.training import Data, Training
 
 
 def blobs(seed: int, turned: int = 0) -> Data:
@@ -60,6 +58,14 @@ def tiny(**changes: Any) -> Adaptation:
 
     task = Adaptation("tiny", "turned", ORIGIN, turned, Training(steps=7, batch=16, lr=0.02))
     return replace(task, **changes)
+
+
+def moment_of(task: Adaptation, seed: int, cache: Path | None = None) -> Moment:
+    return at_the_moment(task, *trained_on_first(task.origin, seed, cache), seed)
+
+
+def plan(*tasks: Adaptation, networks: int = 2) -> Plan:
+    return replace(adaptation.plan(tasks, networks, 2), workers=1)
 
 
 def plainly(task: Adaptation, moment: Moment, seed: int, site: int, order: int) -> list[float]:
@@ -90,7 +96,7 @@ def plainly(task: Adaptation, moment: Moment, seed: int, site: int, order: int) 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_outcomes_are_those_of_networks_that_were_really_grown(frozen: bool) -> None:
     task = tiny(frozen=frozen)
-    moment = at_the_moment(task, 3, None)
+    moment = moment_of(task, 3)
     found = outcomes(task, moment, seed=3, runs=2)
     assert found.shape == (3, 2, 3)
     for site in (-1, 0, 1):
@@ -102,7 +108,7 @@ def test_outcomes_are_those_of_networks_that_were_really_grown(frozen: bool) -> 
 
 def test_the_moment_is_that_of_a_network_trained_on_its_first_task(tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    moment = at_the_moment(tiny(), 3, tmp_path)
+    moment = moment_of(tiny(), 3, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(3)
     model, (x, y), _ = begin(3)
@@ -110,13 +116,13 @@ def test_the_moment_is_that_of_a_network_trained_on_its_first_task(tmp_path: Pat
     assert nn.CrossEntropyLoss()(moment.model(x), y) < 0.9 * before
     assert not any(p.requires_grad for p in moment.model.parameters())
     assert all(p.requires_grad for block in moment.blocks for p in block.parameters())
-    again = at_the_moment(tiny(origin=replace(ORIGIN, about="read again")), 3, tmp_path)
+    again = moment_of(tiny(), 3, tmp_path)
     torch.testing.assert_close(again.model.state_dict(), moment.model.state_dict())
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_another_setting_has_another_file() -> None:
-    moment = at_the_moment(tiny(), 3, None)
+    moment = moment_of(tiny(), 3)
     keys = {
         key(tiny(), moment, 3, 2),
         key(tiny(), moment, 3, 3),
@@ -126,25 +132,27 @@ def test_another_setting_has_another_file() -> None:
         key(tiny(), replace(moment, held_out=moment.data), 3, 2),
     }
     assert len(keys) == 6
-    assert key(tiny(), at_the_moment(tiny(), 3, None), 3, 2) in keys
+    assert key(tiny(), moment_of(tiny(), 3), 3, 2) in keys
 
 
 def test_regrets_are_those_of_the_losses() -> None:
-    found = run(Plan([tiny(), tiny(name="all", frozen=False)], 2, 2, workers=1), arms=ARMS)
-    assert list(found["means"]) == ["old weights frozen", "all weights trained"]
+    arms = [arm for arm in adaptation.ARMS if arm.name in ("Frobenius", "first site", "nothing")]
+    found = run(replace(plan(tiny(), tiny(name="all", frozen=False)), arms=arms))
+    assert list(found["means"])[:3] == ["all", "old weights frozen", "all weights trained"]
     for name, group in (("tiny", "old weights frozen"), ("all", "all weights trained")):
         losses = np.array(found["details"][name]["losses"])
         assert losses.shape == (3, 2, 2, 3)
-        for measure, regret in ((0, "regret"), (1, "held_out_regret")):
+        row = found["tasks"][name]["first site"]
+        for measure, of in ((0, ""), (1, "held_out_")):
             against = Yardstick.of(losses[:-1, ..., measure])
             chosen = losses[0, :, :, measure].mean(1)
             expected = estimate(resampled_regret(chosen, against, 1_000))
-            row = found["tasks"][name]["first site"]
-            assert row[regret] == pytest.approx(expected.value)
-            assert row[f"{regret}_interval"] == pytest.approx([expected.low, expected.high])
-        assert found["means"][group]["first site"] == row
+            for content in (row, found["means"][group]["first site"]):
+                assert content[f"{of}regret"] == pytest.approx(expected.value)
+                interval = content[f"{of}interval"]
+                assert interval == pytest.approx([expected.low, expected.high])
         assert found["tasks"][name]["nothing"]["old"] == pytest.approx(losses[-1, ..., 2].mean())
-    moment = at_the_moment(tiny(), 1, None)
+    moment = moment_of(tiny(), 1)
     problem = cg.GrowthProblem(
         moment.model,
         nn.CrossEntropyLoss(),
@@ -152,28 +160,28 @@ def test_regrets_are_those_of_the_losses() -> None:
         [cg.Candidate(str(k), block) for k, block in enumerate(moment.blocks)],
     )
     asked = cg.solve(problem, cg.TopK(1), norm=cg.norms.Frobenius()).decision.chosen
-    assert asked == (str(found["details"]["tiny"]["sites"][1]["Frobenius"]),)
+    assert asked == (str(found["details"]["tiny"]["rules"]["Frobenius"]["sites"][1]),)
 
 
 def test_the_command_writes_numbers_and_resumes(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(shifts, "QUICK", Plan([tiny()], 2, 2, workers=1))
+    monkeypatch.setattr(shifts, "QUICK", plan(tiny()))
     file = tmp_path / "shifts.json"
     arguments = ["bench", "decisions", "--family", "Shifts", "--quick"]
     arguments += ["--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     first = json.loads(file.read_text())
-    assert list(first["tasks"]["tiny"]) == [arm.name for arm in adaptation_study.ARMS]
+    assert list(first["tasks"]["tiny"]) == [arm.name for arm in adaptation.ARMS]
     table = (tmp_path / "constrained-growth-bench-decisions-shifts-quick-0.txt").read_text()
-    assert "Means over tasks, old weights frozen" in table
-    monkeypatch.setattr(adaptation_study, "outcomes", None)  # everything is there already
+    assert "old weights frozen (1), held out" in table
+    monkeypatch.setattr(adaptation, "outcomes", None)  # everything is there already
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     assert json.loads(file.read_text()) == first
     with refused(cg.GrowthError, "networks=1"):
-        run(Plan([tiny()], 1, 2))
+        run(plan(tiny(), networks=1))
 
 
 # --- shifts -----------------------------------------------------------------------------------
@@ -253,12 +261,11 @@ def test_copies_of_blocks_start_as_the_identity_and_keep_the_rest() -> None:
 
 def test_texts_are_what_they_say() -> None:
     (x, _), _ = expansions._adapted("alphabet", 4)
-    (plain, _), _ = expansions._pieces(expansions.text("english"), 4, len(x))
+    (plain, _), _ = expansions._pieces(data.text("english"), 4, len(x))
     pairs = set(zip(plain.flatten().tolist(), x.flatten().tolist(), strict=True))
     assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) > 50
     shown = {
-        name: "".join(chr(32 + n) for n in expansions.text(name).tolist())
-        for name in expansions.TEXTS
+        name: "".join(chr(32 + n) for n in data.text(name).tolist()) for name in expansions.TEXTS
     }
     assert "def __init__(self" in shown["program"]
     assert "Tensor" in shown["register"]

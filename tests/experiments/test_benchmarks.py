@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+import constrained_growth as cg
 from constrained_growth.experiments import timing
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.speed import device, gromo, models, monitoring, multipliers
@@ -21,7 +22,7 @@ from constrained_growth.experiments.speed.multipliers import (
     QUICK,
     Case,
     Plan,
-    Subject,
+    built_in_multipliers,
     disagreement,
     run,
     tables,
@@ -34,6 +35,7 @@ from constrained_growth.experiments.speed.networks import (
     with_all_built_in,
 )
 from constrained_growth.experiments.speed.stock import STOCK
+from constrained_growth.experiments.speed.subject import solving
 from constrained_growth.experiments.statistics import Spread
 from constrained_growth.experiments.tables import WIDTH
 from constrained_growth.experiments.timing import Effort, compare, one_thread
@@ -63,20 +65,22 @@ def result():
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("samples", [4, 5])  # the last batch of 5 is ragged
 def test_the_opponent_computes_the_same_multipliers(make, samples):
-    subject = Subject(Case(make, 2, 8, 2, samples), 0, torch.float64)
-    found, other = subject.solve(), subject.pass_with_all_built_in()
+    subject = Case(make, 2, 8, 2, samples).subject(0, torch.float64)
+    found = solving(subject.problem())().multipliers
+    other = built_in_multipliers(with_all_built_in(subject))
     assert len(found) == 2
     assert found.keys() == other.keys()
     assert disagreement(found, other) < 1e-12
-    assert disagreement(subject.solve(size=3), other) < 1e-12
+    larger = solving(subject.problem(cg.rebatch(subject.data, 3)))().multipliers
+    assert disagreement(larger, other) < 1e-12
     assert all(bool(t.any()) for tensors in other.values() for t in tensors.values())
 
 
 @pytest.mark.parametrize("make", MAKERS)
 def test_the_opponent_is_the_network_with_all_blocks_in_it(make):
-    network = make(2, 8)
-    extended = with_all_built_in(network.model, network.candidates)
-    inputs, _ = network.draw(3)
+    network = make(2, 8, 3)
+    extended = with_all_built_in(network).model
+    ((inputs, _),) = network.data
     assert torch.equal(extended(inputs), network.model(inputs))
     blocks = [candidate.block for candidate in network.candidates]
     pinned = [block.get_parameter(name) for block in blocks for name in block.pinned]
@@ -90,11 +94,11 @@ def test_the_opponent_is_the_network_with_all_blocks_in_it(make):
 
 
 def test_the_plain_pass_leaves_the_gradient_of_the_last_batch():
-    subject = Subject(Case(feedforward, 2, 8, 3, 8), 5, torch.float64)
+    subject = Case(feedforward, 2, 8, 3, 8).subject(5, torch.float64)
     subject.plain_pass()
     torch.manual_seed(5)
-    network = feedforward(2, 8)
-    inputs, targets = network.draw(8)
+    network = feedforward(2, 8, 8)
+    ((inputs, targets),) = network.data
     network.loss_fn(network.model(inputs[6:]), targets[6:]).backward()
     expected = [parameter.grad for parameter in network.model.parameters()]
     found = [parameter.grad for parameter in subject.model.parameters()]
@@ -125,9 +129,6 @@ def test_results_are_what_was_asked_for(result):
         for row in rows:
             for column in COLUMNS:
                 assert 0 < row[f"{column}_low"] <= row[column] <= row[f"{column}_high"]
-    assert result["seed"] == 3
-    assert result["machine"]["threads"] == 1
-    assert {"processor", "cores", "torch"} <= result["machine"].keys()
 
 
 def test_the_summary_holds_means_and_worst_cells(result):
@@ -192,21 +193,20 @@ def test_one_thread_is_put_back():
     assert torch.get_num_threads() == 2
 
 
-def test_random_state_and_threads_are_left_alone(result):
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    run(TINY, seed=3, dtype=torch.float64)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
-
-
 def test_the_command_prints_and_writes(tmp_path, monkeypatch):
+    torch.set_num_threads(2)
+    state = torch.get_rng_state()
     monkeypatch.setattr(multipliers, "QUICK", TINY)
     file, folder = tmp_path / "numbers.json", tmp_path / "new"
     arguments = ["bench", "multipliers", "--quick", "--json", str(file), "--out", str(folder)]
     ran = CliRunner().invoke(app, [*arguments, "--seed", "4"])
     assert ran.exit_code == 0, ran.output
     content = json.loads(file.read_text(encoding="utf-8"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == 2
     assert content["seed"] == 4
+    assert content["machine"]["threads"] == 1
+    assert {"processor", "cores", "torch"} <= content["machine"].keys()
     errors = [row["lambda_error"] for rows in content["tables"].values() for row in rows]
     assert max(errors) < 1e-5  # float32
     written = (folder / "constrained-growth-bench-multipliers-quick-4.txt").read_text(

@@ -17,26 +17,23 @@ from typer.testing import CliRunner
 import constrained_growth as cg
 from constrained_growth.blocks import IdentityLinear, ResidualLinear
 from constrained_growth.experiments.commands import app
-from constrained_growth.experiments.decisions import study
+from constrained_growth.experiments.decisions import outcomes as module
 from constrained_growth.experiments.decisions import tasks as suite
-from constrained_growth.experiments.decisions.arms import (
-    ARMS,
-    Arm,
-    choices,
-    plain_optimizer,
-    trial_of,
-    trial_passes,
-)
-from constrained_growth.experiments.decisions.outcomes import MORE, continued, key, outcomes
-from constrained_growth.experiments.decisions.study import Plan, run
-from constrained_growth.experiments.decisions.tasks import (
-    SUITE,
+from constrained_growth.experiments.decisions.arms import ARMS, Arm, trial_of, trial_passes
+from constrained_growth.experiments.decisions.outcomes import (
     Moment,
     Task,
     at_the_moment,
+    decisions,
+    family,
+    key,
+    outcomes,
+    plain_optimizer,
 )
+from constrained_growth.experiments.decisions.study import MORE, Decided, Plan, run
+from constrained_growth.experiments.decisions.tasks import SUITE
 from constrained_growth.experiments.ensembles.networks import cross_entropy, forward, sites_of
-from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 from constrained_growth.experiments.networks import feedforward
 from constrained_growth.experiments.statistics import (
     Yardstick,
@@ -60,14 +57,21 @@ def layer(width: int) -> nn.Module:
     return IdentityLinear(width, nn.ReLU())
 
 
-def tiny(optimizer: Optimizer = SGD(0.1, 0.9), **changes: Any) -> Task:  # noqa: B008
-    settings: dict[str, Any] = {"batch": 10, "before": 4, "after": 20, "half": 0} | changes
+def tiny(optimizer: SGD | Adam = SGD(0.1, 0.9), **changes: Any) -> Task:  # noqa: B008
+    settings: dict[str, Any] = {"batch": 10, "before": 4, "after": 10, "group": "half 0"} | changes
     return Task("tiny", "three blobs", begin, layer, optimizer, **settings)
 
 
 def plan(**changes: Any) -> Plan:
-    tasks = [tiny(batch=30), replace(tiny(Adam(0.01), batch=30), name="other", half=1)]
-    return Plan(**({"tasks": tasks, "networks": 2, "runs": 2, "workers": 1} | changes))
+    tasks = [tiny(batch=30), replace(tiny(Adam(0.01), batch=30), name="other", group="half 1")]
+    made = Plan(tasks, networks=2, runs=2, family=family, arms=ARMS, chunk=2, workers=1)
+    return replace(made, **changes)
+
+
+def decided(moment: Moment, *arms: Arm, losses: Any = None) -> dict[str, Decided]:
+    known = np.zeros((4, len(moment.models), 2, 1 + MORE)) if losses is None else losses
+    rehearsal = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0]])
+    return decisions(moment, arms, known, rehearsal[:, : len(moment.models)])
 
 
 def candidates(moment: Moment, network: int) -> list[cg.Candidate]:
@@ -101,36 +105,32 @@ def plainly(moment: Moment, network: int, rule: Any, order: int, more: int = 0) 
 # --- what becomes of networks ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", [SGD(0.1), SGD(0.1, 0.9), Adam(0.01)], ids=repr)
-def test_outcomes_are_those_of_plain_networks_that_were_really_grown(optimizer: Optimizer) -> None:
+@pytest.mark.parametrize("optimizer", [SGD(0.1, 0.9), Adam(0.01)], ids=repr)
+def test_outcomes_are_those_of_plain_networks_that_were_really_grown(optimizer: SGD | Adam) -> None:
     moment = at_the_moment(tiny(optimizer), [7, 8])
     found = outcomes(moment, runs=2)
-    assert found.inserted.shape == (3, 2, 2, 1 + MORE)
+    assert found.shape == (4, 2, 2, 1 + MORE)
     orders = [1_007_000, 1_008_001]
     for network, of in ((0, 0), (1, 1)):
         order = orders[network]
         expected = plainly(moment, network, Fixed(), order)
-        assert found.nothing[network, of, 0] == pytest.approx(expected, rel=1e-9)
+        assert found[-1, network, of, 0] == pytest.approx(expected, rel=1e-9)
         for site in range(3):
-            for more in (0, 1, MORE):
-                expected = plainly(moment, network, Fixed(site), order, more)
-                ours = found.inserted[site, network, of, more]
-                assert ours == pytest.approx(expected, rel=1e-9)
-    rehearsal = plainly(moment, 0, Fixed(1), 1_007_002)
-    assert found.rehearsal[1, 0] == pytest.approx(rehearsal, rel=1e-9)
+            more = (0, 1, MORE)[site]
+            expected = plainly(moment, network, Fixed(site), order, more)
+            assert found[site, network, of, more] == pytest.approx(expected, rel=1e-9)
 
 
 def test_layers_that_start_elsewhere_are_trained_on_from_there() -> None:
     moment = at_the_moment(tiny(), [7, 8])
     arm = Arm("steps", lambda asked: TrustRegion(0.1))
-    chosen = choices(moment, [arm], np.zeros((3, 2)))["steps"]
-    assert all(a is not b for a, b in zip(chosen.blocks, moment.blocks, strict=True))
-    found = continued(moment, chosen.sites, chosen.blocks, [1])
+    losses = outcomes(moment, runs=1)
+    chosen = decided(moment, arm, losses=losses)["steps"]
     for network in range(2):
-        expected = plainly(moment, network, TrustRegion(0.1), 1_007_001 + 1_000 * network)
-        assert found[network, 0, 0] == pytest.approx(expected, rel=1e-9)
-    at_pin = continued(moment, chosen.sites, moment.blocks, [1])
-    assert not np.allclose(found, at_pin, rtol=1e-4)
+        expected = plainly(moment, network, TrustRegion(0.1), 1_007_000 + 1_000 * network)
+        assert chosen.losses[network, 0] == pytest.approx(expected, rel=1e-9)
+    at_pin = losses[chosen.sites, range(2), 0]
+    assert not np.allclose(chosen.losses, at_pin, rtol=1e-4)
 
 
 def test_the_moment_is_that_of_plain_training_and_leaves_the_random_state() -> None:
@@ -245,14 +245,13 @@ def test_interval_is_that_of_scipy() -> None:
 
 def test_arms_choose_what_the_library_says() -> None:
     moment = at_the_moment(tiny(), [7, 8, 9])
-    rehearsal = np.array([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0], [2.0, 3.0, 1.0]])
-    found = choices(moment, CHEAP, rehearsal)
-    assert found["first site"].sites == [0, 0, 0]
-    assert found["last site"].sites == [2, 2, 2]
-    assert found["most parameters"].sites == [0, 0, 0]
-    assert found["nothing"].sites == [-1, -1, -1]
-    assert found["full training of each"].sites == [1, 0, 2]
-    assert found["full training of each"].passes == [60.0] * 3
+    found = decided(moment, *CHEAP)
+    sites = {name: arm.sites.tolist() for name, arm in found.items()}
+    assert sites["first site"] == sites["most parameters"] == [0, 0, 0]
+    assert sites["last site"] == [2, 2, 2]
+    assert sites["nothing"] == [-1, -1, -1]
+    assert sites["full training of each"] == [1, 0, 2]
+    assert found["full training of each"].passes.tolist() == [30.0] * 3
     for network in range(3):
         problem = cg.GrowthProblem(
             copy.deepcopy(moment.models[network]),
@@ -278,8 +277,7 @@ def test_trials_train_as_the_network_was_trained_and_keep_to_their_budget() -> N
         asked_of.append(trial_of(20.0, asked))
         return asked_of[-1]
 
-    arms = [Arm("trial", watched, in_batches=True)]
-    spent = choices(moment, arms, np.zeros((3, 1)))["trial"].passes[0] - 1
+    spent = decided(moment, Arm("trial", watched, in_batches=True))["trial"].passes[0] - 1
     (trial,) = asked_of
     assert spent == pytest.approx(trial_passes(3, trial.steps, 1 / 3))
     assert spent <= 20 < trial_passes(3, trial.steps + 1, 1 / 3)
@@ -298,10 +296,10 @@ def test_trials_start_from_the_state_of_the_optimizer() -> None:
 
         return SimpleNamespace(decide=rule)
 
-    choices(moment, [Arm("trial", told, in_batches=True)], np.zeros((3, 1)))
+    decided(moment, Arm("trial", told, in_batches=True))
     (decision,) = found
     on, _ = train(moment.trained, moment.data, 20, task.optimizer)
-    output, _ = forward(on.stack, on.parameters, moment.data.x)
+    output, _ = forward(on.model, on.parameters, moment.data.x)
     expected = cross_entropy(output, moment.data.y).item()
     assert decision.evidence["losses"]["(nothing)"] == pytest.approx(expected, rel=1e-9)
 
@@ -309,7 +307,7 @@ def test_trials_start_from_the_state_of_the_optimizer() -> None:
 def test_arms_are_refused_that_choose_several_layers() -> None:
     moment = at_the_moment(tiny(), [7])
     with refused(cg.GrowthError, "several", "then(rule, TopK(1))"):
-        choices(moment, [Arm("several", lambda asked: TopK(2))], np.zeros((3, 1)))
+        decided(moment, Arm("several", lambda asked: TopK(2)))
 
 
 def one_step() -> Any:
@@ -320,34 +318,38 @@ def test_at_equal_cost_what_a_decision_leaves_is_spent_on_training() -> None:
     costs = {"free": 0.0, "one": 1.0, "three": 3.25, "all": MORE, "too much": MORE + 0.5}
     arms = [Arm(name, lambda asked: Fixed(1), passes=cost) for name, cost in costs.items()]
     arms.append(Arm("step", lambda asked: one_step()))
-    found = run(plan(tasks=[tiny()]), arms=arms)
+    found = run(plan(tasks=[tiny()], arms=arms))
     details, equal = found["details"]["tiny"], found["equal_cost"]
     moment = at_the_moment(tiny(), [0, 1])
     known = outcomes(moment, 2)
-    assert details["inserted"] == known.inserted[..., 0].tolist()
-    against = Yardstick.of(known.inserted[..., 0])
+    assert np.array(details["losses"])[..., 0].tolist() == known[..., 0].tolist()
+    against = Yardstick.of(known[:-1, ..., 0])
     for name, more in (("free", MORE), ("one", MORE - 1), ("three", MORE - 4), ("all", 0)):
-        expected = known.inserted[1, :, :, more].mean(1)
-        assert details["rules"][name]["losses_at_equal_cost"] == expected.tolist()
-        regret = estimate(resampled_regret(expected, against, seed=0))
+        expected = known[1, :, :, more].mean(1)
+        regret = estimate(resampled_regret(expected, against, seed=1_000))
         value = {"regret": regret.value, "interval": [regret.low, regret.high]}
         assert equal["tasks"]["tiny"][name] == value
-        assert equal["mean"][name]["regret"] == regret.value
+        assert equal["mean"][name] == value
     assert equal["tasks"]["tiny"]["all"]["regret"] == found["tasks"]["tiny"]["all"]["regret"]
     assert "too much" not in equal["tasks"]["tiny"]
     assert "too much" not in equal["mean"]
     moved = details["rules"]["step"]
     left = int(MORE - moved["passes"][0])
     assert 0 < left < MORE - 1
-    expected = [plainly(moment, 0, one_step(), 1_000_000 + order, left) for order in (0, 1)]
-    assert moved["losses_at_equal_cost"][0] == pytest.approx(np.mean(expected), rel=1e-9)
+    losses = [
+        np.mean([plainly(moment, n, one_step(), 1_000_000 + 1_000 * n + k, left) for k in (0, 1)])
+        for n in (0, 1)
+    ]
+    assert moved["passes"][0] == moved["passes"][1]
+    regret = resampled_regret(np.array(losses), against, seed=0)[0]
+    assert equal["tasks"]["tiny"]["step"]["regret"] == pytest.approx(regret, rel=1e-6)
 
 
 # --- all of it --------------------------------------------------------------------------------
 
 
 def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(study, "QUICK", plan())
+    monkeypatch.setattr(suite, "QUICK", plan())
     file = tmp_path / "decisions.json"
     arguments = ["bench", "decisions", "--quick", "--json", str(file), "--out", str(tmp_path)]
     ran = CliRunner().invoke(app, arguments)
@@ -382,7 +384,7 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert "Kronecker-Fisher 0.1" in table
     assert "Mean regret over tasks" in table
 
-    monkeypatch.setattr(study, "outcomes", None)  # everything is there already
+    monkeypatch.setattr(module, "outcomes", None)  # everything is there already
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert json.loads(file.read_text()) == first
@@ -391,8 +393,8 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_an_interrupted_run_goes_on_where_it_was(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    arms, made, make = CHEAP[:2], list[str](), study.outcomes
-    whole = run(plan(), arms=arms)
+    made, make, short = list[str](), module.outcomes, plan(arms=CHEAP[:2])
+    whole = run(short)
 
     def dies(moment: Moment, *rest: Any) -> Any:
         made.append(moment.task.name)
@@ -400,12 +402,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
             raise KeyboardInterrupt
         return make(moment, *rest)
 
-    monkeypatch.setattr(study, "outcomes", dies)
+    monkeypatch.setattr(module, "outcomes", dies)
     with pytest.raises(KeyboardInterrupt):
-        run(plan(), arms=arms, cache=tmp_path)
-    resumed = run(plan(), arms=arms, cache=tmp_path)
+        run(short, cache=tmp_path)
+    resumed = run(short, cache=tmp_path)
     assert made == ["tiny", "other", "other"]
     assert resumed == whole
+    again = run(replace(short, chunk=1))  # other networks change one by rounding only
+    losses = (np.array(found["details"]["tiny"]["losses"]) for found in (again, whole))
+    np.testing.assert_allclose(*losses, rtol=1e-9)
+    assert run(short, 1)["details"]["tiny"]["losses"] != whole["details"]["tiny"]["losses"]
 
 
 def test_another_setting_has_another_file() -> None:
@@ -422,16 +428,11 @@ def test_another_setting_has_another_file() -> None:
     assert key(tiny(), [1, 2], 2) == key(task, [1, 2], 2)
 
 
-def test_other_seeds_are_other_networks() -> None:
-    first, second = (run(plan(), seed, arms=CHEAP[:1]) for seed in (0, 1))
-    assert first["details"]["tiny"]["nothing"] != second["details"]["tiny"]["nothing"]
-
-
 def test_what_makes_no_sense_is_refused() -> None:
     with refused(cg.GrowthError, "runs=1"):
         run(plan(runs=1))
     with refused(cg.GrowthError, "twice"):
-        run(plan(), arms=[Arm("twice", lambda asked: TopK(1))] * 2)
+        run(plan(arms=[Arm("twice", lambda asked: TopK(1))] * 2))
     ran = CliRunner().invoke(app, ["bench", "decisions", "--quick", "--task", "nonesuch"])
     assert ran.exit_code == 2
     assert "spirals-4x2" in ran.output

@@ -13,16 +13,20 @@ from torch import nn
 
 import constrained_growth as cg
 from constrained_growth.experiments.data import Split, two_spirals
-from constrained_growth.experiments.ensembles import growth
+from constrained_growth.experiments.ensembles.growth import (
+    NewLayer,
+    frobenius,
+    insert_layer,
+    multipliers,
+)
 from constrained_growth.experiments.ensembles.networks import (
+    apply,
     cross_entropy,
     ensemble,
     forward,
-    multiply_adds,
     samples,
     squared_error,
 )
-from constrained_growth.experiments.ensembles.stages import Convolution
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
 
 FOLDER = Path(__file__).parent.parent / "golden"
@@ -56,7 +60,7 @@ KINDS = ["identity", "outer", "inner"]
 
 
 def mean_loss(trained, data, loss=cross_entropy):
-    return loss(forward(trained.stack, trained.parameters, data.x)[0], data.y)
+    return loss(forward(trained.model, trained.parameters, data.x)[0], data.y)
 
 
 def vector(model):
@@ -149,7 +153,7 @@ def test_regression_on_data_that_all_replicas_share():
 def test_multipliers_are_those_of_solve(kind):
     models = [plain(kind) for _ in SPLITS]
     new = block(kind)
-    found = growth.multipliers(ensemble(models), TRAIN, growth.new_layer(new))
+    found = multipliers(ensemble(models), TRAIN, [NewLayer.of(new)] * 2)
     for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
         sites = ("1", "3") if kind == "identity" else ("1", "2")
         candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in sites]
@@ -162,65 +166,38 @@ def test_multipliers_are_those_of_solve(kind):
                 close(found[k][name][r], value)
             name = new.pinned[0]
             alone = solution.multipliers[site][name].norm()
-            close(growth.frobenius([at[name] for at in found])[r, k], alone)
+            close(frobenius([at[name] for at in found])[r, k], alone)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_replica_grows_at_its_own_site(kind):
-    models, new = [plain(kind) for _ in SPLITS], block(kind)
-    names = {0: "1", 1: "3" if kind == "identity" else "2"}
-    optimizer = SGD(0.1, momentum=0.5)
-    sites = [1, 0, 1]
-    before, _ = train(ensemble(models), TRAIN, 5, optimizer)
-    grown = growth.insert_layer(before, sites, growth.new_layer(new))
-    after, history = train(grown, TRAIN, 20, optimizer)
+@pytest.mark.parametrize(
+    ("kind", "together", "alone"),
+    [
+        ("identity", Adam(0.01), lambda p: torch.optim.Adam(p, 0.01)),  # new ones count from 0
+        ("outer", SGD(0.1, momentum=0.5), lambda p: torch.optim.SGD(p, 0.1, momentum=0.5)),
+        ("inner", SGD(0.1), lambda p: torch.optim.SGD(p, 0.1)),
+    ],
+)
+@pytest.mark.parametrize("site", [0, 1])
+def test_grown_replicas_are_those_that_the_library_grows(kind, together, alone, site):
+    """Each with a layer of its own."""
+    models, blocks = [plain(kind) for _ in SPLITS], [block(kind) for _ in SPLITS]
+    name = ("1", "3" if kind == "identity" else "2")[site]
+    before, _ = train(ensemble(models), TRAIN, 5, together)
+    grown = insert_layer(before, site, NewLayer.of(*blocks))
+    after, history = train(grown, TRAIN, 20, together)
     close(mean_loss(grown, TRAIN), mean_loss(before, TRAIN), 1e-14)
-    assert grown.stack == after.stack
-    assert len(grown.stack.stages) == 3
     for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
-        alone = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
+        optimizer = alone(model.parameters())
         data = [(split.x_train, split.y_train)]
-        plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
-        candidate = cg.Candidate(names[sites[r]], copy.deepcopy(new))
-        problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [candidate])
-        rule = lambda _, site=sites[r]: cg.Decision((names[site],))  # noqa: E731
-        cg.insert(model, cg.solve(problem, rule), optimizer=alone)
+        plain_loop(model, optimizer, split, 5, 60, lambda _: torch.arange(60))
+        problem = cg.GrowthProblem(
+            model, nn.CrossEntropyLoss(), data, [cg.Candidate(name, blocks[r])]
+        )
+        cg.insert(model, cg.solve(problem, cg.Fixed(0)), optimizer=optimizer)
         close(grown.parameters[r], vector(model), 1e-12)
-        losses = plain_loop(model, alone, split, 20, 60, lambda _: torch.arange(60))
+        losses = plain_loop(model, optimizer, split, 20, 60, lambda _: torch.arange(60))
         close(history.loss[:, r], torch.tensor(losses), 1e-12)
         close(after.parameters[r], vector(model), 1e-11)
-
-
-def test_adam_counts_the_steps_of_new_parameters_from_their_first():
-    models, new = [plain("identity") for _ in SPLITS], block("identity")
-    before, _ = train(ensemble(models), TRAIN, 5, Adam(0.01))
-    grown = growth.insert_layer(before, [0, 0, 0], growth.new_layer(new))
-    after, _ = train(grown, TRAIN, 5, Adam(0.01))
-    model, split = models[0], SPLITS[0]
-    alone = torch.optim.Adam(model.parameters(), 0.01)
-    plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
-    candidate = cg.Candidate("1", new)
-    data = [(split.x_train, split.y_train)]
-    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [candidate])
-    cg.insert(model, cg.solve(problem, lambda _: cg.Decision(("1",))), optimizer=alone)
-    plain_loop(model, alone, split, 5, 60, lambda _: torch.arange(60))
-    close(after.parameters[0], vector(model), 1e-12)
-
-
-def test_free_factors_may_differ_between_replicas():
-    blocks = [cg.blocks.ResidualMLP(4, 3, torch.tanh) for _ in SPLITS]
-    models = [plain("outer") for _ in SPLITS]
-    layer = growth.new_layer(blocks)
-    found = growth.multipliers(ensemble(models), TRAIN, layer)
-    grown = growth.insert_layer(ensemble(models), [0, 1, 1], layer)
-    for r, (model, split) in enumerate(zip(models, SPLITS, strict=True)):
-        data = [(split.x_train, split.y_train)]
-        problem = cg.GrowthProblem(
-            model, nn.CrossEntropyLoss(), data, [cg.Candidate("2", blocks[r])]
-        )
-        close(found[1]["outer.weight"][r], cg.solve(problem).multipliers["2"]["outer.weight"])
-        inner = blocks[r].inner.weight.detach().flatten()
-        assert torch.isin(inner, grown.parameters[r]).all()
 
 
 def test_a_replica_stops_for_good_when_it_makes_no_error():
@@ -228,7 +205,7 @@ def test_a_replica_stops_for_good_when_it_makes_no_error():
     easy = copy.deepcopy(TEST)
     models = [plain("identity") for _ in SPLITS]
     begun = ensemble(models)
-    label = forward(begun.stack, begun.parameters, easy.x)[0].detach().argmax(1)
+    label = forward(begun.model, begun.parameters, easy.x)[0].detach().argmax(1)
     easy.y[:] = nn.functional.one_hot(1 - label, 2).mT
     easy.y[1] = nn.functional.one_hot(label[1], 2).mT
     after, history = train(begun, TRAIN, 6, SGD(0.01), test=easy)
@@ -262,31 +239,29 @@ def test_training_in_parts_is_training_at_once():
     assert torch.equal(begun.parameters, ensemble([plain("outer")] * 3).parameters) is False
 
 
-def test_operations_are_counted():
-    count = lambda model: multiply_adds(ensemble([model]).stack)  # noqa: E731
-    assert count(nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 2))) == 20
-    assert count(plain("outer")) == 8 + 2 * 12 + 8
-
-
 def test_what_does_not_fit_is_refused():
     begun = ensemble([plain("identity")] * 2)
-    layer = growth.new_layer(block("identity"))
-    with refused(cg.CandidateError, "sites", "0 to 1", "[0, 2]"):
-        growth.insert_layer(begun, [0, 2], layer)
-    with refused(cg.CandidateError, "width 3", "[4]"):
-        growth.insert_layer(begun, [0, 0], growth.new_layer(block("identity", 3)))
-    with refused(cg.CandidateError, "different architectures", "take"):
-        growth.insert_layer(begun, [0, 1], growth.new_layer(block("outer")))
+    with refused(cg.CandidateError, "site=2", "0 to 1"):
+        insert_layer(begun, 2, NewLayer.of(block("identity")))
     with refused(cg.CandidateError, "different shapes"):
         ensemble([plain("identity"), plain("identity", 3)])
-    with refused(cg.CandidateError, "nn.Linear"):
-        ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU())])
-    with refused(cg.BlockError, "IdentityLinear", "no stacked form"):
-        growth.new_layer(cg.blocks.IdentityLinear(4, cg.blocks.TanhLU()))  # it has a shift
-    with refused(cg.BlockError, "Conv1d", "no stacked form"):
-        ensemble([nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Conv1d(1, 1, 1), nn.Linear(2, 2))])
     with refused(cg.DataError, "one size"):
         samples([torch.zeros(3, 2), torch.zeros(4, 2)], [torch.zeros(3).long()] * 2)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        cg.blocks.IdentityLinear(4, cg.blocks.TanhLU()),  # it has a shift
+        nn.Linear(4, 4, bias=False),
+        nn.Conv1d(1, 1, 1),
+        nn.Conv2d(1, 2, 3),
+        nn.Conv2d(2, 2, 3, padding=1, groups=2),
+    ],
+)
+def test_modules_without_a_stacked_form_are_refused(module):
+    with refused(cg.BlockError, type(module).__name__, "no stacked form"):
+        apply(module, list(module.parameters()), torch.zeros(1, 4, 2))
 
 
 GOLDEN = [
@@ -296,10 +271,10 @@ GOLDEN = [
 ]
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_golden(name):
+@pytest.mark.parametrize("case", GOLDEN)
+def test_golden(case):
     """The whole protocol from the initial parameters to the last, as the reference ran it."""
-    with np.load(FOLDER / f"{name}.npz") as file:
+    with np.load(FOLDER / f"{case}.npz") as file:
         arrays = dict(file)
     meta = json.loads(str(arrays["meta"]))
     widths = meta["widths"]
@@ -328,16 +303,14 @@ def test_golden(name):
     close(history.loss[:, 0], expected, 1e-10)
     close(before.parameters[0], parameters("before_"), 1e-10)
 
-    layers = [growth.new_layer(new(widths[k])) for k in range(len(arrays["sens"]))]
-    found = [
-        growth.multipliers(before, data, layer, sites=[k])[0] for k, layer in enumerate(layers)
-    ]
-    squares = growth.frobenius([at[layers[0].pinned[0]] for at in found])[0] ** 2
-    if "full" in name:
+    layers = [NewLayer.of(new(width)) for width in widths[: len(arrays["sens"])]]
+    (name,) = {"fwd": ["weight"]}.get(meta["type"], [f"{pinned}.weight"])
+    squares = frobenius([at[name] for at in multipliers(before, data, layers)])[0] ** 2
+    if "full" in case:
         close(squares, torch.from_numpy(arrays["sens"]))
     chosen = squares.argmax() if meta["mode"] == "abs max" else squares.argmin()
     assert chosen == meta["argmax" if meta["mode"] == "abs max" else "argmin"]
-    grown = growth.insert_layer(before, [int(chosen)], layers[chosen])
+    grown = insert_layer(before, int(chosen), layers[chosen])
     close(grown.parameters[0], parameters("after_"), 1e-10)
     optimizer = SGD(meta["lr"] * meta["factor"])
     after, history = train(grown, data, second, optimizer, batch=batch)
@@ -368,19 +341,17 @@ def test_convolutions_are_trained_and_grow_as_plain_ones_do():
     )
     before, _ = train(ensemble(models), data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
     new = cg.blocks.IdentityConv2d(3, nn.ReLU())
-    layer = growth.new_layer(new, before.stack.stages[-1])
-    found = growth.multipliers(before, data, layer)
-    grown = growth.insert_layer(before, [0, 1, 1], layer)
+    layer = NewLayer.of(new)
+    found = multipliers(before, data, [layer] * 2)
+    grown = insert_layer(before, 1, layer)
     after, history = train(grown, data, 10, optimizer, batch=5, order=Shuffle((1, 2, 3)))
-    assert multiply_adds(before.stack) == 10 * 3 * 9 + 10 * 3 * 3 * 9 + 30 * 3
     for r, model in enumerate(models):
         alone, split = torch.optim.SGD(model.parameters(), 0.1), Split(x[r], y[r], x[r], y[r])
         orders = [Shuffle((r + 1,))(epoch, 12)[0] for epoch in range(20)]
         plain_loop(model, alone, split, 30, 5, lambda e, o=orders: o[e])
         candidates = [cg.Candidate(site, copy.deepcopy(new)) for site in ("2", "4")]
         problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), [(x[r], y[r])], candidates)
-        chosen = "2" if r == 0 else "4"
-        solution = cg.solve(problem, lambda _, name=chosen: cg.Decision((name,)))
+        solution = cg.solve(problem, cg.Fixed(1))
         for k, site in enumerate(("2", "4")):
             for name, value in solution.multipliers[site].items():
                 close(found[k][name][r], value)
@@ -395,26 +366,18 @@ def test_convolutions_are_trained_and_grow_as_plain_ones_do():
     [((5, 4), (1, 1), 3), ((5, 8), (2, 2), 3), ((6, 5), (2, 1), 5), ((1, 9), (1, 2), 3)],
 )
 def test_convolutions_are_those_of_torch(size, stride, kernel):
-    stage = Convolution(3, size, kernel, stride, torch.tanh)
-    x = torch.randn(2, 2 * size[0] * size[1], 7, requires_grad=True)
+    layer = nn.Conv2d(2, 3, kernel, stride, kernel // 2)
+    x = torch.randn(2, 2, *size, 7, requires_grad=True)
     weight = torch.randn(2, 3, 2, kernel, kernel, requires_grad=True)
-    bias, toward = torch.randn(2, 3, requires_grad=True), torch.randn(2, stage.width, 7)
+    bias = torch.randn(2, 3, requires_grad=True)
     alone = [
-        nn.functional.conv2d(images.view(2, *size, 7).movedim(-1, 0), w, b, stride, kernel // 2)
+        nn.functional.conv2d(images.movedim(-1, 0), w, b, stride, kernel // 2)
         for images, w, b in zip(x, weight, bias, strict=True)
     ]
-    expected = torch.stack([y.tanh().flatten(1).T for y in alone])
-    found = stage((weight, bias), x)
+    expected = torch.stack([y.movedim(0, -1) for y in alone])
+    found = apply(layer, (weight, bias), x)
     close(found, expected, 1e-13)
-    leaves = (x, weight, bias)
+    toward, leaves = torch.randn_like(found), (x, weight, bias)
     slopes, others = (torch.autograd.grad((y * toward).sum(), leaves) for y in (found, expected))
     for slope, other in zip(slopes, others, strict=True):
         close(slope, other, 1e-12)
-
-
-def test_convolutions_of_another_kind_are_refused():
-    padded = nn.Conv2d(1, 2, 3)
-    with refused(cg.CandidateError, "Conv2d", "no stacked form", "half of its kernel"):
-        ensemble([nn.Sequential(nn.Unflatten(1, (1, 4, 4)), padded, nn.ReLU(), nn.Linear(8, 2))])
-    with refused(cg.BlockError, "IdentityConv2d", "no stacked form"):
-        growth.new_layer(cg.blocks.IdentityConv2d(3, nn.ReLU()))

@@ -23,8 +23,9 @@ from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import (
     digits,
     mnist1d,
-    python_help,
+    parted,
     random_windows,
+    text,
     windows,
 )
 from constrained_growth.experiments.growth import benchmark, tasks
@@ -98,14 +99,13 @@ def test_a_training_step_is_forward_and_backward_and_leaves_the_model_alone() ->
 
 
 def test_the_text_is_english_and_pieces_are_followed_by_their_next_characters() -> None:
-    text = python_help()
-    assert len(text.train) + len(text.held_out) > 400_000
-    whole = "".join(text.alphabet[i] for i in text.train[:50_000].tolist())
-    assert " statement" in whole
-    x, y = windows(text.train, torch.tensor([0, 5]), 7)
-    assert torch.equal(x[1], text.train[5:12])
-    assert torch.equal(y[1], text.train[6:13])
-    one, other = (random_windows(text.train, 3, 5, seed) for seed in (4, 4))
+    train, held_out = parted(text("english"))
+    assert len(train) + len(held_out) > 400_000
+    assert " statement" in "".join(chr(32 + n) for n in train[:50_000].tolist())
+    x, y = windows(train, torch.tensor([0, 5]), 7)
+    assert torch.equal(x[1], train[5:12])
+    assert torch.equal(y[1], train[6:13])
+    one, other = (random_windows(train, 3, 5, seed) for seed in (4, 4))
     for _ in range(2):
         assert torch.equal(next(one)[0], next(other)[0])
 

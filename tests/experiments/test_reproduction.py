@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -20,7 +21,6 @@ import constrained_growth as cg
 from constrained_growth.experiments import figures, statistics
 from constrained_growth.experiments.commands import app
 from constrained_growth.experiments.data import two_spirals
-from constrained_growth.experiments.ensembles.growth import new_layer
 from constrained_growth.experiments.ensembles.networks import ensemble, samples
 from constrained_growth.experiments.ensembles.training import Shuffle
 from constrained_growth.experiments.reproduction import protocols, report
@@ -162,7 +162,7 @@ def test_the_library_is_asked_as_a_user_would_ask_it():
 
 
 def test_the_library_may_say_that_nothing_is_to_be_inserted():
-    """Replicas are grouped by what was decided; one says no, the others name different sites."""
+    """One says no, the others name different sites."""
     seeds, experiment = range(3), tiny()
     models = [plain(experiment, seed, (4, 4)) for seed in seeds]
     splits = [few_points(seed) for seed in seeds]
@@ -170,18 +170,16 @@ def test_the_library_may_say_that_nothing_is_to_be_inserted():
     answers = iter(((), ("3",), ("1",)))
     begun = ensemble(models)
     block = FAMILIES["relu"].block
-    sites, groups = recommended(
+    sites, starts = recommended(
         begun,
         data,
         copy.deepcopy(models),
         block,
-        new_layer(block(4).double()),
         lambda problem: cg.solve(problem, lambda _: cg.Decision(next(answers))),
     )
     assert sites.tolist() == [-1, 1, 0]
-    assert [rows.tolist() for rows, _ in groups] == [[0], [2], [1]]
-    assert [len(after.stack.stages) for _, after in groups] == [2, 3, 3]
-    assert torch.equal(groups[0][1].parameters[0], begun.parameters[0])
+    assert torch.equal(starts[0], begun.parameters[0])
+    assert [len(start) - len(starts[0]) for start in starts] == [0, 20, 20]
 
 
 def test_later_insertions_start_from_the_kept_network():
@@ -201,8 +199,9 @@ def test_later_insertions_start_from_the_kept_network():
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduction, "TRACE", 4)
+    run = functools.partial(reproduce, workers=1)
     experiment = tiny(times=(3,), chunk=2)
-    at_once = reproduce(experiment, range(5))
+    at_once = run(experiment, range(5))
     honest = reproduction._run
 
     def interrupted(experiment, seeds, *rest):
@@ -212,13 +211,13 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(reproduction, "_run", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        reproduce(experiment, range(5), cache=tmp_path)
+        run(experiment, range(5), cache=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     seen = []
     monkeypatch.setattr(
         reproduction, "_run", lambda e, s, *r: (seen.append(s), honest(e, s, *r))[1]
     )
-    resumed = reproduce(experiment, range(5), cache=tmp_path)
+    resumed = run(experiment, range(5), cache=tmp_path)
     assert seen == [(2, 3), (4,)]
     assert len(list(tmp_path.iterdir())) == 3
     reproduction.forget(experiment, range(5), tmp_path)
@@ -244,18 +243,20 @@ def test_a_run_does_not_depend_on_its_company():
         np.testing.assert_allclose(runs.loss[:, 0], expected, rtol=0, atol=1e-12)
 
 
-def test_single_precision_is_single_precision():
+@pytest.fixture(scope="module")
+def found():
+    """Three seeds of a tiny experiment."""
+    return reproduce(tiny(), range(3))
+
+
+def test_single_precision_is_single_precision_and_random_state_is_left_alone():
+    before = torch.get_rng_state()
     found = reproduce(tiny(), range(2), dtype=torch.float32)
     losses = found.arms["LImax"].loss
     assert np.array_equal(losses.astype(np.float32), losses)
     exact = reproduce(tiny(), range(2)).arms["LImax"].loss
     np.testing.assert_allclose(losses, exact, rtol=0, atol=1e-5)
     assert (losses != exact).any()
-
-
-def test_random_state_is_left_alone():
-    before = torch.get_rng_state()
-    reproduce(tiny(), range(2))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -323,9 +324,9 @@ def test_work_is_counted():
     assert referee.work(none, experiment, 7).ravel().tolist() == [0, 420, 840, 1260]
 
 
-def test_the_choice_of_a_site_is_counted_by_hand():
+def test_the_choice_of_a_site_is_counted_by_hand(found):
     """Exp9: 32 products forward and as many backward, two of 4 × 4 at each of the two sites."""
-    arms = reproduce(tiny(), range(2)).arms
+    arms = found.arms
     assert arms["LImax"].operations.tolist() == [32, 48, 64 + 64]
     assert arms["N1"].operations.tolist() == [32, 32, 0]
     assert arms["N2"].operations.tolist() == [64, 64, 0]
@@ -402,7 +403,7 @@ def small_protocols(monkeypatch):
     return small
 
 
-def test_a_command_of_several_experiments_repeats_none_of_them(
+def test_a_command_of_several_experiments_repeats_none_of_them_and_writes_one_file(
     tmp_path, monkeypatch, small_protocols
 ):
     honest, ran = reproduction._run, []
@@ -414,12 +415,16 @@ def test_a_command_of_several_experiments_repeats_none_of_them(
         return honest(experiment, seeds, *rest)
 
     monkeypatch.setattr(reproduction, "_run", interrupted)
-    arguments = ["reproduce", "all", "--seeds", "3", "--out", str(tmp_path)]
+    file = tmp_path / "numbers.json"
+    arguments = ["reproduce", "all", "--seeds", "3", "--out", str(tmp_path), "--json", str(file)]
+    arguments.append("--float32")
     assert CliRunner().invoke(app, arguments).exit_code != 0
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 0, again.output
     assert ran == ["Exp9", "Exp10", "Exp10"]
     assert not list(tmp_path.glob("*.joblib"))
+    assert set(json.loads(file.read_text())) == {"Exp9", "Exp10"}
+    assert "Exp10 recommended" in (tmp_path / "all-3-seeds-from-0-float32.txt").read_text()
 
 
 def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, small_protocols):
@@ -447,18 +452,6 @@ def test_the_command_writes_numbers_tables_and_pictures(tmp_path, monkeypatch, s
     assert "74/90" in written
     for mean in (np.mean(content["arms"][name]["final_loss"]) for name in ("N1", "LImax")):
         assert f"{mean:.3f}" in ran.output
-
-
-@pytest.mark.usefixtures("small_protocols")
-def test_all_of_them_in_one_file(tmp_path):
-    file = tmp_path / "numbers.json"
-    arguments = ["reproduce", "all", "--seeds", "3", "--json", str(file)]
-    options = ["--float32", "--out", str(tmp_path)]
-    ran = CliRunner().invoke(app, [*arguments, *options])
-    assert ran.exit_code == 0, ran.output
-    content = json.loads(file.read_text())
-    assert set(content) == {"Exp9", "Exp10"}
-    assert "Exp10 recommended" in (tmp_path / "all-3-seeds-from-0-float32.txt").read_text()
 
 
 def written(account, width=150):
@@ -490,8 +483,8 @@ def test_the_account_of_all_experiments_adjusts_for_their_number():
 
 
 @pytest.mark.parametrize("end", [60, 100, 130])
-def test_the_heat_map_is_of_the_run_and_ends_where_it_ends(end, small_protocols):
-    content = report.numbers(reproduce(small_protocols["Exp9"], range(2)))
+def test_the_heat_map_is_of_the_run_and_ends_where_it_ends(end, found):
+    content = report.numbers(found)
     traced = {"epochs": [0, 50, 100], "median": [[1.0, 10.0], [100.0, 1e3], [1e4, 1e5]]}
     times = {"before": 20, "after": end - 20}
     content |= {"trace": traced, "protocol": content["protocol"] | times}
@@ -519,15 +512,14 @@ def test_unknown_names_are_refused():
     assert "Exp7 is none of Exp6" in ran.stderr.replace("\n", " ")
 
 
-def test_arms_are_compared_no_later_than_the_end():
+def test_arms_are_compared_no_later_than_the_end(found):
     """Seven epochs after the insertion: after one, and at the end."""
-    content = report.numbers(reproduce(tiny(), range(3)))
+    content = report.numbers(found)
     moments = [pair["after"] for pair in content["pairs"] if pair["arms"] == ["LImax", "N1"]]
     assert moments == [1, None]
 
 
-def test_the_effort_has_no_number_where_the_median_run_never_gets_there():
-    found = reproduce(tiny(), range(3))
+def test_the_effort_has_no_number_where_the_median_run_never_gets_there(found):
     content = json.loads(to_json(report.numbers(found)), parse_constant=pytest.fail)
     level = content["effort"]["N1"]["levels"]["0.1"]
     assert level == {"reached": 0.0, "epochs": None, "multiply_adds": None}
@@ -559,18 +551,3 @@ def test_images_are_reproduced_too(tmp_path, monkeypatch):
 
 def _some(split):
     return dataclasses.replace(split, x_train=split.x_train[:99], y_train=split.y_train[:99])
-
-
-def test_the_bar_ends_where_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where an arm is trained in groups, by the sites that the replicas choose."""
-    bars, make = list[Any](), reproduction.progress_bar
-
-    def kept(**options: Any) -> Any:
-        bars.append(make(**options))
-        return bars[-1]
-
-    monkeypatch.setattr(reproduction, "progress_bar", kept)
-    found = reproduction.reproduce(tiny(chunk=20), range(20), progress=True)
-    assert len(set(found.arms["recommended"].site)) > 1
-    (bar,) = bars
-    assert bar.n == bar.total > 0

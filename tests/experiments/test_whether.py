@@ -61,7 +61,7 @@ def test_what_does_not_learn_stays() -> None:
 def test_gains_are_those_of_really_inserted_layers() -> None:
     """A frozen student of a shifted task gains by a layer, one of the same task hardly."""
     kinds = [
-        replace(kind, epochs=20, samples=150, begun=20)
+        replace(kind, epochs=20, samples=150, begun=5)
         for kind in whether.FULL.tasks
         if kind.name in ("frozen-150-adam", "frozen-shifted-150-adam")
     ]

@@ -5,20 +5,13 @@ Another arm is one more line: `Arm("name", lambda asked: cg.TopK(1), cg.norms.Nu
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import constrained_growth as cg
-from constrained_growth.blocks import pinned_parameters
-from constrained_growth.experiments.decisions.tasks import Moment
-from constrained_growth.experiments.ensembles.networks import sites_of
-from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer
 from constrained_growth.experiments.statistics import Array
 from constrained_growth.norms import (
     Entrywise1,
@@ -58,50 +51,6 @@ class Arm:
     in_batches: bool = False
 
 
-@dataclass(frozen=True)
-class Choices:
-    """What an arm decided about each network: the site (−1 for nothing), and what that cost.
-
-    `blocks` are the layers as they would start at each site: at the pins, or moved by the decision.
-    """
-
-    sites: list[int] = field(default_factory=list)
-    passes: list[float] = field(default_factory=list)
-    blocks: list[Sequence[nn.Module]] = field(default_factory=list)
-
-
-def choices(
-    moment: Moment,
-    arms: Sequence[Arm],
-    rehearsal: Array,
-    on_network: Callable[[], object] = lambda: None,
-) -> dict[str, Choices]:
-    """Ask the library about every network, once for each arm; name of an arm → its decisions."""
-    decided = {arm.name: Choices() for arm in arms}
-    for i, blocks in enumerate(moment.blocks):
-        model, (x, y) = moment.models[i], moment.plain[i]
-        memory = {name: flat[i] for name, flat in moment.trained.memory.items()}
-        optimizer = plain_optimizer(moment.task.optimizer, model, memory)
-        names = tuple(name for name, _ in sites_of(model))
-        full = rehearsal[:, i], float(moment.task.after * len(names))
-        asked = Asked(moment.seeds[i], names, optimizer, moment.task.batch, len(x), full)
-        candidates = [cg.Candidate(*pair) for pair in zip(names, blocks, strict=True)]
-        problems = {
-            in_batches: cg.GrowthProblem(model, moment.task.loss_fn, data, candidates)
-            for in_batches, data in ((False, [(x, y)]), (True, _loader(x, y, moment.task.batch)))
-        }
-        solved: dict[bool, dict[str, cg.Solution]] = {False: {}, True: {}}
-        for arm in arms:
-            in_batches = arm.in_batches
-            site, decision = decide(arm, asked, problems[in_batches], solved[in_batches])
-            mine = decided[arm.name]
-            mine.sites.append(site)
-            mine.passes.append(arm.passes + float(decision.evidence.get("passes", 0.0)))
-            mine.blocks.append(_started(decision, asked.candidates, blocks))
-        on_network()
-    return decided
-
-
 def decide(
     arm: Arm, asked: Asked, problem: cg.GrowthProblem, solved: dict[str, cg.Solution]
 ) -> tuple[int, cg.Decision]:
@@ -124,35 +73,6 @@ def decide(
             "at once is not known here. Compose it with TopK(1): then(rule, TopK(1))."
         )
     return asked.candidates.index(decision.chosen[0]) if decision.chosen else -1, decision
-
-
-def plain_optimizer(
-    optimizer: Optimizer, model: nn.Module, memory: Mapping[str, Tensor]
-) -> torch.optim.Optimizer:
-    """PyTorch's optimizer of a plain network, with its state in an ensemble as (parameters,)."""
-    parameters = list(model.parameters())
-    parts = {
-        name: [
-            part.reshape(p.shape).clone()
-            for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)
-        ]
-        for name, flat in memory.items()
-    }
-    if isinstance(optimizer, SGD):
-        made = torch.optim.SGD(parameters, optimizer.lr, optimizer.momentum)
-        names = {"momentum_buffer": "momentum"}
-    elif isinstance(optimizer, Adam):
-        made = torch.optim.Adam(parameters, optimizer.lr, optimizer.betas, optimizer.eps)
-        names = {"step": "steps", "exp_avg": "mean", "exp_avg_sq": "square"}
-    else:
-        raise cg.RuleError(f"optimizer={optimizer!r} has no plain form; give SGD or Adam.")
-    for index, parameter in enumerate(parameters):
-        state = {name: parts[ours][index] for name, ours in names.items() if ours in parts}
-        if "step" in state:
-            state["step"] = state["step"].flatten()[0]
-        if state:
-            made.state[parameter] = state
-    return made
 
 
 def trial_of(passes: float, asked: Asked) -> cg.rules.Trial:
@@ -233,27 +153,3 @@ ARMS: tuple[Arm, ...] = (
     *CONTROLS,
 )
 """All that is judged by default."""
-
-
-def _loader(x: Tensor, y: Tensor, batch: int) -> DataLoader:
-    """Batches in a new random order every time, each cut out of the tensors at once."""
-    data = TensorDataset(x, y)
-    batches = BatchSampler(RandomSampler(data), batch, drop_last=False)
-    return DataLoader(data, sampler=batches, batch_size=None)
-
-
-def _started(
-    decision: cg.Decision, candidates: Sequence[str], blocks: Sequence[nn.Module]
-) -> Sequence[nn.Module]:
-    """The same layers, or with the chosen one moved from its pins as decided."""
-    if not any(decision.values.values()):
-        return blocks
-    moved = list(blocks)
-    for name, values in decision.values.items():
-        index = candidates.index(name)
-        moved[index] = copy.deepcopy(blocks[index])
-        pins = pinned_parameters(moved[index])
-        with torch.no_grad():
-            for parameter, value in values.items():
-                pins[parameter].add_(value)
-    return moved

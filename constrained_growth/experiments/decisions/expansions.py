@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import sysconfig
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth.blocks import TransformerBlock
-from constrained_growth.experiments.data import python_help, random_windows
-from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
-from constrained_growth.experiments.decisions.adaptation_study import Plan, quick, run, tables
+from constrained_growth.experiments.data import CHARACTERS, parted, random_windows, text
+from constrained_growth.experiments.decisions.adaptation import (
+    Adaptation,
+    Origin,
+    plan,
+    quick,
+)
+from constrained_growth.experiments.decisions.study import run, tables
 from constrained_growth.experiments.networks import Embed
+from constrained_growth.experiments.training import Data, Training
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
 
-CHARACTERS, _LENGTH, _WIDTH, _HEADS = 96, 64, 64, 4
+_LENGTH, _WIDTH, _HEADS = 64, 64, 4
 _FIRST, _LEARNT, _HELD_OUT = 6_000, 768, 128
 """Pieces of text."""
 
@@ -31,33 +34,10 @@ class _Logits(nn.Sequential):
         return super().forward(input).mT
 
 
-@cache
-def text(name: str) -> Tensor:
-    """A text as numbers of its characters: those of ASCII that are printed, and ends of lines.
-
-    "english" is Python's help, "program" its own modules; any other is PyTorch's documentation.
-    """
-    if name == "english":
-        help_ = python_help()
-        whole = "".join(
-            help_.alphabet[n] for n in torch.cat([help_.train, help_.held_out]).tolist()
-        )
-    elif name == "program":
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:80]
-        whole = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    else:
-        whole = "\n\n".join(inspect.getdoc(getattr(torch, n)) or "" for n in sorted(dir(torch)))
-    codes = torch.frombuffer(bytearray(whole.encode("ascii", "replace")), dtype=torch.uint8).long()
-    return torch.where(codes == 10, 95, (codes - 32).clamp(0, 94))
-
-
 def _pieces(whole: Tensor, seed: int, learnt: int) -> tuple[Data, Data]:
     """Pieces from random places of nine tenths of a text, and held-out ones from the rest."""
-    cut = len(whole) * 9 // 10
-    train, held_out = (
-        next(random_windows(part, count, _LENGTH, seed))
-        for part, count in ((whole[:cut], learnt), (whole[cut:], _HELD_OUT))
-    )
+    parts = zip(parted(whole), (learnt, _HELD_OUT), strict=True)
+    train, held_out = (next(random_windows(part, n, _LENGTH, seed)) for part, n in parts)
     return train, held_out
 
 
@@ -120,6 +100,6 @@ TASKS = [
     for name, about in TEXTS.items()
 ]
 
-FULL = Plan(TASKS, networks=5, runs=4)
+FULL = plan(TASKS, networks=5, runs=4)
 
 QUICK = quick(TASKS, "gpt4-program", "gpt4-program-all")

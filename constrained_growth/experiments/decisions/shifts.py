@@ -11,8 +11,14 @@ from torch import Generator, Tensor, nn
 
 from constrained_growth.blocks import ResidualConv2d, ResidualMLP
 from constrained_growth.experiments.data import images
-from constrained_growth.experiments.decisions.adaptation import Adaptation, Data, Origin, Training
-from constrained_growth.experiments.decisions.adaptation_study import Plan, quick, run, tables
+from constrained_growth.experiments.decisions.adaptation import (
+    Adaptation,
+    Origin,
+    plan,
+    quick,
+)
+from constrained_growth.experiments.decisions.study import run, tables
+from constrained_growth.experiments.training import Data, Training
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
 
@@ -129,6 +135,6 @@ TASKS = [
     for name, (about, shift) in SHIFTS.items()
 ]
 
-FULL = Plan(TASKS, networks=10, runs=4)
+FULL = plan(TASKS, networks=10, runs=4)
 
 QUICK = quick(TASKS, "mlp-rotated", "conv-permuted")

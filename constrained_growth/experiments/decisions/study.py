@@ -1,109 +1,130 @@
-"""`bench decisions`: decisions of each rule, compared with what really becomes of all sites."""
+"""`bench decisions`: decisions of each rule, compared with what really becomes of all sites.
+
+A family of tasks inserts at every site and nowhere, and asks the arms; its `Outcomes` are judged
+here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.caching import cached
-from constrained_growth.experiments.decisions.arms import ARMS, Arm, Choices, choices
-from constrained_growth.experiments.decisions.outcomes import (
-    MORE,
-    Outcomes,
-    continued,
-    epochs,
-    key,
-    outcomes,
-)
-from constrained_growth.experiments.decisions.tasks import SUITE, Moment, Task, at_the_moment
+from constrained_growth.experiments.decisions.arms import Arm
+from constrained_growth.experiments.jobs import in_parallel
 from constrained_growth.experiments.statistics import (
     LEVEL,
     Array,
-    Estimate,
     Yardstick,
-    estimate,
     mean_difference,
     mean_regret,
-    resampled_regret,
 )
-from constrained_growth.experiments.tables import interval, titled
-from constrained_growth.experiments.timing import described, machine, one_thread
+from constrained_growth.experiments.tables import interval, tabled
 
 Content = Mapping[str, Any]
+
+MORE = 21
+"""Further epochs are trained, to know what the gradient passes would buy that a rule spends."""
 
 CLEAR = 2.0
 """The place matters where the mean site is this many standard errors above the best."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How many networks of which tasks, and orders of the data after each insertion, are run."""
-
-    tasks: Sequence[Any]
-    networks: int
-    runs: int
-    workers: int = 2
-
-
-FULL = Plan(SUITE, networks=72, runs=8)
-
-QUICK = Plan(
-    [replace(t, before=20, after=20) for t in SUITE if t.name in ("spirals-4x2", "planted")],
-    networks=4,
-    runs=2,
-)
-
-
-@dataclass(frozen=True)
 class Decided:
-    """What an arm did on a task; all of shape (networks,), losses are means over the runs.
+    """What an arm did with each network: the site, −1 for nothing, and the gradient passes it took.
 
-    `sites` and `passes` are as in `Choices`. `loss` is the final training loss, each layer trained
-    on from where the decision starts it; `at_pin` with all layers starting at their pins; in
-    `trained_on` the rest of `MORE` passes is spent on further epochs (NaN where there is none).
+    `losses` (networks, columns) are means over the runs, each layer trained on from where the
+    decision starts it; the columns are those of `Outcomes`.
     """
 
     sites: NDArray[np.integer]
     passes: Array
-    loss: Array
-    at_pin: Array
-    trained_on: Array
+    losses: Array
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A task, for each network the site known to lack a layer, all outcomes, and what arms did."""
+class Outcomes:
+    """What became of the networks of a task, and what the arms decided about them.
 
-    task: Task
-    planted: Sequence[int | None]
-    outcomes: Outcomes
-    against: Yardstick
+    `losses` (sites + 1, networks, runs, columns) has a layer at each site, at its pins, and last
+    none at all; the same run has the same order of the data everywhere. Column 0 is the final
+    training loss; others are the `Plan.measures`, or the training loss after 1, 2, … `MORE` further
+    epochs. `planted` are the sites known to lack a layer.
+    """
+
+    losses: Array
     arms: Mapping[str, Decided]
+    planted: Sequence[int | None]
+
+    def against(self, column: int = 0) -> Yardstick:
+        """Best and mean site."""
+        return Yardstick.of(self.losses[:-1, ..., column])
+
+    def at_pins(self, arm: str) -> Array:
+        """Final losses (networks,) had every layer started at its pins."""
+        sites = self.arms[arm].sites
+        return self.losses[sites, np.arange(len(sites))].mean(1)[:, 0]
+
+    def trained_on(self, arm: str) -> Array:
+        """Final losses (networks,) if further epochs take the passes that are left; NaN: none."""
+        decided = self.arms[arm]
+        left = np.floor(MORE - decided.passes + 1e-9)  # passes are sums of thirds
+        losses = decided.losses[np.arange(len(left)), np.maximum(left, 0).astype(int)]
+        return np.where(left >= 0, losses, np.nan)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Outcomes]) -> Outcomes:
+        """Some networks after others."""
+        fields = ("sites", "passes", "losses")
+        return cls(
+            np.concatenate([part.losses for part in parts], axis=1),
+            {
+                arm: Decided(
+                    *(
+                        np.concatenate([getattr(p.arms[arm], name) for p in parts])
+                        for name in fields
+                    )
+                )
+                for arm in parts[0].arms
+            },
+            [site for part in parts for site in part.planted],
+        )
 
 
-def run(
-    plan: Plan,
-    seed: int = 0,
-    *,
-    arms: Sequence[Arm] = ARMS,
-    cache: Path | None = None,
-) -> dict[str, Any]:
-    """Insert everywhere, ask every rule, and compare; deterministic in plan, seed and arms.
+@dataclass(frozen=True)
+class Plan:
+    """How many networks of which tasks, and orders of the data after each insertion, are run.
 
-    Other seeds have other networks, none of them the same. What became of the networks of a task is
-    kept in the folder `cache`, so that an interrupted run resumes, and other rules can be asked
-    without training again.
+    A task has a `name`, says what it is `about`, and belongs to a `group`. `family(tasks, seeds,
+    runs, arms, cache)` gives the `Outcomes` of each of some tasks of one `origin`, for `chunk`
+    networks at a time. `measures` are names of the columns of losses, () for further epochs.
+    """
+
+    tasks: Sequence[Any]
+    networks: int
+    runs: int
+    family: Callable[..., list[Outcomes]]
+    arms: Sequence[Arm]
+    measures: Sequence[str] = ()
+    chunk: int = 1
+    workers: int = 2
+
+
+def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, Any]:
+    """Insert everywhere, ask every rule, and compare; deterministic in plan and seed.
+
+    Other seeds have other networks, none of them the same. What became of networks is kept in the
+    folder `cache`: an interrupted run resumes, and other rules are asked without training again.
 
     Returns:
         The numbers that `--json` writes: for each task and arm its regret (with interval), cost
@@ -112,217 +133,206 @@ def run(
     Raises:
         DataError: There are fewer than two networks or runs, or two arms with the same name.
     """
-    names = check(plan.networks, plan.runs, arms)
-    seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
-    jobs = [
-        delayed(_judge)(task, seeds, plan.runs, arms, cache, at)
-        for at, task in enumerate(plan.tasks)
-    ]
-    with one_thread():
-        found: Any = Parallel(n_jobs=min(plan.workers, len(jobs)))(jobs)
-        here = machine()
-    by_group = _groups(found)
-    affordable = [n for n in names if all((t.arms[n].passes <= MORE).all() for t in found)]
-    return {
-        "tasks": {t.task.name: {name: _row(t, name) for name in names} for t in found},
-        "means": {
-            group: {name: _mean(tasks, [t.arms[name].loss for t in tasks]) for name in names}
-            for group, tasks in by_group.items()
-        },
-        "groups": {name: [t.task.name for t in tasks] for name, tasks in by_group.items()},
-        "equal_cost": {
-            "passes": MORE,
-            "tasks": {
-                t.task.name: {
-                    name: _value(_regret_of(t, decided.trained_on))
-                    for name, decided in t.arms.items()
-                    if (decided.passes <= MORE).all()
-                }
-                for t in found
-            },
-            "mean": {n: _mean(found, [t.arms[n].trained_on for t in found]) for n in affordable},
-        },
-        "details": {t.task.name: _details(t) for t in found},
-        "machine": here,
-        "seed": seed,
-        "networks": plan.networks,
-        "runs": plan.runs,
-    }
-
-
-def check(networks: int, runs: int, arms: Sequence[Arm]) -> list[str]:
-    """The names of the arms, or a `DataError` where `run` says so."""
-    if networks < 2 or runs < 2:
-        raise DataError(f"networks={networks}, runs={runs} of plan: give at least two of each.")
-    names = [arm.name for arm in arms]
+    names = [arm.name for arm in plan.arms]
+    if plan.networks < 2 or plan.runs < 2:
+        raise DataError(
+            f"networks={plan.networks}, runs={plan.runs} of plan: give at least two of each."
+        )
     if len(set(names)) != len(names):
         raise DataError(f"arms share a name: {names}.")
-    return names
-
-
-def _judge(
-    task: Task,
-    seeds: Sequence[int],
-    runs: int,
-    arms: Sequence[Arm],
-    cache: Path | None,
-    line: int,
-) -> Judged:
-    """One task: its networks, what becomes of them, and what the arms decide."""
-    with one_thread(), tqdm(desc=task.name, unit=" epochs", position=line, disable=None) as bar:
-        bar.reset(task.before)
-        moment = at_the_moment(task, seeds, bar.update)
-        bar.total += epochs(task, len(moment.blocks[0])) + len(seeds)
-        found = cached(cache, key(task, seeds, runs), lambda: outcomes(moment, runs, bar.update))
-        chosen = choices(moment, arms, found.rehearsal, bar.update)
-        decided = {name: _decided(moment, each, found, bar) for name, each in chosen.items()}
-    return Judged(task, moment.planted, found, Yardstick.of(found.inserted[..., 0]), decided)
-
-
-def _decided(moment: Moment, chosen: Choices, found: Outcomes, bar: tqdm) -> Decided:
-    """What became of the choices; layers that start off their pins are trained now."""
-    sites, passes = np.array(chosen.sites), np.array(chosen.passes)
-    rows = np.arange(len(sites))
-    known = np.concatenate([found.inserted, found.nothing[None]]).mean(2)
-    at_pin = loss = known[sites, rows]
-    if any(mine is not pinned for mine, pinned in zip(chosen.blocks, moment.blocks, strict=True)):
-        bar.total += epochs(moment.task, len(set(chosen.sites)) - 1)
-        runs = range(found.nothing.shape[1])
-        loss = continued(moment, chosen.sites, chosen.blocks, runs, bar.update).mean(1)
-    left = np.floor(MORE - passes + 1e-9)  # passes are sums of thirds
-    trained_on = np.where(left >= 0, loss[rows, np.maximum(left, 0).astype(int)], np.nan)
-    return Decided(sites, passes, loss[:, 0], at_pin[:, 0], trained_on)
-
-
-def _groups(tasks: Sequence[Judged]) -> dict[str, list[Judged]]:
-    """The tasks over which regrets are averaged: all, the halves, those where the place matters."""
-    found = {
-        "all": list(tasks),
-        "half 0": [t for t in tasks if t.task.half == 0],
-        "half 1": [t for t in tasks if t.task.half == 1],
-        "place matters": [t for t in tasks if t.against.signal >= CLEAR],
+    seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
+    jobs = [
+        (list(tasks), seeds[begin : begin + plan.chunk], plan.runs, plan.arms, cache)
+        for begin in range(0, len(seeds), plan.chunk)
+        for _, tasks in groupby(plan.tasks, lambda task: task.origin)
+    ]
+    parts: dict[str, list[Outcomes]] = {task.name: [] for task in plan.tasks}
+    results = in_parallel(plan.family, jobs, plan.workers, desc="decisions", unit="part")
+    for (tasks, *_), outcomes in zip(jobs, results, strict=True):
+        for task, one in zip(tasks, outcomes, strict=True):
+            parts[task.name].append(one)
+    found = {name: Outcomes.joined(some) for name, some in parts.items()}
+    groups = _groups(plan.tasks, found)
+    content = {
+        "tasks": {
+            t: {arm: _row(one, arm, plan.measures) for arm in names} for t, one in found.items()
+        },
+        "means": {
+            group: {arm: _regrets([found[t] for t in some], arm, plan.measures) for arm in names}
+            for group, some in groups.items()
+        },
+        "groups": groups,
+        "details": {
+            task.name: {"about": task.about, "group": task.group}
+            | _details(found[task.name], plan.measures)
+            for task in plan.tasks
+        },
+        "networks": plan.networks,
+        "runs": plan.runs,
+        "measures": list(plan.measures),
     }
-    return {name: some for name, some in found.items() if some}
+    return content if plan.measures else content | {"equal_cost": _equal_cost(found, names)}
 
 
-def _regret_of(judged: Judged, loss: Array) -> Estimate:
-    return estimate(resampled_regret(loss, judged.against, 0))
+def _groups(tasks: Sequence[Any], found: Mapping[str, Outcomes]) -> dict[str, list[str]]:
+    """Tasks over which regrets are averaged: all, those of a group, those where places matter."""
+    groups = {"all": [task.name for task in tasks]}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task.name)
+    matters = [name for name, one in found.items() if one.against().signal >= CLEAR]
+    return groups | ({"place matters": matters} if matters else {})
 
 
-def _mean(tasks: Sequence[Judged], losses: Sequence[Array]) -> dict[str, Any]:
-    return _value(mean_regret(losses, [task.against for task in tasks]))
-
-
-def _value(regret: Estimate) -> dict[str, Any]:
+def _regret(found: Sequence[Outcomes], losses: Sequence[Array], column: int = 0) -> dict[str, Any]:
+    regret = mean_regret(losses, [one.against(column) for one in found])
     return {"regret": regret.value, "interval": [regret.low, regret.high]}
 
 
-def _row(judged: Judged, arm: str) -> dict[str, Any]:
-    decided = judged.arms[arm]
-    pairs = zip(judged.planted, decided.sites, strict=True)
+def _regrets(found: Sequence[Outcomes], arm: str, measures: Sequence[str]) -> dict[str, Any]:
+    """In the training loss, and in the held-out loss where that is measured."""
+    row = _regret(found, [one.arms[arm].losses[:, 0] for one in found])
+    if measures:
+        held_out = _regret(found, [one.arms[arm].losses[:, 1] for one in found], 1)
+        row |= {f"held_out_{key}": value for key, value in held_out.items()}
+    return row
+
+
+def _row(found: Outcomes, arm: str, measures: Sequence[str]) -> dict[str, Any]:
+    decided = found.arms[arm]
+    pairs = zip(found.planted, decided.sites, strict=True)
     planted = [missing == site for missing, site in pairs if missing is not None]
     return {
-        **_value(_regret_of(judged, decided.loss)),
+        **_regrets([found], arm, measures),
         "planted_rate": float(np.mean(planted)) if planted else None,
-        "loss": float(decided.loss.mean()),
-        "loss_not_inserting": float(judged.outcomes.nothing[..., 0].mean(1).mean()),
+        "loss": float(decided.losses[:, 0].mean()),
+        "loss_not_inserting": float(found.losses[-1].mean(1)[:, 0].mean()),
         "cost_passes": float(decided.passes.mean()),
+        **dict(zip(measures[1:], decided.losses[:, 1:].mean(0).tolist(), strict=False)),
     }
 
 
-def _details(judged: Judged) -> dict[str, Any]:
-    found = judged.outcomes
-    nothing = found.nothing[..., 0].mean(1)
+def _equal_cost(found: Mapping[str, Outcomes], names: Sequence[str]) -> dict[str, Any]:
+    """Regrets where every arm has `MORE` passes, of those that take no more."""
+
+    def affordable(one: Outcomes, arm: str) -> bool:
+        return bool((one.arms[arm].passes <= MORE).all())
+
+    def regret(some: Sequence[Outcomes]) -> dict[str, Any]:
+        return {
+            arm: _regret(some, [one.trained_on(arm) for one in some])
+            for arm in names
+            if all(affordable(one, arm) for one in some)
+        }
+
     return {
-        "about": judged.task.about,
-        "half": judged.task.half,
-        "signal": judged.against.signal,
-        "planted": judged.planted,
-        "best": judged.against.best.tolist(),
-        "inserted": found.inserted[..., 0].tolist(),
-        "nothing": found.nothing[..., 0].tolist(),
-        "rehearsal": found.rehearsal.tolist(),
+        "passes": MORE,
+        "tasks": {task: regret([one]) for task, one in found.items()},
+        "mean": regret(list(found.values())),
+    }
+
+
+def _details(found: Outcomes, measures: Sequence[str]) -> dict[str, Any]:
+    against, nothing = found.against(), found.losses[-1, ..., 0].mean(1)
+    shown = max(1, len(measures))
+    return {
+        "signal": against.signal,
+        "planted": found.planted,
+        "best": against.best.tolist(),
+        "mean": against.mean.tolist(),
+        "nothing": float(nothing.mean()),
+        "losses": found.losses[..., :shown].tolist(),
         "rules": {
             arm: {
-                "regret_at_pins": _value(_regret_of(judged, decided.at_pin)),
-                "against_nothing": asdict(mean_difference(decided.loss, nothing)),
+                "regret_at_pins": _regret([found], [found.at_pins(arm)]),
+                "against_nothing": asdict(mean_difference(decided.losses[:, 0], nothing)),
                 "inserted": float((decided.sites >= 0).mean()),
                 "sites": decided.sites.tolist(),
-                "losses": decided.loss.tolist(),
-                "losses_at_equal_cost": decided.trained_on.tolist(),
+                "losses": decided.losses[:, :shown].tolist(),
                 "passes": decided.passes.tolist(),
             }
-            for arm, decided in judged.arms.items()
+            for arm, decided in found.arms.items()
         },
     }
 
 
 def tables(found: Content) -> RenderableType:
-    """The machine, how to read it, a table for each task, and the means over the suite."""
-    passes = found["equal_cost"]["passes"]
+    """How to read it, a table for each task, and the means over the tasks."""
     return Group(
         Text(
-            f"{described(found['machine'])}; seed {found['seed']}. {found['networks']} networks of "
-            f"each task, {found['runs']} runs after every insertion.\n"
+            f"{found['networks']} networks of each task, {found['runs']} runs after every "
+            "insertion.\n"
         ),
-        Text(
-            "Regret is relative to random: 0 is the best site in expectation, 1 no better "
-            f"than chance; in brackets the {LEVEL:.0%} bootstrap interval over networks. “At the "
-            "pins” is the regret of the site alone, where a rule starts its layer off its pins. "
-            "Loss is the final training loss. “− nothing” is that minus the loss of inserting "
-            "nothing. Cost is in gradient passes over the data, for one decision. Regret “at equal "
-            f"cost”: every rule has {passes} passes, and spends those that its decision does not "
-            "take on further epochs; it is compared with the same best and mean site, so that it "
-            "is below 0 where these epochs buy more than the best site, and blank where a decision "
-            "takes more passes.\n"
-        ),
+        Text(" ".join(_how_to_read(found)) + "\n"),
         *(_task(task, found) for task in found["tasks"]),
-        _means(found),
+        tabled("Mean regret over tasks", "rule", _means(found)),
     )
+
+
+def _how_to_read(found: Content) -> Iterator[str]:
+    yield (
+        "Regret is relative to random: 0 is the best site in expectation, 1 no better than "
+        f"chance; in brackets the {LEVEL:.0%} bootstrap interval over networks. “At the pins” is "
+        "the regret of the site alone, where a rule starts its layer off its pins. Loss is the "
+        "final training loss. “− nothing” is that minus the loss of inserting nothing. Cost is in "
+        "gradient passes over the data, for one decision."
+    )
+    if found["measures"]:
+        yield "“Held out” is on other data of the same task, “old” on the task learnt first."
+    else:
+        yield (
+            f"Regret “at equal cost”: every rule has {MORE} passes, and spends those that its "
+            "decision does not take on further epochs; it is compared with the same best and mean "
+            "site, so that it is below 0 where these epochs buy more than the best site, and blank "
+            "where a decision takes more passes."
+        )
 
 
 def _task(task: str, found: Content) -> Table:
-    about, equal = found["details"][task], found["equal_cost"]["tasks"][task]
-    clear, planted = about["signal"], any(site is not None for site in about["planted"])
-    matters = "" if clear >= CLEAR else "; the place hardly matters"
-    headings = ["regret", "at the pins", "equal cost", "planted", "loss", "− nothing"]
-    headings += ["inserted", "cost"]
-    columns = [heading for heading in headings if planted or heading != "planted"]
-    table = titled(
-        f"{task}: {about['about']}. Best site {np.mean(about['best']):.4g}, mean site "
-        f"{np.mean(about['inserted']):.4g} ({clear:.1f} standard errors apart{matters}), "
-        f"not inserting {np.mean(about['nothing']):.4g}. Half {about['half']}.",
-        "rule",
-        *columns,
-    )
+    about, measures = found["details"][task], found["measures"]
+    equal = {} if measures else found["equal_cost"]["tasks"][task]
+    matters = "" if about["signal"] >= CLEAR else "; the place hardly matters"
+    rows = []
     for arm, row in found["tasks"][task].items():
         more = about["rules"][arm]
         at_pins, nothing = more["regret_at_pins"]["regret"], more["against_nothing"]
+        planted = row["planted_rate"]
         cells = {
-            "regret": _regret(row),
+            "regret": _shown(row),
+            "held-out regret": _shown(row, "held_out_"),
             "at the pins": "" if at_pins == row["regret"] else f"{at_pins:.2f}",
             "equal cost": f"{equal[arm]['regret']:.2f}" if arm in equal else "",
-            "planted": "" if row["planted_rate"] is None else f"{row['planted_rate']:.0%}",
+            "planted": "" if planted is None else f"{planted:.0%}",
             "loss": f"{row['loss']:.4g}",
-            "− nothing": interval(nothing["value"], nothing["low"], nothing["high"], ".2g"),
+            "− nothing": interval(**nothing, form=".2g"),
+            **{measure: f"{row[measure]:.4g}" for measure in measures[1:]},
             "inserted": f"{more['inserted']:.0%}",
             "cost": f"{row['cost_passes']:.3g}",
         }
-        table.add_row(arm, *(cells[heading] for heading in columns))
-    return table
+        rows.append((arm, cells))
+    title = (
+        f"{task}: {about['about']}. Best site {np.mean(about['best']):.4g}, mean site "
+        f"{np.mean(about['mean']):.4g} ({about['signal']:.1f} standard errors apart{matters}), "
+        f"not inserting {about['nothing']:.4g}. {about['group']}."
+    )
+    return tabled(title, "rule", rows)
 
 
-def _means(found: Content) -> Table:
-    equal = found["equal_cost"]["mean"]
-    columns = [f"{group} ({len(found['groups'][group])})" for group in found["means"]]
-    table = titled("Mean regret over tasks", "rule", *columns, "equal cost (all)", "cost")
+def _means(found: Content) -> Iterator[tuple[str, dict[str, str]]]:
+    equal = {} if found["measures"] else found["equal_cost"]["mean"]
     for arm in found["means"]["all"]:
+        cells = dict[str, str]()
+        for group, arms in found["means"].items():
+            named = f"{group} ({len(found['groups'][group])})"
+            cells |= {
+                named: _shown(arms[arm]),
+                f"{named}, held out": _shown(arms[arm], "held_out_"),
+            }
+        cells["equal cost (all)"] = _shown(equal[arm]) if arm in equal else ""
         cost = np.mean([arms[arm]["cost_passes"] for arms in found["tasks"].values()])
-        shown = [_regret(arms[arm]) for arms in found["means"].values()]
-        shown.append(_regret(equal[arm]) if arm in equal else "")
-        table.add_row(arm, *shown, f"{cost:.3g}")
-    return table
+        yield arm, cells | {"cost": f"{cost:.3g}"}
 
 
-def _regret(row: Content) -> str:
-    return interval(row["regret"], *row["interval"])
+def _shown(row: Content, of: str = "") -> str:
+    """A regret with its interval, or nothing where it is not measured."""
+    regret = row.get(f"{of}regret")
+    return "" if regret is None else interval(regret, *row[f"{of}interval"])

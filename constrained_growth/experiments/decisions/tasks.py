@@ -1,99 +1,25 @@
-"""The suite on which decisions are judged: networks trained up to the moment of insertion."""
+"""`bench decisions`: the suite on which rules are judged, networks all of which trains on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
 from constrained_growth.experiments.data import Split, digits, mnist1d, two_spirals
-from constrained_growth.experiments.ensembles.networks import (
-    Ensemble,
-    Loss,
-    Samples,
-    cross_entropy,
-    ensemble,
-    samples,
-    sites_of,
-    squared_error,
-)
-from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
+from constrained_growth.experiments.decisions.arms import ARMS
+from constrained_growth.experiments.decisions.outcomes import Task, family
+from constrained_growth.experiments.decisions.study import Plan, run, tables
+from constrained_growth.experiments.ensembles.networks import squared_error
+from constrained_growth.experiments.ensembles.training import SGD, Adam
 from constrained_growth.experiments.networks import feedforward
+from constrained_growth.experiments.training import Data
 
-Data = tuple[Tensor, Tensor]
-"""Inputs (samples, features); labels (samples,) or targets (samples, outputs)."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """Networks of one kind, each on its own data, and how they are trained.
-
-    `begin` maps a seed to network and data before the first step, and the site (number of the
-    hidden stage before it) where a layer is known to be missing, or None.
-    """
-
-    name: str
-    about: str
-    begin: Callable[[int], tuple[nn.Sequential, Data, int | None]]
-    block: Callable[[int], nn.Module]  # width of a site → the layer that could be inserted
-    optimizer: Optimizer
-    batch: int
-    before: int  # epochs before the insertion
-    after: int
-    half: int  # 0 or 1: constants chosen on one half of the suite are judged on the other
-    loss: Loss = cross_entropy
-    loss_fn: nn.Module = field(default_factory=nn.CrossEntropyLoss)  # the same, a plain network's
-
-
-@dataclass(frozen=True)
-class Moment:
-    """All networks of a task at the moment of insertion, as an ensemble and as plain modules."""
-
-    task: Task
-    trained: Ensemble
-    data: Samples
-    models: Sequence[nn.Sequential]
-    plain: Sequence[Data]
-    blocks: Sequence[Sequence[nn.Module]]  # for each network the layer at each of its sites
-    planted: Sequence[int | None]  # the site where a layer is missing, if that is known
-    seeds: Sequence[int]
-
-
-def at_the_moment(
-    task: Task, seeds: Sequence[int], on_epoch: Callable[[], object] = lambda: None
-) -> Moment:
-    """Make the networks of a task, one for each seed, and train them up to the insertion."""
-    models, xs, ys, planted, blocks = [], [], [], [], []
-    for seed in seeds:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model, (x, y), site = task.begin(seed)
-            widths = [out for _, out in sites_of(model)]
-            blocks.append([task.block(width) for width in widths])
-        models.append(model)
-        xs.append(x)
-        ys.append(y)
-        planted.append(site)
-    data = samples(xs, ys)
-    trained, _ = train(
-        ensemble(models),
-        data,
-        task.before,
-        task.optimizer,
-        loss=task.loss,
-        batch=task.batch,
-        order=Shuffle(list(seeds)),
-        on_epoch=on_epoch,
-    )
-    for model, values in zip(models, trained.parameters, strict=True):
-        nn.utils.vector_to_parameters(values.clone(), model.parameters())
-    return Moment(
-        task, trained, data, models, list(zip(xs, ys, strict=True)), blocks, planted, seeds
-    )
+__all__ = ["FULL", "QUICK", "run", "tables"]
 
 
 def residual(inputs: int, width: int, blocks: int, outputs: int) -> nn.Sequential:
@@ -175,17 +101,22 @@ def _planted(seed: int) -> tuple[nn.Sequential, Data, int]:
 
 
 def _spirals(
-    name: str, about: str, hidden: Sequence[int], optimizer: Optimizer, half: int, before: int = 400
+    name: str,
+    about: str,
+    hidden: Sequence[int],
+    optimizer: SGD | Adam,
+    half: int,
+    before: int = 400,
 ) -> Task:
     begin = _classifier(two_spirals, *hidden)
     about = f"two spirals, ReLU {about}"
-    return Task(name, about, begin, _relu_layer, optimizer, 225, before, after=800, half=half)
+    return Task(name, about, begin, _relu_layer, optimizer, 225, before, 800, f"half {half}")
 
 
-def _digits(name: str, about: str, optimizer: Optimizer, half: int, before: int) -> Task:
+def _digits(name: str, about: str, optimizer: SGD | Adam, half: int, before: int) -> Task:
     begin = _classifier(digits, 8, 8, 8, 8, 8)
     about = f"digits, ReLU [8] × 5, {about}"
-    return Task(name, about, begin, _relu_layer, optimizer, 128, before, after=60, half=half)
+    return Task(name, about, begin, _relu_layer, optimizer, 128, before, 60, f"half {half}")
 
 
 SUITE: tuple[Task, ...] = (
@@ -205,7 +136,7 @@ SUITE: tuple[Task, ...] = (
         batch=200,
         before=60,
         after=60,
-        half=1,
+        group="half 1",
     ),
     Task(
         "mnist1d-bottleneck",
@@ -216,7 +147,7 @@ SUITE: tuple[Task, ...] = (
         batch=200,
         before=60,
         after=60,
-        half=0,
+        group="half 0",
     ),
     Task(
         "friedman",
@@ -227,7 +158,7 @@ SUITE: tuple[Task, ...] = (
         batch=100,
         before=100,
         after=150,
-        half=1,
+        group="half 1",
         loss=squared_error,
         loss_fn=nn.MSELoss(),
     ),
@@ -240,8 +171,17 @@ SUITE: tuple[Task, ...] = (
         batch=250,
         before=300,
         after=300,
-        half=1,
+        group="half 1",
         loss=squared_error,
         loss_fn=nn.MSELoss(),
     ),
+)
+
+FULL = Plan(SUITE, networks=72, runs=8, family=family, arms=ARMS, chunk=24)
+
+QUICK = replace(
+    FULL,
+    tasks=[replace(t, before=20, after=20) for t in SUITE if t.name in ("spirals-4x2", "planted")],
+    networks=4,
+    runs=2,
 )

@@ -15,19 +15,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
 from rich.console import Group, RenderableType
 from rich.text import Text
 from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from tqdm import tqdm
 
 import constrained_growth as cg
-from constrained_growth.experiments.caching import cached, digest
-from constrained_growth.experiments.decisions.study import Plan
 from constrained_growth.experiments.decisions.tasks import deep_teacher, residual
-from constrained_growth.experiments.ensembles.growth import insert_layer, new_layer
+from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
 from constrained_growth.experiments.ensembles.networks import (
     Ensemble,
     ensemble,
@@ -37,8 +33,8 @@ from constrained_growth.experiments.ensembles.networks import (
     squared_error,
 )
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Optimizer, Shuffle, train
-from constrained_growth.experiments.tables import number, titled
-from constrained_growth.experiments.timing import described, machine, one_thread
+from constrained_growth.experiments.jobs import cached, digest, in_parallel
+from constrained_growth.experiments.tables import number, tabled
 from constrained_growth.rules import Generalizes
 
 __all__ = ["FULL", "QUICK", "run", "tables"]
@@ -58,6 +54,16 @@ _CLEAR = 0.02
 """A clear gain is this share of the loss, besides being beyond the noise."""
 
 Data = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many networks of which kinds, and orders of the data after each insertion, are run."""
+
+    tasks: Sequence[Kind]
+    networks: int
+    runs: int
+    workers: int = 2
 
 
 @dataclass(frozen=True)
@@ -112,18 +118,8 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         something be inserted into these; under "details" the outcomes and p-values.
     """
     seeds = range(seed * plan.networks, (seed + 1) * plan.networks)
-
-    def of(kind: Kind) -> dict[str, Any]:
-        model, data = _seeded(kind, seeds[0])
-        tensors = [*model.parameters(), *(tensor for part in data for tensor in part)]
-        key = digest(f"whether-{kind.name}", repr((kind, list(seeds), plan.runs)), *tensors)
-        with one_thread():
-            return cached(cache, key, lambda: _outcomes(kind, seeds, plan.runs))
-
-    jobs = tqdm([delayed(of)(kind) for kind in plan.tasks], unit=" kinds", disable=None)
-    with one_thread():
-        found: Any = Parallel(n_jobs=min(plan.workers, len(plan.tasks)))(jobs)
-        here = machine()
+    jobs = [(kind, seeds, plan.runs, cache) for kind in plan.tasks]
+    found = in_parallel(_of_kind, jobs, plan.workers, desc="whether", unit="kind")
     details = {kind.name: one for kind, one in zip(plan.tasks, found, strict=True)}
     groups = {"all": list(details)} | {kind: [kind] for kind in details}
     return {
@@ -134,11 +130,17 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         "about": {
             kind.name: {**asdict(kind), "optimizer": repr(kind.optimizer)} for kind in plan.tasks
         },
-        "machine": here,
-        "seed": seed,
         "networks": plan.networks,
         "runs": plan.runs,
     }
+
+
+def _of_kind(kind: Kind, seeds: Sequence[int], runs: int, cache: Path | None) -> dict[str, Any]:
+    """The outcomes, or what the folder has of them."""
+    model, data = _seeded(kind, seeds[0])
+    tensors = [*model.parameters(), *(tensor for part in data for tensor in part)]
+    key = digest(f"whether-{kind.name}", repr((kind, list(seeds), runs)), *tensors)
+    return cached(cache, key, lambda: _outcomes(kind, seeds, runs))
 
 
 def _rates(details: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -192,13 +194,13 @@ def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
     )
     if kind.frozen:
         trained = replace(trained, memory={})
-    for model, values in zip(models, trained.parameters, strict=True):
-        nn.utils.vector_to_parameters(values.clone(), model.parameters())
+    trained.write_to(models)
+    for model in models:
         model.requires_grad_(not kind.frozen)
     blocks = [_blocks(model, seed) for model, seed in zip(models, seeds, strict=True)]
     rows = [i for i in range(len(seeds)) for _ in range(runs)]
     orders = Shuffle([1_000_000 + 1_000 * seed + k for seed in seeds for k in range(runs)])
-    data = replace(learnt, x=learnt.x[rows], y=learnt.y[rows])
+    data = learnt.take(rows)
     final = []
     for site in range(-1, len(blocks[0])):
         grown, mask = _grown(trained.take(rows), [blocks[i] for i in rows], site, kind.frozen)
@@ -212,7 +214,7 @@ def _outcomes(kind: Kind, seeds: Sequence[int], runs: int) -> dict[str, Any]:
             order=orders,
             moving=mask,
         )
-        output, _ = forward(after.stack, after.parameters, test.x[rows])
+        output, _ = forward(after.model, after.parameters, test.x[rows])
         each = (output - test.y[rows]).square().mean(1)  # (networks × runs, samples)
         final.append(each.unflatten(0, (len(seeds), runs)).double().detach())
     losses = torch.stack(final)
@@ -274,12 +276,12 @@ def _grown(
     """With the layer at the site, −1 for none; and 1 for the parameters that learn, 0 elsewhere."""
     if site < 0:
         return trained, torch.zeros_like(trained.parameters) if frozen else None
-    places, layer = [site] * len(trained), new_layer([each[site] for each in blocks])
-    grown = insert_layer(trained, places, layer)
+    layer = NewLayer.of(*(each[site] for each in blocks))
+    grown = insert_layer(trained, site, layer)
     if not frozen:
         return grown, None
     blank = replace(trained, parameters=torch.zeros_like(trained.parameters), memory={})
-    mask = insert_layer(blank, places, replace(layer, start=torch.ones_like(layer.start)))
+    mask = insert_layer(blank, site, replace(layer, start=torch.ones_like(layer.start)))
     return grown, mask.parameters
 
 
@@ -338,26 +340,26 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:
-    """The machine, how to read it, and the rates of each kind."""
+    """How to read it, and the rates of each kind."""
     columns = [(test, level) for test in TESTS for level in ("0.05", "rule")]
-    columns = [("score", "0.01") if pair == ("score", "rule") else pair for pair in columns]
-    headings = [f"{test}, {level}" for test, level in columns]
-    table = titled(
-        "Inserted into networks with a clear gain / without any",
-        "students",
-        *("networks", "clear", "none"),
-        *headings,
-    )
-    for kind, row in found["kinds"].items():
-        cells = [
-            "/".join(number(row[test][level][who], ".2f") for who in ("clear", "none"))
-            for test, level in columns
-        ]
-        table.add_row(kind, *(str(row[name]) for name in ("networks", "clear", "none")), *cells)
+    columns[-1] = "score", "0.01"  # which has no effect size
+    rows = [
+        (
+            kind,
+            {name: str(row[name]) for name in ("networks", "clear", "none")}
+            | {
+                f"{test}, {level}": "/".join(
+                    number(row[test][level][who], ".2f") for who in ("clear", "none")
+                )
+                for test, level in columns
+            },
+        )
+        for kind, row in found["kinds"].items()
+    ]
     return Group(
         Text(
-            f"{described(found['machine'])}; seed {found['seed']}. {found['networks']} networks of "
-            f"each kind, {found['runs']} runs after every insertion.\n"
+            f"{found['networks']} networks of each kind, {found['runs']} runs after every "
+            "insertion.\n"
         ),
         Text(
             "A layer helps clearly where the held-out loss falls by more than three standard "
@@ -366,5 +368,5 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
             f"a level, or by the rule {_RULE}: on validation data, by cross-fitting the training "
             "data, and by Rao's score test.\n"
         ),
-        table,
+        tabled("Inserted into networks with a clear gain / without any", "students", rows),
     )

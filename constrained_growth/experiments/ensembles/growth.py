@@ -1,9 +1,7 @@
-"""Multipliers of a layer at the sites of an ensemble, and its insertion, replica by replica."""
+"""Multipliers of a layer at the sites of an ensemble, and its insertion."""
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -16,60 +14,53 @@ from constrained_growth.experiments.ensembles.networks import (
     Ensemble,
     Loss,
     Samples,
-    Stack,
+    apply,
     cross_entropy,
     forward,
-    parts,
+    is_site,
+    split,
 )
-from constrained_growth.experiments.ensembles.stages import Stage, stage_of
 
 
 @dataclass(frozen=True)
 class NewLayer:
-    """A layer to insert; `start`, its parameters at the pins, is (replicas or 1, parameters).
+    """A layer to insert; `start`, its parameters at the pins, is (replicas or 1, parameters)."""
 
-    `names` are those of the parameters in the plain block, `pinned` the pinned ones among them.
-    """
-
-    stage: Stage
+    block: nn.Module
     start: Tensor
-    names: tuple[str, ...]
-    pinned: tuple[str, ...]
 
-
-def new_layer(blocks: nn.Module | Sequence[nn.Module], after: Stage | None = None) -> NewLayer:
-    """A block of the library as a layer to insert: the same for all replicas, or one for each."""
-    each = [blocks] if isinstance(blocks, nn.Module) else list(blocks)
-    return NewLayer(
-        stage_of(each[0], after),
-        torch.stack([nn.utils.parameters_to_vector(b.parameters()).detach() for b in each]),
-        tuple(name for name, _ in each[0].named_parameters()),
-        tuple(pinned_parameters(each[0])),
-    )
+    @classmethod
+    def of(cls, *blocks: nn.Module) -> NewLayer:
+        """Blocks of the library: one for all replicas, or one for each."""
+        rows = [nn.utils.parameters_to_vector(b.parameters()).detach() for b in blocks]
+        return cls(blocks[0], torch.stack(rows))
 
 
 def multipliers(
-    trained: Ensemble,
-    data: Samples,
-    layer: NewLayer,
-    loss: Loss = cross_entropy,
-    *,
-    sites: Sequence[int] | None = None,
+    trained: Ensemble, data: Samples, layers: Sequence[NewLayer], loss: Loss = cross_entropy
 ) -> list[dict[str, Tensor]]:
-    """λ = −∇_v L(θ, 0) of a layer at the sites of every replica, in one pass.
+    """λ = −∇_v L(θ, 0) of one layer for each site of every replica, in one pass.
 
     As in `solve`, the candidates are not built in: λ comes from the tensor x at the site and
-    δ = ∂L/∂x. Site k is the output of hidden stage k = 0, 1, …; by default all sites are measured.
-    Returns for each of them: pinned parameter → λ, shape (replicas, *its shape).
+    δ = ∂L/∂x. Returns for each site: pinned parameter → λ, shape (replicas, *its shape).
     """
-    at = range(len(trained.stack.stages)) if sites is None else sites
-    _check_width(trained.stack, layer, at)
     with torch.enable_grad():
         leaf = trained.parameters.detach().requires_grad_()
-        output, there = forward(trained.stack, leaf, data.x)
-        tensors = [there[k] for k in at]
-        deltas = torch.autograd.grad(loss(output, data.y).sum(), tensors)
-    return [_at_site(layer, x.detach(), d) for x, d in zip(tensors, deltas, strict=True)]
+        output, sites = forward(trained.model, leaf, data.x)
+        deltas = torch.autograd.grad(loss(output, data.y).sum(), sites)
+    at_sites = zip(layers, sites, deltas, strict=True)
+    return [_at_site(layer, x.detach(), delta) for layer, x, delta in at_sites]
+
+
+def _at_site(layer: NewLayer, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
+    start = layer.start.to(x.dtype).expand(len(x), -1)
+    with torch.enable_grad():
+        leaves = [value.clone().requires_grad_() for value in split(layer.block, start)]
+        output = apply(layer.block, leaves, x)
+        found = torch.autograd.grad(output, leaves, delta, allow_unused=True)
+    named = zip((name for name, _ in layer.block.named_parameters()), found, strict=True)
+    pinned = pinned_parameters(layer.block)
+    return {name: -value for name, value in named if name in pinned and value is not None}
 
 
 def frobenius(found: Sequence[Tensor]) -> Tensor:
@@ -77,69 +68,29 @@ def frobenius(found: Sequence[Tensor]) -> Tensor:
     return torch.stack([at.flatten(1).square().sum(1) for at in found], dim=1).sqrt()
 
 
-def insert_layer(trained: Ensemble, sites: Tensor | Sequence[int], layer: NewLayer) -> Ensemble:
-    """Insert the layer into every replica at its own site, `sites` of shape (replicas,).
+def insert_layer(trained: Ensemble, site: int, layer: NewLayer) -> Ensemble:
+    """Insert the layer into every replica after site 0, 1, …; outputs do not change.
 
-    Outputs do not change. The optimizer's memory is kept; that of the new parameters is zero.
+    The optimizer's memory is kept; that of the new parameters is zero.
 
     Raises:
-        CandidateError: There is no such site, the widths differ, or the replicas would no longer
-            be of one architecture. Then insert into `trained.take(…)`, site by site.
+        CandidateError: There is no such site.
     """
-    places, stages = torch.as_tensor(sites), trained.stack.stages
-    distinct = sorted(set(places.tolist()))
-    if places.shape != (len(trained),) or distinct[0] < 0 or distinct[-1] >= len(stages):
-        raise CandidateError(
-            f"sites must be one number from 0 to {len(stages) - 1} for each of the "
-            f"{len(trained)} replicas; got shape {tuple(places.shape)}, values {distinct}."
-        )
-    _check_width(trained.stack, layer, distinct)
-    grown = [
-        replace(trained.stack, stages=(*stages[: k + 1], layer.stage, *stages[k + 1 :]))
-        for k in distinct
-    ]
-    if len({repr(stack) for stack in grown}) > 1:  # an activation shows its settings in its repr
-        raise CandidateError(
-            f"inserting at sites {distinct} gives different architectures; insert into "
-            "take(…) of the replicas, one site at a time."
-        )
-    ends = list(itertools.accumulate(sum(map(math.prod, s)) for s in trained.stack.shapes))
-    count, added = trained.parameters.shape[1], layer.start.shape[1]
-    columns = torch.empty(len(stages), count + added, dtype=torch.long)
-    for k in distinct:
-        old, new = torch.arange(count), torch.arange(count, count + added)
-        columns[k] = torch.cat([old[: ends[k]], new, old[ends[k] :]])
-    index, start = columns[places], layer.start.to(trained.parameters.dtype)
-    fresh = start.expand(len(trained), -1)
+    modules = list(trained.model)
+    places = [i + 1 for i, module in enumerate(modules) if is_site(module)]
+    if not 0 <= site < len(places):
+        raise CandidateError(f"site={site} must be a number from 0 to {len(places) - 1}.")
+    before, after = modules[: places[site]], modules[places[site] :]
+    end = sum(p.numel() for module in before for p in module.parameters())
+    start = layer.start.to(trained.parameters.dtype).expand(len(trained), -1)
+
+    def with_new(old: Tensor, new: Tensor) -> Tensor:
+        return torch.cat([old[:, :end], new, old[:, end:]], dim=1)
+
+    blank = torch.zeros_like(start)
     return replace(
         trained,
-        stack=grown[0],
-        parameters=torch.cat([trained.parameters, fresh], 1).gather(1, index),
-        memory={
-            key: torch.cat([value, torch.zeros_like(fresh)], 1).gather(1, index)
-            for key, value in trained.memory.items()
-        },
+        model=nn.Sequential(*before, layer.block, *after),
+        parameters=with_new(trained.parameters, start),
+        memory={key: with_new(value, blank) for key, value in trained.memory.items()},
     )
-
-
-def _at_site(layer: NewLayer, x: Tensor, delta: Tensor) -> dict[str, Tensor]:
-    shapes = layer.stage.shapes(x.shape[1])
-    start = layer.start.to(x.dtype).expand(len(x), -1)
-    with torch.enable_grad():
-        (values,) = parts(start, (shapes,))
-        leaves = [value.clone().requires_grad_() for value in values]
-        found = torch.autograd.grad(layer.stage(leaves, x), leaves, delta, allow_unused=True)
-    return {
-        name: -value
-        for name, value in zip(layer.names, found, strict=True)
-        if name in layer.pinned and value is not None
-    }
-
-
-def _check_width(stack: Stack, layer: NewLayer, sites: Sequence[int]) -> None:
-    widths = sorted({stack.stages[k].width for k in sites})
-    if widths != [layer.stage.width]:
-        raise CandidateError(
-            f"layer has width {layer.stage.width}, the sites have {widths}; insert into take(…) "
-            "of the replicas, one width at a time."
-        )

@@ -27,8 +27,8 @@ class Optimizer(Protocol):
     ) -> None:
         """Move the parameters and update the memory, in place, all (replicas, parameters).
 
-        The memory is empty before the first step; `running` (replicas, 1 or parameters) is 0 for
-        what does not move.
+        The memory is empty before the first step, and has the names of PyTorch's state; `running`
+        (replicas, 1 or parameters) is 0 for what does not move.
         """
         ...
 
@@ -40,12 +40,16 @@ class SGD:
     lr: float
     momentum: float = 0.0
 
+    def plain(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """PyTorch's, of one network."""
+        return torch.optim.SGD(parameters, self.lr, self.momentum)
+
     def step(
         self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
     ) -> None:
         """One step."""
         if self.momentum:
-            velocity = memory.setdefault("momentum", torch.zeros_like(parameters))
+            velocity = memory.setdefault("momentum_buffer", torch.zeros_like(parameters))
             gradient = velocity.mul_(self.momentum).add_(gradient)
         parameters.sub_(gradient * (self.lr * running))
 
@@ -58,16 +62,20 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    def plain(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """PyTorch's, of one network."""
+        return torch.optim.Adam(parameters, self.lr, self.betas, self.eps)
+
     def step(
         self, parameters: Tensor, gradient: Tensor, memory: dict[str, Tensor], running: Tensor
     ) -> None:
         """One step."""
-        for name in ("steps", "mean", "square"):
+        for name in ("step", "exp_avg", "exp_avg_sq"):
             memory.setdefault(name, torch.zeros_like(parameters))
         first, second = self.betas
-        steps = memory["steps"].add_(1)
-        mean = memory["mean"].lerp_(gradient, 1 - first)
-        square = memory["square"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
+        steps = memory["step"].add_(1)
+        mean = memory["exp_avg"].lerp_(gradient, 1 - first)
+        square = memory["exp_avg_sq"].mul_(second).addcmul_(gradient, gradient, value=1 - second)
         scale = (square / (1 - second**steps)).sqrt_().add_(self.eps)
         parameters.sub_(mean / (1 - first**steps) / scale * (self.lr * running))
 
@@ -104,7 +112,6 @@ def train(
     order: Callable[[int, int], Tensor] | None = None,
     test: Samples | None = None,
     moving: Tensor | None = None,
-    on_epoch: Callable[[], object] = lambda: None,
 ) -> tuple[Ensemble, History]:
     """Train all replicas together for some more epochs, from `begun`, which is not changed.
 
@@ -117,7 +124,7 @@ def train(
     memory = {key: value.clone() for key, value in begun.memory.items()}
     losses, errors, trained = list[Tensor](), list[Tensor](), torch.zeros(len(begun)).long()
     last_loss = begun.last_loss
-    last_error = None if test is None else error_rate(begun.stack, parameters, test)
+    last_error = None if test is None else error_rate(begun.model, parameters, test)
     for epoch in range(begun.epochs, begun.epochs + epochs):
         if running.any():
             now_moving = running.unsqueeze(1).to(parameters.dtype)
@@ -126,18 +133,17 @@ def train(
             rows = None if order is None else order(epoch, data.x.shape[2])
             now = list[Tensor]()
             for part in _batches(data, batch, rows):
-                value, slope = gradient(begun.stack, parameters, part, loss)
+                value, slope = gradient(begun.model, parameters, part, loss)
                 optimizer.step(parameters, slope, memory, now_moving)
                 now.append(value)
             last_loss = torch.where(running, torch.stack(now).mean(0), last_loss)
             trained += running
             if test is not None:
-                last_error = error_rate(begun.stack, parameters, test)
+                last_error = error_rate(begun.model, parameters, test)
                 running &= last_error > 0
         losses.append(last_loss)
         if last_error is not None:
             errors.append(last_error)
-        on_epoch()
     after = replace(
         begun,
         parameters=parameters,

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import numpy as np
-from joblib import Parallel, delayed
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from constrained_growth._progress import progress_bar
 from constrained_growth.errors import DataError
-from constrained_growth.experiments.caching import cached, digest
 from constrained_growth.experiments.growth.runs import ARMS, BIG, Arm, Trace, train
 from constrained_growth.experiments.growth.tasks import TASKS, GrowthTask
+from constrained_growth.experiments.jobs import cached, digest, in_parallel
 from constrained_growth.experiments.statistics import (
     LEVEL,
     first_at_most,
@@ -28,8 +26,7 @@ from constrained_growth.experiments.statistics import (
     saving,
     smoothed,
 )
-from constrained_growth.experiments.tables import interval, number, titled
-from constrained_growth.experiments.timing import described, machine, one_thread
+from constrained_growth.experiments.tables import interval, number, tabled
 
 Content = Mapping[str, Any]
 
@@ -90,33 +87,14 @@ def run(
             f"seeds={plan.seeds} of plan must be positive, and one arm must be named {BIG!r}; the "
             f"arms are {names}."
         )
+    pairs = [(task, arm) for task in plan.tasks for arm in arms]
+    rates = _tuned(plan, pairs, cache) if len(plan.rates) > 1 else [plan.rates[0]] * len(pairs)
     seeds = range(seed, seed + plan.seeds)
-    trials = len(plan.rates) * plan.tuned_on if len(plan.rates) > 1 else 0
-    with (
-        one_thread(),
-        progress_bar(
-            desc="growth", unit="run", total=len(plan.tasks) * len(arms) * (plan.seeds + trials)
-        ) as bar,
-    ):
-
-        def carried_out(jobs: Sequence[tuple[GrowthTask, Arm, int, float]]) -> list[Trace]:
-            each = (delayed(_trace)(*job, cache) for job in jobs)
-            parallel: Any = Parallel(n_jobs=plan.workers, return_as="generator")(each)
-            found = list[Trace]()
-            for trace in parallel:
-                found.append(trace)
-                bar.update()
-            return found
-
-        pairs = [(task, arm) for task in plan.tasks for arm in arms]
-        rates = _tuned(plan, pairs, carried_out) if trials else [plan.rates[0]] * len(pairs)
-        jobs = [
-            (task, arm, one, rate)
-            for (task, arm), rate in zip(pairs, rates, strict=True)
-            for one in seeds
-        ]
-        found = carried_out(jobs)
-        here = machine()
+    found = _trained(
+        plan,
+        [(*pair, one, rate) for pair, rate in zip(pairs, rates, strict=True) for one in seeds],
+        cache,
+    )
     by_pair = iter(found[i : i + plan.seeds] for i in range(0, len(found), plan.seeds))
     traces = {task.name: {name: next(by_pair) for name in names} for task in plan.tasks}
     chosen = iter(rates)
@@ -139,21 +117,24 @@ def run(
         },
         "learning_rates": {t.name: {name: next(chosen) for name in names} for t in plan.tasks},
         "settings": {task.name: task.settings for task in plan.tasks},
-        "machine": here,
-        "seed": seed,
         "seeds": plan.seeds,
     }
 
 
-def _tuned(
-    plan: Plan,
-    pairs: Sequence[tuple[GrowthTask, Arm]],
-    carried_out: Callable[[Sequence[tuple[GrowthTask, Arm, int, float]]], list[Trace]],
-) -> list[float]:
+Run = tuple[GrowthTask, Arm, int, float]
+"""Task, arm, seed and learning rate."""
+
+
+def _trained(plan: Plan, runs: Sequence[Run], cache: Path | None) -> list[Trace]:
+    jobs = [(*run, cache) for run in runs]
+    return in_parallel(_trace, jobs, plan.workers, desc="growth", unit="run")
+
+
+def _tuned(plan: Plan, pairs: Sequence[tuple[GrowthTask, Arm]], cache: Path | None) -> list[float]:
     """The learning rate of each arm on each task."""
     seeds = range(_TUNING, _TUNING + plan.tuned_on)
-    jobs = [(task, arm, s, rate) for task, arm in pairs for rate in plan.rates for s in seeds]
-    ends = [float(smoothed(trace.loss)[-1]) for trace in carried_out(jobs)]
+    runs = [(*pair, one, rate) for pair in pairs for rate in plan.rates for one in seeds]
+    ends = [float(smoothed(trace.loss)[-1]) for trace in _trained(plan, runs, cache)]
     means = np.reshape(ends, (len(pairs), len(plan.rates), plan.tuned_on)).mean(2)
     means = np.where(np.isfinite(means), means, np.inf)  # a run may have diverged
     return [plan.rates[best] for best in means.argmin(1)]
@@ -161,8 +142,7 @@ def _tuned(
 
 def _trace(task: GrowthTask, arm: Arm, seed: int, rate: float, cache: Path | None) -> Trace:
     key = digest(task.name, json.dumps(task.settings | {"rate": rate}, sort_keys=True))
-    with one_thread():
-        return cached(cache, f"{key}-{arm.name}-{seed}", lambda: train(task, arm, seed, rate))
+    return cached(cache, f"{key}-{arm.name}-{seed}", lambda: train(task, arm, seed, rate))
 
 
 def _outcome(traces: Sequence[Trace], big: Sequence[Trace]) -> dict[str, Any]:
@@ -194,12 +174,8 @@ def _verdict(outcome: Content, big: Content, first: Content) -> dict[str, Any]:
 
 
 def tables(found: Content) -> RenderableType:
-    """The machine, how to read it, and a table for each task."""
+    """How to read it, and a table for each task."""
     return Group(
-        Text(
-            f"{described(found['machine'])}; seeds {found['seed']} to "
-            f"{found['seed'] + found['seeds'] - 1}.\n"
-        ),
         Text(
             "Multiply-adds (in units of 10⁹, counted, decisions included) and seconds until the "
             "loss on held-out data is the one that the big network trained from the start ends "
@@ -214,31 +190,29 @@ def tables(found: Content) -> RenderableType:
 
 
 def _table(task: str, found: Content) -> Table:
-    arms, about = found["tasks"][task], found["settings"][task]
-    table = titled(
-        f"{task}: {about['about']}. {about['small']} → {about['big']} blocks, "
-        f"{about['steps']} steps",
-        "arm",
-        *("multiply-adds", "saved", "seconds", "saved", "reached", "final loss"),
-        *(f"− {BIG}", f"− {next(iter(arms))}", "accuracy", "training loss", "rate"),
-    )
+    arms, about, seeds = found["tasks"][task], found["settings"][task], found["seeds"]
+    rows = []
     for arm, outcome in arms.items():
         verdict = found["against_big"][task][arm]
-        table.add_row(
-            arm,
-            number(_median(outcome["multiply_adds"]) / 1e9),
-            _percent(**verdict["saved"]),
-            number(_median(outcome["seconds"])),
-            _percent(**verdict["saved_seconds"]),
-            f"{verdict['reached']}/{found['seeds']}",
-            f"{mean(outcome['final_loss']):.3g}",
-            interval(**verdict["difference"], form=".2g"),
-            interval(**verdict["behind"], form=".2g"),
-            f"{mean(outcome['accuracy']):.1%}",
-            f"{mean(outcome['training_loss']):.3g}",
-            f"{found['learning_rates'][task][arm]:g}",
-        )
-    return table
+        cells = {
+            "multiply-adds": number(_median(outcome["multiply_adds"]) / 1e9),
+            "saved": _percent(**verdict["saved"]),
+            "seconds": number(_median(outcome["seconds"])),
+            "seconds saved": _percent(**verdict["saved_seconds"]),
+            "reached": f"{verdict['reached']}/{seeds}",
+            "final loss": f"{mean(outcome['final_loss']):.3g}",
+            f"− {BIG}": interval(**verdict["difference"], form=".2g"),
+            f"− {next(iter(arms))}": interval(**verdict["behind"], form=".2g"),
+            "accuracy": f"{mean(outcome['accuracy']):.1%}",
+            "training loss": f"{mean(outcome['training_loss']):.3g}",
+            "rate": f"{found['learning_rates'][task][arm]:g}",
+        }
+        rows.append((arm, cells))
+    title = (
+        f"{task}: {about['about']}. {about['small']} → {about['big']} blocks, "
+        f"{about['steps']} steps, {seeds} seeds"
+    )
+    return tabled(title, "arm", rows)
 
 
 def _median(values: Sequence[float | None]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 import constrained_growth as cg
 from constrained_growth.blocks import AffineFactors, ResidualConv2d, TransformerBlock
 from constrained_growth.experiments.data import (
+    CHARACTERS,
     Split,
     epochs,
     images,
     mnist1d,
-    python_help,
+    parted,
     random_windows,
+    text,
     windows,
 )
 from constrained_growth.experiments.networks import Embed
@@ -180,26 +182,19 @@ def _convolutional(
     return nn.Sequential(stem, *body, nn.ReLU(), pool, nn.Flatten(), nn.Linear(channels, 10))
 
 
-_text = cache(python_help)
-
-
 def _text_material(seed: int) -> Material:
-    text = _text()
-    train = partial(random_windows, text.train, _PIECES, _LENGTH)
-    look, other = (
-        torch.arange(64) * ((len(part) - _LENGTH - 1) // 64) for part in (text.train, text.held_out)
+    train, held_out = parted(text("english"))
+    stream = partial(random_windows, train, _PIECES, _LENGTH)
+    deciding = stream(1_000_003 + seed)
+    training, held_out = (
+        windows(part, torch.arange(64) * ((len(part) - _LENGTH - 1) // 64), _LENGTH)
+        for part in (train, held_out)
     )
-    stream = train(1_000_003 + seed)
-    return Material(
-        train,
-        [next(stream) for _ in range(4)],
-        [windows(text.train, look, _LENGTH)],
-        [windows(text.held_out, other, _LENGTH)],
-    )
+    return Material(stream, [next(deciding) for _ in range(4)], [training], [held_out])
 
 
 def _text_network(blocks: int) -> nn.Module:
-    return GPT(len(_text().alphabet), _LENGTH, _WIDTH, _HEADS, blocks)
+    return GPT(CHARACTERS, _LENGTH, _WIDTH, _HEADS, blocks)
 
 
 # Widths and steps were chosen on seeds from 1000 on, which the benchmark does not compare, from

@@ -106,7 +106,7 @@ class Experiment:
     batch: int | None = None  # None: all samples
     times: tuple[int, ...] = ()  # other epochs to insert at, with the same total
     seconds: int = 60  # that 100 seeds take on one core, roughly
-    chunk: int = 50  # how many seeds train together: what an interruption can cost
+    chunk: int = 25  # how many seeds train together: what an interruption can cost
     data: Callable[[int], Split] = two_spirals
     reference: Mapping[str, Reference] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()

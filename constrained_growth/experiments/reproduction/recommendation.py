@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import constrained_growth as cg
-from constrained_growth.experiments.ensembles.growth import NewLayer, insert_layer
 from constrained_growth.experiments.ensembles.networks import Ensemble, Samples, sites_of
 from constrained_growth.experiments.ensembles.training import Optimizer
 from constrained_growth.training import NewLayers
@@ -26,29 +25,23 @@ recommended then, `KroneckerFisher(damping=0.03)`."""
 AGE = "age"
 """Memory of how many steps a parameter has made since its insertion; ∞ for older ones."""
 
-Group = tuple[NDArray[np.integer], Ensemble]
-"""Rows of some replicas, and these replicas after the insertion."""
-
 
 def recommended(
     trained: Ensemble,
     data: Samples,
     models: Sequence[nn.Sequential],
     block: Callable[[int], nn.Module],
-    layer: NewLayer,
     solver: Solver = RECOMMENDED,
-) -> tuple[NDArray[np.integer], list[Group]]:
+) -> tuple[NDArray[np.integer], list[Tensor]]:
     """Ask the library about each replica, and insert what it says.
 
     `models` are plain networks of the replicas' architecture, to be overwritten; `block` maps a
-    width to the layer to insert, `layer` is the same for an ensemble. Returns the site of each
-    replica, −1 for nowhere, and the replicas grouped by it, ready for `StepsAfter`.
+    width to the layer to insert. Returns the site of each replica, −1 for nowhere, and its
+    parameters then.
     """
-    old = {AGE: torch.full_like(trained.parameters, torch.inf)}
-    trained = replace(trained, memory={**trained.memory, **old})
     sites, rows = list[int](), list[Tensor]()
+    trained.write_to(models)
     for r, model in enumerate(models):
-        nn.utils.vector_to_parameters(trained.parameters[r], model.parameters())
         at = dict(sites_of(model))
         problem = cg.GrowthProblem(
             model,
@@ -61,14 +54,13 @@ def recommended(
         chosen = solution.decision.chosen
         sites.append(list(at).index(chosen[0]) if chosen else -1)
         rows.append(nn.utils.parameters_to_vector(model.parameters()).detach())
-    where = np.array(sites)
-    groups = list[Group]()
-    for site in sorted(set(sites)):
-        mine = np.flatnonzero(where == site)
-        some = trained.take(mine.tolist())
-        grown = some if site < 0 else insert_layer(some, torch.as_tensor(where[mine]), layer)
-        groups.append((mine, replace(grown, parameters=torch.stack([rows[r] for r in mine]))))
-    return where, groups
+    return np.array(sites), rows
+
+
+def with_ages(trained: Ensemble) -> Ensemble:
+    """As `StepsAfter` needs it: all parameters are old."""
+    ages = torch.full_like(trained.parameters, torch.inf)
+    return replace(trained, memory={**trained.memory, AGE: ages})
 
 
 @dataclass(frozen=True)

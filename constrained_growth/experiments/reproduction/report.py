@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from constrained_growth.experiments.reproduction.runs import (
     work,
 )
 from constrained_growth.experiments.statistics import Paired, Spread, agreement, paired, same_share
-from constrained_growth.experiments.tables import interval, number, titled
+from constrained_growth.experiments.tables import interval, number, tabled
 
 Content = Mapping[str, Any]
 
@@ -60,19 +61,22 @@ SIGNIFICANT = 0.05
 
 def overview() -> RenderableType:
     """What there is to reproduce."""
-    columns = "what it stands for", "network", "epochs", "100 seeds on one core"
-    table = Table("name", *columns)
-    for name, experiment in EXPERIMENTS.items():
-        table.add_row(
+    rows = [
+        (
             name,
             experiment.shows,
             f"{experiment.family} {list(experiment.widths)}",
             f"{experiment.before} + {experiment.after}",
             f"about {experiment.seconds} s",
         )
+        for name, experiment in EXPERIMENTS.items()
+    ]
     images = "With and without insertion on images: --data digits or mnist1d."
     kinds = "relu [8, 8], residual-outer [8, 8], convolution [4, 4]"
-    table.add_row("images", images, kinds, "20 + 40", "about 25 min")
+    rows.append(("images", images, kinds, "20 + 40", "about 25 min"))
+    table = Table("name", "what it stands for", "network", "epochs", "100 seeds on one core")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
@@ -174,11 +178,27 @@ def _list(values: Array) -> list[float]:
 
 def tables(found: Content) -> RenderableType:
     """The final losses beside the reference's, the arms in pairs, and the effort."""
-    parts: list[RenderableType] = [_finals(found)]
-    parts += [_counts(found)] if found["counts"] else []
-    parts += [_pairs(found), _efforts(found)]
-    parts += [_times(found)] if found["inserted_at"] else []
-    return Group(*parts)
+    title = f"{found['experiment']}, {found['seeds']} seeds: final training loss in nats"
+    finals = tabled(title, "", [(f"{n}, {ARMS[n]}", _final(found, n)) for n in _shown(found)])
+    finals.caption = "p: that both are draws from one population, by resampling ours."
+    counts = tabled("How often", "better", map(partial(_count, found["seeds"]), found["counts"]))
+    efforts = tabled(
+        "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it",
+        "",
+        [(name, _effort_row(found["effort"][name])) for name in _shown(found)],
+    )
+    efforts.caption = (
+        "Runs that never reach it count as ∞. The choice of the site is included. Without it and "
+        "without early stops, the multiply-adds saved against the final network from the start "
+        f"would be {found['saved']:.1%}."
+    )
+    times = tabled(
+        "When to insert the layer of the largest sensitivity: final loss in nats",
+        "inserted at epoch",
+        _times(found),
+    )
+    shown = [finals, counts, _pairs(found), efforts, times]
+    return Group(*(table for table in shown if table.row_count))
 
 
 def _shown(found: Content) -> list[str]:
@@ -187,43 +207,36 @@ def _shown(found: Content) -> list[str]:
     return [name for name in found["arms"] if name not in twice]
 
 
-def _finals(found: Content) -> Table:
-    table = titled(
-        f"{found['experiment']}, {found['seeds']} seeds: final training loss in nats",
-        "",
-        *("mean", "median (quartiles)", "reference: mean", "median (quartiles)"),
-        *("p mean", "p median", "no test error"),
-    )
-    for name in _shown(found):
-        arm, theirs = found["arms"][name], found["reference"].get(name)
-        cells = ["", "", "", ""]
-        if theirs is not None:
-            p, limits = found["agreement"][name], theirs["quartiles"]
-            spread = f" [{limits[0]:.3f} {limits[1]:.3f}]" if limits else ""
-            median = "" if theirs["median"] is None else f"{theirs['median']:.3f}{spread}"
-            mean = f"{theirs['mean']:.3f} (n = {theirs['runs']})"
-            cells = [mean, median, _p(p["mean"]), _p(p["median"])]
-        done = np.mean(np.array(arm["test_error"]) == 0)
-        table.add_row(f"{name}, {ARMS[name]}", *_mean_and_spread(arm), *cells, f"{done:.0%}")
-    table.caption = "p: that both are draws from one population, by resampling ours."
-    return table
+def _final(found: Content, name: str) -> dict[str, str]:
+    arm, theirs = found["arms"][name], found["reference"].get(name)
+    row = _mean_and_spread(arm)
+    if theirs is not None:
+        p, limits = found["agreement"][name], theirs["quartiles"]
+        spread = f" [{limits[0]:.3f} {limits[1]:.3f}]" if limits else ""
+        row |= {
+            "reference: mean": f"{theirs['mean']:.3f} (n = {theirs['runs']})",
+            "reference: median": ""
+            if theirs["median"] is None
+            else f"{theirs['median']:.3f}{spread}",
+            "p mean": _p(p["mean"]),
+            "p median": _p(p["median"]),
+        }
+    return row | {"no test error": f"{np.mean(np.array(arm['test_error']) == 0):.0%}"}
 
 
-def _counts(found: Content) -> Table:
-    table = titled("How often", "better", "than", "after", "ours", "reference", "p")
-    for count in found["counts"]:
-        ours, theirs = f"{count['ours']}/{found['seeds']}", f"{count['held']}/{count['runs']}"
-        table.add_row(*count["arms"], _after(count["after"]), ours, theirs, _p(count["p"]))
-    return table
+def _count(seeds: int, count: Content) -> tuple[str, dict[str, str]]:
+    better, than = count["arms"]
+    return better, {
+        "than": than,
+        "after": _after(count["after"]),
+        "ours": f"{count['ours']}/{seeds}",
+        "reference": f"{count['held']}/{count['runs']}",
+        "p": _p(count["p"]),
+    }
 
 
 def _pairs(found: Content) -> Table:
-    table = titled(
-        "Loss of the first arm − that of the second, seed by seed, in nats",
-        "",
-        *("after", "mean difference (95 %)", "median (95 %)", "lower in", "equal", "p"),
-    )
-    same = list[str]()
+    same, shown = list[str](), list[tuple[str, dict[str, str]]]()
     for pair in PAIRS:
         rows = [row for row in found["pairs"] if tuple(row["arms"]) == pair]
         if pair[1] not in _shown(found):
@@ -232,61 +245,44 @@ def _pairs(found: Content) -> Table:
             same.append(f"{pair[0]} and {pair[1]} are the same.")
             continue
         for row in rows:
-            table.add_row(
-                " − ".join(pair),
-                _after(row["after"]),
-                interval(row["mean"], *row["interval"], form="+.2g"),
-                interval(row["median"], *row["median_interval"], form="+.2g"),
-                f"{row['smaller']}/{row['runs']}",
-                str(row["equal"]),
-                _p(row["p"]),
-            )
-        table.add_section()
+            cells = {
+                "after": _after(row["after"]),
+                "mean difference (95 %)": interval(row["mean"], *row["interval"], form="+.2g"),
+                "median (95 %)": interval(row["median"], *row["median_interval"], form="+.2g"),
+                "lower in": f"{row['smaller']}/{row['runs']}",
+                "equal": str(row["equal"]),
+                "p": _p(row["p"]),
+            }
+            shown.append((" − ".join(pair), cells))
+    title = "Loss of the first arm − that of the second, seed by seed, in nats"
+    table = tabled(title, "", shown, sections=True)
     test = "95 % bootstrap intervals; p of Wilcoxon's signed-rank test."
     table.caption = " ".join([test, *same])
     return table
 
 
-def _efforts(found: Content) -> Table:
-    table = titled(
-        "Share of runs that reach a loss; median epochs and 10⁶ multiply-adds to it",
-        "",
-        *(f"to {level} nats" for level in LEVELS),
-        "all epochs, mean",
-    )
-    for name in _shown(found):
-        effort = found["effort"][name]
-        cells = [
-            f"{row['reached']:.0%}: {number(row['epochs'], '.0f', '∞')}, "
-            f"{_million(row['multiply_adds'])}"
-            for row in effort["levels"].values()
-        ]
-        table.add_row(name, *cells, _million(effort["multiply_adds"]))
-    table.caption = (
-        "Runs that never reach it count as ∞. The choice of the site is included. Without it and "
-        "without early stops, the multiply-adds saved against the final network from the start "
-        f"would be {found['saved']:.1%}."
-    )
-    return table
+def _effort_row(effort: Content) -> dict[str, str]:
+    row = {
+        f"to {level} nats": f"{one['reached']:.0%}: {number(one['epochs'], '.0f', '∞')}, "
+        f"{_million(one['multiply_adds'])}"
+        for level, one in effort["levels"].items()
+    }
+    return row | {"all epochs, mean": _million(effort["multiply_adds"])}
 
 
-def _times(found: Content) -> Table:
-    table = titled(
-        "When to insert the layer of the largest sensitivity: final loss in nats",
-        "inserted at epoch",
-        *("mean", "median (quartiles)", "lower than N1"),
-    )
+def _times(found: Content) -> Iterator[tuple[str, dict[str, str]]]:
     kept = np.array(found["arms"]["N1"]["final_loss"])
     for epoch, arm in found["inserted_at"].items():
         lower = (np.array(arm["final_loss"]) < kept).sum()
-        table.add_row(epoch, *_mean_and_spread(arm), f"{lower}/{len(kept)}")
-    return table
+        yield epoch, _mean_and_spread(arm) | {"lower than N1": f"{lower}/{len(kept)}"}
 
 
-def _mean_and_spread(arm: Content) -> tuple[str, str]:
+def _mean_and_spread(arm: Content) -> dict[str, str]:
     spread = Spread.of(arm["final_loss"])
-    mean = float(np.mean(arm["final_loss"]))
-    return f"{mean:.3f}", interval(spread.median, spread.low, spread.high, ".3f")
+    return {
+        "mean": f"{np.mean(arm['final_loss']):.3f}",
+        "median (quartiles)": interval(spread.median, spread.low, spread.high, ".3f"),
+    }
 
 
 def _after(epochs: int | None) -> str:
@@ -317,33 +313,30 @@ def account(contents: Sequence[Content]) -> RenderableType:
     Below it, how many cells differ from the reference: with that many tests some would by chance,
     so p-values are also adjusted to the rate of false discoveries (Benjamini and Hochberg).
     """
-    table = titled(
-        "Final training loss in nats",
-        "",
-        *("reference: n", "mean", "median", "ours: n", "mean", "median", "p mean", "p median"),
-    )
-
-    def ours(arm: Content) -> list[str]:
-        loss = arm["final_loss"]
-        return [str(len(loss)), number(float(np.mean(loss)), ".3f"), f"{np.median(loss):.3f}"]
-
-    def cell(value: float | None) -> str:
-        return number(value, ".3f", "")
-
-    values = list[float]()
+    rows = list[tuple[str, dict[str, str]]]()
     for content in contents:
-        arms, name = content["arms"], content["experiment"]
-        for arm, theirs in content["reference"].items():
-            p = content["agreement"][arm]
-            values += [x for x in (p["mean"], p["median"]) if x is not None]
-            reference = [str(theirs["runs"]), cell(theirs["mean"]), cell(theirs["median"])]
-            tests = cell(p["mean"]), cell(p["median"])
-            table.add_row(f"{name} {arm}", *reference, *ours(arms[arm]), *tests)
-        table.add_row(f"{name} recommended", *[""] * 3, *ours(arms["recommended"]))
-        table.add_section()
+        for arm in (*content["reference"], "recommended"):
+            loss = content["arms"][arm]["final_loss"]
+            p = content["agreement"].get(arm, {})
+            theirs = content["reference"].get(arm, {})
+            cells = {
+                "reference: n": str(theirs.get("runs", "")),
+                "mean": number(theirs.get("mean"), ".3f", ""),
+                "median": number(theirs.get("median"), ".3f", ""),
+                "ours: n": str(len(loss)),
+                "our mean": f"{np.mean(loss):.3f}",
+                "our median": f"{np.median(loss):.3f}",
+                "p mean": number(p.get("mean"), ".3f", ""),
+                "p median": number(p.get("median"), ".3f", ""),
+            }
+            rows.append((f"{content['experiment']} {arm}", cells))
+    tested = [p for content in contents for p in content["agreement"].values()]
+    values = [p[of] for p in tested for of in ("mean", "median") if p[of] is not None]
     counts = [count["p"] for content in contents for count in content["counts"]]
     return Group(
-        table, Text(_differences("means and medians", values)), Text(_differences("counts", counts))
+        tabled("Final training loss in nats", "", rows),
+        Text(_differences("means and medians", values)),
+        Text(_differences("counts", counts)),
     )
 
 

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._progress import progress_bar
-from constrained_growth.experiments.caching import cache_file, cached, digest
 from constrained_growth.experiments.ensembles.growth import (
     NewLayer,
     frobenius,
     insert_layer,
     multipliers,
-    new_layer,
 )
-from constrained_growth.experiments.ensembles.networks import (
-    Ensemble,
-    Samples,
-    Stack,
-    ensemble,
-    multiply_adds,
-    operations,
-    samples,
-)
+from constrained_growth.experiments.ensembles.networks import Ensemble, Samples, ensemble, samples
 from constrained_growth.experiments.ensembles.training import (
     SGD,
     History,
@@ -36,8 +25,14 @@ from constrained_growth.experiments.ensembles.training import (
     Shuffle,
     train,
 )
+from constrained_growth.experiments.growth.counting import MultiplyAdds
+from constrained_growth.experiments.jobs import cache_file, cached, digest, in_parallel
 from constrained_growth.experiments.reproduction.protocols import FAMILIES, Experiment
-from constrained_growth.experiments.reproduction.recommendation import StepsAfter, recommended
+from constrained_growth.experiments.reproduction.recommendation import (
+    StepsAfter,
+    recommended,
+    with_ages,
+)
 from constrained_growth.experiments.reproduction.runs import (
     TRACE,
     Array,
@@ -56,8 +51,8 @@ def reproduce(
     seeds: Sequence[int],
     *,
     cache: Path | None = None,
-    progress: bool | None = None,
     dtype: torch.dtype = torch.float64,
+    workers: int = 2,
 ) -> Reproduction:
     """Run an experiment once for each seed; the other seeds change a run by rounding only.
 
@@ -65,22 +60,21 @@ def reproduce(
     `forget` is called. Not in float32 by default, as in the source: the gain of a step is often
     below its precision.
     """
-    parts = _chunks(experiment, seeds)
-    each = _epochs_in_all(experiment)
-    found = list[Reproduction]()
-    options = {"total": len(parts) * each, "desc": experiment.name, "progress": progress}
-    with progress_bar(unit=" epochs", **options) as bar:
-        for done, part in enumerate(parts, start=1):
-            make = partial(_run, experiment, part, dtype, bar.update)
-            # without the protocol: its data may be a function that cannot be pickled
-            stored = cached(
-                cache,
-                _key(experiment, part, dtype),
-                lambda make=make: {k: v for k, v in vars(make()).items() if k != "experiment"},
-            )
-            found.append(Reproduction(experiment, **stored))
-            bar.update(done * each - bar.n)
-    return joined(found)
+    jobs = [(experiment, part, dtype, cache) for part in _chunks(experiment, seeds)]
+    parts = in_parallel(_chunk, jobs, workers, desc=experiment.name, unit="part")
+    return joined([Reproduction(experiment, **part) for part in parts])
+
+
+def _chunk(
+    experiment: Experiment, seeds: tuple[int, ...], dtype: torch.dtype, cache: Path | None
+) -> dict[str, Any]:
+    """A `Reproduction` without its protocol, which may hold a function that cannot be pickled."""
+
+    def compute() -> dict[str, Any]:
+        found = vars(_run(experiment, seeds, dtype))
+        return {name: value for name, value in found.items() if name != "experiment"}
+
+    return cached(cache, _key(experiment, seeds, dtype), compute)
 
 
 def _key(experiment: Experiment, seeds: Sequence[int], dtype: torch.dtype) -> str:
@@ -111,7 +105,6 @@ class _Setting:
     data: Samples
     test: Samples
     dtype: torch.dtype
-    on_epoch: Callable[[], object]
 
     def models(self, widths: Sequence[int]) -> list[nn.Sequential]:
         """Freshly initialised networks; the random state is left as it was."""
@@ -131,43 +124,43 @@ class _Setting:
         rows: Sequence[int] | None = None,
         policy: Callable[[Optimizer], Optimizer] = lambda sgd: sgd,
     ) -> tuple[Ensemble, History]:
+        """Train some replicas on, by default all, at a multiple of the learning rate."""
         rows = range(len(self.seeds)) if rows is None else rows
-        order = Shuffle([self.seeds[r] for r in rows]) if self.experiment.batch else None
         return train(
             begun,
-            Samples(self.data.x[list(rows)], self.data.y[list(rows)]),
+            self.data.take(list(rows)),
             epochs,
             policy(SGD(self.experiment.lr * factor)),
             batch=self.experiment.batch,
-            order=order,
-            test=Samples(self.test.x[list(rows)], self.test.y[list(rows)]),
-            # an arm that is trained in groups counts once
-            on_epoch=self.on_epoch if 0 in rows else lambda: None,
+            order=Shuffle([self.seeds[r] for r in rows]) if self.experiment.batch else None,
+            test=self.test.take(list(rows)),
         )
 
-    def layer(self, before: Ensemble) -> NewLayer:
+    def layer(self) -> NewLayer:
+        """The layer to insert, at its pins."""
         block = FAMILIES[self.experiment.family].block(self.experiment.widths[-1])
-        return new_layer(block.to(self.dtype), before.stack.stages[-1])
+        return NewLayer.of(block.to(self.dtype))
 
     def sizes(self, trained: Ensemble) -> Array:
         """‖λ_W‖_F of every replica and site; a batch at a time where there are batches."""
         selected = FAMILIES[self.experiment.family].selected
-        layer, count = self.layer(trained), self.data.x.shape[2]
+        count = self.data.x.shape[2]
         at_once = _AT_ONCE if self.experiment.batch else count
-        total = list[Tensor]()
+        layers = [self.layer()] * len(self.experiment.widths)
+        parts = list[list[Tensor]]()
         for x, y in zip(self.data.x.split(at_once, 2), self.data.y.split(at_once, 2), strict=True):
-            found = multipliers(trained, Samples(x, y), layer)
-            part = [x.shape[2] / count * at[selected] for at in found]
-            total = [a + b for a, b in zip(total, part, strict=True)] if total else part
-        return _array(frobenius(total))
+            found = multipliers(trained, Samples(x, y), layers)
+            parts.append([x.shape[2] / count * at[selected] for at in found])
+        return frobenius([torch.stack(each).sum(0) for each in zip(*parts, strict=True)]).numpy()
+
+    def multiply_adds(self, trained: Ensemble) -> int:
+        """Of one forward pass of one sample, without biases and activations."""
+        with MultiplyAdds() as counter:
+            trained.model(self.data.x[:1, :, 0])
+        return counter.total
 
 
-def _run(
-    experiment: Experiment,
-    seeds: tuple[int, ...],
-    dtype: torch.dtype,
-    on_epoch: Callable[[], object],
-) -> Reproduction:
+def _run(experiment: Experiment, seeds: tuple[int, ...], dtype: torch.dtype) -> Reproduction:
     splits = [experiment.data(seed) for seed in seeds]
     classes = max(split.num_classes for split in splits)
     setting = _Setting(
@@ -176,7 +169,6 @@ def _run(
         samples([s.x_train.to(dtype) for s in splits], [s.y_train for s in splits], classes),
         samples([s.x_test.to(dtype) for s in splits], [s.y_test for s in splits], classes),
         dtype,
-        on_epoch,
     )
     small = ensemble(setting.models(experiment.widths))
     kept, moments, trace = _keep(setting, small)
@@ -231,13 +223,13 @@ def _keep(setting: _Setting, small: Ensemble) -> tuple[Runs, dict[int, Ensemble]
             moments[stop] = small
         if stop % TRACE == 0:
             trace[stop] = setting.sizes(small)
-    return _runs(histories, small), moments, trace
+    return _runs(setting, histories, small), moments, trace
 
 
 def _fresh(setting: _Setting, widths: Sequence[int]) -> Runs:
     begun = ensemble(setting.models(widths))
     trained, history = setting.train(begun, setting.experiment.epochs)
-    return _runs([history], trained)
+    return _runs(setting, [history], trained)
 
 
 def _deep(setting: _Setting) -> tuple[Runs, Runs]:
@@ -246,7 +238,7 @@ def _deep(setting: _Setting) -> tuple[Runs, Runs]:
     widths = (*experiment.widths, experiment.widths[-1])
     before, first = setting.train(ensemble(setting.models(widths)), experiment.before)
     trained, second = setting.train(before, experiment.after)
-    runs = _runs([first, second], trained)
+    runs = _runs(setting, [first, second], trained)
     return runs, _changed(setting, runs, before)
 
 
@@ -254,43 +246,48 @@ def _changed(setting: _Setting, runs: Runs, before: Ensemble) -> Runs:
     """Nothing inserted, but the learning rate changed as with a new layer."""
     if setting.experiment.factor == 1:
         return runs
-    trained, history = setting.train(before, setting.experiment.after, setting.experiment.factor)
-    part = np.arange(len(before)), _runs([history], trained)
-    return _continued(runs, before.epochs, [part], np.full(len(before), -1))
-
-
-def _grown(setting: _Setting, kept: Runs, before: Ensemble, sites: Integers) -> Runs:
-    """A layer at a site of each replica, then the rest of the epochs."""
-    grown = insert_layer(before, torch.as_tensor(sites), setting.layer(before))
-    after = setting.experiment.epochs - before.epochs
-    trained, history = setting.train(grown, after, setting.experiment.factor)
-    part = np.arange(len(sites)), _runs([history], trained, before)
-    return _continued(kept, before.epochs, [part], sites)
+    return _grown(setting, runs, before, np.full(len(before), -1))
 
 
 def _recommended(setting: _Setting, kept: Runs, before: Ensemble) -> Runs:
     """Site, insertion and steps after it as the library says; the learning rate is kept."""
     models = setting.models(setting.experiment.widths)
     block = FAMILIES[setting.experiment.family].block
-    sites, groups = recommended(before, setting.data, models, block, setting.layer(before))
-    after = setting.experiment.epochs - before.epochs
-    parts = list[tuple[Integers, Runs]]()
-    for rows, grown in groups:
-        trained, history = setting.train(grown, after, 1.0, rows.tolist(), StepsAfter)
-        parts.append((rows, _runs([history], trained, before)))
-    return _continued(kept, before.epochs, parts, sites)
+    sites, starts = recommended(before, setting.data, models, block)
+    return _grown(setting, kept, with_ages(before), sites, starts, 1.0, StepsAfter)
 
 
-def _continued(
-    kept: Runs, epoch: int, parts: Sequence[tuple[Integers, Runs]], sites: Integers
+def _grown(
+    setting: _Setting,
+    kept: Runs,
+    before: Ensemble,
+    sites: Integers,
+    starts: Sequence[Tensor] | None = None,
+    factor: float | None = None,
+    policy: Callable[[Optimizer], Optimizer] = lambda sgd: sgd,
 ) -> Runs:
-    """The small network up to an epoch, then these runs, each of some of the seeds."""
+    """The run up to now, then with a layer at a site of each replica, −1 for none.
+
+    Replicas of one site are trained together, at the learning rate times `factor`, by default the
+    experiment's. They start from the parameters `starts`, by default with the layer at its pins.
+    """
+    experiment, epoch = setting.experiment, before.epochs
+    factor = experiment.factor if factor is None else factor
     loss, error = kept.loss.copy(), kept.test_error.copy()
-    trained = np.minimum(kept.trained, epoch)
-    for rows, runs in parts:
+    epochs, operations = np.minimum(kept.trained, epoch), kept.operations
+    for site in sorted({*sites.tolist()}):
+        rows = np.flatnonzero(sites == site)
+        grown = before.take(rows.tolist())
+        grown = grown if site < 0 else insert_layer(grown, site, setting.layer())
+        if starts is not None:
+            grown = replace(grown, parameters=torch.stack([starts[r] for r in rows.tolist()]))
+        after = experiment.epochs - epoch
+        trained, history = setting.train(grown, after, factor, rows.tolist(), policy)
+        runs = _runs(setting, [history], trained, before)
         loss[epoch:, rows], error[epoch:, rows] = runs.loss, runs.test_error
-        trained[rows] += runs.trained
-    return Runs(loss, error, trained, sites, parts[0][1].operations)
+        epochs[rows] += runs.trained
+        operations = np.maximum(operations, runs.operations)
+    return Runs(loss, error, epochs, sites, operations)
 
 
 def _picked(each: Sequence[Runs], sites: Integers) -> Runs:
@@ -305,33 +302,21 @@ def _picked(each: Sequence[Runs], sites: Integers) -> Runs:
     )
 
 
-def _runs(histories: Sequence[History], trained: Ensemble, before: Ensemble | None = None) -> Runs:
+def _runs(
+    setting: _Setting,
+    histories: Sequence[History],
+    trained: Ensemble,
+    before: Ensemble | None = None,
+) -> Runs:
     errors = [h.test_error for h in histories if h.test_error is not None]
-    then, now = (trained if before is None else before).stack, multiply_adds(trained.stack)
+    now = setting.multiply_adds(trained)
+    then = now if before is None else setting.multiply_adds(before)
+    # forward, backward to the inputs, and at every site at most two passes of the new layer
+    choosing = 2 * then + 2 * (now - then) * len(setting.experiment.widths) if now > then else 0
     return Runs(
-        _array(torch.cat([h.loss for h in histories])),
-        _array(torch.cat(errors)),
+        torch.cat([h.loss for h in histories]).numpy(),
+        torch.cat(errors).numpy(),
         np.sum([h.trained.numpy() for h in histories], axis=0),
         np.full(len(trained), -1),
-        np.array([multiply_adds(then), now, _choosing(then, trained.stack)]),
+        np.array([then, now, choosing]),
     )
-
-
-def _choosing(before: Stack, after: Stack) -> int:
-    """Forward, backward to the inputs, and at every site at most two passes of the new layer."""
-    if len(after.stages) == len(before.stages):
-        return 0
-    new = operations(after.stages[-1], after.shapes[-2])
-    return 2 * multiply_adds(before) + len(before.stages) * 2 * new
-
-
-def _array(values: Tensor) -> Array:
-    return values.numpy().astype(np.float32 if values.dtype == torch.float32 else np.float64)
-
-
-def _epochs_in_all(experiment: Experiment) -> int:
-    """Epochs of all arms of one chunk, the recommended one counted once."""
-    sites, deep = len(experiment.widths), 1 if len(experiment.widths) == 1 else 2
-    others = sum(experiment.epochs - t for t in experiment.times if t != experiment.before)
-    changed = 0 if experiment.factor == 1 else 2 * experiment.after
-    return (1 + deep) * experiment.epochs + (sites + 1) * experiment.after + others + changed

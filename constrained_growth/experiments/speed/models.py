@@ -2,44 +2,45 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
-from constrained_growth.experiments.speed.stock import STOCK, Stock, Subject
-from constrained_growth.experiments.tables import interval, titled
-from constrained_growth.experiments.timing import (
-    Effort,
-    compare,
-    described,
-    machine,
-    one_thread,
-    peak_bytes,
-)
+from constrained_growth.experiments.speed.stock import STOCK, Stock
+from constrained_growth.experiments.speed.subject import solving
+from constrained_growth.experiments.tables import spread, tabled
+from constrained_growth.experiments.timing import Comparison, Effort, compare, peak_bytes
 
 COLUMNS = {
     "decision": "decision",
-    "with_stationarity": "… and ‖∇L‖",
+    "with_stationarity": "decision and ‖∇L‖",
     "frobenius": "Frobenius",
-    "frobenius_with_stationarity": "… and ‖∇L‖",
+    "frobenius_with_stationarity": "Frobenius and ‖∇L‖",
 }
 """What is timed: `solve` with the recommended norm and with Frobenius', without and with ∇_θ L."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which models, small ones or of real size, how many batches, and how many pairs."""
+    """Which models, small ones or of real size, how many batches, how many pairs, and where."""
 
     tasks: Sequence[Stock]
     small: bool
     batches: int
     effort: Effort
+    device: str = "cpu"
+    dtypes: Sequence[str] = ("float32",)
 
 
 FULL = Plan(STOCK, small=False, batches=4, effort=Effort(fewest=5, most=5, seconds=0.0))
@@ -47,55 +48,54 @@ QUICK = Plan(STOCK, small=True, batches=2, effort=Effort(fewest=1, most=1, secon
 
 
 def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, Any]:
-    """Measure every model of a plan, on one thread; the random state of the caller is left alone.
+    """Measure every model of a plan; the random state of the caller is left alone.
 
     Returns:
         The numbers that `--json` writes (`cache` is not used: times are measured anew). A row has
-        the sizes of the model, the median processor time of an ordinary gradient pass in seconds,
-        for each of `COLUMNS` the median time in such passes with its quartiles; "find" and
-        "problem": what proposing and making the problem take, in passes over one batch; "memory":
-        the peak of a decision over that of an ordinary pass.
+        the sizes of the model, the median time of an ordinary gradient pass in seconds (of the
+        processor, or until a card has finished), for each of `COLUMNS` the median time in such
+        passes with its quartiles; "find" and "problem": what proposing and making the problem
+        take, in passes over one batch; "memory": the peak of a decision over that of an ordinary
+        pass.
     """
-    with one_thread():
-        rows = []
-        for stock in (bar := progress_bar(plan.tasks, desc="models", unit="model")):
-            bar.set_description(stock.name)
-            rows.append(_measured(stock, plan, seed))
-        return {"machine": machine(), "seed": seed, "small": plan.small, "rows": rows}
+    rows = []
+    for stock in (bar := progress_bar(plan.tasks, desc="models", unit="model")):
+        bar.set_description(stock.name)
+        rows += [_measured(stock, plan, dtype, seed) for dtype in plan.dtypes]
+    return {"small": plan.small, "rows": rows}
 
 
-def _measured(stock: Stock, plan: Plan, seed: int) -> dict[str, Any]:
+def _measured(stock: Stock, plan: Plan, dtype: str, seed: int) -> dict[str, Any]:
+    device = torch.device(plan.device)
     subject = stock.make(small=plan.small, batches=plan.batches, seed=seed)
-    first = Subject(subject.model, subject.loss_fn, subject.data[:1])
-    first.plain_pass()  # to warm up
+    subject = subject.to(device, DTYPES[dtype])
     made: dict[str, Any] = {}
 
     def find() -> None:
         made["candidates"] = cg.find_candidates(subject.model, subject.data[0][0])
 
     def pose() -> None:
-        arguments = subject.model, subject.loss_fn, subject.data, made["candidates"]
-        made["problem"] = cg.GrowthProblem(*arguments)
+        made["problem"] = replace(subject, candidates=made["candidates"]).problem()
 
-    once = compare(
-        {"plain": first.plain_pass, "find": find, "problem": pose}, Effort(1, 1, seconds=0.0)
+    first = subject.first()
+    first.plain_pass()  # to warm up
+    once = _compared(
+        {"plain": first.plain_pass, "find": find, "problem": pose}, Effort(1, 1, 0.0), device
     )
-    problem = made["problem"]
-
-    def solving(norm: Any, stationarity: bool) -> Callable[[], object]:
-        return lambda: cg.solve(problem, norm=norm, stationarity=stationarity, progress=False)
-
-    frobenius = cg.norms.Frobenius()
+    problem, frobenius = made["problem"], cg.norms.Frobenius()
     runs: dict[str, Callable[[], object]] = {
         "plain": subject.plain_pass,
-        "decision": solving(None, False),
-        "with_stationarity": solving(None, True),
-        "frobenius": solving(frobenius, False),
-        "frobenius_with_stationarity": solving(frobenius, True),
+        "decision": solving(problem),
+        "with_stationarity": solving(problem, stationarity=True),
+        "frobenius": solving(problem, frobenius),
+        "frobenius_with_stationarity": solving(problem, frobenius, stationarity=True),
     }
-    compared = compare(runs, plan.effort)
-    row = {
+    for work in runs.values() if device.type == "cuda" else ():
+        work()  # a card chooses and compiles its kernels in the first call
+    compared, plain = _compared(runs, plan.effort, device), _peak(subject.pass_and_free, device)
+    return {
         "name": stock.name,
+        "dtype": dtype,
         "parameters": sum(p.numel() for p in subject.model.parameters()),
         "candidates": len(problem.candidates),
         "block": type(problem.candidates[0].block).__name__,
@@ -106,12 +106,35 @@ def _measured(stock: Stock, plan: Plan, seed: int) -> dict[str, Any]:
         "plain_s": compared.seconds,
         "find": once.ratios["find"].median,
         "problem": once.ratios["problem"].median,
-        "memory": peak_bytes(runs["decision"]) / peak_bytes(subject.pass_and_free),
-        "pairs": compared.rounds,
-    }
-    for name, spread in compared.ratios.items():
-        row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
-    return row
+        "memory": _peak(runs["decision"], device) / plain,
+        "plain_bytes": plain,
+    } | compared.row()
+
+
+def _compared(
+    runs: Mapping[str, Callable[[], object]], effort: Effort, device: torch.device
+) -> Comparison:
+    """On a card, time goes on until it has done its work."""
+    if device.type != "cuda":
+        return compare(runs, effort)
+
+    def finished(work: Callable[[], object]) -> None:
+        work()
+        torch.cuda.synchronize(device)
+
+    works = {name: partial(finished, work) for name, work in runs.items()}
+    return compare(works, effort, time.perf_counter)
+
+
+def _peak(work: Callable[[], object], device: torch.device) -> int:
+    """Bytes allocated at most, beyond what is there already."""
+    if device.type != "cuda":
+        return peak_bytes(work)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _pins(problem: cg.GrowthProblem) -> list[Any]:
@@ -120,33 +143,36 @@ def _pins(problem: cg.GrowthProblem) -> list[Any]:
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:
-    """The machine, how to read it, and the table."""
-    table = titled(
-        "Stock models with random weights" + (", small versions" if found["small"] else ""),
-        "model",
-        *("size/M", "candidates", "pinned/M", "pass/s", *COLUMNS.values()),
-        *("find", "make", "memory"),
-    )
-    for row in found["rows"]:
-        table.add_row(
+    """How to read it, and the table."""
+    rows = [
+        (
             row["name"],
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{row['candidates']} {row['block']}",
-            f"{row['pinned'] / 1e6:.2f}",
-            f"{row['plain_s']:.2f}",
-            *(interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in COLUMNS),
-            *(f"{row[name]:.1f}" for name in ("find", "problem")),
-            f"{row['memory']:.2f}",
+            {
+                "dtype": row["dtype"],
+                "size/M": f"{row['parameters'] / 1e6:.1f}",
+                "candidates": f"{row['candidates']} {row['block']}",
+                "pinned/M": f"{row['pinned'] / 1e6:.2f}",
+                "pass/s": f"{row['plain_s']:.3g}",
+                **{heading: spread(row, column) for column, heading in COLUMNS.items()},
+                "find": f"{row['find']:.1f}",
+                "make": f"{row['problem']:.1f}",
+                "memory": f"{row['memory']:.2f}",
+                "pass/GiB": f"{row['plain_bytes'] / 2**30:.2f}",
+                "pairs": str(row["pairs"]),
+            },
         )
+        for row in found["rows"]
+    ]
+    small = ", small versions" if found["small"] else ""
     return Group(
-        Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
         Text(
-            "Processor time in ordinary gradient passes (zero_grad, forward, loss, backward of the "
-            "same model on the same batches): median [quartiles] over the pairs. A decision is "
-            "solve(problem), Frobenius solve(problem, norm=Frobenius()), with standard errors. "
+            "Time in ordinary gradient passes (zero_grad, forward, loss, backward of the same "
+            "model on the same batches), of the processor or until a card has done its work: "
+            "median [quartiles] over the pairs. A decision is solve(problem), Frobenius "
+            "solve(problem, norm=Frobenius()), with standard errors. "
             "“find” (find_candidates) and “make” (GrowthProblem) are paid once and counted in "
             "passes over one batch. “memory” is the peak of a decision over that of a pass, the "
             "model itself not counted.\n"
         ),
-        table,
+        tabled(f"Stock models with random weights{small}", "model", rows),
     )

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
-from torch import Tensor
 
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
-from constrained_growth.experiments.speed.networks import CLASSES, INPUTS, Network, feedforward
-from constrained_growth.experiments.tables import interval, titled
-from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
+from constrained_growth.experiments.speed.networks import CLASSES, INPUTS, feedforward
+from constrained_growth.experiments.speed.subject import Subject
+from constrained_growth.experiments.tables import interval, tabled
+from constrained_growth.experiments.timing import Effort, compare
 
 DEPTH, EVERY = 8, 10
 
@@ -42,7 +42,7 @@ QUICK = Plan((64, 256), (64,), Effort(fewest=3, most=3, seconds=0.0), 0.02, 20)
 
 
 def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, Any]:
-    """Time training steps with and without watching, in turn, on one thread.
+    """Time training steps with and without watching, in turn.
 
     Returns:
         The numbers that `--json` writes (`cache` is not used: times are measured anew). A cell has
@@ -51,18 +51,14 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         gradient of θ: 6 for each weight and sample) and of the multipliers, "exact".
     """
     sizes = list(itertools.product(plan.widths, plan.batches))
-    with one_thread():
-        bar = progress_bar(sizes, desc="monitoring", unit="cell")
-        cells = [_cell(width, batch, plan, seed) for width, batch in bar]
-        here = machine()
-    return {"machine": here, "seed": seed, "cells": cells}
+    bar = progress_bar(sizes, desc="monitoring", unit="cell")
+    return {"cells": [_cell(width, batch, plan, seed) for width, batch in bar]}
 
 
 def _cell(width: int, batch: int, plan: Plan, seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
-    network = feedforward(DEPTH, width)
-    data = network.draw(batch)
-    step = _step(network, data)
+    subject = feedforward(DEPTH, width, batch)
+    step = _step(subject)
     one = compare({"plain": step, "again": step}, Effort(5, 5, 0.0)).seconds
     count = max(1, min(plan.most, round(plan.seconds / one)) // EVERY) * EVERY
 
@@ -70,7 +66,7 @@ def _cell(width: int, batch: int, plan: Plan, seed: int) -> dict[str, Any]:
         for _ in range(count):
             step()
 
-    problem = cg.GrowthProblem(network.model, network.loss_fn, [data], network.candidates)
+    problem = subject.problem()
     runs = {"plain": steps}
     for name, every in MODES.items():
         runs[name] = _watched(problem, steps, every)
@@ -94,14 +90,12 @@ def _cell(width: int, batch: int, plan: Plan, seed: int) -> dict[str, Any]:
     }
 
 
-def _step(network: Network, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
+def _step(subject: Subject) -> Callable[[], None]:
     """One step of SGD, so short that the parameters hardly move."""
-    input, target = data
-    optimizer = torch.optim.SGD(network.model.parameters(), lr=1e-6)
+    optimizer = torch.optim.SGD(subject.model.parameters(), lr=1e-6)
 
     def step() -> None:
-        optimizer.zero_grad()
-        network.loss_fn(network.model(input), target).backward()
+        subject.plain_pass()
         optimizer.step()
 
     return step
@@ -122,31 +116,34 @@ def _watched(
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:
-    """The machine, how to read it, the table, and its range."""
-    table = titled(
-        f"Feedforward ReLU network, {DEPTH} hidden layers, a candidate after each",
-        "width",
-        *("batch", "step/ms", *MODES, "products", "rounds"),
-    )
-    for cell in found["cells"]:
-        table.add_row(
-            *(str(cell["width"]), str(cell["batch"]), f"{cell['step_ms']:.2f}"),
-            *(interval(*cell["overheads"][name].values(), form="+.0%") for name in MODES),
-            f"{cell['operations']['exact'] / cell['operations']['step']:.1%}",
-            str(cell["rounds"]),
+    """How to read it, the table, and its range."""
+    rows = [
+        (
+            str(cell["width"]),
+            {
+                "batch": str(cell["batch"]),
+                "step/ms": f"{cell['step_ms']:.2f}",
+                **{
+                    name: interval(*cell["overheads"][name].values(), form="+.0%") for name in MODES
+                },
+                "products": f"{cell['operations']['exact'] / cell['operations']['step']:.1%}",
+                "rounds": str(cell["rounds"]),
+            },
         )
+        for cell in found["cells"]
+    ]
+    title = f"Feedforward ReLU network, {DEPTH} hidden layers, a candidate after each"
     ranges = []
     for name in MODES:
         medians = [cell["overheads"][name]["median"] for cell in found["cells"]]
         middle = statistics.median(medians)
         ranges.append(f"{name}: {min(medians):.0%} to {max(medians):.0%}, median {middle:.0%}.")
     return Group(
-        Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
         Text(
             "Time added to a training step (zero_grad, forward, loss, backward, SGD), in steps: "
             "median [quartiles] over the rounds. Products: operations in matrix products that "
             "watching every step adds to those of a step.\n"
         ),
-        table,
+        tabled(title, "width", rows),
         Text("\n".join(ranges)),
     )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from constrained_growth._progress import progress_bar
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments.speed.gromo import gromo_decision
 from constrained_growth.experiments.speed.networks import (
-    Network,
     convolutional,
     feedforward,
     residual,
     transformer,
     with_all_built_in,
 )
-from constrained_growth.experiments.tables import interval, titled
-from constrained_growth.experiments.timing import Effort, compare, described, machine, one_thread
+from constrained_growth.experiments.speed.subject import Subject, solving
+from constrained_growth.experiments.tables import spread, titled
+from constrained_growth.experiments.timing import Effort, compare
 
 Multipliers = Mapping[str, Mapping[str, Tensor]]
 Rows = Sequence[Mapping[str, Any]]
@@ -59,13 +58,23 @@ NETWORKS = {"convolutional": "ConvNet", "transformer": "GPT"}
 
 @dataclass(frozen=True)
 class Case:
-    """A network of `make(depth, width)`, and batches to measure on."""
+    """A network of `make(depth, width, samples)`, and the size of the batches."""
 
-    make: Callable[[int, int], Network]
+    make: Callable[[int, int, int], Subject]
     depth: int
     width: int
     batch: int
     samples: int
+
+    def subject(self, seed: int, dtype: torch.dtype) -> Subject:
+        """The network and its batches; the random state is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = self.make(self.depth, self.width, self.samples)
+        made = made.to(torch.device("cpu"), dtype)
+        (whole,) = made.data
+        pieces = zip(*(part.split(self.batch) for part in whole), strict=True)
+        return replace(made, data=list(pieces))
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Plan:
     effort: Effort
 
 
-def grid(make: Callable[[int, int], Network]) -> tuple[Case, ...]:
+def grid(make: Callable[[int, int, int], Subject]) -> tuple[Case, ...]:
     """Depth × width × batch, on 4,096 samples; at width 1,024, where passes are slow, on fewer.
 
     What is done once per pass weighs more with fewer batches: the multiplier pass is not flattered.
@@ -118,7 +127,7 @@ QUICK = Plan(
 def run(
     plan: Plan, seed: int = 0, *, cache: Path | None = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, Any]:
-    """Measure everything in a plan, on one thread; the random state of the caller is left alone.
+    """Measure everything in a plan; the random state of the caller is left alone.
 
     Returns:
         The numbers that `--json` writes (`cache` is not used: times are measured anew). A row of a
@@ -127,37 +136,34 @@ def run(
     """
     cases = [(name, case) for name, some in plan.tables.items() for case in some]
     tables: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.tables}
-    with one_thread():
-        for name, case in (bar := progress_bar(cases, desc="multipliers", unit="cell")):
-            bar.set_description(f"{name} {case.depth} × {case.width}, batch {case.batch}")
-            tables[name].append(_measured(case, plan.effort, seed, dtype))
-        here = machine()
+    for name, case in (bar := progress_bar(cases, desc="multipliers", unit="cell")):
+        bar.set_description(f"{name} {case.depth} × {case.width}, batch {case.batch}")
+        tables[name].append(_measured(case, plan.effort, seed, dtype))
     summary = {"tables": {name: _summary(rows) for name, rows in tables.items()}}
-    return {"machine": here, "seed": seed, "tables": tables, "summary": summary}
+    return {"tables": tables, "summary": summary}
 
 
 def _measured(case: Case, effort: Effort, seed: int, dtype: torch.dtype) -> dict[str, Any]:
     """A row of a table; the error of λ is that against the network with all built in."""
-    subject = Subject(case, seed, dtype)
+    subject = case.subject(seed, dtype)
+    problem, extended = subject.problem(), with_all_built_in(subject)
     runs: dict[str, Callable[[], Any]] = {
         "plain": subject.plain_pass,
-        "ratio": subject.solve,
-        "frobenius": partial(subject.solve, norm=cg.norms.Frobenius()),
-        "with_stationarity": partial(subject.solve, stationarity=True),
-        "rebatched": partial(subject.solve, size=REBATCHED),
-        "all_built_in": subject.pass_with_all_built_in,
+        "ratio": solving(problem),
+        "frobenius": solving(problem, cg.norms.Frobenius()),
+        "with_stationarity": solving(problem, stationarity=True),
+        "rebatched": lambda: solving(subject.problem(cg.rebatch(subject.data, REBATCHED)))(),
+        "all_built_in": lambda: built_in_multipliers(extended),
     }
     if case.make is feedforward:
-        decide = gromo_decision(case.depth, case.width, subject.data, subject.network.loss_fn)
+        decide = gromo_decision(case.depth, case.width, subject.data, subject.loss_fn)
         runs |= {"gromo": decide} if decide is not None else {}
     subject.plain_pass()  # to warm up, like the next two
-    error = disagreement(subject.solve(), subject.pass_with_all_built_in())
+    error = disagreement(solving(problem)().multipliers, built_in_multipliers(extended))
     compared = compare(runs, effort)
     row = {key: value for key, value in vars(case).items() if key != "make"}
     row |= {"network": case.make.__name__, "plain_ms": 1e3 * compared.seconds}
-    for name, spread in compared.ratios.items():
-        row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
-    return row | {"pairs": compared.rounds, "lambda_error": error}
+    return row | compared.row() | {"lambda_error": error}
 
 
 def _summary(rows: Rows) -> dict[str, dict[str, float]]:
@@ -171,50 +177,17 @@ def _summary(rows: Rows) -> dict[str, dict[str, float]]:
     }
 
 
-class Subject:
-    """The network, the data and the problem of a case, and the passes to time."""
-
-    def __init__(self, case: Case, seed: int, dtype: torch.dtype) -> None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.network = case.make(case.depth, case.width)
-            inputs, targets = self.network.draw(case.samples)
-        self.model = self.network.model.to(dtype)
-        inputs = inputs.to(dtype) if inputs.is_floating_point() else inputs
-        self.samples = case.samples
-        self.data = list(zip(inputs.split(case.batch), targets.split(case.batch), strict=True))
-        self._problem = self._problem_on(self.data)
-        self._extended = with_all_built_in(self.model, self.network.candidates).to(dtype)
-
-    def plain_pass(self) -> None:
-        """An ordinary gradient pass."""
-        for input, target in self.data:
-            self.model.zero_grad()
-            self.network.loss_fn(self.model(input), target).backward()
-
-    def solve(
-        self, *, stationarity: bool = False, size: int | None = None, norm: Any = None
-    ) -> Multipliers:
-        """Multipliers and their standard errors by `cg.solve`; re-batched, if a size is given."""
-        problem = self._problem_on(cg.rebatch(self.data, size)) if size else self._problem
-        found = cg.solve(problem, norm=norm, stationarity=stationarity, progress=False)
-        return found.multipliers
-
-    def pass_with_all_built_in(self) -> Multipliers:
-        """Multipliers from the network that contains all candidates, without standard errors."""
-        model, loss_fn = self._extended, self.network.loss_fn
-        model.zero_grad()
-        for input, target in self.data:
-            (loss_fn(model(input), target) * (len(target) / self.samples)).backward()
-        found = dict[str, dict[str, Tensor]]()
-        for candidate in self.network.candidates:
-            pins = pinned_parameters(model.get_submodule(f"{candidate.after}.1"))
-            found[candidate.name] = {k: -p.grad for k, p in pins.items() if p.grad is not None}
-        return found
-
-    def _problem_on(self, data: Iterable[tuple[Tensor, Tensor]]) -> cg.GrowthProblem:
-        network = self.network
-        return cg.GrowthProblem(self.model, network.loss_fn, data, network.candidates)
+def built_in_multipliers(extended: Subject) -> Multipliers:
+    """From the network that contains all candidates, without standard errors."""
+    extended.model.zero_grad()
+    samples = sum(len(target) for _, target in extended.data)
+    for input, target in extended.data:
+        (extended.loss(input, target) * (len(target) / samples)).backward()
+    found = dict[str, dict[str, Tensor]]()
+    for candidate in extended.candidates:
+        pins = pinned_parameters(extended.model.get_submodule(f"{candidate.after}.1"))
+        found[candidate.name] = {k: -p.grad for k, p in pins.items() if p.grad is not None}
+    return found
 
 
 def disagreement(found: Multipliers, other: Multipliers) -> float:
@@ -231,9 +204,8 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
 
 
 def tables(found: Mapping[str, Any]) -> RenderableType:
-    """The machine, how to read it, and the tables."""
+    """How to read it, and the tables."""
     return Group(
-        Text(f"{described(found['machine'])}; seed {found['seed']}.\n"),
         Text(
             "Processor time in ordinary gradient passes (zero_grad, forward, loss, backward of the "
             "same model on the same batches): median [quartiles] over the pairs. A decision is "
@@ -265,7 +237,7 @@ def _table(name: str, rows: Rows, summary: Mapping[str, Mapping[str, float]]) ->
             NETWORKS.get(row["network"], ""),
             *(str(row[size]) for size in sizes),
             f"{row['plain_ms']:.1f}",
-            *(interval(row[c], row[f"{c}_low"], row[f"{c}_high"]) for c in [*COLUMNS, *gromo]),
+            *(spread(row, column) for column in [*COLUMNS, *gromo]),
             str(row["pairs"]),
             f"{row['lambda_error']:.0e}",
         )

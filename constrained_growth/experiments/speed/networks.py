@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -14,42 +13,28 @@ import constrained_growth as cg
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.experiments import networks
 from constrained_growth.experiments.networks import Embed
+from constrained_growth.experiments.speed.subject import Subject
 
 INPUTS, CLASSES = 16, 10
 PIXELS = 16
 VOCABULARY, POSITIONS, HEADS = 96, 64, 4
 
 
-@dataclass(frozen=True)
-class Network:
-    """A network, the layers that it could gain, its loss, and `draw(n)` for n random samples."""
-
-    model: nn.Module
-    candidates: tuple[cg.Candidate, ...]
-    draw: Callable[[int], tuple[Tensor, Tensor]]
-    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
-
-
-def feedforward(depth: int, width: int) -> Network:
+def feedforward(depth: int, width: int, samples: int) -> Subject:
     """`depth` hidden ReLU layers, an identity layer after each."""
     # after He et al. (2015), so that the signal survives the depth
     model = networks.feedforward((INPUTS, *[width] * depth, CLASSES), he_init=True)
-    candidates = tuple(
-        cg.Candidate(str(2 * i + 1), cg.blocks.IdentityLinear(width, nn.ReLU()))
-        for i in range(depth)
-    )
-    return Network(model, candidates, _vectors)
+    blocks = [cg.blocks.IdentityLinear(width, nn.ReLU()) for _ in range(depth)]
+    return _subject(model, range(1, 2 * depth, 2), blocks, _vectors(samples))
 
 
-def residual(depth: int, width: int) -> Network:
+def residual(depth: int, width: int, samples: int) -> Subject:
     """`depth` residual blocks with two weights, one more such block after each, W₂ pinned."""
-    blocks = [cg.blocks.ResidualMLP(width, width, torch.tanh) for _ in range(depth)]
-    model = nn.Sequential(nn.Linear(INPUTS, width), *blocks, nn.Linear(width, CLASSES))
-    candidates = tuple(
-        cg.Candidate(str(i + 1), cg.blocks.ResidualMLP(width, width, torch.tanh))
-        for i in range(depth)
+    old, new = (
+        [cg.blocks.ResidualMLP(width, width, torch.tanh) for _ in range(depth)] for _ in range(2)
     )
-    return Network(model, candidates, _vectors)
+    model = nn.Sequential(nn.Linear(INPUTS, width), *old, nn.Linear(width, CLASSES))
+    return _subject(model, range(1, depth + 1), new, _vectors(samples))
 
 
 class NewConvolution(nn.Module):
@@ -71,7 +56,7 @@ class NewConvolution(nn.Module):
         return x + self.outer(torch.relu(self.inner(x)))
 
 
-def convolutional(depth: int, width: int) -> Network:
+def convolutional(depth: int, width: int, samples: int) -> Subject:
     """A residual ConvNet of `depth` blocks with `width` channels, a new block after each."""
     model = nn.Sequential(
         nn.Conv2d(3, width, 3, padding=1),
@@ -81,11 +66,12 @@ def convolutional(depth: int, width: int) -> Network:
         nn.Flatten(),
         nn.Linear(width, CLASSES),
     )
-    candidates = tuple(cg.Candidate(str(i + 1), NewConvolution(width)) for i in range(depth))
-    return Network(model, candidates, _images)
+    blocks = [NewConvolution(width) for _ in range(depth)]
+    images = torch.randn(samples, 3, PIXELS, PIXELS), torch.randint(CLASSES, (samples,))
+    return _subject(model, range(1, depth + 1), blocks, images)
 
 
-def transformer(depth: int, width: int) -> Network:
+def transformer(depth: int, width: int, samples: int) -> Subject:
     """GPT-style, `depth` blocks; after each a residual GELU network of four times the width."""
     model = nn.Sequential(
         Embed(VOCABULARY, POSITIONS, width),
@@ -93,36 +79,37 @@ def transformer(depth: int, width: int) -> Network:
         nn.LayerNorm(width),
         nn.Linear(width, VOCABULARY, bias=False),
     )
-    candidates = tuple(
-        cg.Candidate(str(i + 1), cg.blocks.ResidualMLP(width, 4 * width, nn.GELU()))
-        for i in range(depth)
-    )
-    return Network(model, candidates, _tokens, _next_token_loss)
+    blocks = [cg.blocks.ResidualMLP(width, 4 * width, nn.GELU()) for _ in range(depth)]
+    tokens = torch.randint(VOCABULARY, (samples, POSITIONS + 1))
+    data = tokens[:, :-1], tokens[:, 1:]
+    return _subject(model, range(1, depth + 1), blocks, data, _next_token_loss)
 
 
-def with_all_built_in(model: nn.Module, candidates: tuple[cg.Candidate, ...]) -> nn.Module:
-    """A copy of the model that contains all the blocks; only their pins are trainable."""
-    extended = copy.deepcopy(model).requires_grad_(False)
-    for candidate in candidates:
+def _subject(
+    model: nn.Module,
+    sites: Iterable[int],
+    blocks: Iterable[nn.Module],
+    data: tuple[Tensor, Tensor],
+    loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Subject:
+    pairs = zip(map(str, sites), blocks, strict=True)
+    return Subject(model, loss_fn, [data], [cg.Candidate(*pair) for pair in pairs])
+
+
+def with_all_built_in(subject: Subject) -> Subject:
+    """With a copy of the model that contains all the blocks; only their pins are trainable."""
+    extended = copy.deepcopy(subject.model).requires_grad_(False)
+    for candidate in subject.candidates:
         block = copy.deepcopy(candidate.block).requires_grad_(False)
         for parameter in pinned_parameters(block).values():
             parameter.requires_grad_()
         site = extended.get_submodule(candidate.after)
         extended.set_submodule(candidate.after, nn.Sequential(site, block))
-    return extended
+    return Subject(extended, subject.loss_fn, subject.data, subject.candidates)
 
 
 def _vectors(samples: int) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, INPUTS), torch.randint(CLASSES, (samples,))
-
-
-def _images(samples: int) -> tuple[Tensor, Tensor]:
-    return torch.randn(samples, 3, PIXELS, PIXELS), torch.randint(CLASSES, (samples,))
-
-
-def _tokens(samples: int) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(VOCABULARY, (samples, POSITIONS + 1))
-    return tokens[:, :-1], tokens[:, 1:]
 
 
 def _next_token_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -10,42 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from constrained_growth.experiments.speed.subject import Subject
+
 Batch = tuple[dict[str, Tensor], Tensor | None]
 
 CLASSES = 100
 """Of images."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model in train mode, its loss, and batches; without random numbers in the forward pass."""
-
-    model: nn.Module
-    loss_fn: Callable[[Any, Any], Tensor]
-    data: list[Batch]
-
-    def plain_pass(self) -> None:
-        """An ordinary gradient pass."""
-        for input, target in self.data:
-            self.model.zero_grad()
-            self.loss_fn(self.model(**input), target).backward()
-
-    def pass_and_free(self) -> None:
-        """One that leaves no gradients, so that those of each pass count for its memory."""
-        self.plain_pass()
-        self.model.zero_grad()
-
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Subject:
-        """The same on a device, its floating-point tensors in a dtype."""
-
-        def moved(t: Tensor) -> Tensor:
-            return t.to(device, dtype if t.is_floating_point() else None)
-
-        data = [
-            ({key: moved(t) for key, t in input.items()}, None if y is None else moved(y))
-            for input, y in self.data
-        ]
-        return Subject(self.model.to(device, dtype), self.loss_fn, data)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,39 @@
-"""Results of long computations in a folder, so that an interrupted study resumes."""
+"""Long computations: some at a time, and kept in a folder: an interrupted study resumes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import joblib
 from torch import Tensor
 
+from constrained_growth._progress import progress_bar
+from constrained_growth.experiments.timing import one_thread
+
 Result = TypeVar("Result")
+
+
+def in_parallel(
+    function: Callable[..., Result],
+    jobs: Iterable[tuple[Any, ...]],
+    workers: int,
+    *,
+    desc: str,
+    unit: str,
+) -> list[Result]:
+    """The function of each job's arguments, in their order; each on one thread, below a bar."""
+    calls = [joblib.delayed(_on_one_thread)(function, job) for job in jobs]
+    workers = max(1, min(workers, len(calls), joblib.cpu_count()))
+    parallel: Any = joblib.Parallel(n_jobs=workers, return_as="generator")(calls)
+    return list(progress_bar(parallel, desc=desc, unit=unit, total=len(calls)))
+
+
+def _on_one_thread(function: Callable[..., Result], job: tuple[Any, ...]) -> Result:
+    with one_thread():
+        return function(*job)
 
 
 def cached(folder: Path | None, key: str, compute: Callable[[], Result]) -> Result:
