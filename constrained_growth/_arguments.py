@@ -109,16 +109,15 @@ def several(
 
 def data_again(name: str, data: object) -> None:
     """Batches that can be read more than once."""
-    given = f"{name}={type(data).__name__}"
     if not isinstance(data, Iterable):
-        raise DataError(
-            f"{given} is not iterable; give (input, target) batches, such as a DataLoader or a "
-            "list."
-        )
-    if isinstance(data, Iterator):
-        raise DataError(
-            f"{given} is a one-shot iterator; give an iterable that can be iterated more than "
-            "once, such as a DataLoader or list(data)."
-        )
-    if isinstance(data, Tensor | Mapping | str):
-        raise DataError(f"{given} is not an iterable of batches; give [(input, target)].")
+        fault = "is not iterable"
+    elif isinstance(data, Iterator):
+        fault = "is a one-shot iterator, and data are read more than once"
+    elif isinstance(data, Tensor | Mapping | str):
+        fault = "is not an iterable of batches"
+    else:
+        return
+    raise DataError(
+        f"{name}={type(data).__name__} {fault}; give batches (input, target), such as a DataLoader "
+        "or list(data)."
+    )

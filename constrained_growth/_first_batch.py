@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from constrained_growth._data import Weight, counted
 from constrained_growth._distributed import everywhere, in_step, several, take_from_first
-from constrained_growth._multipliers.agreement import FirstBatch, settle
+from constrained_growth._multipliers.agreement import settle
 from constrained_growth._multipliers.fit import check_fit, share_at_kinks
+from constrained_growth._multipliers.grown import FirstBatch
 from constrained_growth._random_state import random_state
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed

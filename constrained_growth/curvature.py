@@ -13,14 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from constrained_growth._arguments import data_again, flag, instance
 from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
-from constrained_growth._sites.collector import collecting
+from constrained_growth._sites.collector import See, collecting
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth._structure import mapped, tensors_in
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.blocks.protocol import called_with
-from constrained_growth.errors import CandidateError, RuleError
+from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
@@ -34,16 +34,22 @@ JOINT_PRODUCT_PASSES = 3.0
 """The same in (θ, v)."""
 
 
+def acting(block: nn.Module, layer: Callable[..., Tensor]) -> See:
+    """What a layer makes of the tensor at a site, called as a block there would be."""
+
+    def see(x: Tensor, context: Context) -> Tensor:
+        args, kwargs = arguments(block, x, context)
+        return layer(*args, **kwargs).clone()  # as the model may change it in place
+
+    return see
+
+
 def stand(
     model: nn.Module, planned: Planned, layer: Callable[..., Tensor]
 ) -> AbstractContextManager[None]:
-    """Let a layer act on the tensor at the site of a candidate, called as its block would be."""
-
-    def see(x: Tensor, context: Context) -> Tensor:
-        args, kwargs = arguments(planned.block, x, context)
-        return layer(*args, **kwargs).clone()  # as the model may change it in place
-
+    """Let a layer act on the tensor at the site of a candidate."""
     module = model.get_submodule(planned.after)
+    see = acting(planned.block, layer)
     return collecting([(planned.after, module, planned.output, see)])
 
 
@@ -108,10 +114,10 @@ class VirtualLoss:
 
         def one(input: object, target: object) -> Tensor:
             with self._standing(v):  # with gradients on, as a model may take derivatives
-                return self._loss(call(self._problem.model, input), target)
+                return self._loss(self._output(input), target)
 
         self.passes += FORWARD_PASSES
-        return float(self._mean(one, self.zero()[0]))
+        return float(mean_over(self._data, self._problem, one))
 
     def rounding(self, loss: float) -> float:
         """Differences of losses about as large as this one say nothing below this."""
@@ -120,36 +126,22 @@ class VirtualLoss:
     def gradient(self) -> Tensor:
         """∇L at v = 0."""
 
-        def one(input: object, target: object) -> Tensor:
-            variables = self._variables()
-            with self._standing(variables[-1]):
-                loss = self._loss(call(self._problem.model, input), target)
-                return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
+        def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
+            loss = self._loss(self._output(input), target)
+            return _flat(torch.autograd.grad(loss, variables, materialize_grads=True))
 
-        self.passes += 1.0
-        return self._mean(one, self.zero())
+        return self._mean(one, 1.0)
 
     def hessian_product(self, vector: Tensor) -> Tensor:
         """∇²L at v = 0 times a vector, by differentiating ⟨∇L, vector⟩."""
 
-        def one(input: object, target: object) -> Tensor:
-            variables = self._variables()
-            with self._standing(variables[-1]):
-                loss = self._loss(call(self._problem.model, input), target)
-                grads = torch.autograd.grad(
-                    loss, variables, create_graph=True, materialize_grads=True
-                )
-                pairs = zip(grads, self._split(vector), strict=True)
-                live = [(g, w) for g, w in pairs if g.requires_grad]  # not where L is linear
-                if not live:
-                    return torch.zeros_like(vector)
-                outputs, weights = zip(*live, strict=True)
-                return _flat(
-                    torch.autograd.grad(outputs, variables, weights, materialize_grads=True)
-                )
+        def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
+            loss = self._loss(self._output(input), target)
+            grads = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
+            bent = _slopes_of(grads, variables, self._split(vector))
+            return torch.zeros_like(vector) if bent is None else _flat(bent)
 
-        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
-        return self._mean(one, self.zero())
+        return self._mean(one, JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
 
     def gauss_newton_product(self, vector: Tensor) -> Tensor:
         """Jᵀ (∇² of the loss by the outputs) J times a vector, at v = 0; J = ∂outputs/∂(θ, v).
@@ -159,63 +151,43 @@ class VirtualLoss:
                 its own loss: then the matrix is zero.
         """
 
-        def one(input: object, target: object) -> Tensor:
-            variables = self._variables()
-            with self._standing(variables[-1]):
-                output = call(self._problem.model, input)
-                return self._there_and_back(output, target, variables, vector)
-
-        self.passes += JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES
-        return self._mean(one, self.zero())
-
-    def _there_and_back(
-        self, output: Any, target: object, variables: Sequence[Tensor], vector: Tensor
-    ) -> Tensor:
-        """The Gauss–Newton product of one batch: J, the bend of the loss, Jᵀ."""
-        outputs = [y for y in tensors_in(output) if y.requires_grad]
-        if not outputs:
-            raise RuleError(
-                f"curvature=gauss_newton: no tensor was found in the model's output, a "
-                f"{type(output).__name__}; return a tensor, or a tuple, dict or dataclass of "
-                "tensors, or take curvature=cg.curvature.hessian."
+        def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
+            output = self._output(input)
+            outputs = [y for y in tensors_in(output) if y.requires_grad]
+            if not outputs:
+                raise RuleError(
+                    f"curvature=gauss_newton: the model's output, a {type(output).__name__}, holds "
+                    "no tensor that was found; return a tensor, or a tuple, dict or dataclass of "
+                    "tensors, or take curvature=cg.curvature.hessian."
+                )
+            probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+            # the derivative of ⟨probes, J vector⟩ by the probes is J vector
+            grads = torch.autograd.grad(
+                outputs, variables, probes, create_graph=True, materialize_grads=True
             )
-        probes = [torch.zeros_like(y, requires_grad=True) for y in outputs]
-        # the derivative of ⟨probes, J vector⟩ by the probes is J vector
-        grads = torch.autograd.grad(
-            outputs, variables, probes, create_graph=True, materialize_grads=True
-        )
-        pushed = torch.autograd.grad(
-            grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
-        )
-        cut = {id(y): y.detach().requires_grad_() for y in outputs}
-        again = mapped(output, lambda y: cut.get(id(y), y))
-        points = list(cut.values())
-        try:
-            loss = self._loss(again, target)
-        except RuntimeError as error:
-            raise RuleError(
-                "curvature=gauss_newton: the loss is no function of the model's outputs alone "
-                f"({error}), as where it differentiates them; take curvature=cg.curvature.hessian."
-            ) from error
-        slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
-        if not any(slope.requires_grad for slope in slopes):
-            raise RuleError(
-                "curvature=gauss_newton: the loss is linear in the outputs of the model, whose "
-                "Gauss–Newton matrix is zero; take curvature=cg.curvature.hessian, or let the "
-                "model return its predictions."
+            pushed = torch.autograd.grad(
+                grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
             )
-        bent = torch.autograd.grad(
-            [s for s in slopes if s.requires_grad],
-            points,
-            [p for s, p in zip(slopes, pushed, strict=True) if s.requires_grad],
-            materialize_grads=True,
-        )
-        return _flat(torch.autograd.grad(outputs, variables, bent, materialize_grads=True))
+            cut = {id(y): y.detach().requires_grad_() for y in outputs}
+            points = list(cut.values())
+            try:
+                loss = self._loss(mapped(output, lambda y: cut.get(id(y), y)), target)
+            except RuntimeError as error:
+                raise RuleError(
+                    "curvature=gauss_newton: the loss is no function of the model's outputs alone "
+                    f"({error}); take curvature=cg.curvature.hessian."
+                ) from error
+            slopes = torch.autograd.grad(loss, points, create_graph=True, materialize_grads=True)
+            bent = _slopes_of(slopes, points, pushed)
+            if bent is None:
+                raise RuleError(
+                    "curvature=gauss_newton: the loss is linear in the outputs of the model, so "
+                    "the matrix is zero; take curvature=cg.curvature.hessian, or let the model "
+                    "return its predictions."
+                )
+            return _flat(torch.autograd.grad(outputs, variables, bent, materialize_grads=True))
 
-    def _variables(self) -> list[Tensor]:
-        """The parameters of the model, and v as a leaf."""
-        v = torch.zeros_like(self.zero()[self.num_old :], requires_grad=True)
-        return [*self._old, v]
+        return self._mean(one, JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         """A vector in the shapes of the variables."""
@@ -235,30 +207,50 @@ class VirtualLoss:
         with stand(self._problem.model, self._planned, moved), sdpa_kernel(SDPBackend.MATH):
             yield
 
+    def _output(self, input: object) -> Any:
+        return call(self._problem.model, input)
+
     def _loss(self, output: object, target: object) -> Tensor:
         return checked_loss(self._problem.loss_fn(output, target))
 
-    def _mean(self, one: Callable[[Any, Any], Tensor], like: Tensor) -> Tensor:
-        return mean_over(self._data, self._problem, one, like)
+    def _mean(self, one: Callable[[Any, Any, list[Tensor]], Tensor], passes: float) -> Tensor:
+        """The mean of `one(input, target, variables)` at v = 0, at a cost of so many passes."""
+
+        def at_pins(input: object, target: object) -> Tensor:
+            v = torch.zeros_like(self.zero()[self.num_old :], requires_grad=True)
+            with self._standing(v):
+                return one(input, target, [*self._old, v])
+
+        self.passes += passes
+        return mean_over(self._data, self._problem, at_pins, self.zero())
 
 
 def mean_over(
     data: Iterable[Any],
     problem: GrowthProblem,
     one: Callable[[Any, Any], Tensor],
-    like: Tensor,
+    like: Tensor | None = None,
 ) -> Tensor:
-    """The mean over all samples of `one(input, target)` of a batch; `like` it, in float64."""
-    total, count = torch.zeros_like(like), like.new_zeros(())
+    """The mean over all samples of `one(input, target)` of a batch; `like` this, or a number.
+
+    Raises:
+        DataError: There are no samples.
+    """
+    device = device_of(problem.model)
+    total = torch.zeros((), device=device) if like is None else torch.zeros_like(like)
+    total = total.double()
+    count = total.new_zeros(())
 
     def read() -> None:
         with untouched(problem.model, problem.loss_fn, data), differentiable():
-            for input, target, weight in counted(data, device_of(problem.model), problem.weight):
+            for input, target, weight in counted(data, device, problem.weight):
                 total.add_(one(input, target).detach().to(total), alpha=weight)
                 count.add_(weight)
 
     everywhere(read, problem.group)
     add_up([total, count], problem.group)
+    if not count:
+        raise DataError(f"data={type(data).__name__} yields no batches; give some (input, target).")
     return total / count
 
 
@@ -278,6 +270,17 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
     mean squared error 2 JᵀJ / N.
     """
     return loss.gauss_newton_product(vector)
+
+
+def _slopes_of(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, ...] | None:
+    """The gradient of ⟨outputs, weights⟩; None where all outputs are constant."""
+    pairs = zip(outputs, weights, strict=True)
+    if not (live := [(y, w) for y, w in pairs if y.requires_grad]):
+        return None
+    ys, ws = zip(*live, strict=True)
+    return torch.autograd.grad(ys, inputs, ws, materialize_grads=True)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -96,7 +96,7 @@ def directional_derivative(
             collector.backward(loss)
         return torch.stack(slopes).sum()
 
-    return float(mean_over(problem.data, problem, one, zero))
+    return float(mean_over(problem.data, problem, one))
 
 
 def _slope(

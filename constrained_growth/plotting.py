@@ -1,4 +1,4 @@
-"""Pictures of solutions, insertions and training runs, readable in grey.
+"""Pictures of solutions and training runs, readable in grey.
 
 Functions with `ax` draw on these Axes, or else on those of a new figure, and return them
 (`ax.figure` can be saved). Nothing here touches pyplot or its global state. Needs the extra
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -19,7 +18,6 @@ from constrained_growth._extras import extra_packages
 from constrained_growth._style import (
     GROWN,
     INK,
-    KEPT,
     MARK,
     QUIET,
     axes,
@@ -39,12 +37,10 @@ with extra_packages():
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
 __all__ = [
-    "plot_architecture",
-    "plot_predictions",
     "plot_run",
     "plot_sensitivities",
     "plot_sensitivity_map",
@@ -139,7 +135,9 @@ def plot_training(
         ax: Where to draw; None for a new figure.
         ylabel: Name and unit of the loss.
     """
-    _check_curve("losses", losses)
+    numbers = isinstance(losses, Sequence) and all(isinstance(loss, Real) for loss in losses)
+    if not numbers or not losses:
+        raise GrowthError(f"losses={losses!r:.80} is no curve; give a list of numbers.")
     instance("insertions", insertions, Mapping, GrowthError, "epoch → label")
     ax = ax or axes(height=4.2)
     ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2, label=ylabel)
@@ -212,81 +210,6 @@ def plot_sensitivity_map(
     return ax
 
 
-def plot_predictions(
-    predicted: Sequence[float], actual: Sequence[float], ax: Axes | None = None
-) -> Axes:
-    """Predicted against actual decrease of the loss; on the dashed line they are equal.
-
-    Args:
-        predicted: Predicted decrease of each step.
-        actual: Actual decrease of each step.
-        ax: Where to draw; None for a new figure.
-    """
-    _check_curve("predicted", predicted)
-    _check_curve("actual", actual)
-    ax = ax or axes(height=5.5)
-    ends = [min(0.0, *predicted, *actual), max(0.0, *predicted, *actual)]
-    ax.plot(ends, ends, **MARK, label="as predicted")
-    ax.axhline(0, color=QUIET, linewidth=0.8)
-    style = {"color": KEPT, "markersize": 7, "markeredgecolor": INK}
-    ax.plot(predicted, actual, "o", **style, label="a step that was tried")
-    ax.set_xlabel("predicted decrease of the loss")
-    ax.set_ylabel("actual decrease")
-    tidy(ax, grid="both")
-    legend(ax)
-    return ax
-
-
-def plot_architecture(
-    before: Mapping[str, tuple[int, ...]],
-    after: Mapping[str, tuple[int, ...]],
-    ax: Axes | None = None,
-) -> Axes:
-    """The weight layers of a network before and after it grew, new ones hatched.
-
-    Args:
-        before: Name → shape of the parameters before, such as `record.model`.
-        after: Name → shape of the parameters afterwards.
-        ax: Where to draw; None for a new figure.
-    """
-    instance("before", before, Mapping, GrowthError, "name → shape")
-    instance("after", after, Mapping, GrowthError, "name → shape")
-    columns = [
-        {n.removesuffix(".weight"): shape for n, shape in parameters.items() if len(shape) > 1}
-        for parameters in (before, after)
-    ]
-    rows = max(len(column) for column in columns)
-    ax = ax or axes(height=1.2 + 0.5 * rows)
-    for x, column in enumerate(columns):
-        for place, (name, shape) in enumerate(column.items()):
-            new = x == 1 and _without_base(name) not in map(_without_base, columns[0])
-            hatch, colour, weight = ("////", "white", "bold") if new else (None, "#E3E7EB", None)
-            corner, size = (x - 0.4, place - 0.35), (0.8, 0.7)
-            ax.add_patch(Rectangle(corner, *size, facecolor=colour, edgecolor=INK, hatch=hatch))
-            text = f"{name}   {' × '.join(map(str, shape))}"
-            box = {"facecolor": colour, "edgecolor": "none", "pad": 1.5}
-            style: dict[str, Any] = {"fontsize": 9, "fontweight": weight, "color": INK}
-            ax.text(x, place, text, ha="center", va="center", bbox=box, **style)
-    ax.set_xlim(-0.55, 1.55)
-    ax.set_ylim(rows - 0.4, -0.6)
-    ax.set_xticks([0, 1], ["before", "after"], fontsize=11, color=INK)
-    ax.xaxis.tick_top()
-    ax.set_yticks([])
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    handles = [
-        Patch(facecolor="#E3E7EB", edgecolor=INK, label="already there"),
-        Patch(facecolor="white", edgecolor=INK, hatch="////", label="new"),
-    ]
-    legend_below(ax, handles)
-    return ax
-
-
-def _without_base(name: str) -> str:
-    """The name of a module, also after layers were inserted at it or around it."""
-    return re.sub(r"\.base_*(?=\.|$)", "", name)
-
-
 def plot_run(
     losses: Sequence[float],
     insertions: Mapping[int, str],
@@ -302,10 +225,3 @@ def plot_run(
     if rounds:
         plot_sensitivity_map(rounds, chosen, panels[1])
     return made
-
-
-def _check_curve(name: str, values: object) -> None:
-    """Raise a GrowthError unless values can be drawn as a curve."""
-    numbers = isinstance(values, Sequence) and all(isinstance(v, Real) for v in values)
-    if not numbers or not values:
-        raise GrowthError(f"{name}={values!r:.80} is no curve; give a list of numbers.")

@@ -249,7 +249,7 @@ class Decision:
         instance("values", self.values, Mapping, RuleError, "candidate → pinned parameter → v")
         instance("evidence", self.evidence, Mapping, RuleError, "a dict that JSON takes")
         try:
-            object.__setattr__(self, "evidence", _as_json(self.evidence))
+            object.__setattr__(self, "evidence", as_json(self.evidence))
         except (TypeError, ValueError, RuntimeError) as error:
             raise RuleError(
                 f"evidence={self.evidence!r:.80} of the decision cannot be kept as JSON: {error}. "
@@ -257,17 +257,17 @@ class Decision:
             ) from error
 
 
-def _as_json(value: Any, place: str = "it") -> Any:
+def as_json(value: Any, place: str = "it") -> Any:
     """A value as JSON gives it back; the TypeError names the place of what JSON cannot hold."""
     if hasattr(value, "tolist"):  # of NumPy, PyTorch and pandas
         value = value.tolist()
     if isinstance(value, Mapping):
         return {
-            k if isinstance(k, str) else str(_as_json(k)): _as_json(v, f"{place}[{k!r}]")
+            k if isinstance(k, str) else str(as_json(k)): as_json(v, f"{place}[{k!r}]")
             for k, v in value.items()
         }
     if isinstance(value, list | tuple):
-        return [_as_json(v, f"{place}[{i}]") for i, v in enumerate(value)]
+        return [as_json(v, f"{place}[{i}]") for i, v in enumerate(value)]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, bool | int | str):
@@ -387,8 +387,7 @@ class Solution(ReadLater):
         except (AttributeError, KeyError):
             raise CandidateError(
                 f"constraint={constraint!r} is not one of this solution; take it from "
-                "problem.constraints of the problem that was solved, or read "
-                "solution.multipliers[candidate][parameter]."
+                "problem.constraints of the problem that was solved."
             ) from None
 
 

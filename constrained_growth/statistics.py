@@ -17,7 +17,7 @@ from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity, with_fields
 
-__all__ = ["agreement", "debiased_square", "interval", "squared_norm", "squared_norm_interval"]
+__all__ = ["agreement", "debiased_square", "interval", "squared_norm"]
 
 MIN_CONFIDENCE = 0.79
 """Below it `interval` has no proof: Székely and Bakirov's bound holds for z² ≥ 1.54."""
@@ -76,34 +76,13 @@ def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float,
         (0.804, 1.196)
     """
     instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
+    number("confidence", confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)")
     bound = sensitivity.error_bound
     error = sensitivity.standard_error if math.isnan(bound) else bound
-    return _around(sensitivity.value, error, confidence)
-
-
-def squared_norm_interval(
-    sensitivity: Sensitivity, confidence: float = 0.95
-) -> tuple[float, float]:
-    """A confidence interval for ‖λ‖²_F: that of ‖λ‖_F squared, around `debiased_square`.
-
-    Args:
-        sensitivity: Of a solution, in whatever norm.
-        confidence: At least 0.79 and below 1.
-
-    Returns:
-        Lower and upper limit; (0, inf) when the variance is not known.
-
-    Raises:
-        RuleError: The confidence is out of range.
-
-    Example:
-        >>> squared_norm_interval(Sensitivity(2.0, variance=1.0, debiased_square=3.0))[0]
-        0.0016...
-    """
-    instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of solution.sensitivities")
-    square = sensitivity.debiased_square + sensitivity.variance
-    low, high = _around(math.sqrt(square), math.sqrt(sensitivity.variance), confidence)
-    return low**2, high**2
+    if not math.isfinite(error):
+        return 0.0, math.inf
+    half = -NormalDist().inv_cdf((1 - confidence) / 2) * error
+    return max(0.0, sensitivity.value - half), sensitivity.value + half
 
 
 def agreement(
@@ -147,11 +126,3 @@ def agreement(
         other = {name: with_fields(one, value=value) for (name, one), value in pairs}
         same.append(set(rule(other).chosen) == chosen)
     return sum(same) / len(same) if same else math.nan
-
-
-def _around(value: float, error: float, confidence: float) -> tuple[float, float]:
-    number("confidence", confidence, RuleError, f"[{MIN_CONFIDENCE}, 1)")
-    if not math.isfinite(error):
-        return 0.0, math.inf
-    half = -NormalDist().inv_cdf((1 - confidence) / 2) * error
-    return max(0.0, value - half), value + half

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from helpers import classified, feedforward
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from torch import nn
 
 import constrained_growth as cg
@@ -50,37 +49,6 @@ def test_map_has_a_row_for_each_candidate_and_a_cross_for_each_insertion() -> No
 
 def test_map_without_anything_to_show() -> None:
     assert rendered(plots.plot_sensitivity_map({1: {"a": 0.0}}, {}).figure) > 1000
-
-
-def test_predictions_against_what_came() -> None:
-    ax = plots.plot_predictions([0.1, 0.2], [0.05, -0.1])
-    diagonal, points = ax.lines[0], ax.lines[-1]
-    assert list(diagonal.get_xdata()) == list(diagonal.get_ydata()) == [-0.1, 0.2]  # type: ignore[arg-type]
-    assert list(points.get_xdata()) == [0.1, 0.2]  # type: ignore[arg-type]
-    assert list(points.get_ydata()) == [0.05, -0.1]  # type: ignore[arg-type]
-    assert rendered(ax.figure) > 5000
-
-
-def test_new_layers_are_hatched() -> None:
-    model = feedforward(2, 4, 4, 3, activation=nn.Tanh)
-    before = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    cg.grow(model, SGD, nn.CrossEntropyLoss(), classified(8), epochs=3, max_insertions=2)
-    after = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    ax = plots.plot_architecture(before, after)
-    boxes = [patch for patch in ax.patches if isinstance(patch, Rectangle)]
-    assert [bool(box.get_hatch()) for box in boxes].count(True) == 4  # two blocks of two matrices
-    assert len(boxes) == 3 + 3 + 4
-    texts = [text.get_text() for text in ax.texts]
-    assert texts[:3] == ["0   4 × 2", "2   4 × 4", "4   3 × 4"]
-    assert rendered(ax.figure) > 5000
-
-
-def test_layers_of_a_module_with_a_base_of_its_own_are_not_new() -> None:
-    before = {"enc.base.weight": (4, 2), "head.weight": (3, 4)}
-    after = {"enc.base_.base.weight": (4, 2), "enc.inserted.weight": (4, 4), "head.weight": (3, 4)}
-    ax = plots.plot_architecture(before, after)
-    hatched = [bool(p.get_hatch()) for p in ax.patches if isinstance(p, Rectangle)]
-    assert hatched == [False, False, False, True, False]
 
 
 def test_history_draws_itself() -> None:

@@ -76,8 +76,10 @@ def test_unused_parameters_do_not_matter() -> None:
 
 
 def test_status_at_a_stationary_point() -> None:
+    """Whatever the unit of the loss."""
     data = classified(60, classes=2, batch=25)
-    model = trained(feedforward(2, 3, 2, activation=nn.Tanh), data)
+    untrained = feedforward(2, 3, 2, activation=nn.Tanh)
+    model = trained(copy.deepcopy(untrained), data)
     one = cg.Candidate("1", ResidualLinear(3, torch.tanh))
     solution = solved(model, data, one)
     assert solution.stationarity is not None
@@ -89,20 +91,13 @@ def test_status_at_a_stationary_point() -> None:
     assert strict.status is cg.Status.LEAST_SQUARES_ESTIMATES
     loose = solved(model, data, one, gtol=relative * 1.01)
     assert loose.status is cg.Status.KKT_MULTIPLIERS
+    for scale in (1e-30, 1e-6, 1e6):
 
+        def loss_fn(output: Tensor, target: Tensor, scale: float = scale) -> Tensor:
+            return scale * CROSS_ENTROPY(output, target)
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-6, 1.0, 1e6])
-def test_the_status_does_not_depend_on_the_unit_of_the_loss(scale: float) -> None:
-    data = classified(60, classes=2, batch=25)
-    one = cg.Candidate("1", ResidualLinear(3, torch.tanh))
-    untrained = feedforward(2, 3, 2, activation=nn.Tanh)
-    found = []
-    for model in (untrained, trained(copy.deepcopy(untrained), data)):
-        problem = cg.GrowthProblem(
-            model, lambda y, t: scale * nn.functional.cross_entropy(y, t), data, [one]
-        )
-        found.append(cg.solve(problem).status)
-    assert found == [cg.Status.LEAST_SQUARES_ESTIMATES, cg.Status.KKT_MULTIPLIERS]
+        found = [solved(m, data, one, loss_fn=loss_fn).status for m in (untrained, model)]
+        assert found == [cg.Status.LEAST_SQUARES_ESTIMATES, cg.Status.KKT_MULTIPLIERS]
 
 
 def test_pins_at_a_kink_are_said_to_be_there() -> None:
@@ -445,7 +440,7 @@ def test_dual_values_are_those_of_constraints() -> None:
     solution, constraint = cg.solve(problem), problem.constraints[0]
     assert solution.dual_value(constraint) is solution.multipliers["1"]["weight"]
     for other in ("1", ("1", "weight"), None, replace(constraint, candidate="2")):
-        with refused(cg.CandidateError, "constraint=", "problem.constraints", "multipliers["):
+        with refused(cg.CandidateError, "constraint=", "problem.constraints"):
             solution.dual_value(other)  # type: ignore[arg-type]
 
 

@@ -33,10 +33,7 @@ from constrained_growth.norms import (
     Spectral,
     lipschitz,
 )
-from constrained_growth.statistics import (
-    interval,
-    squared_norm_interval,
-)
+from constrained_growth.statistics import interval
 
 SIMPLE = [Frobenius(), PerParameter(), Entrywise1(), Spectral(), Nuclear()]
 
@@ -202,7 +199,6 @@ def test_debiased_square_is_unknown_where_the_variance_is() -> None:
     found = solved(feedforward(2, 4, 3), classified(20), candidate(block=Gain(4)))
     sensitivity = found.sensitivities["1"]
     assert math.isnan(sensitivity.debiased_square)
-    assert squared_norm_interval(sensitivity) == (0.0, math.inf)
 
 
 # --- coverage of the interval from tr Cov --------------------------------------------------------
@@ -223,7 +219,6 @@ def test_interval_covers_whatever_the_covariance(
         found = cg.Sensitivity(value, 1.0, variance=1.0, debiased_square=value**2 - 1)
         low, high = interval(found, confidence)
         misses += not low <= length <= high
-        assert squared_norm_interval(found, confidence) == pytest.approx((low**2, high**2))
     assert misses / trials <= allowed(1 - confidence, trials)
     if directions == 1 and length == 10:  # nothing given away there
         assert misses / trials == pytest.approx(1 - confidence, abs=allowed(0.05, trials) - 0.05)
@@ -231,7 +226,7 @@ def test_interval_covers_whatever_the_covariance(
 
 def test_interval_covers_on_a_network() -> None:
     """Samples drawn with replacement from a population whose λ is known."""
-    model, trials = feedforward(2, 4, 3), 150
+    model, trials = feedforward(2, 4, 3), 80
     (x, y), *_ = classified(500)
     truth = solved(model, [(x, y)], candidate()).sensitivities["1"].value
     misses = 0
@@ -247,6 +242,3 @@ def test_interval_covers_on_a_network() -> None:
 def test_confidence_out_of_range(confidence: float) -> None:
     with refused(cg.RuleError, f"confidence={confidence}", "[0.79, 1)"):
         interval(cg.Sensitivity(1.0, 0.1), confidence)
-
-
-# --- squares on all data, and how they vary together --------------------------------------------

@@ -14,11 +14,8 @@ sites by hooks, and that tells the reasons apart:
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,176 +23,19 @@ from torch import Tensor, nn
 
 from constrained_growth._data import batch_size
 from constrained_growth._multipliers.fit import refuse_dead
+from constrained_growth._multipliers.grown import (
+    FirstBatch,
+    FirstLook,
+    Grown,
+    Multipliers,
+    norm_of,
+)
 from constrained_growth._multipliers.in_graph import rounds
 from constrained_growth._multipliers.measure import Pass
-from constrained_growth._random_state import set_random_state
-from constrained_growth._sharding import is_sharded
-from constrained_growth._sites.collector import Use
-from constrained_growth._sites.model import call, coarsest_epsilon, loss_of, unchangeable
-from constrained_growth._sites.placement import place, placement_around, undoing
 from constrained_growth._sites.site import Site
-from constrained_growth._sites.untouched import drawing_apart, full_precision, untouched
-from constrained_growth.blocks import pinned_parameters
-from constrained_growth.blocks.copied import listed_form
 from constrained_growth.bookkeeping import Books
 from constrained_growth.errors import BlockError, CandidateError
 from constrained_growth.solution import Method
-
-Multipliers = Mapping[str, Mapping[str, Tensor]]
-"""Candidate → pin → λ of the first batch."""
-
-
-@dataclass(frozen=True)
-class FirstBatch:
-    """The first batch, and what was seen when the model ran on it."""
-
-    input: Any
-    target: Any
-    loss: float  # with the model watched
-    random: Any  # the random state before
-    drawn: Tensor  # that of PyTorch afterwards
-    uses: list[list[Use]]  # at each site those on which the loss depends
-    seen: list[list[Use]]  # at each site all, without δ
-
-    def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
-        """The loss of the model as it is, left as it is."""
-        with self.again(model, loss_fn):
-            return float(loss_of(loss_fn, call(model, self.input), self.target).detach())
-
-    @contextmanager
-    def again(self, *roots: Any, draw: int | None = None) -> Iterator[None]:
-        """Run it again from the same random state, or from a seed, and leave all as it was."""
-        with untouched(*roots):
-            if draw is None:
-                set_random_state(self.random)
-            else:
-                torch.manual_seed(draw)
-            yield
-
-    def is_same(self, loss: float, epsilon: float) -> bool:
-        """Whether rounding at the sites, amplified by a deep model, explains the difference."""
-        # to first order, an x that is off by ε of its size moves the loss by ε‖δ‖‖x‖; √ε leaves
-        # room for the layers behind, and for a loss that is near zero itself
-        slopes = [_norm(use.delta) * _norm(use.x) for here in self.uses for use in here]
-        return abs(loss - self.loss) <= 10 * math.sqrt(epsilon) * max([abs(self.loss), *slopes])
-
-
-@dataclass(frozen=True)
-class _Grown:
-    """The first batch with some layers put in.
-
-    λ has pins on which the loss depends. `drawn` is the random state afterwards; `error` says why
-    the model fails, if it does.
-    """
-
-    loss: float
-    multipliers: Multipliers
-    drawn: Tensor | None
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What is looked at; the `listed` candidates could be next elements of their lists."""
-
-    model: nn.Module
-    loss_fn: Callable[[Any, Any], Tensor]
-    first: FirstBatch
-    sites: Sequence[Site]
-    books: Books
-    listed: Mapping[str, bool]
-
-    @functools.cached_property
-    def site_of(self) -> dict[str, Site]:
-        """The site of each candidate."""
-        return {name: site for site in self.sites for name in site.blocks}
-
-    @functools.cached_property
-    def epsilon(self) -> float:
-        """The coarsest machine precision of the model and the blocks."""
-        blocks = [site.blocks[name] for name, site in self.site_of.items()]
-        return coarsest_epsilon(p for module in (self.model, *blocks) for p in module.parameters())
-
-    @property
-    def can_grow(self) -> bool:
-        """Whether layers can be put in for a while."""
-        return not (is_sharded(self.model) or unchangeable(self.model))
-
-    def grown(
-        self, names: Collection[str], elements: Collection[str], draw: int | None = None
-    ) -> _Grown:
-        """Put layers in, the `elements` into their lists and the others around their sites."""
-        forms = {
-            name: listed_form(block) if name in elements else (block, pinned_parameters(block))
-            for name in names
-            for block in [self.site_of[name].blocks[name]]
-        }
-        model, layers = self.model, [layer for layer, _ in forms.values()]
-        pins = [pin for _, some in forms.values() for pin in some.values()]
-        ends: dict[nn.Module, nn.Module] = {}  # site → the last module there so far
-        with ExitStack() as stack:
-            stack.enter_context(self.first.again(model, self.loss_fn, *layers, draw=draw))
-            stack.enter_context(undoing([model], always=True))
-            stack.enter_context(drawing_apart(layers))
-            for name in sorted(names, key=lambda name: self.site_of[name].after.count(".")):
-                site, layer = self.site_of[name], forms[name][0]
-                end = ends.get(site.module, site.module)
-                form = "sibling" if name in elements else placement_around(model, end, layer)
-                ends[site.module] = place(model, end, layer, form, site.output, site.overwritten)
-            try:
-                if elements:
-                    self.books.update()
-                for pin in pins:
-                    pin.requires_grad_()
-                loss = loss_of(self.loss_fn, call(model, self.first.input), self.first.target)
-                drawn = torch.get_rng_state()
-                grads: Sequence[Tensor | None] = [None] * len(pins)
-                if loss.requires_grad:
-                    with full_precision(*{site.device for site in self.sites}):
-                        grads = torch.autograd.grad(loss, pins, allow_unused=True)
-            except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of a layer
-                raise
-            except Exception as error:
-                return _Grown(math.nan, {}, None, f"{type(error).__name__}: {error}")
-        found = iter(grads)
-        multipliers = {
-            name: {key: -grad for key, grad in zip(some, found, strict=False) if grad is not None}
-            for name, (_, some) in forms.items()
-        }
-        return _Grown(float(loss.detach()), multipliers, drawn)
-
-    def agree(self, name: str, found: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:
-        """Whether two multipliers are the same up to rounding; one may lack pins, where it is 0.
-
-        Both rest on a δ that was rounded, and their sums are in different orders, which costs ε of
-        the summands. A difference that is larger by chance makes λ dearer, not wrong.
-        """
-        uses = self.first.uses[self.sites.index(self.site_of[name])]
-        summands = sum(_norm(u.delta) * (_norm(u.x) + math.sqrt(u.x.numel())) for u in uses)
-        differences = [
-            _norm(found[key] - exact[key] if key in found and key in exact else value)
-            for key, value in {**found, **exact}.items()
-        ]
-        size = math.hypot(*(_norm(value) for value in exact.values()))
-        # "not >", so that NaN counts as agreement: the status of the solution reports it
-        allowed = math.sqrt(self.epsilon) / 3 * size + 3 * self.epsilon * summands
-        return not math.hypot(*differences) > allowed
-
-    def alike(self, one: _Grown, other: _Grown) -> bool:
-        """Whether both have drawn the same random numbers."""
-        a, b = one.drawn, other.drawn
-        return a is not None and b is not None and torch.equal(a, b)
-
-    def is_same(self, one: _Grown, other: _Grown) -> bool:
-        """Whether the same layers, put in in two ways, make the same network."""
-        # the operations are the same: rounding differs at most where a cache changes strides
-        allowed = min(4 * coarsest_epsilon(self.model.parameters()), 0.01) * abs(other.loss)
-        return not one.error and all(
-            (
-                abs(one.loss - other.loss) <= allowed or not math.isfinite(other.loss),
-                *(self.agree(n, m, other.multipliers[n]) for n, m in one.multipliers.items()),
-            )
-        )
 
 
 def settle(
@@ -214,7 +54,7 @@ def settle(
         CandidateError: A layer put in has another λ, or a counted list would be another network.
         BlockError: A block moves the loss, or its λ would be zero on any batch.
     """
-    look = _Look(model, loss_fn, first, sites, books, listed)
+    look = FirstLook(model, loss_fn, first, sites, books, listed)
     closed = Pass(model, loss_fn, sites, Method.CLOSED_FORM, gradients=False)
     with first.again(model):  # blocks may draw, as the layers that are put in do
         closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
@@ -230,29 +70,30 @@ def settle(
         return False, set()
     _refuse_dead(sites, first, exact)
     around = _around(look, exact) if look.can_grow else set()
-    return all(look.agree(name, found[name], value) for name, value in exact.items()), around
+    pairs = ((name, found[name], value) for name, value in exact.items())
+    return all(look.agree(*each, both_in_graph=False) for each in pairs), around
 
 
-def _as_inserted(look: _Look, found: Multipliers) -> Multipliers | None:
+def _as_inserted(look: FirstLook, found: Multipliers) -> Multipliers | None:
     """λ of the layers that are put in, if it is `found` and nothing else is to be said."""
     inserted: dict[str, Mapping[str, Tensor]] = {}
-    expected = _Grown(look.first.loss, found, look.first.drawn)
+    expected = Grown(look.first.loss, found, look.first.drawn)
     for names in rounds(look.sites):
         elements = [name for name in names if name in look.listed]
         for part in _parts(names, elements):
-            grown = look.grown(part, {*part}.intersection(elements))
+            # the loss alone tells that it is made of each element, which the copies of all hide
+            grown = look.grown(part, {*part} & {*elements}, derivatives=part is names)
             if elements:  # what copies compute at their pins is the same to the last bit
-                same = look.is_same(grown, expected) and look.alike(grown, expected)
+                same = look.same_loss(grown, expected) and look.alike(grown, expected)
             else:
                 same = look.first.is_same(grown.loss, look.epsilon)
-            agreeing = (look.agree(n, m, found[n]) for n, m in grown.multipliers.items())
-            if not same or not all(agreeing):
+            if not same or not look.agrees(grown, found, both_in_graph=False):
                 return None
-            inserted |= grown.multipliers
+            inserted |= grown.multipliers if part is names else {}
     return inserted
 
 
-def _in_graph(look: _Look) -> Multipliers | None:
+def _in_graph(look: FirstLook) -> Multipliers | None:
     """λ with the blocks standing at their sites; None where the model gives another loss each time.
 
     Raises:
@@ -292,26 +133,22 @@ def _in_graph(look: _Look) -> Multipliers | None:
     return {name: estimate.multiplier for name, estimate in in_graph.estimates().items()}
 
 
-def _around(look: _Look, exact: Multipliers) -> set[str]:
+def _around(look: FirstLook, exact: Multipliers) -> set[str]:
     """The `listed` candidates that make another network as next elements of their lists.
 
-    Refused are layers that have another λ than the exact one around their sites, and those of lists
-    that are counted, where they have to stand.
+    Refused are layers that have another λ than the exact one, and those of lists that are counted,
+    where they have to stand.
     """
     suspects: list[str] = []
+    around: list[str] = []
     for names in rounds(look.sites):
-        around = look.grown(names, ())
-        for name in names if around.error else around.multipliers:
-            if around.error or not look.agree(name, around.multipliers[name], exact[name]):
-                _refuse_other(look, name, exact[name])
         elements = [name for name in names if name in look.listed]
+        around += [name for name in names if name not in elements]
         for part in _parts(elements, elements):
-            # what the loss makes of all parameters, it makes of those of the layers in both
-            one, other = look.grown(part, part), look.grown(part, ())
-            if not look.is_same(one, other) or not look.alike(one, other):
+            if _fault(look, part, exact):
                 suspects += elements
                 break
-    faults = {name: why for name in suspects if (why := _fault(look, name))}
+    faults = {name: why for name in suspects if (why := _fault(look, [name], exact))}
     counted = [name for name in faults if look.listed[name]]
     if counted:
         raise CandidateError(
@@ -321,43 +158,51 @@ def _around(look: _Look, exact: Multipliers) -> set[str]:
             "the loss read the entries it needs, or ask for Candidate(wrapped=True): a layer "
             "around its site, which its class could not load."
         )
+    for names in rounds(look.sites):
+        _refuse_others(look, [name for name in names if name in faults or name in around], exact)
     return set(faults)
 
 
-def _refuse_other(look: _Look, name: str, exact: Mapping[str, Tensor]) -> None:
-    """Refuse a candidate whose layer, put in alone around its site, has another λ."""
-    grown, after = look.grown([name], ()), look.site_of[name].after
-    if not grown.error and look.agree(name, grown.multipliers[name], exact):
-        return
-    found = math.hypot(*(_norm(value) for value in grown.multipliers.get(name, {}).values()))
-    expected = math.hypot(*(_norm(value) for value in exact.values()))
-    what = grown.error or f"‖λ‖ = {found:.3g}, and by the tensor at its site {expected:.3g}"
-    raise CandidateError(
-        f'after="{after}": with a layer really put in there the loss of the first batch has '
-        f"another derivative by its pins than it should ({what}). Either this module is also run "
-        "by someone who has not got it from the model: a plain list or attribute beside the "
-        "model's own, a bound method that was kept, module.forward(x), a variable of the loss. "
-        "Then keep modules in nn.ModuleList, call module(x), and let the loss call "
-        f"model.{after}(x). Or the loss reads all of model.parameters() or model.modules(), which "
-        "a new layer adds to. Then let it take those that it is meant for once, before. Or choose "
-        "another submodule."
-    )
-
-
-def _fault(look: _Look, name: str) -> str:
-    """What is different with a candidate in its list instead of around its site; "" if nothing."""
+def _fault(look: FirstLook, names: Sequence[str], exact: Multipliers) -> str:
+    """What is different with candidates in their lists, not around their sites; "" if nothing."""
     # who draws a number for each element may leave some out, but not in each run
     for draw in (None, *range(_DRAWS)):
-        one, other = look.grown([name], [name], draw), look.grown([name], (), draw)
-        if not look.is_same(one, other):
-            return one.error or (
-                f"a loss of {one.loss:.9g} instead of {other.loss:.9g}"
-                if one.loss != other.loss
-                else "the same loss, with another derivative by its pins"
-            )
-        if look.alike(one, other):
+        one = look.grown(names, names, draw)
+        if draw is None and not look.agrees(one, exact):
+            return one.error or f"a loss of {one.loss:.9g}, with another derivative by its pins"
+        # what the loss makes of all parameters, it makes of those of the layers in both
+        other = look.grown(names, (), draw)
+        same = other.error or (look.same_loss(one, other) and look.agrees(one, other.multipliers))
+        if not same:
+            return one.error or f"a loss of {one.loss:.9g} instead of {other.loss:.9g}"
+        if other.error or look.alike(one, other):
             break
     return ""
+
+
+def _refuse_others(look: FirstLook, names: Sequence[str], exact: Multipliers) -> None:
+    """Refuse candidates whose layers, put in around their sites, have another λ."""
+    if not names or look.agrees(look.grown(names, ()), exact):
+        return
+    for name in names:
+        grown, after = look.grown([name], ()), look.site_of[name].after
+        if look.agrees(grown, exact):
+            continue
+        found, expected = (
+            math.hypot(*(norm_of(value) for value in some.get(name, {}).values()))
+            for some in (grown.multipliers, exact)
+        )
+        what = grown.error or f"‖λ‖ = {found:.4g}, and by the tensor at its site {expected:.4g}"
+        raise CandidateError(
+            f'after="{after}": with a layer really put in there the loss of the first batch has '
+            f"another derivative by its pins than it should ({what}). Either this module is also "
+            "run by someone who has not got it from the model: a plain list or attribute beside "
+            "the model's own, a bound method that was kept, module.forward(x), a variable of the "
+            "loss. Then keep modules in nn.ModuleList, call module(x), and let the loss call "
+            f"model.{after}(x). Or the loss reads something of all of model.parameters() or "
+            "model.modules(), to which a new layer adds: let it take those that it is meant for "
+            "once, before. Or choose another submodule."
+        )
 
 
 _DRAWS = 8
@@ -375,7 +220,3 @@ def _refuse_dead(sites: Sequence[Site], first: FirstBatch, exact: Multipliers) -
         for name in (name for name in site.blocks if name not in alive):
             for use in seen:
                 refuse_dead(name, site.blocks[name], use.x, use.context)
-
-
-def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

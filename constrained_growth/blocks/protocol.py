@@ -97,16 +97,10 @@ def register(kind: Kind) -> Kind:
     """
     is_block = isinstance(kind, type) and issubclass(kind, nn.Module)
     if not is_block or not callable(getattr(kind, "config", None)):
-        raise BlockError(
-            f"kind={kind!r} is no class of nn.Modules with a method config(), a dict of the "
-            "arguments that build the block again."
-        )
+        raise BlockError(f"kind={kind!r} is no class of nn.Modules with a method config().")
     other = REGISTERED.setdefault(kind.__qualname__, kind)
     if other.__module__ != kind.__module__:
-        raise BlockError(
-            f"kind={kind!r}: the name {kind.__qualname__} is taken by {other!r}; give the class "
-            "another name."
-        )
+        raise BlockError(f"kind={kind!r}: its name is taken by {other!r}; give it another.")
     REGISTERED[kind.__qualname__] = kind  # defined again, as in a notebook
     return kind
 
@@ -159,10 +153,7 @@ def check_deviations(
     for name, value in values.items():
         got = tuple(value.shape) if isinstance(value, Tensor) else repr(value)[:40]
         if name not in shapes or got != shapes[name]:
-            raise error(
-                f'{where}["{name}"]={got} is no deviation from a pin of that candidate, whose '
-                f"shapes are {shapes}."
-            )
+            raise error(f'{where}["{name}"]={got} does not fit the pins, of shapes {shapes}.')
         if not bool(torch.isfinite(value).all()):
             raise error(f'{where}["{name}"] holds NaN or Inf.')
 

@@ -6,13 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from constrained_growth._arguments import function, instance
+from constrained_growth._arguments import function, instance, number
 from constrained_growth.errors import RuleError
 from constrained_growth.norms.matrices import as_matrix
 from constrained_growth.solution import Norm
@@ -184,11 +183,7 @@ class KroneckerFisher:
     needs_moments: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.damping, Real) or not 0 <= self.damping < math.inf:
-            raise RuleError(
-                f"damping={self.damping!r} of KroneckerFisher is not a finite number >= 0. An "
-                'order is given as ord="nuc".'
-            )
+        number("damping", self.damping, RuleError, "[0, inf)")
         if not isinstance(self.ord, str) or self.ord not in ("fro", "nuc"):
             raise RuleError(f'ord={self.ord!r} of KroneckerFisher: give "fro" or "nuc".')
 

@@ -22,7 +22,7 @@ from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.blocks.protocol import called_with
 from constrained_growth.curvature import stand
-from constrained_growth.errors import DataError, RuleError
+from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Planned, Sensitivity, Solution, listed
 
@@ -90,10 +90,7 @@ class Budget:
     def __post_init__(self) -> None:
         instance("constraints", self.constraints, Sequence, RuleError, "[({'3': 1, '5': 1}, 1)]")
         if self.parameters is None and self.multiply_adds is None and not self.constraints:
-            raise RuleError(
-                "Budget needs parameters=…, multiply_adds=… or constraints=…, such as "
-                "parameters=1e4."
-            )
+            raise RuleError("Budget needs parameters=…, multiply_adds=… or constraints=….")
         for given in self.constraints:
             if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[0], Mapping):
                 raise RuleError(
@@ -180,9 +177,7 @@ def _knapsack(gains: Array, rows: Array, limits: Array) -> tuple[list[int], dict
             options={"mip_rel_gap": 0.0},
         )
         if result.status == 2:
-            raise RuleError(
-                "Budget: no choice of candidates satisfies all constraints; loosen one."
-            )
+            raise RuleError("Budget: no choice of candidates satisfies all; loosen one limit.")
         if result.status != 0 or result.x is None:
             raise RuleError(f"Budget: the knapsack was not solved: {result.message}")
         x = np.round(result.x)  # whole numbers to the solver's tolerance only
@@ -229,7 +224,5 @@ def _multiply_adds(problem: GrowthProblem, candidates: Mapping[str, Planned]) ->
                 return {name: total / batch_size(*first) for name, total in totals.items()}
         return None
 
-    found = [counts for counts in everywhere(count, problem.group) if counts is not None]
-    if not found:
-        raise DataError("data yields no batches; give at least one (input, target) pair.")
-    return found[0]
+    every = everywhere(count, problem.group)
+    return next(counts for counts in every if counts is not None)  # the first that has batches

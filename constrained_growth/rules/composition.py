@@ -82,10 +82,8 @@ class _Rules:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from a saved state; a RuleError if it is that of other rules."""
         if not isinstance(state_dict, Mapping) or state_dict.keys() != self.state_dict().keys():
-            raise RuleError(
-                f"state_dict={state_dict!r} is not that of {self!r}, whose rules with a state have "
-                f"the indices {sorted(self.state_dict())}."
-            )
+            wanted = f"{self!r}, which has the keys {sorted(self.state_dict())}"
+            raise RuleError(f"state_dict={state_dict!r} is not that of {wanted}.")
         for i, state in state_dict.items():
             rule: Any = self.rules[int(i)]
             rule.load_state_dict(state)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from constrained_growth._arguments import data_again, instance, positive_int
-from constrained_growth._data import counted
-from constrained_growth._sites.model import call, checked_loss, device_of
+from constrained_growth._sites.model import call, checked_loss
 from constrained_growth._sites.outputs import tensor_in, with_tensor
 from constrained_growth._sites.site import Site
-from constrained_growth.errors import CandidateError, DataError, RuleError
+from constrained_growth.curvature import mean_over
+from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
@@ -164,42 +164,29 @@ class LeastImportant:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The candidates after these modules; how much each loss rises is the evidence."""
-        before, rise = self._loss(problem), dict[str, float]()
+        before, rise = self._loss(problem, None), dict[str, float]()
         for site in problem.sites:
-            skipped = self._loss(problem, site)
-            for name in site.blocks:
-                if name in solution.sensitivities and skipped is not None:
-                    rise[name] = skipped - (before or 0.0)
+            with suppress(CandidateError):  # it cannot be skipped
+                skipped = self._loss(problem, site)
+                asked = [name for name in site.blocks if name in solution.sensitivities]
+                rise |= dict.fromkeys(asked, skipped - before)
         chosen = tuple(sorted(rise, key=rise.__getitem__)[: self.k])
         reason = f"least important of {len(rise)} for the data given"
         return Decision(chosen, reason, evidence={"rise": rise})
 
-    @torch.no_grad()
-    def _loss(self, problem: GrowthProblem, skipped: Site | None = None) -> float | None:
-        """The mean loss; None if the module of the site cannot be skipped."""
-        total = weights = 0.0
-        possible = True
+    def _loss(self, problem: GrowthProblem, skipped: Site | None) -> float:
+        """The mean loss, without a site; a CandidateError if that cannot be skipped."""
 
         def skip(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            nonlocal possible
             assert skipped is not None
-            y = tensor_in(output, skipped.output)
-            try:
-                x = tensor_in((args, kwargs))
-            except CandidateError:  # it is called without one
-                x = None
-            possible = possible and x is not None and x.shape == y.shape
-            return output if x is None or not possible else with_tensor(output, skipped.output, x)
+            x, y = tensor_in((args, kwargs)), tensor_in(output, skipped.output)
+            if x.shape != y.shape:
+                raise CandidateError(f"after={skipped.after!r}: {x.shape} turns into {y.shape}.")
+            return with_tensor(output, skipped.output, x)
+
+        def loss(input: Any, target: Any) -> Tensor:
+            return checked_loss(problem.loss_fn(call(problem.model, input), target))
 
         module = nn.Module() if skipped is None else skipped.module
         with module.register_forward_hook(skip, with_kwargs=True):
-            for input, target, weight in counted(
-                self.data, device_of(problem.model), problem.weight
-            ):
-                loss = checked_loss(problem.loss_fn(call(problem.model, input), target))
-                total, weights = total + weight * float(loss), weights + weight
-                if not possible:
-                    return None
-        if weights == 0:
-            raise DataError("data of LeastImportant yields no batches.")
-        return total / weights
+            return float(mean_over(self.data, problem, loss))

@@ -69,16 +69,15 @@ def checked_decision(
             f"rule={rule!r} returned {decision!r}, not a cg.Decision; return "
             "cg.Decision(chosen=('name of a candidate', ...)), with () to insert nothing."
         )
-    unknown = [name for name in decision.chosen if name not in sensitivities]
-    if unknown or len(set(decision.chosen)) != len(decision.chosen):
+    chosen = set(decision.chosen)
+    if not chosen <= sensitivities.keys() or len(chosen) != len(decision.chosen):
         raise RuleError(
             f"rule={rule!r} chose {decision.chosen}; the candidates are {tuple(sensitivities)}, "
             "and each may be chosen at most once."
         )
-    if not decision.values.keys() <= set(decision.chosen):
+    if not decision.values.keys() <= chosen:
         raise RuleError(
-            f"rule={rule!r} gives values for {tuple(decision.values)}, and it did not choose all "
-            f"of them; it chose {decision.chosen}."
+            f"rule={rule!r} gives values for {tuple(decision.values)} and chose {decision.chosen}."
         )
     return decision
 
@@ -95,12 +94,11 @@ def check_optimizer(optimizer: object, owner: str) -> None:
 def refuse_no_rule(name: str, rule: object) -> None:
     """Raise a RuleError unless an argument is a rule."""
     if isinstance(rule, type):
-        raise RuleError(
-            f"{name}={rule.__name__} is a class: give an instance, such as cg.TopK(1), or a "
-            "function of the sensitivities that returns a cg.Decision."
-        )
-    if not (callable(rule) or needs_model(rule)):
-        raise RuleError(
-            f"{name}={rule!r:.80} can neither be called nor has decide(problem, solution); give "
-            "cg.TopK(1), or a function of the sensitivities that returns a cg.Decision."
-        )
+        fault = f"{rule.__name__} is a class: give an instance, such as"
+    elif not (callable(rule) or needs_model(rule)):
+        fault = f"{rule!r:.80} can neither be called nor has decide(problem, solution); give"
+    else:
+        return
+    raise RuleError(
+        f"{name}={fault} cg.TopK(1), or a function of the sensitivities that returns a cg.Decision."
+    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
+from constrained_growth.rules.subproblem import lanczos
 from constrained_growth.solution import Decision, Solution
 
 
@@ -149,33 +151,10 @@ class Stable:
         start = start / (start.norm() or 1.0) + 0.1 * noise / noise.norm()
         if not bool(start.isfinite().all()):
             return math.inf
-        return _largest_eigenvalue(product, start, self.max_products)
-
-
-def _largest_eigenvalue(
-    product: Callable[[Tensor], Tensor], start: Tensor, max_products: int
-) -> float:
-    """The largest Ritz value of a symmetric matrix by Lanczos; infinite if a product is.
-
-    Golub and Van Loan, *Matrix Computations*, 4th ed. 2013, section 10.1.
-    """
-    # scipy.sparse.linalg.eigsh would copy vectors as long as (θ, v) to the CPU
-    basis, diagonal, beside = start.new_zeros(0, len(start)), [], []
-    vector = start / start.norm()
-    for _ in range(min(max_products, len(start))):
-        basis = torch.cat([basis, vector[None]])
-        image = product(vector)
-        if not bool(image.isfinite().all()):
+        found = [matrix for _, matrix, _ in islice(lanczos(product, start), self.max_products)]
+        if not bool(found[-1].isfinite().all()):
             return math.inf
-        diagonal.append(vector @ image)
-        for _ in range(2):  # once is not enough: the rounding errors would grow
-            image = image - basis.mT @ (basis @ image)
-        beside.append(image.norm())
-        if beside[-1] <= 1e-12 * max(map(abs, diagonal)):
-            break
-        vector = image / beside[-1]
-    tridiagonal = torch.stack(diagonal).diag() + torch.stack(beside)[:-1].diag(-1)
-    return float(torch.linalg.eigvalsh(tridiagonal)[-1])  # reads the lower triangle only
+        return float(torch.linalg.eigvalsh(found[-1])[-1])  # never above the largest
 
 
 def _settings(

@@ -1,19 +1,39 @@
-"""The trust-region subproblem: minimise −⟨λ, s⟩ + ½⟨s, B s⟩ over ‖s‖ ≤ Δ.
-
-B is symmetric, possibly indefinite, and known by its products with vectors. Both solvers spend all
-products at once, for the largest radius; steps for smaller ones come at no further cost.
-"""
+"""Symmetric matrices known by their products: Lanczos' method, and the trust-region subproblem."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # s ↦ B s
+
+
+def lanczos(product: Product, start: Tensor) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """After each product with B: orthonormal rows Q, Q B Qᵀ, and how far B Qᵀ is from their span.
+
+    The rows span start, B start, B² start, …; the iteration ends where these do, or when a product
+    is not finite. Golub and Van Loan, *Matrix Computations*, 4th ed. 2013, section 10.1.
+    """
+    # scipy.sparse.linalg would copy vectors as long as (θ, v) to the CPU
+    basis, diagonal, beside = start.new_zeros(0, len(start)), [], []
+    vector = start / start.norm()
+    while len(basis) < len(start):
+        basis = torch.cat([basis, vector[None]])
+        image = product(vector)
+        diagonal.append(vector @ image)
+        for _ in range(2):  # once is not enough: the rounding errors would grow
+            image = image - basis.mT @ (basis @ image)
+        below = torch.stack(beside) if beside else start.new_zeros(0)
+        beside.append(image.norm())
+        matrix = torch.stack(diagonal).diag() + below.diag(1) + below.diag(-1)
+        yield basis, matrix, float(beside[-1])
+        if not beside[-1] > 1e-12 * max(map(abs, diagonal)):
+            return
+        vector = image / beside[-1]
 
 
 class Step(NamedTuple):
@@ -31,17 +51,36 @@ Steps = Callable[[float], Step]
 def trust_region_steps(
     multiplier: Tensor, product: Product, radius: float, *, max_products: int, tolerance: float
 ) -> Steps:
-    """The exact steps if `max_products` are enough for them, else those of Steihaug–Toint.
+    """Minimise −⟨λ, s⟩ + ½⟨s, B s⟩ over ‖s‖ ≤ Δ; B is symmetric, possibly indefinite.
 
-    λ is flat and in float64, and `radius` the largest Δ for which a step will be needed.
+    Exactly, with one product for each entry of λ, if `max_products` are enough for that. Otherwise
+    over the span of λ, B λ, B² λ, …, until the gradient of the model and the constraint is at most
+    `tolerance` times ‖λ‖ for the largest `radius` that will be needed (Gould, Lucidi, Roma and
+    Toint, *Solving the trust-region subproblem using the Lanczos method*, 1999). All products are
+    spent at once; steps for smaller radii come at no further cost. λ is flat and in float64.
     """
+
+    def nothing(_: float) -> Step:
+        return Step(torch.zeros_like(multiplier), 0.0, False)
+
+    steps: Steps = nothing
     if multiplier.numel() <= max_products:
-        return _exact(multiplier, product)
-    return _steihaug(multiplier, product, radius, max_products=max_products, tolerance=tolerance)
+        eye = torch.eye(multiplier.numel(), dtype=multiplier.dtype, device=multiplier.device)
+        spans = iter([(eye, torch.stack([product(column) for column in eye]), 0.0)])
+    else:  # where λ = 0, some direction may bend downwards
+        spans = lanczos(product, multiplier if multiplier.any() else torch.ones_like(multiplier))
+    for basis, matrix, beside in spans:
+        if not bool(matrix.isfinite().all()):
+            break
+        steps = _exact(multiplier, basis, matrix)
+        residual = beside * abs(float(basis[-1] @ steps(radius).vector))
+        if len(basis) == max_products or residual <= tolerance * float(multiplier.norm()):
+            break
+    return steps
 
 
-def _exact(multiplier: Tensor, product: Product) -> Steps:
-    """The global minimum, from the eigenvalues of B; one product for each entry of λ.
+def _exact(multiplier: Tensor, basis: Tensor, matrix: Tensor) -> Steps:
+    """The minimum over the span of orthonormal rows, in which B is a small matrix.
 
     s = (B + μI)⁻¹ λ with the μ ≥ max(0, −smallest eigenvalue) for which ‖s‖ = Δ, or μ = 0 if that
     step is shorter. In the hard case no such μ exists, and a multiple of an eigenvector for the
@@ -50,10 +89,8 @@ def _exact(multiplier: Tensor, product: Product) -> Steps:
     """
     from scipy.optimize import root_scalar  # seconds to import
 
-    eye = torch.eye(multiplier.numel(), dtype=multiplier.dtype, device=multiplier.device)
-    matrix = torch.stack([product(column) for column in eye])
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    slope, lowest = vectors.mT @ multiplier, float(values[0])
+    slope, lowest = vectors.mT @ (basis @ multiplier), float(values[0])
 
     def at(shift: float) -> Tensor:
         return slope / (values + shift)
@@ -85,62 +122,6 @@ def _exact(multiplier: Tensor, product: Product) -> Steps:
     def step(radius: float) -> Step:
         y, at_boundary = solved(radius)
         predicted = float(slope @ y - (values * y.square()).sum() / 2)
-        return Step(vectors @ y, max(predicted, 0.0), at_boundary)
-
-    return step
-
-
-class _Segment(NamedTuple):
-    """One iteration of conjugate gradients: from `start`, `length` times along `direction`."""
-
-    start: Tensor
-    direction: Tensor
-    decrease: float  # ⟨λ, s⟩ − ½⟨s, B s⟩ at the start
-    slope: float  # ⟨λ − B s, p⟩ at the start, p being the direction
-    curvature: float  # ⟨p, B p⟩
-    length: float  # infinite if the curvature is not positive
-
-
-def _steihaug(
-    multiplier: Tensor, product: Product, radius: float, *, max_products: int, tolerance: float
-) -> Steps:
-    """The path of conjugate gradients until it leaves the ball, or follows a negative curvature.
-
-    It stops where ‖λ − B s‖ is at most `tolerance` times ‖λ‖. Both ‖s‖ and the decrease grow along
-    it, so the step for a smaller radius is the same path, cut earlier. If B is positive
-    semidefinite, the decrease is at least half the best one (Yuan, *On the truncated conjugate
-    gradient method*, 2000). Steihaug, *The conjugate gradient method and trust regions in large
-    scale optimization*, 1983; Nocedal and Wright, *Numerical Optimization*, algorithm 7.2.
-    """
-    s, residual, p, decrease = torch.zeros_like(multiplier), multiplier, multiplier, 0.0
-    square = float(residual @ residual)
-    stop = tolerance**2 * square
-    path: list[_Segment] = []
-    while square > stop and len(path) < max_products:
-        bp = product(p)
-        curvature, slope = float(p @ bp), float(residual @ p)
-        length = slope / curvature if curvature > 0 else math.inf
-        path.append(_Segment(s, p, decrease, slope, curvature, length))
-        if not math.isfinite(length) or float((s + length * p).norm()) >= radius:
-            break
-        s = s + length * p
-        decrease += length * slope - length**2 * curvature / 2
-        residual = residual - length * bp
-        before, square = square, float(residual @ residual)
-        p = residual + (square / before) * p
-
-    def step(radius: float) -> Step:
-        for at in path:
-            # the t ≥ 0 for which ‖start + t direction‖ is the radius
-            a, b = float(at.direction @ at.direction), float(at.start @ at.direction)
-            c = max(radius**2 - float(at.start @ at.start), 0.0)
-            root = b + math.sqrt(b**2 + a * c)
-            room = c / root if root > 0 else 0.0
-            if room <= at.length or at is path[-1]:
-                length = min(room, at.length)
-                gained = length * at.slope - length**2 * at.curvature / 2
-                vector = at.start + length * at.direction
-                return Step(vector, at.decrease + gained, room <= at.length)
-        return Step(torch.zeros_like(multiplier), 0.0, False)
+        return Step(basis.mT @ (vectors @ y), max(predicted, 0.0), at_boundary)
 
     return step

@@ -20,8 +20,8 @@ from constrained_growth._progress import progress_bar
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.curvature import FORWARD_PASSES, stand
-from constrained_growth.errors import DataError, RuleError
+from constrained_growth.curvature import FORWARD_PASSES, mean_over, stand
+from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
 from constrained_growth.solution import Decision, Planned, Solution
@@ -184,16 +184,14 @@ class _Copy:
 
     def loss(self, data: Iterable[Any]) -> float:
         """The mean loss; infinite if it is not a number."""
-        total, weights = 0.0, 0.0
-        with untouched(self.model, self.problem.loss_fn, data), torch.no_grad():
-            device = device_of(self.model)
-            for input, target, weight in counted(data, device, self.problem.weight):
-                loss = checked_loss(self.problem.loss_fn(call(self.model, input), target))
-                total, weights = total + weight * float(loss), weights + weight
-                self.samples += FORWARD_PASSES * batch_size(input, target)
-        if weights == 0:
-            raise DataError("data of Trial yields no batches; give some (input, target) pairs.")
-        return total / weights if math.isfinite(total) else math.inf
+
+        def one(input: Any, target: Any) -> Tensor:
+            self.samples += FORWARD_PASSES * batch_size(input, target)
+            return checked_loss(self.problem.loss_fn(call(self.model, input), target))
+
+        with untouched(self.model):
+            loss = float(mean_over(data, self.problem, one))
+        return loss if math.isfinite(loss) else math.inf
 
 
 def _endless(problem: GrowthProblem, seed: int) -> Iterator[tuple[Any, Any]]:

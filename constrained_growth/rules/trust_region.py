@@ -44,8 +44,9 @@ class TrustRegion:
         max_radius: Upper limit of Δ.
         curvature: B: `hessian` (default), `gauss_newton`, or your own `curvature.Curvature`.
         max_products: Limit on the products with B for each candidate. With no more pinned
-            parameters than this the subproblem is solved exactly, else by Steihaug–Toint.
-        tolerance: Steihaug–Toint stops once the gradient of the model has fallen by this factor.
+            parameters than this the subproblem is solved exactly, else over λ, B λ, B² λ, …
+        tolerance: No further product is taken once the gradient of the subproblem has fallen by
+            this factor.
         max_tries: How many steps are tried for one decision at most.
         progress: Progress bar: True, False, or None (default) for on a terminal, after a second.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import pickle
@@ -60,13 +61,13 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     problems: list[str] = []
     for what, solution in _solutions(whole):
         case = _Case(rule, problem, what, solution)
-        for check in _CHECKS if solution is not whole else _CHECKS + _CHECKS_ON_THE_WHOLE:
+        for check in (_looks_and_decides, *(_CHECKS_ON_THE_WHOLE if solution is whole else ())):
             problems += tried(check, case, f", shown {what}", (RuleError,))
     if problems:
         raise RuleError(f"rule={rule!r} does not do what is relied on:{listed(problems)}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Case:
     """A rule to try on a solution; `what` describes what is special about that."""
 
@@ -75,9 +76,13 @@ class _Case:
     what: str
     solution: Solution
 
-    def ask(self, rule: Rule | None = None) -> Decision | None:
-        """The decision of the rule (or this one) from a fixed random state; None if it refuses."""
-        rule = copy.deepcopy(self.rule) if rule is None else rule
+    @functools.cached_property
+    def first(self) -> Decision | None:
+        """What a copy of the rule decides first."""
+        return self.ask(copy.deepcopy(self.rule))
+
+    def ask(self, rule: Rule) -> Decision | None:
+        """The decision of a copy of the rule from a fixed random state; None if it refuses."""
         # which raises where a rule writes to it
         shown = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.loss_fn, self.problem.data):
@@ -89,52 +94,43 @@ class _Case:
                 return None
         return checked_decision(rule, decision, shown)
 
-    def facts(self, rule: Rule | None = None) -> object:
-        """The same decision as something to compare."""
-        decision = self.ask(rule)
-        if decision is None:
-            return None
-        values = {
-            (name, key): value.tolist() if isinstance(value, Tensor) else value
-            for name, tensors in decision.values.items()
-            for key, value in tensors.items()
-        }
-        return decision.chosen, decision.reason, values, repr(decision.evidence)
+    def agrees(self, rule: Rule) -> bool:
+        """Whether a copy of the rule decides as it did first."""
+        return _facts(self.ask(rule)) == _facts(self.first)
 
 
-def _decides_about_candidates(case: _Case) -> Iterator[str]:
-    """It decides about the candidates that it is shown."""
-    decision = case.ask()
+def _facts(decision: Decision | None) -> object:
+    """A decision as something to compare."""
     if decision is None:
-        return
-    if not isinstance(decision.reason, str):
-        yield f"reason={decision.reason!r} is not a sentence ({case.what})."
-    for name, values in decision.values.items():
-        block = case.solution.candidates[name].block
-        check_deviations(block, values, f'values["{name}"]', RuleError)
+        return None
+    values = {
+        (name, key): value.tolist()
+        for name, tensors in decision.values.items()
+        for key, value in tensors.items()
+    }
+    return decision.chosen, decision.reason, values, repr(decision.evidence)
 
 
-def _decides_the_same_twice(case: _Case) -> Iterator[str]:
-    """It decides the same about the same."""
-    if case.facts() != case.facts():
-        yield f"two copies of it decide differently about the same ({case.what}); seed it."
-
-
-def _leaves_things_alone(case: _Case) -> Iterator[str]:
-    """It writes neither to what it is given nor to the model."""
+def _looks_and_decides(case: _Case) -> Iterator[str]:
+    """It decides about what it is shown, the same each time, and writes to nothing."""
     before = _snapshot(case)
-    case.ask()
+    decision = case.first
     after = _snapshot(case)
     changed = [what for what in before if not _equal(before[what], after[what])]
     if changed:
         yield f"it changes {' and '.join(changed)}; a rule looks and decides ({case.what})."
+    for name, values in (decision.values if decision else {}).items():
+        block = case.solution.candidates[name].block
+        check_deviations(block, values, f'values["{name}"]', RuleError)
+    if not case.agrees(copy.deepcopy(case.rule)):
+        yield f"two copies of it decide differently about the same ({case.what}); seed it."
 
 
 def _can_be_pickled(case: _Case) -> Iterator[str]:
     """It can be pickled, unless it is a function."""
     if isinstance(case.rule, types.FunctionType):
         return
-    if case.facts(pickle.loads(pickle.dumps(case.rule))) != case.facts():
+    if not case.agrees(pickle.loads(pickle.dumps(case.rule))):
         yield "after pickling it decides differently."
 
 
@@ -143,7 +139,7 @@ def _can_be_restored(case: _Case) -> Iterator[str]:
     used: Any = copy.deepcopy(case.rule)
     case.ask(used)
     if not hasattr(case.rule, "state_dict"):
-        if any(case.facts(used) != case.facts() for _ in range(3)):
+        if not all(case.agrees(used) for _ in range(3)):
             yield (
                 "asked again it decides differently, and it has no state_dict: resumed from a "
                 "checkpoint a run would decide otherwise; write state_dict and load_state_dict."
@@ -151,20 +147,19 @@ def _can_be_restored(case: _Case) -> Iterator[str]:
         return
     restored: Any = copy.deepcopy(case.rule)
     restored.load_state_dict(json.loads(json.dumps(used.state_dict())))
-    if case.facts(restored) != case.facts(used):
+    if _facts(case.ask(restored)) != _facts(case.ask(used)):
         yield "restored from its state_dict it decides differently; put all it remembers in there."
 
 
 def _decides_at_all(case: _Case) -> Iterator[str]:
     """It decides about what it is made for."""
-    if case.ask() is None:
+    if case.first is None:
         try:
             solve(case.problem, copy.deepcopy(case.rule))
         except RuleError as error:
             yield f"it refuses to decide about {case.what} ({error}); give check_rule a problem."
 
 
-_CHECKS = (_decides_about_candidates, _decides_the_same_twice, _leaves_things_alone)
 _CHECKS_ON_THE_WHOLE = (_can_be_pickled, _can_be_restored, _decides_at_all)
 
 
@@ -207,7 +202,8 @@ def _snapshot(case: _Case) -> dict[str, Any]:
     blocks = [candidate.block for candidate in solution.candidates.values()]
     multipliers = [value for tensors in solution.multipliers.values() for value in tensors.values()]
     return {
-        "the sensitivities": repr(dict(solution.sensitivities)),
+        # what is computed when it is first read belongs to them
+        "the sensitivities": repr([(s.standard_error, s) for s in solution.sensitivities.values()]),
         "the multipliers": [value.clone() for value in multipliers],
         "the parameters of the model": [p.detach().clone() for p in model.parameters()],
         "the modules of the model": [(name, id(m)) for name, m in model.named_modules()],

@@ -14,19 +14,17 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from constrained_growth._data import counted
-from constrained_growth._sites.collector import See, replaced
-from constrained_growth._sites.context import Context, arguments
+from constrained_growth._sites.collector import replaced
 from constrained_growth._sites.model import call
 from constrained_growth._sites.snapshot import deepcopied, reached
 from constrained_growth._sites.untouched import eagerly, untouched
 from constrained_growth._structure import mapped
 from constrained_growth.blocks.protocol import called_with
+from constrained_growth.curvature import acting
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 
 Vector = NDArray[np.float64]
-LossAndGradient = Callable[[Vector], tuple[float, Vector]]
-Hessian = Callable[[Vector], Vector]
 
 _TOGETHER = 64
 """Points at which L is computed in one call: small instances, and few of them fill the memory."""
@@ -44,7 +42,7 @@ class ExtendedNetwork(nn.Module):
         sites = {name: site for site in problem.sites for name in site.blocks}
         for candidate, block in zip(problem.candidates, self.blocks, strict=True):
             site = sites[candidate.name]
-            hook = functools.partial(replaced, site.after, site.output, _called(block))
+            hook = functools.partial(replaced, site.after, site.output, acting(block, block))
             self.model.get_submodule(site.after).register_forward_hook(hook, with_kwargs=True)
 
     @property
@@ -57,16 +55,6 @@ class ExtendedNetwork(nn.Module):
         with eagerly():
             output = call(self.model, input) if output is None else output
             return output, self.loss_fn(output, target)
-
-
-def _called(block: nn.Module) -> See:
-    """What a block makes of the tensor at its site."""
-
-    def layer(x: Tensor, context: Context) -> Tensor:
-        args, kwargs = arguments(block, x, context)
-        return block(*args, **kwargs).clone()  # the model may change its input in place
-
-    return layer
 
 
 class ExtendedProblem:
@@ -143,6 +131,7 @@ class ExtendedProblem:
             }
         given = [None] * len(self.batches) if outputs is None else outputs
         for (input, target, _), output in zip(self.batches, given, strict=True):
+            # every batch from the same running statistics, or L would depend on their order
             yield called_with(self.network, values, (input, target, output), {})
 
     def outputs(self, z: Tensor) -> list[Any]:
@@ -161,63 +150,29 @@ class ExtendedProblem:
         ]
         return torch.stack(losses).sum()
 
-    def value(self, z: Vector) -> float:
-        """L(θ, v), with z written into the parameters, faster than by a functional call."""
-        # without a graph, and so without the autograd whose λ is to be checked
-        pieces = torch.from_numpy(z).split(list(self.parts.values()))
-        with torch.no_grad():
-            for (name, base), piece in zip(self._base.items(), pieces, strict=True):
-                self.network.get_parameter(name).copy_(base + piece.view_as(base))
-        total = 0.0
-        for input, target, weight in self.batches:
-            # every batch from the same running statistics, or L would depend on their order
-            buffers = {buffer: buffer.clone() for buffer in self.network.buffers()}
-            total += self.network(input, target)[1].item() * weight / self.total_weight
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
-        return total
+    def losses_at(self, points: Tensor) -> Tensor:
+        """L at several points (points, variables)."""
+        return self._at(points, self._mean)
 
-    def values(self, points: Vector) -> Vector:
-        """L at several points (points, variables), in one call if the network can be batched."""
+    def outputs_at(self, points: Tensor) -> Tensor:
+        """The outputs on all batches in one row, which are tensors, at several points."""
+        return self._at(points, lambda each: torch.cat([output.flatten() for output, _ in each]))
+
+    def _at(self, points: Tensor, function: Callable[[Iterator[Any]], Tensor]) -> Tensor:
+        """A function of `each` at several points, in one call if the network can be batched."""
         if self._batched:
             try:
                 with warnings.catch_warnings(action="ignore"):  # that an operation is not batched
-                    of_each = vmap(lambda z: self._mean(self._each(z, None)), chunk_size=_TOGETHER)
-                    found = of_each(torch.from_numpy(points)).detach().numpy()
-                alone = self.value(points[0])
-                self._batched = bool(abs(found[0] - alone) <= 1e-12 * abs(alone))
+                    of_each = vmap(lambda z: function(self._each(z, None)), chunk_size=_TOGETHER)
+                    found = of_each(points).detach()
+                alone = function(self.each(points[0])).detach()
+                error, size = (found[0] - alone).abs().max(), alone.abs().max()
+                self._batched = bool(error <= 1e-12 * size)
                 if self._batched:
                     return found
             except (RuntimeError, ValueError, TypeError):
                 self._batched = False  # it writes in place, branches on values, …
-        return np.array([self.value(z) for z in points])
-
-    def of_theta(self, v: Vector) -> tuple[LossAndGradient, Hessian]:
-        """L(·, v) as a function of θ alone: with its gradient, and its Hessian, by autograd."""
-        fixed = torch.from_numpy(v)
-
-        def loss(theta: Tensor) -> Tensor:
-            return self.loss(torch.cat([theta, fixed]))
-
-        def loss_and_gradient(theta: Vector) -> tuple[float, Vector]:
-            point = torch.tensor(theta, requires_grad=True)
-            value = loss(point)
-            return value.item(), torch.autograd.grad(value, point)[0].numpy()
-
-        def hessian(theta: Vector) -> Vector:
-            return _hessian(loss, torch.tensor(theta))
-
-        return loss_and_gradient, hessian
-
-    def loss_and_gradient(self, z: Vector) -> tuple[float, Vector]:
-        """L and ∇L = (∇_θ L, ∇_v L)."""
-        point = torch.tensor(z, dtype=torch.float64, requires_grad=True)
-        loss = self.loss(point)
-        return loss.item(), torch.autograd.grad(loss, point)[0].numpy()
-
-    def hessian(self, z: Vector) -> Vector:
-        """∇²L."""
-        return _hessian(self.loss, torch.tensor(z))
+        return torch.stack([function(self.each(z)).detach() for z in points])
 
     def problem_at(self, z: Vector) -> GrowthProblem:
         """The original problem, without the blocks, at θ₀ + (θ part of z)."""
@@ -232,9 +187,17 @@ class ExtendedProblem:
         return GrowthProblem(model, loss_fn, data, self.problem.candidates, weight=weight)
 
 
-def _hessian(loss: Callable[[Tensor], Tensor], point: Tensor) -> Vector:
+def with_gradient(loss: Callable[[Tensor], Tensor], point: Vector) -> tuple[float, Vector]:
+    """A function and its gradient, by autograd."""
+    z = torch.tensor(point, dtype=torch.float64, requires_grad=True)
+    value = loss(z)
+    return value.item(), torch.autograd.grad(value, z)[0].numpy()
+
+
+def hessian(loss: Callable[[Tensor], Tensor], point: Vector) -> Vector:
+    """Its second derivatives."""
     with warnings.catch_warnings(action="ignore"):  # that some operations are not vectorized
-        found = torch.autograd.functional.hessian(loss, point, vectorize=True)
+        found = torch.autograd.functional.hessian(loss, torch.tensor(point), vectorize=True)
     assert isinstance(found, Tensor)  # a tuple only for tuples of points
     return found.numpy()
 

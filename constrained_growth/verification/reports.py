@@ -17,8 +17,8 @@ from constrained_growth._solve import solve
 from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.solution import Constraint, Solution
-from constrained_growth.verification.extended import ExtendedProblem, Vector
+from constrained_growth.solution import Constraint, Solution, as_json
+from constrained_growth.verification.extended import ExtendedProblem, Vector, with_gradient
 
 TOLERANCE = 2e-3
 """Of errors of multipliers, relative to their size: SciPy and CVXPY get to 1e-5 and better."""
@@ -184,17 +184,9 @@ class VerificationReport(Answer):
             "loss": self.solution.loss,
             "entries_at_kinks": self.kinks,
             "proximal": self.proximal,
-            "checks": [
-                {
-                    "name": check.name,
-                    "error": check.error if math.isfinite(check.error) else None,
-                    "tolerance": check.tolerance,
-                    "passed": check.passed,
-                }
-                for check in self.checks
-            ],
+            "checks": [{**vars(check), "passed": check.passed} for check in self.checks],
         }
-        return json.dumps(content, ensure_ascii=False)
+        return json.dumps(as_json(content), ensure_ascii=False)
 
     def __str__(self) -> str:
         return as_text(self._parts())
@@ -266,7 +258,7 @@ def kkt_residuals(problem: GrowthProblem, solution: Solution) -> KKTResiduals:
         block.register_forward_hook(
             lambda _, args, y: changes.append((y - args[0]).abs().max().item())
         )
-    _, gradient = extended.loss_and_gradient(extended.zero.numpy())
+    _, gradient = with_gradient(extended.loss, extended.zero.numpy())
     grad_theta, grad_v = torch.from_numpy(gradient).tensor_split([extended.sizes[0]])
     return KKTResiduals(
         primal=max(changes),

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from constrained_growth._arguments import function, instance
+from constrained_growth._arguments import function, instance, several
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.verification.extended import ExtendedProblem, Vector
@@ -102,16 +102,15 @@ def check_with_cvxpy(
         (True, True)
     """
     instance("problem", problem, GrowthProblem, DataError, "a cg.GrowthProblem")
-    if cvxpy_loss is not None:
-        function("cvxpy_loss", cvxpy_loss, DataError, "a function of CVXPY expressions")
-    if options is not None:
-        instance("options", options, Mapping, DataError, "a dict")
-    solvers: list[Any] = list(solver) if isinstance(solver, list | tuple) else [solver]
+    function(
+        "cvxpy_loss", cvxpy_loss, DataError, "lambda y, t: cp.sum_squares(y - t)", optional=True
+    )
+    instance("options", options, Mapping, DataError, "a dict", optional=True)
+    known = cp.installed_solvers()
+    solvers: tuple[Any, ...] = several("solver", solver, str, DataError, f"one of {known}")
     for name in solvers or [None]:
-        if name not in cp.installed_solvers():
-            raise DataError(
-                f"solver={name!r} is not installed; give one of {cp.installed_solvers()}."
-            )
+        if name not in known:
+            raise DataError(f"solver={name!r} is not installed; give one of {known}.")
     if options is not None and len(solvers) > 1:
         raise DataError(f"options={dict(options)!r} are for one solver, and solver={solvers}.")
     extended = ExtendedProblem(problem)
@@ -127,7 +126,7 @@ class _Convex:
         self.extended, self.count = extended, extended.sizes[0]
         with torch.no_grad():
             self.offsets = _outputs(extended)
-            self.slopes = self._jacobians(self.offsets, extended.zero, range(self.count), 1.0)
+            self.slopes = self._jacobians(extended.zero, range(self.count), 1.0)
             self._refuse_bent()
         self.loss = loss or _known_loss(extended.problem.loss_fn)
         self.penalty = _penalty(extended, self.offsets)
@@ -149,36 +148,28 @@ class _Convex:
     def _taken_apart(self, theta: Vector) -> tuple[list[Tensor], list[Tensor]]:
         """The outputs at (θ, 0), and their derivatives in θ and v."""
         at = torch.cat([torch.from_numpy(theta), self.extended.zero[self.count :]])
-        offsets = self.extended.outputs(at)
-        of_pins = self._jacobians(offsets, at, range(self.count, len(at)))
-        return offsets, [torch.cat(pair, 1) for pair in zip(self.slopes, of_pins, strict=True)]
+        of_pins = self._jacobians(at, range(self.count, len(at)))
+        slopes = [torch.cat(pair, 1) for pair in zip(self.slopes, of_pins, strict=True)]
+        return self.extended.outputs(at), slopes
 
-    def _jacobians(
-        self, offsets: Sequence[Tensor], at: Tensor, entries: range, step: float = 1e-3
-    ) -> list[Tensor]:
+    def _jacobians(self, at: Tensor, entries: range, step: float = 1e-3) -> Sequence[Tensor]:
         """∂y/∂z of each output, (numel of y, entries), from differences to the fourth order.
 
         At a kink to the left, to the second.
         """
-        columns: list[list[Tensor]] = [[] for _ in offsets]
-        for i in entries:
-            # at a kink the second difference grows with h, elsewhere with h²: twice as far tells
-            move = torch.zeros_like(at)
-            move[i] = step
-            outputs = self.extended.outputs
-            back, left, right, forth = (outputs(at + k * move) for k in (-2, -1, 1, 2))
-            every = list(zip(offsets, back, left, right, forth, strict=True))
-            near = math.hypot(*(float((w - 2 * y + u).norm()) for y, _, u, w, _ in every))
-            far = math.hypot(*(float((r - 2 * y + t).norm()) for y, t, _, _, r in every))
-            size = math.hypot(*(float(y.norm()) for y in offsets))
-            if 1e-12 * size < far < 3 * near:  # it is 4 times as large where the output is smooth
-                slopes = [(3 * y - 4 * u + t) / 2 for y, t, u, _, _ in every]
-            else:
-                slopes = [(8 * (w - u) - (r - t)) / 12 for _, t, u, w, r in every]
-            for column, slope in zip(columns, slopes, strict=True):
-                column.append(slope.flatten() / step)
-        empty = [y.new_zeros(y.numel(), 0) for y in offsets]
-        return [torch.stack(c, 1) if c else e for c, e in zip(columns, empty, strict=True)]
+        if not entries:
+            return [offset.new_zeros(offset.numel(), 0) for offset in self.offsets]
+        moves = torch.eye(len(at), dtype=at.dtype)[entries.start : entries.stop] * step
+        points = at + torch.stack([k * moves for k in (-2, -1, 0, 1, 2)])
+        every = self.extended.outputs_at(points.flatten(0, 1))
+        back, left, y, right, forth = every.view(5, len(entries), -1)
+        # at a kink the second difference grows with h, elsewhere with h²: twice as far tells
+        near, far = (right - 2 * y + left).norm(dim=1), (forth - 2 * y + back).norm(dim=1)
+        kinked = (1e-12 * y.norm(dim=1) < far) & (far < 3 * near)  # 4 times where it is smooth
+        to_left = (3 * y - 4 * left + back) / 2
+        smooth = (8 * (right - left) - (forth - back)) / 12
+        found = torch.where(kinked[:, None], to_left, smooth).mT / step
+        return found.split([offset.numel() for offset in self.offsets])
 
     def _solved(
         self,
@@ -231,15 +222,12 @@ class _Convex:
         def is_bent(*moved: str) -> bool:
             parts = extended.parts.items()
             mask = torch.cat([torch.full((size,), name in moved) for name, size in parts])
-            for _ in range(2):
-                z = torch.randn(mask.shape, generator=generator, dtype=torch.float64) * mask
-                for y, y0, slope in zip(
-                    extended.outputs(z), self.offsets, self.slopes, strict=True
-                ):
-                    line = y0.flatten() + slope @ z[: self.count]
-                    if not torch.allclose(y.flatten(), line, rtol=1e-9, atol=1e-9):
-                        return True
-            return False
+            points = torch.randn(2, len(mask), generator=generator, dtype=torch.float64) * mask
+            return not all(
+                torch.allclose(y.flatten(), y0.flatten() + slope @ z[: self.count], 1e-9, 1e-9)
+                for z in points
+                for y, y0, slope in zip(extended.outputs(z), self.offsets, self.slopes, strict=True)
+            )
 
         if is_bent(*trained):
             alone = [(name,) for name in trained if is_bent(name)]
@@ -315,9 +303,8 @@ def _known_loss(loss_fn: object) -> CvxpyLoss:
             cp.logistic(output) - cp.multiply(target.numpy(), output)
         )
     raise DataError(
-        f"loss_fn={loss_fn!r} has no known form for CVXPY (only MSELoss, CrossEntropyLoss and "
-        "BCEWithLogitsLoss have); give cvxpy_loss=, a function (output expression, target) -> "
-        "convex scalar expression."
+        f"loss_fn={loss_fn!r} has no known form for CVXPY, as MSELoss, CrossEntropyLoss and "
+        "BCEWithLogitsLoss have; give cvxpy_loss=(output expression, target) -> scalar expression."
     )
 
 
@@ -329,7 +316,7 @@ def _checked_constant(
 ) -> float:
     """The penalty at θ₀; refuses an expression that is not the rest of the loss."""
     generator = torch.Generator().manual_seed(0)
-    constants = []
+    constant = 0.0 if penalty is None else None  # it may have any value at θ₀
     for offset, (input, target, _) in zip(outputs, extended.batches, strict=True):
         for _ in range(2):
             output = torch.randn(offset.shape, generator=generator, dtype=torch.float64)
@@ -341,17 +328,13 @@ def _checked_constant(
             except Exception as error:
                 raise DataError(
                     f"loss_fn={extended.problem.loss_fn!r}: its CVXPY form fails on an output of "
-                    f"shape {tuple(offset.shape)} ({error}); give a cvxpy_loss= that fits the "
-                    "targets."
+                    f"shape {tuple(offset.shape)} ({error}); give one that fits the targets."
                 ) from error
-            # a penalty may have any value at θ₀, which is no part of the expression
-            constants.append(ours - theirs)
-            constant = 0.0 if penalty is None else constants[0]
+            constant = ours - theirs if constant is None else constant
             if not math.isclose(ours, theirs + constant, rel_tol=1e-9, abs_tol=1e-12):
                 raise DataError(
                     f"loss_fn={extended.problem.loss_fn!r} is {ours:.12g} for a random output and "
-                    f"its form for CVXPY {theirs + constant:.12g}; give the same function as "
-                    "cvxpy_loss=, including options such as weight=, label_smoothing= or "
-                    "reduction=."
+                    f"its form for CVXPY {theirs + constant:.12g}; give cvxpy_loss= with options "
+                    "such as weight=, label_smoothing= or reduction=."
                 )
-    return 0.0 if penalty is None else constants[0]
+    return constant or 0.0

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import LinearConstraint, OptimizeResult, minimize
+from torch import Tensor
 
 from constrained_growth._arguments import instance, number, positive_int
 from constrained_growth.errors import DataError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.verification.extended import ExtendedProblem, Vector
+from constrained_growth.verification.extended import (
+    ExtendedProblem,
+    Vector,
+    hessian,
+    with_gradient,
+)
 from constrained_growth.verification.reports import (
     Slope,
     VerificationReport,
@@ -90,14 +98,14 @@ def check_with_scipy(
     positive_int("maxiter", maxiter, DataError)
     extended = ExtendedProblem(problem)
     extended.refuse_large(_MOST_VARIABLES)
-    objective = _Objective(extended, _near(extended, gtol, maxiter), gtol)
+    objective = _Objective(extended, gtol, maxiter)
     start = np.concatenate([objective.theta, np.zeros(sum(extended.sizes[1:]))])
     quotients = _Quotients(objective, _Quotients(objective).kinks(start))
     found = _solved(quotients, gtol, maxiter)
     answers = [answer_of(extended, *one) for one in found]
     best = found[0][3].copy()
     best[extended.sizes[0] :] = 0.0
-    gradient = objective.gradient(best)
+    gradient = with_gradient(objective.loss, best)[1]
     slopes = [
         _slope(quotients, best, -gradient, begin, begin + size)
         for begin, size in zip(np.cumsum(extended.sizes[:-1]), extended.sizes[1:], strict=True)
@@ -111,94 +119,93 @@ def check_with_scipy(
     )
 
 
-def _near(extended: ExtendedProblem, gtol: float, maxiter: int) -> Vector:
-    """θ of a local minimum of L(·, 0), or where L-BFGS and Newton steps have come to."""
-    start = np.zeros(extended.sizes[0])
-    if not start.size:
-        return start
-    loss, hessian = extended.of_theta(np.zeros(sum(extended.sizes[1:])))
-    # not far along a valley, at whose end there are no digits left
-    first = minimize(
-        loss,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(-_NEARBY, _NEARBY)] * len(start),
-        options={"gtol": 1e-6, "ftol": 0.0, "maxiter": maxiter},
-    )
-    if not np.isfinite(first.fun):
-        return start
-    lowest, highest = np.linalg.eigvalsh(hessian(first.x))[[0, -1]]
-    if lowest < 1e-6 * highest:  # in a valley Newton steps lead far away, and not to a minimum
-        return first.x
-    options = {"gtol": gtol, "maxiter": min(maxiter, 100)}
-    options |= {"initial_trust_radius": 0.1, "max_trust_radius": 1.0}
-    more = minimize(loss, first.x, jac=True, hess=hessian, method="trust-exact", options=options)
-    return min(first, more, key=lambda found: np.linalg.norm(found.jac)).x
-
-
 class _Objective:
-    """L(θ, v) + μ‖θ − c‖²/2 with its minimum over θ at v = 0 in a certain place.
+    """L(θ, v) + μ‖θ − c‖²/2, at v = 0 with a minimum over θ at `theta`.
 
     μ = 0 where L itself has a strict minimum there.
     """
 
-    def __init__(self, extended: ExtendedProblem, theta: Vector, gtol: float) -> None:
-        self.extended, self.theta, self.count = extended, theta, len(theta)
-        self.weight, self.centre = 0.0, theta
+    def __init__(self, extended: ExtendedProblem, gtol: float, maxiter: int) -> None:
+        self.extended, self.count = extended, extended.sizes[0]
+        self.weight, self.centre = 0.0, torch.zeros(self.count, dtype=torch.float64)
+        self.theta = self._near(gtol, maxiter)
         if self.count:
-            loss, hessian = extended.of_theta(np.zeros(sum(extended.sizes[1:])))
             # ∇L + μ(θ − c) = 0 at θ, and ∇² + μI is positive definite: θ is made the minimiser, and
             # as the penalty does not read v, ∇_v stays what it is
-            gradient = loss(theta)[1]
-            lowest, highest = np.linalg.eigvalsh(hessian(theta))[[0, -1]]
+            loss = self._of_theta()
+            gradient = with_gradient(loss, self.theta)[1]
+            lowest, highest = np.linalg.eigvalsh(hessian(loss, self.theta))[[0, -1]]
             if lowest < _FLAT * highest or np.linalg.norm(gradient) > gtol:
-                self.weight = _FLAT * abs(highest) + max(0.0, -lowest)
-                self.weight = float(self.weight or 1.0)  # 1 for a loss that does not depend on θ
-                self.centre = theta + gradient / self.weight
+                weight = _FLAT * abs(highest) + max(0.0, -lowest)
+                weight = float(weight or 1.0)  # 1 for a loss that does not depend on θ
+                self.weight, self.centre = weight, torch.from_numpy(self.theta + gradient / weight)
 
-    def value(self, z: Vector) -> float:
-        """From values alone."""
-        return self.extended.value(z) + float(self._penalty(z))
+    def loss(self, z: Tensor) -> Tensor:
+        """At one point."""
+        return self.extended.loss(z) + self._penalty(z)
 
     def values(self, points: Vector) -> Vector:
-        """At several points (points, variables)."""
-        return self.extended.values(points) + self._penalty(points)
+        """At several points (points, variables), from values alone."""
+        every = torch.from_numpy(points)
+        return (self.extended.losses_at(every) + self._penalty(every)).numpy()
 
-    def _penalty(self, z: Vector) -> Vector:
-        away = z[..., : self.count] - self.centre
-        return self.weight * (away * away).sum(-1) / 2
+    def value(self, z: Vector) -> float:
+        """At one point, from values alone."""
+        return self.loss(torch.from_numpy(z)).item()
 
-    def gradient(self, z: Vector) -> Vector:
-        """By autograd."""
-        found = self.extended.loss_and_gradient(z)[1]
-        found[: self.count] += self.weight * (z[: self.count] - self.centre)
-        return found
+    def _penalty(self, z: Tensor) -> Tensor:
+        return self.weight * (z[..., : self.count] - self.centre).square().sum(-1) / 2
 
-    def hessian(self, z: Vector) -> Vector:
-        """By autograd."""
-        diagonal = np.arange(len(z)) < self.count
-        return self.extended.hessian(z) + self.weight * np.diag(diagonal)
+    def _of_theta(self, v: Vector | None = None) -> Callable[[Tensor], Tensor]:
+        """The function of θ alone, at v = 0 or another v."""
+        pins = self.extended.zero[self.count :] if v is None else torch.from_numpy(v)
+        return lambda theta: self.loss(torch.cat([theta, pins]))
+
+    def _minimum(self, start: Vector, v: Vector | None = None, **options: Any) -> OptimizeResult:
+        """A minimum over θ near `start`, by Newton steps in a trust region."""
+        loss = self._of_theta(v)
+        return minimize(
+            partial(with_gradient, loss),
+            start,
+            jac=True,
+            hess=partial(hessian, loss),
+            method="trust-exact",
+            options=options,
+        )
+
+    def _near(self, gtol: float, maxiter: int) -> Vector:
+        """θ of a local minimum of L(·, 0), or where L-BFGS and Newton steps have come to."""
+        start, loss = self.centre.numpy(), self._of_theta()
+        if not self.count:
+            return start
+        # not far along a valley, at whose end there are no digits left
+        first = minimize(
+            partial(with_gradient, loss),
+            start,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(-_NEARBY, _NEARBY)] * self.count,
+            options={"gtol": 1e-6, "ftol": 0.0, "maxiter": maxiter},
+        )
+        if not np.isfinite(first.fun):
+            return start
+        lowest, highest = np.linalg.eigvalsh(hessian(loss, first.x))[[0, -1]]
+        if lowest < 1e-6 * highest:  # in a valley Newton steps lead far away, and not to a minimum
+            return first.x
+        more = self._minimum(
+            first.x,
+            gtol=gtol,
+            maxiter=min(maxiter, 100),
+            initial_trust_radius=0.1,
+            max_trust_radius=1.0,
+        )
+        return min(first, more, key=lambda found: np.linalg.norm(found.jac)).x
 
     def smallest(self, v: Vector) -> float:
         """p(v), its minimum over θ near that at v = 0."""
         if not self.count:
             return self.value(v)
-        loss, hessian = self.extended.of_theta(v)
-
-        def moved(theta: Vector) -> tuple[float, Vector]:
-            (value, gradient), away = loss(theta), theta - self.centre
-            return value + self.weight * float(away @ away) / 2, gradient + self.weight * away
-
-        result = minimize(
-            moved,
-            self.theta,
-            jac=True,
-            hess=lambda theta: hessian(theta) + self.weight * np.eye(self.count),
-            method="trust-exact",
-            options={"gtol": 1e-9, "maxiter": 50},
-        )
-        return float(result.fun)
+        return float(self._minimum(self.theta, v, gtol=1e-9, maxiter=50).fun)
 
 
 class _Quotients:
@@ -244,42 +251,30 @@ def _solved(
     # started at the pins, a solver could stop where it starts and report any multiplier
     off = np.random.default_rng(0).normal(scale=_OFF_THE_PINS, size=sum(extended.sizes[1:]))
     start = np.concatenate([objective.theta, off])
-    pins = np.eye(len(start))[count:]
-
-    def slsqp() -> tuple[OptimizeResult, Vector]:
-        constraint = {"type": "eq", "fun": lambda z: z[count:], "jac": lambda z: pins}
-        result = minimize(
-            objective.value,
-            start,
-            jac=quotients.gradient,
-            method="SLSQP",
-            constraints=[constraint],
-            options={"ftol": 1e-15, "maxiter": maxiter},
-        )
-        return result, -result.multipliers  # of the opposite sign
-
-    def trust_constr() -> tuple[OptimizeResult, Vector]:
-        result = minimize(
-            objective.value,
-            start,
-            jac=quotients.gradient,
-            hess=objective.hessian,
-            method="trust-constr",
-            constraints=[LinearConstraint(pins, 0.0, 0.0)],
-            options={"gtol": gtol, "xtol": 1e-14, "maxiter": maxiter},
-        )
-        return result, result.v[0]
-
-    found, failed = [], []
-    solvers: dict[str, Callable[[], tuple[OptimizeResult, Vector]]] = {
-        "SciPy, trust-constr": trust_constr,
-        "SciPy, SLSQP": slsqp,
+    solvers: dict[str, dict[str, Any]] = {
+        "trust-constr": {
+            "hess": partial(hessian, objective.loss),
+            "options": {"gtol": gtol, "xtol": 1e-14, "maxiter": maxiter},
+        },
+        "SLSQP": {"options": {"ftol": 1e-15, "maxiter": maxiter}},
     }
-    for name, solver in solvers.items():
-        result, multipliers = solver()
+    pins = LinearConstraint(np.eye(len(start))[count:], 0.0, 0.0)
+    found, failed = [], []
+    for method, options in solvers.items():
+        result = minimize(
+            objective.value,
+            start,
+            jac=quotients.gradient,
+            method=method,
+            constraints=[pins],
+            **options,
+        )
+        name = f"SciPy, {method}"
         if result.success and np.abs(result.x[count:]).max() <= 1e-8:
-            value = extended.value(result.x)
-            found.append((name, result.message, value, result.x, multipliers))
+            value = extended.loss(torch.from_numpy(result.x)).item()
+            # those of SLSQP are of the opposite sign
+            duals = result.v[0] if method == "trust-constr" else -result.multipliers
+            found.append((name, result.message, value, result.x, duals))
         else:
             failed.append(f"{name}: {result.message}")
     if not found:

@@ -356,7 +356,7 @@ class Pyramid(nn.Module):
 @pytest.mark.parametrize("kind", ["identity, ReLU", "plain, 3 hidden, 5 × 5", "BatchNorm"])
 def test_a_site_used_at_two_sizes(kind: str, height: int) -> None:
     """Where the patches of large images come in other parts at each use."""
-    model, data = Pyramid(), classified_images(6, 6, height=height, width=100)
+    model, data = Pyramid(), classified_images(3, 3, height=height, width=100)
     one = cg.Candidate("features", ALL[kind]())
     solution = solved(model, data, one)
     assert_multipliers(solution, "features", autograd_multipliers(model, data, one))

@@ -247,7 +247,11 @@ def test_a_loss_that_reads_the_entry_of_a_new_layer_is_refused(loss: str, train:
     data = [(inputs, None)]
     with nothing_left_behind(model), refused(cg.CandidateError, "model.layers.0", "each layer"):
         cg.GrowthProblem(model, lambda output, _: PER_LAYER[loss](output), data, candidates)
+    # Transformers collects the output of each layer that is there when a model runs first
     wrapped = [replace(candidate, wrapped=True) for candidate in candidates]
+    with nothing_left_behind(model), refused(cg.CandidateError, "model.layers.0", "really put in"):
+        cg.GrowthProblem(model, lambda output, _: PER_LAYER[loss](output), data, wrapped)
+    model(**inputs)
     cg.GrowthProblem(model, lambda output, _: PER_LAYER[loss](output), data, wrapped)
 
 

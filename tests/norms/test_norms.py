@@ -139,7 +139,7 @@ PRIMAL: dict[str, Callable[[cp.Variable, cp.Variable], cp.Expression]] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", NORMS)
 def test_dual_relation(name: str, seed: int) -> None:
     multiplier = random_multiplier(seed)
@@ -172,7 +172,7 @@ tensors = st.builds(
     arrays(np.float64, (OUT, IN), elements=entry),
     arrays(np.float64, (OUT,), elements=entry),
 )
-axiom = settings(max_examples=40, deadline=None, derandomize=True)
+axiom = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 @every_norm
@@ -473,7 +473,7 @@ def test_moments_that_are_not_finite() -> None:
 
 @pytest.mark.parametrize("damping", [-1.0, float("nan"), float("inf"), None, "nuc"])
 def test_damping_is_checked(damping: Any) -> None:
-    with pytest.raises(cg.RuleError, match=r'damping=.*ord="nuc"'):
+    with pytest.raises(cg.RuleError, match=r"damping=.* is not a number in \[0, inf\)"):
         KroneckerFisher(damping)
 
 

@@ -19,18 +19,18 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without d
 def compare(number: int) -> None:
     groups: list[Any] = [dist.new_group([each]) for each in range(2)]
     torch.manual_seed(1)
-    model, data = feedforward(2, 4, 4, 3, activation=nn.Tanh), classified(38, batch=7)
+    model, data = feedforward(2, 4, 4, 3, activation=nn.Tanh), classified(19, batch=7)
     candidates = [
         cg.Candidate("1", cg.blocks.ResidualMLP(4, 2, torch.tanh)),
         cg.Candidate("3", cg.blocks.ResidualLinear(4, torch.tanh)),
     ]
-    shard = data[:4] if number == 0 else data[4:]
+    shard = data[:2] if number == 0 else data[2:]
     problems = [
         cg.GrowthProblem(model, CROSS_ENTROPY, part, candidates, group=group)
         for part, group in ((shard, None), (data, groups[number]))
     ]
     rules: list[Any] = [
-        lambda: cg.TrustRegion(max_products=5),
+        lambda: cg.TrustRegion(max_products=2),
         lambda: cg.Budget(parameters=20, multiply_adds=16),
         lambda: cg.rules.Stable(functools.partial(torch.optim.SGD, lr=0.1)),
     ]

@@ -90,7 +90,7 @@ def dense(multiplier: Tensor, matrix: Tensor, radius: float) -> Step:
 
 
 PADDING = 100
-"""Zeros after λ, so that conjugate gradients are used, with as many products as they need."""
+"""Zeros after λ, so that Lanczos' method is used, with as many products as it needs."""
 
 
 def padded(multiplier: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def padded(multiplier: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def path(multiplier: Tensor, matrix: Tensor, radius: float) -> Step:
-    """The step of conjugate gradients, until they leave the ball or have converged."""
+    """The step over λ, B λ, B² λ, …, until it has converged."""
     problem = quadratic(*padded(multiplier, matrix))
     step = step_of(problem, radius, max_products=PADDING, tolerance=1e-12)
     assert not bool(step.vector[len(multiplier) :].any())
@@ -148,10 +148,8 @@ def test_convex_steps_against_cvxpy(radius: float) -> None:
         step = dense(multiplier, matrix, radius)
         assert step.predicted == pytest.approx(best, rel=1e-6)
         torch.testing.assert_close(step.vector, torch.tensor(s.value), rtol=1e-3, atol=1e-4)
-        cut = path(multiplier, matrix, radius)
-        assert best / 2 <= cut.predicted <= best * (1 + 1e-6)
-        if not step.at_boundary:
-            torch.testing.assert_close(cut.vector, step.vector, rtol=1e-8, atol=1e-10)
+        other = path(multiplier, matrix, radius)
+        torch.testing.assert_close(other.vector, step.vector, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -184,11 +182,13 @@ def test_hard_case_and_flat_models() -> None:
         decision = cg.solve(quadratic(torch.zeros(2), torch.eye(2)), rule=rule).decision
         assert (decision.chosen, decision.reason) == ((), "nothing to gain")
         assert decision.evidence["predictions"] == {"0": 0.0}
+    down = cg.solve(quadratic(torch.zeros(4), -torch.eye(4)), rule=TrustRegion(max_products=2))
+    assert down.decision.evidence["predicted"] == pytest.approx(0.5)  # without any slope
 
 
 @pytest.mark.parametrize("convex", [True, False], ids=["convex", "indefinite"])
-def test_a_smaller_radius_cuts_the_path_shorter(convex: bool) -> None:
-    """A loss that rejects long steps is tried at smaller and smaller radii of one path."""
+def test_a_smaller_radius_costs_no_further_products(convex: bool) -> None:
+    """A loss that rejects long steps is tried at smaller and smaller radii."""
     matrix, multiplier = symmetric(12, convex=convex), torch.randn(12)
     more, bent = padded(multiplier, matrix)
     problem = problem_in(len(more), lambda v: 1e9 * v.square().sum() ** 2 - more @ v)
@@ -209,7 +209,7 @@ def test_a_smaller_radius_cuts_the_path_shorter(convex: bool) -> None:
     )
     tries = cg.solve(problem, rule=rule).decision.evidence["tries"]
     assert len(tries) > 15
-    for tried in tries:
+    for tried in tries[::4]:
         step = path(multiplier, matrix, tried["radius"])
         assert tried["predicted"] == pytest.approx(step.predicted, rel=1e-10)
         assert tried["predicted"] == pytest.approx(
@@ -218,15 +218,13 @@ def test_a_smaller_radius_cuts_the_path_shorter(convex: bool) -> None:
         assert tried["length"] == pytest.approx(float(step.vector.norm()), rel=1e-10)
         assert tried["at_boundary"] == (abs(tried["length"] - tried["radius"]) < 1e-9)
         best = dense(multiplier, matrix, tried["radius"]).predicted
-        assert tried["predicted"] <= best * (1 + 1e-12)
+        assert tried["predicted"] == pytest.approx(best, rel=1e-9)
     assert products <= 2 * len(multiplier)  # for all radii together
     gains = [tried["predicted"] for tried in tries]
     assert gains == sorted(gains, reverse=True)
-    cauchy = multiplier / multiplier.norm() * tries[-1]["radius"]
-    assert gains[-1] >= decrease(multiplier, matrix, cauchy) - 1e-15
 
 
-def test_path_that_runs_out_of_products() -> None:
+def test_running_out_of_products() -> None:
     matrix, multiplier = symmetric(30, convex=True), torch.randn(30)
     products = 0
 
@@ -263,7 +261,7 @@ def solved_by(rule: Any, model: nn.Module, data: Any, candidates: Any, loss: Any
 
 
 @pytest.mark.parametrize("curvature", [hessian, gauss_newton])
-@pytest.mark.parametrize("max_products", [3, 40], ids=["steihaug", "dense"])
+@pytest.mark.parametrize("max_products", [3, 40], ids=["lanczos", "dense"])
 def test_the_accepted_step_lowers_the_loss_by_what_the_evidence_says(
     curvature: Any, max_products: int
 ) -> None:
@@ -433,10 +431,10 @@ def test_nothing_to_gain() -> None:
 
 def test_state_survives_a_checkpoint() -> None:
     model, data, candidates = three()
-    rule = TrustRegion(radius=0.01)
+    rule = TrustRegion(radius=0.01, max_products=3)
     solved_by(rule, model, data, candidates)
     assert rule.current_radius == 0.02
-    other = TrustRegion()
+    other = TrustRegion(max_products=3)
     other.load_state_dict(json.loads(json.dumps(rule.state_dict())))
     assert other.current_radius == rule.current_radius
     one, two = (solved_by(r, model, data, candidates).decision for r in (rule, other))
