@@ -51,8 +51,9 @@ def check_growing(given: Any) -> None:
         "solver": "cg.solve",
         "candidates": "model -> [cg.Candidate(…)], or such a list",
     }
+    others: dict[str, Any] = {"when": Plateau, "candidates": Sequence}
     for name, example in examples.items():
-        if not isinstance(getattr(given, name), Plateau | Sequence):
+        if not isinstance(getattr(given, name), others.get(name, ())):
             function(name, getattr(given, name), TrainingError, example, optional=True)
     if given.solver is not None and given.norm is not None:
         raise TrainingError(
