@@ -30,6 +30,17 @@ def set_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
+def seed(number: int) -> None:
+    """Seed PyTorch's random numbers.
+
+    `torch.manual_seed` would also seed each device at its first use, when the state that the user
+    asked for may long have been put back.
+    """
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 def random_state() -> dict[str, Any]:
     """The global random states, in types that JSON and safetensors can hold."""
     algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002

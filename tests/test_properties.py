@@ -174,7 +174,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, list[Any], list[cg.Candidate]]:
     """A model in one of its modes, with gradients from before; data; candidates."""
     kind = draw(st.sampled_from(sorted(LEAVES)))
     tree = draw(trees(kind))
-    torch.manual_seed(draw(st.integers(0, 99)))
+    torch.default_generator.manual_seed(draw(st.integers(0, 99)))
     first, last = ENDS[kind]
     model = nn.Sequential(first(), built(tree, kind), last())
     shape = (2,) if kind == "vectors" else (2, 5, 5)
@@ -208,7 +208,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, list[Any], list[cg.Candidate]]:
 def seeded(model: nn.Module, data: list[Any]) -> list[Tensor]:
     """The outputs, with the same random numbers each time and buffers as they were."""
     twin = copy.deepcopy(model)
-    torch.manual_seed(7)
+    torch.default_generator.manual_seed(7)
     with torch.no_grad():
         return [twin(x.clone()) for x, _ in data]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._random_state import set_random_state
+from constrained_growth._random_state import seed, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.model import call, coarsest_epsilon, loss_of, unchangeable
@@ -51,7 +51,7 @@ class FirstBatch:
             if draw is None:
                 set_random_state(self.random)
             else:
-                torch.manual_seed(draw)
+                seed(draw)
             yield
 
     def is_same(self, loss: float, epsilon: float) -> bool:

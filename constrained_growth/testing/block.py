@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from constrained_growth._multipliers.closed_form import differentiated
+from constrained_growth._random_state import seed as set_seed
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import Context, arguments, takes_context
 from constrained_growth._sites.model import parameter_shapes
@@ -68,7 +69,7 @@ def check_block(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> None:
     name = f"block={type(block).__name__}"
     with untouched(block), differentiable():
         try:
-            torch.manual_seed(0)
+            set_seed(0)
             x, delta = x.detach().clone(), torch.randn_like(x)
             case = _Case(copy.deepcopy(block), x, delta, Context(args, kwargs))
         except Exception as error:
@@ -98,12 +99,12 @@ class _Case:
 
     def call(self, block: nn.Module, x: Tensor | None = None) -> Tensor:
         args, kwargs = arguments(block, self.x if x is None else x, self.context)
-        torch.manual_seed(0)
+        set_seed(0)
         return block(*args, **kwargs)
 
     def multipliers(self, block: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         """−∂⟨δ, block(x)⟩ by autograd."""
-        torch.manual_seed(seed)
+        set_seed(seed)
         return differentiated(block, Use(self.x, self.delta, self.context), [self.delta])[1][0]
 
 

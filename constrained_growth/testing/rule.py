@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from constrained_growth._random_state import seed as set_seed
 from constrained_growth._sites.untouched import untouched
 from constrained_growth._solve import solve
 from constrained_growth.blocks import IdentityLinear, ResidualMLP
@@ -86,7 +87,7 @@ class _Case:
         # which raises where a rule writes to it
         shown = types.MappingProxyType(dict(self.solution.sensitivities))
         with untouched(self.problem.model, self.problem.loss_fn, self.problem.data):
-            torch.manual_seed(0)
+            set_seed(0)
             try:
                 known = (self.problem, self.solution)
                 decision = rule.decide(*known) if needs_model(rule) else rule(shown)
@@ -166,7 +167,7 @@ _CHECKS_ON_THE_WHOLE = (_can_be_pickled, _can_be_restored, _decides_at_all)
 def _small_problem() -> GrowthProblem:
     """A network with three candidates at two sites, always the same."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        set_seed(0)
         model = nn.Sequential(
             nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)
         )
