@@ -34,7 +34,15 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide
-from constrained_growth.solution import Decision, Method, Norm, Sensitivity, Solution, Status
+from constrained_growth.solution import (
+    Decision,
+    Method,
+    Norm,
+    Sensitivity,
+    Solution,
+    Status,
+    listed,
+)
 
 
 @contextmanager
@@ -147,6 +155,10 @@ class Monitor:
         self._hooks = ExitStack()
         self._hooked = False
         self.reset()
+
+    def __repr__(self) -> str:
+        names = listed(candidate.name for candidate in self._problem.candidates)
+        return f"Monitor({self.num_samples} samples, candidates: {names})"
 
     def reset(self) -> None:
         """Begin a new window.

@@ -97,3 +97,14 @@ def test_names_are_escaped() -> None:
     solution = solved(feedforward(2, 4, 3), classified(20), named, rule=cg.Fixed("<b>"))
     assert "&lt;b&gt;" in solution._repr_html_()
     assert cells(solution._repr_html_())[1][1] == "<b>"
+
+
+def test_what_watches_and_proposes_says_so_shortly() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(8)
+    found = cg.find_candidates(model, data[0][0])
+    assert repr(found) == f"Proposals({', '.join(repr(one.name) for one in found)})"
+    with cg.monitor(cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, found)) as monitor:
+        assert repr(monitor).startswith("Monitor(0 samples, candidates: 1")
+    grower = cg.Grower(model, SGD(model.parameters()), nn.CrossEntropyLoss(), data)
+    assert repr(grower) == "Grower(Sequential, History(rows: 0; inserted: nothing))"
+    assert repr(cg.training.NewLayers(0.5)) == "NewLayers(scale=0.5, warmup=20)"

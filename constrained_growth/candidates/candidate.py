@@ -13,6 +13,7 @@ from constrained_growth._arguments import flag, instance
 from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import BlockError, CandidateError
+from constrained_growth.solution import listed
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,9 @@ class Proposals(tuple[Candidate, ...]):
 
     def __getnewargs__(self) -> tuple[Any, ...]:
         return tuple(self), self.reasons, self.skipped
+
+    def __repr__(self) -> str:
+        return f"Proposals({listed(repr(candidate.name) for candidate in self)})"
 
     def __str__(self) -> str:
         return as_text(self._parts())

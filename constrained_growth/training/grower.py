@@ -159,6 +159,9 @@ class Grower:
         self._count = 0
         self._started = time.perf_counter()
 
+    def __repr__(self) -> str:
+        return f"Grower({type(self.model).__name__}, {self.history!r})"
+
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizer, or the several."""

@@ -53,6 +53,9 @@ class NewLayers:
         self._hooks: list[Any] = []
         self._before: list[tuple[Tensor, Tensor, float]] = []
 
+    def __repr__(self) -> str:
+        return f"NewLayers(scale={self.scale:g}, warmup={self.warmup})"
+
     def __call__(self, grower: Grower, round: Round) -> None:
         """Attach to the grower's optimizer, for the parameters just inserted."""
         self.attach(grower.model, grower.optimizer, round.new_parameters)
