@@ -333,7 +333,7 @@ def test_what_cannot_be_registered() -> None:
     for kind in (nn.ReLU, Narrow((4, 2), nn.ReLU()), Narrow.config):
         with refused(cg.BlockError, "config()"):
             register(kind)  # type: ignore[type-var]
-    with refused(cg.BlockError, "ResidualMLP", "taken", "another name"):
+    with refused(cg.BlockError, "ResidualMLP", "taken", "another"):
         register(ResidualMLP)
     assert register(Narrow) is register(Narrow) is Narrow
     REGISTERED.pop("Narrow")
