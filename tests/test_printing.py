@@ -9,6 +9,7 @@ from helpers import candidate, classified, feedforward, solved
 from torch import nn
 
 import constrained_growth as cg
+from constrained_growth.training import NewLayers
 from constrained_growth.verification import check_with_cvxpy
 
 SGD = functools.partial(torch.optim.SGD, lr=0.1)
@@ -107,4 +108,4 @@ def test_what_watches_and_proposes_says_so_shortly() -> None:
         assert repr(monitor).startswith("Monitor(0 samples, candidates: 1")
     grower = cg.Grower(model, SGD(model.parameters()), nn.CrossEntropyLoss(), data)
     assert repr(grower) == "Grower(Sequential, History(rows: 0; inserted: nothing))"
-    assert repr(cg.training.NewLayers(0.5)) == "NewLayers(scale=0.5, warmup=20)"
+    assert repr(NewLayers(0.5)) == "NewLayers(scale=0.5, warmup=20)"
