@@ -260,7 +260,8 @@ def sensitivities_of(
         }
 
     def replicates() -> dict[str, tuple[float, ...]]:
-        return {name: replicates_of(norm, estimate) for name, estimate in estimates.items()}
+        # few, as every decision of several processes waits for them
+        return {name: replicates_of(norm, one, few=True) for name, one in estimates.items()}
 
     # by the process with the most groups, of which some moments are made
     sizes = everywhere(values, problem.group)

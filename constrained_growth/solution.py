@@ -157,7 +157,8 @@ class Sensitivity(ReadLater):
         error_bound: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such as 1
             for the Frobenius norm and √P for the entrywise one. It bounds the standard error of
             `value` from above, since |‖λ̂‖ − ‖λ‖| ≤ L ‖λ̂ − λ‖_F. NaN where L is not known.
-        replicates: What `value` is on bootstrap samples. The b-th of all candidates are of the
+        replicates: What `value` is on 200 bootstrap samples, or 50 where λ has more than 4,096
+            entries or several processes share the data. The b-th of all candidates are of the
             same sample, so that their differences say how sure a comparison is. Empty where there
             are none.
         held_out: The same step on other data; None unless `solve` was given `validation`.

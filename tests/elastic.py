@@ -63,7 +63,7 @@ def train(path: Path | None, disturb: Callable[[int], None]) -> dict[str, Any]:
         lambda parameters: torch.optim.AdamW(parameters, lr=0.02),
         loss_fn,
         loader,
-        epochs=4,
+        epochs=3,
         candidates=proposed,
         max_insertions=2,
         callbacks=[decided],

@@ -414,8 +414,13 @@ def run_cases(number: int) -> None:
     last_two = dist.new_group([1, 2])
     for case in CASES:
         case(Rank(number, PROCESSES, None, alone))
-    if number > 0:
-        for case in CASES:
+    if number > 0:  # a group of some processes, with numbers of its own
+        for case in (
+            unequal_shards,
+            recommended_decision,
+            weighted_batches,
+            failure_on_one_process,
+        ):
             case(Rank(number - 1, 2, last_two, alone))
 
 

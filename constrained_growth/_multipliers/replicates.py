@@ -22,8 +22,9 @@ from constrained_growth.errors import RuleError
 from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
 from constrained_growth.solution import Norm
 
-_DRAWS = {2**12: 200, 2**62: 50}
-"""How many, for λ of up to so many entries: a standard error from 50 is itself known to 10 %."""
+_MANY, _SMALL, _FEW = 200, 2**12, 50
+"""How many, for λ of up to so many entries, or else: a standard error from 50 is itself known to
+10 %."""
 
 _TOGETHER = 10
 """Draws whose λ are made in one product."""
@@ -44,8 +45,10 @@ def value_of(norm: Norm | MomentNorm, estimate: Estimate) -> float:
     return size
 
 
-def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, ...]:
-    """The norm of λ on bootstrap samples; none from a single group.
+def replicates_of(
+    norm: Norm | MomentNorm, estimate: Estimate, *, few: bool = False
+) -> tuple[float, ...]:
+    """The norm of λ on bootstrap samples, perhaps on `few`; none from a single group.
 
     Of several processes, each has its own groups: the deviations among its samples, scaled to
     those among all.
@@ -56,7 +59,7 @@ def replicates_of(norm: Norm | MomentNorm, estimate: Estimate) -> tuple[float, .
     if count < 2:
         return ()
     size = sum(t.numel() for t in estimate.multiplier.values())
-    number = next(draws for most, draws in _DRAWS.items() if size <= most)
+    number = _FEW if few or size > _SMALL else _MANY
     # one seed for all candidates: comparisons are between replicates of the same sample
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), number)
     shares = torch.from_numpy(drawn).double()

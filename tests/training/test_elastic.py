@@ -33,7 +33,7 @@ def test_torchrun_restarts_take_up_the_run(tmp_path: Path) -> None:
     found, expected = (
         torch.load(tmp_path / name, weights_only=True) for name in ("taken up", "whole")
     )
-    assert (found["steps"], expected["steps"]) == (16, 24)  # the checkpoint was at step 8
+    assert (found["steps"], expected["steps"]) == (10, 18)  # the checkpoint was at step 8
     assert found["losses"] == expected["losses"]
     assert len(expected["weights"]) == 12
     for name, value in expected["weights"].items():
