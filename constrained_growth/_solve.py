@@ -343,6 +343,7 @@ def solution_of(problem: GrowthProblem, **found: Any) -> Solution:
         parameters=parameter_shapes(problem.model),
         method=problem.method,
         example=problem.example,
+        training=problem.model.training,
         **found,
     )
 

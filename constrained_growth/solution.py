@@ -314,6 +314,7 @@ class Solution(ReadLater):
         method: The way in which λ was computed, and why.
         example: The input of the problem's first batch, on which `insert` sees that the function
             does not move; None where there was none.
+        training: Whether the model was measured in train mode; None if that is not known.
     """
 
     status: Status
@@ -329,6 +330,7 @@ class Solution(ReadLater):
     method: Method
     agreement: float = math.nan
     example: Any = field(default=None, compare=False)
+    training: bool | None = None
 
     def __repr__(self) -> str:
         chosen = listed(map(repr, self.decision.chosen)) or "nothing"
@@ -358,12 +360,20 @@ class Solution(ReadLater):
         bold = [index for index, (name, _) in enumerate(shown) if name in chosen]
         why = f" ({self.decision.reason})" if self.decision.reason else ""
         stationarity = f", ‖∇_θ L‖ {self.stationarity:.3g}" if self.stationarity is not None else ""
+        mode = {True: ", train mode", False: ", eval mode", None: ""}[self.training]
+        read = f"{self.num_samples:,} samples{mode}"
         more = len(found) - len(shown)
+        kinks = {s.site: s.kink for s in self.sensitivities.values() if s.kink > 0}
         return [
             f"insert {listed(chosen) or 'nothing'}{why}",
-            f"loss {self.loss:.6g}{stationarity}, {self.num_samples:,} samples: {self.status.name}",
+            f"loss {self.loss:.6g}{stationarity}, {read}: {self.status.name}",
             Table(rows, heads, numbers=(3, 4, 5, 6), bold=bold),
             *([f"and {more} candidates of smaller sensitivity"] if more else []),
+            *(
+                f"{share:.2g} of the units after {site} are at a kink, where a step has a slope of "
+                "its own (cg.directional_derivative)"
+                for site, share in kinks.items()
+            ),
         ]
 
     def plot(self) -> Figure:

@@ -29,9 +29,13 @@ def test_a_solution_prints_its_decision_and_a_row_for_each_candidate() -> None:
     solution = solved(model, classified(20), candidate("1"), candidate("3"), rule=cg.TopK(1))
     (chosen,) = solution.decision.chosen
     first, second, heads, *rows = str(solution).splitlines()
+    rows, kinks = rows[:2], rows[2:]
     assert first == f"insert {chosen} ({solution.decision.reason})"
     assert f"{solution.loss:.6g}" in second
-    assert solution.status.name in second
+    assert second.endswith(f"20 samples, train mode: {solution.status.name}")
+    shares = [s.kink for s in solution.sensitivities.values()]
+    assert all(0 < share < 1 for share in shares)
+    assert [line.split()[0] for line in kinks] == [f"{share:.2g}" for share in shares]
     assert "s.e." not in heads  # not computed to be printed
     assert [row.split()[-4:] for row in rows] == [
         [s.site, f"{s.value:.4g}", str(s.num_parameters), str(s.num_new_parameters)]
@@ -50,9 +54,9 @@ def test_a_solution_of_many_candidates_prints_the_largest_and_the_chosen() -> No
     many = [candidate("1", name=f"{index}") for index in range(60)]
     solution = solved(model, classified(20), *many, rule=cg.Fixed("59"))
     lines = str(solution).splitlines()
-    assert len(lines) == 3 + 41 + 1
-    assert lines[-2].startswith("→  59")
-    assert lines[-1] == "and 19 candidates of smaller sensitivity"
+    assert len(lines) == 3 + 41 + 2
+    assert lines[-3].startswith("→  59")
+    assert lines[-2] == "and 19 candidates of smaller sensitivity"
 
 
 def test_a_history_prints_its_epochs_and_insertions() -> None:

@@ -119,6 +119,7 @@ class GrowthRecord:
             >>> list(new)
             ['1.inserted.weight', '1.inserted.bias']
         """
+        instance("model", model, nn.Module, RecordError, "the grown model")
         record = _without_wrappers(self, model)
         old = set(record.model)
         for layer in record.insertions:

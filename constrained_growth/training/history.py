@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
 from constrained_growth._tables import Table, as_html, as_text
+from constrained_growth.errors import TrainingError
 from constrained_growth.solution import Later, ReadLater
 
 if TYPE_CHECKING:
@@ -221,10 +223,14 @@ def measurements(round: Round) -> dict[str, float]:
 def count_layers(model: nn.Module) -> int:
     """The number of weight layers: modules that own a parameter of two or more dimensions.
 
+    Raises:
+        TrainingError: `model` is no `nn.Module`.
+
     Example:
         >>> count_layers(nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4), nn.Linear(4, 1)))
         2
     """
+    instance("model", model, nn.Module, TrainingError, "an nn.Module")
     return sum(
         any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
         for module in model.modules()
