@@ -607,6 +607,7 @@ ROWS: dict[str, Row] = {
         optional=("optimizer", "record"),
     ),
     "checkpoint.load": Row(checkpoint.load, lambda s: {"path": "x"}, {"path": "path"}),
+    "checkpoint.previous": Row(checkpoint.previous, lambda s: {"path": "x"}, {"path": "path"}),
     "plot_sensitivities": Row(
         plotting.plot_sensitivities,
         lambda s: {"sensitivities": s.solution},

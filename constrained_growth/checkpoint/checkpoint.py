@@ -19,7 +19,14 @@ from constrained_growth._sharding import is_spread, reshard, spread_like, whole
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.placement import undoing
 from constrained_growth._sites.untouched import generators_of
-from constrained_growth.checkpoint.file import flattened, previous, read, unflattened, write
+from constrained_growth.checkpoint.file import (
+    as_path,
+    flattened,
+    previous,
+    read,
+    unflattened,
+    write,
+)
 from constrained_growth.checkpoint.optimizer_state import (
     check_named_state,
     load_named_state,
@@ -128,7 +135,7 @@ def save(
     instance("record", record, GrowthRecord, CheckpointError, "that of insert", optional=True)
     integer("step", step, CheckpointError, 0)
     record = GrowthRecord((), parameter_shapes(model)) if record is None else record
-    path, here = _as_path(path), rank(None)
+    path, here = as_path(path), rank(None)
     reshard(model)
     states = [named_state(one, parameter_names(one, model)) for one in as_optimizers(optimizer)]
     alone = optimizer is None or isinstance(optimizer, torch.optim.Optimizer)
@@ -171,7 +178,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         CheckpointError: There is no such file, or it is damaged, foreign, or of another version
             of the format. The message says if the checkpoint before it exists.
     """
-    path = _as_path(path)
+    path = as_path(path)
     hint = f' The checkpoint before it is "{previous(path)}".' if previous(path).exists() else ""
     try:
         data, tensors = read(path)
@@ -314,10 +321,6 @@ def resume(
             stateful = {**stateful, "scheduler": scheduler}
         restore(checkpoint, model, optimizer=optimizer, averaged=averaged, **stateful)
     return Resumed(model, optimizer, scheduler, checkpoint)
-
-
-def _as_path(path: str | os.PathLike[str]) -> Path:
-    return Path(instance("path", path, (str, os.PathLike), CheckpointError, "the name of a file"))
 
 
 def _check_model(model: nn.Module) -> None:

@@ -21,15 +21,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from constrained_growth._arguments import instance
 from constrained_growth.errors import CheckpointError
 
 _KEY = "constrained_growth"
 _VERSION = 1
 
 
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """The name of a file as a path; a CheckpointError where it is none."""
+    return Path(instance("path", path, (str, os.PathLike), CheckpointError, "the name of a file"))
+
+
 def previous(path: str | os.PathLike[str]) -> Path:
-    """Where `save` keeps the checkpoint that it replaced."""
-    path = Path(path)
+    """Where `save` keeps the checkpoint that it replaced.
+
+    Raises:
+        CheckpointError: `path` is not the name of a file.
+    """
+    path = as_path(path)
     return path.with_name(path.name + ".previous")
 
 

@@ -242,7 +242,10 @@ def load_from_checkpoint(
         CheckpointError: It was saved without a `GrowthCallback`, or, with the weights alone, when
             training was over.
         RecordError: The record does not fit the module that the class makes.
+        TrainingError: `module_class` is no class of LightningModules.
     """
+    if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
+        raise TrainingError(f"module_class={module_class!r:.80}: give a LightningModule's class.")
 
     class Growing(module_class):  # type: ignore[misc, valid-type]
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

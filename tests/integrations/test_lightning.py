@@ -262,6 +262,9 @@ def test_checkpoints_are_evaluated_and_loaded(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "late.ckpt", weights_only=True)
     with refused(cg.CheckpointError, "without a GrowthCallback", "weights alone", "was over"):
         load_from_checkpoint(Evaluated, tmp_path / "late.ckpt", **grows)
+    wrong: Any = 5
+    with refused(cg.TrainingError, "module_class=5"):
+        load_from_checkpoint(wrong, tmp_path / "late.ckpt", **grows)
 
 
 def test_a_module_without_forward_is_refused_before_training(tmp_path: Path) -> None:
