@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from constrained_growth._arguments import data_again, flag, function, instance, number
 from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
+from constrained_growth._later import Later, with_fields
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
 from constrained_growth._multipliers.groups import ROOM, Groups
 from constrained_growth._multipliers.held_out import cross_fitted, held_out
@@ -36,16 +37,7 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
 from constrained_growth.rules.composition import keeps_state
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
-from constrained_growth.solution import (
-    Decision,
-    Later,
-    Norm,
-    Planned,
-    Sensitivity,
-    Solution,
-    Status,
-    with_fields,
-)
+from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
 from constrained_growth.statistics import agreement, debiased_square, squared_norm
 
 

@@ -8,11 +8,12 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from constrained_growth._arguments import instance
+from constrained_growth._later import Later, ReadLater
 from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.errors import CandidateError, RuleError
 
@@ -90,27 +91,6 @@ class Constraint:
     candidate: str
     parameter: str
     shape: tuple[int, ...]
-
-
-class ReadLater:
-    """A field may hold a `Later`, which makes its value when the field is first read."""
-
-    def __getattribute__(self, name: str) -> Any:
-        found = object.__getattribute__(self, name)
-        if isinstance(found, Later):
-            found = found.function(self)
-            object.__setattr__(self, name, found)
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in vars(self)}
-
-
-@dataclass(frozen=True)
-class Later:
-    """What a field is to be when it is first read: a function of its owner."""
-
-    function: Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -400,11 +380,3 @@ class Solution(ReadLater):
                 f"constraint={constraint!r} is not one of this solution; take it from "
                 "problem.constraints of the problem that was solved."
             ) from None
-
-
-Kept = TypeVar("Kept", bound=ReadLater)
-
-
-def with_fields(kept: Kept, **fields: Any) -> Kept:
-    """As `dataclasses.replace`, but what is read later is still not read."""
-    return type(kept)(**{**vars(kept), **fields})

@@ -13,9 +13,10 @@ from statistics import NormalDist
 from torch import Tensor
 
 from constrained_growth._arguments import function, instance, number
+from constrained_growth._later import with_fields
 from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
-from constrained_growth.solution import Decision, Sensitivity, with_fields
+from constrained_growth.solution import Decision, Sensitivity
 
 __all__ = ["agreement", "debiased_square", "interval", "squared_norm"]
 

@@ -17,7 +17,7 @@ import pytest
 from torch import Tensor
 
 import constrained_growth as cg
-from constrained_growth.solution import with_fields
+from constrained_growth._later import with_fields
 from constrained_growth.verification import reports
 
 THEORY = Path(__file__).parent.parent / "theory"

@@ -341,8 +341,7 @@ def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
         for state in (model.state_dict(), weights)
     ]
-    differing = first_difference(*shapes)
-    if differing:
+    if differing := first_difference(*shapes):
         raise CheckpointError(
             f"model={type(model).__name__} does not fit the checkpoint: {differing} there. Give "
             "cg.replay(fresh_model, checkpoint.record)."

@@ -26,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import constrained_growth as cg
+from constrained_growth._later import with_fields
 from constrained_growth.errors import DataError
 from constrained_growth.experiments.data import CHARACTERS, text
 from constrained_growth.experiments.expand import (
@@ -42,7 +43,6 @@ from constrained_growth.experiments.statistics import Array, paired
 from constrained_growth.experiments.tables import interval, tabled
 from constrained_growth.experiments.training import Training, learn, mean_loss
 from constrained_growth.rules.rule import decide_about
-from constrained_growth.solution import with_fields
 
 ARMS = ("default", "interleaved", "upper", "middle", "least-important")
 """Rules that `expand` takes; beside them are all places (a random choice), LoRA, and nothing."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, overload
 
+from constrained_growth._later import with_fields
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.rule import (
@@ -16,7 +17,7 @@ from constrained_growth.rules.rule import (
     needs_model,
     refuse_no_rule,
 )
-from constrained_growth.solution import Decision, Sensitivity, Solution, with_fields
+from constrained_growth.solution import Decision, Sensitivity, Solution
 
 
 @overload

@@ -21,7 +21,7 @@ from constrained_growth._arguments import (
     positive_int,
 )
 from constrained_growth._data import check_pair
-from constrained_growth.errors import DataError, TrainingError
+from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion.training_state import checked_copies
 from constrained_growth.problem import checked_candidates
 from constrained_growth.rules import Plateau
@@ -98,3 +98,14 @@ def check_training(given: Any) -> None:
             raise TrainingError(
                 f'checkpoint="{path}" cannot be written; give a file in a folder that exists.'
             )
+
+
+def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
+    """Refuse the state of a grower whose parts with a state are others than these."""
+    found = state.get("parts") if isinstance(state, Mapping) else None
+    saved = found if isinstance(found, Mapping) else {}
+    for name in sorted(saved.keys() ^ parts.keys()):
+        raise CheckpointError(
+            f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
+            f"{'a' if name in saved else 'no'} state of it was saved; give the one of that run."
+        )

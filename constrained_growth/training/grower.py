@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from constrained_growth._arguments import instance
 from constrained_growth._distributed import everywhere, several
+from constrained_growth._later import Later, with_fields
 from constrained_growth._sharding import is_sharded, reshard
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.placement import undoing
@@ -36,8 +37,8 @@ from constrained_growth.insertion.training_state import (
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
-from constrained_growth.solution import Decision, Later, Norm, Solution, with_fields
-from constrained_growth.training.arguments import check_growing
+from constrained_growth.solution import Decision, Norm, Solution
+from constrained_growth.training.arguments import check_growing, check_parts
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
@@ -385,17 +386,6 @@ def stateful(given: Any) -> dict[str, Any]:
     """Rule, norm, schedule and policy of a grower, where they have a state."""
     parts = {name: getattr(given, name) for name in _PARTS}
     return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-
-
-def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
-    """Refuse the state of a grower whose parts with a state are others than these."""
-    saved = state.get("parts") if isinstance(state, Mapping) else None
-    saved = saved if isinstance(saved, Mapping) else {}
-    for name in sorted(saved.keys() ^ parts.keys()):
-        raise CheckpointError(
-            f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
-            f"{'a' if name in saved else 'no'} state of it was saved; give the one of that run."
-        )
 
 
 def _attributes(part: object) -> str:

@@ -11,9 +11,9 @@ from torch import nn
 
 from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
+from constrained_growth._later import Later, ReadLater
 from constrained_growth._tables import Table, as_html, as_text
 from constrained_growth.errors import TrainingError
-from constrained_growth.solution import Later, ReadLater
 
 if TYPE_CHECKING:
     import pandas

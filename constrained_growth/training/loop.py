@@ -30,13 +30,12 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Norm, Solution
-from constrained_growth.training.arguments import check_growing, check_training
+from constrained_growth.training.arguments import check_growing, check_parts, check_training
 from constrained_growth.training.grower import (
     OPTIONS,
     AfterInsertion,
     Candidates,
     Grower,
-    check_parts,
     stateful,
 )
 from constrained_growth.training.history import History

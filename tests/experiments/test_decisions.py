@@ -57,7 +57,10 @@ def layer(width: int) -> nn.Module:
     return IdentityLinear(width, nn.ReLU())
 
 
-def tiny(optimizer: SGD | Adam = SGD(0.1, 0.9), **changes: Any) -> Task:  # noqa: B008
+MOMENTUM = SGD(0.1, 0.9)
+
+
+def tiny(optimizer: SGD | Adam = MOMENTUM, **changes: Any) -> Task:
     settings: dict[str, Any] = {"batch": 10, "before": 4, "after": 10, "group": "half 0"} | changes
     return Task("tiny", "three blobs", begin, layer, optimizer, **settings)
 
