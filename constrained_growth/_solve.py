@@ -38,7 +38,7 @@ from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
 from constrained_growth.rules.composition import keeps_state
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
 from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
-from constrained_growth.statistics import agreement, debiased_square, squared_norm
+from constrained_growth.statistics import agreement, squared_norm
 
 
 def solve(
@@ -280,7 +280,7 @@ def sensitivities_of(
             baseline=baseline,
             site=site.after,
             variance=variance,
-            debiased_square=debiased_square(multiplier.values(), variance),
+            debiased_square=squared_norm(multiplier.values()) - variance,
             error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
             replicates=known,
             cross_fitted=others,

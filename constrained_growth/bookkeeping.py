@@ -18,6 +18,9 @@ from torch import nn
 
 from constrained_growth._sites.model import list_of
 from constrained_growth._sites.outputs import Which
+from constrained_growth.errors import RecordError
+
+__all__ = ["Bookkeeping", "register"]
 
 
 class Bookkeeping(Protocol):
@@ -72,6 +75,8 @@ def register(kind: type[nn.Module]) -> Callable[[Opener], Opener]:
         ... def no_books(model: Counted) -> None:
         ...     return None
     """
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise RecordError(f"kind={kind!r:.80} is no class of nn.Modules; give that of a model.")
     return _open.register(kind)
 
 

@@ -24,6 +24,8 @@ from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
+__all__ = ["Curvature", "VirtualLoss", "gauss_newton", "hessian"]
+
 FORWARD_PASSES = 1 / 3
 """What a forward pass costs, in gradient passes: backward is two products for each one forward."""
 
@@ -103,6 +105,7 @@ class VirtualLoss:
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """The parts of v by pinned parameter, in its shape and dtype."""
+        _check_vector("v", v, self.size)
         pieces = v.split([pin.numel() for pin in self._pins.values()])
         return {
             name: piece.view_as(pin).to(pin.dtype)
@@ -111,6 +114,7 @@ class VirtualLoss:
 
     def __call__(self, v: Tensor) -> float:
         """L(θ, v), the mean over all samples; v of `size` entries."""
+        _check_vector("v", v, self.size)
 
         def one(input: object, target: object) -> Tensor:
             with self._standing(v):  # with gradients on, as a model may take derivatives
@@ -134,11 +138,12 @@ class VirtualLoss:
 
     def hessian_product(self, vector: Tensor) -> Tensor:
         """∇²L at v = 0 times a vector, by differentiating ⟨∇L, vector⟩."""
+        pieces = self._split(vector)
 
         def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
             loss = self._loss(self._output(input), target)
             grads = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-            bent = _slopes_of(grads, variables, self._split(vector))
+            bent = _slopes_of(grads, variables, pieces)
             return torch.zeros_like(vector) if bent is None else _flat(bent)
 
         return self._mean(one, JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
@@ -150,6 +155,7 @@ class VirtualLoss:
             RuleError: The loss is linear in the outputs of the model, as where the model returns
                 its own loss: then the matrix is zero.
         """
+        pieces = self._split(vector)
 
         def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
             output = self._output(input)
@@ -166,7 +172,7 @@ class VirtualLoss:
                 outputs, variables, probes, create_graph=True, materialize_grads=True
             )
             pushed = torch.autograd.grad(
-                grads, probes, self._split(vector), retain_graph=True, materialize_grads=True
+                grads, probes, pieces, retain_graph=True, materialize_grads=True
             )
             cut = {id(y): y.detach().requires_grad_() for y in outputs}
             points = list(cut.values())
@@ -191,6 +197,7 @@ class VirtualLoss:
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         """A vector in the shapes of the variables."""
+        _check_vector("vector", vector, self.num_old + self.size)
         *old, v = vector.split([*(p.numel() for p in self._old), self.size])
         return [*(t.view_as(p).to(p.dtype) for t, p in zip(old, self._old, strict=True)), v]
 
@@ -260,7 +267,7 @@ Curvature = Callable[[VirtualLoss, Tensor], Tensor]
 
 def hessian(loss: VirtualLoss, vector: Tensor) -> Tensor:
     """The Hessian itself, indefinite in general, as a `curvature`."""
-    return loss.hessian_product(vector)
+    return _checked(loss).hessian_product(vector)
 
 
 def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
@@ -269,7 +276,17 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
     It is Jᵀ (∇² of the loss by the outputs) J: for the cross-entropy the Fisher matrix, for the
     mean squared error 2 JᵀJ / N.
     """
-    return loss.gauss_newton_product(vector)
+    return _checked(loss).gauss_newton_product(vector)
+
+
+def _checked(loss: VirtualLoss) -> VirtualLoss:
+    return instance("loss", loss, VirtualLoss, RuleError, "a cg.curvature.VirtualLoss")
+
+
+def _check_vector(name: str, vector: Tensor, size: int) -> None:
+    if not isinstance(vector, Tensor) or vector.shape != (size,):
+        got = tuple(vector.shape) if isinstance(vector, Tensor) else f"{vector!r:.80}"
+        raise RuleError(f"{name}={got} is no vector of {size} entries; loss.zero() is one.")
 
 
 def _slopes_of(

@@ -33,7 +33,7 @@ from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
-from constrained_growth.rules.rule import decide
+from constrained_growth.rules.rule import decide, needs_model, refuse_no_rule
 from constrained_growth.solution import (
     Decision,
     Method,
@@ -43,6 +43,8 @@ from constrained_growth.solution import (
     Status,
     listed,
 )
+
+__all__ = ["Monitor", "monitor"]
 
 
 @contextmanager
@@ -209,11 +211,9 @@ class Monitor:
             DataError, BlockError: As `multipliers`.
         """
         rule = TopK(1) if rule is None else rule
-        if not callable(rule):
-            raise RuleError(
-                f"rule={rule!r} cannot be called with sensitivities; give cg.TopK(1), or a "
-                "function. One that asks the model is for cg.solve."
-            )
+        refuse_no_rule("rule", rule)
+        if needs_model(rule):
+            raise RuleError(f"rule={rule!r} asks the model; give cg.TopK(1), or ask by cg.solve.")
         sensitivities = self.sensitivities()
         finite = all(math.isfinite(sensitivity.value) for sensitivity in sensitivities.values())
         status = Status.STATIONARITY_UNKNOWN if finite else Status.NOT_FINITE

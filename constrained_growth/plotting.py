@@ -78,7 +78,7 @@ def plot_sensitivities(
     if not found or not all(isinstance(s, Sensitivity) for s in found):
         raise GrowthError(f"sensitivities={sensitivities!r:.80} are none; give a solution.")
     instance("chosen", chosen, Collection, GrowthError, "names of candidates")
-    ax = ax or axes(height=0.9 + 0.45 * len(found))
+    ax = _axes(ax, height=0.9 + 0.45 * len(found))
     steps = [1.0 if a.site == b.site else 1.5 for a, b in itertools.pairwise(found)]
     places = list(itertools.accumulate(steps, initial=0.0))  # more room between sites
     values = [s.value for s in found]
@@ -131,7 +131,7 @@ def plot_training(
 
     Args:
         losses: Losses of epochs 1, 2, ….
-        insertions: Epoch at whose end something was inserted → label.
+        insertions: Epoch at whose end something was inserted → label; 0 is before the first.
         ax: Where to draw; None for a new figure.
         ylabel: Name and unit of the loss.
     """
@@ -139,17 +139,19 @@ def plot_training(
     if not numbers or not losses:
         raise GrowthError(f"losses={losses!r:.80} is no curve; give a list of numbers.")
     instance("insertions", insertions, Mapping, GrowthError, "epoch → label")
-    ax = ax or axes(height=4.2)
+    if not insertions.keys() <= set(range(len(losses) + 1)):
+        raise GrowthError(f"insertions={insertions!r:.80}: give epochs from 0 to {len(losses)}.")
+    ax = _axes(ax, height=4.2)
     ax.plot(range(1, len(losses) + 1), losses, color=INK, linewidth=2, label=ylabel)
     marks = {"linestyle": "none", "color": GROWN, "markersize": 9, "markeredgecolor": INK}
     for index, (epoch, name) in enumerate(insertions.items()):
         label = None if index else "insertion"
         ax.axvline(epoch, **MARK)
-        ax.plot(epoch, losses[epoch - 1], marker="v", **marks, label=label)
+        ax.plot(epoch, losses[max(epoch - 1, 0)], marker="v", **marks, label=label)
         # rotated, so that neighbours do not collide
         note(ax, f"+ {name}", epoch, (-3, 3), rotation=30, rotation_mode="anchor", fontsize=9)
     scale(ax, losses)
-    ax.set_xlim(0.5, len(losses) + 0.5)
+    ax.set_xlim(-0.5 if 0 in insertions else 0.5, len(losses) + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("epoch")
     ax.set_ylabel(ylabel)
@@ -173,11 +175,13 @@ def plot_sensitivity_map(
         chosen: Epoch → names of the candidates inserted.
         ax: Where to draw; None for a new figure.
     """
-    instance("rounds", rounds, Mapping, GrowthError, "epoch → candidate → sensitivity")
+    _check_rounds(rounds)
     instance("chosen", chosen, Mapping, GrowthError, "epoch → names")
     latest_first = reversed(list(rounds.values()))  # for the order of depth in the final model
     names = list(dict.fromkeys(name for found in latest_first for name in found))
-    ax = ax or axes(height=1.6 + 0.35 * len(names))
+    if unknown := {name for epoch in rounds for name in chosen.get(epoch, ())}.difference(names):
+        raise GrowthError(f"chosen: {sorted(unknown)} are not in rounds, which have {names}.")
+    ax = _axes(ax, height=1.6 + 0.35 * len(names))
     table = [[found.get(name, math.nan) for found in rounds.values()] for name in names]
     shown = [[v if math.isfinite(v) and v > 0 else math.nan for v in row] for row in table]
     known = [value for row in shown for value in row if value > 0] or [1.0]
@@ -210,6 +214,20 @@ def plot_sensitivity_map(
     return ax
 
 
+def _check_rounds(rounds: object) -> None:
+    given = instance("rounds", rounds, Mapping, GrowthError, "epoch → candidate → sensitivity")
+    for epoch, found in given.items():
+        is_table = isinstance(found, Mapping)
+        if not is_table or not all(isinstance(value, Real) for value in found.values()):
+            raise GrowthError(f"rounds: {found!r:.80} of {epoch}; give candidate → sensitivity.")
+
+
+def _axes(ax: Axes | None, height: float) -> Axes:
+    """Where to draw: what was given, or a new figure."""
+    given = instance("ax", ax, Axes, GrowthError, "axes of Matplotlib", optional=True)
+    return given or axes(height=height)
+
+
 def plot_run(
     losses: Sequence[float],
     insertions: Mapping[int, str],
@@ -217,6 +235,7 @@ def plot_run(
     chosen: Mapping[int, Collection[str]],
 ) -> Figure:
     """`plot_training` above `plot_sensitivity_map`, which is left out without decisions."""
+    _check_rounds(rounds)
     names = {name for found in rounds.values() for name in found}
     heights = [4.2, 1.0 + 0.3 * len(names)] if rounds else [4.2]
     made = figure(8, sum(heights))

@@ -1,7 +1,6 @@
-"""What a sample says about the size of a multiplier: debiased squares, confidence intervals.
+"""What a sample says about the size of a multiplier: confidence intervals, agreement of decisions.
 
-λ̂, a mean over samples, is unbiased for λ; its norm is not: E‖λ̂‖²_F = ‖λ‖²_F + tr Cov(λ̂). The
-intervals need tr Cov(λ̂) alone, which every solve has, and hold whatever the covariance is.
+The intervals need tr Cov(λ̂) alone, which every solve has, and hold whatever the covariance is.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from constrained_growth._sharding import whole
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Decision, Sensitivity
 
-__all__ = ["agreement", "debiased_square", "interval", "squared_norm"]
+__all__ = ["agreement", "interval"]
 
 MIN_CONFIDENCE = 0.79
 """Below it `interval` has no proof: Székely and Bakirov's bound holds for z² ≥ 1.54."""
@@ -28,21 +27,6 @@ def squared_norm(tensors: Iterable[Tensor]) -> float:
     """‖·‖²_F of several tensors together, squared and summed in float64."""
     sizes = (tensor.abs() if tensor.is_complex() else tensor for tensor in tensors)
     return sum(float(whole(size.double().square().sum())) for size in sizes)
-
-
-def debiased_square(multiplier: Iterable[Tensor], variance: float) -> float:
-    """‖λ̂‖²_F − tr Cov(λ̂), unbiased for ‖λ‖²_F; it may be negative.
-
-    Args:
-        multiplier: The tensors of λ̂.
-        variance: An unbiased estimate of tr Cov(λ̂).
-
-    Example:
-        >>> import torch
-        >>> debiased_square([torch.tensor([3.0, 4.0])], 1.0)
-        24.0
-    """
-    return squared_norm(multiplier) - variance
 
 
 def interval(sensitivity: Sensitivity, confidence: float = 0.95) -> tuple[float, float]:

@@ -13,7 +13,8 @@ from constrained_growth._multipliers.closed_form import differentiated
 from constrained_growth._sites.collector import Use
 from constrained_growth._sites.context import Context
 from constrained_growth._sites.untouched import full_precision, untouched
-from constrained_growth.blocks import has_factors, moves, pinned_parameters
+from constrained_growth.blocks import has_factors, pinned_parameters
+from constrained_growth.blocks.protocol import moves
 from constrained_growth.errors import BlockError
 
 _MOST_UNITS = 2**20

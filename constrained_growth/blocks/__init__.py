@@ -37,9 +37,7 @@ from constrained_growth.blocks.linear import IdentityLinear, ResidualLinear, Res
 from constrained_growth.blocks.protocol import (
     AffineFactors,
     HasFactors,
-    change,
     has_factors,
-    moves,
     pinned_parameters,
     register,
 )
@@ -58,9 +56,7 @@ __all__ = [
     "ResidualMLP",
     "TanhLU",
     "TransformerBlock",
-    "change",
     "has_factors",
-    "moves",
     "pinned_parameters",
     "register",
 ]

@@ -22,6 +22,7 @@ from constrained_growth._arguments import function, positive_int
 from constrained_growth.blocks.convolved import Convolved
 from constrained_growth.blocks.protocol import (
     AffineFactors,
+    check_options,
     exact_everywhere,
     register,
     shown,
@@ -96,6 +97,7 @@ class ResidualConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         self.channels = positive_int("channels", channels, BlockError)
         hidden = max(1, channels // self._reduction) if hidden is None else hidden
         self.hidden = positive_int("hidden", hidden, BlockError)
@@ -248,6 +250,7 @@ class IdentityConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         channels, size = positive_int("channels", channels, BlockError), _odd(kernel_size)
         self.activation = as_activation(activation)
         self.shift = checked_shift(

@@ -23,6 +23,7 @@ from constrained_growth._activations import (
 from constrained_growth._arguments import positive_int
 from constrained_growth.blocks.protocol import (
     AffineFactors,
+    check_options,
     exact_everywhere,
     register,
     shown,
@@ -77,6 +78,7 @@ class IdentityLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         self.activation = as_activation(activation)
         self.shift = checked_shift(self.activation, shift)
         width = positive_int("width", width, BlockError)
@@ -142,6 +144,7 @@ class ResidualLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         self.activation = as_activation(activation)
         self._slope = checked_slope(self.activation, "ResidualLinear")
         width = positive_int("width", width, BlockError)
@@ -215,6 +218,7 @@ class ResidualMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         if pinned not in ("outer", "inner"):
             raise BlockError(f'pinned={pinned!r} is neither "outer" nor "inner".')
         if dtype is None and isinstance(inner_init, Tensor) and inner_init.is_floating_point():

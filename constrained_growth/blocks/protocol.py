@@ -61,6 +61,16 @@ def exact_everywhere(block: nn.Module, site: nn.Module) -> bool:
     return True
 
 
+def check_options(device: Any, dtype: Any) -> None:
+    """Refuse a device that is not there, or a dtype that has no gradients."""
+    try:
+        made = torch.empty((), device=device, dtype=dtype)
+    except Exception as error:  # of several types, CUDA's own among them
+        raise BlockError(f"device={device!r}, dtype={dtype!r}: PyTorch says: {error}") from error
+    if not (made.is_floating_point() or made.is_complex()):
+        raise BlockError(f"dtype={dtype!r} has no gradients; give a floating-point one.")
+
+
 def shown(self: Any) -> str:
     """The arguments shown by `repr`."""
     items = self.config().items()

@@ -13,6 +13,7 @@ from constrained_growth._activations import Activation, as_activation
 from constrained_growth._arguments import flag, number, positive_int
 from constrained_growth.blocks.protocol import (
     AffineFactors,
+    check_options,
     exact_everywhere,
     register,
     shown,
@@ -79,6 +80,7 @@ class TransformerBlock(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         self.heads = positive_int("heads", heads, BlockError)
         width = positive_int("width", width, BlockError)
         hidden = positive_int("hidden", 4 * width if hidden is None else hidden, BlockError)
@@ -179,6 +181,7 @@ class GatedMLP(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_options(device, dtype)
         width = positive_int("width", width, BlockError)
         hidden = positive_int("hidden", hidden, BlockError)
         eps, activation = number("eps", eps, BlockError, "(0, inf)"), as_activation(activation)

@@ -1,6 +1,5 @@
 """A training run in one file: written whole or not at all, read without executing anything."""
 
-from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth.checkpoint.checkpoint import (
     Checkpoint,
     Resumed,
@@ -16,9 +15,7 @@ __all__ = [
     "Resumed",
     "load",
     "previous",
-    "random_state",
     "restore",
     "resume",
     "save",
-    "set_random_state",
 ]

@@ -300,6 +300,11 @@ def resume(
     _check_model(model)
     example = "functools.partial(torch.optim.Adam, lr=1e-3)"
     function("optimizer_factory", optimizer_factory, CheckpointError, example, or_class=True)
+    function(
+        *("scheduler_factory", scheduler_factory, CheckpointError),
+        optional=True,
+        or_class=True,
+    )
     found: list[Checkpoint] = [path] if isinstance(path, Checkpoint) else []
     everywhere(lambda: found or found.append(load(path)), None)  # type: ignore[arg-type]
     checkpoint, now = found[0], num_processes(None)

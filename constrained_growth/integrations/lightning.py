@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+from constrained_growth._arguments import function, instance
 from constrained_growth._distributed import everywhere, rank
 from constrained_growth._extras import extra_packages
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import GrowthRecord, replay
+from constrained_growth.training.arguments import check_blocks
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History
 from constrained_growth.training.loop import evaluate
@@ -23,6 +25,8 @@ from constrained_growth.training.loop import evaluate
 with extra_packages():
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
+
+__all__ = ["GrowthCallback", "load_from_checkpoint"]
 
 
 class GrowthCallback(Callback):
@@ -85,7 +89,9 @@ class GrowthCallback(Callback):
     ) -> None:
         self.grower: Grower | None = None
         self._loss_fn, self._data = loss_fn, data
-        self._options = checked_options(type(self).__name__, options)
+        self._options = checked_options(type(self).__name__, loss_fn, data, options)
+        function("model", model, TrainingError, "lambda module: module.net")
+        check_blocks(blocks)
         self._model, self._blocks = model, blocks
         self._saved: dict[str, Any] | None = None
         self._has_losses = False  # whether training_step has returned one in this epoch
@@ -246,6 +252,9 @@ def load_from_checkpoint(
     """
     if not (isinstance(module_class, type) and issubclass(module_class, LightningModule)):
         raise TrainingError(f"module_class={module_class!r:.80}: give a LightningModule's class.")
+    path = instance("checkpoint_path", checkpoint_path, (str, os.PathLike), CheckpointError, "one")
+    function("model", model, TrainingError, "lambda module: module.net")
+    check_blocks(blocks)
 
     class Growing(module_class):  # type: ignore[misc, valid-type]
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -253,7 +262,7 @@ def load_from_checkpoint(
             super().on_load_checkpoint(checkpoint)
 
     # a subclass, since nothing else comes between making the module and loading its weights
-    module: Any = Growing.load_from_checkpoint(os.fspath(checkpoint_path), **kwargs)
+    module: Any = Growing.load_from_checkpoint(os.fspath(path), **kwargs)
     module.__class__ = module_class
     return module
 

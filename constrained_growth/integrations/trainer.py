@@ -15,16 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from constrained_growth import checkpoint
+from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
 from constrained_growth.checkpoint.optimizer_state import arrange_groups, parameter_names
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
+from constrained_growth.training.arguments import check_blocks
 from constrained_growth.training.grower import Grower, checked_options
 from constrained_growth.training.history import History, Round, measurements
 
 with extra_packages():
     from transformers import Trainer, TrainerCallback
+
+__all__ = ["GrowthCallback", "own_loss"]
 
 _FILE = "growth.safetensors"
 
@@ -35,13 +39,12 @@ def own_loss(output: Any, target: object) -> Tensor:
     Raises:
         DataError: It returned none.
     """
-    try:
+    if isinstance(output, Mapping) and "loss" in output:
         return output["loss"]
-    except (KeyError, IndexError, TypeError):
-        raise DataError(
-            "data: the model returned no loss; give inputs with labels, as it is trained with, or "
-            "a loss_fn(output, target)."
-        ) from None
+    raise DataError(
+        f"data: the model's output, a {type(output).__name__}, has no loss; give inputs with "
+        "labels, as it is trained with, or a loss_fn(output, target)."
+    )
 
 
 class GrowthCallback(TrainerCallback):
@@ -97,7 +100,7 @@ class GrowthCallback(TrainerCallback):
     ) -> None:
         self.grower: Grower | None = None
         self._data, self._loss_fn = data, loss_fn
-        self._options = checked_options(type(self).__name__, options)
+        self._options = checked_options(type(self).__name__, loss_fn, data, options)
         self._saved: checkpoint.Checkpoint | None = None
         self._hook: RemovableHandle | None = None  # before training a guard, then in search
 
@@ -123,6 +126,9 @@ class GrowthCallback(TrainerCallback):
             RecordError: The record does not fit the model, or a block of your own is not in
                 `blocks`, as for `replay`.
         """
+        instance("model", model, nn.Module, CheckpointError, "a fresh model")
+        check_blocks(blocks)
+        instance("folder", folder, (str, os.PathLike), CheckpointError, "that of a checkpoint")
         saved = checkpoint.load(Path(folder) / _FILE)
         copies = as_copies(self._options.get("averaged", ()))
         if len(copies) != len(saved.averaged):

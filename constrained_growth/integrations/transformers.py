@@ -30,6 +30,8 @@ from constrained_growth.insertion.description import INTERNAL, LAYER_NUMBERS
 with extra_packages():
     from transformers import PreTrainedConfig, PreTrainedModel
 
+__all__ = ["find_candidates", "insert", "replay"]
+
 insert = insertion.insert
 replay = insertion.replay
 

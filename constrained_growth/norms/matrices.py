@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, optim
 
+from constrained_growth._arguments import tensors
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Norm
 
@@ -27,8 +28,9 @@ class Frobenius:
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of the multiplier of one candidate."""
         # the squares of float32 overflow at 2e19 and vanish at 1e-23
-        sizes = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in multiplier.values()]
-        return torch.linalg.vector_norm(torch.stack(sizes)).to(next(iter(multiplier.values())))
+        given = parts(multiplier)
+        sizes = [torch.linalg.vector_norm(tensor, dtype=torch.float64) for tensor in given]
+        return torch.linalg.vector_norm(torch.stack(sizes)).to(given[0])
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
         """1."""
@@ -70,7 +72,7 @@ class Entrywise1:
 
     def __call__(self, multiplier: Mapping[str, Tensor]) -> Tensor:
         """The norm of the multiplier of one candidate."""
-        return torch.stack([tensor.abs().sum() for tensor in multiplier.values()]).sum()
+        return torch.stack([tensor.abs().sum() for tensor in parts(multiplier)]).sum()
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
         """√P, by the Cauchy-Schwarz inequality."""
@@ -119,7 +121,7 @@ class Nuclear:
 
     def lipschitz(self, multiplier: Mapping[str, Tensor]) -> float:
         """√r by the Cauchy-Schwarz inequality, r = Σ_p min(rows, columns) singular values."""
-        return sum(min(as_matrix(tensor).shape) for tensor in multiplier.values()) ** 0.5
+        return sum(min(as_matrix(tensor).shape) for tensor in parts(multiplier)) ** 0.5
 
 
 _EUCLIDEAN = (optim.SGD, optim.ASGD)
@@ -164,9 +166,14 @@ def norm_for(optimizer: optim.Optimizer) -> Norm:
     )
 
 
+def parts(multiplier: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tensors of a multiplier; a RuleError for anything else."""
+    return tensors("multiplier", multiplier, RuleError, "pinned parameter → λ")
+
+
 def count(multiplier: Mapping[str, Tensor]) -> int:
     """Number of entries."""
-    return sum(tensor.numel() for tensor in multiplier.values())
+    return sum(tensor.numel() for tensor in parts(multiplier))
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -177,7 +184,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 def singular_values(multiplier: Mapping[str, Tensor]) -> Tensor:
     """The singular values of the block-diagonal matrix of all tensors; NaN if one is not finite."""
-    matrices = [as_matrix(tensor) for tensor in multiplier.values()]
+    matrices = [as_matrix(tensor) for tensor in parts(multiplier)]
     # LAPACK fails on NaN and Inf, or does not return
     if not all(matrix.isfinite().all() for matrix in matrices):
         return matrices[0].new_full((1,), math.nan)

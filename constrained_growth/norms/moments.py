@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from constrained_growth._arguments import function, instance, number
+from constrained_growth._arguments import function, instance, number, tensors
 from constrained_growth.errors import RuleError
 from constrained_growth.norms.matrices import as_matrix
 from constrained_growth.solution import Norm
@@ -58,9 +58,15 @@ class SecondMoments:
     rows: Tensor | None = None
     columns: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        instance("features", self.features, Tensor, RuleError, "A, of shape (in, in)")
+        instance("cotangents", self.cotangents, Tensor, RuleError, "G, of shape (out, out)")
+
     @classmethod
     def of(cls, features: Tensor, cotangents: Tensor, bias: str | None = None) -> SecondMoments:
         """The moments of given φ and ψ, of shape (samples, ..., width)."""
+        instance("features", features, Tensor, RuleError, "φ, of shape (samples, …, in)")
+        instance("cotangents", cotangents, Tensor, RuleError, "ψ, of shape (samples, …, out)")
         phi, psi = features.flatten(0, -2), cotangents.flatten(0, -2)
         return cls(
             phi.T @ phi / len(phi),
@@ -101,7 +107,7 @@ def lipschitz(norm: Norm | MomentNorm, multiplier: Mapping[str, Tensor]) -> floa
         4.0
     """
     function("norm", norm, RuleError, "cg.norms.Frobenius()")
-    instance("multiplier", multiplier, Mapping, RuleError, "pinned parameter → λ")
+    tensors("multiplier", multiplier, RuleError, "pinned parameter → λ")
     constant: Any = getattr(norm, "lipschitz", None)
     if constant is not None:
         return float(constant(multiplier))
@@ -259,6 +265,10 @@ def check_moments(
     norm: object, multiplier: Mapping[str, Tensor], moments: Mapping[str, SecondMoments]
 ) -> None:
     """Raise a RuleError unless there are moments for all pins."""
+    tensors("multiplier", multiplier, RuleError, "pinned parameter → λ")
+    instance("moments", moments, Mapping, RuleError, "pinned weight → SecondMoments")
+    for name, one in moments.items():
+        instance(f'moments["{name}"]', one, SecondMoments, RuleError, "cg.norms.SecondMoments")
     biases = {m.bias for m in moments.values()}
     if unknown := [name for name in multiplier if name not in biases | moments.keys()]:
         raise RuleError(

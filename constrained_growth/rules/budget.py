@@ -24,6 +24,7 @@ from constrained_growth.blocks.protocol import called_with
 from constrained_growth.curvature import stand
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.rule import check_question
 from constrained_growth.solution import Decision, Planned, Sensitivity, Solution, listed
 
 Array = NDArray[np.float64]
@@ -34,7 +35,8 @@ def half_square(sensitivity: Sensitivity) -> float:
 
     It ranks candidates, but does not say how far the loss will fall.
     """
-    return sensitivity.value**2 / 2
+    found = instance("sensitivity", sensitivity, Sensitivity, RuleError, "one of a solution")
+    return found.value**2 / 2
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Budget:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The best choice within the budget."""
+        check_question(problem, solution)
         given = solution.sensitivities
         gains = {name: float(self.gain(s)) for name, s in given.items()}
         for name, gain in gains.items():

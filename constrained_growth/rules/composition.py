@@ -12,6 +12,8 @@ from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules.rule import (
     DecisionRule,
     Rule,
+    check_question,
+    check_sensitivities,
     decide,
     decide_about,
     needs_model,
@@ -119,6 +121,7 @@ class _PlainRules(_Rules):
     """Rules that all need only the sensitivities."""
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
+        check_sensitivities(sensitivities)
         return self._decision(sensitivities, decide)
 
 
@@ -127,6 +130,7 @@ class _ModelRules(_Rules):
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The joint decision."""
+        check_question(problem, solution)
 
         def ask(rule: Rule, some: Mapping[str, Sensitivity]) -> Decision:
             return decide_about(rule, problem, with_fields(solution, sensitivities=some))

@@ -18,6 +18,7 @@ from constrained_growth._sites.site import Site
 from constrained_growth.curvature import mean_over
 from constrained_growth.errors import CandidateError, RuleError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.rule import check_question, check_sensitivities
 from constrained_growth.solution import Decision, Sensitivity, Solution
 
 Where = Literal["first", "last", "middle", "interleaved", "upper"]
@@ -45,6 +46,7 @@ class Random:
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The draw."""
+        check_sensitivities(sensitivities)
         names = list(sensitivities)
         # by its text: the hash of a tuple of strings differs from process to process
         generator = random.Random(repr((self.seed, names)))
@@ -73,11 +75,14 @@ class Fixed:
     def __init__(self, *candidates: str | int) -> None:
         for candidate in candidates:
             if not isinstance(candidate, str | int) or isinstance(candidate, bool):
-                raise RuleError(f"candidate={candidate!r} of Fixed is neither a name nor an index.")
+                raise RuleError(
+                    f"candidates: {candidate!r} of Fixed is neither a name nor an index."
+                )
         object.__setattr__(self, "candidates", candidates)
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """These candidates."""
+        check_sensitivities(sensitivities)
         names = tuple(sensitivities)
         by_index = {i: names[i] for i in range(-len(names), len(names))}
         known: dict[str | int, str] = by_index | {name: name for name in names}
@@ -121,6 +126,7 @@ class Placed:
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The candidates there."""
+        check_sensitivities(sensitivities)
         names = tuple(sensitivities)
         n, k = len(names), min(self.k, len(names))
         half = n // 2 if k <= n // 2 else k
@@ -164,6 +170,7 @@ class LeastImportant:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The candidates after these modules; how much each loss rises is the evidence."""
+        check_question(problem, solution)
         before, rise = self._loss(problem, None), dict[str, float]()
         for site in problem.sites:
             with suppress(CandidateError):  # it cannot be skipped

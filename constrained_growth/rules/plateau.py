@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Enum
 from typing import Any
 
-from constrained_growth._arguments import number, positive_int
+from constrained_growth._arguments import instance, number, positive_int
 from constrained_growth.errors import RuleError
 from constrained_growth.solution import Solution, Status
 from constrained_growth.statistics import squared_norm
@@ -62,7 +62,10 @@ class Plateau:
 
     def update(self, loss: float) -> When:
         """Record a training loss, such as that of an epoch, and say when."""
-        loss = float(loss)
+        try:
+            loss = float(loss)  # also of a tensor
+        except (TypeError, ValueError, RuntimeError):
+            raise RuleError(f"loss={loss!r:.80} is no number; give that of an epoch.") from None
         reached = self.target is not None and loss <= self.target
         if self.over or not math.isfinite(loss) or reached:
             self.over = True
@@ -118,6 +121,7 @@ class Exhausted:
 
     def __call__(self, solution: Solution) -> When:
         """The answer for a solution."""
+        instance("solution", solution, Solution, RuleError, "what cg.solve(problem) returns")
         if solution.stationarity is None:
             raise RuleError("Exhausted needs the stationarity: solve(..., stationarity=True).")
         missing = [name for name in solution.sensitivities if name not in solution.multipliers]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import TypeIs
 
+from constrained_growth._arguments import instance
 from constrained_growth._sites.untouched import untouched
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
@@ -80,6 +81,20 @@ def checked_decision(
             f"rule={rule!r} gives values for {tuple(decision.values)} and chose {decision.chosen}."
         )
     return decision
+
+
+def check_sensitivities(sensitivities: object) -> None:
+    """Raise a RuleError unless a rule is called with candidate → sensitivity."""
+    fix = "solution.sensitivities"
+    given = instance("sensitivities", sensitivities, Mapping, RuleError, fix)
+    for name, one in given.items():
+        instance(f'sensitivities["{name}"]', one, Sensitivity, RuleError, fix)
+
+
+def check_question(problem: object, solution: object) -> None:
+    """Raise a RuleError unless a rule is asked about a problem and a solution of it."""
+    instance("problem", problem, GrowthProblem, RuleError, "a cg.GrowthProblem")
+    instance("solution", solution, Solution, RuleError, "what cg.solve(problem) returns")
 
 
 def check_optimizer(optimizer: object, owner: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from constrained_growth._arguments import function, number, positive_int
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import Frobenius
+from constrained_growth.rules.rule import check_sensitivities
 from constrained_growth.solution import Decision, Norm, Sensitivity
 from constrained_growth.statistics import MIN_CONFIDENCE, interval
 
@@ -43,6 +44,7 @@ class TopK:
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """The k best."""
+        check_sensitivities(sensitivities)
         scores = {}
         for name, sensitivity in sensitivities.items():
             cost = 1.0 if self.cost is None else self.cost(sensitivity)
@@ -98,6 +100,7 @@ class Threshold:
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """All candidates above their threshold."""
+        check_sensitivities(sensitivities)
         bars = {name: self._threshold(s) for name, s in sensitivities.items()}
         over = [name for name, s in sensitivities.items() if self._lower(name, s) > bars[name]]
         chosen = tuple(sorted(over, key=lambda n: -sensitivities[n].value)[: self.max_insertions])
@@ -167,6 +170,7 @@ class Generalizes:
 
     def __call__(self, sensitivities: Mapping[str, Sensitivity], /) -> Decision:
         """Those, in the order given."""
+        check_sensitivities(sensitivities)
         found = {name: s.held_out or s.cross_fitted for name, s in sensitivities.items()}
         values = {name: other.pvalue if other else math.nan for name, other in found.items()}
         if unknown := [name for name, value in values.items() if math.isnan(value)]:

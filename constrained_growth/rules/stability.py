@@ -19,7 +19,7 @@ from constrained_growth._sites.untouched import untouched
 from constrained_growth.curvature import Curvature, VirtualLoss, gauss_newton
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
+from constrained_growth.rules.rule import OptimizerFactory, check_optimizer, check_question
 from constrained_growth.rules.subproblem import lanczos
 from constrained_growth.solution import Decision, Solution
 
@@ -96,6 +96,7 @@ class Stable:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """All stable candidates."""
+        check_question(problem, solution)
         trained = [p for p in problem.model.parameters() if p.requires_grad]
         counts = [p.numel() for p in trained]
         settings, limit = _settings(self.optimizer, problem.model, trained)

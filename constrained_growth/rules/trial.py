@@ -23,7 +23,7 @@ from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth.curvature import FORWARD_PASSES, mean_over, stand
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
-from constrained_growth.rules.rule import OptimizerFactory, check_optimizer
+from constrained_growth.rules.rule import OptimizerFactory, check_optimizer, check_question
 from constrained_growth.solution import Decision, Planned, Solution
 
 NOTHING = "(nothing)"
@@ -90,6 +90,7 @@ class Trial:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The winner, or nothing."""
+        check_question(problem, solution)
         if several(problem.group):
             raise RuleError("Trial does not run on several processes; use another rule.")
         if isinstance(self.optimizer, torch.optim.Optimizer):

@@ -15,6 +15,7 @@ from constrained_growth._progress import progress_bar
 from constrained_growth.curvature import Curvature, VirtualLoss, hessian
 from constrained_growth.errors import RuleError
 from constrained_growth.problem import GrowthProblem
+from constrained_growth.rules.rule import check_question
 from constrained_growth.rules.subproblem import Steps, trust_region_steps
 from constrained_growth.solution import Decision, Solution
 
@@ -118,6 +119,7 @@ class TrustRegion:
 
     def decide(self, problem: GrowthProblem, solution: Solution, /) -> Decision:
         """The candidate whose step was accepted, or none."""
+        check_question(problem, solution)
         names = tuple(solution.sensitivities)
         missing = [name for name in names if name not in solution.multipliers]
         if missing:

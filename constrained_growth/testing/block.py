@@ -20,7 +20,8 @@ from constrained_growth._sites.context import Context, arguments, takes_context
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth._solve import solve
-from constrained_growth.blocks import change, has_factors, pinned_parameters
+from constrained_growth.blocks import has_factors, pinned_parameters
+from constrained_growth.blocks.protocol import change
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion import GrowthRecord, insert, replay

@@ -22,7 +22,7 @@ from constrained_growth._arguments import (
 )
 from constrained_growth._data import check_pair
 from constrained_growth.errors import CheckpointError, DataError, TrainingError
-from constrained_growth.insertion.training_state import checked_copies
+from constrained_growth.insertion.training_state import as_copies, checked_copies
 from constrained_growth.problem import checked_candidates
 from constrained_growth.rules import Plateau
 from constrained_growth.rules.rule import refuse_no_rule
@@ -32,6 +32,12 @@ def check_growing(given: Any) -> None:
     """The arguments that `Grower` and `grow` share, as attributes."""
     instance("model", given.model, nn.Module, TrainingError, "the network")
     checked_copies(given.model, given.averaged)
+    check_decisions(given)
+
+
+def check_decisions(given: Any) -> None:
+    """All but the model and its optimizers, which a callback does not have when it is made."""
+    as_copies(given.averaged)
     function("loss_fn", given.loss_fn, TrainingError, "nn.CrossEntropyLoss()")
     if (
         type(given.loss_fn).__module__ == nn.MSELoss.__module__
@@ -87,9 +93,7 @@ def check_training(given: Any) -> None:
     for callback in given.callbacks:
         function("callbacks", callback, TrainingError, "lambda grower: None")
     positive_int("checkpoint_every", given.checkpoint_every, TrainingError, optional=True)
-    instance("blocks", given.blocks, Mapping, TrainingError, "name → nn.Module", optional=True)
-    for name, block in (given.blocks or {}).items():
-        instance(f"blocks: {name!r}", block, nn.Module, TrainingError, "the block of that name")
+    check_blocks(given.blocks)
     flag("progress", given.progress, TrainingError, optional=True)
     if given.checkpoint is not None:
         instance("checkpoint", given.checkpoint, (str, os.PathLike), TrainingError, "a path")
@@ -98,6 +102,13 @@ def check_training(given: Any) -> None:
             raise TrainingError(
                 f'checkpoint="{path}" cannot be written; give a file in a folder that exists.'
             )
+
+
+def check_blocks(blocks: Any) -> None:
+    """Blocks of a user's own for a record, by name."""
+    instance("blocks", blocks, Mapping, TrainingError, "name → nn.Module", optional=True)
+    for name, block in (blocks or {}).items():
+        instance(f"blocks: {name!r}", block, nn.Module, TrainingError, "the block of that name")
 
 
 def check_parts(state: Any, parts: Mapping[str, Any]) -> None:

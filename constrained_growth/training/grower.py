@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from numbers import Real
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Norm, Solution
-from constrained_growth.training.arguments import check_growing, check_parts
+from constrained_growth.training.arguments import check_decisions, check_growing, check_parts
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
@@ -192,7 +193,7 @@ class Grower:
             step=self.num_steps,
             layers=count_layers(self.model),
             seconds=time.perf_counter() - self._started,
-            metrics=metrics or {},
+            metrics={} if metrics is None else metrics,
         )
         self._sum, self._count, self._started = 0.0, 0, time.perf_counter()
         answers = everywhere(lambda: (not self.is_over and self._is_time(), self.is_over), None)
@@ -372,13 +373,17 @@ OPTIONS = tuple(field.name for field in fields(Grower) if field.kw_only)
 """What a `Grower` takes by name; `grow` and the callbacks hand it on."""
 
 
-def checked_options(callback: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of a `Grower` that a callback was given for it; an unknown one is an error."""
+def checked_options(
+    callback: str, loss_fn: object, data: object, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Options of a `Grower` that a callback was given for it; what is wrong is refused."""
     for name, value in options.items():
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, 1)
             hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(OPTIONS)}."
             raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
+    defaults = {field.name: field.default for field in fields(Grower) if field.kw_only}
+    check_decisions(SimpleNamespace(loss_fn=loss_fn, data=data, **{**defaults, **options}))
     return options
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -13,7 +14,7 @@ from constrained_growth._arguments import instance
 from constrained_growth._extras import extra_packages
 from constrained_growth._later import Later, ReadLater
 from constrained_growth._tables import Table, as_html, as_text
-from constrained_growth.errors import TrainingError
+from constrained_growth.errors import CheckpointError, TrainingError
 
 if TYPE_CHECKING:
     import pandas
@@ -145,6 +146,9 @@ class History:
         self, *, loss: float, step: int, layers: int, seconds: float, metrics: Mapping[str, float]
     ) -> None:
         """Append a row."""
+        instance("metrics", metrics, Mapping, TrainingError, "a dict of numbers")
+        for name, value in {"loss": loss, "step": step, "seconds": seconds, **metrics}.items():
+            instance(name, value, Real, TrainingError, "a number")
         for name in metrics:
             self.metrics.setdefault(name, [float("nan")] * len(self.losses))
         for name, values in self.metrics.items():
@@ -189,7 +193,10 @@ class History:
         return {**asdict(replace(self, rounds=[])), "rounds": rounds}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load what `state_dict` returned."""
+        """Load what `state_dict` returned; a CheckpointError for anything else."""
+        given = instance("state", state, Mapping, CheckpointError, "what state_dict returned")
+        if given.keys() != {one.name for one in fields(self)}:
+            raise CheckpointError(f"state has {sorted(given)}; give what state_dict returned.")
         for name, value in state.items():
             setattr(self, name, value)
         self.rounds = [Round(**one) for one in state["rounds"]]

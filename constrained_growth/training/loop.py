@@ -20,6 +20,7 @@ from constrained_growth._arguments import data_again, functions, instance
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import everywhere, in_step
 from constrained_growth._progress import progress_bar
+from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
 from constrained_growth._sites.untouched import generators_of, untouched
@@ -307,10 +308,10 @@ class _Run:
 
     def _random_state(self) -> dict[str, Any]:
         generators = [generator.get_state() for generator in generators_of(self.loader)]
-        return {"global": checkpoints.random_state(), "loader": generators}
+        return {"global": random_state(), "loader": generators}
 
     def _set_random_state(self, state: Mapping[str, Any]) -> None:
-        checkpoints.set_random_state(state["global"])
+        set_random_state(state["global"])
         for generator, kept in zip(generators_of(self.loader), state["loader"], strict=True):
             generator.set_state(kept)
 

@@ -9,12 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from constrained_growth._arguments import integer, number, positive_int
+from constrained_growth._arguments import instance, integer, number, positive_int
 from constrained_growth._data import batch_size, batches
 from constrained_growth._distributed import several
 from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.model import call, device_of
-from constrained_growth.errors import TrainingError
+from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion.training_state import as_optimizers
 from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import Round
@@ -70,6 +70,9 @@ class NewLayers:
 
         Hooks on another optimizer are removed, and a state that was loaded goes on.
         """
+        instance("model", model, nn.Module, TrainingError, "the grown model")
+        if not (optimizers := as_optimizers(optimizer)):
+            raise TrainingError(f"optimizer={optimizer!r} is none; give those that train.")
         parameters = dict(model.named_parameters())
         unknown = [name for name in (*names, *self._loaded) if name not in parameters]
         if unknown:
@@ -81,7 +84,7 @@ class NewLayers:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        for one in as_optimizers(optimizer):
+        for one in optimizers:
             self._hooks.append(one.register_step_pre_hook(self._before_step))
             self._hooks.append(one.register_step_post_hook(self._after_step))
         self._model, self._loaded = model, {}
@@ -93,6 +96,7 @@ class NewLayers:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load what `state_dict` returned; the next `attach` finds the parameters by name."""
+        instance("state", state, Mapping, CheckpointError, "what state_dict returned")
         self._loaded = state
 
     @torch.no_grad()
