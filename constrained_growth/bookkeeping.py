@@ -110,6 +110,10 @@ class Books:
         is_element = list_of(self.model, self.model.get_submodule(after)) is not None
         return is_element and self.counts(after) is not False
 
+    def loads(self, after: str, block: nn.Module) -> bool:
+        """Whether the class of the model makes such a layer from its books, if it keeps any."""
+        return self.counts(after) is None or self.can_list(after, block, None, wrapped=False)
+
     def uncounted(self, names: Collection[str]) -> list[str]:
         """Those after which no books count a layer, in models where they do after others."""
         found = []

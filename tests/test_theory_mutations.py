@@ -1,8 +1,7 @@
 """Wrong multipliers are caught by every notebook that is about λ.
 
 `solve` is replaced by one whose answer is wrong, as the notebook and the certificates see it. Not
-among them: 5, which is about the size of λ, and sizes do not see a sign; 7 and 8, which take λ as
-given and decide; and 9, which reads files.
+among them: 8, which has no square pin to transpose, and 9, which reads files.
 """
 
 import runpy
@@ -21,7 +20,7 @@ from constrained_growth._later import with_fields
 from constrained_growth.verification import reports
 
 THEORY = Path(__file__).parent.parent / "theory"
-ABOUT_MULTIPLIERS = ("01", "02", "03", "04", "06")
+ABOUT_MULTIPLIERS = ("01", "02", "03", "04", "05", "06", "07")
 
 Pins = dict[str, Tensor]
 

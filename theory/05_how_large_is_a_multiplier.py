@@ -160,7 +160,7 @@ class Orthogonal(torch.optim.Optimizer):
 
 
 def gain(candidate, make, lr):
-    """What one step of the new parameters alone takes off the loss, over lr."""
+    """What one step of the new parameters alone takes off the loss, over lr; their gradient."""
     grown = nn.Sequential(*model)
     block = cg.blocks.ResidualMLP(*candidate.block.inner.weight.shape, torch.tanh)
     block.load_state_dict(candidate.block.state_dict())
@@ -169,7 +169,8 @@ def gain(candidate, make, lr):
     optimizer = make([block.outer.weight], lr=lr)
     (block.outer.weight.grad,) = torch.autograd.grad(before, block.outer.weight)
     optimizer.step()
-    return (before - nn.functional.mse_loss(grown(x), y)).item() / lr
+    after = nn.functional.mse_loss(grown(x), y)
+    return (before - after).item() / lr, block.outer.weight.grad
 
 
 optimizers = {
@@ -181,11 +182,13 @@ assert cg.norms.norm_for(torch.optim.SGD([torch.zeros(1)])) == cg.norms.Frobeniu
 assert cg.norms.norm_for(torch.optim.Adam([torch.zeros(1)])) == cg.norms.Entrywise1()
 gains = {}
 for name, (make, norm) in optimizers.items():
-    found = cg.solve(problem, norm=norm).sensitivities
+    solution = cg.solve(problem, norm=norm)
     for candidate in (narrow, wide):
-        size = found[candidate.name].value
+        size = solution.sensitivities[candidate.name].value
         predicted = size**2 if name == "SGD" else size
-        gains[name, candidate.name] = predicted, gain(candidate, make, 1e-6)
+        realised, gradient = gain(candidate, make, 1e-6)
+        assert torch.allclose(solution.multipliers[candidate.name]["outer.weight"], -gradient)
+        gains[name, candidate.name] = predicted, realised
         print(
             f"{name:10} {candidate.name:7} predicted {predicted:.5f}  realised {gains[name, candidate.name][1]:.5f}"
         )

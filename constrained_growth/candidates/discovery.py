@@ -290,7 +290,8 @@ def _without_repetition(search: _Search) -> Proposals:
             skipped[name] = f'the tensor is the one after "{earlier}"'
         else:
             candidates.append(Candidate(name, block))
-            reasons[name] = why
+            loads = search.books.loads(name, block)
+            reasons[name] = why if loads else f"{why}; its class does not load it: use cg.replay"
     order = {name: place for place, name in enumerate(search.runs)}
     skipped = dict(sorted(skipped.items(), key=lambda item: order.get(item[0], len(order))))
     return Proposals(candidates, reasons, skipped)

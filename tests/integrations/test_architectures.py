@@ -395,6 +395,8 @@ def test_grows_as_the_stock_class_would(kind: str, tmp_path: Path) -> None:
     assert candidates
     for name in SKIPPED.get(kind, ()):
         assert candidates.skipped[name]
+    advised = {"does not load it: use cg.replay" in why for why in candidates.reasons.values()}
+    assert advised == {kind == "Bert"}
     here = SimpleNamespace(model=model, batch=batch, candidates=candidates)
     for road in ROADS:
         grow_by(road, kind, here, tmp_path / road)
