@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from helpers import nothing_left_behind, refused
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -452,6 +453,33 @@ def loaded_again(model: Any, kind: str, record: cg.GrowthRecord, folder: Path) -
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     return loaded
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["beside its adapters", "merged"])
+def test_a_model_with_adapters_of_peft_grows(merged: bool, tmp_path: Path) -> None:
+    def adapted(model: Any) -> Any:
+        settings = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return get_peft_model(model, settings)
+
+    model = adapted(made("Llama", *GROWN["Llama"]))
+    batch = batch_for(model)
+    with nothing_left_behind(model):
+        candidates = cg.find_candidates(model, batch)
+    here = SimpleNamespace(model=model, batch=batch, candidates=candidates)
+    assert all("layers." in candidate.name for candidate in candidates)
+    record = inserted(model, here, candidates[0].name, tmp_path)
+    check_cache(model.base_model.model, batch)
+    with torch.no_grad():
+        for _, parameter in record.new_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    logits = model(**batch).logits
+    if merged:  # into a stock model, of its class
+        model.merge_and_unload().save_pretrained(tmp_path)
+        loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.double)
+    else:
+        loaded = cg.replay(adapted(made("Llama", *GROWN["Llama"])), record)
+        loaded.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loaded.eval()(**batch).logits, logits, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", REFUSED)
