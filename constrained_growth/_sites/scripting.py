@@ -53,6 +53,11 @@ def scriptable_forward(
     from torch._sources import SourceContext
     from torch.jit import _recursive, frontend
 
+    def returned(module: Any, overload: str = "") -> Any:
+        """The type of what a module returns."""
+        compiled: Any = _recursive.create_script_module(module, _recursive.infer_methods_to_compile)
+        return compiled._c._get_method(f"forward{overload}").schema.returns[0].type
+
     if base._forward_pre_hooks and any(takes_context(layer) for _, layer, *_ in layers):
         raise CandidateError(
             f"torch.jit.script: hooks on a {type(base).__name__} may change the arguments that an "
@@ -62,8 +67,7 @@ def scriptable_forward(
     overloads = _get_overloaded_methods(original, type(base)) or ()
     declared = overloads[0] if overloads else original  # the first is the one for tensors
     stub: Any = _recursive.make_stub(declared, "forward")
-    compiled: Any = _recursive.create_script_module(base, _recursive.infer_methods_to_compile)._c
-    schema = compiled._get_method("forward__0" if overloads else "forward").schema
+    kind = returned(base, "__0" if overloads else "")
 
     signature = inspect.signature(getattr(declared, "__func__", declared))
     this, *others = signature.parameters.values()
@@ -71,11 +75,13 @@ def scriptable_forward(
     y = "y" + "_" * max(map(len, signature.parameters))  # no name of theirs
     lines = [f"{y} = {this.name}.{base_name}({', '.join(arguments)})"]
     for name, layer, which, overwritten in layers:
-        place, parts = _place(base, schema.returns[0].type, which, y)
+        place, parts = _place(base, kind, which, y)
         if which is None and place != y:
             lines.append(f"assert {place}.is_floating_point(), 'a layer after this expects that'")
         rest = arguments[1:] if takes_context(layer) else []
-        call = f"{this.name}.{name}({', '.join([place, *rest])})" + ".clone()" * overwritten
+        call = f"{this.name}.{name}({', '.join([place, *rest])})"
+        call, _ = _place(layer, returned(layer), None, call)  # a copy may return a tuple
+        call += ".clone()" * overwritten
         parts = [call if part == place else part for part in parts]
         lines.append(f"{y} = " + (call if place == y else f"({', '.join(parts)},)"))
     text = f"def forward({', '.join(signature.parameters)}):\n "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.outputs import tensor_in
+from constrained_growth._sites.scripting import is_scripting, scriptable_forward
 from constrained_growth._sites.snapshot import deepcopied
 from constrained_growth.blocks.branches import branch_ends
 from constrained_growth.blocks.protocol import REGISTERED, pinned_parameters
@@ -114,6 +115,10 @@ class CopiedBlock(nn.Module):
             kwargs["use_cache"] = False
         return tensor_in(self.module(x, *args, **kwargs))
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        object.__setattr__(self, "__class__", _ScriptableCopy)
+        return self
+
     def exact_after(self, site: nn.Module) -> bool:
         """Whether the path from x to the output has nothing but sums."""
         return self._exact
@@ -124,6 +129,21 @@ class CopiedBlock(nn.Module):
         for name in self._checkpointed:
             setattr(self.module.get_submodule(name), _CHECKPOINTING, True)
         return self.module
+
+
+class _Forward:
+    """The method `forward`, or what torch.jit.script compiles: no variable arguments."""
+
+    def __get__(self, copy: Any, owner: Any) -> Any:
+        if copy is None or not is_scripting():
+            return CopiedBlock.forward.__get__(copy, owner)
+        return scriptable_forward(copy.module, "module", [])
+
+
+class _ScriptableCopy(CopiedBlock):
+    """What a copy becomes once torch.jit.script comes across it: it returns all of its output."""
+
+    forward = _Forward()  # type: ignore[assignment]
 
 
 def listed_form(block: Any) -> tuple[nn.Module, dict[str, nn.Parameter]]:

@@ -1,6 +1,7 @@
 """torch.jit.script of grown models: several arguments, tuples, attributes that the parent reads."""
 
 import io
+import pickle
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -265,3 +266,65 @@ def test_what_a_scripted_parent_cannot_read_is_said(make: Callable[[], nn.Module
     torch.jit.script(make())
     with pytest.raises(RuntimeError, match="a layer was inserted after this module"):
         torch.jit.script(grown(make(), x, ("part", None)))
+
+
+class Mixing(nn.Module):
+    """Takes a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> Tensor:  # noqa: UP045
+        y = torch.tanh(self.fc(x))
+        return x + (y if mask is None else y * mask)
+
+
+class MixingTwice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, mask: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:  # noqa: UP045
+        y = torch.tanh(self.fc(x))
+        return x + (y if mask is None else y * mask), y
+
+
+class Indexing(nn.Module):
+    """Names the elements of its list, so that copies stand around their sites."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList([kind(), kind()]), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(x.dtype)
+        return self.head(self.layers[1](self.layers[0](x, mask), mask))
+
+
+class IndexingTwice(Indexing):
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x > 0).to(x.dtype)
+        return self.head(self.layers[1](self.layers[0](x, mask)[0], mask)[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [(Indexing, Mixing), (IndexingTwice, MixingTwice)], ids=["tensor", "tuple"]
+)
+def test_copies_around_their_sites_are_scripted(kind: Any, part: type[nn.Module]) -> None:
+    model, x = kind(part), torch.randn(vectors)
+    torch.jit.script(model)
+    problem = cg.GrowthProblem(
+        model, nn.MSELoss(), [(x, torch.randn(6, 3))], cg.find_candidates(model, x)
+    )
+    record = cg.insert(model, cg.solve(problem, choose("layers.0", "layers.1")))
+    assert {one.placement for one in record.insertions} == {"wrapped"}
+    with torch.no_grad():
+        for _, parameter in record.new_parameters(model):
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    expected, keys = model(x), list(model.state_dict())
+    scripted = torch.jit.script(model)
+    torch.testing.assert_close(scripted(x), expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(model(x), expected)
+    assert list(scripted.state_dict()) == list(model.state_dict()) == keys
+    pickle.loads(pickle.dumps(model))
