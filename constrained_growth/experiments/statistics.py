@@ -128,13 +128,18 @@ def resampled_regret(loss: Array, against: Yardstick, seed: int, draws: int = DR
         return (loss - against.best)[rows].sum(1) / (against.mean - against.best)[rows].sum(1)
 
 
-def mean_regret(losses: Sequence[Array], against: Sequence[Yardstick]) -> Estimate:
+def resampled_mean_regret(losses: Sequence[Array], against: Sequence[Yardstick]) -> Array:
     """Mean over tasks of the regret relative to random, the networks of each resampled."""
     each = [
         resampled_regret(loss, of, 1_000 * (1 + index))
         for index, (loss, of) in enumerate(zip(losses, against, strict=True))
     ]
-    return estimate(np.mean(each, axis=0))
+    return np.mean(each, axis=0)
+
+
+def mean_regret(losses: Sequence[Array], against: Sequence[Yardstick]) -> Estimate:
+    """`resampled_mean_regret` with its interval."""
+    return estimate(resampled_mean_regret(losses, against))
 
 
 def smoothed(loss: Sequence[float], rows: int = SMOOTH) -> Array:

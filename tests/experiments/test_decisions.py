@@ -30,7 +30,14 @@ from constrained_growth.experiments.decisions.outcomes import (
     outcomes,
     plain_optimizer,
 )
-from constrained_growth.experiments.decisions.study import MORE, Decided, Plan, run
+from constrained_growth.experiments.decisions.study import (
+    MORE,
+    Decided,
+    Outcomes,
+    Plan,
+    paired_regrets,
+    run,
+)
 from constrained_growth.experiments.decisions.tasks import SUITE
 from constrained_growth.experiments.ensembles.networks import cross_entropy, forward, sites_of
 from constrained_growth.experiments.ensembles.training import SGD, Adam, Shuffle, train
@@ -351,6 +358,25 @@ def test_at_equal_cost_what_a_decision_leaves_is_spent_on_training() -> None:
 # --- all of it --------------------------------------------------------------------------------
 
 
+PAIR = ("last site", "nothing")
+
+
+def test_pairs_are_compared_on_the_same_networks() -> None:
+    networks = np.arange(6.0)
+    sites = [np.stack([networks + site] * 2, 1) for site in (0.0, 1.0, 2.0)]  # last: none
+    worse = {"a": [networks + 0.5], "b": [networks + 0.3 + 0.01 * (networks % 2)]}
+    decided = {
+        arm: Decided(np.zeros(6, int), np.zeros(6), x[0][:, None]) for arm, x in worse.items()
+    }
+    outcome = Outcomes(np.stack(sites)[..., None], decided, [None] * 6)
+    found = paired_regrets([outcome], worse)
+    value, low, high = found["a"]["b"]
+    # the difference is 0.2 or 0.19 of the half that the mean site is above the best
+    assert value == pytest.approx(0.39)
+    assert 0.38 <= low < value < high <= 0.40
+    assert found["b"] == {}
+
+
 def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr(suite, "QUICK", plan())
     file = tmp_path / "decisions.json"
@@ -379,6 +405,12 @@ def test_command_writes_what_was_promised(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert means == pytest.approx(
         np.mean([rules["last site"]["regret"] for rules in first["tasks"].values()])
     )
+    for group, arms in first["means"].items():
+        (last, nothing), pairs = (arms[a]["regret"] for a in PAIR), first["paired"][group]
+        difference, low, high = pairs[PAIR[0]][PAIR[1]]
+        assert low <= difference <= high
+        assert difference == pytest.approx(last - nothing, abs=1e-3)  # rounded in the file
+        assert PAIR[0] not in pairs[PAIR[1]]
     assert first["groups"]["half 1"] == ["other"]
     equal = first["equal_cost"]
     assert equal["tasks"]["tiny"].keys() >= equal["mean"].keys() >= {"first site", "nothing"}

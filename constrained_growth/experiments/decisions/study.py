@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import combinations, groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from constrained_growth.experiments.statistics import (
     LEVEL,
     Array,
     Yardstick,
+    estimate,
     mean_difference,
     mean_regret,
+    resampled_mean_regret,
 )
 from constrained_growth.experiments.tables import interval, tabled
 
@@ -128,7 +130,8 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
 
     Returns:
         The numbers that `--json` writes: for each task and arm its regret (with interval), cost
-        and losses, means over groups of tasks, and under "details" every network's losses.
+        and losses, means over groups of tasks and their paired differences, and under "details"
+        every network's losses.
 
     Raises:
         DataError: There are fewer than two networks or runs, or two arms with the same name.
@@ -161,6 +164,13 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
             group: {arm: _regrets([found[t] for t in some], arm, plan.measures) for arm in names}
             for group, some in groups.items()
         },
+        "paired": {
+            group: paired_regrets(
+                some, {arm: [one.arms[arm].losses[:, 0] for one in some] for arm in names}
+            )
+            for group, of in groups.items()
+            for some in [[found[t] for t in of]]
+        },
         "groups": groups,
         "details": {
             task.name: {"about": task.about, "group": task.group}
@@ -186,6 +196,23 @@ def _groups(tasks: Sequence[Any], found: Mapping[str, Outcomes]) -> dict[str, li
 def _regret(found: Sequence[Outcomes], losses: Sequence[Array], column: int = 0) -> dict[str, Any]:
     regret = mean_regret(losses, [one.against(column) for one in found])
     return {"regret": regret.value, "interval": [regret.low, regret.high]}
+
+
+def paired_regrets(
+    found: Sequence[Outcomes], losses: Mapping[str, Sequence[Array]]
+) -> dict[str, dict[str, list[float]]]:
+    """Arm → later arm → regret of the first − that of the second, with its interval.
+
+    The same networks are drawn for both, so that what they share does not count.
+    """
+    against = [one.against() for one in found]
+    drawn = {arm: resampled_mean_regret(some, against) for arm, some in losses.items()}
+    pairs: dict[str, dict[str, list[float]]] = {arm: {} for arm in losses}
+    for first, second in combinations(losses, 2):
+        with np.errstate(invalid="ignore"):  # infinite where the place makes no difference
+            difference = estimate(drawn[first] - drawn[second])
+        pairs[first][second] = [difference.value, difference.low, difference.high]
+    return pairs
 
 
 def _regrets(found: Sequence[Outcomes], arm: str, measures: Sequence[str]) -> dict[str, Any]:
@@ -217,17 +244,22 @@ def _equal_cost(found: Mapping[str, Outcomes], names: Sequence[str]) -> dict[str
     def affordable(one: Outcomes, arm: str) -> bool:
         return bool((one.arms[arm].passes <= MORE).all())
 
-    def regret(some: Sequence[Outcomes]) -> dict[str, Any]:
+    def losses(some: Sequence[Outcomes]) -> dict[str, list[Array]]:
         return {
-            arm: _regret(some, [one.trained_on(arm) for one in some])
+            arm: [one.trained_on(arm) for one in some]
             for arm in names
             if all(affordable(one, arm) for one in some)
         }
 
+    def regret(some: Sequence[Outcomes]) -> dict[str, Any]:
+        return {arm: _regret(some, trained) for arm, trained in losses(some).items()}
+
+    whole = list(found.values())
     return {
         "passes": MORE,
         "tasks": {task: regret([one]) for task, one in found.items()},
-        "mean": regret(list(found.values())),
+        "mean": regret(whole),
+        "paired": paired_regrets(whole, losses(whole)),
     }
 
 
