@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import constrained_growth as cg
+from constrained_growth._later import with_fields
 from constrained_growth.blocks import ResidualConv2d
 from constrained_growth.errors import DataError
 from constrained_growth.experiments.data import digits
@@ -174,7 +175,7 @@ def _grow(
     for name in (KEPT, *(sizes if everywhere else [best])):
         grown = copy.deepcopy(model)
         if name != KEPT:
-            cg.insert(grown, replace(solution, decision=cg.Decision((name,), "to compare")))
+            cg.insert(grown, with_fields(solution, decision=cg.Decision((name,), "to compare")))
         losses[name] = _train(grown, data, setting, setting.steps_after, seed, test)
     held_out = solution.sensitivities[best].held_out
     assert held_out is not None
