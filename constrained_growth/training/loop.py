@@ -60,7 +60,7 @@ def grow(
     candidates: Candidates | None = None,
     data: Iterable[Any] | None = None,
     max_insertions: int | None = None,
-    patience: int | None = 1,
+    patience: int | None = None,
     target: float | None = None,
     validation: Iterable[Any] | None = None,
     metrics: Mapping[str, Callable[[Any, Any], Tensor | float]] | None = None,
@@ -101,7 +101,8 @@ def grow(
         candidates: What could be inserted, as for `Grower`.
         data: The data to decide on; the training data by default.
         max_insertions: As for `Grower`.
-        patience: End after this many decisions in a row to insert nothing; None to go on.
+        patience: End after this many decisions in a row to insert nothing. None (default) to go on,
+            whatever is decided.
         target: End when the loss (on `validation` if that is given, else the mean over the
             training steps of the epoch) is not above this number.
         validation: Batches to measure on after each epoch, in eval mode, without gradients.

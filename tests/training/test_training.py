@@ -161,9 +161,9 @@ def test_confirming_comes_between_deciding_and_inserting(answer: str, rounds: in
 
 def test_ends_when_nothing_is_worth_inserting() -> None:
     model, data = feedforward(2, 4, 4, 3), classified(16)
-    assert len(grow(model, data, rule=choose()).losses) == 1
+    assert len(grow(model, data, rule=choose(), patience=1).losses) == 1
     assert len(grow(model, data, rule=choose(), patience=3).losses) == 3
-    assert len(grow(model, data, rule=choose(), patience=None).losses) == 6
+    assert len(grow(model, data, rule=choose()).losses) == 6
     answers = iter([("1",), (), ("3",), (), ()])
     history = grow(model, data, rule=lambda s: cg.Decision(next(answers)), patience=2)
     assert [one.chosen for one in history.rounds] == [("1",), (), ("3",), (), ()]
