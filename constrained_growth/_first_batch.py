@@ -23,7 +23,13 @@ from constrained_growth._multipliers.fit import check_fit, share_at_kinks
 from constrained_growth._multipliers.grown import FirstBatch
 from constrained_growth._random_state import random_state
 from constrained_growth._sharding import is_sharded, is_spread
-from constrained_growth._sites.collector import Collector, Use, inputs_first, transformed
+from constrained_growth._sites.collector import (
+    Collector,
+    Use,
+    count_of_nodes,
+    inputs_first,
+    transformed,
+)
 from constrained_growth._sites.context import Context, detached, takes_context
 from constrained_growth._sites.model import (
     call,
@@ -64,11 +70,12 @@ def look_at_sites(
     weight: Weight,
     books: Books,
     listed: Mapping[str, bool],
-) -> tuple[tuple[Site, ...], object, Method]:
-    """The sites with the blocks that fit there, the first input, and the way to λ.
+) -> tuple[tuple[Site, ...], object, Method, set[int]]:
+    """The sites with the blocks that fit there, the first input, the way to λ, numbers of nodes.
 
-    They are the same on all processes, but for the input: None without data here. The `listed`
-    candidates could go in as next elements of their lists, which the books may count.
+    They are the same on all processes, but for the input, None without data here, and the numbers
+    of nodes in the graphs of the batches looked at. The `listed` candidates could go in as next
+    elements of their lists, which the books may count.
     """
     sharded = is_sharded(model)
     looks: list[tuple[list[int], FirstBatch]] = []  # the sites seen first on it, by index
@@ -140,7 +147,27 @@ def look_at_sites(
     method = Method.CLOSED_FORM if all(holds for holds, _ in outcomes) else Method.IN_GRAPH
     around = set[str]().union(*(others for _, others in outcomes))
     sites = [replace(site, around=around & site.blocks.keys()) for site in sites]
-    return tuple(sites), looks[0][1].input if looks else None, method
+    nodes = {first.nodes for _, first in looks}
+    return tuple(sites), looks[0][1].input if looks else None, method, nodes
+
+
+def look_at_another(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    batch: tuple[Any, Any],
+    sites: Sequence[Site],
+    books: Books,
+    listed: Mapping[str, bool],
+) -> tuple[bool, set[str]]:
+    """What `settle` says of a batch whose graph is another one than that of the first."""
+    first, found = _run(model, loss_fn, batch, sites)
+    # a site that is not passed may be one whose module is run in another way than by a call
+    uses, seen = (dict(zip(found, some, strict=True)) for some in (first.uses, first.seen))
+    every = range(len(sites))
+    first = replace(
+        first, uses=[uses.get(i, []) for i in every], seen=[seen.get(i, []) for i in every]
+    )
+    return settle(model, loss_fn, sites, first, books, listed, later=True)
 
 
 def _run(
@@ -181,7 +208,9 @@ def _run(
     random = random_state()
     with untouched(model, loss_fn, first=True), collector.watching():
         collector.begin(take)
+        before = count_of_nodes()
         loss = loss_of(loss_fn, call(model, input), target)
+        nodes = count_of_nodes() - before
         drawn = torch.get_rng_state()
         if not bool(torch.isfinite(loss)):
             raise DataError(
@@ -219,7 +248,7 @@ def _run(
             _refuse_carried_graph(model, loss_fn, batch)  # backward has freed the graph by now
     facts = {index: (dtypes[index], changed[index]) for index, here in enumerate(seen) if here}
     uses, seen = [uses[index] for index in facts], [seen[index] for index in facts]
-    first = FirstBatch(input, target, float(loss.detach()), random, drawn, uses, seen)
+    first = FirstBatch(input, target, float(loss.detach()), random, drawn, uses, seen, nodes)
     if changes:
         pairs = zip(sites, changed, strict=True)
         names = [site.after for site, flag in pairs if flag or not any(changed)]

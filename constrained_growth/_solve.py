@@ -20,6 +20,7 @@ from constrained_growth._multipliers.groups import ROOM, Groups
 from constrained_growth._multipliers.held_out import cross_fitted, held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._multipliers.replicates import replicates_of, value_of
+from constrained_growth._other_batches import is_new, learn, look_at
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import device_of, parameter_shapes
@@ -123,17 +124,15 @@ def solve(
     if validation is not None:
         data_again("validation", validation)
     flag("progress", progress, DataError, optional=True)
-    data = undisturbed(problem.data)
-    bar = progress_bar(data, desc="multipliers", unit="batch", progress=progress)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = _measured(problem, bar, problem.data, stationarity, norm)
+        found = _measured(problem, problem.data, stationarity, norm, progress=progress)
     baseline = _baseline(found.gradients, norm)
     sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
     if validation is not None:
-        seen = undisturbed(validation)
-        bar = progress_bar(seen, desc="held out", unit="batch", progress=progress)
         with untouched(problem.model, problem.loss_fn, validation), differentiable():
-            other = _measured(problem, bar, validation, False, Frobenius(), "validation")
+            other = _measured(
+                problem, validation, False, Frobenius(), "validation", progress=progress
+            )
         slopes = held_out(found.estimates, other.estimates, problem.group)
         if not math.isfinite(other.loss) and throw:
             raise DataError(f"validation has a loss of {other.loss}: NaN or Inf in these data.")
@@ -170,11 +169,12 @@ def solve(
 
 def _measured(
     problem: GrowthProblem,
-    bar: Iterable[Any],
     data: Iterable[Any],
     gradients: bool,
     norm: Norm | MomentNorm,
     name: str = "data",
+    *,
+    progress: bool | None,
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
@@ -183,14 +183,22 @@ def _measured(
     arguments = model, problem.loss_fn, problem.sites, problem.method
     running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
 
-    def read() -> None:
+    def read() -> tuple[bool, set[str]]:
+        description = {"data": "multipliers", "validation": "held out"}[name]
+        bar = progress_bar(undisturbed(data), desc=description, unit="batch", progress=progress)
         counting = counted(bar, device_of(model), problem.weight)
         alike = in_step(counting, group) if sharded else ((batch, True) for batch in counting)
+        holds, around = True, set[str]()
         with running.watching():
             for batch, new in alike:
                 running.add(*batch, counts=new)
+                if is_new(problem, running.nodes):
+                    one, others = look_at(problem, batch[:2], running.nodes)
+                    holds, around = holds and one, around | others
+        return holds, around
 
-    everywhere(read, group, collective=sharded)
+    if learn(problem, everywhere(read, group, collective=sharded)):
+        return _measured(problem, data, gradients, norm, name, progress=progress)
     running.reduce(group)
     return running.measurement(name)
 

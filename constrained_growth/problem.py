@@ -86,7 +86,11 @@ class GrowthProblem:
         constraints: The pins, one `Constraint` for each pinned parameter.
         example: The input of the first batch, on the model's device; None without one here.
         method: How λ will be computed: in closed form from two tensors at each site, if that is
-            right on the first batch, and else by autograd through the blocks.
+            right on the first batch, and else by autograd through the blocks. A later batch may
+            show that it is not (its loss has derivatives of the output in it, say): then `solve`
+            measures again, and this says so.
+        graphs: How many nodes autograd makes of the batches looked at so far: the first, and each
+            later one of another number, four in all.
 
     Raises:
         CandidateError: No candidates, a repeated name, an unknown site, or a site that is never
@@ -128,8 +132,8 @@ class GrowthProblem:
         places = places_of(model, self.candidates)
         with untouched(model, loss_fn, data), differentiable():
             books = open_books(model)  # of which proposals were asked already
-            listed = _listed_elements(books, places, known=isinstance(candidates, Proposals))
-            self.sites, self.example, self.method = look_at_sites(
+            listed = listed_elements(books, places, known=isinstance(candidates, Proposals))
+            self.sites, self.example, self.method, self.graphs = look_at_sites(
                 model, loss_fn, data, places, group, weight, books, listed
             )
         _warn_of_unseen(model, self.sites)
@@ -144,7 +148,7 @@ class GrowthProblem:
         return f"GrowthProblem({type(self.model).__name__}, candidates: {names})"
 
 
-def _listed_elements(books: Books, places: Places, *, known: bool) -> dict[str, bool]:
+def listed_elements(books: Books, places: Places, *, known: bool) -> dict[str, bool]:
     """The candidates that could be next elements of their lists, and whether the books count them.
 
     Those that the books cannot keep are refused, unless they are `known` to be kept.

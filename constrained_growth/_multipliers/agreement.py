@@ -45,10 +45,13 @@ def settle(
     first: FirstBatch,
     books: Books,
     listed: Mapping[str, bool],
+    *,
+    later: bool = False,
 ) -> tuple[bool, set[str]]:
     """Whether λ in closed form is right, and which candidates have to stand around their sites.
 
-    The `listed` ones could be the next elements of lists, which the books may count.
+    The `listed` ones could be the next elements of lists, which the books may count. On a `later`
+    batch λ may be zero.
 
     Raises:
         CandidateError: A layer put in has another λ, or a counted list would be another network.
@@ -62,13 +65,13 @@ def settle(
     # all sites are passed, or in the graph it is seen whether the loss depends on them
     inserted = _as_inserted(look, found) if look.can_grow and all(first.uses) else None
     if inserted is not None:
-        _refuse_dead(sites, first, inserted)
+        _refuse_dead([] if later else sites, first, inserted)
         return True, set()
-    exact = _in_graph(look)
+    exact = _in_graph(look, may_miss=later)
     if exact is None:  # the model is not a function of its input: nothing can be compared
-        _refuse_dead(sites, first, {})
+        _refuse_dead([] if later else sites, first, {})
         return False, set()
-    _refuse_dead(sites, first, exact)
+    _refuse_dead([] if later else sites, first, exact)
     around = _around(look, exact) if look.can_grow else set()
     pairs = ((name, found[name], value) for name, value in exact.items())
     return all(look.agree(*each, both_in_graph=False) for each in pairs), around
@@ -93,8 +96,10 @@ def _as_inserted(look: FirstLook, found: Multipliers) -> Multipliers | None:
     return inserted
 
 
-def _in_graph(look: FirstLook) -> Multipliers | None:
+def _in_graph(look: FirstLook, *, may_miss: bool) -> Multipliers | None:
     """λ with the blocks standing at their sites; None where the model gives another loss each time.
+
+    The loss may miss sites, or not: then it does not depend on them.
 
     Raises:
         BlockError: The blocks change the loss.
@@ -125,7 +130,7 @@ def _in_graph(look: FirstLook) -> Multipliers | None:
             "tensor at its site; make a problem with each alone to see which."
         )
     for site, uses in zip(look.sites, first.uses, strict=True):
-        if not uses and in_graph.reached.isdisjoint(site.blocks):
+        if not (uses or may_miss) and in_graph.reached.isdisjoint(site.blocks):
             raise CandidateError(
                 f'after="{site.after}": the loss does not depend on the output of this module, '
                 "so no layer there could change it; choose another submodule."
@@ -194,7 +199,7 @@ def _refuse_others(look: FirstLook, names: Sequence[str], exact: Multipliers) ->
         )
         what = grown.error or f"‖λ‖ = {found:.4g}, and by the tensor at its site {expected:.4g}"
         raise CandidateError(
-            f'after="{after}": with a layer really put in there the loss of the first batch has '
+            f'after="{after}": with a layer really put in there the loss of a batch has '
             f"another derivative by its pins than it should ({what}). Either this module is also "
             "run by someone who has not got it from the model: a plain list or attribute beside "
             "the model's own, a bound method that was kept, module.forward(x), a variable of the "
@@ -216,7 +221,7 @@ def _parts(names: Sequence[str], elements: Sequence[str]) -> list[Sequence[str]]
 def _refuse_dead(sites: Sequence[Site], first: FirstBatch, exact: Multipliers) -> None:
     """Refuse blocks whose λ is zero whatever is at their sites; first those where it is here."""
     alive = [name for name, some in exact.items() if any(bool(t.any()) for t in some.values())]
-    for site, seen in zip(sites, first.seen, strict=True):
+    for site, seen in zip(sites, first.seen, strict=False):
         for name in (name for name in site.blocks if name not in alive):
             for use in seen:
                 refuse_dead(name, site.blocks[name], use.x, use.context)

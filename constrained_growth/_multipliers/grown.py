@@ -38,6 +38,7 @@ class FirstBatch:
     drawn: Tensor  # that of PyTorch afterwards
     uses: list[list[Use]]  # at each site those on which the loss depends
     seen: list[list[Use]]  # at each site all, without δ
+    nodes: int  # that autograd made in its forward pass
 
     def loss_unwatched(self, model: nn.Module, loss_fn: Callable[[Any, Any], Tensor]) -> float:
         """The loss of the model as it is, left as it is."""

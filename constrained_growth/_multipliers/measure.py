@@ -32,7 +32,7 @@ from constrained_growth._multipliers.closed_form import by_sample
 from constrained_growth._multipliers.groups import ALL, Groups, Span, accumulation_dtype
 from constrained_growth._multipliers.in_graph import Standing, rounds
 from constrained_growth._sharding import Leaves, is_spread, summed_like
-from constrained_growth._sites.collector import Collector, Use
+from constrained_growth._sites.collector import Collector, Use, count_of_nodes
 from constrained_growth._sites.model import call, checked_loss, device_of
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import full_precision, untouched
@@ -95,6 +95,7 @@ class Pass:
         self._latest: tuple[Span, int] | None = None
         self._now = 0.0  # the weight of the batch that is on its way
         self._task = -1  # PyTorch's number of its backward pass
+        self.nodes = 0  # of autograd, in the forward pass of the latest batch
 
     def watching(self) -> ExitStack:
         """The hooks on the model and its parameters, which `add` needs, for a while."""
@@ -149,7 +150,9 @@ class Pass:
         self._weight += weight
 
     def _loss_of(self, input: Any, target: Any) -> Tensor:
+        before = count_of_nodes()
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
+        self.nodes = count_of_nodes() - before
         if not loss.requires_grad:
             raise DataError(
                 "loss_fn returned a tensor without a graph, on which nothing depends; compute it "
