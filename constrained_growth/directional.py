@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from constrained_growth._activations import derivative
 from constrained_growth._arguments import instance
+from constrained_growth._random_state import random_state, set_random_state
 from constrained_growth._sites.collector import Collector, Use
 from constrained_growth._sites.context import arguments
 from constrained_growth._sites.model import call, checked_loss
@@ -32,7 +33,8 @@ def directional_derivative(
     At a ReLU identity layer that is not −⟨λ, s⟩: the units that are off stand at the kink, where
     autograd takes the derivative 0, and a step that would wake them counts for nothing in λ. Here
     every elementwise activation of the block is differentiated to the side to which the step
-    moves what goes into it. For blocks without kinks at their pins both agree.
+    moves what goes into it; so is what a block's `forward` computes with a kink at 0, such as
+    `torch.relu`, `clamp(min=0)` or `abs`. For blocks without kinks at their pins both agree.
 
     The part of the model behind the site is differentiated by autograd: a kink right behind the
     site (a second ReLU without a layer between) is taken by its convention.
@@ -46,7 +48,8 @@ def directional_derivative(
         The slope; negative where the step lowers the loss.
 
     Raises:
-        CandidateError: There is no such candidate, or the step does not fit its pins.
+        CandidateError: There is no such candidate, the step does not fit its pins, or the block
+            has a kink elsewhere that no activation module makes.
 
     Source:
         Clarke, *Optimization and Nonsmooth Analysis*, 1983, for one-sided derivatives; forward
@@ -88,7 +91,7 @@ def directional_derivative(
         slopes = [zero]
 
         def take(_: int, uses: list[Use], batch: object) -> None:
-            slopes.extend(_slope(block, pins, tangents, use) for use in uses)
+            slopes.extend(_slope(candidate, block, pins, tangents, use) for use in uses)
 
         with collector.watching():
             collector.begin(take)
@@ -100,17 +103,56 @@ def directional_derivative(
 
 
 def _slope(
-    block: nn.Module, pins: Mapping[str, Tensor], tangents: Mapping[str, Tensor], use: Use
+    candidate: str,
+    block: nn.Module,
+    pins: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    use: Use,
 ) -> Tensor:
     """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
+    zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
+    # a tiny part of the step lifts what is exactly 0 to its side, and moves nothing else
+    state = random_state()
+    slope = _pushed(block, pins, tangents, use, _TINY)
+    if slope is None or not bool(slope.any()):
+        return zero
+    # as much as other numbers notice: near a kink elsewhere the derivative is another one then
+    epsilon = 2**10 * torch.finfo(slope.dtype).eps
+    share = epsilon * float(use.x.abs().max().clamp(min=1) / slope.abs().max())
+    set_random_state(state)  # dropout in the block draws the same again
+    there = _pushed(block, pins, tangents, use, share)
+    weighted, other = use.delta * slope, use.delta * (zero if there is None else there)
+    if float((weighted - other).abs().sum()) > _KINKED * float(weighted.abs().sum()):
+        raise CandidateError(
+            f'candidate="{candidate}": its {type(block).__name__} has a kink at its pins that is '
+            "not at 0, and that no module of torch.nn makes; write it as one (nn.ReLU6(), say)."
+        )
+    return weighted.sum(dtype=torch.float64)
+
+
+_TINY = 1e-30
+
+_KINKED = 1e-3
+"""The share of a slope that may change within rounding: single units may be near a kink."""
+
+
+def _pushed(
+    block: nn.Module,
+    pins: Mapping[str, Tensor],
+    tangents: Mapping[str, Tensor],
+    use: Use,
+    share: float,
+) -> Tensor | None:
+    """∂b/∂v s at a share of the step."""
     with forward_ad.dual_level(), warnings.catch_warnings():
         # PyTorch itself scripts a few rules when forward mode is first used
         warnings.filterwarnings("ignore", r".*torch\.jit\.script", DeprecationWarning)
-        moving = {n: forward_ad.make_dual(pin, tangents[n]) for n, pin in pins.items()}
+        moving = {
+            n: forward_ad.make_dual(pin + share * tangents[n], tangents[n])
+            for n, pin in pins.items()
+        }
         y = called_with(block, moving, *arguments(block, use.x, use.context))
-        slope = forward_ad.unpack_dual(y).tangent
-    zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
-    return zero if slope is None else (use.delta * slope).sum(dtype=torch.float64)
+        return forward_ad.unpack_dual(y).tangent
 
 
 def one_sided(block: nn.Module) -> nn.Module:

@@ -1,5 +1,6 @@
 """One-sided slopes along a step, against one-sided differences."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -140,3 +141,87 @@ def test_parts_of_a_step_and_steps_that_do_not_fit() -> None:
             refused(cg.CandidateError, next(iter(bad)), "of shapes"),
         ):
             directional_derivative(problem, "1", bad)
+
+
+KINKS: dict[str, Any] = {
+    "relu": torch.relu,
+    "clamp": lambda y: y.clamp(min=0),
+    "maximum": lambda y: torch.maximum(y, torch.zeros((), dtype=y.dtype)),
+    "where": lambda y: torch.where(y > 0, y, torch.zeros_like(y)),
+    "product": lambda y: y * (y > 0),
+}
+
+
+class Written(nn.Module):
+    """The identity on what is not negative, with its kink written in `forward`."""
+
+    pinned = ("weight",)
+
+    def __init__(self, kink: Any) -> None:
+        super().__init__()
+        self.weight, self.kink = nn.Parameter(torch.eye(8)), kink
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kink(nn.functional.linear(x, self.weight))
+
+
+@pytest.mark.parametrize("kink", KINKS.values(), ids=KINKS)
+def test_at_kinks_that_forward_computes(kink: Any) -> None:
+    model, data = feedforward(2, 8, 3), classified(50, batch=20)
+    one = cg.Candidate("1", Written(kink))
+    apart = []
+    for _ in range(3):
+        found, difference, linear = slopes(model, data, one, random_step(one.block))
+        assert found == pytest.approx(difference, rel=1e-4, abs=1e-6)
+        apart.append(abs(found - linear) / abs(found))
+    assert max(apart) > 0.05
+
+
+def test_at_the_kink_of_a_copied_block() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x + self.b(torch.tanh(self.a(x))))
+
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), Block(), Block(), nn.Linear(8, 3))
+    data = classified(50, batch=20)
+    proposed = cg.find_candidates(model, data[0][0])
+    (one,) = [replace(c, wrapped=True) for c in proposed if c.after == "2"]
+    found, difference, linear = slopes(model, data, one, random_step(one.block))
+    assert found == pytest.approx(difference, rel=1e-4, abs=1e-6)
+    assert abs(found - linear) > 0.01 * abs(found)
+
+
+def test_a_written_kink_elsewhere_is_refused() -> None:
+    model, data = feedforward(2, 8, 3), classified(50)
+    model[1] = nn.ReLU6()
+    with torch.no_grad():
+        model[0].weight.mul_(10)  # many units at 6
+    one = cg.Candidate("1", Written(nn.functional.relu6))
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
+    with refused(cg.CandidateError, "Written", "not at 0", "torch.nn"):
+        directional_derivative(problem, "1", random_step(one.block))
+    # as a module it is known
+    known = cg.Candidate("1", IdentityLinear(8, nn.ReLU6()))
+    found, difference, _ = slopes(model, data, known, random_step(known.block))
+    assert found == pytest.approx(difference, rel=1e-4, abs=1e-6)
+
+
+def test_a_block_that_draws_numbers_is_not_taken_for_one_with_a_kink() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.b(nn.functional.dropout(torch.tanh(self.a(x)), 0.5))
+
+    model = nn.Sequential(nn.Linear(2, 8), Block(), Block(), nn.Linear(8, 3)).train()
+    data = classified(50)
+    one = next(c for c in cg.find_candidates(model, data[0][0]) if c.after == "1")
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
+    assert problem.method is cg.Method.CLOSED_FORM
+    assert directional_derivative(problem, "1", random_step(one.block)) != 0
