@@ -70,7 +70,10 @@ def _check_factors(block: Any, x: Tensor, delta: Tensor, where: str) -> None:
     given: dict[str, tuple[int, ...]] = {}
     for factor in block.factors(x, delta):
         out, width = factor.cotangent.shape[-1], factor.features.shape[-1]
-        given[factor.weight] = (out, width)
+        if factor.elementwise:
+            given[factor.weight] = (out,)
+        else:
+            given[factor.weight] = (width, out) if factor.transposed else (out, width)
         given |= {factor.bias: (out,)} if factor.bias is not None else {}
     fits = given.keys() == pinned.keys() and all(
         (shape[0], math.prod(shape[1:])) == (given[name][0], math.prod(given[name][1:]))
@@ -80,7 +83,8 @@ def _check_factors(block: Any, x: Tensor, delta: Tensor, where: str) -> None:
         raise BlockError(
             f"{where}: factors(x, delta) gives multipliers of the shapes {given}, and the pinned "
             f"parameters are {pinned}; it has to give each of them, with cotangents in the first "
-            "dimension and features in the second, or leave factors out."
+            "dimension and features in the second (or transposed=True, elementwise=True), or "
+            "leave factors out."
         )
 
 

@@ -207,7 +207,9 @@ def _has_the_factors_it_says(case: _Case) -> Iterator[str]:
     parts: dict[str, list[Tensor]] = {}  # λ_n of the samples, which may come a few at a time
     with torch.no_grad():
         for f in block.factors(case.x, case.delta):
-            rows = -torch.einsum("n...o,n...i->noi", f.cotangent, f.features)
+            shape = "nio" if f.transposed else "noi"
+            formula = "n...o,n...o->no" if f.elementwise else f"n...o,n...i->{shape}"
+            rows = -torch.einsum(formula, f.cotangent, f.features)
             parts.setdefault(f.weight, []).append(rows)
             if f.bias is not None:
                 parts.setdefault(f.bias, []).append(-torch.einsum("n...o->no", f.cotangent))

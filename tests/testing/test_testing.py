@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -404,3 +405,61 @@ def test_context_is_passed_on() -> None:
     check_block(Masked(), torch.randn(VECTORS), mask, scale=scale)
     with refused(cg.BlockError, "is exactly 0"):
         check_block(Masked(), torch.randn(VECTORS), 0 * mask, scale=scale)
+
+
+class Gated(nn.Module):
+    """x + γ ⊙ tanh x + b + tanh(x) M, M as a matrix from left to right."""
+
+    pinned = ("gate", "bias", "mix")
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.bias = (nn.Parameter(torch.zeros(width)) for _ in range(2))
+        self.mix = nn.Parameter(torch.zeros(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(x)
+        return x + self.gate * h + self.bias + h @ self.mix
+
+
+class GatedInClosedForm(Gated):
+    def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
+        h = torch.tanh(x)
+        return (
+            AffineFactors("gate", "bias", cotangent=delta, features=h, elementwise=True),
+            AffineFactors("mix", None, cotangent=delta, features=h, transposed=True),
+        )
+
+
+class GatedTheWrongWay(Gated):
+    def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
+        gate, mix = GatedInClosedForm.factors(self, x, delta)  # type: ignore[arg-type]
+        return gate, replace(mix, transposed=False)
+
+
+def test_elementwise_and_transposed_maps() -> None:
+    for shape in ((9, 4), (9, 3, 4)):
+        check_block(GatedInClosedForm(4), torch.randn(shape))
+        with refused(cg.BlockError, "factors", "'mix'", "autograd"):
+            check_block(GatedTheWrongWay(4), torch.randn(shape))
+    model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
+    data = [(torch.randn(20, 2), torch.randint(3, (20,))) for _ in range(2)]
+    candidates = [
+        cg.Candidate("1", kind(4), name=kind.__name__) for kind in (Gated, GatedInClosedForm)
+    ]
+    problem = cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, candidates)
+    solution = cg.solve(problem, cg.TopK(1))
+    plain, closed = solution.multipliers.values()
+    for name, value in plain.items():
+        torch.testing.assert_close(closed[name], value)
+    # sample by sample, by autograd
+    block = Gated(4)
+    grown = nn.Sequential(model[0], model[1], block, model[2])
+    rows = []
+    for x, label in (pair for batch in data for pair in zip(*batch, strict=True)):
+        loss = nn.functional.cross_entropy(grown(x[None]), label[None])
+        grads = torch.autograd.grad(loss, list(block.parameters()))
+        rows.append(torch.cat([grad.flatten() for grad in grads]))
+    exact = float(torch.stack(rows).var(0).sum()) / len(rows)
+    found = solution.sensitivities["GatedInClosedForm"].variance
+    assert found == pytest.approx(exact, rel=1e-9)
