@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from constrained_growth._arguments import number
+from constrained_growth._sites.snapshot import without_hooks
 from constrained_growth.errors import BlockError
 
 Activation = Callable[[Tensor], Tensor]
@@ -58,6 +59,8 @@ class TanhLU(nn.Module):
 def as_activation(activation: Any) -> Activation:
     """A module (copied), module class or elementwise function as a callable on tensors."""
     is_class = isinstance(activation, type) and issubclass(activation, nn.Module)
+    if isinstance(activation, nn.Module):
+        activation = without_hooks(activation)
     if not callable(activation):
         raise BlockError(
             f"activation={activation!r} cannot be called; give nn.ReLU() or torch.tanh, say."
@@ -78,8 +81,7 @@ def as_activation(activation: Any) -> Activation:
         raise BlockError(
             f"activation={activation!r} is not elementwise; give nn.ReLU() or torch.tanh, say."
         )
-    owned = copy.deepcopy(function) if isinstance(function, nn.Module) else function
-    return cast(Activation, owned)
+    return cast(Activation, function)
 
 
 def computes_same(activation: Activation, other: object) -> bool:

@@ -50,15 +50,15 @@ Copies of all would be too dear for every pass, and seeing what writes is too sl
 
 
 @contextmanager
-def restoring(*roots: object, first: bool = False) -> Iterator[None]:
+def restoring(*roots: object, first: bool = False, notes: bool = False) -> Iterator[None]:
     """Put back what some modules, functions and objects hold: attributes, containers and tensors.
 
     Found are those that a module, the hooks on it, a function (a bound method, a `partial`, a
     closure, with the globals it names) or an object of the user's leads to. At the end they are
     the same objects with the same values: parameters if they were seen to be written to when the
-    model ran for the `first` time.
+    model ran for the `first` time, `notes` if asked for.
     """
-    found = list(reached(*roots))
+    found = list(reached(*roots, notes=notes))
     tensors = [value for value in found if isinstance(value, Tensor)]
     # of any other tensor `.grad` warns, and requires_grad cannot be set
     leaves = [(leaf, leaf.grad, leaf.requires_grad) for leaf in tensors if leaf.is_leaf]
@@ -159,11 +159,12 @@ class _Writes(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def reached(*roots: object) -> Iterator[Any]:
+def reached(*roots: object, notes: bool = False) -> Iterator[Any]:
     """The modules, tensors, arrays, containers, generators and objects reached from some objects.
 
     A container counts as an attribute of an object. One that a function or a hook writes to is a
-    note that the user takes, and only what is in it counts.
+    note that the user takes, and only what is in it counts, unless `notes` are asked for: then it
+    does too, also where a module's own `forward` writes to it.
     """
     waiting: list[tuple[Any, int, bool]] = [(root, _DEPTH, False) for root in roots]
     known: set[int] = set()
@@ -174,7 +175,7 @@ def reached(*roots: object) -> Iterator[Any]:
         known.add(id(value))
         inside: Iterable[Any] = ()
         if type(value) in _CONTAINERS:
-            if owned:
+            if owned or notes:
                 yield value
             inside = value.values() if isinstance(value, dict) else value
         elif isinstance(value, Tensor | GENERATORS) or type(value) is np.ndarray:
@@ -186,6 +187,8 @@ def reached(*roots: object) -> Iterator[Any]:
             waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
             inside = (vars(value), *value.buffers(recurse=False), *_slot_values(value))
             owned = True
+            if notes and _is_of_the_user(forward := type(value).forward):
+                waiting.append((forward, depth, False))
         elif isinstance(value, tuple):
             inside = value
         elif isinstance(value, types.MethodType):
@@ -230,6 +233,14 @@ def deepcopied(value: T, memo: Mapping[int, Any] | None = None) -> T:
     return copy.deepcopy(value, {**(memo or {}), **{id(t): t.detach().clone() for t in kept}})
 
 
+def without_hooks(module: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy without the hooks on its runs, which belong to the original."""
+    names = [name for name in _HOOKS if name.startswith(("_forward_", "_backward_"))]
+    states = [vars(part) for part in module.modules()]
+    none = {id(state[name]): OrderedDict() for state in states for name in names if name in state}
+    return deepcopied(module, {**none, **(memo or {})})
+
+
 def _names_in(function: types.FunctionType) -> Iterator[Any]:
     """What the names in a user's function stand for: cells, defaults and globals."""
     if _is_of_others(function.__module__):
@@ -255,6 +266,12 @@ def _is_state(value: object) -> bool:
         and not _is_of_others(type(value).__module__)
         and not any(kind.__module__.partition(".")[0] == "torch" for kind in kinds)
     )
+
+
+def _is_of_the_user(function: Any) -> bool:
+    """Whether it is no function of an installed package."""
+    file = getattr(getattr(function, "__code__", None), "co_filename", "site-packages")
+    return not any(place in file for place in ("site-packages", "dist-packages"))
 
 
 def _is_of_others(module: str | None) -> bool:

@@ -24,13 +24,15 @@ def untouched(model: nn.Module, *others: object, first: bool = False) -> Iterato
     That is buffers, other tensors, attributes, train and eval modes and `.grad` of the model and
     of what a loss among the `others` leads to; the global random states; and the generators that
     data among them draw from. Parameters too, if they are written to where the model runs for the
-    `first` time, or were then.
+    `first` time, or were then. Where no loss is run, also the notes that forward passes and hooks
+    take in lists or dicts: the loss may read them, and clear them.
     """
     reshard(model)  # whole parameters that a pass has left would be taken for the model's own
     state = random_state()
     token = _UNTOUCHED.set(True)
     generators = [generator for other in others for generator in _drawn_from(other)]
-    with restoring(model, *filter(callable, others), *generators, first=first):
+    functions = [other for other in others if callable(other)]
+    with restoring(model, *functions, *generators, first=first, notes=not functions):
         try:
             yield
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from constrained_growth._arguments import flag, instance
 from constrained_growth._sites.outputs import tensor_in
 from constrained_growth._sites.scripting import is_scripting, scriptable_forward
-from constrained_growth._sites.snapshot import deepcopied
+from constrained_growth._sites.snapshot import deepcopied, without_hooks
 from constrained_growth.blocks.branches import branch_ends
 from constrained_growth.blocks.protocol import REGISTERED, pinned_parameters
 from constrained_growth.errors import BlockError
@@ -200,12 +199,7 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
 
     With `share` its parameters and constants are other tensors with the same memory.
     """
-    attributes = (item for m in module.modules() for item in vars(m).items())
-    memo: dict[int, Any] = {
-        id(value): OrderedDict()
-        for name, value in attributes
-        if name.startswith(("_forward_", "_backward_")) and isinstance(value, dict)
-    }
+    memo = dict[int, Any]()
     if share:  # but for what is quantised or sharded, or persistent and so changes as it runs
         memo |= {
             id(parameter): nn.Parameter(parameter.detach(), parameter.requires_grad)
@@ -218,7 +212,7 @@ def _copied(module: nn.Module, share: bool) -> nn.Module:
             for name, buffer in part._buffers.items()
             if name in part._non_persistent_buffers_set and buffer is not None
         }
-    copied = deepcopied(module, memo)
+    copied = without_hooks(module, memo)
     for parameter in copied.parameters():
         parameter.grad = None  # deepcopy has copied the original's
         if parameter.is_floating_point():

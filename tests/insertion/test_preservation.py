@@ -293,3 +293,41 @@ def test_a_model_that_differentiates_in_its_forward_pass() -> None:
     assert bool(gradient.any())
     (found,) = solution.multipliers["net.1"].values()
     torch.testing.assert_close(found, -gradient)
+
+
+def test_notes_for_the_loss_are_as_they_were() -> None:
+    """What forward passes note in a list, a loss reads and clears: nobody else leaves notes."""
+    notes: list[Tensor] = []
+
+    class Gate(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            share = super().forward(input).softmax(-1)
+            notes.append(share.mean(0).square().sum())
+            return 3 * share
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        extra = sum(notes)
+        notes.clear()
+        return nn.functional.cross_entropy(output, target) + extra
+
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Gate(6, 6), nn.Linear(6, 3))
+    model[1].register_forward_hook(
+        lambda module, args, output: notes.append(output.square().mean())
+    )
+    x, y = torch.randn(8, 4), torch.randint(3, (8,))
+    before = loss(model(x), y)
+    kept = [torch.zeros(())]
+    notes += kept
+    candidates = cg.find_candidates(model, x)
+    assert notes == kept
+    notes.clear()
+    solution = cg.solve(cg.GrowthProblem(model, loss, [(x, y)], candidates), choose("1"))
+    assert notes == []
+    record = cg.insert(model, solution)
+    assert notes == []
+    after = loss(model(x), y)
+    torch.testing.assert_close(after, before)
+    found = dict(record.new_parameters(model))
+    for name, value in solution.multipliers["1"].items():
+        (pin,) = (p for key, p in found.items() if key.endswith(f".{name}"))
+        torch.testing.assert_close(-torch.autograd.grad(loss(model(x), y), pin)[0], value)

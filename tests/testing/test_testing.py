@@ -456,8 +456,8 @@ def test_elementwise_and_transposed_maps() -> None:
     block = Gated(4)
     grown = nn.Sequential(model[0], model[1], block, model[2])
     rows = []
-    for x, label in (pair for batch in data for pair in zip(*batch, strict=True)):
-        loss = nn.functional.cross_entropy(grown(x[None]), label[None])
+    for x, answer in (pair for batch in data for pair in zip(*batch, strict=True)):
+        loss = nn.functional.cross_entropy(grown(x[None]), answer[None])
         grads = torch.autograd.grad(loss, list(block.parameters()))
         rows.append(torch.cat([grad.flatten() for grad in grads]))
     exact = float(torch.stack(rows).var(0).sum()) / len(rows)
