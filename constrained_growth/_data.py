@@ -114,11 +114,15 @@ def counted(
     """The batches that count, each `(input, target)` with how much: a mean over nothing is NaN."""
     for input, target in batches(data, device):
         size = batch_size(input, target)
-        count = size if weight is None else float(weight(input, target))
+        count = given = size if weight is None else weight(input, target)
+        try:
+            count = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            count = math.nan
         if not 0 <= count < math.inf:
             raise DataError(
-                f"weight={weight!r} gives {count} for a batch of {size} samples; it is to say over "
-                "how many items, 0 or more, the loss of that batch is the mean."
+                f"weight={weight!r} gives {given!r:.80} for a batch of {size} samples; let it say "
+                "over how many items, 0 or more, the loss of that batch is the mean."
             )
         if count > 0:
             yield input, target, count

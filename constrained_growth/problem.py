@@ -263,6 +263,11 @@ def places_of(model: nn.Module, candidates: Sequence[Candidate]) -> Places:
             )
         # a shared module has several names and is one site, where λ is the sum over its uses
         module = modules[name]
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CandidateError(
+                f'after="{name}" is compiled by torch.jit.script, and nothing can be put in there; '
+                "grow the model as it is written, and script it afterwards."
+            )
         first = next(key for key, same in modules.items() if same is module)
         # taken to change the tensor in place and to need the context, until more is known
         site = Site(first, module, candidate.output, {}, (), torch.device("cpu"), True, True)

@@ -351,6 +351,37 @@ def test_arguments_of_the_wrong_kind() -> None:
         cg.GrowthProblem(feedforward(2, 4, 3), "x", classified(5), [candidate()])  # type: ignore[arg-type]
 
 
+class Lazy(nn.Module):
+    pinned = ("outer.weight",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.LazyLinear(5), nn.Linear(5, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script:DeprecationWarning", "ignore::UserWarning")
+def test_what_is_no_number_or_not_ready() -> None:
+    model, data = feedforward(2, 4, 3), classified(8)
+    one = candidate("1")
+
+    def problem(loss_fn: Any = nn.CrossEntropyLoss(), **options: Any) -> cg.GrowthProblem:
+        return cg.GrowthProblem(options.pop("model", model), loss_fn, data, [one], **options)
+
+    with refused(cg.DataError, "complex", ".real"):
+        problem(lambda output, target: nn.functional.cross_entropy(output, target) * (1 + 0j))
+    weights: list[Any] = [lambda x, y: None, lambda x, y: y != -100, lambda x, y: "some"]
+    for weight in weights:
+        with refused(cg.DataError, "weight=", "over how many items"):
+            problem(weight=weight)
+    with refused(cg.BlockError, "Lazy", "not initialised"):
+        cg.Candidate("1", Lazy())
+    with refused(cg.CandidateError, 'after="1"', "torch.jit.script"):
+        problem(model=torch.jit.script(model))
+
+
 def test_a_loss_of_one_argument() -> None:
     with refused(cg.DataError, "loss_fn=<function", "called as loss_fn(output, target)"):
         solved(feedforward(2, 4, 3), classified(5), candidate(), loss_fn=lambda y: y.sum())

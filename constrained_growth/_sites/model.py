@@ -90,6 +90,10 @@ def checked_loss(loss: object) -> Tensor:
             f"loss_fn returned a tensor of shape {tuple(loss.shape)}, not a scalar; use the mean "
             'over the samples (reduction="mean").'
         )
+    if loss.is_complex():
+        raise DataError(
+            f"loss_fn returned a {loss.dtype} number, not a real one; return its .real."
+        )
     return loss
 
 

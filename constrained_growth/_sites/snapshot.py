@@ -187,7 +187,8 @@ def reached(*roots: object, notes: bool = False) -> Iterator[Any]:
             waiting += [(hook, depth, False) for some in hooks for hook in some.values()]
             inside = (vars(value), *value.buffers(recurse=False), *_slot_values(value))
             owned = True
-            if notes and _is_of_the_user(forward := type(value).forward):
+            forward = getattr(type(value), "forward", None)  # a proxy of a module has none
+            if notes and _is_of_the_user(forward):
                 waiting.append((forward, depth, False))
         elif isinstance(value, tuple):
             inside = value

@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from constrained_growth._arguments import flag, instance
 from constrained_growth._tables import Table, as_html, as_text
@@ -50,6 +51,11 @@ class Candidate:
             raise CandidateError(f'after="" is no submodule; give {fix}.')
         example = "an instance of one, such as cg.blocks.IdentityLinear(64, nn.ReLU())"
         instance("block", self.block, nn.Module, BlockError, example)
+        if any(map(is_lazy, self.block.parameters())):
+            raise BlockError(
+                f"block={type(self.block).__name__} has parameters that are not initialised; run "
+                "it on a tensor of its width first."
+            )
         instance("name", self.name, str, CandidateError, "text, or leave it out")
         if isinstance(self.output, bool) or not isinstance(self.output, Integral | str | None):
             raise CandidateError(

@@ -110,7 +110,8 @@ def save(
         model: Its `state_dict()` is saved.
         optimizer: One or several; their state is saved by the names of the parameters.
         averaged: Copies of the model that grew too, as for `insert`: their `state_dict()`.
-        record: How the model grew; None for a model that did not.
+        record: How the model grew; by default that of a `Grower` among the `stateful`, and else
+            that of a model that did not grow.
         step: Any number that tells when this was.
         extra: Any numbers, text, None, lists, dicts and tensors.
         **stateful: Under names of your choice, such as `rule=`, `scheduler=`, `scaler=`,
@@ -134,7 +135,9 @@ def save(
     _check_model(model)
     instance("record", record, GrowthRecord, CheckpointError, "that of insert", optional=True)
     integer("step", step, CheckpointError, 0)
-    record = GrowthRecord((), parameter_shapes(model)) if record is None else record
+    owned = [record, *(getattr(thing, "record", None) for thing in stateful.values())]
+    records = [one for one in owned if isinstance(one, GrowthRecord)]
+    record = records[0] if records else GrowthRecord((), parameter_shapes(model))
     path, here = as_path(path), rank(None)
     reshard(model)
     states = [named_state(one, parameter_names(one, model)) for one in as_optimizers(optimizer)]
@@ -300,11 +303,8 @@ def resume(
     _check_model(model)
     example = "functools.partial(torch.optim.Adam, lr=1e-3)"
     function("optimizer_factory", optimizer_factory, CheckpointError, example, or_class=True)
-    function(
-        *("scheduler_factory", scheduler_factory, CheckpointError),
-        optional=True,
-        or_class=True,
-    )
+    given = "scheduler_factory", scheduler_factory, CheckpointError
+    function(*given, optional=True, or_class=True)
     found: list[Checkpoint] = [path] if isinstance(path, Checkpoint) else []
     everywhere(lambda: found or found.append(load(path)), None)  # type: ignore[arg-type]
     checkpoint, now = found[0], num_processes(None)

@@ -34,8 +34,9 @@ class GrowthCallback(Callback):
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on; so do
-    `validate`, `test` and `predict`, which also take the module that has just been trained. Without
-    a trainer, `load_from_checkpoint` below does it, also from the files of
+    `validate`, `test` and `predict`, which also take the module that has just been trained, unless
+    the checkpoint is from before its last insertion (`trainer.test(Fresh(), ckpt_path="best")`
+    then). Without a trainer, `load_from_checkpoint` below does it, also from the files of
     `ModelCheckpoint(save_weights_only=True)`. The sensitivities, decisions and depth go to the
     loggers of the trainer.
 
@@ -168,6 +169,11 @@ class GrowthCallback(Callback):
         averages = [self._model(module) for module in _averages(trainer)]
         options = {"writer": writer, "wrapper": wrapper, "averaged": averages, **self._options}
         before, saved = self.grower, self._saved
+        if saved is None and before is not None and before.model is not model:
+            raise TrainingError(
+                "GrowthCallback: this one has the record and the history of another model; make a "
+                "new GrowthCallback for each module."
+            )
         self.grower = Grower(model, optimizers, self._loss_fn, self._data, **options)
         if saved is not None:
             # a run may go on with fewer or more processes than have saved it
@@ -292,8 +298,9 @@ def _grow(
     if unknown:
         raise CheckpointError(
             f'the checkpoint and the module differ in "{min(unknown)}", and {len(unknown)} entries '
-            "in all: one has grown otherwise. Load it into a fresh module, by "
-            "constrained_growth.integrations.lightning.load_from_checkpoint or a trainer."
+            "in all: one has grown otherwise. Load it into a fresh module, as by "
+            'trainer.test(Module(), loader, ckpt_path="best"), or by '
+            "constrained_growth.integrations.lightning.load_from_checkpoint."
         )
 
 

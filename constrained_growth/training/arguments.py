@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from constrained_growth._arguments import (
     data_again,
@@ -21,7 +22,7 @@ from constrained_growth._arguments import (
     positive_int,
 )
 from constrained_growth._data import check_pair
-from constrained_growth.errors import CheckpointError, DataError, TrainingError
+from constrained_growth.errors import CheckpointError, DataError, OptimizerError, TrainingError
 from constrained_growth.insertion.training_state import as_copies, checked_copies
 from constrained_growth.problem import checked_candidates
 from constrained_growth.rules import Plateau
@@ -102,6 +103,17 @@ def check_training(given: Any) -> None:
             raise TrainingError(
                 f'checkpoint="{path}" cannot be written; give a file in a folder that exists.'
             )
+
+
+def check_trained(optimizers: Iterable[Optimizer], inserted: Iterable[nn.Parameter]) -> None:
+    """Refuse optimizers, as those made before a run was resumed, that train no inserted layer."""
+    trained = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    new = [parameter for parameter in inserted if parameter.requires_grad]
+    if new and trained.isdisjoint(new):
+        raise OptimizerError(
+            "optimizer: it trains no layer that was inserted before; make the Grower after "
+            "checkpoint.resume, with the optimizer that this returns."
+        )
 
 
 def check_blocks(blocks: Any) -> None:

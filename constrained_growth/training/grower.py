@@ -39,7 +39,12 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem, checked_candidates, places_of
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Norm, Solution
-from constrained_growth.training.arguments import check_decisions, check_growing, check_parts
+from constrained_growth.training.arguments import (
+    check_decisions,
+    check_growing,
+    check_parts,
+    check_trained,
+)
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
 T = TypeVar("T")
@@ -283,6 +288,7 @@ class Grower:
 
         Raises:
             CheckpointError: The state is that of other parts, or no state of a grower.
+            OptimizerError: The optimizers train none of the layers inserted before.
         """
         parts = stateful(self)
         check_parts(state, parts)
@@ -296,6 +302,7 @@ class Grower:
             self.record = GrowthRecord.from_json(state["record"])
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"state is not that of a Grower: {error!r}.") from error
+        check_trained(self.optimizers, (p for _, p in self.record.new_parameters(self.model)))
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         if hasattr(self.after_insertion, "attach"):

@@ -114,6 +114,7 @@ def grow(
         after_insertion: As for `Grower`.
         solver: As for `Grower`.
         callbacks: Called with the `Grower` after each epoch; training ends when one returns True.
+            A run that ended so goes on from its checkpoint if they do not say so again.
         checkpoint: File to write a checkpoint to after each epoch. If it exists at the beginning,
             the run goes on from it, with the numbers of a run that was never stopped, bit for bit
             at one thread on one machine (but for what persistent workers draw). Give
@@ -171,6 +172,8 @@ def grow(
     if saved is not None:
         grower.load_state_dict(saved.states["grower"])
         vars(run).update({name: saved.extra[name] for name in _PROGRESS})
+        # a run that a callback has ended goes on if those given now do not end it
+        run.stopped = run.stopped and any(callback(grower) is True for callback in callbacks)
     history = grower.history
 
     def is_over() -> bool:

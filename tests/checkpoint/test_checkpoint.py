@@ -203,6 +203,32 @@ def test_another_model_is_refused_and_as_it_was(tmp_path: Path) -> None:
         resume(tmp_path / "run", fresh, OPTIMIZERS["Adam"], scaler=torch.amp.GradScaler("cpu"))
 
 
+def test_a_grower_brings_its_record_and_has_to_have_the_optimizer(tmp_path: Path) -> None:
+    data, start = classified(16), feedforward(2, 4, 4, 3)
+
+    def grower(model: nn.Module, optimizer: torch.optim.Optimizer) -> cg.Grower:
+        options: Any = {"candidates": [candidate("1")], "rule": cg.TopK(1)}
+        return cg.Grower(model, optimizer, nn.CrossEntropyLoss(), data, **options)
+
+    make = OPTIMIZERS["Adam"]
+    model = copy.deepcopy(start)
+    optimizer = make(model.parameters())
+    growing = grower(model, optimizer)
+    trained(model, optimizer, data)
+    growing.step(1.0)
+    growing.maybe_grow()
+    path = save(tmp_path / "run", model, optimizer=optimizer, grower=growing)
+    assert load(path).record == growing.record
+    fresh = copy.deepcopy(start)
+    early = grower(fresh, make(fresh.parameters()))
+    with refused(cg.OptimizerError, "optimizer", "after checkpoint.resume"):
+        resume(path, fresh, make, grower=early)
+    resumed = resume(path, copy.deepcopy(start), make)
+    late = grower(resumed.model, resumed.optimizer)
+    late.load_state_dict(resumed.checkpoint.states["grower"])
+    assert late.record == growing.record
+
+
 def test_an_optimizer_that_was_not_saved_is_refused(tmp_path: Path) -> None:
     model = feedforward(2, 4, 3)
     save(tmp_path / "run", model)

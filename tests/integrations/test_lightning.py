@@ -133,6 +133,23 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     assert len(growth.grower.record.insertions) == 2
 
 
+def test_a_callback_is_for_one_module(tmp_path: Path) -> None:
+    data = classified(16, batch=8)
+    growth = callback(data)
+    fit(tmp_path / "one", growth, data, 1)
+    with refused(cg.TrainingError, "another model", "new GrowthCallback"):
+        fit(tmp_path / "two", growth, data, 1)
+
+
+def test_the_best_checkpoint_from_before_an_insertion(tmp_path: Path) -> None:
+    data = classified(16, batch=8)
+    module, trainer = fit(tmp_path, callback(data), data, 3, Evaluated())
+    before = tmp_path / "epoch=0.ckpt"
+    with refused(cg.CheckpointError, "fresh module", "trainer.test(Module(), loader"):
+        trainer.test(module, batched(data), ckpt_path=before, verbose=False)
+    trainer.test(Evaluated(), batched(data), ckpt_path=before, verbose=False)
+
+
 def test_a_checkpoint_without_growth_is_refused(tmp_path: Path) -> None:
     data = classified(16, batch=8)
     trainer = Trainer(

@@ -199,6 +199,25 @@ def test_a_callback_sees_every_epoch_and_can_end_it() -> None:
     assert seen == [1, 2, 3]
 
 
+def test_a_run_that_a_callback_ended_goes_on_if_it_says_so_no_longer(tmp_path: Path) -> None:
+    def run(*callbacks: Any, checkpoint: str = "run") -> cg.History:
+        file = tmp_path / checkpoint
+        model = feedforward(2, 4, 4, 3)
+        return grow(model, classified(16), callbacks=callbacks, checkpoint=file)
+
+    def after_three(grower: cg.Grower) -> bool:
+        return len(grower.history.losses) >= 3
+
+    with torch.random.fork_rng():
+        assert len(run(after_three).losses) == 3
+    with torch.random.fork_rng():
+        assert len(run(after_three).losses) == 3
+    with torch.random.fork_rng():
+        found = run()
+    assert len(found.losses) == 6
+    assert found.losses == run(checkpoint="another").losses
+
+
 @pytest.mark.parametrize("most", range(4))
 def test_never_more_insertions_than_allowed(most: int) -> None:
     model = feedforward(2, 4, 4, 3)
