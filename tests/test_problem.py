@@ -367,7 +367,7 @@ def test_what_is_no_number_or_not_ready() -> None:
     model, data = feedforward(2, 4, 3), classified(8)
     one = candidate("1")
 
-    def problem(loss_fn: Any = nn.CrossEntropyLoss(), **options: Any) -> cg.GrowthProblem:
+    def problem(loss_fn: Any = nn.functional.cross_entropy, **options: Any) -> cg.GrowthProblem:
         return cg.GrowthProblem(options.pop("model", model), loss_fn, data, [one], **options)
 
     with refused(cg.DataError, "complex", ".real"):
