@@ -30,7 +30,7 @@ __all__ = ["GrowthCallback", "load_from_checkpoint"]
 
 
 class GrowthCallback(Callback):
-    """Insert layers at the ends of training epochs, and keep the growth in the checkpoints.
+    """Insert layers at the ends of training epochs but the last, and keep them in the checkpoints.
 
     `trainer.fit(module, ckpt_path=…)` with a fresh module and a fresh callback grows the module
     before its weights are loaded, gives each parameter its own optimizer state, and goes on; so do
@@ -60,7 +60,7 @@ class GrowthCallback(Callback):
             being iterated; on each process its shard.
         model: `model(module)`, the model that grows; by default the LightningModule itself.
         blocks: Your own blocks, to resume a run, as for `replay`.
-        **options: Of `Grower`: `rule`, `norm`, `when`, `candidates`, `max_insertions`,
+        **options: Of `Grower`: `rule`, `norm`, `when`, `confirm`, `candidates`, `max_insertions`,
             `after_insertion`, `solver`, `writer`.
 
     Attributes:

@@ -56,7 +56,7 @@ class GrowthCallback(TrainerCallback):
     `when` says, and its new layers are trained. To resume, grow a fresh model before the Trainer
     loads into it:
 
-        model = make_model()
+        model = make_model()  # frozen as it was
         callback.resume(model, "out/checkpoint-500")
         trainer = Trainer(model, arguments, callbacks=[callback], …)
         trainer.train(resume_from_checkpoint="out/checkpoint-500")
@@ -73,7 +73,7 @@ class GrowthCallback(TrainerCallback):
         data: The data to decide on: `(inputs, None)` pairs with a dict of inputs, labels among
             them, such as `[(batch, None) for batch in loader]`; on each process its shard.
         loss_fn: `loss_fn(output, target)`; by default the loss that the model returns.
-        **options: Of `Grower`: `rule`, `norm`, `when`, `candidates`, `max_insertions`,
+        **options: Of `Grower`: `rule`, `norm`, `when`, `confirm`, `candidates`, `max_insertions`,
             `after_insertion`, `solver`, `writer`, `averaged`.
 
     Attributes:
@@ -259,7 +259,7 @@ class GrowthCallback(TrainerCallback):
             raise TrainingError(
                 f"GrowthCallback: all parameters are frozen and no layer was inserted ({why}), so "
                 "that there is nothing to train; let some be trained, as by "
-                "model.lm_head.requires_grad_(True)."
+                "model.lm_head.requires_grad_(True), or decide without validation=."
             )
         self._note(one, state)
 

@@ -186,8 +186,8 @@ class Generalizes:
         )
         least, most = min(values.values(), default=1.0), max(sizes.values(), default=0.0)
         reason = (
-            f"{len(chosen)} of {len(values)} lower the loss on other samples clearly: least p = "
-            f"{least:.2g}, where less than {self.level:g} is asked, and largest effect {most:.4g} "
-            f"standard deviations of a sample, where at least {self.effect_size:g} is asked"
+            f"on other samples {len(chosen) or 'none'} of {len(values)} lower the loss clearly: "
+            f"the largest effect is {most:.2g} standard deviations of a sample (at least "
+            f"{self.effect_size:g} is asked), the least p {least:.2g} (less than {self.level:g} is)"
         )
         return Decision(chosen, reason, evidence={"pvalues": values, "effect_sizes": sizes})

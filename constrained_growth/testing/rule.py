@@ -35,9 +35,10 @@ def check_rule(rule: Rule, problem: GrowthProblem | None = None) -> None:
     The rule decides about the candidates it is shown, with a sentence for the reader, and with
     values, if any, that fit the pins. It copes with several candidates, one
     and none, with ties, with sensitivities of 0, and with unknown standard errors and baseline. It
-    decides the same twice, and writes neither to what it is given nor to the model. It can be
-    copied, pickled (unless it is a function) and restored from its `state_dict`, which it has if
-    it remembers earlier decisions. A rule may refuse a case by a `RuleError`, but not all.
+    decides the same twice from the same state, and writes neither to what it is given nor to the
+    model. It can be copied, pickled (unless it is a function) and restored from its `state_dict`,
+    which it has if it remembers earlier decisions. A rule may refuse a case by a `RuleError`, but
+    not all.
 
     Args:
         rule: The rule; copies of it are tried.

@@ -64,7 +64,8 @@ class Grower:
     """Follows a training loop, and inserts layers when it is time to.
 
     Call `step(loss)` after each step of the optimizer, and `maybe_grow()` wherever the model may
-    grow: at the end of an epoch, or every k steps.
+    grow: at the end of an epoch but the last, or every k steps. It asks in the mode in which the
+    model is, and, called within `torch.autocast`, in that precision.
 
     With `torch.distributed` all processes make one and call it alike. Losses are means over all
     processes, the first process's schedule and rule decide, every process inserts the same layers

@@ -44,7 +44,9 @@ class Round(ReadLater):
         chosen: Names of the candidates inserted, maybe none.
         reason: The decision's reason.
         evidence: The decision's evidence, as the rule gave it.
-        new_parameters: Names of the new parameters in the grown model.
+        new_parameters: Names of the new parameters in the model grown so far; a later insertion
+            into the same list renumbers them, and `grower.record.new_parameters(model)` has the
+            names of now.
         layers: Weight layers in the model afterwards (see `count_layers`).
         parameters: Parameters in the model afterwards.
         seconds: Time spent on solving and inserting.
