@@ -33,7 +33,6 @@ from constrained_growth.experiments.decisions.outcomes import (
 from constrained_growth.experiments.decisions.study import (
     MORE,
     Decided,
-    Outcomes,
     Plan,
     paired_regrets,
     run,
@@ -363,13 +362,9 @@ PAIR = ("last site", "nothing")
 
 def test_pairs_are_compared_on_the_same_networks() -> None:
     networks = np.arange(6.0)
-    sites = [np.stack([networks + site] * 2, 1) for site in (0.0, 1.0, 2.0)]  # last: none
+    against = [Yardstick(best=networks, mean=networks + 0.5)]
     worse = {"a": [networks + 0.5], "b": [networks + 0.3 + 0.01 * (networks % 2)]}
-    decided = {
-        arm: Decided(np.zeros(6, int), np.zeros(6), x[0][:, None]) for arm, x in worse.items()
-    }
-    outcome = Outcomes(np.stack(sites)[..., None], decided, [None] * 6)
-    found = paired_regrets([outcome], worse)
+    found = paired_regrets(against, worse)
     value, low, high = found["a"]["b"]
     # the difference is 0.2 or 0.19 of the half that the mean site is above the best
     assert value == pytest.approx(0.39)

@@ -166,10 +166,10 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         },
         "paired": {
             group: paired_regrets(
-                some, {arm: [one.arms[arm].losses[:, 0] for one in some] for arm in names}
+                [found[t].against() for t in some],
+                {arm: [found[t].arms[arm].losses[:, 0] for t in some] for arm in names},
             )
-            for group, of in groups.items()
-            for some in [[found[t] for t in of]]
+            for group, some in groups.items()
         },
         "groups": groups,
         "details": {
@@ -199,13 +199,12 @@ def _regret(found: Sequence[Outcomes], losses: Sequence[Array], column: int = 0)
 
 
 def paired_regrets(
-    found: Sequence[Outcomes], losses: Mapping[str, Sequence[Array]]
+    against: Sequence[Yardstick], losses: Mapping[str, Sequence[Array]]
 ) -> dict[str, dict[str, list[float]]]:
     """Arm → later arm → regret of the first − that of the second, with its interval.
 
     The same networks are drawn for both, so that what they share does not count.
     """
-    against = [one.against() for one in found]
     drawn = {arm: resampled_mean_regret(some, against) for arm, some in losses.items()}
     pairs: dict[str, dict[str, list[float]]] = {arm: {} for arm in losses}
     for first, second in combinations(losses, 2):
@@ -259,7 +258,7 @@ def _equal_cost(found: Mapping[str, Outcomes], names: Sequence[str]) -> dict[str
         "passes": MORE,
         "tasks": {task: regret([one]) for task, one in found.items()},
         "mean": regret(whole),
-        "paired": paired_regrets(whole, losses(whole)),
+        "paired": paired_regrets([one.against() for one in whole], losses(whole)),
     }
 
 
