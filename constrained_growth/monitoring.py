@@ -80,7 +80,8 @@ def monitor(
     * Several backward passes through one forward pass (`retain_graph=True`) add up, as their
       gradients do, and the batch counts once. A gradient penalty (`create_graph=True`) adds what
       comes through the tensor at the site, and not what would come through the derivative of the
-      block.
+      block. Batches whose loss is of another kind than that of the problem's first are not noticed
+      here, as they are by `solve`.
     * What was compiled (`torch.compile`) runs as written within the context.
     * Each process of a distributed group averages over its own batches.
 

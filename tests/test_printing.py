@@ -79,6 +79,24 @@ def test_a_history_prints_its_epochs_and_insertions() -> None:
     assert str(cg.History()) == "0 epochs, 0 decisions, 0 with an insertion"
 
 
+def test_a_history_prints_what_was_inserted_before_the_first_step() -> None:
+    model = feedforward(2, 4, 4, 3)
+    grower = cg.Grower(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        nn.CrossEntropyLoss(),
+        classified(16),
+        candidates=[candidate("1")],
+        rule=cg.TopK(1),
+    )
+    grower.ask()
+    grower.step(0.5)
+    grower.observe()
+    lines = [line for line in str(grower.history).splitlines() if line.strip()[:1].isdigit()]
+    assert [line.split()[0] for line in lines[1:]] == ["0", "1"]
+    assert lines[1].endswith("+ 1")
+
+
 def test_proposals_and_reports_are_tables_in_a_notebook() -> None:
     model = feedforward(2, 4, 4, 3)
     found = cg.find_candidates(model, classified(8)[0][0])

@@ -125,8 +125,10 @@ class History:
             )
             for row in shown
         ]
+        if 0 in inserted:  # before the first step, as a model of which all was frozen
+            rows.insert(0, ("0", *("" for _ in columns), f"+ {inserted[0]}"))
         heads = ("epoch", *columns, "inserted at its end")
-        bold = [index for index, row in enumerate(shown) if row in inserted]
+        bold = [index for index, row in enumerate(rows) if row[-1]]
         decisions = f"{len(self.rounds)} decision{'s' if len(self.rounds) != 1 else ''}"
         summary = f"{count} epochs, {decisions}, {len(inserted)} with an insertion"
         summary += f"; {len(shown)} epochs shown" if len(shown) < count else ""
