@@ -25,6 +25,7 @@ from constrained_growth.blocks.protocol import change
 from constrained_growth.candidates import Candidate
 from constrained_growth.errors import BlockError, RecordError
 from constrained_growth.insertion import GrowthRecord, insert, replay
+from constrained_growth.insertion.description import first_difference, settings
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Decision
 
@@ -280,6 +281,12 @@ def _can_be_built_from_its_config(case: _Case) -> Iterator[str]:
         yield f"config() builds parameters {found} and the block has {expected}."
     elif tuple(built.pinned) != tuple(block.pinned):
         yield f"config() builds a block with pinned={built.pinned}, not {block.pinned}."
+    else:
+        like = next(block.parameters())
+        built = built.to(like.device, like.dtype).train(block.training)
+        differing = first_difference(settings(block, deep=True), settings(built, deep=True))
+        if differing:
+            yield f"config() builds another block: {differing}."
 
 
 def _can_be_moved(case: _Case) -> Iterator[str]:

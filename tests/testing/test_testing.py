@@ -308,6 +308,18 @@ class OtherConfig(Sound):
         return {"hidden": 2}
 
 
+class ForgettingConfig(Sound):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * (super().forward(x) - x)
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+
 class OneDtype(Sound):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).double()
@@ -353,6 +365,12 @@ DEFECTS: dict[Callable[[], nn.Module], list[str]] = {
 def test_every_defect_is_named(make: Callable[[], nn.Module]) -> None:
     with refused(cg.BlockError, f"block={make.__name__}", *DEFECTS[make]):
         check_block(make(), torch.randn(VECTORS))
+
+
+def test_a_config_that_forgets_an_argument() -> None:
+    check_block(ForgettingConfig(), torch.randn(VECTORS))
+    with refused(cg.BlockError, "config() builds another block", "scale is 2.0 and 1.0"):
+        check_block(ForgettingConfig(2.0), torch.randn(VECTORS))
 
 
 def test_all_defects_are_named_at_once() -> None:
