@@ -593,7 +593,7 @@ def test_moments_are_weighted_too() -> None:
     ("weight", "words"),
     [
         (3, ["weight=3", "cannot be called", "None"]),
-        (lambda x, y: -1, ["gives -1.0", "0 or more"]),
+        (lambda x, y: -1, ["gives -1 ", "0 or more"]),
         (lambda x, y: torch.nan, ["gives nan"]),
         (lambda x, y: 0, ["no batches"]),
     ],
