@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from constrained_growth._arguments import function, instance
@@ -147,18 +148,19 @@ class GrowthCallback(Callback):
             )
         if self._saved is not None:
             model, names = self._model(pl_module), self._saved["names"]
-            if len(names) != len(trainer.optimizers):
+            optimizers = _optimizers_of(model, trainer)
+            if len(names) != len(optimizers):
                 raise CheckpointError(
-                    f"the module has {len(trainer.optimizers)} optimizers, the checkpoint those of "
+                    f"the module has {len(optimizers)} optimizers, the checkpoint those of "
                     f"{len(names)}; make them as in the run that was saved."
                 )
-            for optimizer, groups in zip(trainer.optimizers, names, strict=True):
+            for optimizer, groups in zip(optimizers, names, strict=True):
                 arrange_groups(optimizer, model, groups)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the grower, in the state of the checkpoint if there is one."""
         vars(pl_module).pop("on_load_checkpoint", None)
-        model, optimizers = self._model(pl_module), trainer.optimizers
+        model = self._model(pl_module)
         wrapper = trainer.strategy.model if trainer.world_size > 1 else None
 
         def log(tag: str, value: float, _: int) -> None:
@@ -174,6 +176,7 @@ class GrowthCallback(Callback):
                 "GrowthCallback: this one has the record and the history of another model; make a "
                 "new GrowthCallback for each module."
             )
+        optimizers = _optimizers_of(model, trainer)
         self.grower = Grower(model, optimizers, self._loss_fn, self._data, **options)
         if saved is not None:
             # a run may go on with fewer or more processes than have saved it
@@ -311,6 +314,14 @@ _RECORD = "constrained_growth"
 def _steps_of(trainer: Trainer) -> int:
     """Steps of the optimizer so far; of several, which Lightning adds up, the mean."""
     return trainer.global_step // max(len(trainer.optimizers), 1)
+
+
+def _optimizers_of(model: nn.Module, trainer: Trainer) -> list[Optimizer]:
+    """Those that train a part of the model; another, as of a GAN's generator, has no say here."""
+    own = set(model.parameters())
+    parameters = [[p for g in o.param_groups for p in g["params"]] for o in trainer.optimizers]
+    pairs = zip(trainer.optimizers, parameters, strict=True)
+    return [one for one, trained in pairs if not own.isdisjoint(trained)] or trainer.optimizers
 
 
 def _averages(trainer: Trainer) -> list[Any]:

@@ -209,6 +209,40 @@ def test_manual_optimization_by_several_optimizers(tmp_path: Path) -> None:
     assert again.history.losses == growth.history.losses
 
 
+class Pair(Classifier):
+    """Two networks with an optimizer each, of which one grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = nn.Linear(2, 2)
+
+    def configure_optimizers(self) -> Any:
+        kept = torch.optim.SGD(self.other.parameters(), lr=0.1)
+        return [kept, torch.optim.AdamW(self.net.parameters(), lr=0.02)]
+
+    def training_step(self, batch: Any, index: int) -> Tensor:  # type: ignore[override]
+        input, target = batch
+        loss = nn.functional.cross_entropy(self.net(input + self.other(input)), target)
+        optimizers: Any = self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss
+
+
+def test_an_optimizer_of_another_network_has_no_say(tmp_path: Path) -> None:
+    data = classified(16, batch=8)
+    whole, trainer = fit(tmp_path / "whole", callback(data), data, 5, Pair())
+    assert [len(one.param_groups[0]["params"]) for one in trainer.optimizers] == [2, 10]
+    path = tmp_path / "whole" / "epoch=3.ckpt"
+    again, _ = fit(tmp_path / "more", callback(data), data, 5, Pair(), ckpt_path=path)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
 class Silent(Classifier):
     """Steps of size 0, so that losses are those of the data."""
 
