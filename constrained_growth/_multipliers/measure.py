@@ -150,6 +150,7 @@ class Pass:
         self._weight += weight
 
     def _loss_of(self, input: Any, target: Any) -> Tensor:
+        torch.clear_autocast_cache()  # with its casts each batch makes as many nodes as the first
         before = count_of_nodes()
         loss = checked_loss(self._loss_fn(call(self._model, input), target))
         self.nodes = count_of_nodes() - before
