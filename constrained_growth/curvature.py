@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from constrained_growth._arguments import data_again, flag, instance
+from constrained_growth._arguments import data_again, flag, instance, positive_int
 from constrained_growth._data import counted
 from constrained_growth._distributed import add_up, everywhere
+from constrained_growth._sharding import is_sharded
 from constrained_growth._sites.collector import See, collecting
 from constrained_growth._sites.context import Context, arguments
 from constrained_growth._sites.model import call, checked_loss, device_of
@@ -24,7 +26,7 @@ from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.solution import Planned
 
-__all__ = ["Curvature", "VirtualLoss", "gauss_newton", "hessian"]
+__all__ = ["Curvature", "VirtualLoss", "gauss_newton", "hessian", "smallest_eigenvalue"]
 
 FORWARD_PASSES = 1 / 3
 """What a forward pass costs, in gradient passes: backward is two products for each one forward."""
@@ -277,6 +279,82 @@ def gauss_newton(loss: VirtualLoss, vector: Tensor) -> Tensor:
     mean squared error 2 JᵀJ / N.
     """
     return _checked(loss).gauss_newton_product(vector)
+
+
+def smallest_eigenvalue(problem: GrowthProblem, *, max_products: int = 300) -> float:
+    """The smallest eigenvalue of ∇²_θθ L(θ, 0), θ the trainable parameters, by Lanczos' method.
+
+    It tells what no status does. At a stationary θ with a positive one θ is a strict local
+    minimiser, and −λ is the slope of its value function; with a negative one θ is a saddle, from
+    which training goes on downhill, and λ is the price of nothing. About zero, as where units can
+    be rescaled or are dead, neither follows.
+
+    Args:
+        problem: The problem, left as it is.
+        max_products: The most products with the Hessian, each some three gradient passes over the
+            data. 300 are enough for most small networks.
+
+    Returns:
+        The eigenvalue, in units of the loss over those of θ², to three digits or better.
+
+    Raises:
+        RuleError: Nothing is trainable, the model is sharded, or there were not enough products.
+
+    Source:
+        Nocedal and Wright, *Numerical Optimization*, 2nd ed. 2006, theorem 12.6 (second-order
+        sufficiency); Lanczos' method as ARPACK has it, by `scipy.sparse.linalg.eigsh`.
+
+    Example:
+        >>> import constrained_growth as cg
+        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Identity()).double()
+        >>> x = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+        >>> block = cg.blocks.ResidualMLP(1, 1, torch.tanh)
+        >>> problem = cg.GrowthProblem(net, nn.MSELoss(), [(x, x)], [cg.Candidate("0", block)])
+        >>> round(smallest_eigenvalue(problem), 3)  # twice the mean of x²
+        10.0
+    """
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh  # slow to import
+
+    instance("problem", problem, GrowthProblem, RuleError, "a cg.GrowthProblem")
+    positive_int("max_products", max_products, RuleError)
+    model, trained = problem.model, [p for p in problem.model.parameters() if p.requires_grad]
+    size = sum(parameter.numel() for parameter in trained)
+    if is_sharded(model) or not trained:
+        fault = "is sharded" if trained else "has no trainable parameters"
+        raise RuleError(f"problem: its model {fault}, and so no Hessian that can be asked.")
+
+    def product(vector: Any) -> Any:
+        flat = torch.as_tensor(vector, dtype=torch.float64).reshape(-1)
+        pieces = flat.split([parameter.numel() for parameter in trained])
+        parts = [t.view_as(p).to(p) for t, p in zip(pieces, trained, strict=True)]
+
+        def one(input: object, target: object) -> Tensor:
+            with sdpa_kernel(SDPBackend.MATH):  # attention is differentiated twice in no other form
+                loss = checked_loss(problem.loss_fn(call(model, input), target))
+                grads = torch.autograd.grad(
+                    loss, trained, create_graph=True, materialize_grads=True
+                )
+                bent = _slopes_of(grads, trained, parts)
+            return torch.zeros_like(like) if bent is None else _flat(bent)
+
+        like = torch.zeros(size, dtype=torch.float64, device=trained[0].device)
+        return mean_over(problem.data, problem, one, like).cpu().numpy()
+
+    if size == 1:
+        return float(product([1.0])[0])
+    make: Any = LinearOperator  # whose stub has not what it takes
+    operator = make((size, size), matvec=product, dtype="float64")
+    kept = min(size, 20, max(2, max_products))  # vectors between restarts, a product for each
+    options: dict[str, Any] = {"ncv": kept, "maxiter": max(1, max_products // kept), "tol": 1e-3}
+    options["v0"] = np.random.default_rng(0).standard_normal(size)
+    try:
+        values = eigsh(operator, k=1, which="SA", return_eigenvectors=False, **options)
+    except ArpackNoConvergence as error:
+        raise RuleError(
+            f"max_products={max_products} were not enough to tell the smallest eigenvalue; give "
+            "more, or a smaller network."
+        ) from error
+    return float(values[0])
 
 
 def _checked(loss: VirtualLoss) -> VirtualLoss:

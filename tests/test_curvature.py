@@ -306,3 +306,68 @@ def test_what_passes_cost_in_operations() -> None:
         assert 0.75 * JOINT_PRODUCT_PASSES < operations(work) / unit <= JOINT_PRODUCT_PASSES
     assert both.passes == 1 + 2 * JOINT_PRODUCT_PASSES
     assert loss.passes == pytest.approx(FORWARD_PASSES + 2 * PRODUCT_PASSES)
+
+
+def dense_hessian(model: nn.Module, data: Any, loss_fn: Any) -> Tensor:
+    """∇²_θθ L of the trainable parameters, by PyTorch."""
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    start = [model.get_parameter(name).detach() for name in names]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([p.numel() for p in start])
+        own = {n: t.view_as(p) for n, t, p in zip(names, parts, start, strict=True)}
+        losses = [
+            len(x) * loss_fn(torch.func.functional_call(model, own, (x,)), y) for x, y in data
+        ]
+        return sum(losses) / sum(len(x) for x, _ in data)  # type: ignore[return-value]
+
+    found = torch.autograd.functional.hessian(loss, torch.cat([p.flatten() for p in start]))
+    assert isinstance(found, Tensor)
+    return found
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("sizes", [(2, 4, 3), (2, 3, 3, 2)])
+def test_the_smallest_eigenvalue_is_that_of_the_dense_hessian(
+    sizes: tuple[int, ...], frozen: bool
+) -> None:
+    model: Any = feedforward(*sizes, activation=nn.Tanh)
+    model[0].requires_grad_(not frozen)
+    data = classified(40, batch=16, classes=sizes[-1])
+    one = cg.Candidate("1", ResidualMLP(sizes[1], 2, torch.tanh))
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [one])
+    with nothing_left_behind(model):
+        found = cg.curvature.smallest_eigenvalue(problem)
+    values = torch.linalg.eigvalsh(dense_hessian(model, data, CROSS_ENTROPY))
+    assert found == pytest.approx(float(values[0]), abs=2e-3 * float(values.abs().max()))
+
+
+def test_a_saddle_and_a_minimum_are_told_apart() -> None:
+    x = torch.randn(50, 2)
+    data = [(x, x @ torch.tensor([[1.0], [-2.0]]))]
+    first, last = nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+    model = nn.Sequential(first, nn.Identity(), last)
+    one = cg.Candidate("1", ResidualMLP(2, 2, torch.tanh))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert cg.curvature.smallest_eigenvalue(cg.GrowthProblem(model, MSE, data, [one])) < -0.1
+    first.requires_grad_(False)
+    with torch.no_grad():
+        first.weight.copy_(torch.eye(2))
+        last.weight.copy_(torch.tensor([[1.0, -2.0]]))
+    problem = cg.GrowthProblem(model, MSE, data, [one])
+    exact = torch.linalg.eigvalsh(2 * x.T @ x / len(x))[0]
+    assert cg.curvature.smallest_eigenvalue(problem) == pytest.approx(float(exact), rel=1e-3)
+    model.requires_grad_(False)
+    with refused(cg.RuleError, "no trainable parameters"):
+        cg.curvature.smallest_eigenvalue(problem)
+
+
+def test_too_few_products_are_said() -> None:
+    model, data = feedforward(2, 16, 16, 3, activation=nn.Tanh), classified(40)
+    problem = cg.GrowthProblem(
+        model, CROSS_ENTROPY, data, [cg.Candidate("1", ResidualMLP(16, 2, torch.tanh))]
+    )
+    with refused(cg.RuleError, "max_products=2", "more"):
+        cg.curvature.smallest_eigenvalue(problem, max_products=2)

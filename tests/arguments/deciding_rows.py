@@ -239,6 +239,11 @@ ROWS: dict[str, Row] = {
         {"loss": "mapping", "vector": "name"},
         more={"vector": (torch.ones(2),)},
     ),
+    "smallest_eigenvalue": Row(
+        curvature.smallest_eigenvalue,
+        lambda s: {"problem": s.problem},
+        {"problem": "problem", "max_products": "count"},
+    ),
     "VirtualLoss.unflatten": Row(
         curvature.VirtualLoss.unflatten,
         lambda s: {"self": of_product(s)["loss"], "v": of_product(s)["vector"]},
