@@ -266,7 +266,8 @@ class Collector:
 
 def count_of_nodes() -> int:
     """How many nodes autograd has made in this thread, which costs nothing to ask."""
-    return torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    autograd: Any = torch.autograd  # which has it under a private name only
+    return autograd._get_sequence_nr()
 
 
 Asked = tuple[GradientEdge, Callable[[Tensor], None] | None]

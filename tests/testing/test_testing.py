@@ -449,9 +449,9 @@ class GatedInClosedForm(Gated):
         )
 
 
-class GatedTheWrongWay(Gated):
+class GatedTheWrongWay(GatedInClosedForm):
     def factors(self, x: Tensor, delta: Tensor) -> tuple[AffineFactors, ...]:
-        gate, mix = GatedInClosedForm.factors(self, x, delta)  # type: ignore[arg-type]
+        gate, mix = super().factors(x, delta)
         return gate, replace(mix, transposed=False)
 
 
