@@ -62,16 +62,21 @@ def settle(
     with first.again(model):  # blocks may draw, as the layers that are put in do
         closed.accumulate(first.uses, batch_size(first.input, first.target), 1.0)
     found = {name: estimate.multiplier for name, estimate in closed.estimates().items()}
+
+    def judge(exact: Multipliers) -> None:
+        if not later:
+            _refuse_dead(sites, first, exact)
+
     # all sites are passed, or in the graph it is seen whether the loss depends on them
     inserted = _as_inserted(look, found) if look.can_grow and all(first.uses) else None
     if inserted is not None:
-        _refuse_dead([] if later else sites, first, inserted)
+        judge(inserted)
         return True, set()
     exact = _in_graph(look, may_miss=later)
     if exact is None:  # the model is not a function of its input: nothing can be compared
-        _refuse_dead([] if later else sites, first, {})
+        judge({})
         return False, set()
-    _refuse_dead([] if later else sites, first, exact)
+    judge(exact)
     around = _around(look, exact) if look.can_grow else set()
     pairs = ((name, found[name], value) for name, value in exact.items())
     return all(look.agree(*each, both_in_graph=False) for each in pairs), around
@@ -221,7 +226,7 @@ def _parts(names: Sequence[str], elements: Sequence[str]) -> list[Sequence[str]]
 def _refuse_dead(sites: Sequence[Site], first: FirstBatch, exact: Multipliers) -> None:
     """Refuse blocks whose λ is zero whatever is at their sites; first those where it is here."""
     alive = [name for name, some in exact.items() if any(bool(t.any()) for t in some.values())]
-    for site, seen in zip(sites, first.seen, strict=False):
+    for site, seen in zip(sites, first.seen, strict=True):
         for name in (name for name in site.blocks if name not in alive):
             for use in seen:
                 refuse_dead(name, site.blocks[name], use.x, use.context)
