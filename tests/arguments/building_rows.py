@@ -45,32 +45,22 @@ ROWS: dict[str, Row] = {
         optional=("shift",),
         more={**OPTIONS, "kernel_size": (2,)},
     ),
-    "ResidualConv2d": Row(
-        blocks.ResidualConv2d,
-        lambda s: {"channels": 4, "activation": nn.ReLU()},
-        {
-            "channels": "count",
-            "activation": "activation",
-            "hidden": "count",
-            "kernel_size": "count",
-            "norm_layer": "function",
-        },
-        optional=("hidden", "norm_layer"),
-        more={**OPTIONS, "pinned": ("both", 1), "norm_layer": (nn.ReLU,)},
-    ),
-    "ResidualBottleneck2d": Row(
-        blocks.ResidualBottleneck2d,
-        lambda s: {"channels": 4, "activation": nn.ReLU()},
-        {
-            "channels": "count",
-            "activation": "activation",
-            "hidden": "count",
-            "kernel_size": "count",
-            "norm_layer": "function",
-        },
-        optional=("hidden", "norm_layer"),
-        more={**OPTIONS, "pinned": ("both", 1)},
-    ),
+    **{
+        block.__name__: Row(
+            block,
+            lambda s: {"channels": 4, "activation": nn.ReLU()},
+            {
+                "channels": "count",
+                "activation": "activation",
+                "hidden": "count",
+                "kernel_size": "count",
+                "norm_layer": "function",
+            },
+            optional=("hidden", "norm_layer"),
+            more={**OPTIONS, "pinned": ("both", 1), "norm_layer": (nn.ReLU,)},
+        )
+        for block in (blocks.ResidualConv2d, blocks.ResidualBottleneck2d)
+    },
     "TransformerBlock": Row(
         blocks.TransformerBlock,
         lambda s: {"width": 4, "heads": 2},
