@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,8 @@ def directional_derivative(
             "sided slopes cannot be had. Without a kink at the pins the slope is −⟨λ, step⟩."
         )
     block = one_sided(site.blocks[candidate])
+    if any(p.is_floating_point() and torch.finfo(p.dtype).bits < 32 for p in block.parameters()):
+        block = block.float()  # or its rounding would hide on which side of a kink something is
     pins = {name: pin.detach() for name, pin in pinned_parameters(block).items()}
     instance("step", step, Mapping, CandidateError, "pinned parameter → tensor")
     check_deviations(block, step, "step", CandidateError)
@@ -110,6 +113,8 @@ def _slope(
     use: Use,
 ) -> Tensor:
     """⟨δ, ∂b/∂v s⟩ of one use, in forward mode."""
+    dtype = next(iter(pins.values())).dtype
+    use = replace(use, x=use.x.to(dtype), delta=use.delta.to(dtype))
     zero = torch.zeros((), dtype=torch.float64, device=use.x.device)
     # a tiny part of the step lifts what is exactly 0 to its side, and moves nothing else
     state = random_state()

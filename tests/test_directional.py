@@ -1,5 +1,6 @@
 """One-sided slopes along a step, against one-sided differences."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -208,3 +209,15 @@ def test_a_written_kink_elsewhere_is_refused() -> None:
     known = cg.Candidate("1", IdentityLinear(8, nn.ReLU6()))
     found, difference, _ = slopes(model, data, known, random_step(known.block))
     assert found == pytest.approx(difference, rel=1e-4, abs=1e-6)
+
+
+def test_models_in_half_precision() -> None:
+    model, data = feedforward(2, 8, 3), classified(50)
+    step = random_step(IdentityLinear(8, nn.ReLU()))
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        one = cg.Candidate("1", IdentityLinear(8, nn.ReLU(), dtype=dtype))
+        other = [(x.to(dtype), y) for x, y in data]
+        problem = cg.GrowthProblem(copy.deepcopy(model).to(dtype), CROSS_ENTROPY, other, [one])
+        found.append(directional_derivative(problem, "1", step))
+    assert found[1] == pytest.approx(found[0], rel=0.1)
