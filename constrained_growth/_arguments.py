@@ -109,7 +109,7 @@ def several(
 
 def tensors(name: str, value: Any, error: type[GrowthError], fix: str) -> list[Tensor]:
     """The tensors of a dict of them, at least one."""
-    instance(name, value, Mapping, error, f"a dict {fix}")
+    instance(name, value, Mapping, error, f"a dict, {fix}")
     if not value or not all(isinstance(one, Tensor) for one in value.values()):
         raise error(f"{name}={value!r:.80} is no dict of tensors; give {fix}.")
     return list(value.values())

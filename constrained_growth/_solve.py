@@ -191,8 +191,9 @@ def _measured(
         holds, around = True, set[str]()
         with running.watching():
             for batch, new in alike:
-                running.add(*batch, counts=new)
-                if is_new(problem, running.nodes):
+                loss = running.add(*batch, counts=new)
+                # what is not finite is for the status of the solution
+                if is_new(problem, running.nodes) and bool(torch.isfinite(loss)):
                     one, others = look_at(problem, batch[:2], running.nodes)
                     holds, around = holds and one, around | others
         return holds, around

@@ -143,10 +143,7 @@ class VirtualLoss:
         pieces = self._split(vector)
 
         def one(input: object, target: object, variables: list[Tensor]) -> Tensor:
-            loss = self._loss(self._output(input), target)
-            grads = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
-            bent = _slopes_of(grads, variables, pieces)
-            return torch.zeros_like(vector) if bent is None else _flat(bent)
+            return _bent(self._loss(self._output(input), target), variables, pieces)
 
         return self._mean(one, JOINT_PRODUCT_PASSES if self._old else PRODUCT_PASSES)
 
@@ -330,12 +327,9 @@ def smallest_eigenvalue(problem: GrowthProblem, *, max_products: int = 300) -> f
 
         def one(input: object, target: object) -> Tensor:
             with sdpa_kernel(SDPBackend.MATH):  # attention is differentiated twice in no other form
-                loss = checked_loss(problem.loss_fn(call(model, input), target))
-                grads = torch.autograd.grad(
-                    loss, trained, create_graph=True, materialize_grads=True
+                return _bent(
+                    checked_loss(problem.loss_fn(call(model, input), target)), trained, parts
                 )
-                bent = _slopes_of(grads, trained, parts)
-            return torch.zeros_like(like) if bent is None else _flat(bent)
 
         like = torch.zeros(size, dtype=torch.float64, device=trained[0].device)
         return mean_over(problem.data, problem, one, like).cpu().numpy()
@@ -365,6 +359,13 @@ def _check_vector(name: str, vector: Tensor, size: int) -> None:
     if not isinstance(vector, Tensor) or vector.shape != (size,):
         got = tuple(vector.shape) if isinstance(vector, Tensor) else f"{vector!r:.80}"
         raise RuleError(f"{name}={got} is no vector of {size} entries; loss.zero() is one.")
+
+
+def _bent(loss: Tensor, variables: Sequence[Tensor], pieces: Sequence[Tensor]) -> Tensor:
+    """The Hessian of a loss times a vector, given in pieces."""
+    grads = torch.autograd.grad(loss, variables, create_graph=True, materialize_grads=True)
+    bent = _slopes_of(grads, variables, pieces)
+    return _flat([torch.zeros_like(x) for x in variables] if bent is None else bent)
 
 
 def _slopes_of(

@@ -72,7 +72,7 @@ def settle(
     if inserted is not None:
         judge(inserted)
         return True, set()
-    exact = _in_graph(look, may_miss=later)
+    exact = _in_graph(look, later=later)
     if exact is None:  # the model is not a function of its input: nothing can be compared
         judge({})
         return False, set()
@@ -101,14 +101,12 @@ def _as_inserted(look: FirstLook, found: Multipliers) -> Multipliers | None:
     return inserted
 
 
-def _in_graph(look: FirstLook, *, may_miss: bool) -> Multipliers | None:
+def _in_graph(look: FirstLook, *, later: bool) -> Multipliers | None:
     """λ with the blocks standing at their sites; None where the model gives another loss each time.
-
-    The loss may miss sites, or not: then it does not depend on them.
 
     Raises:
         BlockError: The blocks change the loss.
-        CandidateError: The loss has no gradient, or does not depend on a site.
+        CandidateError: The loss has no gradient, or, on the first batch, depends not on all sites.
     """
     model, loss_fn, first = look.model, look.loss_fn, look.first
     in_graph = Pass(model, loss_fn, look.sites, Method.IN_GRAPH, gradients=False)
@@ -135,7 +133,7 @@ def _in_graph(look: FirstLook, *, may_miss: bool) -> Multipliers | None:
             "tensor at its site; make a problem with each alone to see which."
         )
     for site, uses in zip(look.sites, first.uses, strict=True):
-        if not (uses or may_miss) and in_graph.reached.isdisjoint(site.blocks):
+        if not (uses or later) and in_graph.reached.isdisjoint(site.blocks):
             raise CandidateError(
                 f'after="{site.after}": the loss does not depend on the output of this module, '
                 "so no layer there could change it; choose another submodule."

@@ -221,7 +221,7 @@ class Pair(Classifier):
         kept = torch.optim.SGD(self.other.parameters(), lr=0.1)
         return [kept, torch.optim.AdamW(self.net.parameters(), lr=0.02)]
 
-    def training_step(self, batch: Any, index: int) -> Tensor:  # type: ignore[override]
+    def training_step(self, batch: Any, index: int) -> Tensor:
         input, target = batch
         loss = nn.functional.cross_entropy(self.net(input + self.other(input)), target)
         optimizers: Any = self.optimizers()

@@ -196,3 +196,16 @@ def test_graphs_that_are_all_different_are_looked_at_some_times_only() -> None:
     (pin,) = (p for name, p in record.new_parameters(model) if name.endswith("outer.weight"))
     exact = -torch.autograd.grad(mean, pin)[0]
     torch.testing.assert_close(solution.multipliers["expert"]["outer.weight"], exact)
+
+
+def test_a_later_batch_of_another_kind_that_is_not_finite() -> None:
+    def loss(output: Tensor, target: Any) -> Tensor:
+        return plain(output, target) * (torch.inf if target[2] else 1.0)
+
+    model, data = network(), data_of_two_kinds((False, True))
+    candidate = cg.Candidate("1", cg.blocks.ResidualMLP(6, 5, torch.tanh))
+    problem = cg.GrowthProblem(model, loss, data, [candidate])
+    solution = cg.solve(problem, cg.TopK(1), throw=False)
+    assert solution.status is cg.Status.NOT_FINITE
+    with refused(cg.DataError, "NaN or Inf", "throw=False"):
+        cg.solve(problem, cg.TopK(1))
