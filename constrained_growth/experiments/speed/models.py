@@ -43,7 +43,7 @@ class Plan:
     dtypes: Sequence[str] = ("float32",)
 
 
-FULL = Plan(STOCK, small=False, batches=4, effort=Effort(fewest=5, most=5, seconds=0.0))
+FULL = Plan(STOCK, small=False, batches=2, effort=Effort(fewest=3, most=3, seconds=0.0))
 QUICK = Plan(STOCK, small=True, batches=2, effort=Effort(fewest=1, most=1, seconds=0.0))
 
 
