@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from constrained_growth._arguments import data_again, function, instance
 from constrained_growth._data import Weight
 from constrained_growth._distributed import everywhere, several
 from constrained_growth._first_batch import Places, look_at_sites
 from constrained_growth._sharding import check_sharding
+from constrained_growth._sites.model import check_has_values
 from constrained_growth._sites.outputs import Which
 from constrained_growth._sites.site import Site
 from constrained_growth._sites.untouched import differentiable, untouched
@@ -207,13 +206,7 @@ def _check_arguments(
     model: nn.Module, loss_fn: object, data: object, weight: object, group: object
 ) -> None:
     instance("model", model, nn.Module, CandidateError, "an nn.Module")
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor) or tensor.is_meta:
-            state = "not initialised" if is_lazy(tensor) else "on the meta device"
-            raise CandidateError(
-                f'model={type(model).__name__}: its "{name}" is {state} and has no values; load '
-                "the whole model first (without offloading), or run a lazy one on a batch."
-            )
+    check_has_values(model)
     function("loss_fn", loss_fn, DataError, "nn.CrossEntropyLoss()")
     if weight is not None:
         function("weight", weight, DataError, "lambda input, target: len(target), or None")

@@ -528,6 +528,8 @@ def test_models_without_values_are_refused() -> None:
     for model, words in ((meta, ["meta", '"0.weight"']), (lazy, ["not initialised", "lazy"])):
         with refused(cg.CandidateError, *words):
             cg.GrowthProblem(model, CROSS_ENTROPY, classified(5), [candidate()])
+        with refused(cg.CandidateError, *words):
+            cg.find_candidates(model, classified(5)[0][0])
 
 
 def image_model() -> nn.Sequential:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from constrained_growth._distributed import unwrapped
 from constrained_growth._structure import tensors_in
@@ -130,6 +131,17 @@ def list_of(model: nn.Module, module: nn.Module) -> nn.ModuleList | nn.Sequentia
     if isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward:
         return owner
     return owner if isinstance(owner, nn.ModuleList) else None
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Refuse a model with tensors that are not there, as Accelerate's offloading leaves them."""
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor) or tensor.is_meta:
+            state = "not initialised" if is_lazy(tensor) else "on the meta device"
+            raise CandidateError(
+                f'model={type(model).__name__}: its "{name}" is {state} and has no values; load '
+                "the whole model first (without offloading), or run a lazy one on a batch."
+            )
 
 
 def unchangeable(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from constrained_growth._activations import TanhLU
 from constrained_growth._arguments import instance, positive_int
 from constrained_growth._sites.context import alike
-from constrained_growth._sites.model import check_can_change, list_of
+from constrained_growth._sites.model import check_can_change, check_has_values, list_of
 from constrained_growth._sites.untouched import differentiable, untouched
 from constrained_growth._sites.wrapper import WithInsertedLayer, is_inserted
 from constrained_growth.blocks import (
@@ -83,6 +83,7 @@ def find_candidates(
     """
     instance("model", model, nn.Module, CandidateError, "an nn.Module")
     check_can_change(model)
+    check_has_values(model)
     if max_parameters is None:
         max_parameters = max(1, _size(model))
     positive_int("max_parameters", max_parameters, CandidateError)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload, dispatch_model
 from helpers import assert_same, candidate, classified, feedforward
 from processes import together
 from torch import nn
@@ -64,6 +64,39 @@ def test_grows_and_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     again, resumed = train((x, y), 6, tmp_path / "part")
     assert_same(dict(again.state_dict()), dict(whole.state_dict()))
     assert resumed.losses == history.losses
+
+
+@pytest.mark.parametrize("part", ["all", "half"])
+def test_an_offloaded_model_is_refused(part: str, tmp_path: Path) -> None:
+    model: Any = feedforward(2, 4, 4, 3)
+    if part == "all":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        places: Any = {name: "disk" if name > "2" else "cpu" for name, _ in model.named_children()}
+        dispatch_model(model, places, "cpu", offload_dir=tmp_path, force_hooks=True)
+    (batch,) = classified(5)
+    words = "on the meta device and has no values; load the whole model first"
+    with pytest.raises(cg.CandidateError, match=words):
+        cg.find_candidates(model, batch[0])
+    with pytest.raises(cg.CandidateError, match=words):
+        cg.GrowthProblem(model, nn.CrossEntropyLoss(), [batch], [candidate("1")])
+
+
+def test_a_dispatched_model_grows() -> None:
+    (batch,) = classified(40)
+    found = []
+    for hooks in (False, True):
+        torch.manual_seed(0)
+        model: Any = feedforward(2, 4, 4, 3)
+        if hooks:  # as on several devices, where each module moves its input
+            dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        sites = cg.find_candidates(model, batch[0])
+        solution = cg.solve(cg.GrowthProblem(model, nn.CrossEntropyLoss(), [batch], sites))
+        y = model(batch[0])
+        cg.insert(model, solution)
+        torch.testing.assert_close(model(batch[0]), y)
+        found.append(solution.multipliers)
+    assert_same(*found)
 
 
 def train_with_another(number: int, data: Any, expected: Any, folder: Path) -> None:
