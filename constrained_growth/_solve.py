@@ -20,6 +20,7 @@ from constrained_growth._multipliers.groups import ROOM, Groups
 from constrained_growth._multipliers.held_out import cross_fitted, held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._multipliers.replicates import replicates_of, value_of
+from constrained_growth._multipliers.wide import narrowed_shape
 from constrained_growth._other_batches import is_new, learn, look_at
 from constrained_growth._progress import progress_bar
 from constrained_growth._sharding import is_sharded, whole
@@ -29,6 +30,7 @@ from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import (
     Frobenius,
+    KroneckerFisher,
     MomentNorm,
     lipschitz,
     needs_moments,
@@ -178,7 +180,7 @@ def _measured(
 ) -> Measurement:
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
-    groups = groups_of(problem, data)
+    groups = groups_of(problem, data, norm)
     wanted = wanted_by(norm, groups)
     arguments = model, problem.loss_fn, problem.sites, problem.method
     running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
@@ -317,17 +319,28 @@ def norm_of(rule: object) -> Norm | MomentNorm:
     return recommended() if own is None else own
 
 
-def groups_of(problem: GrowthProblem, data: Iterable[Any] | None) -> Groups:
+def groups_of(
+    problem: GrowthProblem, data: Iterable[Any] | None, norm: Norm | MomentNorm
+) -> Groups:
     """Groups of samples for the candidates of a problem."""
     blocks = [block for site in problem.sites for block in site.blocks.values()]
-    pins = [sum(p.nbytes for p in pinned_parameters(block).values()) for block in blocks]
+    shape_of = narrowed_shape if reads_a_part(norm) else tuple[int, ...]
+    pins = [
+        sum(p.itemsize * math.prod(shape_of(p.shape)) for p in pinned_parameters(block).values())
+        for block in blocks
+    ]
     size = 1 if problem.example is None else batch_size(problem.example, None)
     return Groups(data, size, pins)
 
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
     """What is to be summed up for a norm."""
-    return Wanted(needs_moments(norm), groups.count, groups.known_batches)
+    return Wanted(needs_moments(norm), groups.count, groups.known_batches, reads_a_part(norm))
+
+
+def reads_a_part(norm: object) -> bool:
+    """Whether a norm reads no more of a wide λ than the rows and columns that moments are of."""
+    return isinstance(norm, KroneckerFisher)
 
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:

@@ -294,7 +294,7 @@ class _Window:
 
     def __init__(self, problem: GrowthProblem, norm: Norm | MomentNorm) -> None:
         self._sites = problem.sites
-        self._groups = groups_of(problem, None)
+        self._groups = groups_of(problem, None, norm)
         self.accumulators = accumulators(problem.sites, wanted_by(norm, self._groups))
         self.samples: Counter[int] = Counter()
         self.batches: Counter[int] = Counter()

@@ -28,11 +28,13 @@ from constrained_growth._multipliers.closed_form import by_sample, differentiate
 from constrained_growth._multipliers.factors import FactorsOf
 from constrained_growth._multipliers.groups import (
     ALL,
+    PinSums,
     Span,
     accumulation_dtype,
     add_convolved,
     add_factor,
     gives_products,
+    of_groups,
 )
 from constrained_growth._multipliers.moments import (
     Found,
@@ -51,12 +53,14 @@ from constrained_growth.norms import SecondMoments
 class Wanted:
     """What is summed up beside λ: second `moments`; and in how many `groups` of samples.
 
-    About so many `batches` are to come.
+    About so many `batches` are to come. Where `narrow`, groups have the part of wide pins alone
+    that moments are of.
     """
 
     moments: bool = False
     groups: int = 1
     batches: int = 1
+    narrow: bool = False
 
 
 NOTHING_MORE = Wanted()
@@ -70,8 +74,8 @@ class Estimate:
     came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
     much the block moved x at most, in units of what rounding may do.
 
-    Of the groups on this process: `sums` S_g of W λ by pin, and `weights` W_g/W, W being `weight`
-    of all `samples`.
+    Of the groups on this process: `sums` S_g of W λ by pin, perhaps of a part of a wide one
+    (`narrowed_pin`), and `weights` W_g/W, W being `weight` of all `samples`.
     `found` is where the moments come from, if pins are in affine maps.
     """
 
@@ -109,21 +113,23 @@ class Accumulator:
         pins = pinned_parameters(block)
         first = next(iter(pins.values())).detach()
         self._dtype = first.dtype
-        self._sums = {name: _zeros(wanted.groups, p) for name, p in pins.items()}
+        # the shape, dtype and device of the sums of each pin, without their memory
+        self._like = {name: _zero(p).expand(p.shape) for name, p in pins.items()}
+        self._sums: dict[str, PinSums] = {}  # made when something comes
         self._weights = torch.zeros(wanted.groups, dtype=torch.float64)
         self._squares = first.new_zeros((), dtype=torch.float64)
         self._moved = torch.zeros_like(self._squares)
         self._factors = FactorsOf(block, self._dtype)
         self._moments: MomentSums | None = None
         if wanted.moments:
-            self._moments = MomentSums(self._sums, wanted.batches)
+            self._moments = MomentSums(self._like, wanted.groups, wanted.batches)
         self._joined: dict[str, Tensor] | None = None  # λ of all processes
         self.counts = Counts(moments=self._moments and self._moments.counts)
 
     @property
     def nbytes(self) -> int:
         """The size of λ."""
-        return sum(total[0].nbytes for total in self._sums.values())
+        return sum(total.nbytes for total in self._like.values())
 
     def add(
         self,
@@ -200,7 +206,7 @@ class Accumulator:
                 self._note_moved([use], [y])
             every.append(parts)
         return Span(span.first, each), [
-            {name: torch.stack([one[name] for one in some]).sum(0) for name in self._sums}
+            {name: torch.stack([one[name] for one in some]).sum(0) for name in self._like}
             for some in zip(*every, strict=True)
         ]
 
@@ -208,12 +214,12 @@ class Accumulator:
         self, factors: Iterable[AffineFactors], size: int, weight: float, span: Span
     ) -> dict[str, Tensor]:
         """−∇_v of one batch, whose samples are not told apart."""
-        total = {name: torch.zeros_like(t[:1]) for name, t in self._sums.items()}
+        total = {name: PinSums(like, 1) for name, like in self._like.items()}
         for factor in factors:
             add_factor(factor, total, -1.0, ALL)
             if self._moments is not None:
                 self._moments.add(factor, size, weight, Span(span.first, size))
-        return {name: t[0] for name, t in total.items()}
+        return {name: sums.whole[0] for name, sums in total.items()}
 
     def _add_parts(
         self,
@@ -225,9 +231,10 @@ class Accumulator:
     ) -> None:
         """Take in −∇_v of one batch, the sum of some parts, each of the samples of a group."""
         span = span if len(parts) > 1 else Span(span.first, size)
-        for name, sums in self._sums.items():
+        for name in self._like:
+            sums = self._sums_of(name)
             for (group, _), part in zip(span.shares(size), parts, strict=True):
-                sums[group if len(sums) > 1 else 0].add_(part[name], alpha=weight)
+                sums.add(part[name], weight, group)
             whole = (
                 torch.stack([part[name] for part in parts]).sum(0) if parts[1:] else parts[0][name]
             )
@@ -255,6 +262,7 @@ class Accumulator:
     ) -> None:
         """Take in the factors of samples that are told apart."""
         if isinstance(factors, Convolved) and gives_products(factors):
+            self._make(factors)
             add_convolved(factors, self._sums, -weight, span, self._squares)
             if self._moments is not None:
                 self._moments.add(factors, size, weight, span, together=together)
@@ -263,9 +271,25 @@ class Accumulator:
         for factor in factors:
             offset = offsets.get(factor.weight, 0)
             offsets[factor.weight] = offset + len(factor.cotangent)
+            self._make(factor)
             add_factor(factor, self._sums, -weight, span, offset, self._squares)
             if self._moments is not None:
                 self._moments.add(factor, size, weight, span, offset, together)
+
+    def _make(self, factor: AffineFactors | Convolved) -> None:
+        """The sums of a map, all of it where it is elementwise."""
+        for name in (factor.weight, factor.bias):
+            if name is not None:
+                self._sums_of(name, narrow=self._wanted.narrow and not factor.elementwise)
+
+    def _sums_of(self, name: str, *, narrow: bool | None = None) -> PinSums:
+        if name not in self._sums:
+            narrow = self._wanted.narrow if narrow is None else narrow
+            self._sums[name] = PinSums(self._like[name], self._wanted.groups, narrow=narrow)
+        return self._sums[name]
+
+    def _totals(self) -> dict[str, Tensor]:
+        return {name: self._sums_of(name).whole.sum(0) for name in self._like}
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -286,7 +310,7 @@ class Accumulator:
             batches=sum(c.batches for c in counts),
             mapped=all(c.mapped for c in counts),
         )
-        self._joined = {name: total.sum(0) for name, total in self._sums.items()}
+        self._joined = self._totals()
         more = []
         if self._moments is not None:
             more = self._moments.join([c.moments for c in counts if c.moments is not None])
@@ -295,7 +319,7 @@ class Accumulator:
     def estimate(self) -> Estimate:
         """What is known so far."""
         counts, samples, weight = self.counts, self.counts.samples, self.counts.weight
-        sums = self._joined or {name: total.sum(0) for name, total in self._sums.items()}
+        sums = self._joined or self._totals()
         norms = [torch.linalg.vector_norm(s, dtype=torch.float64) for s in sums.values()]
         spread = float(self._squares - torch.stack(norms).square().sum() / samples)
         variance, units = math.nan, samples if counts.by_sample else counts.batches
@@ -306,7 +330,7 @@ class Accumulator:
             variance=variance,
             moments={},
             moved=float(self._moved),
-            sums=self._sums,
+            sums={name: self._sums_of(name).by_group for name in self._like},
             weights=self._weights / weight,
             weight=weight,
             samples=samples,
@@ -316,7 +340,9 @@ class Accumulator:
             return found
         more = self._moments.found(samples, weight)
         moments = (
-            more.moments if counts.mapped else moments_of_gradients(_gradients(found, samples))
+            more.moments
+            if counts.mapped
+            else moments_of_gradients(_gradients(found, samples), found.multiplier)
         )
         return replace(found, moments=moments, found=more)
 
@@ -336,9 +362,10 @@ def _gradients(estimate: Estimate, samples: int) -> dict[str, Tensor]:
     groups, local = max(1, len(weights)), float(weights.sum()) or 1.0
     scale = math.sqrt(samples / local * groups / max(1, groups - 1))
     found = {}
-    for name, mean in estimate.multiplier.items():
+    for name, sums in estimate.sums.items():
+        mean = of_groups(estimate.multiplier[name], sums)
         shares = weights.to(mean).view(-1, *[1] * mean.dim())
-        g = estimate.sums[name][here.to(mean.device)] / estimate.weight - shares * mean
+        g = sums[here.to(mean.device)] / estimate.weight - shares * mean
         found[name] = torch.cat([g * scale, mean[None]])
     return found
 
@@ -351,6 +378,5 @@ def _parts(use: Use, each: int) -> Iterator[Tensor]:
         yield part
 
 
-def _zeros(groups: int, pin: Tensor) -> Tensor:
-    dtype = accumulation_dtype(pin.dtype)
-    return torch.zeros((groups, *pin.shape), dtype=dtype, device=pin.device)
+def _zero(pin: Tensor) -> Tensor:
+    return torch.zeros((), dtype=accumulation_dtype(pin.dtype), device=pin.device)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from constrained_growth._multipliers.wide import narrowed, narrowed_pin, narrowed_shape
 from constrained_growth.blocks import AffineFactors
 from constrained_growth.blocks.convolved import Convolved
 
@@ -75,6 +76,32 @@ class Groups:
         self._next = (span.first + math.ceil(samples / span.each)) % self.count
 
 
+class PinSums:
+    """Σ u_n of one pin: by group, and in all.
+
+    Where the groups have a part of it alone (`narrow`), all of it is summed up beside them.
+    """
+
+    def __init__(self, like: Tensor, groups: int, *, narrow: bool = False) -> None:
+        """Zeros, for a pin of this shape, dtype and device."""
+        shape = narrowed_shape(like.shape) if narrow else tuple(like.shape)
+        self.by_group = like.new_zeros((groups, *shape))
+        self.is_narrow = shape != tuple(like.shape)
+        self.whole = like.new_zeros((1, *like.shape)) if self.is_narrow else self.by_group
+
+    def add(self, values: Tensor, factor: float, group: int) -> None:
+        """Take in factor times a tensor of the pin's shape."""
+        if self.is_narrow:
+            self.whole[0].add_(values, alpha=factor)
+            values = narrowed_pin(values, values.shape)
+        self.by_group[group if len(self.by_group) > 1 else 0].add_(values, alpha=factor)
+
+
+def of_groups(values: Tensor, sums: Tensor) -> Tensor:
+    """Of a tensor of a pin's shape what sums (groups, ...) have; perhaps a part of it."""
+    return values if values.shape == sums.shape[1:] else narrowed_pin(values, values.shape)
+
+
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype to sum in: at least single precision, and complex where the summands are."""
     return torch.promote_types(dtype, torch.float32)
@@ -111,24 +138,26 @@ def add_sums(total: Tensor, values: Tensor, factor: float, span: Span, offset: i
 
 def add_factor(
     factor: AffineFactors,
-    sums: Mapping[str, Tensor],
+    sums: Mapping[str, PinSums],
     scale: float,
     span: Span,
     offset: int = 0,
     squares: Tensor | None = None,
 ) -> None:
     """Add `scale` times what a map brings to sums by group, and Σ_n ‖that of sample n‖²."""
-    total = sums[factor.weight]
+    mine = sums[factor.weight]
+    total = mine.whole
     psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
     shifts = None if factor.bias is None else over_positions(psi)
     if factor.bias is not None and shifts is not None:
-        add_sums(sums[factor.bias].view(len(total), -1), shifts, scale, span, offset)
+        bias = sums[factor.bias].by_group
+        add_sums(bias.view(len(bias), -1), shifts, scale, span, offset)
     if factor.elementwise:
         products = over_positions(psi * phi)
         add_sums(total.view(len(total), -1), products, scale, span, offset)
         found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
     else:
-        matrix = total.flatten(2).mT if factor.transposed else total.flatten(2)
+        matrix = as_matrices(total, factor)
         _, positions, out = psi.shape
         if squares is not None and _forms_products(positions, out, phi.shape[2]):
             products = psi.mT @ phi  # they serve both sums
@@ -137,8 +166,16 @@ def add_factor(
         else:
             add_products(matrix, psi, phi, scale, span, offset)
             found = _squared_sizes(psi, phi, shifts) if squares is not None else 0
+        if mine.is_narrow:
+            groups = as_matrices(mine.by_group, factor)
+            add_products(groups, narrowed(psi, 2), narrowed(phi, 2), scale, span, offset)
     if squares is not None:
         squares.add_(found, alpha=scale**2)
+
+
+def as_matrices(sums: Tensor, factor: AffineFactors) -> Tensor:
+    """Sums (groups, *shape of a pin) as (groups, out, in)."""
+    return sums.flatten(2).mT if factor.transposed else sums.flatten(2)
 
 
 def gives_products(factors: Convolved) -> bool:
@@ -148,17 +185,19 @@ def gives_products(factors: Convolved) -> bool:
 
 
 def add_convolved(
-    factors: Convolved, sums: Mapping[str, Tensor], scale: float, span: Span, squares: Tensor
+    factors: Convolved, sums: Mapping[str, PinSums], scale: float, span: Span, squares: Tensor
 ) -> None:
     """Add `scale` times what a convolution brings to sums by group, and Σ_n ‖that of sample n‖²."""
-    found, done = torch.zeros_like(squares), 0
+    found, done, mine = torch.zeros_like(squares), 0, sums[factors.weight]
     for products in factors.products():
-        add_sums(sums[factors.weight].flatten(2), products, scale, span, done)
+        add_sums(mine.whole.flatten(2), products, scale, span, done)
+        if mine.is_narrow:
+            add_sums(mine.by_group, narrowed_pin(products, products.shape[1:]), scale, span, done)
         found += _squares(products)
         done += len(products)
     if factors.bias is not None:
         shifts = factors.cotangent.sum((2, 3))
-        add_sums(sums[factors.bias], shifts, scale, span)
+        add_sums(sums[factors.bias].by_group, shifts, scale, span)
         found += _squares(shifts)
     squares.add_(found, alpha=scale**2)
 

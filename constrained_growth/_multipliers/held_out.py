@@ -11,6 +11,7 @@ from torch import Tensor
 
 from constrained_growth._distributed import everywhere
 from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.groups import of_groups
 from constrained_growth._sharding import whole
 from constrained_growth.solution import HeldOut
 
@@ -45,7 +46,8 @@ def _left_out(estimate: Estimate) -> Pairs:
     along = torch.zeros_like(estimate.weights)  # ⟨S_g, T⟩
     squares, whole_square = torch.zeros_like(along), 0.0
     for name, multiplier in estimate.multiplier.items():
-        rows, total = _real(estimate.sums[name]), _real(multiplier[None])[0] * estimate.weight
+        sums = estimate.sums[name]
+        rows, total = _real(sums), _real(of_groups(multiplier, sums)[None])[0] * estimate.weight
         along += (rows @ total).cpu()
         squares += rows.square().sum(1).cpu()
         whole_square += float(total.square().sum())

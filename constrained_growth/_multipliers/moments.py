@@ -7,7 +7,6 @@ of the samples tells enough.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +15,10 @@ import torch
 from torch import Tensor
 
 from constrained_growth._multipliers.groups import Span, add_products, add_sums, over_positions
+from constrained_growth._multipliers.wide import MOST, indices, narrowed
 from constrained_growth.blocks import AffineFactors
 from constrained_growth.blocks.convolved import Convolved
 from constrained_growth.norms import SecondMoments
-
-_MOST = 256
-"""Features and outputs of which A and G are kept; of more a random part."""
 
 _ROWS = 1024
 """Rows that are read for A and G, of all batches: several times their size."""
@@ -105,12 +102,12 @@ class _Rows:
 class MomentSums:
     """The sums of one candidate.
 
-    `sums` are those of λ in each group, by pin; about so many `batches` will come.
+    `like` has tensors of the shapes, dtypes and devices of the pins; about so many `batches` will
+    come.
     """
 
-    def __init__(self, sums: Mapping[str, Tensor], batches: int) -> None:
-        self._sums, self._batches = sums, batches
-        self._groups = len(next(iter(sums.values())))
+    def __init__(self, like: Mapping[str, Tensor], groups: int, batches: int) -> None:
+        self._like, self._groups, self._batches = like, groups, batches
         self._features: dict[str, Tensor] = {}
         self._cotangents: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
@@ -192,12 +189,12 @@ class MomentSums:
     def _make(self, name: str, kind: MapKind) -> None:
         if name in self._features:
             return
-        pin, groups = self._sums[name][0], self._groups
+        pin, groups = self._like[name], self._groups
         out, inner = kind.sizes(pin.shape)
         if kind.elementwise:
             shapes = (out, 1, 1), (out, 1, 1)
         else:
-            out, inner = min(out, _MOST), min(inner, _MOST)
+            out, inner = min(out, MOST), min(inner, MOST)
             shapes = (inner, inner), (out, out)
         room = groups * sum(map(math.prod, shapes)) * pin.itemsize
         kept = groups if room <= _ROOM else 1
@@ -235,8 +232,8 @@ class MomentSums:
         for name, kind in self.counts.maps.items():
             read, rows = self.counts.read[name], self.counts.rows[name]
             scale = samples / weight**2 * rows / read  # what was not read counts too
-            sizes = kind.sizes(self._sums[name].shape[1:])
-            chosen = [None if kind.elementwise else _chosen(n, means[name].device) for n in sizes]
+            sizes = kind.sizes(self._like[name].shape)
+            chosen = [None if kind.elementwise else indices(n, means[name].device) for n in sizes]
             moments[name] = SecondMoments(
                 features[name] / read,
                 cotangents[name] * scale,
@@ -258,23 +255,28 @@ class MomentSums:
         return Found(moments, parts)
 
 
-def moments_of_gradients(gradients: Mapping[str, Tensor]) -> dict[str, SecondMoments]:
-    """Those of pins in no affine map: Σ g gᵀ and Σ gᵀg over gradients g (number, ...) of each."""
+def moments_of_gradients(
+    gradients: Mapping[str, Tensor], pins: Mapping[str, Tensor]
+) -> dict[str, SecondMoments]:
+    """Those of pins in no affine map: Σ g gᵀ and Σ gᵀg over gradients g (number, ...) of each.
+
+    Of wide pins some entries of g are enough.
+    """
     found = {}
     for name, g in gradients.items():
         if g.dim() < 3:
             square = g.square().sum(0).reshape(-1, 1, 1)
             found[name] = SecondMoments(torch.ones_like(square), square)
             continue
-        out, inner = g.shape[1], math.prod(g.shape[2:])
-        matrix = _some(_some(g.flatten(2), 1), 2)
+        out, inner = pins[name].shape[0], math.prod(pins[name].shape[1:])
+        matrix = narrowed(narrowed(g.flatten(2), 1), 2)
         features = (matrix.mT @ matrix).sum(0)
         trace = features.diagonal().sum()
         found[name] = SecondMoments(
             features,
             (matrix @ matrix.mT).sum(0) / torch.where(trace > 0, trace, 1.0),
-            rows=_chosen(out, g.device),
-            columns=_chosen(inner, g.device),
+            rows=indices(out, g.device),
+            columns=indices(inner, g.device),
         )
     return found
 
@@ -295,13 +297,13 @@ def _thinned(
     """
     positions = tensors[0].shape[1]
     if step < 2:
-        return [_some(t, 2) if wide else t for t in tensors], span, offset
+        return [narrowed(t, 2) if wide else t for t in tensors], span, offset
     if positions > 1:
         odd = _odd(step, positions)
         return [_some_positions(t, before // positions, odd, wide) for t in tensors], span, offset
     each = min(span.each, size)
     every = max(d for d in range(1, int(step) + 1) if each % d == 0 or each == size)
-    some = [_some(t[::every], 2) if wide else t[::every] for t in tensors]
+    some = [narrowed(t[::every], 2) if wide else t[::every] for t in tensors]
     return some, Span(span.first, math.ceil(each / every)), offset // every
 
 
@@ -318,7 +320,7 @@ def _some_patches(factor: Convolved, before: int, step: float) -> tuple[Tensor, 
     number = torch.arange(before // positions, before // positions + samples, device=psi.device)
     first = number % step + number // step % (positions - count * step + 1)
     chosen = first[:, None] + step * torch.arange(count, device=psi.device)
-    phi = factor.rows(chosen, _chosen(width, psi.device))
+    phi = factor.rows(chosen, indices(width, psi.device))
     return phi, _some_positions(psi, before // positions, step, wide=True)
 
 
@@ -329,7 +331,7 @@ def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
     are read. Many samples are one view of `t`, copied with the positions at the end as in an image:
     an index for each row costs eight times as much.
     """
-    chosen = _chosen(t.shape[2], t.device) if wide else None
+    chosen = indices(t.shape[2], t.device) if wide else None
     samples, positions, channels = t.shape
     count = positions // step
     over = positions - count * step + 1  # first positions, beside the `step` ones, that leave room
@@ -345,18 +347,3 @@ def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
         found.append(rows if chosen is None else rows[:, chosen])
         done += many
     return torch.cat(found).mT
-
-
-@functools.cache
-def _chosen(size: int, device: torch.device) -> Tensor | None:
-    """The same random part each time, in order; None for all."""
-    if size <= _MOST:
-        return None
-    with torch.inference_mode(False):  # as it is kept
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size))
-        return order[:_MOST].sort().values.to(device)
-
-
-def _some(values: Tensor, dim: int) -> Tensor:
-    chosen = _chosen(values.shape[dim], values.device)
-    return values if chosen is None else values.index_select(dim, chosen)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from constrained_growth._multipliers.accumulator import Estimate
+from constrained_growth._multipliers.groups import of_groups
 from constrained_growth._multipliers.moments import Parts
 from constrained_growth.errors import RuleError
 from constrained_growth.norms import MomentNorm, SecondMoments, needs_moments
+from constrained_growth.norms.moments import are_aligned
 from constrained_growth.solution import Norm
 
 _MANY, _SMALL, _FEW = 200, 2**12, 50
@@ -70,17 +72,28 @@ def replicates_of(
     with torch.no_grad():
         for some in shares.split(_TOGETHER):
             moved = {
-                key: t + _combined(some, estimate.sums[key], here) / estimate.weight
-                for key, t in estimate.multiplier.items()
+                key: of_groups(estimate.multiplier[key], sums)
+                + _combined(some, sums, here) / estimate.weight
+                for key, sums in estimate.sums.items()
             }
-            moments = {
-                key: _moved(m, parts.get(key), some, here) for key, m in estimate.moments.items()
-            }
+            moments = {}
+            for key, m in estimate.moments.items():
+                if moved[key].shape[1:] != estimate.multiplier[key].shape:
+                    if m.bias is not None and m.rows is not None:
+                        moved[m.bias] = moved[m.bias][:, m.rows]
+                    m = _of_part(m)
+                moments[key] = _moved(m, parts.get(key), some, here)
             for draw in range(len(some)):
                 multiplier = {key: t[draw] for key, t in moved.items()}
                 mine = {key: of_draws[draw] for key, of_draws in moments.items()}
                 found.append(float(_applied(norm, multiplier, mine)))
     return tuple(found)
+
+
+def _of_part(moments: SecondMoments) -> SecondMoments:
+    """The same of a pin of which nothing else is left than what they are of."""
+    same_units = moments.same_units and are_aligned(moments)
+    return replace(moments, rows=None, columns=None, same_units=same_units)
 
 
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ class KroneckerFisher:
             return matrix.new_full((1,), math.nan, dtype=torch.float64)
         # undamped, the norm does not depend on units; with a damping relative to the mean of the
         # diagonal, one large unit would damp the others away
-        if moments.same_units and self.damping and _aligned(moments):
+        if moments.same_units and self.damping and are_aligned(moments):
             inputs, outputs = _units(moments)
             matrix = matrix * inputs / outputs[:, None]
             cotangents = cotangents / (outputs[:, None] * outputs)
@@ -254,7 +254,7 @@ def _units(moments: SecondMoments) -> tuple[Tensor, Tensor]:
     return scale.repeat_interleave(len(inputs) // len(scale)), scale
 
 
-def _aligned(moments: SecondMoments) -> bool:
+def are_aligned(moments: SecondMoments) -> bool:
     """Whether the features chosen are still those of the outputs chosen."""
     if moments.rows is None or moments.columns is None:
         return moments.rows is moments.columns
