@@ -16,7 +16,7 @@ from constrained_growth._data import batch_size, counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
 from constrained_growth._later import Later, with_fields
 from constrained_growth._multipliers.accumulator import Estimate, Wanted
-from constrained_growth._multipliers.groups import ROOM, Groups
+from constrained_growth._multipliers.groups import FEWEST, FEWEST_OF_PARTS, ROOM, Groups
 from constrained_growth._multipliers.held_out import cross_fitted, held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
 from constrained_growth._multipliers.replicates import replicates_of, value_of
@@ -324,13 +324,14 @@ def groups_of(
 ) -> Groups:
     """Groups of samples for the candidates of a problem."""
     blocks = [block for site in problem.sites for block in site.blocks.values()]
-    shape_of = narrowed_shape if reads_a_part(norm) else tuple[int, ...]
+    narrow = reads_a_part(norm)
+    shape_of = narrowed_shape if narrow else tuple[int, ...]
     pins = [
         sum(p.itemsize * math.prod(shape_of(p.shape)) for p in pinned_parameters(block).values())
         for block in blocks
     ]
     size = 1 if problem.example is None else batch_size(problem.example, None)
-    return Groups(data, size, pins)
+    return Groups(data, size, pins, FEWEST_OF_PARTS if narrow else FEWEST)
 
 
 def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:

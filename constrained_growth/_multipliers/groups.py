@@ -22,7 +22,9 @@ from constrained_growth.blocks.convolved import Convolved
 MOST = 128
 """Groups: a standard error from G of them is itself known to about 1/√(2 G), here 6 %."""
 
-_FEWEST = 4
+FEWEST, FEWEST_OF_PARTS = 4, 8
+"""At least so many where they have all of λ, which is dear, or the part that a norm reads."""
+
 _UNKNOWN = 16
 """Batches that are expected where it is not known; after more the groups have further turns."""
 
@@ -54,10 +56,12 @@ ALL = Span(0, 2**62)
 class Groups:
     """Hands out the groups of a pass over data, batch by batch."""
 
-    def __init__(self, data: Iterable[Any] | None, batch: int, pins: Sequence[int]) -> None:
+    def __init__(
+        self, data: Iterable[Any] | None, batch: int, pins: Sequence[int], fewest: int
+    ) -> None:
         """For data (None: of unknown length) in batches of a size, and bytes of each λ."""
         batches = (len(data) or None) if isinstance(data, Sized) else None
-        count = min(MOST, max(_FEWEST, ROOM // max(1, sum(pins))))
+        count = min(MOST, max(fewest, ROOM // max(1, sum(pins))))
         if batches is not None and max(pins) > _SMALL:
             count = min(count, max(_ENOUGH, batches * batch // _EACH))
         self.count, self._batches = count, batches or _UNKNOWN

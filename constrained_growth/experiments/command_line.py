@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 import time
@@ -119,7 +120,7 @@ def carry_out(
 def stem(name: str, quick: bool, seed: int, tasks: Sequence[str] | None = None) -> str:
     """The name of a benchmark's files, which tells one run from another."""
     parts = ("constrained-growth-bench", name, *(tasks or ()), *(["quick"] * quick), str(seed))
-    return "-".join(parts)
+    return re.sub(r"[^\w.-]+", "_", "-".join(parts))  # "ViT-B/16" is no folder
 
 
 def _only(plan: Any, names: Sequence[str]) -> Any:
