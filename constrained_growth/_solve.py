@@ -5,43 +5,40 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from constrained_growth._arguments import data_again, flag, function, instance, number
-from constrained_growth._data import batch_size, counted, undisturbed
+from constrained_growth._data import counted, undisturbed
 from constrained_growth._distributed import everywhere, in_step, several
-from constrained_growth._later import Later, with_fields
-from constrained_growth._multipliers.accumulator import Estimate, Wanted
-from constrained_growth._multipliers.groups import FEWEST, FEWEST_OF_PARTS, ROOM, Groups
-from constrained_growth._multipliers.held_out import cross_fitted, held_out
+from constrained_growth._later import with_fields
+from constrained_growth._multipliers.held_out import held_out
 from constrained_growth._multipliers.measure import Measurement, Pass
-from constrained_growth._multipliers.replicates import replicates_of, value_of
-from constrained_growth._multipliers.wide import narrowed_shape
 from constrained_growth._other_batches import is_new, learn, look_at
 from constrained_growth._progress import progress_bar
+from constrained_growth._sensitivities import (
+    agreement_of,
+    groups_of,
+    sensitivities_of,
+    wanted_by,
+)
 from constrained_growth._sharding import is_sharded, whole
 from constrained_growth._sites.model import device_of, parameter_shapes
 from constrained_growth._sites.untouched import differentiable, untouched
-from constrained_growth.blocks import pinned_parameters
 from constrained_growth.errors import CandidateError, DataError, RuleError
 from constrained_growth.norms import (
     Frobenius,
-    KroneckerFisher,
     MomentNorm,
-    lipschitz,
     needs_moments,
     recommended,
 )
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Generalizes, Rule, TopK, needs_model, then
-from constrained_growth.rules.composition import keeps_state
 from constrained_growth.rules.rule import decide_about, refuse_no_rule
-from constrained_growth.solution import Decision, Norm, Planned, Sensitivity, Solution, Status
-from constrained_growth.statistics import agreement, squared_norm
+from constrained_growth.solution import Decision, Norm, Planned, Solution, Status
+from constrained_growth.statistics import squared_norm
 
 
 def solve(
@@ -51,6 +48,7 @@ def solve(
     norm: Norm | MomentNorm | None = None,
     validation: Iterable[Any] | None = None,
     stationarity: bool = True,
+    multipliers: bool = True,
     gtol: float = 1e-5,
     throw: bool = True,
     progress: bool | None = None,
@@ -81,6 +79,9 @@ def solve(
             other data too, by the groups of `data` (`sensitivity.cross_fitted`).
         stationarity: Also compute ‖∇_θ L‖, without which it is not known whether λ are KKT
             multipliers. False saves one product per layer of the network.
+        multipliers: Keep λ (True, default). With False the solution has the sensitivities alone,
+            without `variance`, for models whose pins are as large as themselves. In the recommended
+            norm, which reads 256 rows and columns of a wide λ, nothing else is then computed.
         gtol: θ counts as first-order stationary when ‖∇_θ L‖₂ max(1, ‖θ‖₂) ≤ gtol |L|, with all
             norms over the trainable parameters: the loss in other units does not change that.
         throw: Raise when there is no answer (True, default), or return a solution with the
@@ -121,19 +122,25 @@ def solve(
         rule = TopK(1) if validation is None else then(TopK(1), Generalizes())
     norm = norm_of(rule) if norm is None else norm
     _check(problem, rule, norm, gtol)
-    for name, value in {"stationarity": stationarity, "throw": throw}.items():
+    flags = {"stationarity": stationarity, "multipliers": multipliers, "throw": throw}
+    for name, value in flags.items():
         flag(name, value, DataError)
+    if not multipliers and (needs_model(rule) or validation is not None):
+        raise RuleError(
+            f"multipliers=False: rule={rule!r:.80} or validation asks for λ itself; leave it out."
+        )
     if validation is not None:
         data_again("validation", validation)
     flag("progress", progress, DataError, optional=True)
     with untouched(problem.model, problem.loss_fn, problem.data), differentiable():
-        found = _measured(problem, problem.data, stationarity, norm, progress=progress)
+        wanted = norm, multipliers
+        found = _measured(problem, problem.data, stationarity, *wanted, progress=progress)
     baseline = _baseline(found.gradients, norm)
-    sensitivities = sensitivities_of(problem, found.estimates, norm, baseline)
+    sensitivities = sensitivities_of(problem, found.estimates, norm, baseline, keep=multipliers)
     if validation is not None:
         with untouched(problem.model, problem.loss_fn, validation), differentiable():
             other = _measured(
-                problem, validation, False, Frobenius(), "validation", progress=progress
+                problem, validation, False, Frobenius(), True, "validation", progress=progress
             )
         slopes = held_out(found.estimates, other.estimates, problem.group)
         if not math.isfinite(other.loss) and throw:
@@ -157,7 +164,9 @@ def solve(
         status=status,
         loss=found.loss,
         stationarity=residual,
-        multipliers={c.name: found.estimates[c.name].multiplier for c in problem.candidates},
+        multipliers={
+            c.name: found.estimates[c.name].multiplier for c in problem.candidates if multipliers
+        },
         sensitivities=sensitivities,
         decision=Decision((), status.value if status is Status.NOT_FINITE else ""),
         num_samples=found.num_samples,
@@ -174,6 +183,7 @@ def _measured(
     data: Iterable[Any],
     gradients: bool,
     norm: Norm | MomentNorm,
+    multipliers: bool,
     name: str = "data",
     *,
     progress: bool | None,
@@ -181,7 +191,7 @@ def _measured(
     """λ of all candidates and, if asked for, ∇_θ L, over the data of all processes."""
     model, group, sharded = problem.model, problem.group, is_sharded(problem.model)
     groups = groups_of(problem, data, norm)
-    wanted = wanted_by(norm, groups)
+    wanted = wanted_by(norm, groups, whole=multipliers)
     arguments = model, problem.loss_fn, problem.sites, problem.method
     running = Pass(*arguments, gradients=gradients, wanted=wanted, groups=groups)
 
@@ -201,7 +211,7 @@ def _measured(
         return holds, around
 
     if learn(problem, everywhere(read, group, collective=sharded)):
-        return _measured(problem, data, gradients, norm, name, progress=progress)
+        return _measured(problem, data, gradients, norm, multipliers, name, progress=progress)
     running.reduce(group)
     return running.measurement(name)
 
@@ -245,103 +255,10 @@ def _check(problem: GrowthProblem, rule: object, norm: Any, gtol: float) -> None
     number("gtol", gtol, RuleError, "[0, inf]")
 
 
-def sensitivities_of(
-    problem: GrowthProblem,
-    estimates: Mapping[str, Estimate],
-    norm: Norm | MomentNorm,
-    baseline: float | None = None,
-) -> dict[str, Sensitivity]:
-    """Candidate → how large its multiplier is, in the order of the problem."""
-    sites = {name: site for site in problem.sites for name in site.blocks}
-
-    shared = several(problem.group)
-
-    def values() -> dict[str, tuple[int, float]]:
-        return {
-            name: (int((estimate.weights > 0).sum()), value_of(norm, estimate))
-            for name, estimate in estimates.items()
-        }
-
-    def replicates() -> dict[str, tuple[float, ...]]:
-        # few, as every decision of several processes waits for them
-        return {name: replicates_of(norm, one, few=True) for name, one in estimates.items()}
-
-    # by the process with the most groups, of which some moments are made
-    sizes = everywhere(values, problem.group)
-    # made when they are first read, or, of several processes, at once where λ is small enough
-    every: list[dict[str, tuple[float, ...]]] = []
-    if shared and sum(_room(estimate) for estimate in estimates.values()) <= ROOM:
-        every = everywhere(replicates, problem.group)
-
-    left_out: Any = cross_fitted(estimates, problem.group) if shared else {}
-
-    def sensitivity(name: str) -> Sensitivity:
-        estimate, site = estimates[name], sites[name]
-        multiplier, variance = estimate.multiplier, estimate.variance
-        known: Any = next((p[name] for p in every if p[name]), ())
-        others: Any = left_out.get(name)
-        if not shared:
-            known = Later(lambda _: replicates_of(norm, estimate))
-            others = Later(lambda _: cross_fitted({name: estimate}, None)[name])
-        return Sensitivity(
-            value=max((size[name] for size in sizes), key=itemgetter(0))[1],
-            num_parameters=sum(value.numel() for value in multiplier.values()),
-            num_new_parameters=sum(p.numel() for p in site.blocks[name].parameters()),
-            norm=norm,
-            baseline=baseline,
-            site=site.after,
-            variance=variance,
-            debiased_square=squared_norm(multiplier.values()) - variance,
-            error_bound=lipschitz(norm, multiplier) * math.sqrt(variance),
-            replicates=known,
-            cross_fitted=others,
-            kink=site.kinks.get(name, 0.0),
-        )
-
-    return {candidate.name: sensitivity(candidate.name) for candidate in problem.candidates}
-
-
-def agreement_of(rule: Rule, sensitivities: Mapping[str, Sensitivity]) -> Any:
-    """How often a rule would decide the same, once someone wants to know."""
-    if needs_model(rule) or keeps_state(rule):
-        return math.nan
-    return Later(lambda _: agreement(sensitivities, rule))
-
-
-def _room(estimate: Estimate) -> int:
-    """Bytes that the sums of the groups take."""
-    return sum(total.nbytes for total in estimate.sums.values())
-
-
 def norm_of(rule: object) -> Norm | MomentNorm:
     """The norm where none was given: that of the rule, or the recommended one."""
     own: Norm | None = getattr(rule, "norm", None)
     return recommended() if own is None else own
-
-
-def groups_of(
-    problem: GrowthProblem, data: Iterable[Any] | None, norm: Norm | MomentNorm
-) -> Groups:
-    """Groups of samples for the candidates of a problem."""
-    blocks = [block for site in problem.sites for block in site.blocks.values()]
-    narrow = reads_a_part(norm)
-    shape_of = narrowed_shape if narrow else tuple[int, ...]
-    pins = [
-        sum(p.itemsize * math.prod(shape_of(p.shape)) for p in pinned_parameters(block).values())
-        for block in blocks
-    ]
-    size = 1 if problem.example is None else batch_size(problem.example, None)
-    return Groups(data, size, pins, FEWEST_OF_PARTS if narrow else FEWEST)
-
-
-def wanted_by(norm: Norm | MomentNorm, groups: Groups) -> Wanted:
-    """What is to be summed up for a norm."""
-    return Wanted(needs_moments(norm), groups.count, groups.known_batches, reads_a_part(norm))
-
-
-def reads_a_part(norm: object) -> bool:
-    """Whether a norm reads no more of a wide λ than the rows and columns that moments are of."""
-    return isinstance(norm, KroneckerFisher)
 
 
 def solution_of(problem: GrowthProblem, **found: Any) -> Solution:

@@ -18,17 +18,15 @@ from constrained_growth._data import batch_size
 from constrained_growth._multipliers.accumulator import Estimate
 from constrained_growth._multipliers.groups import Span, accumulation_dtype
 from constrained_growth._multipliers.measure import accumulators, refuse_moving
-from constrained_growth._sites.collector import Collector, Forward, Use
-from constrained_growth._sites.untouched import eagerly, is_untouched
-from constrained_growth._solve import (
+from constrained_growth._sensitivities import (
     agreement_of,
-    check_unchanged,
     groups_of,
-    norm_of,
     sensitivities_of,
-    solution_of,
     wanted_by,
 )
+from constrained_growth._sites.collector import Collector, Forward, Use
+from constrained_growth._sites.untouched import eagerly, is_untouched
+from constrained_growth._solve import check_unchanged, norm_of, solution_of
 from constrained_growth.errors import DataError, RuleError
 from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem

@@ -54,13 +54,14 @@ class Wanted:
     """What is summed up beside λ: second `moments`; and in how many `groups` of samples.
 
     About so many `batches` are to come. Where `narrow`, groups have the part of wide pins alone
-    that moments are of.
+    that moments are of; and where not `whole`, that is all.
     """
 
     moments: bool = False
     groups: int = 1
     batches: int = 1
     narrow: bool = False
+    whole: bool = True
 
 
 NOTHING_MORE = Wanted()
@@ -70,9 +71,11 @@ NOTHING_MORE = Wanted()
 class Estimate:
     """What is known of the multiplier of one candidate.
 
-    `variance` is an unbiased tr Cov(λ); NaN from a single sample or batch, or where some batches
-    came by samples and some as a whole. `moments` are there where asked for. `moved` is by how
-    much the block moved x at most, in units of what rounding may do.
+    The `multiplier` is that of the pins, of these `shapes`, or the part that `sums` have.
+
+    `variance` is an unbiased tr Cov(λ); NaN from a single sample or batch, where some batches
+    came by samples and some as a whole, or where not all of λ is there. `moments` are there where
+    asked for. `moved` is by how much the block moved x at most, in units of what rounding may do.
 
     Of the groups on this process: `sums` S_g of W λ by pin, perhaps of a part of a wide one
     (`narrowed_pin`), and `weights` W_g/W, W being `weight` of all `samples`.
@@ -88,6 +91,7 @@ class Estimate:
     weight: float
     samples: int
     found: Found | None
+    shapes: dict[str, tuple[int, ...]]
 
 
 @dataclass
@@ -219,7 +223,7 @@ class Accumulator:
             add_factor(factor, total, -1.0, ALL)
             if self._moments is not None:
                 self._moments.add(factor, size, weight, Span(span.first, size))
-        return {name: sums.whole[0] for name, sums in total.items()}
+        return {name: sums.total() for name, sums in total.items()}
 
     def _add_parts(
         self,
@@ -261,12 +265,13 @@ class Accumulator:
         together: int,
     ) -> None:
         """Take in the factors of samples that are told apart."""
-        if isinstance(factors, Convolved) and gives_products(factors):
-            self._make(factors)
-            add_convolved(factors, self._sums, -weight, span, self._squares)
-            if self._moments is not None:
-                self._moments.add(factors, size, weight, span, together=together)
-            return
+        if isinstance(factors, Convolved):
+            sums = self._make(factors)
+            if sums.whole is not None and gives_products(factors):
+                add_convolved(factors, self._sums, -weight, span, self._squares)
+                if self._moments is not None:
+                    self._moments.add(factors, size, weight, span, together=together)
+                return
         offsets: dict[str, int] = {}
         for factor in factors:
             offset = offsets.get(factor.weight, 0)
@@ -276,20 +281,22 @@ class Accumulator:
             if self._moments is not None:
                 self._moments.add(factor, size, weight, span, offset, together)
 
-    def _make(self, factor: AffineFactors | Convolved) -> None:
-        """The sums of a map, all of it where it is elementwise."""
-        for name in (factor.weight, factor.bias):
-            if name is not None:
-                self._sums_of(name, narrow=self._wanted.narrow and not factor.elementwise)
+    def _make(self, factor: AffineFactors | Convolved) -> PinSums:
+        """The sums of a map, all of it where it is elementwise; returns those of the weight."""
+        if factor.bias is not None:
+            self._sums_of(factor.bias)
+        narrow = self._wanted.narrow and not factor.elementwise
+        return self._sums_of(factor.weight, narrow=narrow)
 
     def _sums_of(self, name: str, *, narrow: bool | None = None) -> PinSums:
         if name not in self._sums:
             narrow = self._wanted.narrow if narrow is None else narrow
-            self._sums[name] = PinSums(self._like[name], self._wanted.groups, narrow=narrow)
+            like, wanted = self._like[name], self._wanted
+            self._sums[name] = PinSums(like, wanted.groups, narrow=narrow, whole=wanted.whole)
         return self._sums[name]
 
     def _totals(self) -> dict[str, Tensor]:
-        return {name: self._sums_of(name).whole.sum(0) for name in self._like}
+        return {name: self._sums_of(name).total() for name in self._like}
 
     def count_all(self, samples: int, weight: float, batches: int) -> None:
         """Count the batches too that did not pass the site, where λ is zero."""
@@ -310,6 +317,9 @@ class Accumulator:
             batches=sum(c.batches for c in counts),
             mapped=all(c.mapped for c in counts),
         )
+        maps = {n: kind for c in counts if c.moments for n, kind in c.moments.maps.items()}
+        for name, kind in maps.items():  # in the same shapes, where nothing came too
+            self._sums_of(name, narrow=self._wanted.narrow and not kind.elementwise)
         self._joined = self._totals()
         more = []
         if self._moments is not None:
@@ -323,7 +333,8 @@ class Accumulator:
         norms = [torch.linalg.vector_norm(s, dtype=torch.float64) for s in sums.values()]
         spread = float(self._squares - torch.stack(norms).square().sum() / samples)
         variance, units = math.nan, samples if counts.by_sample else counts.batches
-        if units > 1 and not (counts.by_sample and counts.batches):
+        whole = all(self._sums_of(name).whole is not None for name in self._like)
+        if units > 1 and whole and not (counts.by_sample and counts.batches):
             variance = max(spread, 0.0) / (units - 1) * samples / weight**2
         found = Estimate(
             multiplier={name: total / weight for name, total in sums.items()},
@@ -335,6 +346,7 @@ class Accumulator:
             weight=weight,
             samples=samples,
             found=None,
+            shapes={name: tuple(like.shape) for name, like in self._like.items()},
         )
         if self._moments is None:
             return found
@@ -342,7 +354,7 @@ class Accumulator:
         moments = (
             more.moments
             if counts.mapped
-            else moments_of_gradients(_gradients(found, samples), found.multiplier)
+            else moments_of_gradients(_gradients(found, samples), found.shapes)
         )
         return replace(found, moments=moments, found=more)
 

@@ -83,22 +83,32 @@ class Groups:
 class PinSums:
     """Σ u_n of one pin: by group, and in all.
 
-    Where the groups have a part of it alone (`narrow`), all of it is summed up beside them.
+    Where the groups have a part of it alone (`narrow`), all of it is summed up beside them, or
+    is not (`whole`).
     """
 
-    def __init__(self, like: Tensor, groups: int, *, narrow: bool = False) -> None:
+    def __init__(
+        self, like: Tensor, groups: int, *, narrow: bool = False, whole: bool = True
+    ) -> None:
         """Zeros, for a pin of this shape, dtype and device."""
         shape = narrowed_shape(like.shape) if narrow else tuple(like.shape)
         self.by_group = like.new_zeros((groups, *shape))
         self.is_narrow = shape != tuple(like.shape)
-        self.whole = like.new_zeros((1, *like.shape)) if self.is_narrow else self.by_group
+        self.whole: Tensor | None = self.by_group
+        if self.is_narrow:
+            self.whole = like.new_zeros((1, *like.shape)) if whole else None
 
     def add(self, values: Tensor, factor: float, group: int) -> None:
         """Take in factor times a tensor of the pin's shape."""
         if self.is_narrow:
-            self.whole[0].add_(values, alpha=factor)
+            if self.whole is not None:
+                self.whole[0].add_(values, alpha=factor)
             values = narrowed_pin(values, values.shape)
         self.by_group[group if len(self.by_group) > 1 else 0].add_(values, alpha=factor)
+
+    def total(self) -> Tensor:
+        """Of all groups: all of the pin, if it was summed up."""
+        return (self.by_group if self.whole is None else self.whole).sum(0)
 
 
 def of_groups(values: Tensor, sums: Tensor) -> Tensor:
@@ -149,18 +159,20 @@ def add_factor(
     squares: Tensor | None = None,
 ) -> None:
     """Add `scale` times what a map brings to sums by group, and Σ_n ‖that of sample n‖²."""
+    # the squares are those of all of λ, and nothing where it is not summed up
     mine = sums[factor.weight]
-    total = mine.whole
-    psi, phi = factor.cotangent.to(total.dtype), factor.features.to(total.dtype)
+    total, dtype = mine.whole, mine.by_group.dtype
+    psi, phi = factor.cotangent.to(dtype), factor.features.to(dtype)
     shifts = None if factor.bias is None else over_positions(psi)
     if factor.bias is not None and shifts is not None:
         bias = sums[factor.bias].by_group
         add_sums(bias.view(len(bias), -1), shifts, scale, span, offset)
+    found: Tensor | float = 0.0
     if factor.elementwise:
         products = over_positions(psi * phi)
-        add_sums(total.view(len(total), -1), products, scale, span, offset)
+        add_sums(mine.by_group.view(len(mine.by_group), -1), products, scale, span, offset)
         found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
-    else:
+    elif total is not None:
         matrix = as_matrices(total, factor)
         _, positions, out = psi.shape
         if squares is not None and _forms_products(positions, out, phi.shape[2]):
@@ -170,9 +182,9 @@ def add_factor(
         else:
             add_products(matrix, psi, phi, scale, span, offset)
             found = _squared_sizes(psi, phi, shifts) if squares is not None else 0
-        if mine.is_narrow:
-            groups = as_matrices(mine.by_group, factor)
-            add_products(groups, narrowed(psi, 2), narrowed(phi, 2), scale, span, offset)
+    if mine.is_narrow:
+        groups = as_matrices(mine.by_group, factor)
+        add_products(groups, narrowed(psi, 2), narrowed(phi, 2), scale, span, offset)
     if squares is not None:
         squares.add_(found, alpha=scale**2)
 
@@ -193,6 +205,7 @@ def add_convolved(
 ) -> None:
     """Add `scale` times what a convolution brings to sums by group, and Σ_n ‖that of sample n‖²."""
     found, done, mine = torch.zeros_like(squares), 0, sums[factors.weight]
+    assert mine.whole is not None
     for products in factors.products():
         add_sums(mine.whole.flatten(2), products, scale, span, done)
         if mine.is_narrow:

@@ -256,11 +256,11 @@ class MomentSums:
 
 
 def moments_of_gradients(
-    gradients: Mapping[str, Tensor], pins: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, SecondMoments]:
     """Those of pins in no affine map: Σ g gᵀ and Σ gᵀg over gradients g (number, ...) of each.
 
-    Of wide pins some entries of g are enough.
+    Of pins of these `shapes`; of wide ones some entries of g are enough.
     """
     found = {}
     for name, g in gradients.items():
@@ -268,7 +268,7 @@ def moments_of_gradients(
             square = g.square().sum(0).reshape(-1, 1, 1)
             found[name] = SecondMoments(torch.ones_like(square), square)
             continue
-        out, inner = pins[name].shape[0], math.prod(pins[name].shape[1:])
+        out, inner = shapes[name][0], math.prod(shapes[name][1:])
         matrix = narrowed(narrowed(g.flatten(2), 1), 2)
         features = (matrix.mT @ matrix).sum(0)
         trace = features.diagonal().sum()

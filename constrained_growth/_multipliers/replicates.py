@@ -35,7 +35,7 @@ _TOGETHER = 10
 def value_of(norm: Norm | MomentNorm, estimate: Estimate) -> float:
     """The norm of λ; a RuleError where it is no number, or negative."""
     with torch.no_grad():
-        value = _applied(norm, estimate.multiplier, estimate.moments)
+        value = _applied(norm, *_of_parts(estimate, estimate.multiplier))
     try:
         size = float(value)
     except (TypeError, ValueError, RuntimeError):
@@ -76,13 +76,8 @@ def replicates_of(
                 + _combined(some, sums, here) / estimate.weight
                 for key, sums in estimate.sums.items()
             }
-            moments = {}
-            for key, m in estimate.moments.items():
-                if moved[key].shape[1:] != estimate.multiplier[key].shape:
-                    if m.bias is not None and m.rows is not None:
-                        moved[m.bias] = moved[m.bias][:, m.rows]
-                    m = _of_part(m)
-                moments[key] = _moved(m, parts.get(key), some, here)
+            moved, moments = _of_parts(estimate, moved, 1)
+            moments = {key: _moved(m, parts.get(key), some, here) for key, m in moments.items()}
             for draw in range(len(some)):
                 multiplier = {key: t[draw] for key, t in moved.items()}
                 mine = {key: of_draws[draw] for key, of_draws in moments.items()}
@@ -90,10 +85,22 @@ def replicates_of(
     return tuple(found)
 
 
-def _of_part(moments: SecondMoments) -> SecondMoments:
-    """The same of a pin of which nothing else is left than what they are of."""
-    same_units = moments.same_units and are_aligned(moments)
-    return replace(moments, rows=None, columns=None, same_units=same_units)
+def _of_parts(
+    estimate: Estimate, multiplier: Mapping[str, Tensor], leading: int = 0
+) -> tuple[dict[str, Tensor], dict[str, SecondMoments]]:
+    """λ, after so many leading dimensions, and the moments: of the same parts of the pins.
+
+    Where λ has nothing else than the part that moments are of, they are of all of it.
+    """
+    multiplier, moments = dict(multiplier), dict(estimate.moments)
+    for key, m in estimate.moments.items():
+        if multiplier[key].shape[leading:] == estimate.shapes[key]:
+            continue
+        if m.bias is not None and m.rows is not None:
+            multiplier[m.bias] = multiplier[m.bias].flatten(leading)[..., m.rows]
+        same_units = m.same_units and are_aligned(m)
+        moments[key] = replace(m, rows=None, columns=None, same_units=same_units)
+    return multiplier, moments
 
 
 def _combined(shares: Tensor, sums: Tensor, here: Tensor) -> Tensor:

@@ -329,7 +329,9 @@ class Grower:
 
     def _decide_and_insert(self) -> tuple[Solution, When, GrowthRecord]:
         problem = GrowthProblem(self.model, self.loss_fn, self.data, self._proposed())
-        solver = self.solver or partial(solve, norm=self.norm)
+        # without a rule, or a confirmation, nobody looks at λ itself
+        kept = self.rule is not None or self.confirm is not None
+        solver = self.solver or partial(solve, norm=self.norm, multipliers=kept)
         solution = solver(problem, self.rule)
         solution = with_fields(solution, decision=self._within_limit(solution.decision))
         confirm = self.confirm or (lambda _: When.NOW)

@@ -43,6 +43,7 @@ ROWS: dict[str, Row] = {
             "validation": "data",
             "gtol": "number",
             "stationarity": "bool",
+            "multipliers": "bool",
             "throw": "bool",
             "progress": "bool",
         },

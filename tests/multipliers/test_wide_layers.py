@@ -118,6 +118,44 @@ def test_the_part_that_a_norm_reads_is_enough_for_it(kind: str) -> None:
             torch.testing.assert_close(value, whole.multipliers[name][key])
 
 
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()], ids=["recommended", "Frobenius"])
+@pytest.mark.parametrize("kind", PROBLEMS)
+def test_sensitivities_alone(kind: str, norm: Any) -> None:
+    problem = PROBLEMS[kind]()
+    whole = cg.solve(problem, norm=norm)
+    alone = cg.solve(problem, norm=norm, multipliers=False)
+    assert not alone.multipliers
+    assert alone.decision == whole.decision
+    assert alone.agreement == pytest.approx(whole.agreement, abs=0.1)
+    for name, sensitivity in alone.sensitivities.items():
+        other = whole.sensitivities[name]
+        assert sensitivity.value == pytest.approx(other.value, rel=1e-7)
+        assert sensitivity.num_parameters == other.num_parameters
+        count = len(sensitivity.replicates)
+        assert count > 1
+        others = [one.cross_fitted for one in (sensitivity, other) if one.cross_fitted is not None]
+        assert len(others) == 2
+        assert others[0].slope == pytest.approx(others[1].slope)
+        assert others[0].effect_size == pytest.approx(others[1].effect_size)
+        if norm is None:
+            assert sensitivity.replicates == pytest.approx(other.replicates, rel=1e-6)
+            assert math.isnan(sensitivity.variance)
+        else:  # made at once, perhaps of fewer draws
+            assert sensitivity.variance == pytest.approx(other.variance, nan_ok=True)
+            assert sensitivity.standard_error == pytest.approx(other.standard_error, rel=0.5)
+
+
+def test_whoever_needs_the_multipliers_says_so() -> None:
+    problem = perceptron(6, ResidualMLP(6, WIDE, torch.tanh))
+    with pytest.raises(cg.RuleError, match="multipliers=False: rule=TrustRegion"):
+        cg.solve(problem, cg.rules.TrustRegion(), multipliers=False)
+    with pytest.raises(cg.RuleError, match="or validation asks for λ itself"):
+        cg.solve(problem, validation=problem.data, multipliers=False)
+    solution = cg.solve(problem, multipliers=False)
+    with pytest.raises(cg.CandidateError, match="is not one of this solution"):
+        solution.dual_value(problem.constraints[0])
+
+
 def test_cross_fitted_slopes_are_those_along_the_part() -> None:
     """Sample by sample, by autograd through the layer at its pins."""
     problem = perceptron(6, ResidualMLP(6, WIDE, torch.tanh))

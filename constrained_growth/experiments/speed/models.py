@@ -23,10 +23,11 @@ from constrained_growth.experiments.timing import Comparison, Effort, compare, p
 COLUMNS = {
     "decision": "decision",
     "with_stationarity": "decision and ‖∇L‖",
+    "sizes": "without λ",
     "frobenius": "Frobenius",
-    "frobenius_with_stationarity": "Frobenius and ‖∇L‖",
 }
-"""What is timed: `solve` with the recommended norm and with Frobenius', without and with ∇_θ L."""
+"""What is timed: `solve` with the recommended norm, with ∇_θ L too, with sensitivities alone, and with
+Frobenius' norm."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,8 +56,8 @@ def run(plan: Plan, seed: int = 0, *, cache: Path | None = None) -> dict[str, An
         the sizes of the model, the median time of an ordinary gradient pass in seconds (of the
         processor, or until a card has finished), for each of `COLUMNS` the median time in such
         passes with its quartiles; "find" and "problem": what proposing and making the problem
-        take, in passes over one batch; "memory": the peak of a decision over that of an ordinary
-        pass.
+        take, in passes over one batch; "memory" and "memory_of_sizes": the peak of a decision, and
+        of one without λ, over that of an ordinary pass.
     """
     rows = []
     for stock in (bar := progress_bar(plan.tasks, desc="models", unit="model")):
@@ -82,13 +83,13 @@ def _measured(stock: Stock, plan: Plan, dtype: str, seed: int) -> dict[str, Any]
     once = _compared(
         {"plain": first.plain_pass, "find": find, "problem": pose}, Effort(1, 1, 0.0), device
     )
-    problem, frobenius = made["problem"], cg.norms.Frobenius()
+    problem = made["problem"]
     runs: dict[str, Callable[[], object]] = {
         "plain": subject.plain_pass,
         "decision": solving(problem),
         "with_stationarity": solving(problem, stationarity=True),
-        "frobenius": solving(problem, frobenius),
-        "frobenius_with_stationarity": solving(problem, frobenius, stationarity=True),
+        "sizes": solving(problem, multipliers=False),
+        "frobenius": solving(problem, cg.norms.Frobenius()),
     }
     for work in runs.values() if device.type == "cuda" else ():
         work()  # a card chooses and compiles its kernels in the first call
@@ -107,6 +108,7 @@ def _measured(stock: Stock, plan: Plan, dtype: str, seed: int) -> dict[str, Any]
         "find": once.ratios["find"].median,
         "problem": once.ratios["problem"].median,
         "memory": _peak(runs["decision"], device) / plain,
+        "memory_of_sizes": _peak(runs["sizes"], device) / plain,
         "plain_bytes": plain,
     } | compared.row()
 
@@ -156,7 +158,7 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
                 **{heading: spread(row, column) for column, heading in COLUMNS.items()},
                 "find": f"{row['find']:.1f}",
                 "make": f"{row['problem']:.1f}",
-                "memory": f"{row['memory']:.2f}",
+                "memory": f"{row['memory']:.2f}, {row['memory_of_sizes']:.2f}",
                 "pass/GiB": f"{row['plain_bytes'] / 2**30:.2f}",
                 "pairs": str(row["pairs"]),
             },
@@ -168,11 +170,11 @@ def tables(found: Mapping[str, Any]) -> RenderableType:
         Text(
             "Time in ordinary gradient passes (zero_grad, forward, loss, backward of the same "
             "model on the same batches), of the processor or until a card has done its work: "
-            "median [quartiles] over the pairs. A decision is solve(problem), Frobenius "
-            "solve(problem, norm=Frobenius()), with standard errors. "
+            "median [quartiles] over the pairs. A decision is solve(problem), “without λ” "
+            "solve(problem, multipliers=False), Frobenius solve(problem, norm=Frobenius()). "
             "“find” (find_candidates) and “make” (GrowthProblem) are paid once and counted in "
-            "passes over one batch. “memory” is the peak of a decision over that of a pass, the "
-            "model itself not counted.\n"
+            "passes over one batch. “memory” is the peak of a decision, and of one without λ, over "
+            "that of a pass, the model itself not counted.\n"
         ),
         tabled(f"Stock models with random weights{small}", "model", rows),
     )

@@ -66,7 +66,8 @@ class Subject:
 
 
 def solving(
-    problem: cg.GrowthProblem, norm: Any = None, *, stationarity: bool = False
+    problem: cg.GrowthProblem, norm: Any = None, *, stationarity: bool = False, **options: bool
 ) -> Callable[[], cg.Solution]:
     """A decision as a function to time; None is the recommended norm."""
-    return lambda: cg.solve(problem, norm=norm, stationarity=stationarity, progress=False)
+    options |= {"stationarity": stationarity, "progress": False}
+    return lambda: cg.solve(problem, norm=norm, **options)
