@@ -26,8 +26,8 @@ COLUMNS = {
     "sizes": "without λ",
     "frobenius": "Frobenius",
 }
-"""What is timed: `solve` with the recommended norm, with ∇_θ L too, with sensitivities alone, and with
-Frobenius' norm."""
+"""What is timed: `solve` with the recommended norm, with ∇_θ L too, with sensitivities alone, and
+with Frobenius' norm."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -66,8 +66,12 @@ class Subject:
 
 
 def solving(
-    problem: cg.GrowthProblem, norm: Any = None, *, stationarity: bool = False, **options: bool
+    problem: cg.GrowthProblem,
+    norm: Any = None,
+    *,
+    stationarity: bool = False,
+    multipliers: bool = True,
 ) -> Callable[[], cg.Solution]:
     """A decision as a function to time; None is the recommended norm."""
-    options |= {"stationarity": stationarity, "progress": False}
+    options: Any = {"stationarity": stationarity, "multipliers": multipliers, "progress": False}
     return lambda: cg.solve(problem, norm=norm, **options)
