@@ -73,7 +73,7 @@ def test_an_offloaded_model_is_refused(part: str, tmp_path: Path) -> None:
         cpu_offload(model, execution_device=torch.device("cpu"))
     else:
         places: Any = {name: "disk" if name > "2" else "cpu" for name, _ in model.named_children()}
-        dispatch_model(model, places, "cpu", offload_dir=tmp_path, force_hooks=True)
+        dispatch_model(model, places, torch.device("cpu"), offload_dir=tmp_path, force_hooks=True)
     (batch,) = classified(5)
     words = "on the meta device and has no values; load the whole model first"
     with pytest.raises(cg.CandidateError, match=words):

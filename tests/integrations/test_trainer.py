@@ -44,10 +44,10 @@ class Counting(Dataset[Any]):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def gpt() -> nn.Module:
+def gpt(vocabulary: int = 11) -> nn.Module:
     torch.manual_seed(0)
     config = GPT2Config(
-        vocab_size=11,
+        vocab_size=vocabulary,
         n_positions=8,
         n_embd=8,
         n_layer=2,
@@ -154,6 +154,29 @@ class Averaging(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.average.update_parameters(kwargs["model"])
+
+
+def test_settings_of_large_models(tmp_path: Path) -> None:
+    """50,000 tokens, bfloat16, activations computed again, gradients of several batches."""
+    batch = next(iter(DataLoader(Counting(), batch_size=32)))
+    arguments = {
+        "max_steps": 7,
+        "save_steps": 6,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "bf16": True,
+    }
+    options: Any = {"when": lambda losses: len(losses) >= 2, "max_insertions": 1}
+    growth, model = GrowthCallback([(batch, None)], **options), gpt(50_000)
+    train(tmp_path, growth, model, arguments=arguments)
+    assert [one.step for one in growth.history.insertions] == [4]
+    assert len(model.get_submodule("transformer.h")._modules) == 3
+    again = GrowthCallback([(batch, None)], **options)
+    folder = tmp_path / "checkpoint-6"
+    fresh = again.resume(gpt(50_000), folder)
+    train(tmp_path / "part", again, fresh, arguments=arguments, resume_from_checkpoint=str(folder))
+    assert_same(dict(fresh.state_dict()), dict(model.state_dict()))
+    assert again.history.losses == growth.history.losses
 
 
 def test_averages_grow_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
