@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
@@ -113,7 +112,7 @@ def draw(numbers: dict[str, Any]) -> None:
         plain(ax.xaxis)
     for unit in ("seconds", "ordinary gradient passes"):
         ax, rows = next(panels), numbers["insertions"]
-        for line, step in zip(("-", "--", "-.", ":"), ("solve", "problem", "find", "insert")):
+        for step, line in {"solve": "-", "problem": "--", "find": "-.", "insert": ":"}.items():
             per = [1.0 if unit == "seconds" else row["plain"] for row in rows]
             ax.plot([row[step] / one for row, one in zip(rows, per, strict=True)], line, label=step)
         ax.set(xlabel="insertions before", ylabel=unit, ylim=(0, None))
