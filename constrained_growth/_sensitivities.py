@@ -122,4 +122,4 @@ def wanted_by(norm: Norm | MomentNorm, groups: Groups, *, whole: bool = True) ->
 
 def reads_a_part(norm: object) -> bool:
     """Whether a norm reads no more of a wide λ than the rows and columns that moments are of."""
-    return isinstance(norm, KroneckerFisher)
+    return type(norm) is KroneckerFisher  # one made from it may read more
