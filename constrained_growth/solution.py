@@ -131,7 +131,7 @@ class Sensitivity(ReadLater):
             cannot be taken of those layers (it needs second moments, or a certain parameter).
         site: Qualified name of the module after which the layer would stand.
         variance: tr Cov(λ_c), the mean squared error of λ_c in the Frobenius norm, whatever
-            `norm` is; NaN when it cannot be known.
+            `norm` is; NaN when it cannot be known, as of wide pins without `multipliers`.
         debiased_square: ‖λ_c‖²_F − tr Cov(λ_c). A sample's ‖λ‖²_F is too large by tr Cov on
             average; this is not. It may be negative. NaN when the variance is.
         error_bound: L √(tr Cov(λ_c)), where L is the least number with ‖·‖ ≤ L ‖·‖_F, such as 1
@@ -143,7 +143,8 @@ class Sensitivity(ReadLater):
             are none.
         held_out: The same step on other data; None unless `solve` was given `validation`.
         cross_fitted: The same without other data: each group of the samples, whose loss is
-            followed along λ/‖λ‖_F of all the other groups. Computed when it is first read.
+            followed along λ/‖λ‖_F of all the other groups; in a norm that reads 256 rows and
+            columns of a wide λ (`KroneckerFisher`), along these. Computed when it is first read.
         kink: Share of the units, over the samples of the first batch, that stand exactly at a kink
             of the block's activation at its pins, such as the inactive units that an
             `IdentityLinear` with ReLU finds at its site. If it is not 0, λ is a one-sided slope
@@ -280,7 +281,8 @@ class Solution(ReadLater):
         loss: L(θ, 0), the mean over all samples.
         stationarity: ‖∇_θ L(θ, 0)‖₂ over the trainable parameters, or None if not asked for.
         multipliers: λ = −∇_v L(θ, 0): candidate → pinned parameter → tensor in the shape of
-            the parameter. +λ is the direction of steepest descent of the new parameters.
+            the parameter. +λ is the direction of steepest descent of the new parameters. Empty if
+            `solve` was not to keep them.
         sensitivities: Candidate → how large its multiplier is.
         decision: What the rule made of the sensitivities.
         candidates: Candidate → site and block, for `insert`.
