@@ -78,12 +78,14 @@ def _branch_ends(
         for parameter in found.values():
             parameter.zero_()
     starts = (x.detach(), x.detach().abs())  # the latter for blocks that end in a ReLU
-    start = next((start for start in starts if _is_identity(run, start)), None)
-    if start is None:
+    for start in starts:
+        y = run(start)
+        if _is_same(start, y):
+            break
+    else:
         raise BlockError(
             f"{kind} is not the identity where {tuple(found)} are zero. {_ALTERNATIVE}"
         )
-    y = run(start)
     for branch in branches:
         pins = [found[name] for name in branch]
         grads = torch.autograd.grad(
@@ -97,8 +99,8 @@ def _branch_ends(
     needed = []
     for name, parameter in found.items():
         with torch.no_grad():
-            parameter.copy_(_normal(parameter.shape, parameter))
-            is_needed = not _is_identity(run, start)
+            parameter.copy_(_noise(parameter))
+            is_needed = not _is_same(start, run(start))
             parameter.copy_(torch.zeros_like(parameter) if is_needed else before[name])
         if is_needed:
             needed.append(name)
@@ -109,8 +111,8 @@ def _in_dtype_of(parameter: Tensor, t: Tensor) -> Tensor:
     return t.to(parameter.dtype) if t.is_floating_point() else t
 
 
-def _is_identity(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    return float(change(x, run(x).detach())) <= 1
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    return float(change(x, y.detach())) <= 1
 
 
 def _example(
@@ -156,6 +158,14 @@ def _normal(shape: torch.Size, like: Tensor) -> Tensor:
     """The same normal numbers each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+
+
+def _noise(like: Tensor) -> Tensor:
+    """Random numbers of rank one, as many normal ones would take longer than all the rest."""
+    if like.dim() < 2:
+        return _normal(like.shape, like)
+    rows, columns = _normal(like.shape[:1], like), _normal(torch.Size([like[0].numel()]), like)
+    return (rows.flip(0)[:, None] * columns).view_as(like)
 
 
 _SUMS = frozenset({"Add"})
