@@ -378,7 +378,9 @@ class Solution(ReadLater):
         try:
             return self.multipliers[constraint.candidate][constraint.parameter]
         except (AttributeError, KeyError):
+            kept = "take it from problem.constraints of the problem that was solved"
+            if not self.multipliers:
+                kept = "there is no λ, as solve(multipliers=False) does not keep it"
             raise CandidateError(
-                f"constraint={constraint!r} is not one of this solution; take it from "
-                "problem.constraints of the problem that was solved."
+                f"constraint={constraint!r} is not one of this solution; {kept}."
             ) from None

@@ -186,7 +186,9 @@ class Accumulator:
             found = self._factors(uses, size)
             self.counts.mapped = found is not None
             for factor in found.maps if found is not None else ():
-                self._moments.add(factor, size, weight, Span(span.first, size))
+                some = size if found is not None and found.by_sample else 1
+                self._make(factor)
+                self._moments.add(factor, some, weight, Span(span.first, size))
         self._add_parts([multiplier], uses, size, weight, span)
 
     def _note_moved(self, uses: Sequence[Use], outputs: Sequence[Tensor]) -> None:
@@ -220,9 +222,10 @@ class Accumulator:
         """−∇_v of one batch, whose samples are not told apart."""
         total = {name: PinSums(like, 1) for name, like in self._like.items()}
         for factor in factors:
+            self._make(factor)
             add_factor(factor, total, -1.0, ALL)
             if self._moments is not None:
-                self._moments.add(factor, size, weight, Span(span.first, size))
+                self._moments.add(factor, 1, weight, Span(span.first, size))
         return {name: sums.total() for name, sums in total.items()}
 
     def _add_parts(
@@ -283,9 +286,9 @@ class Accumulator:
 
     def _make(self, factor: AffineFactors | Convolved) -> PinSums:
         """The sums of a map, all of it where it is elementwise; returns those of the weight."""
-        if factor.bias is not None:
-            self._sums_of(factor.bias)
         narrow = self._wanted.narrow and not factor.elementwise
+        if factor.bias is not None:
+            self._sums_of(factor.bias, narrow=narrow)
         return self._sums_of(factor.weight, narrow=narrow)
 
     def _sums_of(self, name: str, *, narrow: bool | None = None) -> PinSums:

@@ -69,10 +69,10 @@ class FactorsOf:
     def _recorded(self, uses: Sequence[Use], in_front: bool) -> Factors | None:
         outputs, every = [], []
         for use in uses:
-            # how the samples lie in ψ is found once, from a δ of the first sample alone
-            first, alone = self._layouts is None, use.delta.clone()
-            alone[1:] = 0.0
-            more = (alone,) if first else ()
+            # how the samples lie in ψ is found once, from a δ of the first sample alone, at all its
+            # positions: that of the loss may be at one of them
+            first = self._layouts is None
+            more = (_at_first_sample(use.delta),) if first else ()
             found = recorded_factors(self._block, use, use.delta, *more, zeros=self._zeros)
             if found is None:
                 return None
@@ -118,6 +118,13 @@ def _merged(factors: Iterable[AffineFactors], dim: int = 1) -> list[AffineFactor
 def _side_by_side(uses: Sequence[Sequence[AffineFactors]]) -> Iterator[AffineFactors]:
     """Several uses are as many more positions of each sample."""
     return (_joined(same, 1) for same in zip(*uses, strict=True))
+
+
+def _at_first_sample(like: Tensor) -> Tensor:
+    delta = torch.zeros_like(like)
+    numbers = torch.randn(like[:1].shape, generator=torch.Generator().manual_seed(0))
+    delta[:1] = numbers.to(delta)
+    return delta
 
 
 def _in_front(t: Tensor, n: int) -> Tensor:

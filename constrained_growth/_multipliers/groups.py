@@ -8,8 +8,9 @@ them serves every number that is made of λ.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Groups:
         self, data: Iterable[Any] | None, batch: int, pins: Sequence[int], fewest: int
     ) -> None:
         """For data (None: of unknown length) in batches of a size, and bytes of each λ."""
-        batches = (len(data) or None) if isinstance(data, Sized) else None
+        batches = length_hint(() if data is None else data) or None
         count = min(MOST, max(fewest, ROOM // max(1, sum(pins))))
         if batches is not None and max(pins) > _SMALL:
             count = min(count, max(_ENOUGH, batches * batch // _EACH))

@@ -52,8 +52,9 @@ class MomentCounts:
     """How much was taken in."""
 
     maps: dict[str, MapKind] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)  # of each map, over samples and positions
-    read: dict[str, int] = field(default_factory=dict)  # of them for A and G
+    samples: dict[str, int] = field(default_factory=dict)  # of each map
+    read_samples: dict[str, int] = field(default_factory=dict)  # of which some rows are read
+    read: dict[str, int] = field(default_factory=dict)  # rows of φ, over samples and positions
 
 
 @dataclass(frozen=True)
@@ -127,25 +128,31 @@ class MomentSums:
     ) -> None:
         """Take in some of `size` samples, after `offset` others; they are so many batches."""
         counts, name = self.counts, factor.weight
-        convolved = isinstance(factor, Convolved)
-        samples, positions = factor.shape[:2] if convolved else factor.features.shape[:2]
+        shape = factor.shape if isinstance(factor, Convolved) else factor.features.shape
+        samples, positions = shape[:2]
         step = size * positions / together * self._batches / _ROWS
-        if convolved and step < 2:
+        if isinstance(factor, Convolved) and step < 2:
             for part in factor:
                 self.add(part, size, weight, span, offset, together)
                 offset += len(part.cotangent)
             return
         kind = MapKind(factor.bias, factor.elementwise, factor.transposed, factor.same_units)
         self._make(name, counts.maps.setdefault(name, kind))
-        dtype = self._features[name].dtype
-        before = counts.rows.get(name, 0)
-        counts.rows[name] = before + samples * positions
-        if convolved:
-            phi, psi = _some_patches(factor, before, step)
+        dtype, before = self._features[name].dtype, counts.samples.get(name, 0)
+        counts.samples[name] = before + samples
+        chosen = _evenly(samples, before, positions, step, factor.cotangent.device)
+        if isinstance(factor, Convolved):
+            phi = factor.rows(chosen, indices(shape[3], chosen.device))
+            psi = _by_size(factor.cotangent.flatten(2).mT, before, chosen.shape[1])
+        elif positions > 1 and step >= 2:
+            phi = _rows_at(factor.features, chosen)
+            psi = _by_size(factor.cotangent, before, chosen.shape[1])
         else:
-            every, wide = (factor.features, factor.cotangent), not kind.elementwise
-            (phi, psi), span, offset = _thinned(every, before, step, size, span, offset, wide)
+            phi, psi, span, offset = _thinned(factor, step, size, span, offset)
+        if not kind.elementwise:  # of which all channels are kept
+            phi, psi = narrowed(phi, 2), narrowed(psi, 2)
         counts.read[name] = counts.read.get(name, 0) + math.prod(phi.shape[:2])
+        counts.read_samples[name] = counts.read_samples.get(name, 0) + len(psi)
         self._wait(name, _Rows([phi.to(dtype)], [psi.to(dtype)], weight, span, offset))
 
     def _wait(self, name: str, rows: _Rows) -> None:
@@ -219,8 +226,8 @@ class MomentSums:
         maps = {name: kind for c in reversed(counts) for name, kind in c.maps.items()}
         for name, kind in maps.items():
             self._make(name, kind)
-        rows, read = added([c.rows for c in counts]), added([c.read for c in counts])
-        self.counts = MomentCounts(maps, rows, read)
+        every = ([getattr(c, key) for c in counts] for key in ("samples", "read_samples", "read"))
+        self.counts = MomentCounts(maps, *map(added, every))
         self._joined = self._totals()
         return [t for some in self._joined for t in some.values()]
 
@@ -230,8 +237,9 @@ class MomentSums:
         moments, parts = {}, {}
         features, cotangents, means = self._joined or self._totals()
         for name, kind in self.counts.maps.items():
-            read, rows = self.counts.read[name], self.counts.rows[name]
-            scale = samples / weight**2 * rows / read  # what was not read counts too
+            read, counts = self.counts.read[name], self.counts
+            # what was not read counts too
+            scale = samples / weight**2 * counts.samples[name] / counts.read_samples[name]
             sizes = kind.sizes(self._like[name].shape)
             chosen = [None if kind.elementwise else indices(n, means[name].device) for n in sizes]
             moments[name] = SecondMoments(
@@ -282,68 +290,50 @@ def moments_of_gradients(
 
 
 def _thinned(
-    tensors: Sequence[Tensor],
-    before: int,
-    step: float,
-    size: int,
-    span: Span,
-    offset: int,
-    wide: bool,
-) -> tuple[Sequence[Tensor], Span, int]:
-    """About every `step`-th row of tensors (samples, positions, channels), and where they belong.
-
-    They are some of `size` samples, after `offset` others; `before` them came so many rows. If
-    there may be too many channels (`wide`), it is some of those.
-    """
-    positions = tensors[0].shape[1]
+    factor: AffineFactors, step: float, size: int, span: Span, offset: int
+) -> tuple[Tensor, Tensor, Span, int]:
+    """About every `step`-th sample of φ and ψ, and the groups that they belong to."""
     if step < 2:
-        return [narrowed(t, 2) if wide else t for t in tensors], span, offset
-    if positions > 1:
-        odd = _odd(step, positions)
-        return [_some_positions(t, before // positions, odd, wide) for t in tensors], span, offset
+        return factor.features, factor.cotangent, span, offset
     each = min(span.each, size)
     every = max(d for d in range(1, int(step) + 1) if each % d == 0 or each == size)
-    some = [narrowed(t[::every], 2) if wide else t[::every] for t in tensors]
-    return some, Span(span.first, math.ceil(each / every)), offset // every
+    span = Span(span.first, math.ceil(each / every))
+    return factor.features[::every], factor.cotangent[::every], span, offset // every
 
 
-def _odd(step: float, positions: int) -> int:
-    """An odd step does not keep to columns of an image."""
-    return min(int(step) | 1, (positions - 1) | 1)
+_GOLDEN = (math.sqrt(5) - 1) / 2
+"""Its multiples, less whole numbers, are spread evenly over [0, 1), however many there are."""
 
 
-def _some_patches(factor: Convolved, before: int, step: float) -> tuple[Tensor, Tensor]:
-    """φ and ψ of a convolution at the positions of `_some_positions`, no other patches made."""
-    samples, positions, _, width = factor.shape
-    step, psi = _odd(step, positions), factor.cotangent.flatten(2).mT
-    count = positions // step
-    number = torch.arange(before // positions, before // positions + samples, device=psi.device)
-    first = number % step + number // step % (positions - count * step + 1)
-    chosen = first[:, None] + step * torch.arange(count, device=psi.device)
-    phi = factor.rows(chosen, indices(width, psi.device))
-    return phi, _some_positions(psi, before // positions, step, wide=True)
+def _spread(samples: int, before: int, device: torch.device) -> Tensor:
+    """A number in [0, 1) for each of some samples, after others."""
+    number = torch.arange(before, before + samples, dtype=torch.float64, device=device)
+    return (number * _GOLDEN % 1.0)[:, None]
 
 
-def _some_positions(t: Tensor, before: int, step: int, wide: bool) -> Tensor:
-    """Every `step`-th position of each sample: of each others, so that all have their turn.
+def _evenly(samples: int, before: int, positions: int, step: float, device: torch.device) -> Tensor:
+    """About every `step`-th position of each sample, all equally often; shape (samples, some)."""
+    odd = min(int(step) | 1, (positions - 1) | 1)  # an odd step keeps to no column of an image
+    along = odd * torch.arange(max(1, positions // odd), device=device)
+    return ((_spread(samples, before, device) * positions).long() + along) % positions
 
-    From one sample to the next the first one moves on by one. Of channels that are `wide` only some
-    are read. Many samples are one view of `t`, copied with the positions at the end as in an image:
-    an index for each row costs eight times as much.
+
+def _by_size(psi: Tensor, before: int, count: int) -> Tensor:
+    """So many rows of each sample's ψ, of shape (samples, positions, channels): Σ ψψᵀ in the mean.
+
+    A row is drawn in proportion to ‖ψ‖², and divided by the root of how often: where the loss
+    reaches few positions, as of a last token, others say nothing. tr Σ ψψᵀ is exact.
     """
-    chosen = indices(t.shape[2], t.device) if wide else None
-    samples, positions, channels = t.shape
-    count = positions // step
-    over = positions - count * step + 1  # first positions, beside the `step` ones, that leave room
-    of_sample, of_position, of_channel = t.stride()
-    strides = (of_sample + of_position, of_channel, step * of_position)
-    found = []
-    done = 0
-    while done < samples:
-        turn, first = divmod(before + done, step)
-        many = min(step - first, samples - done)
-        begin = t.storage_offset() + done * of_sample + (first + turn % over) * of_position
-        rows = t.as_strided((many, channels, count), strides, begin)
-        found.append(rows if chosen is None else rows[:, chosen])
-        done += many
-    return torch.cat(found).mT
+    sizes = torch.linalg.vector_norm(psi, dim=2).double().square_()
+    ends = sizes.cumsum(1)
+    total, along = ends[:, -1:], torch.arange(count, dtype=torch.float64, device=psi.device)
+    at = (_spread(len(psi), before, psi.device) + along) / count * total
+    drawn = torch.searchsorted(ends, at, right=True).clamp_(max=psi.shape[1] - 1)
+    rows = _rows_at(psi, drawn)
+    scale = total / (count * sizes.gather(1, drawn))
+    return rows * torch.where(total > 0, scale, 0.0).sqrt().to(rows)[..., None]
+
+
+def _rows_at(t: Tensor, chosen: Tensor) -> Tensor:
+    """The rows of t (samples, positions, channels) at the positions chosen of each sample."""
+    return t[torch.arange(len(t), device=t.device)[:, None], chosen]

@@ -152,7 +152,7 @@ def test_whoever_needs_the_multipliers_says_so() -> None:
     with pytest.raises(cg.RuleError, match="or validation asks for λ itself"):
         cg.solve(problem, validation=problem.data, multipliers=False)
     solution = cg.solve(problem, multipliers=False)
-    with pytest.raises(cg.CandidateError, match="is not one of this solution"):
+    with pytest.raises(cg.CandidateError, match="does not keep it"):
         solution.dual_value(problem.constraints[0])
 
 

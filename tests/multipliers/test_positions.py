@@ -1,0 +1,106 @@
+"""Second moments where samples have many positions, and the loss may reach few of them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from helpers import CROSS_ENTROPY
+from torch import Tensor, nn
+
+import constrained_growth as cg
+from constrained_growth.blocks import AffineFactors
+from constrained_growth.norms import SecondMoments, recommended
+
+WIDTH, POSITIONS, SAMPLES = 10, 16, 512
+
+
+class Recurrent(nn.Module):
+    """A GRU behind a layer; the loss reads one position of its output, or the mean of all."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor], *, sequence_first: bool) -> None:
+        super().__init__()
+        self.front, self.site = nn.Linear(6, WIDTH), nn.Tanh()
+        self.run, self.head = nn.GRU(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.read, self.sequence_first = read, sequence_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.sequence_first:
+            y, _ = self.run(self.site(self.front(x.transpose(0, 1))))
+        else:
+            y, _ = self.run(self.site(self.front(x)).transpose(0, 1))
+        return self.head(self.read(y))
+
+
+def exact_value(
+    model: nn.Module, site: str, block: Any, data: Sequence[tuple[Tensor, Tensor]]
+) -> float:
+    """The recommended norm of λ, with all rows of φ and ψ of all samples."""
+    factors, seen = list[AffineFactors](), list[Tensor]()
+    hook = model.get_submodule(site).register_forward_hook(lambda *given: seen.append(given[2]))
+    for x, y in data:
+        loss = CROSS_ENTROPY(model(x), y) * len(x)
+        x = seen.pop()
+        (delta,) = torch.autograd.grad(loss, x)
+        factors += block.factors(x.detach(), delta)
+    hook.remove()
+    samples, factor = sum(len(x) for x, _ in data), factors[0]
+    features = torch.cat([one.features.flatten(0, -2) for one in factors])
+    cotangents = torch.cat([one.cotangent.flatten(0, -2) for one in factors])
+    moments = SecondMoments(
+        features.T @ features / len(features),
+        cotangents.T @ cotangents / samples,
+        factor.bias,
+        same_units=factor.same_units,
+        mean=features.mean(0),
+    )
+    weight = (-cotangents.T @ features / samples).view_as(block.get_parameter(factor.weight))
+    multiplier = {factor.weight: weight}
+    if factor.bias is not None:
+        multiplier[factor.bias] = -cotangents.sum(0) / samples
+    return float(recommended()(multiplier, {factor.weight: moments}).detach())
+
+
+READS = {
+    "first": lambda y: y[0],
+    "middle": lambda y: y[7],
+    "last": lambda y: y[-1],
+    "mean": lambda y: y.mean(0),
+}
+
+
+@pytest.mark.parametrize("batch", [8, 16, 64, 512])
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("read", READS)
+def test_values_are_those_of_all_positions(read: str, sequence_first: bool, batch: int) -> None:
+    model = Recurrent(READS[read], sequence_first=sequence_first)
+    x, y = torch.randn(SAMPLES, POSITIONS, 6), torch.randint(3, (SAMPLES,))
+    data = list(zip(x.split(batch), y.split(batch), strict=True))
+    block = cg.blocks.ResidualMLP(WIDTH, 6, torch.tanh)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [cg.Candidate("site", block)])
+    (sensitivity,) = cg.solve(problem).sensitivities.values()
+    assert sensitivity.value == pytest.approx(exact_value(model, "site", block, data), rel=0.08)
+
+
+class Pixel(nn.Module):
+    """One pixel of an image; without one, the mean."""
+
+    def __init__(self, place: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.place = place
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)) if self.place is None else x[:, :, self.place[0], self.place[1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # products, and patches
+@pytest.mark.parametrize("place", [(0, 0), (6, 6), None])
+def test_values_are_those_of_all_pixels(place: tuple[int, int] | None, dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    read = Pixel(place), nn.Linear(8, 3)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), *read)
+    data = [(torch.randn(64, 1, 13, 13), torch.randint(3, (64,))) for _ in range(8)]
+    block = cg.blocks.IdentityConv2d(8, nn.ReLU())
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [cg.Candidate("1", block)])
+    (sensitivity,) = cg.solve(problem).sensitivities.values()
+    assert sensitivity.value == pytest.approx(exact_value(model, "1", block, data), rel=0.08)
