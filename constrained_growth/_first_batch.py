@@ -21,7 +21,7 @@ from constrained_growth._distributed import everywhere, in_step, several, take_f
 from constrained_growth._multipliers.agreement import settle
 from constrained_growth._multipliers.fit import check_fit, share_at_kinks
 from constrained_growth._multipliers.grown import FirstBatch
-from constrained_growth._random_state import random_state
+from constrained_growth._random_state import drawing, random_state
 from constrained_growth._sharding import is_sharded, is_spread
 from constrained_growth._sites.collector import (
     Collector,
@@ -96,9 +96,12 @@ def look_at_sites(
         # a sharded model runs on all processes at once, those without more batches too
         counting = (batch for batch, _ in in_step(counting, group)) if sharded else counting
         facts: list[_Facts | None] = [None] * len(places)
-        for batch in itertools.islice(counting, 1 if sharded else _MOST_BATCHES):
+        for number, batch in enumerate(itertools.islice(counting, 1 if sharded else _MOST_BATCHES)):
             missing = [index for index, fact in enumerate(facts) if fact is None]
-            first, found = _run(model, loss_fn, batch, [places[index][0] for index in missing])
+            here = [places[index][0] for index in missing]
+            # each from other random numbers, or a layer that is left out by chance always is
+            with drawing(number or None):
+                first, found = _run(model, loss_fn, batch, here)
             looks.append(([missing[place] for place in found], first))
             for place, fact in found.items():
                 facts[missing[place]] = fact

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -60,3 +61,18 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def drawing(number: int | None) -> Iterator[None]:
+    """Draw from a seed within, and go on as before afterwards; None: as without this."""
+    before = random_state()
+    if number is not None:
+        numpy = np.random.RandomState(number).get_state(legacy=False)["state"]
+        generators = random.Random(number), ("MT19937", numpy["key"], numpy["pos"])
+        set_random_state({**before, "python": generators[0].getstate(), "numpy": generators[1]})
+        seed(number)
+    try:
+        yield
+    finally:
+        set_random_state(before)

@@ -28,7 +28,7 @@ from constrained_growth._sites.collector import Collector, Forward, Use
 from constrained_growth._sites.untouched import eagerly, is_untouched
 from constrained_growth._solve import check_unchanged, norm_of, solution_of
 from constrained_growth.errors import DataError, RuleError
-from constrained_growth.norms import MomentNorm
+from constrained_growth.norms import MomentNorm, needs_moments
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import DecisionRule, TopK
 from constrained_growth.rules.rule import decide, needs_model, refuse_no_rule
@@ -76,10 +76,11 @@ def monitor(
       mean is over the samples whose δ arrived there, and those that went elsewhere (an idle
       expert), for which λ is zero. What `solve` runs in between does not count.
     * Several backward passes through one forward pass (`retain_graph=True`) add up, as their
-      gradients do, and the batch counts once. A gradient penalty (`create_graph=True`) adds what
-      comes through the tensor at the site, and not what would come through the derivative of the
-      block. Batches whose loss is of another kind than that of the problem's first are not noticed
-      here, as they are by `solve`.
+      gradients do, and the batch counts once; its variance is then not known, nor are second
+      moments, which the recommended norm asks for. A gradient penalty (`create_graph=True`) adds
+      what comes through the tensor at the site, and not what would come through the derivative of
+      the block. Batches whose loss is of another kind than that of the problem's first are not
+      noticed here, as they are by `solve`.
     * What was compiled (`torch.compile`) runs as written within the context.
     * Each process of a distributed group averages over its own batches.
 
@@ -196,9 +197,19 @@ class Monitor:
         at the same parameters, which they are only for small steps.
 
         Raises:
-            DataError, BlockError: As `multipliers`.
+            DataError: As `multipliers`; or several backward passes went through one forward pass,
+                and the norm asks for second moments, which do not add up as λ does.
+            BlockError: As `multipliers`.
         """
-        return sensitivities_of(self._problem, self._estimates(), self._norm)
+        estimates = {name: one.kept() for name, one in self._estimates().items()}
+        accumulators = self._window.accumulators.values()
+        if needs_moments(self._norm) and any(one.counts.again for one in accumulators):
+            raise DataError(
+                f"norm={self._norm!r:.80}: several backward passes went through one forward pass, "
+                "and second moments of their parts are not those of the sum. Add the losses up and "
+                "call backward() once, or take a norm of λ alone: norm=cg.norms.Frobenius()."
+            )
+        return sensitivities_of(self._problem, estimates, self._norm)
 
     def solution(self, rule: DecisionRule | None = None) -> Solution:
         """The window's multipliers and a rule's decision about them; `insert` takes it.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import CROSS_ENTROPY, candidate, feedforward
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import constrained_growth as cg
 from constrained_growth.rules import Trial
@@ -154,3 +154,23 @@ def test_workers_that_persist_serve_the_training_itself() -> None:
     other = [(torch.randn(8, 2), torch.randint(3, (8,)))]
     cg.grow(feedforward(2, 4, 3), torch.optim.SGD, CROSS_ENTROPY, loader, epochs=4, data=other)
     assert Counted.begun == 1
+
+
+class Stream(IterableDataset[Any]):
+    """Samples without a number of them."""
+
+    def __iter__(self) -> Iterator[Any]:
+        x, y = torch.linspace(-1, 1, 48).view(24, 2), torch.arange(24) % 3
+        return iter(zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()])
+def test_a_stream_is_solved_as_its_batches(norm: Any) -> None:
+    model, loader = feedforward(2, 4, 3), DataLoader(Stream(), batch_size=5)
+    found, expected = (
+        cg.solve(cg.GrowthProblem(model, CROSS_ENTROPY, data, [candidate("1")]), norm=norm)
+        for data in (loader, list(loader))
+    )
+    assert found.num_batches == 5
+    assert found.sensitivities["1"].value == pytest.approx(expected.sensitivities["1"].value)
+    assert found.sensitivities["1"].standard_error > 0

@@ -237,6 +237,35 @@ def test_several_backward_passes_through_one_graph_add_up() -> None:
     for name, value in monitor.multipliers()["1"].items():
         assert not value.requires_grad
         torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
+    with refused(cg.DataError, "several backward passes went through one forward pass"):
+        monitor.sensitivities()
+
+
+@KEEPS_GRAPH
+def test_parts_of_a_loss_have_a_size_in_norms_of_the_multiplier_alone() -> None:
+    model, data = feedforward(2, 4, 3), classified(8)
+    problem, norm = problem_of(model, data, candidate("1")), cg.norms.Frobenius()
+    with cg.monitor(problem, norm=norm) as monitor:
+        loss = token_loss(model(data[0][0]), data[0][1])
+        for _ in range(4):
+            (loss / 4).backward(retain_graph=True)
+    found, expected = monitor.sensitivities()["1"], cg.solve(problem, norm=norm).sensitivities["1"]
+    assert found.value == pytest.approx(expected.value)
+    assert found.replicates == pytest.approx(expected.replicates)
+    assert math.isnan(found.variance)
+
+
+@pytest.mark.parametrize("norm", [None, cg.norms.Frobenius()])
+def test_what_is_read_later_is_of_the_moment_it_was_asked(norm: Any) -> None:
+    model, data = feedforward(2, 4, 3), classified(60, batch=10)
+    with cg.monitor(problem_of(model, data, candidate("1")), norm=norm) as monitor:
+        token_loss(model(data[0][0]), data[0][1]).backward()
+        token_loss(model(data[1][0]), data[1][1]).backward()
+        now, later = (monitor.sensitivities()["1"] for _ in range(2))
+        read = now.replicates, now.cross_fitted
+        for input, target in data[2:]:
+            (9 * token_loss(model(input), target)).backward()
+    assert (later.replicates, later.cross_fitted) == read
 
 
 def test_two_forward_passes_before_one_backward_pass() -> None:

@@ -93,6 +93,11 @@ class Estimate:
     found: Found | None
     shapes: dict[str, tuple[int, ...]]
 
+    def kept(self) -> Estimate:
+        """The same, with copies of the sums, to which more may be added."""
+        sums = {name: t.clone() for name, t in self.sums.items()}
+        return replace(self, sums=sums, found=self.found and self.found.kept())
+
 
 @dataclass
 class Counts:
@@ -103,6 +108,7 @@ class Counts:
     by_sample: int = 0  # samples that came one by one
     batches: int = 0  # batches that came as a whole
     mapped: bool = True  # whether all pins so far were in affine maps
+    again: bool = False  # whether a batch came in parts, of which squares do not add up
     moments: MomentCounts | None = None
 
 
@@ -168,7 +174,7 @@ class Accumulator:
             self._add_parts(parts, uses, size, weight, span)
         if before is not None:
             kept, self._weights = before
-            self.counts = replace(kept, mapped=self.counts.mapped)
+            self.counts = replace(kept, mapped=self.counts.mapped, again=True)
 
     def add_in_graph(
         self,
@@ -319,6 +325,7 @@ class Accumulator:
             by_sample=sum(c.by_sample for c in counts),
             batches=sum(c.batches for c in counts),
             mapped=all(c.mapped for c in counts),
+            again=any(c.again for c in counts),
         )
         maps = {n: kind for c in counts if c.moments for n, kind in c.moments.maps.items()}
         for name, kind in maps.items():  # in the same shapes, where nothing came too
@@ -337,7 +344,8 @@ class Accumulator:
         spread = float(self._squares - torch.stack(norms).square().sum() / samples)
         variance, units = math.nan, samples if counts.by_sample else counts.batches
         whole = all(self._sums_of(name).whole is not None for name in self._like)
-        if units > 1 and whole and not (counts.by_sample and counts.batches):
+        mixed = counts.again or (counts.by_sample and counts.batches)
+        if units > 1 and whole and not mixed:
             variance = max(spread, 0.0) / (units - 1) * samples / weight**2
         found = Estimate(
             multiplier={name: total / weight for name, total in sums.items()},

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,13 @@ class Parts:
     traces: Tensor
     scales: tuple[float, float]  # of what is of φ, of G
 
+    def kept(self) -> Parts:
+        """The same, with copies of the sums."""
+        own = {
+            name: value.clone() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **own)
+
 
 @dataclass(frozen=True)
 class Found:
@@ -74,6 +81,10 @@ class Found:
 
     moments: dict[str, SecondMoments]
     parts: dict[str, Parts]
+
+    def kept(self) -> Found:
+        """The same, with copies of the sums, to which more may be added."""
+        return replace(self, parts={name: part.kept() for name, part in self.parts.items()})
 
 
 @dataclass

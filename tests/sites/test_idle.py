@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,3 +85,37 @@ def test_an_expert_that_is_never_asked_is_refused() -> None:
         model.gate.bias[1] = -100.0
     with refused(cg.CandidateError, "experts.1", "never reached", "batch in front"):
         solved(model, classified(20, batch=2), *candidates())
+
+
+DRAWS: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())),
+    "python": random.random,
+}
+
+
+class Sometimes(nn.Module):
+    """Leaves a layer out by chance."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.stem, self.part, self.head = nn.Linear(2, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stem(x))
+        return self.head(self.part(h) if self.draw() < 0.5 else h)
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_layer_that_is_left_out_by_chance(draw: str, seed: int) -> None:
+    model, data = Sometimes(DRAWS[draw]), classified(60, batch=2)
+    block = cg.blocks.ResidualMLP(4, 3, torch.tanh)
+    torch.manual_seed(seed)
+    random.seed(seed)
+    expected = DRAWS[draw]()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [cg.Candidate("part", block)])
+    assert DRAWS[draw]() == expected  # as if nothing had been drawn
+    assert cg.solve(problem).sensitivities["part"].value > 0
