@@ -104,3 +104,37 @@ def test_values_are_those_of_all_pixels(place: tuple[int, int] | None, dtype: to
     problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, [cg.Candidate("1", block)])
     (sensitivity,) = cg.solve(problem).sensitivities.values()
     assert sensitivity.value == pytest.approx(exact_value(model, "1", block, data), rel=0.08)
+
+
+class Turned(nn.Module):
+    """A residual layer that has the sequence in front inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.outer = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.transpose(0, 1)
+        h, _ = self.attention(h, h, h, need_weights=False)
+        return x + self.outer(h).transpose(0, 1)
+
+
+class First(nn.Module):
+    """Reads the first position."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, 0]
+
+
+def test_as_many_positions_as_samples_are_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), Turned(), Turned(), First(), nn.Linear(8, 3))
+    x, y = torch.randn(10, 5, 6), torch.randint(3, (10,))
+    found = []
+    for batch in (5, 10):
+        data = list(zip(x.split(batch), y.split(batch), strict=True))
+        some = cg.find_candidates(model, data[0][0])
+        problem = cg.GrowthProblem(model, CROSS_ENTROPY, data, some)
+        found.append(cg.solve(problem).sensitivities)
+    for name, one in found[0].items():
+        assert one.variance == pytest.approx(found[1][name].variance)
+        assert one.value == pytest.approx(found[1][name].value)

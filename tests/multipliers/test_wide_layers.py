@@ -96,7 +96,7 @@ class Normalised(nn.Module):
     def __init__(self, channels: int, size: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm = nn.LayerNorm((channels, size, size))
+        self.norm = nn.LayerNorm([channels, size, size])
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.norm(torch.relu(self.conv(x)))
