@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,9 @@ from torch.utils._pytree import tree_map
 from constrained_growth._arguments import function, instance, integer
 from constrained_growth._distributed import everywhere, num_processes, rank
 from constrained_growth._random_state import random_state, set_random_state
-from constrained_growth._sharding import is_spread, reshard, spread_like, whole
+from constrained_growth._sharding import is_spread, reshard, whole
 from constrained_growth._sites.model import parameter_shapes
 from constrained_growth._sites.placement import undoing
-from constrained_growth._sites.untouched import generators_of
 from constrained_growth.checkpoint.file import (
     as_path,
     flattened,
@@ -33,14 +33,20 @@ from constrained_growth.checkpoint.optimizer_state import (
     named_state,
     parameter_names,
 )
+from constrained_growth.checkpoint.states import (
+    check_weights,
+    load_weights,
+    set_state,
+    state_of,
+)
 from constrained_growth.errors import CheckpointError, GrowthError
-from constrained_growth.insertion.description import first_difference
 from constrained_growth.insertion.distributed import rewrap
 from constrained_growth.insertion.record import GrowthRecord, replay
 from constrained_growth.insertion.training_state import (
     Copies,
     as_copies,
     as_optimizers,
+    groups_and_states,
     grown_in,
 )
 
@@ -154,7 +160,7 @@ def save(
         if not here:
             data.update(_flattened({**common, "step": step}, "", tensors, seen))
         # each process has a random state, a loader and a seed of its own
-        states = {name: _state_of(thing) for name, thing in stateful.items()}
+        states = {name: state_of(thing) for name, thing in stateful.items()}
         content = {"states": states, "random": random_state(), "extra": extra}
         found = dict[str, Tensor]()
         return _flattened(content, f"process {here}/" if here else "", found, seen), found
@@ -248,13 +254,24 @@ def restore(
         pairs = [(model, checkpoint.weights), *zip(copies, checkpoint.averaged, strict=False)]
         set_random_state(checkpoint.random)  # tried, as the file may hold any; `finally` undoes it
         for one, weights in pairs:
-            _check_weights(one, weights)
+            check_weights(one, weights)
         for one, state in zip(optimizers, states, strict=False):
             check_named_state(one, model, state)
-        for name, thing in stateful.items():
-            _set_state(name, thing, checkpoint.states[name])
-        for one, state in zip(optimizers, states, strict=False):
-            load_named_state(one, model, state)
+        loaded: list[tuple[str, Any, Any]] = []
+        try:
+            with undoing([], *map(vars, optimizers), *groups_and_states(optimizers)):
+                for name, thing in stateful.items():
+                    before = copy.deepcopy(state_of(thing))
+                    set_state(name, thing, checkpoint.states[name])
+                    loaded.append((name, thing, before))
+                for one, state in zip(optimizers, states, strict=False):
+                    load_named_state(one, model, state)
+                reshard(model)
+                load_weights(pairs)
+        except BaseException:
+            for each in loaded:
+                set_state(*each)
+            raise
     except GrowthError:
         raise
     except Exception as error:  # whatever a damaged or hostile file leads to
@@ -263,10 +280,6 @@ def restore(
         ) from error
     finally:
         set_random_state(now)
-    reshard(model)
-    for one, weights in pairs:
-        own = one.state_dict()
-        one.load_state_dict({k: spread_like(v, own[k]) for k, v in weights.items()})
     set_random_state(checkpoint.random)
 
 
@@ -341,18 +354,6 @@ def _check_number(name: str, given: Sequence[object], saved: Sequence[object]) -
         )
 
 
-def _check_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    shapes = [
-        {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
-        for state in (model.state_dict(), weights)
-    ]
-    if differing := first_difference(*shapes):
-        raise CheckpointError(
-            f"model={type(model).__name__} does not fit the checkpoint: {differing} there. Give "
-            "cg.replay(fresh_model, checkpoint.record)."
-        )
-
-
 def _flattened(
     content: Mapping[str, Any], prefix: str, tensors: dict[str, Tensor], seen: dict[Any, str]
 ) -> dict[str, Any]:
@@ -373,33 +374,3 @@ def _gathered(tree: Any) -> Any:
         return None if is_spread(leaf) and rank(None) else tensor
 
     return tree_map(one, tree)
-
-
-def _state_of(thing: Any) -> Any:
-    if isinstance(thing, torch.Generator):
-        return thing.get_state()
-    if hasattr(thing, "state_dict"):
-        return thing.state_dict()
-    return [_state_of(part) for part in _parts(thing)]
-
-
-def _parts(thing: Any) -> Sequence[Any]:
-    """The schedulers of a list, say, or the generators of a loader, which can be a list too."""
-    several = isinstance(thing, list | tuple) and thing and hasattr(thing[0], "state_dict")
-    return thing if several else generators_of(thing)
-
-
-def _set_state(name: str, thing: Any, state: Any) -> None:
-    if isinstance(thing, torch.Generator):
-        thing.set_state(state)
-    elif hasattr(thing, "load_state_dict"):
-        thing.load_state_dict(state)
-    else:
-        parts = _parts(thing)
-        if len(parts) != len(state):
-            what = "parts" if parts is thing else "generators"
-            raise CheckpointError(
-                f"{name} has {len(parts)} {what} and had {len(state)} when it was saved."
-            )
-        for part, kept in zip(parts, state, strict=True):
-            _set_state(name, part, kept)

@@ -30,7 +30,10 @@ _VERSION = 1
 
 def as_path(path: str | os.PathLike[str]) -> Path:
     """The name of a file as a path; a CheckpointError where it is none."""
-    return Path(instance("path", path, (str, os.PathLike), CheckpointError, "the name of a file"))
+    found = Path(instance("path", path, (str, os.PathLike), CheckpointError, "the name of a file"))
+    if not found.name or found.is_dir():
+        raise CheckpointError(f'path="{path}" is a folder; give the name of a file in it.')
+    return found
 
 
 def previous(path: str | os.PathLike[str]) -> Path:
@@ -48,8 +51,13 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
     text = json.dumps(data)
     header = json.dumps({"version": _VERSION, "checksum": _checksum(text, tensors)})
     # in the same folder, since a file is renamed in one step within one file system only
-    unfinished, second = (path.with_name(path.name + end) for end in (".tmp", ".link"))
+    second, folder = (path.with_name(path.name + end) for end in (".link", ".tmp"))
+    unfinished = folder / path.name
     try:
+        # safetensors writes to a file beside it, which only this folder tells from others' if the
+        # process is killed
+        _remove(folder)
+        folder.mkdir()
         safetensors.torch.save_file(tensors, unfinished, {_KEY: header, "content": text})
         _flush_to_disk(unfinished)  # or after a power cut the new name may lead to an empty file
         if path.exists():
@@ -63,9 +71,9 @@ def write(path: Path, data: object, tensors: dict[str, Tensor]) -> None:
             "folder that exists, on a disk with room."
         ) from error
     finally:
-        for left in (unfinished, second):  # after an error
-            with suppress(OSError):
-                left.unlink()
+        _remove(folder)
+        with suppress(OSError):  # after an error
+            second.unlink()
 
 
 def read(path: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -110,6 +118,13 @@ def _keep(path: Path, second: Path) -> None:
         shutil.copyfile(path, second)
         _flush_to_disk(second)
     os.replace(second, previous(path))  # does nothing if both are already the same file
+
+
+def _remove(folder: Path) -> None:
+    """What an earlier call has left, or this one."""
+    with suppress(OSError):
+        folder.unlink()  # of version 0.1
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush_to_disk(path: Path) -> None:

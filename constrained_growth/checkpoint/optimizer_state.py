@@ -36,19 +36,24 @@ def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[
 
 
 def named_state(optimizer: torch.optim.Optimizer, names: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """`{"state": {name: {...}}, "groups": [{"params": [names], ...settings}]}` of an optimizer."""
+    """`{"class": …, "state": {name: {...}}, "groups": [{"params": [names], ...settings}]}`."""
     content, by_number = optimizer.state_dict(), {}
     for group, named in zip(content["param_groups"], names, strict=True):
         by_number.update(zip(group["params"], named, strict=True))
         group["params"] = list(named)
     state = {by_number.get(key, key): kept for key, kept in content["state"].items()}
-    return {"state": state, "groups": content["param_groups"]}
+    return {"class": _class_of(optimizer), "state": state, "groups": content["param_groups"]}
+
+
+def _class_of(optimizer: Any) -> str:
+    """The name of its class, or of the one that it wraps, as Accelerate's do."""
+    return type(getattr(optimizer, "optimizer", optimizer)).__name__
 
 
 def check_named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, content: Mapping[str, Any]
 ) -> None:
-    """Refuse the state of an optimizer that trained other parameters."""
+    """Refuse the state of an optimizer of another class, or that trained other parameters."""
     have = {name for group in parameter_names(optimizer, model) for name in group}
     want = {name for group in content["groups"] for name in group["params"]}
     if have != want:
@@ -57,6 +62,12 @@ def check_named_state(
             f"optimizer trains {len(have)} parameters, the checkpoint has those of {len(want)}: "
             f"missing {missing[:3]}, too many {more[:3]}. Make it for the same parameters of the "
             "model, after replay."
+        )
+    saved, given = content.get("class"), _class_of(optimizer)
+    if saved not in (None, given):  # which files of earlier versions do not tell
+        raise CheckpointError(
+            f"optimizer={given}: the one that was saved is of the class {saved}, with a state and "
+            "settings of its own; make one of that class, or go on without the saved state."
         )
 
 
@@ -74,8 +85,19 @@ def load_named_state(
         own = state_like(own, parameters[name]) if name in parameters else own
         state[numbers.get(name, name)] = own
 
+    named = {
+        id(p): name
+        for group in optimizer.param_groups
+        for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
+
     def groups(given: Mapping[Any, Any]) -> list[Any]:
-        return [{**g, "params": [given[name] for name in g["params"]]} for g in content["groups"]]
+        found = [{**g, "params": [given[n] for n in g["params"]]} for g in content["groups"]]
+        for group, saved in zip(found, content["groups"], strict=True):
+            if named:  # by those who made the optimizer
+                own = [named[id(parameters[name])] for name in saved["params"]]
+                group["param_names"] = own
+        return found
 
     needed = optimizer.defaults.keys() & optimizer.param_groups[0].keys()
     optimizer.param_groups[:] = groups(parameters)

@@ -36,7 +36,7 @@ def grown_in(copy: nn.Module) -> nn.Module:
 
 def checked_copies(model: nn.Module, averaged: object) -> list[nn.Module]:
     """The modules that grow with the model; refuse what is no copy of it."""
-    copies = [grown_in(one) for one in as_copies(averaged)]
+    copies = list(dict.fromkeys(grown_in(one) for one in as_copies(averaged)))  # each once
     own = set(model.parameters())
     for one in copies:
         shared = not own.isdisjoint(one.parameters())

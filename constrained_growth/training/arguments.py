@@ -132,3 +132,18 @@ def check_parts(state: Any, parts: Mapping[str, Any]) -> None:
             f"{name}: the one given has {'a' if name in parts else 'no'} state_dict, and "
             f"{'a' if name in saved else 'no'} state of it was saved; give the one of that run."
         )
+
+
+_PARTS = "rule", "norm", "when", "after_insertion"
+
+
+def stateful(given: Any) -> dict[str, Any]:
+    """Rule, norm, schedule and policy of a grower, where they have a state."""
+    parts = {name: getattr(given, name) for name in _PARTS}
+    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
+
+
+def attributes_of(given: Any) -> dict[str, str]:
+    """What these remember, and what the confirmation does, as text."""
+    names = *_PARTS, "confirm"
+    return {name: repr(getattr(getattr(given, name), "__dict__", None)) for name in names}

@@ -40,10 +40,12 @@ from constrained_growth.problem import GrowthProblem, checked_candidates, places
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Norm, Solution
 from constrained_growth.training.arguments import (
+    attributes_of,
     check_decisions,
     check_growing,
     check_parts,
     check_trained,
+    stateful,
 )
 from constrained_growth.training.history import History, Round, count_layers, measurements
 
@@ -55,7 +57,6 @@ Candidates = Sequence[Candidate] | Callable[[nn.Module], Sequence[Candidate]]
 AfterInsertion = Callable[["Grower", Round], object]
 """Acts on `grower.optimizer` and on the parameters named in `round.new_parameters`."""
 
-_PARTS = ("rule", "norm", "when", "after_insertion")
 """What may have a state that a resumed run goes on from."""
 
 
@@ -80,8 +81,8 @@ class Grower:
         data: The data to decide on, as for `GrowthProblem`: the training data, or other data.
         rule: What to insert, as for `solve`; None (default) for the recommended decision.
         norm: How large a multiplier is, as for `solve`; None (default) for the recommended norm.
-        when: When to ask: a `Plateau`, or `when(losses) -> bool` with the losses since the last
-            insertion, one for each row of the history; None (default) for after every row.
+        when: When to ask: a `Plateau`, or `when(losses) -> bool` (or `When`) with the losses since
+            the last insertion, one for each row of the history; None (default) for after every row.
         confirm: `confirm(solution) -> When`, such as `Exhausted()`, called before something is
             inserted, which happens on NOW only; NEVER ends all asking. None (default) for NOW.
         candidates: A sequence, offered every time; or `candidates(model)`, called every time;
@@ -89,7 +90,7 @@ class Grower:
         max_insertions: Largest number of layers in all; None (default) for no limit.
         after_insertion: `after_insertion(grower, round)`, called after each insertion: the place
             for learning rates and the like of the new layers, such as `training.NewLayers()`.
-            None (default) trains them as their neighbours.
+            None (default) trains them as their neighbours. If it raises, the layers are in.
         solver: `solver(problem, rule) -> Solution`, which also chooses the norm, such as
             `functools.partial(cg.solve, validation=loader)`, to insert only what lowers the loss
             on data that are not trained on. None (default) for `solve`.
@@ -105,8 +106,6 @@ class Grower:
         history: Losses and decisions so far.
         record: The insertions so far, for `replay` and `checkpoint.save`.
         num_steps: Optimizer steps taken.
-        is_over: Whether no more decisions will be made: `max_insertions` is reached, or `when` or
-            `confirm` has said NEVER.
 
     Raises:
         TrainingError, DataError: An argument makes no sense.
@@ -139,7 +138,7 @@ class Grower:
     _: KW_ONLY
     rule: Rule | None = None
     norm: Norm | MomentNorm | None = None
-    when: Plateau | Callable[[Sequence[float]], bool] | None = None
+    when: Plateau | Callable[[Sequence[float]], bool | When] | None = None
     confirm: Callable[[Solution], When] | None = None
     candidates: Candidates | None = None
     max_insertions: int | None = None
@@ -157,18 +156,25 @@ class Grower:
         check_optimizers(self.model, self.optimizers, ())
         if isinstance(self.candidates, Sequence):
             places_of(self.model, checked_candidates(self.candidates))
-        names = (*_PARTS, "confirm")
-        self._attributes = {name: _attributes(getattr(self, name)) for name in names}
+        self._attributes = attributes_of(self)
         self.history = History()
         self.record = GrowthRecord((), parameter_shapes(self.model))
         self.num_steps = 0
-        self.is_over = self.max_insertions == 0
+        self._ended = False  # `when` or `confirm` has said NEVER
         self._sum: Tensor | float = 0.0  # of the losses of the row that is open, and their number
         self._count = 0
         self._started = time.perf_counter()
 
     def __repr__(self) -> str:
         return f"Grower({type(self.model).__name__}, {self.history!r})"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more decisions will be made.
+
+        `max_insertions` is reached, or `when` or `confirm` has said NEVER.
+        """
+        return self._ended or self._room() <= 0
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -202,8 +208,8 @@ class Grower:
             metrics={} if metrics is None else metrics,
         )
         self._sum, self._count, self._started = 0.0, 0, time.perf_counter()
-        answers = everywhere(lambda: (not self.is_over and self._is_time(), self.is_over), None)
-        due, self.is_over = answers[0]
+        answers = everywhere(lambda: (not self.is_over and self._is_time(), self._ended), None)
+        due, self._ended = answers[0]
         return due
 
     def maybe_grow(self, metrics: Mapping[str, float] | None = None) -> Round | None:
@@ -217,7 +223,8 @@ class Grower:
 
         Raises:
             TrainingError: There was no step since the last row.
-            GrowthError: Whatever solving or inserting raises.
+            GrowthError: Whatever solving or inserting raises; model and optimizers are as they
+                were, and the row is closed: to try again, call `ask`.
         """
         return self.ask() if self.observe(metrics) else None
 
@@ -253,7 +260,7 @@ class Grower:
             seconds=time.perf_counter() - started,
         )
         self.history.rounds.append(round)
-        self.is_over = answer is When.NEVER or self._room() <= 0
+        self._ended = self._ended or answer is When.NEVER
         policy = self.after_insertion
         if round.chosen and policy is not None:
             self._everywhere(lambda: policy(self, round))
@@ -266,8 +273,8 @@ class Grower:
     def state_dict(self) -> dict[str, Any]:
         """All that a checkpoint needs beside model, optimizer and random state."""
         parts = stateful(self)
-        for name, before in self._attributes.items():
-            if name not in parts and _attributes(getattr(self, name)) != before:
+        for name, now in attributes_of(self).items():
+            if name not in parts and now != self._attributes[name]:
                 warnings.warn(
                     f"{name}={getattr(self, name)!r:.80} remembers something and has no state_dict "
                     "and load_state_dict: a run that is resumed would decide otherwise.",
@@ -275,7 +282,7 @@ class Grower:
                 )
         return {
             "num_steps": self.num_steps,
-            "is_over": self.is_over,
+            "is_over": self._ended,
             "sum": self._sum,
             "count": self._count,
             "seconds": time.perf_counter() - self._started,
@@ -293,19 +300,26 @@ class Grower:
         """
         parts = stateful(self)
         check_parts(state, parts)
+        history = History()
         try:
+            history.load_state_dict(state["history"])
+            record = GrowthRecord.from_json(state["record"])
             total = state["sum"]
-            self._sum = total.clone() if isinstance(total, Tensor) else total
-            self.num_steps, self._count = state["num_steps"], state["count"]
-            self.is_over = state["is_over"]
-            self._started = time.perf_counter() - state["seconds"]
-            self.history.load_state_dict(state["history"])
-            self.record = GrowthRecord.from_json(state["record"])
+            loaded = {
+                "_sum": total.clone() if isinstance(total, Tensor) else total,
+                "_count": state["count"],
+                "num_steps": state["num_steps"],
+                "_ended": state["is_over"],
+                "_started": time.perf_counter() - state["seconds"],
+                "history": history,
+                "record": record,
+            }
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"state is not that of a Grower: {error!r}.") from error
-        check_trained(self.optimizers, (p for _, p in self.record.new_parameters(self.model)))
+        check_trained(self.optimizers, (p for _, p in record.new_parameters(self.model)))
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
+        vars(self).update(loaded)
         if hasattr(self.after_insertion, "attach"):
             self.after_insertion.attach(self.model, self.optimizer)  # type: ignore[union-attr]
 
@@ -332,10 +346,19 @@ class Grower:
         # without a rule, or a confirmation, nobody looks at λ itself
         kept = self.rule is not None or self.confirm is not None
         solver = self.solver or partial(solve, norm=self.norm, multipliers=kept)
-        solution = solver(problem, self.rule)
+        solution = instance(
+            f"solver={solver!r:.80}: what it returned",
+            solver(problem, self.rule),
+            Solution,
+            TrainingError,
+            "what cg.solve returns",
+        )
         solution = with_fields(solution, decision=self._within_limit(solution.decision))
         confirm = self.confirm or (lambda _: When.NOW)
         answer = everywhere(lambda: confirm(solution), None)[0]
+        instance(
+            f"confirm={confirm!r:.80}: what it returned", answer, When, TrainingError, "a When"
+        )
         if answer is not When.NOW:
             solution = with_fields(solution, decision=Decision((), answer.value))
         with warnings.catch_warnings():
@@ -347,11 +370,18 @@ class Grower:
         if self.when is None:
             return True
         if isinstance(self.when, Plateau):
-            answer = self.when.update(self.history.losses[-1])
-            self.is_over = answer is When.NEVER
+            answer: Any = self.when.update(self.history.losses[-1])
+        else:
+            since = max((round.epoch for round in self.history.insertions), default=0)
+            answer = self.when(self.history.losses[since:])
+        if isinstance(answer, When):
+            self._ended = answer is When.NEVER
             return answer is When.NOW
-        since = max((round.epoch for round in self.history.insertions), default=0)
-        return bool(self.when(self.history.losses[since:]))
+        if answer not in (True, False):  # 1, NumPy's and tensors too
+            raise TrainingError(
+                f"when={self.when!r:.80} returned {answer!r:.80}; return True, False or a When."
+            )
+        return bool(answer)
 
     def _room(self) -> float:
         """How many layers may still be inserted."""
@@ -360,7 +390,7 @@ class Grower:
 
     def _within_limit(self, decision: Decision) -> Decision:
         """The decision, with only as many of the chosen as there is room for."""
-        room = self._room()
+        room = max(0, self._room())
         if len(decision.chosen) <= room:
             return decision
         chosen = decision.chosen[: int(room)]
@@ -395,13 +425,3 @@ def checked_options(
     defaults = {field.name: field.default for field in fields(Grower) if field.kw_only}
     check_decisions(SimpleNamespace(loss_fn=loss_fn, data=data, **{**defaults, **options}))
     return options
-
-
-def stateful(given: Any) -> dict[str, Any]:
-    """Rule, norm, schedule and policy of a grower, where they have a state."""
-    parts = {name: getattr(given, name) for name in _PARTS}
-    return {name: part for name, part in parts.items() if hasattr(part, "state_dict")}
-
-
-def _attributes(part: object) -> str:
-    return repr(getattr(part, "__dict__", None))

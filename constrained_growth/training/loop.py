@@ -31,14 +31,13 @@ from constrained_growth.norms import MomentNorm
 from constrained_growth.problem import GrowthProblem
 from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Norm, Solution
-from constrained_growth.training.arguments import check_growing, check_parts, check_training
-from constrained_growth.training.grower import (
-    OPTIONS,
-    AfterInsertion,
-    Candidates,
-    Grower,
+from constrained_growth.training.arguments import (
+    check_growing,
+    check_parts,
+    check_training,
     stateful,
 )
+from constrained_growth.training.grower import OPTIONS, AfterInsertion, Candidates, Grower
 from constrained_growth.training.history import History
 
 _LOSS = "validation loss"
@@ -55,7 +54,7 @@ def grow(
     epochs: int,
     rule: Rule | None = None,
     norm: Norm | MomentNorm | None = None,
-    when: Plateau | Callable[[Sequence[float]], bool] | None = None,
+    when: Plateau | Callable[[Sequence[float]], bool | When] | None = None,
     confirm: Callable[[Solution], When] | None = None,
     candidates: Candidates | None = None,
     data: Iterable[Any] | None = None,
@@ -152,6 +151,11 @@ def grow(
     check_growing(given)
     path = None if checkpoint is None else Path(checkpoint)
     saved = None if path is None else _saved(path, loader, stateful(given))
+    if saved is not None and scheduler_factory is None and "scheduler" in saved.states:
+        raise CheckpointError(
+            f'scheduler_factory=None: the run in checkpoint="{path}" has a scheduler; give what '
+            "made it, or delete the checkpoint and the one before it to start afresh."
+        )
     if saved is None:
         optimizer = optimizer_factory(model.parameters())
         scheduler = None if scheduler_factory is None else scheduler_factory(optimizer)

@@ -52,6 +52,7 @@ class NewLayers:
         self._model = nn.Module()
         self._hooks: list[Any] = []
         self._before: list[tuple[Tensor, Tensor, float]] = []
+        self._shifted: list[tuple[Tensor, Tensor]] = []  # during a step
 
     def __repr__(self) -> str:
         return f"NewLayers(scale={self.scale:g}, warmup={self.warmup})"
@@ -101,6 +102,8 @@ class NewLayers:
 
     @torch.no_grad()
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        self._shift(1)  # after a step that has failed
+        self._before = []
         # an optimizer without the setting may decay all the same
         groups = [group for group in optimizer.param_groups if group.get("weight_decay", 1)]
         decayed = {p for group in groups for p in group["params"]}
@@ -120,7 +123,7 @@ class NewLayers:
         for parameter, before, share in self._before:
             parameter.copy_(before.lerp(parameter, share))
         self._shift(1)
-        self._before = []
+        self._shifted, self._before = [], []
         for parameter, (age, start) in _trained_by(optimizer, self._new).items():
             self._new[parameter] = (age + 1, start)
 
@@ -135,9 +138,12 @@ class NewLayers:
         def evaluated() -> Any:
             self._shift(1)
             try:
-                return closure()
-            finally:
-                self._shift(-1)
+                found = closure()
+            except BaseException:  # of which the hook after the step does not hear
+                self._shifted, self._before = [], []
+                raise
+            self._shift(-1)
+            return found
 
         return evaluated if callable(closure) else closure
 

@@ -279,9 +279,11 @@ def test_other_numbers_of_optimizers_averages_and_schedulers(tmp_path: Path) -> 
     assert len(load(path).averaged) == 1
     other = feedforward(2, 4, 4, 3)
     alone = {"optimizer_factory": SGD, "scheduler_factory": None}
+    one = {"scheduler_factory": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2)}
     three = {"scheduler_factory": lambda given: [*two_schedulers(given), two_schedulers(given)[0]]}
     for options, word in (
-        ({**alone, "averaged": ema(other)}, "optimizer"),
+        ({**alone, "averaged": ema(other)}, "scheduler_factory=None"),
+        ({**alone, **one, "averaged": ema(other)}, "optimizer: 1 to restore"),
         ({**given, "averaged": [ema(other), ema(other)]}, "averaged"),
         ({**given, "averaged": ()}, "averaged"),
         ({**given, **three, "averaged": ema(other)}, "scheduler"),
