@@ -404,3 +404,81 @@ def test_loaded_state_is_not_shared_with_the_checkpoint(tmp_path: Path) -> None:
     trained(model, optimizer, data)
     assert_same(dict(checkpoint.optimizer or {}), dict(kept.optimizer or {}))
     assert_same(dict(checkpoint.weights), dict(kept.weights))
+
+
+@pytest.mark.parametrize(
+    ("saved", "given"), [("Adam", "AdamW"), ("AdamW", "RAdam"), ("Adam", "Adamax")]
+)
+def test_relatives_of_an_optimizer_are_refused(saved: str, given: str, tmp_path: Path) -> None:
+    net = feedforward(2, 4, 3)
+    optimizer = getattr(torch.optim, saved)(net.parameters(), lr=0.5)
+    trained(net, optimizer, classified(8))
+    path = save(tmp_path / "run", net, optimizer=optimizer)
+    other = getattr(torch.optim, given)(net.parameters(), lr=0.1)
+    before = copy.deepcopy(other.state_dict())
+    with refused(cg.CheckpointError, f"optimizer={given}", f"class {saved}"):
+        restore(load(path), net, optimizer=other)
+    assert_same(other.state_dict(), before)
+
+
+def test_another_dtype_is_refused(tmp_path: Path) -> None:
+    net = feedforward(2, 4, 3)
+    path = save(tmp_path / "run", net)
+    other = feedforward(2, 4, 3).float()
+    with nothing_left_behind(other), refused(cg.CheckpointError, '"0.weight"', "model.to(torch"):
+        restore(load(path), other)
+
+
+def test_names_that_an_optimizer_has_are_kept(tmp_path: Path) -> None:
+    net = feedforward(2, 4, 3)
+    path = save(tmp_path / "run", net, optimizer=torch.optim.AdamW(net.parameters()))
+    named = torch.optim.AdamW((f"my {name}", p) for name, p in net.named_parameters())
+    restore(load(path), net, optimizer=named)
+    assert named.param_groups[0]["param_names"] == [
+        f"my {name}" for name, _ in net.named_parameters()
+    ]
+
+
+class Extra(nn.Linear):
+    """Has a state beside its tensors, which it may refuse."""
+
+    refuses = False
+
+    def get_extra_state(self) -> Any:
+        return {"number": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        if self.refuses:
+            raise ValueError("not this one")
+
+
+@pytest.mark.parametrize("case", ["none saved", "none here", "refused", "refused by a copy"])
+def test_states_beside_tensors(case: str, tmp_path: Path) -> None:
+    plain, extra = nn.Linear(2, 3), Extra(2, 3)
+    saved, given = (plain, extra) if case == "none saved" else (extra, plain)
+    optimizer = torch.optim.SGD(saved.parameters(), lr=0.5)
+    path = save(tmp_path / "run", saved, optimizer=optimizer, averaged=copy.deepcopy(saved))
+    copied: Any = copy.deepcopy(given)
+    if case.startswith("refused"):
+        given, copied = Extra(2, 3), Extra(2, 3)
+        copied.refuses, given.refuses = case == "refused by a copy", case == "refused"
+    other = torch.optim.SGD(given.parameters(), lr=0.1)
+    with nothing_left_behind(given), refused(cg.CheckpointError):
+        restore(load(path), given, optimizer=other, averaged=copied)
+    assert other.param_groups[0]["lr"] == 0.1
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    for path in ("", tmp_path):
+        with refused(cg.CheckpointError, "is a folder"):
+            save(path, feedforward(2, 4, 3))
+        with refused(cg.CheckpointError, "is a folder"):
+            load(path)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_file(tmp_path: Path) -> None:
+    left = tmp_path / "run.tmp"
+    left.mkdir()
+    (left / ".tmpAbC123").write_bytes(b"half of it")
+    save(tmp_path / "run", feedforward(2, 4, 3))
+    assert [one.name for one in tmp_path.iterdir()] == ["run"]

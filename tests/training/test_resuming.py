@@ -290,3 +290,43 @@ def test_other_numbers_of_optimizers_averages_and_schedulers(tmp_path: Path) -> 
     ):
         with nothing_left_behind(other), refused(cg.CheckpointError, word):
             grow(other, data, path, **options)
+
+
+@pytest.mark.parametrize(("first", "then", "layers"), [(3, 1, 3), (1, 3, 3), (0, 2, 2), (2, 2, 2)])
+def test_the_limit_is_that_of_the_run_that_goes_on(
+    first: int, then: int, layers: int, tmp_path: Path
+) -> None:
+    data, start = classified(20, batch=10), feedforward(2, 4, 4, 3)
+    given: dict[str, Any] = {"loss_fn": CROSS_ENTROPY, "loader": data, "candidates": SITES}
+    given |= {"optimizer_factory": SGD, "checkpoint": tmp_path / "run"}
+    cg.grow(copy.deepcopy(start), epochs=4, max_insertions=first, **given)
+    model = copy.deepcopy(start)
+    history = cg.grow(model, epochs=9, max_insertions=then, rule=cg.TopK(2), **given)
+    assert sum(len(one.chosen) for one in history.insertions) == layers
+
+
+def test_schedulers_of_another_kind_are_refused(tmp_path: Path) -> None:
+    data, model = classified(20, batch=10), feedforward(2, 4, 4, 3)
+    step = functools.partial(torch.optim.lr_scheduler.StepLR, step_size=2)
+    cosine = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=5)
+    grow(copy.deepcopy(model), data, tmp_path / "run", scheduler_factory=step)
+    for factory, words in (
+        (None, ["scheduler_factory=None", "has a scheduler"]),
+        (cosine, ["scheduler=CosineAnnealingLR", "T_max"]),
+        (lambda optimizer: [step(optimizer)], ["scheduler is a list", "single"]),
+    ):
+        with nothing_left_behind(model), refused(cg.CheckpointError, *words):
+            grow(model, data, tmp_path / "run", scheduler_factory=factory, epochs=5)
+
+
+def test_a_state_that_is_refused_leaves_the_grower_as_it_was(tmp_path: Path) -> None:
+    def grower(model: nn.Module) -> cg.Grower:
+        optimizer = SGD(model.parameters())
+        return cg.Grower(model, optimizer, CROSS_ENTROPY, classified(8), candidates=SITES)
+
+    one, other = grower(feedforward(2, 4, 4, 3)), grower(feedforward(2, 4, 4, 3))
+    one.step(1.0)
+    one.maybe_grow()
+    with refused(cg.GrowthError):  # its model has not grown
+        other.load_state_dict(one.state_dict())
+    assert (other.num_steps, other.history, len(other.record.insertions)) == (0, cg.History(), 0)
