@@ -430,3 +430,35 @@ def test_a_closure_finds_the_parameters_where_they_are(factory: Any) -> None:
 
         ours.optimizer.step(closure)
     same(ours.model, theirs.model)
+
+
+def test_a_closure_that_raises_leaves_the_new_layer_as_it_is() -> None:
+    grower = grown(ADAMW, NewLayers())
+    before = copy.deepcopy(grower.model.state_dict())
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grower.optimizer.step(interrupted)
+    assert all(torch.equal(v, before[k]) for k, v in grower.model.state_dict().items())
+    other = grown(ADAMW, NewLayers())
+    for each in (grower, other):
+        train(each, 3)
+    for found, expected in zip(grower.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_step_that_fails_is_undone_before_the_next() -> None:
+    grower, other = grown(SGD, NewLayers()), grown(SGD, NewLayers())
+    for each in (grower, other):
+        for p in each.model.parameters():
+            p.grad = torch.zeros_like(p)
+    state, grower.optimizer.state = grower.optimizer.state, None
+    with pytest.raises(TypeError):
+        grower.optimizer.step()
+    grower.optimizer.state = state
+    for each in (grower, other):
+        each.optimizer.step()
+    for found, expected in zip(grower.model.parameters(), other.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected)

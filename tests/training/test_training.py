@@ -531,3 +531,38 @@ def test_numbers_of_numpy() -> None:
         history = cg.grow(net, SGD, LOSS, classified(8), after_insertion=warmup, **given)
         found.append(history.losses)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("answer", "layers"), [(When.NOW, 1), (When.LATER, 0), (When.NEVER, 0)])
+def test_a_schedule_may_answer_in_the_words_of_plateau(answer: When, layers: int) -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(20, batch=10)
+    history = grow(model, data, when=lambda _: answer, max_insertions=1, candidates=SITES)
+    assert len(history.insertions) == layers
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"when": lambda _: "no"}, ["when=", "returned 'no'", "a When"]),
+        ({"when": lambda _: None}, ["when=", "returned None"]),
+        ({"confirm": lambda _: True}, ["confirm=", "True", "a When"]),
+        ({"solver": lambda problem, rule: None}, ["solver=", "None", "what cg.solve returns"]),
+    ],
+)
+def test_answers_that_are_none_are_refused(options: Any, words: list[str]) -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(20, batch=10)
+    grower = cg.Grower(model, SGD(model.parameters()), LOSS, data, candidates=SITES, **options)
+    grower.step(1.0)
+    with nothing_left_behind(model), refused(cg.TrainingError, *words):
+        grower.maybe_grow()
+
+
+def test_a_copy_that_is_given_twice_grows_once() -> None:
+    model, data = feedforward(2, 4, 4, 3), classified(20)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    record = cg.insert(model, solved(model, data, *SITES), averaged=[averaged, averaged])
+    assert len(record.insertions) == 1
+    averaged.update_parameters(model)
+    assert {f"module.{n}" for n, _ in model.named_parameters()} == {
+        n for n, _ in averaged.named_parameters()
+    }
