@@ -274,13 +274,12 @@ class Accumulator:
         together: int,
     ) -> None:
         """Take in the factors of samples that are told apart."""
-        if isinstance(factors, Convolved):
-            sums = self._make(factors)
-            if sums.whole is not None and gives_products(factors):
-                add_convolved(factors, self._sums, -weight, span, self._squares)
-                if self._moments is not None:
-                    self._moments.add(factors, size, weight, span, together=together)
-                return
+        if isinstance(factors, Convolved) and gives_products(factors):
+            self._make(factors)
+            add_convolved(factors, self._sums, -weight, span, self._squares)
+            if self._moments is not None:
+                self._moments.add(factors, size, weight, span, together=together)
+            return
         offsets: dict[str, int] = {}
         for factor in factors:
             offset = offsets.get(factor.weight, 0)
@@ -290,12 +289,12 @@ class Accumulator:
             if self._moments is not None:
                 self._moments.add(factor, size, weight, span, offset, together)
 
-    def _make(self, factor: AffineFactors | Convolved) -> PinSums:
-        """The sums of a map, all of it where it is elementwise; returns those of the weight."""
+    def _make(self, factor: AffineFactors | Convolved) -> None:
+        """The sums of a map, all of it where it is elementwise."""
         narrow = self._wanted.narrow and not factor.elementwise
         if factor.bias is not None:
             self._sums_of(factor.bias, narrow=narrow)
-        return self._sums_of(factor.weight, narrow=narrow)
+        self._sums_of(factor.weight, narrow=narrow)
 
     def _sums_of(self, name: str, *, narrow: bool | None = None) -> PinSums:
         if name not in self._sums:

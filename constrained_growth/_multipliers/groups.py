@@ -206,9 +206,9 @@ def add_convolved(
 ) -> None:
     """Add `scale` times what a convolution brings to sums by group, and Σ_n ‖that of sample n‖²."""
     found, done, mine = torch.zeros_like(squares), 0, sums[factors.weight]
-    assert mine.whole is not None
     for products in factors.products():
-        add_sums(mine.whole.flatten(2), products, scale, span, done)
+        if mine.whole is not None:
+            add_sums(mine.whole.flatten(2), products, scale, span, done)
         if mine.is_narrow:
             add_sums(mine.by_group, narrowed_pin(products, products.shape[1:]), scale, span, done)
         found += _squares(products)
