@@ -19,9 +19,10 @@ from constrained_growth.checkpoint.optimizer_state import arrange_groups, parame
 from constrained_growth.errors import CheckpointError, TrainingError
 from constrained_growth.insertion import GrowthRecord, replay
 from constrained_growth.training.arguments import check_blocks
-from constrained_growth.training.grower import Grower, checked_options
+from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History
 from constrained_growth.training.loop import evaluate
+from constrained_growth.training.options import checked_options
 
 with extra_packages():
     from lightning.pytorch import Callback, LightningModule, Trainer

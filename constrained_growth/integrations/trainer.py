@@ -22,8 +22,9 @@ from constrained_growth.errors import CheckpointError, DataError, TrainingError
 from constrained_growth.insertion import replay
 from constrained_growth.insertion.training_state import as_copies, grown_in
 from constrained_growth.training.arguments import check_blocks
-from constrained_growth.training.grower import Grower, checked_options
+from constrained_growth.training.grower import Grower
 from constrained_growth.training.history import History, Round, measurements
+from constrained_growth.training.options import checked_options
 
 with extra_packages():
     from transformers import Trainer, TrainerCallback

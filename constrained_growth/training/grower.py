@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from numbers import Real
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -41,7 +39,6 @@ from constrained_growth.rules import Plateau, Rule, When
 from constrained_growth.solution import Decision, Norm, Solution
 from constrained_growth.training.arguments import (
     attributes_of,
-    check_decisions,
     check_growing,
     check_parts,
     check_trained,
@@ -407,21 +404,3 @@ class Grower:
         if example is None:
             raise DataError("data is empty; give at least one (input, target) batch.")
         return find_candidates(self.model, example)
-
-
-OPTIONS = tuple(field.name for field in fields(Grower) if field.kw_only)
-"""What a `Grower` takes by name; `grow` and the callbacks hand it on."""
-
-
-def checked_options(
-    callback: str, loss_fn: object, data: object, options: dict[str, Any]
-) -> dict[str, Any]:
-    """Options of a `Grower` that a callback was given for it; what is wrong is refused."""
-    for name, value in options.items():
-        if name not in OPTIONS:
-            near = difflib.get_close_matches(name, OPTIONS, 1)
-            hint = f"did you mean {near[0]}=?" if near else f"the options are {', '.join(OPTIONS)}."
-            raise TrainingError(f"{callback}: {name}={value!r:.80} is not an option; {hint}")
-    defaults = {field.name: field.default for field in fields(Grower) if field.kw_only}
-    check_decisions(SimpleNamespace(loss_fn=loss_fn, data=data, **{**defaults, **options}))
-    return options

@@ -37,8 +37,9 @@ from constrained_growth.training.arguments import (
     check_training,
     stateful,
 )
-from constrained_growth.training.grower import OPTIONS, AfterInsertion, Candidates, Grower
+from constrained_growth.training.grower import AfterInsertion, Candidates, Grower
 from constrained_growth.training.history import History
+from constrained_growth.training.options import OPTIONS
 
 _LOSS = "validation loss"
 _PROGRESS = {"epoch": int, "done": int, "stopped": bool, "start": Mapping | None}
