@@ -1,4 +1,4 @@
-"""How the cost of a decision grows: `python theory/results/cost_growth.py`, 15 minutes on one core.
+"""How the cost of a decision grows: `python theory/results/cost_growth.py`, 20 minutes on one core.
 
 Residual networks x + W₂ tanh(W₁x + b), one more such layer as a candidate after each. Times of
 `cg.solve` in ordinary gradient passes of the same model on the same batches, by depth, width,
@@ -15,11 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib.style
 import torch
 
 import constrained_growth as cg
 from constrained_growth._progress import progress_bar
-from constrained_growth._style import figure, legend, plain, tidy
+from constrained_growth._style import figure, legend, tidy
 from constrained_growth.experiments.speed.multipliers import Case
 from constrained_growth.experiments.speed.networks import residual
 from constrained_growth.experiments.speed.subject import Subject, solving
@@ -77,6 +78,7 @@ def insertions() -> list[dict[str, float]]:
     """Seconds of each step of growing from 4 blocks to 104, and of an ordinary pass in between."""
     made = Case(residual, 4, 64, BATCH, SAMPLES).subject(0, torch.float32)
     model, data, rows = made.model, made.data, list[dict[str, float]]()
+    cg.find_candidates(model, data[0][0])  # whose first call imports more
     for _ in progress_bar(range(INSERTIONS), desc="insertions", unit="layer"):
         begin, times = timer(), list[float]()
         found = cg.find_candidates(model, data[0][0])
@@ -100,6 +102,7 @@ def insertions() -> list[dict[str, float]]:
 
 def draw(numbers: dict[str, Any]) -> None:
     """One figure: four sweeps, and the insertions."""
+    matplotlib.style.use(HERE.parent / "style.mplstyle")
     sheet = figure(11, 6.4)
     panels = sheet.subplots(2, 3).flat
     for sweep, values in SWEEPS.items():
@@ -109,7 +112,8 @@ def draw(numbers: dict[str, Any]) -> None:
             ax.plot(values, rows, marker=marker, linestyle=line, label=label)
         ax.axhline(1, color="0.6", linewidth=0.8)
         ax.set(xscale="log", xlabel=sweep if sweep != "batch" else "batch size", ylim=(0, None))
-        plain(ax.xaxis)
+        ax.set_xticks(values, [f"{value:,}" for value in values], minor=False)
+        ax.set_xticks([], minor=True)
     for unit in ("seconds", "ordinary gradient passes"):
         ax, rows = next(panels), numbers["insertions"]
         for step, line in {"solve": "-", "problem": "--", "find": "-.", "insert": ":"}.items():
