@@ -109,10 +109,9 @@ def restoring(*roots: object, first: bool = False, notes: bool = False) -> Itera
             for tensor, before in (*values, *writes.before[writes.start :]):
                 if tensor.shape != before.shape:  # observers of a quantisation resize their buffers
                     tensor.resize_(before.shape)
-                # writing even equal values raises the version counter, and a graph of the user's
-                # that has saved the tensor could no longer be differentiated
-                if tensor.layout is not torch.strided or not torch.equal(tensor, before):
-                    tensor.copy_(before)
+                # by `data`, which has a version counter of its own: a graph of the user's that has
+                # saved the tensor finds the values that it has saved
+                tensor.data.copy_(before)
         del writes.before[writes.start :]
         writes.start = outer
         for leaf, grad, requires_grad in leaves:

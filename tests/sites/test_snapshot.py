@@ -342,3 +342,14 @@ def test_hooks_that_a_model_installs_when_it_runs_are_taken_off() -> None:
     solved(model, classified(8), cg.Candidate("1", residual()))
     assert not model[0]._forward_hooks
     assert not hasattr(model[0], "installed")
+
+
+def test_a_graph_of_the_users_goes_on_over_a_solve() -> None:
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    data = [(torch.randn(8, 2), torch.randint(3, (8,))) for _ in range(2)]
+    loss = nn.functional.cross_entropy(model(data[0][0]), data[0][1])
+    before = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    block = cg.blocks.IdentityLinear(4, nn.ReLU())
+    cg.solve(cg.GrowthProblem(model, nn.CrossEntropyLoss(), data, [cg.Candidate("2", block)]))
+    after = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
