@@ -125,7 +125,7 @@ def draw(numbers: dict[str, Any]) -> None:
         legend(ax)
     sheet.axes[0].set_ylabel("ordinary gradient passes")
     sheet.axes[3].set_ylabel("ordinary gradient passes")
-    sheet.savefig(PICTURE)
+    sheet.savefig(PICTURE, dpi=110)
 
 
 if __name__ == "__main__":
