@@ -173,19 +173,21 @@ def add_factor(
         products = over_positions(psi * phi)
         add_sums(mine.by_group.view(len(mine.by_group), -1), products, scale, span, offset)
         found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
-    elif total is not None:
-        matrix = as_matrices(total, factor)
-        _, positions, out = psi.shape
-        if squares is not None and _forms_products(positions, out, phi.shape[2]):
-            products = psi.mT @ phi  # they serve both sums
-            add_sums(matrix, products, scale, span, offset)
-            found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
-        else:
-            add_products(matrix, psi, phi, scale, span, offset)
-            found = _squared_sizes(psi, phi, shifts) if squares is not None else 0
-    if mine.is_narrow:
-        groups = as_matrices(mine.by_group, factor)
-        add_products(groups, narrowed(psi, 2), narrowed(phi, 2), scale, span, offset)
+    elif squares is not None and _forms_products(psi.shape[1], psi.shape[2], phi.shape[2]):
+        products = psi.mT @ phi  # they serve all sums
+        if total is not None:
+            add_sums(as_matrices(total, factor), products, scale, span, offset)
+        if mine.is_narrow:
+            part = narrowed_pin(products, products.shape[1:])
+            add_sums(as_matrices(mine.by_group, factor), part, scale, span, offset)
+        found = _squares(products) + (0.0 if shifts is None else _squares(shifts))
+    else:
+        if total is not None:
+            add_products(as_matrices(total, factor), psi, phi, scale, span, offset)
+            found = _squared_sizes(psi, phi, shifts) if squares is not None else 0.0
+        if mine.is_narrow:
+            part = narrowed(psi, 2), narrowed(phi, 2)
+            add_products(as_matrices(mine.by_group, factor), *part, scale, span, offset)
     if squares is not None:
         squares.add_(found, alpha=scale**2)
 

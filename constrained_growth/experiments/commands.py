@@ -85,7 +85,9 @@ def demo(
 def bench_multipliers(
     family: Annotated[
         Literal["networks", "models"],
-        typer.Option(help="Perceptrons, a ConvNet and a GPT by size; stock models of real size."),
+        typer.Option(
+            help="Perceptrons, a ConvNet, a GPT and a ViT by size; stock models of real size."
+        ),
     ] = "networks",
     quick: Quick = False,
     task: Tasks = None,

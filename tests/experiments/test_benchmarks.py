@@ -32,6 +32,7 @@ from constrained_growth.experiments.speed.networks import (
     feedforward,
     residual,
     transformer,
+    vision,
     with_all_built_in,
 )
 from constrained_growth.experiments.speed.stock import STOCK
@@ -40,7 +41,7 @@ from constrained_growth.experiments.statistics import Spread
 from constrained_growth.experiments.tables import WIDTH
 from constrained_growth.experiments.timing import Effort, compare, one_thread
 
-MAKERS = (feedforward, residual, convolutional, transformer)
+MAKERS = (feedforward, residual, convolutional, transformer, vision)
 
 TINY = Plan(
     tables={

@@ -25,6 +25,7 @@ from constrained_growth.experiments.speed.networks import (
     feedforward,
     residual,
     transformer,
+    vision,
     with_all_built_in,
 )
 from constrained_growth.experiments.speed.subject import Subject, solving
@@ -50,10 +51,10 @@ REBATCHED = 2048
 TITLES = {
     "feedforward": "Feedforward ReLU networks, an identity layer after every ReLU",
     "residual": "Residual networks, one more block with two weights (W₂ pinned) after every block",
-    "others": "A residual ConvNet and a GPT, a residual candidate after every block",
+    "others": "A residual ConvNet, a GPT and a ViT, a residual candidate after every block",
 }
 
-NETWORKS = {"convolutional": "ConvNet", "transformer": "GPT"}
+NETWORKS = {"convolutional": "ConvNet", "transformer": "GPT", "vision": "ViT"}
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,12 @@ FULL = Plan(
         "feedforward": grid(feedforward),
         "residual": grid(residual),
         "others": (
-            Case(convolutional, depth=4, width=32, batch=16, samples=256),
             Case(convolutional, depth=4, width=32, batch=64, samples=256),
-            Case(transformer, depth=4, width=128, batch=4, samples=64),
+            Case(convolutional, depth=4, width=64, batch=64, samples=256),
             Case(transformer, depth=4, width=128, batch=16, samples=64),
+            Case(transformer, depth=4, width=256, batch=16, samples=64),
+            Case(vision, depth=4, width=128, batch=64, samples=256),
+            Case(vision, depth=4, width=256, batch=64, samples=256),
         ),
     },
     effort=Effort(fewest=5, most=25, seconds=3.0),
@@ -118,6 +121,7 @@ QUICK = Plan(
         "others": (
             Case(convolutional, depth=2, width=16, batch=16, samples=64),
             Case(transformer, depth=2, width=64, batch=4, samples=16),
+            Case(vision, depth=2, width=64, batch=4, samples=16),
         ),
     },
     effort=Effort(fewest=3, most=3, seconds=0.0),

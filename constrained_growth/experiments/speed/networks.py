@@ -73,16 +73,49 @@ def convolutional(depth: int, width: int, samples: int) -> Subject:
 
 def transformer(depth: int, width: int, samples: int) -> Subject:
     """GPT-style, `depth` blocks; after each a residual GELU network of four times the width."""
-    model = nn.Sequential(
-        Embed(VOCABULARY, POSITIONS, width),
-        *(cg.blocks.TransformerBlock(width, HEADS, causal=True) for _ in range(depth)),
-        nn.LayerNorm(width),
-        nn.Linear(width, VOCABULARY, bias=False),
-    )
-    blocks = [cg.blocks.ResidualMLP(width, 4 * width, nn.GELU()) for _ in range(depth)]
+    body, blocks = _blocks(depth, width, causal=True)
+    ends = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+    model = nn.Sequential(Embed(VOCABULARY, POSITIONS, width), *body, *ends)
     tokens = torch.randint(VOCABULARY, (samples, POSITIONS + 1))
     data = tokens[:, :-1], tokens[:, 1:]
     return _subject(model, range(1, depth + 1), blocks, data, _next_token_loss)
+
+
+def vision(depth: int, width: int, samples: int) -> Subject:
+    """ViT-style on patches of 4 × 4 pixels, with the blocks and candidates of `transformer`."""
+    body, blocks = _blocks(depth, width, causal=False)
+    model = nn.Sequential(
+        nn.Conv2d(3, width, 4, stride=4),
+        nn.Flatten(2),
+        Transposed(),
+        *body,
+        nn.LayerNorm(width),
+        Pooled(),
+        nn.Linear(width, CLASSES),
+    )
+    images = torch.randn(samples, 3, PIXELS, PIXELS), torch.randint(CLASSES, (samples,))
+    return _subject(model, range(3, depth + 3), blocks, images)
+
+
+class Transposed(nn.Module):
+    """(samples, channels, positions) to (samples, positions, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The last two dimensions the other way round."""
+        return x.mT
+
+
+class Pooled(nn.Module):
+    """The mean over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(samples, positions, channels) to (samples, channels)."""
+        return x.mean(1)
+
+
+def _blocks(depth: int, width: int, *, causal: bool) -> tuple[list[nn.Module], list[nn.Module]]:
+    old = [cg.blocks.TransformerBlock(width, HEADS, causal=causal) for _ in range(depth)]
+    return [*old], [cg.blocks.ResidualMLP(width, 4 * width, nn.GELU()) for _ in range(depth)]
 
 
 def _subject(
