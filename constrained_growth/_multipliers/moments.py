@@ -151,13 +151,15 @@ class MomentSums:
         self._make(name, counts.maps.setdefault(name, kind))
         dtype, before = self._features[name].dtype, counts.samples.get(name, 0)
         counts.samples[name] = before + samples
-        chosen = _evenly(samples, before, positions, step, factor.cotangent.device)
+        # squares of ψ in half precision would overflow, or vanish
+        psi = factor.cotangent.to(dtype)
+        chosen = _evenly(samples, before, positions, step, psi.device)
         if isinstance(factor, Convolved):
-            phi = factor.rows(chosen, indices(shape[3], chosen.device))
-            psi = _by_size(factor.cotangent.flatten(2).mT, before, chosen.shape[1])
+            phi = factor.rows(chosen, indices(shape[3], psi.device))
+            psi = _by_size(psi.flatten(2).mT, before, chosen.shape[1])
         elif positions > 1 and step >= 2:
             phi = _rows_at(factor.features, chosen)
-            psi = _by_size(factor.cotangent, before, chosen.shape[1])
+            psi = _by_size(psi, before, chosen.shape[1])
         else:
             phi, psi, span, offset = _thinned(factor, step, size, span, offset)
         if not kind.elementwise:  # of which all channels are kept
@@ -341,8 +343,8 @@ def _by_size(psi: Tensor, before: int, count: int) -> Tensor:
     at = (_spread(len(psi), before, psi.device) + along) / count * total
     drawn = torch.searchsorted(ends, at, right=True).clamp_(max=psi.shape[1] - 1)
     rows = _rows_at(psi, drawn)
-    scale = total / (count * sizes.gather(1, drawn))
-    return rows * torch.where(total > 0, scale, 0.0).sqrt().to(rows)[..., None]
+    own = sizes.gather(1, drawn)
+    return rows * torch.where(own > 0, total / (count * own), 0.0).sqrt().to(rows)[..., None]
 
 
 def _rows_at(t: Tensor, chosen: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Second moments where samples have many positions, and the loss may reach few of them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -138,3 +139,24 @@ def test_as_many_positions_as_samples_are_told_apart() -> None:
     for name, one in found[0].items():
         assert one.variance == pytest.approx(found[1][name].variance)
         assert one.value == pytest.approx(found[1][name].value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_cotangents_in_half_precision(dtype: torch.dtype) -> None:
+    """Their squares are below what half precision holds."""
+    torch.set_default_dtype(torch.float32)
+    model = Recurrent(READS["last"], sequence_first=False)
+    x, y = torch.randn(SAMPLES, POSITIONS, 6), torch.randint(3, (SAMPLES,))
+    block = cg.blocks.ResidualMLP(WIDTH, 6, torch.tanh)
+
+    def value(kind: torch.dtype) -> float:
+        own, layer = copy.deepcopy(model).to(kind), copy.deepcopy(block).to(kind)
+        data = [(one.to(kind), two) for one, two in zip(x.split(64), y.split(64), strict=True)]
+
+        def loss(output: Tensor, target: Tensor) -> Tensor:
+            return 1e-2 * CROSS_ENTROPY(output, target)
+
+        problem = cg.GrowthProblem(own, loss, data, [cg.Candidate("site", layer)])
+        return cg.solve(problem).sensitivities["site"].value
+
+    assert value(dtype) == pytest.approx(value(torch.float32), rel=0.1)
