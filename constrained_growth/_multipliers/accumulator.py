@@ -42,6 +42,7 @@ from constrained_growth._multipliers.moments import (
     MomentSums,
     moments_of_gradients,
 )
+from constrained_growth._multipliers.wide import narrowed_shape
 from constrained_growth._sites.collector import Use
 from constrained_growth.blocks import AffineFactors, pinned_parameters
 from constrained_growth.blocks.convolved import Convolved
@@ -292,6 +293,10 @@ class Accumulator:
     def _make(self, factor: AffineFactors | Convolved) -> None:
         """The sums of a map, all of it where it is elementwise."""
         narrow = self._wanted.narrow and not factor.elementwise
+        if isinstance(factor, Convolved) and self._wanted.whole:
+            # taking a part out of each product costs more than room for all, if that is little
+            shape = self._like[factor.weight].shape
+            narrow = narrow and 4 * math.prod(narrowed_shape(shape)) <= math.prod(shape)
         if factor.bias is not None:
             self._sums_of(factor.bias, narrow=narrow)
         self._sums_of(factor.weight, narrow=narrow)
